@@ -1,0 +1,85 @@
+"""moelab: find out which mixture-of-experts language model is better, and why.
+
+The public names below are imported when first used, so that `python -m moelab --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moelab.builder import build, build_model, load
+    from moelab.components import Component, component
+    from moelab.errors import CheckpointError, ConfigError, DataError, RunFailure, UserError
+    from moelab.hookspecs import hookimpl
+    from moelab.moe.contracts import (
+        BackendContext,
+        BalanceContext,
+        BalanceLoss,
+        BalanceLossContext,
+        ExpertBackend,
+        MoEContext,
+        Router,
+        SharedExpert,
+    )
+    from moelab.moe.layout import ExpertLayout, LayoutContext
+    from moelab.moe.routing import LayerRecord, Routing, TokenInfo
+    from moelab.registry import Registry
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "moelab.builder": ("build", "build_model", "load"),
+    "moelab.components": ("Component", "component"),
+    "moelab.errors": ("CheckpointError", "ConfigError", "DataError", "RunFailure", "UserError"),
+    "moelab.hookspecs": ("hookimpl",),
+    "moelab.moe.contracts": (
+        "BackendContext",
+        "BalanceContext",
+        "BalanceLoss",
+        "BalanceLossContext",
+        "ExpertBackend",
+        "MoEContext",
+        "Router",
+        "SharedExpert",
+    ),
+    "moelab.moe.layout": ("ExpertLayout", "LayoutContext"),
+    "moelab.moe.routing": ("LayerRecord", "Routing", "TokenInfo"),
+    "moelab.registry": ("Registry",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BackendContext",
+    "BalanceContext",
+    "BalanceLoss",
+    "BalanceLossContext",
+    "CheckpointError",
+    "Component",
+    "ConfigError",
+    "DataError",
+    "ExpertBackend",
+    "ExpertLayout",
+    "LayerRecord",
+    "LayoutContext",
+    "MoEContext",
+    "Registry",
+    "Router",
+    "Routing",
+    "RunFailure",
+    "SharedExpert",
+    "TokenInfo",
+    "UserError",
+    "build",
+    "build_model",
+    "component",
+    "hookimpl",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'moelab' has no attribute '{name}'")
+    return getattr(import_module(_HOME_OF[name]), name)

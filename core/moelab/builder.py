@@ -1,0 +1,195 @@
+"""The one place where names become objects: config and registry -> a model and its balance losses."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moelab.config.model import ModelConfig
+from moelab.errors import ConfigError
+from moelab.moe.block import MoEBlock
+from moelab.moe.contracts import BackendContext, BalanceLoss, BalanceLossContext, ExpertBackend, MoEContext
+from moelab.moe.experts import ExpertBank
+from moelab.moe.layout import ExpertLayout, LayoutContext
+from moelab.moe.per_layer import LayerParts, layer_parts
+from moelab.nn.init import initialise
+from moelab.nn.mlp import SwiGLU
+from moelab.nn.transformer import Transformer
+from moelab.registry import (
+    BALANCE_LOSSES,
+    EXPERT_BACKENDS,
+    EXPERT_LAYOUTS,
+    ROUTERS,
+    SHARED_EXPERTS,
+    Registry,
+)
+from moelab.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class NamedLoss:
+    """A balance loss and the tag it is logged under, unique within a run."""
+
+    name: str
+    loss: BalanceLoss
+
+
+def build_model(
+    config: ModelConfig,
+    registry: Registry | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    seed: int | None = 0,
+) -> Transformer:
+    """A model with fp32 parameters on `device`, initialised by `seed`; None leaves its weights to be loaded.
+
+    Raises ConfigError naming the key, the plugin and its owner for whatever can't be built.
+    """
+    config.check()
+    registry = registry or Registry()
+    device = torch.device(device)
+    with _seeded(derive_seed(seed or 0, "build")), device:
+        model = Transformer(config, [_mlp(config, registry, layer_id) for layer_id in range(config.num_hidden_layers)])
+    if seed is not None and device.type != "meta":
+        initialise(model, config.initializer_range, seed)
+    return model
+
+
+build = build_model
+
+
+def build_layouts(config: ModelConfig, registry: Registry) -> dict[int, ExpertLayout]:
+    """{layer: layout} of the sparse layers, from the config alone."""
+    if config.moe is None:
+        return {}
+    layouts = {}
+    for layer_id, parts in enumerate(layer_parts(config.moe, config.num_hidden_layers)):
+        layout = _layout(config, registry, parts, layer_id)
+        if layout is not None:
+            layouts[layer_id] = layout
+    return layouts
+
+
+def build_balance_losses(config: ModelConfig, registry: Registry) -> list[NamedLoss]:
+    """The losses of `model.moe.balance_losses`, in order; one that stands twice is logged as name_2."""
+    if config.moe is None:
+        return []
+    context = BalanceLossContext(build_layouts(config, registry))
+    losses: list[NamedLoss] = []
+    for index, node in enumerate(config.moe.balance_losses):
+        loss = registry.build(BALANCE_LOSSES, node, context, f"model.moe.balance_losses.{index}")
+        name = str(node["name"])
+        repeats = sum(1 for other in config.moe.balance_losses[:index] if other["name"] == name)
+        losses.append(NamedLoss(name if repeats == 0 else f"{name}_{repeats + 1}", loss))
+    return losses
+
+
+def resolve_model(config: ModelConfig, registry: Registry) -> None:
+    """Write every default of the chosen plugins into the config, in place: what is stored beside the run."""
+    moe = config.moe
+    if moe is None:
+        return
+    points = {"layout": EXPERT_LAYOUTS, "router": ROUTERS, "shared_expert": SHARED_EXPERTS, "backend": EXPERT_BACKENDS}
+    for key, point in points.items():
+        setattr(moe, key, registry.resolve(point, getattr(moe, key), f"model.moe.{key}"))
+    moe.balance_losses = [
+        registry.resolve(BALANCE_LOSSES, node, f"model.moe.balance_losses.{i}")
+        for i, node in enumerate(moe.balance_losses)
+    ]
+
+
+def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Transformer:
+    """The model of a checkpoint: a Hugging Face folder, a moelab checkpoint, or a run folder (its newest one).
+
+    Raises CheckpointError naming the file and the cure.
+    """
+    from moelab.checkpoint import load_model  # noqa: PLC0415  (checkpoint builds on this module)
+
+    return load_model(Path(path), dtype=dtype, device=device)
+
+
+def _mlp(config: ModelConfig, registry: Registry, layer_id: int) -> SwiGLU | MoEBlock:
+    if config.moe is None:
+        return SwiGLU(config.hidden_size, config.intermediate_size)
+    parts = layer_parts(config.moe, config.num_hidden_layers)[layer_id]
+    layout = _layout(config, registry, parts, layer_id)
+    if layout is None:
+        return SwiGLU(config.hidden_size, config.intermediate_size)
+    context = MoEContext(
+        hidden_size=config.hidden_size,
+        num_experts=layout.num_experts,
+        num_experts_per_tok=layout.num_experts_per_tok,
+        moe_intermediate_size=layout.moe_intermediate_size,
+        intermediate_size=config.intermediate_size,
+        layer_id=layer_id,
+        num_hidden_layers=config.num_hidden_layers,
+        vocab_size=config.vocab_size,
+        initializer_range=config.initializer_range,
+        allow_noncausal=config.moe.allow_noncausal,
+    )
+    router = registry.build(ROUTERS, parts.router, context, parts.where("router"))
+    shared = registry.build(SHARED_EXPERTS, parts.shared_expert, context, parts.where("shared_expert"))
+    if not isinstance(router, nn.Module):
+        raise ConfigError(f"{parts.where('router')}: built {type(router).__name__}, which is no torch.nn.Module")
+    return MoEBlock(
+        layout,
+        layer_id,
+        router,
+        ExpertBank(layout, config.hidden_size),
+        _backend(config, registry, parts, layout, layer_id),
+        shared,
+    )
+
+
+def _layout(config: ModelConfig, registry: Registry, parts: LayerParts, layer_id: int) -> ExpertLayout | None:
+    context = LayoutContext(config.hidden_size, config.intermediate_size, layer_id, config.num_hidden_layers)
+    where = parts.where("layout")
+    layout = registry.build(EXPERT_LAYOUTS, parts.layout, context, where)
+    if layout is None:
+        return None
+    for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+        if getattr(layout, key) < 1:
+            raise ConfigError(f"{where}.{key}: must be at least 1, not {getattr(layout, key)} (layer {layer_id})")
+    if layout.num_experts_per_tok > layout.num_experts:
+        raise ConfigError(
+            f"{where}.num_experts_per_tok: {layout.num_experts_per_tok} exceeds num_experts {layout.num_experts} "
+            f"(layer {layer_id})"
+        )
+    return layout
+
+
+def _backend(
+    config: ModelConfig, registry: Registry, parts: LayerParts, layout: ExpertLayout, layer_id: int
+) -> ExpertBackend:
+    chosen = str(parts.backend.get("name"))
+
+    def others() -> Mapping[str, ExpertBackend]:
+        def none() -> Mapping[str, ExpertBackend]:
+            return {}
+
+        inner = BackendContext(layout, config.hidden_size, layer_id, none)
+        names = [name for name in registry.components(EXPERT_BACKENDS) if name != chosen]
+        return {name: registry.build(EXPERT_BACKENDS, {"name": name}, inner, parts.where("backend")) for name in names}
+
+    context = BackendContext(layout, config.hidden_size, layer_id, others)
+    return registry.build(EXPERT_BACKENDS, parts.backend, context, parts.where("backend"))
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """A plugin's constructor may draw from torch's global stream: fix it, and put it back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def describe_model(model: Transformer) -> dict[str, Any]:
+    """Which class computes each sparse layer, for logs and summaries."""
+    blocks = [layer.mlp for layer in model.layers if isinstance(layer.mlp, MoEBlock)]
+    return {"backends": sorted({block.backend.name for block in blocks}), "sparse_layers": len(blocks)}

@@ -1,0 +1,13 @@
+"""The built-in plugins, as import strings: core never imports what stands above it."""
+
+from __future__ import annotations
+
+BUILTIN_PLUGINS = (
+    "moelab_plugins.routers.softmax_topk",
+    "moelab_plugins.shared_experts.gated",
+    "moelab_plugins.shared_experts.none",
+    "moelab_plugins.expert_layouts.uniform",
+    "moelab_plugins.expert_backends.loop",
+    "moelab_plugins.expert_backends.grouped_mm",
+    "moelab_plugins.expert_backends.auto",
+)

@@ -1,0 +1,124 @@
+"""A training run as dataclasses: the table of contents of the system."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from moelab.config.model import ModelConfig, Part
+from moelab.errors import ConfigError
+
+
+@dataclass
+class DataConfig:
+    """What is read, and in which pieces."""
+
+    source: Part = field(default_factory=lambda: {"name": "embedded"})
+    tokenizer: str = "bytes"  # "bytes", or the path of a tokenizer.json
+    validation_fraction: float = 0.05  # of the documents, chosen by a seeded shuffle
+    seed: int = 0  # of the split and of the order of reading; apart from `seed`, so that seeds share their batches
+
+
+@dataclass
+class TrainConfig:
+    """How long, in what batches, and how often to look."""
+
+    steps: int = MISSING
+    batch_size: int = 16  # sequences in an optimizer step
+    micro_batch_size: int | None = None  # sequences in a forward pass; None: the whole batch
+    sequence_length: int = 256
+    dtype: str = "float32"  # of the matmuls: float32 or bfloat16; parameters and optimizer stay float32
+    device: str = "auto"  # auto: cuda when there is one, else cpu
+    threads: int | None = None  # CPU threads; None: all cores. Another number gives other bits
+    grad_clip: float = 1.0  # global norm; 0: off
+    log_every: int = 10  # steps
+    save_every: int = 0  # steps; 0: only at the end
+    keep_checkpoints: int = 2  # the newest ones; 0: all
+    init_from: str | None = None  # a checkpoint (Hugging Face or moelab) to start from; None: random
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019). Matrices decay; biases and norms don't."""
+
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over steps: linear warm-up, then `cosine` or `wsd` (warm-up, stable, decay) or `constant`."""
+
+    name: str = "cosine"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.1  # of optimizer.lr, at the end
+    decay_fraction: float = 0.2  # wsd: the last part of the steps, in which the rate falls linearly
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out loss and samples."""
+
+    every: int = 0  # steps; 0: only at the end
+    sequences: int = 64  # of train.sequence_length tokens
+    batch_size: int | None = None  # None: train.micro_batch_size
+    prompts: list[str] = field(default_factory=lambda: ["def ", "The "])
+    sample_tokens: int = 64  # 0: no samples
+    temperature: float = 0.8
+
+
+@dataclass
+class RunConfig:
+    """All of a `moelab train` run."""
+
+    run_dir: str = MISSING
+    name: str | None = None  # as the comparison calls it; None: the folder's name
+    seed: int = 0  # of the initialisation and of all noise
+    plugins: list[str] = field(default_factory=list)  # modules beside the config file, or on the path
+    entry_points: bool = True  # False: ignore installed packages' plugins
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    observers: list[Part] = field(default_factory=lambda: [{"name": "tensorboard"}])
+    resume: bool = False  # go on from the newest checkpoint in run_dir
+
+    def check(self) -> None:
+        """Raise ConfigError for values out of range, naming the key."""
+        train, schedule = self.train, self.schedule
+        for key in ("steps", "batch_size", "sequence_length", "log_every"):
+            if getattr(train, key) < 1:
+                raise ConfigError(f"train.{key}: must be at least 1, not {getattr(train, key)}")
+        micro = train.micro_batch_size
+        if micro is not None and (micro < 1 or train.batch_size % micro):
+            raise ConfigError(f"train.micro_batch_size: {micro} does not divide train.batch_size {train.batch_size}")
+        if train.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"train.dtype: must be float32 or bfloat16, not '{train.dtype}'")
+        if train.threads is not None and train.threads < 1:
+            raise ConfigError(f"train.threads: must be at least 1, not {train.threads}")
+        for key in ("grad_clip", "save_every", "keep_checkpoints"):
+            if getattr(train, key) < 0:
+                raise ConfigError(f"train.{key}: must not be negative, not {getattr(train, key)}")
+        if schedule.name not in ("cosine", "wsd", "constant"):
+            raise ConfigError(f"schedule.name: must be cosine, wsd or constant, not '{schedule.name}'")
+        if not 0 <= schedule.warmup_steps <= train.steps:
+            raise ConfigError(f"schedule.warmup_steps: must be 0 .. train.steps, not {schedule.warmup_steps}")
+        if not 0 <= schedule.min_lr_ratio <= 1 or not 0 <= schedule.decay_fraction <= 1:
+            raise ConfigError("schedule.min_lr_ratio and schedule.decay_fraction: must be in 0 .. 1")
+        if self.optimizer.lr <= 0 or self.optimizer.weight_decay < 0 or self.optimizer.eps <= 0:
+            raise ConfigError("optimizer: lr and eps must be positive, weight_decay must not be negative")
+        if len(self.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in self.optimizer.betas):
+            raise ConfigError(f"optimizer.betas: must be two numbers in 0 .. 1, not {self.optimizer.betas}")
+        if not 0 < self.data.validation_fraction < 1:
+            raise ConfigError(f"data.validation_fraction: must be between 0 and 1, not {self.data.validation_fraction}")
+        if train.sequence_length > self.model.max_position_embeddings:
+            raise ConfigError(
+                f"train.sequence_length: {train.sequence_length} exceeds model.max_position_embeddings "
+                f"{self.model.max_position_embeddings}"
+            )
+        self.model.check()

@@ -1,0 +1,23 @@
+"""Errors that are the user's to mend (exit code 2) and runs that failed (exit code 1)."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """The input is wrong. The message says what, where, and what to do; the command line exits with 2."""
+
+
+class ConfigError(UserError):
+    """The configuration is wrong; the message names the key, its file or override, and what would be right."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint can't be read or written; the message names the file and the cure."""
+
+
+class DataError(UserError):
+    """A corpus or tokenizer can't be used; the message names the file and the cure."""
+
+
+class RunFailure(RuntimeError):
+    """A run stopped through no fault of its input, say on a NaN loss; the command line exits with 1."""

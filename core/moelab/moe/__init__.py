@@ -1,0 +1,1 @@
+"""Mixture-of-experts layers: routing, dispatch, experts, and the contracts of their swappable parts."""

@@ -1,0 +1,129 @@
+"""The contracts between a MoE layer and its parts. A plugin provides one of these.
+
+T tokens, D hidden size, E experts, K experts per token, F expert width, N assignments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from moelab.moe.layout import ExpertLayout
+from moelab.moe.routing import LayerRecord, Routing, TokenInfo
+
+if TYPE_CHECKING:
+    from moelab.moe.experts import ExpertBank
+
+
+@dataclass(frozen=True)
+class MoEContext:
+    """What a router or a shared expert may depend on when it is built."""
+
+    hidden_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    intermediate_size: int  # of the dense FFN
+    layer_id: int
+    num_hidden_layers: int
+    vocab_size: int
+    initializer_range: float = 0.02
+    allow_noncausal: bool = False  # a router that looks at later tokens must refuse to be built without it
+
+
+@runtime_checkable
+class Router(Protocol):
+    """An nn.Module. `forward(x [T, D], info) -> Routing`.
+
+    Optional, looked up by name:
+    - `weight`: Parameter [E, D], the projection; Hugging Face's `mlp.gate.weight`.
+    - `initialise(generator)`: fill its parameters in place; without it N(0, initializer_range) for every matrix.
+    - `after_step(counts [E] int64)`: called once after each optimizer step with the assignments of the whole
+      batch, over micro-batches and ranks, padding excluded.
+    - `qwen2_moe_fields() -> dict | str`: the fields of a Qwen2-MoE config.json that describe this router, or
+      why there are none; without it a checkpoint can't be exported to that format.
+    """
+
+    def __call__(self, x: Tensor, info: TokenInfo) -> Routing: ...
+
+
+@runtime_checkable
+class SharedExpert(Protocol):
+    """An nn.Module: x [T, D] -> [T, D], added to the routed output. May offer `qwen2_moe_fields` as a router does.
+
+    `intermediate_size` is the number of neurons that each token passes through, for counting FLOPs.
+    """
+
+    intermediate_size: int
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class BalanceContext:
+    """What a balance loss is told about the batch that its micro-batch belongs to."""
+
+    batch_counts: Mapping[int, Tensor] | None  # layer -> [E] int64 over all micro-batches and ranks
+
+
+@runtime_checkable
+class BalanceLoss(Protocol):
+    """`(records, context) -> scalar`: the mean over this micro-batch's unmasked tokens, unweighted.
+
+    The trainer multiplies by the coefficient and by this micro-batch's share of the batch's tokens, so
+    that any split into micro-batches sums to the same loss.
+    """
+
+    weight: float  # the coefficient; applied by the trainer, never by the loss itself
+    needs_batch_counts: bool  # True: counted over the whole batch before any backward pass
+
+    def __call__(self, records: Sequence[LayerRecord], context: BalanceContext) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class BalanceLossContext:
+    """What a balance loss may depend on when it is built."""
+
+    layouts: Mapping[int, ExpertLayout]  # of the MoE layers it applies to, by layer
+
+
+@dataclass(frozen=True)
+class BackendContext:
+    """What an expert backend may depend on when it is built."""
+
+    layout: ExpertLayout
+    hidden_size: int
+    layer_id: int
+    others: Callable[[], Mapping[str, ExpertBackend]]  # every other backend, built with its defaults; for `auto`
+
+
+@dataclass(frozen=True)
+class ExpertProblem:
+    """One call of a backend, as far as it decides who can serve it."""
+
+    num_experts: int
+    hidden_size: int
+    moe_intermediate_size: int
+    num_tokens: int
+    num_assignments: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+@runtime_checkable
+class ExpertBackend(Protocol):
+    """Computes y[t] = sum over t's assignments of weight * down(act(gate x_t) * up x_t). Owns no parameters."""
+
+    name: str
+
+    def supports(self, problem: ExpertProblem) -> str | None:
+        """None when it can serve this problem, otherwise why not and what would do."""
+        ...
+
+    def __call__(self, x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
+        """x [T, D], routing of its T tokens, bank of E experts -> [T, D] in x's dtype."""
+        ...

@@ -1,0 +1,29 @@
+"""The shape of one layer's experts: how many, how wide, how many per token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayoutContext:
+    """What an expert layout may depend on; one for each decoder layer."""
+
+    hidden_size: int
+    intermediate_size: int  # width of the dense FFN
+    layer_id: int  # 0 .. num_hidden_layers - 1
+    num_hidden_layers: int
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """One MoE layer. A layout plugin returns None instead for a layer that stays dense."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+
+    @property
+    def active_width(self) -> int:
+        """FFN neurons that one token passes through in the routed experts."""
+        return self.num_experts_per_tok * self.moe_intermediate_size

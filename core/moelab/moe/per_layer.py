@@ -1,0 +1,63 @@
+"""Which parts each layer has: the MoE config, overridden by layer patterns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moelab.config.model import MoEConfig, Part
+from moelab.config.overlay import overlay
+from moelab.errors import ConfigError
+from moelab.registry import near
+
+LAYER_KEYS = ("layout", "router", "shared_expert", "backend")
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """What one layer is built from, and where in the config that was said, for messages."""
+
+    layout: Part
+    router: Part
+    shared_expert: Part
+    backend: Part
+    pattern: str | None = None  # the key of `model.moe.layers` that applies
+
+    def where(self, part: str) -> str:
+        base = "model.moe"
+        return f"{base}.{part}" if self.pattern is None else f'{base}.layers."{self.pattern}".{part}'
+
+
+def layer_parts(moe: MoEConfig, num_hidden_layers: int) -> list[LayerParts]:
+    """One entry a layer. Patterns are "3", "20-27" or "0,2-4"; two that meet are an error."""
+    base: dict[str, Part] = {key: getattr(moe, key) for key in LAYER_KEYS}
+    chosen: dict[int, tuple[str, dict[str, Any]]] = {}
+    for pattern, override in moe.layers.items():
+        where = f'model.moe.layers."{pattern}"'
+        for key in override:
+            if key not in LAYER_KEYS:
+                raise ConfigError(
+                    f"{where}.{key}: no such part{near(key, LAYER_KEYS)} It takes: {', '.join(LAYER_KEYS)}"
+                )
+        for layer_id in _layers(str(pattern), num_hidden_layers, where):
+            if layer_id in chosen:
+                raise ConfigError(f'{where}: layer {layer_id} is already matched by "{chosen[layer_id][0]}"')
+            chosen[layer_id] = (str(pattern), override)
+    parts = []
+    for layer_id in range(num_hidden_layers):
+        pattern, override = chosen.get(layer_id, (None, {}))
+        merged = overlay(base, override)
+        parts.append(LayerParts(**{key: merged[key] for key in LAYER_KEYS}, pattern=pattern))
+    return parts
+
+
+def _layers(pattern: str, num_hidden_layers: int, where: str) -> list[int]:
+    found: list[int] = []
+    for piece in pattern.split(","):
+        first, _, last = piece.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ConfigError(f'{where}: not a layer pattern; write "3", "20-27" or "0,2-4"')
+        found += range(int(first), int(last or first) + 1)
+    if not found or max(found) >= num_hidden_layers:
+        raise ConfigError(f"{where}: the model has layers 0 .. {num_hidden_layers - 1}")
+    return found

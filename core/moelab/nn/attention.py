@@ -1,0 +1,73 @@
+"""Grouped-query attention with biases on q, k and v, as Qwen2 has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moelab.nn.kv_cache import KVCache
+from moelab.nn.rope import rotate
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What every layer's attention shares in one forward pass."""
+
+    cos: Tensor  # [B, 1, S, head_dim]
+    sin: Tensor
+    mask: Tensor | None  # [B, 1, S, S_all] bool, True where a query may look; None: plain causal
+    cache: KVCache | None = None
+
+
+class Attention(nn.Module):
+    """x [B, S, D] -> [B, S, D]."""
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int, layer_id: int
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.layer_id = layer_id
+        self.groups = num_heads // num_key_value_heads
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=True)
+        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=True)
+        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=True)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        query, key, value = (self._heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query = rotate(query, inputs.cos.to(query.dtype), inputs.sin.to(query.dtype))
+        key = rotate(key, inputs.cos.to(key.dtype), inputs.sin.to(key.dtype))
+        if inputs.cache is not None:
+            key, value = inputs.cache.append(self.layer_id, key, value)
+        out = nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=inputs.mask,
+            is_causal=inputs.mask is None,
+            enable_gqa=self.groups > 1,
+        )
+        out = self.o_proj(out.transpose(1, 2).flatten(2))
+        return out
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, S, H * head_dim] -> [B, H, S, head_dim]."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def attention_mask(padding: Tensor | None, seq: int, past: int, device: torch.device) -> Tensor | None:
+    """Which keys each query may see: [B or 1, 1, S, past + S] bool, or None where plain causal attention does.
+
+    padding [B, past + S] bool, False for padding. A padding query sees itself: a row without any key is NaN.
+    """
+    if padding is None and past == 0:
+        return None
+    rows = torch.arange(past, past + seq, device=device)[:, None]
+    columns = torch.arange(past + seq, device=device)[None, :]
+    mask = (columns <= rows)[None, None]
+    if padding is not None:
+        mask = (mask & padding[:, None, None, :]) | (columns == rows)[None, None]
+    return mask

@@ -1,0 +1,147 @@
+"""The decoder: embed, layers, norm, head. Dense Qwen2 and Qwen2-MoE differ only in their `mlp`s.
+
+B sequences, S positions, T = B * S tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moelab.config.model import ModelConfig
+from moelab.moe.block import MoEBlock
+from moelab.moe.routing import LayerRecord, TokenInfo
+from moelab.nn.attention import Attention, AttentionInputs, attention_mask
+from moelab.nn.kv_cache import KVCache
+from moelab.nn.loss import token_cross_entropy
+from moelab.nn.mlp import SwiGLU
+from moelab.nn.norm import RMSNorm
+from moelab.nn.rope import Rope
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """`logits` without targets, `token_loss` with them."""
+
+    logits: Tensor | None  # [B, S, V]
+    token_loss: Tensor | None  # [B, S] fp32, nats; 0 where the target is ignored
+    records: list[LayerRecord]  # of the MoE layers, in order
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """Optional facts about the tokens of a batch, for routers; all [B, S]."""
+
+    document_id: Tensor | None = None
+    domain_id: Tensor | None = None
+    generator: torch.Generator | None = None
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm residual layer."""
+
+    def __init__(self, config: ModelConfig, layer_id: int, mlp: SwiGLU | MoEBlock) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.attention_head_dim,
+            layer_id,
+        )
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, inputs: AttentionInputs, info: TokenInfo) -> tuple[Tensor, LayerRecord | None]:
+        """x [B, S, D] -> [B, S, D], and the record of a sparse layer."""
+        x = x + self.self_attn(self.input_layernorm(x), inputs)
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MoEBlock):
+            y, record = self.mlp(normed.flatten(0, 1), info)
+            return x + y.view_as(x), record
+        return x + self.mlp(normed), None
+
+
+class Transformer(nn.Module):
+    """A causal language model. Layers are handed in ready-made by `moelab.build`."""
+
+    def __init__(self, config: ModelConfig, mlps: list[SwiGLU | MoEBlock]) -> None:
+        super().__init__()
+        self.config = config
+        self.rope = Rope(config.attention_head_dim, config.rope_theta)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, mlp) for i, mlp in enumerate(mlps))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        tokens: TokenContext | None = None,
+    ) -> ModelOutput:
+        """input_ids [B, S] int64 -> logits [B, S, V], or with targets [B, S] (-100 ignored) the loss of each token.
+
+        attention_mask [B, S]: 1 or True for real tokens. With a `cache`, the positions continue those stored.
+        """
+        x, records = self.hidden_states(input_ids, attention_mask, cache=cache, tokens=tokens)
+        if targets is None:
+            return ModelOutput(self.lm_head(x), None, records)
+        return ModelOutput(None, token_cross_entropy(x, self.lm_head.weight, targets), records)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        tokens: TokenContext | None = None,
+    ) -> tuple[Tensor, list[LayerRecord]]:
+        """The normed output of the last layer, [B, S, D], and the records; no logits."""
+        batch, seq = input_ids.shape
+        past = cache.length if cache is not None else 0
+        mask = None if attention_mask is None else attention_mask.bool()
+        seen = mask if cache is None or mask is None else cache.extend_mask(mask)
+        position_ids = torch.arange(past, past + seq, device=input_ids.device).expand(batch, seq)
+
+        x = self.embed_tokens(input_ids)
+        cos, sin = self.rope.tables(position_ids, x.dtype)
+        inputs = AttentionInputs(cos, sin, _attention_mask(seen, seq, past, x.device), cache)
+        info = self._token_info(input_ids, position_ids, mask, tokens or TokenContext())
+        records = []
+        for layer in self.layers:
+            x, record = layer(x, inputs, info)
+            if record is not None:
+                records.append(record)
+        return self.norm(x), records
+
+    def _token_info(
+        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, tokens: TokenContext
+    ) -> TokenInfo:
+        batch, seq = input_ids.shape
+        sequence_id = torch.arange(batch, device=input_ids.device)[:, None].expand(batch, seq).reshape(-1)
+        zeros = torch.zeros_like(sequence_id)
+        return TokenInfo(
+            token_id=input_ids.reshape(-1),
+            document_id=sequence_id if tokens.document_id is None else tokens.document_id.reshape(-1),
+            domain_id=zeros if tokens.domain_id is None else tokens.domain_id.reshape(-1),
+            position=position_ids.reshape(-1),
+            sequence_id=sequence_id,
+            mask=None if mask is None else mask.reshape(-1),
+            training=self.training,
+            generator=tokens.generator,
+        )
+
+
+def _attention_mask(seen: Tensor | None, seq: int, past: int, device: torch.device) -> Tensor | None:
+    if seen is not None and seen.shape[1] != past + seq:
+        raise ValueError(f"attention_mask covers {seen.shape[1]} positions, but {past} are cached and {seq} are new")
+    return attention_mask(seen, seq, past, device)

@@ -1,0 +1,249 @@
+"""Loads plugins and turns `{name: ..., options...}` into a built component."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import pluggy
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moelab import hookspecs
+from moelab.builtins import BUILTIN_PLUGINS
+from moelab.components import Component
+from moelab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moelab.data.corpus import Corpus, DataContext
+    from moelab.initialisers import (
+        ExpertInitialiser,
+        OutputScaling,
+        RouterInitialiser,
+        SharedInitialiser,
+        UpcycleContext,
+    )
+    from moelab.moe.contracts import (
+        BackendContext,
+        BalanceLoss,
+        BalanceLossContext,
+        ExpertBackend,
+        MoEContext,
+        Router,
+        SharedExpert,
+    )
+    from moelab.moe.layout import ExpertLayout, LayoutContext
+
+ContextT = TypeVar("ContextT")
+BuiltT = TypeVar("BuiltT")
+
+
+@dataclass(frozen=True)
+class ExtensionPoint(Generic[ContextT, BuiltT]):
+    """One hook and where a config selects from it."""
+
+    kind: str  # as messages call it
+    hook: str
+    key: str  # of the config
+
+
+ROUTERS: ExtensionPoint[MoEContext, Router] = ExtensionPoint("router", "moelab_routers", "model.moe.router")
+SHARED_EXPERTS: ExtensionPoint[MoEContext, SharedExpert | None] = ExtensionPoint(
+    "shared expert", "moelab_shared_experts", "model.moe.shared_expert"
+)
+EXPERT_LAYOUTS: ExtensionPoint[LayoutContext, ExpertLayout | None] = ExtensionPoint(
+    "expert layout", "moelab_expert_layouts", "model.moe.layout"
+)
+BALANCE_LOSSES: ExtensionPoint[BalanceLossContext, BalanceLoss] = ExtensionPoint(
+    "balance loss", "moelab_balance_losses", "model.moe.balance_losses"
+)
+EXPERT_BACKENDS: ExtensionPoint[BackendContext, ExpertBackend] = ExtensionPoint(
+    "expert backend", "moelab_expert_backends", "model.moe.backend"
+)
+EXPERT_INITIALISERS: ExtensionPoint[UpcycleContext, ExpertInitialiser] = ExtensionPoint(
+    "expert initialiser", "moelab_expert_initialisers", "recipe.experts"
+)
+SHARED_INITIALISERS: ExtensionPoint[UpcycleContext, SharedInitialiser] = ExtensionPoint(
+    "shared initialiser", "moelab_shared_initialisers", "recipe.shared"
+)
+ROUTER_INITIALISERS: ExtensionPoint[UpcycleContext, RouterInitialiser] = ExtensionPoint(
+    "router initialiser", "moelab_router_initialisers", "recipe.router"
+)
+OUTPUT_SCALINGS: ExtensionPoint[UpcycleContext, OutputScaling] = ExtensionPoint(
+    "output scaling", "moelab_output_scalings", "recipe.scaling"
+)
+DATA_SOURCES: ExtensionPoint[DataContext, Corpus] = ExtensionPoint("data source", "moelab_data_sources", "data.source")
+OBSERVERS: ExtensionPoint[Path, object] = ExtensionPoint("observer", "moelab_observers", "observers")
+
+EXTENSION_POINTS: tuple[ExtensionPoint[Any, Any], ...] = (
+    ROUTERS,
+    SHARED_EXPERTS,
+    EXPERT_LAYOUTS,
+    BALANCE_LOSSES,
+    EXPERT_BACKENDS,
+    EXPERT_INITIALISERS,
+    SHARED_INITIALISERS,
+    ROUTER_INITIALISERS,
+    OUTPUT_SCALINGS,
+    DATA_SOURCES,
+    OBSERVERS,
+)
+
+
+class Registry:
+    """The plugins of one run, never a module global: two runs in one process can't see each other's.
+
+    `plugins` are module names; `search_path` is where a config file's own modules lie.
+    """
+
+    def __init__(
+        self, plugins: Iterable[str] = (), entry_points: bool = True, search_path: Iterable[Path] = ()
+    ) -> None:
+        self.manager = pluggy.PluginManager("moelab")
+        self.manager.add_hookspecs(hookspecs)
+        for path in BUILTIN_PLUGINS:
+            self._import(path)
+        if entry_points:
+            self._load_entry_points()
+        for folder in search_path:
+            if str(folder.resolve()) not in sys.path:
+                sys.path.append(str(folder.resolve()))
+        for path in plugins:
+            self._import(path)
+        try:
+            self.manager.check_pending()  # a misspelt hook is an error, not silence
+        except pluggy.PluginValidationError as error:
+            raise ConfigError(f"plugins: {error}{_near_hook(str(error))}") from error
+
+    def components(self, point: ExtensionPoint[ContextT, BuiltT]) -> dict[str, Component[ContextT, BuiltT]]:
+        """{name: component} in alphabetical order, replacements already in place."""
+        offered = [c for answer in getattr(self.manager.hook, point.hook)() for c in answer]
+        known: dict[str, Component[ContextT, BuiltT]] = {}
+        for offer in sorted(offered, key=lambda c: (c.overrides, c.name)):  # what may be replaced comes first
+            rival = known.get(offer.name)
+            if rival and rival.overrides == offer.overrides:
+                raise ConfigError(
+                    f"plugins: {point.kind} '{offer.name}' comes from both {rival.owner} and {offer.owner}; "
+                    "rename one, or declare exactly one with overrides=True"
+                )
+            if offer.overrides and not rival:
+                raise ConfigError(f"plugins: {offer.owner}: {point.kind} '{offer.name}' overrides nothing")
+            known[offer.name] = offer
+        return dict(sorted(known.items()))
+
+    def build(
+        self, point: ExtensionPoint[ContextT, BuiltT], node: Mapping[str, Any], context: ContextT, where: str
+    ) -> BuiltT:
+        """Build what `node["name"]` selects; `where` is its path in the config, for messages."""
+        chosen, options = self.select(point, node, where)
+        try:
+            return chosen.build(options, context)
+        except ConfigError as error:  # a check that needed the context
+            raise ConfigError(f"{where} ('{chosen.name}' of {chosen.owner}): {error}") from error
+
+    def resolve(self, point: ExtensionPoint[ContextT, BuiltT], node: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The node with every default written out: what is stored beside the run."""
+        chosen, options = self.select(point, node, where)
+        return {"name": chosen.name, **asdict(options)}
+
+    def select(
+        self, point: ExtensionPoint[ContextT, BuiltT], node: Mapping[str, Any], where: str
+    ) -> tuple[Component[ContextT, BuiltT], Any]:
+        """The component that `node` names, and its options, typed and range-checked."""
+        known = self.components(point)
+        listing = "Known: " + ", ".join(f"{c.name} ({c.owner})" for c in known.values())
+        given = {str(key): value for key, value in node.items()}
+        name = given.pop("name", None)
+        if name is None:
+            raise ConfigError(f"{where}: no `name`. {listing}")
+        if name not in known:
+            raise ConfigError(f"{where}.name: no {point.kind} '{name}'{near(name, known)} {listing}")
+        return known[name], _options(known[name], given, where)
+
+    def versions(self) -> dict[str, str]:
+        """{distribution or module: version} of every plugin that is loaded."""
+        owners = packages_distributions()
+        found: dict[str, str] = {}
+        for name, _ in self.manager.list_name_plugin():
+            top = name.split(".")[0]
+            distribution = owners.get(top, [top])[0]
+            try:
+                found[distribution] = version(distribution)
+            except PackageNotFoundError:
+                found[name] = "no distribution"
+        return dict(sorted(found.items()))
+
+    def _load_entry_points(self) -> None:
+        try:
+            self.manager.load_setuptools_entrypoints("moelab")
+        except Exception as error:  # whatever a stranger's package raises at import: it must be named
+            raise ConfigError(
+                f"plugins: an installed package's entry point of group 'moelab' can't be loaded: {error!r}; "
+                "mend or uninstall it, or set entry_points=false"
+            ) from error
+
+    def _import(self, path: str) -> None:
+        try:
+            module = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (path + ".").startswith(error.name + "."):
+                raise ConfigError(
+                    f"plugins: '{path}' needs the module '{error.name}', which is not installed"
+                ) from error
+            raise ConfigError(
+                f"plugins: cannot import '{path}': no such module on the path or beside the config file"
+            ) from error
+        except SyntaxError as error:
+            raise ConfigError(f"plugins: cannot import '{path}': {error}") from error
+        if not self.manager.is_registered(module):
+            self.manager.register(module, name=path)
+
+
+def near(name: object, known: Iterable[str]) -> str:
+    """ ", did you mean 'x'?" when something close is known, else a full stop."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f", did you mean '{close[0]}'?" if close else "."
+
+
+def option_fields(chosen: Component[Any, Any]) -> list[tuple[str, str, str]]:
+    """(name, type, default) of each option, as `moelab plugins` prints them."""
+    rows = []
+    for field in fields(chosen.options):
+        default = "required"
+        if field.default is not MISSING:
+            default = repr(field.default)
+        elif field.default_factory is not MISSING:
+            default = repr(field.default_factory())
+        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+        rows.append((field.name, kind, "required" if default == "'???'" else default))
+    return rows
+
+
+def _options(chosen: Component[Any, Any], given: dict[str, Any], where: str) -> Any:
+    legal = [f.name for f in fields(chosen.options)]
+    for key in given:
+        if key not in legal:
+            raise ConfigError(
+                f"{where}.{key}: '{chosen.name}' ({chosen.owner}) has no such option"
+                f"{near(key, legal)} It takes: {', '.join(legal) or 'nothing'}"
+            )
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(chosen.options), given)
+        return OmegaConf.to_object(merged)  # also runs the dataclass's own __post_init__ checks
+    except OmegaConfBaseException as error:
+        key = f"{where}.{error.full_key}" if error.full_key else where
+        raise ConfigError(f"{key}: '{chosen.name}' ({chosen.owner}): {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise ConfigError(f"{where}: '{chosen.name}' ({chosen.owner}): {error}") from error
+
+
+def _near_hook(message: str) -> str:
+    words = message.split("'")
+    hooks = [point.hook for point in EXTENSION_POINTS]
+    return f" (hook{near(words[1], hooks)})" if len(words) > 1 else ""

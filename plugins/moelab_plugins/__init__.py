@@ -1,0 +1,1 @@
+"""The built-in components, one file each: the file is named as the config names it."""

@@ -1,0 +1,1 @@
+"""Balance losses: terms of the training loss that see the routing."""

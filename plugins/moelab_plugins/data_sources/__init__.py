@@ -1,0 +1,1 @@
+"""Data sources: where the text comes from."""

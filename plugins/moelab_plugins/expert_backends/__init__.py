@@ -1,0 +1,1 @@
+"""Expert backends: how the experts are computed."""

@@ -1,0 +1,1 @@
+"""Expert layouts: how many experts a layer has, and how wide."""

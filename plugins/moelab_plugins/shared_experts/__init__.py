@@ -1,0 +1,1 @@
+"""Shared experts: what every token passes through."""

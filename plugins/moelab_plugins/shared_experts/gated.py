@@ -1,0 +1,42 @@
+"""Qwen2-MoE's shared expert, scaled for each token by a learned sigmoid gate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING
+from torch import Tensor, nn
+
+from moelab import Component, MoEContext, SharedExpert, component, hookimpl
+from moelab.nn.mlp import SwiGLU
+
+
+@dataclass
+class GatedOptions:
+    intermediate_size: int = MISSING  # 20480 in Qwen2-57B-A14B
+
+    def __post_init__(self) -> None:
+        if self.intermediate_size < 1:
+            raise ValueError(f"intermediate_size must be at least 1, not {self.intermediate_size}")
+
+
+class GatedSharedExpert(SwiGLU):
+    """y = sigmoid(g x) * SwiGLU(x), with g [1, D]. Not normalised together with the routed weights."""
+
+    def __init__(self, options: GatedOptions, context: MoEContext) -> None:
+        super().__init__(context.hidden_size, options.intermediate_size)
+        self.intermediate_size = options.intermediate_size
+        self.gate = nn.Linear(context.hidden_size, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        return self.gate(x).sigmoid() * super().forward(x)
+
+    def qwen2_moe_fields(self) -> dict[str, Any]:
+        return {"shared_expert_intermediate_size": self.intermediate_size}
+
+
+@hookimpl
+def moelab_shared_experts() -> list[Component[MoEContext, SharedExpert | None]]:
+    return [component("gated", GatedOptions, GatedSharedExpert)]

@@ -1,0 +1,22 @@
+"""No shared expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moelab import Component, MoEContext, SharedExpert, component, hookimpl
+
+
+@dataclass
+class NoSharedOptions:
+    pass
+
+
+def no_shared_expert(options: NoSharedOptions, context: MoEContext) -> SharedExpert | None:
+    """Tokens pass through their routed experts alone."""
+    return None
+
+
+@hookimpl
+def moelab_shared_experts() -> list[Component[MoEContext, SharedExpert | None]]:
+    return [component("none", NoSharedOptions, no_shared_expert)]

@@ -1,0 +1,1 @@
+"""What one runs around training: the command line and its commands."""

@@ -1,0 +1,109 @@
+"""`moelab COMMAND`: finds the command's file and turns the user's mistakes into one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+# Name -> what `moelab --help` says. The file commands/NAME.py holds `command`, imported when it is run.
+COMMANDS = {
+    "train": "Train a model from a config; writes a run folder.",
+    "evaluate": "Held-out loss of a checkpoint.",
+    "generate": "Continue a prompt with a checkpoint.",
+    "upcycle": "Turn a dense Qwen2 checkpoint into a Qwen2-MoE one.",
+    "verify": "Recompute an upcycled checkpoint from its source and compare bytes.",
+    "export": "Write a moelab checkpoint as a Hugging Face one.",
+    "compare": "Compare runs: a table and an HTML report.",
+    "plugins": "List every plugin with its options.",
+    "explain": "Print what each layer of a config is built from, with parameters and FLOPs.",
+    "architectures": "Print the table of the shipped model configs.",
+    "plan": "Predict the memory and communication of a config on N devices.",
+    "doctor": "Tell what this machine has and which expert backends work on it.",
+}
+EXIT_USER, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
+
+
+class LazyGroup(click.Group):
+    """Imports a command's file only when that command is asked for: `moelab --help` never sees torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = import_module(f"moelab_tools.commands.{cmd_name}").command
+        assert isinstance(command, click.Command), cmd_name
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f", did you mean '{close[0]}'?" if close else "."
+            ctx.fail(f"no command '{args[0]}'{hint} Known: {', '.join(COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+def moelab() -> None:
+    """Find out which mixture-of-experts language model is better, and why.
+
+    \b
+    Example:
+      moelab train configs/train/tiny_moe.yaml run_dir=runs/first
+      tensorboard --logdir runs
+    """
+
+
+def main() -> None:
+    """The console script. Exit codes: 0 done, 1 failed, 2 the user's input."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code; errors go to stderr."""
+    try:
+        moelab.main(arguments, prog_name="moelab", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.Abort:
+        return EXIT_INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:
+        return _explain(error)
+    return 0
+
+
+def _explain(error: Exception) -> int:
+    """One message for what moelab foresaw; anything else is our own fault and keeps its traceback."""
+    from moelab.errors import RunFailure, UserError
+
+    if isinstance(error, UserError):
+        click.echo(f"error: {error}", err=True)
+        return EXIT_USER
+    if isinstance(error, RunFailure):
+        click.echo(f"failed: {error}", err=True)
+        return EXIT_FAILED
+    raise error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Upcycling: dense Qwen2 weights become expert weights, without building a model."""
