@@ -8,7 +8,7 @@ padding changes the update (up to the order of floating-point sums).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,13 +36,13 @@ class StepSettings:
     precision: Precision
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepResult:
-    """Host-side only where noted; the rest stays on the device until it is logged."""
+    """What a step found, still on the device."""
 
     losses: dict[str, Tensor]  # {"loss", "lm_loss", <balance loss>: unweighted}, scalars
     grad_norm: Tensor
-    statistics: RouterStatistics = field(default_factory=RouterStatistics)
+    statistics: RouterStatistics  # empty unless the step was observed
 
 
 def train_step(
@@ -52,15 +52,17 @@ def train_step(
     batch: Batch,
     step: int,
     settings: StepSettings,
+    *,
+    observe: bool = False,
 ) -> StepResult:
-    """Forward, backward, clip, update, and the routers' own `after_step`.
+    """Forward, backward, clip, update, and the routers' own `after_step`; `observe` also gathers router statistics.
 
     Raises RunFailure naming the step and the layer when the loss or a gradient is not finite; the parameters
     are those of the last good step then.
     """
     device = next(model.parameters()).device
     parts = [part.to(device) for part in batch.split(settings.micro_batch_size)]
-    targets = sum(int((part.targets >= 0).sum()) for part in batch.split(settings.micro_batch_size))
+    targets = int((batch.targets >= 0).sum())
     model.train()
     optimizer.zero_grad(set_to_none=True)
     # Re-seeded at each step: a plugin that draws from torch's global stream resumes exactly too.
@@ -68,12 +70,15 @@ def train_step(
 
     batch_counts = _batch_counts(model, balance_losses, parts, step, settings)
     totals: dict[str, Tensor] = {}
+    counts: dict[int, Tensor] = {}
     statistics = RouterStatistics()
-    for index, part in enumerate(parts):
-        share = part.token_count / batch.token_count
+    shares = [part.token_count / batch.token_count for part in batch.split(settings.micro_batch_size)]
+    for index, (part, share) in enumerate(zip(parts, shares, strict=True)):
         loss, terms, records = _forward(model, balance_losses, part, batch_counts, (targets, share, step, index), settings)
         loss.backward()  # type: ignore[no-untyped-call]
-        statistics.add(records)
+        _add_counts(counts, records)
+        if observe:
+            statistics.add(records)
         for name, value in terms.items():
             totals[name] = totals.get(name, torch.zeros((), device=device)) + value
 
@@ -81,7 +86,7 @@ def train_step(
     if not bool(torch.isfinite(totals["loss"] + norm)):
         raise RunFailure(describe_failure(model, parts, step, settings.precision))
     optimizer.step()
-    _after_step(model, statistics)
+    _after_step(model, counts)
     return StepResult(totals, norm, statistics)
 
 
@@ -129,9 +134,13 @@ def _batch_counts(
             _, records = model.hidden_states(
                 part.input_ids, part.attention_mask, tokens=_token_context(part, step, index, settings.seed)
             )
-        for record in records:
-            totals[record.layer_id] = totals.get(record.layer_id, torch.zeros_like(record.counts)) + record.counts
+        _add_counts(totals, records)
     return totals
+
+
+def _add_counts(totals: dict[int, Tensor], records: Sequence[LayerRecord]) -> None:
+    for record in records:
+        totals[record.layer_id] = totals.get(record.layer_id, torch.zeros_like(record.counts)) + record.counts
 
 
 def _token_context(part: Batch, step: int, index: int, seed: int) -> TokenContext:
@@ -139,8 +148,8 @@ def _token_context(part: Batch, step: int, index: int, seed: int) -> TokenContex
     return TokenContext(part.document_id, part.domain_id, noise)
 
 
-def _after_step(model: Transformer, statistics: RouterStatistics) -> None:
+def _after_step(model: Transformer, counts: dict[int, Tensor]) -> None:
     for layer_id, layer in enumerate(model.layers):
         after_step = getattr(layer.mlp.router, "after_step", None) if isinstance(layer.mlp, MoEBlock) else None
         if after_step is not None:
-            after_step(statistics.counts(layer_id))
+            after_step(counts[layer_id])

@@ -117,9 +117,12 @@ def _one_step(loop: Loop) -> None:
     for group in setup.optimizer.param_groups:
         group["lr"] = rate
     batch = setup.batches.batch(progress.step)
-    result = train_step(setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings)
+    observe = (progress.step + 1) % config.train.log_every == 0 or progress.step + 1 == config.train.steps
+    result = train_step(
+        setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings, observe=observe
+    )
     progress.advance(batch.input_ids.numel(), setup.flops_per_token)
-    if progress.step % config.train.log_every == 0 or progress.step == config.train.steps:
+    if observe:
         _log(loop, result, rate)
     progress.add_seconds(time.perf_counter() - started)
     if config.evaluation.every and progress.step % config.evaluation.every == 0:
