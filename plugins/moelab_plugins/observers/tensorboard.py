@@ -167,7 +167,7 @@ class TensorBoardObserver:
         self._raised = (self._raised - set(metrics)) | set(on)
 
     def _alarm(self, tag: str, value: float) -> str | None:
-        kind, metric = tag.split("/")[0], tag.split("/")[-1]
+        kind, metric = tag.split("/", maxsplit=1)[0], tag.rsplit("/", maxsplit=1)[-1]
         if not math.isfinite(value):
             return "not a finite number"
         if kind != "moe" or "/mean/" in tag:
