@@ -97,13 +97,9 @@ def _print(table: dict[str, dict[str, Any]]) -> None:
         grid.add_column(name, justify="right", no_wrap=True)
     for key, label in ROWS.items():
         grid.add_row(label, *(_cell(row[key]) for row in table.values()))
-    console = Console()
-    # An exact count must not be cut short: a narrow terminal wraps the lines instead.
-    console.print(
-        grid,
-        width=max(console.width, Measurement.get(console, console.options.update(width=WIDE), grid).maximum),
-        soft_wrap=True,
-    )
+    # An exact count must not be cut short: on a narrow terminal the lines wrap instead.
+    needed = Measurement.get(wide := Console(width=WIDE), wide.options, grid).maximum
+    Console(width=max(needed, Console().width)).print(grid)
 
 
 def _cell(value: object) -> str:
