@@ -27,6 +27,7 @@ from moelab.registry import (
     EXPERT_LAYOUTS,
     ROUTERS,
     SHARED_EXPERTS,
+    ExtensionPoint,
     Registry,
 )
 from moelab.seeds import derive_seed
@@ -95,7 +96,12 @@ def resolve_model(config: ModelConfig, registry: Registry) -> None:
     moe = config.moe
     if moe is None:
         return
-    points = {"layout": EXPERT_LAYOUTS, "router": ROUTERS, "shared_expert": SHARED_EXPERTS, "backend": EXPERT_BACKENDS}
+    points: dict[str, ExtensionPoint[Any, Any]] = {
+        "layout": EXPERT_LAYOUTS,
+        "router": ROUTERS,
+        "shared_expert": SHARED_EXPERTS,
+        "backend": EXPERT_BACKENDS,
+    }
     for key, point in points.items():
         setattr(moe, key, registry.resolve(point, getattr(moe, key), f"model.moe.{key}"))
     moe.balance_losses = [

@@ -61,7 +61,9 @@ def save_checkpoint(
         _sync(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(f"{folder}: can't be written: {error}; free some space and go on with --resume") from error
+        raise CheckpointError(
+            f"{folder}: can't be written: {error}; free some space and go on with --resume"
+        ) from error
 
 
 def restore_checkpoint(folder: Path, model: Transformer, training: TrainingState) -> dict[str, Any]:
@@ -69,7 +71,9 @@ def restore_checkpoint(folder: Path, model: Transformer, training: TrainingState
     load_model_tensors(folder, model)
     tensors = _read(folder / TRAINING)
     device = next(model.parameters()).device
-    moments = {key.removeprefix("optimizer/"): v.to(device) for key, v in tensors.items() if key.startswith("optimizer/")}
+    moments = {
+        key.removeprefix("optimizer/"): v.to(device) for key, v in tensors.items() if key.startswith("optimizer/")
+    }
     restore_optimizer(model, training.optimizer, moments)
     for named in training.balance_losses:
         own = f"balance_losses/{named.name}/"
@@ -77,6 +81,10 @@ def restore_checkpoint(folder: Path, model: Transformer, training: TrainingState
         if state:
             named.loss.load_state_dict(state)  # type: ignore[attr-defined]
     return read_state(folder)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -178,7 +186,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: is missing; the checkpoint is not complete, use an earlier one") from error
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: can't be read ({error}); it is cut short or damaged, use an earlier one") from error
+        raise CheckpointError(
+            f"{path}: can't be read ({error}); it is cut short or damaged, use an earlier one"
+        ) from error
 
 
 def _sync(path: Path) -> None:

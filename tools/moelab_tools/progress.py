@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import moelab
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -33,7 +32,6 @@ class TrainingProgress:
         )
         self._task: TaskID | None = None
 
-    @moelab.hookimpl
     def on_train_begin(self, run_dir: Path, facts: Mapping[str, Any], step: int) -> None:
         parameters, parts = facts["parameters"], facts["components"]
         described = ", ".join(f"{key} {value}" for key, value in parts.items()) or "dense"
@@ -49,7 +47,6 @@ class TrainingProgress:
         self._bar.start()
         self._task = self._bar.add_task(facts["name"], total=self._steps, completed=step, numbers="")
 
-    @moelab.hookimpl
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         numbers = f"loss {metrics['train/loss']:.4f}"
         if "perf/tokens_per_second" in metrics:
@@ -60,12 +57,10 @@ class TrainingProgress:
             self._printed = step * LINES // self._steps
             print(f"  step {step}/{self._steps}  {numbers}", flush=True)
 
-    @moelab.hookimpl
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
         parts = [f"{tag.removeprefix('eval/')} {value:.4f}" for tag, value in metrics.items() if tag.count("/") == 1]
         self.console.print(f"  step {step}  held-out: {', '.join(parts)}", highlight=False)
 
-    @moelab.hookimpl
     def on_train_end(self, step: int, error: BaseException | None) -> None:
         self._bar.stop()
         outcome = "done" if error is None else f"stopped at step {step}"

@@ -100,7 +100,7 @@ def _blame(error: ConfigError, layers: list[Layer]) -> ConfigError:
     message = str(error)
     if "(set by " in message:
         return error
-    key_path = tuple(message.split(":")[0].replace('"', "").split("."))
+    key_path = tuple(message.split(":", maxsplit=1)[0].replace('"', "").split("."))
     for depth in range(len(key_path), 0, -1):
         for layer in reversed(layers):
             if subtree(layer.tree, key_path[:depth]) is not None:

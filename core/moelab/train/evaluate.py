@@ -37,7 +37,7 @@ class Evaluation:
     def document_rows(self, documents: tuple[Sequence[str], Sequence[str]]) -> list[str]:
         """One line of JSON for each document that was read; `documents`: names, and the domain of each."""
         rows = []
-        for index in np.flatnonzero(self.tokens):
+        for index in np.flatnonzero(self.tokens).tolist():
             row = {"document": documents[0][index], "domain": documents[1][index], "nats": float(self.nats[index])}
             row["tokens"] = int(self.tokens[index])
             if self.bytes is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moelab.data.batches import Batch
-from moelab.nn.transformer import Transformer
+from moelab.nn.transformer import DecoderLayer, Transformer
 from moelab.train.precision import Precision
 
 
@@ -43,6 +43,7 @@ def _first_bad_output(model: Transformer, parts: list[Batch], precision: Precisi
 
     watched: list[tuple[str, nn.Module]] = [("embed_tokens", model.embed_tokens)]
     for index, layer in enumerate(model.layers):
+        assert isinstance(layer, DecoderLayer)
         watched += [(f"layer {index} (attention)", layer.self_attn), (f"layer {index} (mlp)", layer.mlp)]
         watched.append((f"layer {index}", layer))
     handles = [module.register_forward_hook(watch(label)) for label, module in [*watched, ("norm", model.norm)]]

@@ -27,12 +27,14 @@ class Precision:
 
 def choose_precision(train: TrainConfig) -> Precision:
     """The config's device and dtype. Raises ConfigError for a device that is not here."""
+    available = torch.cuda.is_available()
+    name = train.device if train.device != "auto" else "cuda" if available else "cpu"
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if train.device == "auto" else train.device)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"train.device: '{train.device}' is no torch device; write auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"train.device: '{train.device}' was asked for, but torch sees no CUDA device; use cpu or auto")
+        raise ConfigError(f"train.device: '{name}' is no torch device; write auto, cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not available:
+        raise ConfigError(f"train.device: torch sees no CUDA device for '{name}'; use cpu or auto")
     return Precision(device, getattr(torch, train.dtype))
 
 

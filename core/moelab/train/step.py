@@ -45,6 +45,16 @@ class StepResult:
     statistics: RouterStatistics  # empty unless the step was observed
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a micro-batch stands in its batch."""
+
+    step: int
+    index: int
+    share: float  # of the batch's unmasked tokens
+    targets: int  # of the whole batch
+
+
 def train_step(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
@@ -74,7 +84,9 @@ def train_step(
     statistics = RouterStatistics()
     shares = [part.token_count / batch.token_count for part in batch.split(settings.micro_batch_size)]
     for index, (part, share) in enumerate(zip(parts, shares, strict=True)):
-        loss, terms, records = _forward(model, balance_losses, part, batch_counts, (targets, share, step, index), settings)
+        loss, terms, records = _forward(
+            model, balance_losses, part, batch_counts, (targets, share, step, index), settings
+        )
         loss.backward()  # type: ignore[no-untyped-call]
         _add_counts(counts, records)
         if observe:
@@ -95,24 +107,23 @@ def _forward(
     balance_losses: Sequence[NamedLoss],
     part: Batch,
     batch_counts: dict[int, Tensor] | None,
-    place: tuple[int, float, int, int],
+    place: _Place,
     settings: StepSettings,
 ) -> tuple[Tensor, dict[str, Tensor], list[LayerRecord]]:
     """The micro-batch's contribution to the batch's loss, and its parts."""
-    targets, share, step, index = place
     with settings.precision.autocast():
         output = model(
             part.input_ids,
             part.attention_mask,
             targets=part.targets,
-            tokens=_token_context(part, step, index, settings.seed),
+            tokens=_token_context(part, place.step, place.index, settings.seed),
         )
     assert output.token_loss is not None
-    lm_loss = output.token_loss.sum() / targets
+    lm_loss = output.token_loss.sum() / place.targets
     context = BalanceContext(batch_counts or {record.layer_id: record.counts for record in output.records})
     loss, terms = lm_loss, {"lm_loss": lm_loss.detach()}
     for named in balance_losses:
-        value = named.loss(output.records, context) * share
+        value = named.loss(output.records, context) * place.share
         loss = loss + named.loss.weight * value
         terms[named.name] = value.detach()
     return loss, terms | {"loss": loss.detach()}, output.records

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -11,15 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pluggy
-
-from moelab import hookspecs
 from moelab.checkpoint import TrainingState, newest_checkpoint, restore_checkpoint, save_checkpoint
 from moelab.config.load import to_yaml
 from moelab.config.run import RunConfig
 from moelab.errors import UserError
-from moelab.registry import OBSERVERS, Registry
+from moelab.registry import Registry
 from moelab.train.evaluate import evaluate, sample_texts
+from moelab.train.observers import ObserverManager, gather_observers
 from moelab.train.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -35,7 +34,7 @@ from moelab.train.run_folder import (
     write_json,
 )
 from moelab.train.schedule import learning_rate_factor
-from moelab.train.setup import Setup, checkpoint_files, prepare
+from moelab.train.setup import Setup, check_same_run, checkpoint_files, prepare
 from moelab.train.step import StepResult, train_step
 from moelab.train.summary import Progress, environment_facts, log_metrics, summary
 
@@ -48,7 +47,7 @@ class Loop:
 
     setup: Setup
     run_dir: Path
-    observers: pluggy.PluginManager
+    observers: ObserverManager
     metrics: MetricsLog
     progress: Progress
     final: dict[str, float] = field(default_factory=dict)  # the newest value of each tag
@@ -70,7 +69,7 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
     handler = open_log(run_dir / LOG)
     try:
         write_atomically(run_dir / CONFIG, to_yaml(setup.config))
-        manager = _observers(config, registry, run_dir, observers)
+        manager = gather_observers(setup.config.observers, registry, run_dir, observers)
         with closing(MetricsLog(run_dir / METRICS, state.get("step", 0))) as metrics:
             loop = Loop(setup, run_dir, manager, metrics, Progress.of(state))
             _run(loop)
@@ -152,11 +151,11 @@ def _evaluate(loop: Loop) -> None:
 def _write_documents(loop: Loop) -> None:
     """What each held-out document cost: comparisons pair runs over documents."""
     assert loop.progress.evaluation is not None
-    rows = loop.progress.evaluation.document_rows(setup_names(loop.setup))
+    rows = loop.progress.evaluation.document_rows(_held_out_documents(loop.setup))
     write_atomically(loop.run_dir / DOCUMENTS, "".join(row + "\n" for row in rows))
 
 
-def setup_names(setup: Setup) -> tuple[list[str], list[str]]:
+def _held_out_documents(setup: Setup) -> tuple[list[str], list[str]]:
     """Names of the held-out documents, and the domain of each."""
     stream = setup.corpus.validation
     return list(stream.document_names), [setup.corpus.domains[i] for i in stream.document_domain]
@@ -173,8 +172,6 @@ def _save(loop: Loop) -> None:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    import shutil  # noqa: PLC0415
-
     if keep:
         for old in sorted(folder.glob("step_*"))[:-keep]:
             shutil.rmtree(old)
@@ -191,8 +188,6 @@ def _find_resume(config: RunConfig, run_dir: Path) -> Path | None:
 
 
 def _restore(setup: Setup, checkpoint: Path) -> dict[str, Any]:
-    from moelab.train.setup import check_same_run  # noqa: PLC0415
-
     check_same_run(setup, checkpoint)
     state = restore_checkpoint(checkpoint, setup.model, _training_state(setup))
     if state["data_fingerprint"] != setup.corpus.fingerprint:
@@ -205,16 +200,3 @@ def _restore(setup: Setup, checkpoint: Path) -> dict[str, Any]:
 
 def _training_state(setup: Setup) -> TrainingState:
     return TrainingState(setup.optimizer, setup.balance_losses)
-
-
-def _observers(
-    config: RunConfig, registry: Registry, run_dir: Path, extra: Sequence[object]
-) -> pluggy.PluginManager:
-    """A manager of the run's own: observers name only the arguments they want."""
-    manager = pluggy.PluginManager("moelab")
-    manager.add_hookspecs(hookspecs.RunHooks)
-    for observer in reversed(extra):  # pluggy calls the last registered first
-        manager.register(observer)
-    for index, node in reversed(list(enumerate(config.observers))):
-        manager.register(registry.build(OBSERVERS, node, run_dir, f"observers.{index}"))
-    return manager

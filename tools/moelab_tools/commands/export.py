@@ -23,8 +23,9 @@ def command(checkpoint: Path, output: Path, dtype: str, max_shard_size: str, for
     Example:
       moelab export runs/tiny_moe exported/tiny_moe
     """
-    import moelab
     import torch
+
+    import moelab
     from moelab.hf.save import save_hf
     from moelab_tools.checkpoints import tokenizer_of
 
