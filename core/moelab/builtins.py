@@ -11,4 +11,7 @@ BUILTIN_PLUGINS = (
     "moelab_plugins.expert_backends.grouped_mm",
     "moelab_plugins.expert_backends.auto",
     "moelab_plugins.data_sources.embedded",
+    "moelab_plugins.data_sources.text",
+    "moelab_plugins.data_sources.jsonl",
+    "moelab_plugins.data_sources.tokens",
 )

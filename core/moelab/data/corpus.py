@@ -115,7 +115,8 @@ def build_corpus(
     domains = sorted({document.domain for document in kept})
     streams = [_tokenise(part, domains, context.tokenizer) for part in (train, validation)]
     return Corpus(
-        *streams,
+        train=streams[0],
+        validation=streams[1],
         domains=domains,
         fingerprint=_fingerprint(train, validation, context.tokenizer),
         manifest=_manifest(given, [train, validation], streams, sources or {}),
