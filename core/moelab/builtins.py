@@ -12,4 +12,7 @@ BUILTIN_PLUGINS = (
     "moelab_plugins.expert_backends.auto",
     "moelab_plugins.data_sources.embedded",
     "moelab_plugins.observers.tensorboard",
+    "moelab_plugins.data_sources.text",
+    "moelab_plugins.data_sources.jsonl",
+    "moelab_plugins.data_sources.tokens",
 )
