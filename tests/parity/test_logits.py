@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from moelab.hf.load import load_hf
 from moelab.nn.kv_cache import KVCache
 from moelab.nn.transformer import Transformer
