@@ -2,6 +2,7 @@
 
 What the tags mean and when they are alarming is in docs/metrics.md.
 """
+# ruff: noqa: PLC0415  tensorboard takes half a second to import, and `moelab plugins` imports this file
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ class TensorBoardObserver:
         self._resumes = False
 
     def on_train_begin(self, run_dir: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # half a second: not for `moelab plugins`
+        from torch.utils.tensorboard import SummaryWriter
 
         self._resumes = any(run_dir.glob("events.out.tfevents.*"))
         self.writer = SummaryWriter(str(run_dir), flush_secs=self.options.flush_secs)
@@ -167,11 +168,11 @@ class TensorBoardObserver:
         self._raised = (self._raised - set(metrics)) | set(on)
 
     def _alarm(self, tag: str, value: float) -> str | None:
-        kind, metric = tag.split("/")[0], tag.split("/")[-1]
         if not math.isfinite(value):
             return "not a finite number"
-        if kind != "moe" or "/mean/" in tag:
+        if not tag.startswith("moe/layer_"):
             return None
+        metric = tag.rsplit("/", 1)[1]
         if metric == "max_violation" and value > self.options.max_violation_alarm:
             return f"the fullest expert has {value + 1:.1f} times its fair share"
         if metric == "dead_fraction" and value > self.options.dead_fraction_alarm:

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from moelab.moe.routing import LayerRecord, Routing
 from moelab.train.router_statistics import RouterStatistics
-from torch import Tensor
 
 E, K = 8, 2
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moelab.registry import OBSERVERS, Registry
-from moelab_plugins.observers.load_image import colour, load_image, png
-from moelab_plugins.observers.tensorboard import hparams
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.util import tensor_util
+
+from moelab.registry import OBSERVERS, Registry
+from moelab_plugins.observers.load_image import colour, load_image, png
+from moelab_plugins.observers.tensorboard import hparams
 
 CONFIG: dict[str, Any] = {
     "run_dir": "runs/a",
