@@ -36,7 +36,7 @@ def gather_rows(x: Tensor, routing: Routing, plan: Dispatch) -> Tensor:
     """x [T, D] -> rows [N, D] in expert order."""
     if routing.top_k is None:
         return x.index_select(0, routing.token.index_select(0, plan.order))
-    return _GatherTopK.apply(x, plan.order, routing.top_k)  # type: ignore[no-any-return]
+    return _GatherTopK.apply(x, plan.order, routing.top_k)
 
 
 def combine_rows(rows: Tensor, routing: Routing, plan: Dispatch) -> Tensor:
