@@ -46,7 +46,7 @@ class AutoBackend:
         )  # fmt: skip
         others = dict(self._others())
         ranked = [name for name in PREFERENCE.get(x.device.type, ()) if name in others]
-        refusals = []
+        refusals: list[str] = []
         for name in [*ranked, *(n for n in sorted(others, key=lambda n: n == "loop") if n not in ranked)]:
             reason = others[name].supports(problem)
             if reason is None:
