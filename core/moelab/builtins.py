@@ -12,4 +12,10 @@ BUILTIN_PLUGINS = (
     "moelab_plugins.expert_backends.auto",
     "moelab_plugins.data_sources.embedded",
     "moelab_plugins.observers.tensorboard",
+    "moelab_upcycling.initialisers.experts.qwen2",
+    "moelab_upcycling.initialisers.experts.sparse",
+    "moelab_upcycling.initialisers.experts.random",
+    "moelab_upcycling.initialisers.shared.copy",
+    "moelab_upcycling.initialisers.router.normal",
+    "moelab_upcycling.initialisers.scaling.none",
 )

@@ -26,7 +26,7 @@ from moelab.registry import (
     SHARED_INITIALISERS,
     Registry,
 )
-from moelab_upcycling import names
+from moelab.hf import roles as names
 from moelab_upcycling.dense import LoadedMatrix
 from moelab_upcycling.dtypes import STORAGE, convert, from_float32, scaled, to_float32
 from moelab_upcycling.plan import OutputTensor, Plan

@@ -11,10 +11,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from moelab.config.model import ModelConfig
 from moelab.config.upcycle import RecipeConfig, UpcycleConfig
 from moelab.errors import CheckpointError
 from moelab.initialisers import MATRICES
-from moelab_upcycling import names
+from moelab.hf import roles as names
+from moelab.hf.names import hf_shapes, parameter_shapes
 from moelab_upcycling.dtypes import SAFETENSORS_NAMES, STORAGE, TORCH_NAMES
 from moelab_upcycling.source import DenseSource
 from moelab_upcycling.target import Target
@@ -123,8 +125,12 @@ class Plan:
         return {**self.target.config, "torch_dtype": TORCH_NAMES[self.dtype]}
 
 
-def make_plan(config: UpcycleConfig, target: Target, recipe: RecipeConfig, sources: list[DenseSource]) -> Plan:
-    """CheckpointError where a source lacks a tensor or has one of another shape."""
+def make_plan(
+    config: UpcycleConfig, dense: ModelConfig, target: Target, recipe: RecipeConfig, sources: list[DenseSource]
+) -> Plan:
+    """`dense` is what the source's config.json says. CheckpointError where a source's tensors say otherwise."""
+    for source in sources:
+        _check(source, dense)
     dtype = _dtype(config, sources)
     shards = _shards(target, dtype, config, sources)
     return Plan(
@@ -158,7 +164,7 @@ def _shards(target: Target, dtype: str, config: UpcycleConfig, sources: list[Den
     groups: list[tuple[int, list[OutputTensor]]] = []
     for layer_id in range(target.num_hidden_layers):
         groups += [(layer_id, part) for part in _split(_layer(target, layer_id, dtype, sources), config.shard_bytes)]
-    groups += [(-1, part) for part in _split(_rest(target, dtype, config, sources), config.shard_bytes)]
+    groups += [(-1, part) for part in _split(_rest(target, dtype, sources), config.shard_bytes)]
     count = len(groups)
     return tuple(
         Shard(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(tensors), layer_id)
@@ -180,10 +186,7 @@ def _split(tensors: list[OutputTensor], limit: int) -> list[list[OutputTensor]]:
 
 def _layer(target: Target, layer_id: int, dtype: str, sources: list[DenseSource]) -> list[OutputTensor]:
     """In the order of making: all that needs one source matrix stands together, so one at a time is held."""
-    hidden, width = target.hidden_size, target.intermediate_size
-    ffn = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
-    for matrix in MATRICES:
-        _check(sources, names.dense_ffn(layer_id, matrix), ffn[matrix])
+    hidden = target.hidden_size
     made = [_copy(sources, name, dtype) for name in names.attention(layer_id)]
     layout = target.layouts.get(layer_id)
     if layout is None:
@@ -203,12 +206,12 @@ def _layer(target: Target, layer_id: int, dtype: str, sources: list[DenseSource]
     return made
 
 
-def _rest(target: Target, dtype: str, config: UpcycleConfig, sources: list[DenseSource]) -> list[OutputTensor]:
+def _rest(target: Target, dtype: str, sources: list[DenseSource]) -> list[OutputTensor]:
     embedding = _copy(sources, names.EMBEDDING, dtype, rows=target.vocab_size)
     made = [embedding, _copy(sources, names.NORM, dtype)]
     if target.tie_word_embeddings:
         return made
-    head = names.EMBEDDING if config.untie and names.LM_HEAD not in sources[0].tensors else names.LM_HEAD
+    head = names.LM_HEAD if names.LM_HEAD in sources[0].tensors else names.EMBEDDING  # untie: tied in the source
     made.append(_copy(sources, head, dtype, rows=target.vocab_size, name=names.LM_HEAD))
     return made
 
@@ -216,23 +219,30 @@ def _rest(target: Target, dtype: str, config: UpcycleConfig, sources: list[Dense
 def _copy(
     sources: list[DenseSource], source: str, dtype: str, *, rows: int | None = None, name: str = ""
 ) -> OutputTensor:
-    if source not in sources[0].tensors:
-        raise CheckpointError(f"{sources[0].folder}: has no tensor '{source}'; is the checkpoint complete?")
     shape = sources[0].tensors[source].shape
-    _check(sources, source, shape)
     shape = shape if rows is None else (rows, *shape[1:])
     return OutputTensor(name or source, dtype, shape, "copy", source=source)
 
 
-def _check(sources: list[DenseSource], name: str, shape: tuple[int, ...]) -> None:
-    for source in sources:
+def _check(source: DenseSource, dense: ModelConfig) -> None:
+    for name, shape in hf_shapes(parameter_shapes(dense, {})).items():
         tensor = source.tensors.get(name)
         if tensor is None:
             raise CheckpointError(f"{source.folder}: has no tensor '{name}'; is the checkpoint complete?")
         if tensor.shape != shape:
-            raise CheckpointError(f"{tensor.file}: '{name}' is {list(tensor.shape)}, should be {list(shape)}")
+            raise CheckpointError(
+                f"{tensor.file}: '{name}' is {list(tensor.shape)}, but config.json asks for {list(shape)}"
+            )
         if tensor.dtype not in STORAGE:
             raise CheckpointError(f"{tensor.file}: '{name}' is {tensor.dtype}; only {', '.join(STORAGE)} can be read")
+    if dense.tie_word_embeddings and names.LM_HEAD in source.tensors:
+        if source.tensors[names.LM_HEAD].shape != source.tensors[names.EMBEDDING].shape or not source.same_bytes(
+            names.EMBEDDING, names.LM_HEAD
+        ):
+            raise CheckpointError(
+                f"{source.folder}: config.json ties lm_head to the embedding, but stores another one (transformers 4 "
+                "reads the first, 5 the second); set tie_word_embeddings to false there, or delete the tensor"
+            )
 
 
 def ledger(plan: Plan, sources: list[DenseSource]) -> Mapping[str, str]:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from moelab.errors import CheckpointError, ConfigError
 from moelab.initialisers import PromptReader
-from moelab_upcycling import names
+from moelab.hf import roles as names
 from moelab_upcycling.dtypes import to_float32
 from moelab_upcycling.source import DenseSource
 

@@ -92,10 +92,6 @@ class DenseSource:
             os.close(descriptor)
         self._open.clear()
 
-    def config(self) -> dict[str, Any]:
-        """config.json as it stands."""
-        return read_json(self.folder / "config.json")
-
     def pieces(self, name: str, rows: int | None = None) -> Iterator[npt.NDArray[Any]]:
         """The first `rows` rows of a tensor, a few MB at a time -> [r, row size] in storage type.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,21 @@ from moelab.config.model import ModelConfig, MoEConfig
 from moelab.config.overlay import overlay
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import CheckpointError, ConfigError
+from moelab.hf.config import CONFIG_FILE, read_config
 from moelab.moe.layout import ExpertLayout, LayoutContext
 from moelab.moe.per_layer import layer_parts
 from moelab.registry import EXPERT_LAYOUTS, Registry, near
+from moelab_upcycling.source import read_json
 
 # What the weights fix: a recipe may repeat these, not change them.
 _FIXED = (
     "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim",
 )  # fmt: skip
-_FREE = ("vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "initializer_range")
 # Fields of a dense config.json that mean the same in a Qwen2-MoE one.
 _CARRIED = (
     "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "hidden_act", "use_cache",
-    "sliding_window", "use_sliding_window", "max_window_layers", "rope_scaling",
+    "sliding_window", "max_window_layers",
 )  # fmt: skip
 
 
@@ -46,28 +47,13 @@ class Target:
     config: Mapping[str, Any]  # the output's config.json, without its dtype
 
 
-def read_dense_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
-    """A dense Qwen2 config.json, in the style of transformers 4 or 5."""
-    if raw.get("model_type") != "qwen2":
-        raise CheckpointError(
-            f"{path}: model_type is '{raw.get('model_type')}'; only dense Qwen2 ('qwen2') can be upcycled"
-        )
-    rope = raw.get("rope_parameters") or {}
-    config = ModelConfig()
-    for field in fields(ModelConfig):
-        if raw.get(field.name) is not None:
-            setattr(config, field.name, raw[field.name])
-    config.rope_theta = float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0)))
-    missing = [key for key in (*_FIXED[:-1], "vocab_size") if key not in raw]
-    if missing:
-        raise CheckpointError(f"{path}: has no '{missing[0]}'; it is no complete Qwen2 config.json")
-    config.check(str(path))
-    return config
-
-
-def resolve_target(config: UpcycleConfig, raw: Mapping[str, Any], path: Path, registry: Registry) -> Target:
-    """The output model. ConfigError where the recipe's `model` does not fit the source."""
-    dense = read_dense_config(raw, path)
+def resolve_target(config: UpcycleConfig, folder: Path, registry: Registry) -> tuple[ModelConfig, Target]:
+    """The source's model and the output's. ConfigError where the recipe's `model` does not fit the source."""
+    path = folder / CONFIG_FILE
+    source, raw = read_config(folder), read_json(path)
+    if source.moe is not None:
+        raise CheckpointError(f"{path}: is a Qwen2-MoE already; only a dense Qwen2 can be upcycled")
+    dense = replace(source)
     given = dict(config.model)
     moe = given.pop("moe", None)
     legal = [field.name for field in fields(ModelConfig)]
@@ -79,16 +65,19 @@ def resolve_target(config: UpcycleConfig, raw: Mapping[str, Any], path: Path, re
         if key in _FIXED and value != getattr(dense, key):
             raise ConfigError(f"model.{key}: {value}, but the source's is {getattr(dense, key)} ({path}); leave it out")
         setattr(dense, key, value)
-    if dense.vocab_size > int(raw["vocab_size"]):
+    if dense.vocab_size > source.vocab_size:
         raise ConfigError(
-            f"model.vocab_size: {dense.vocab_size}, but the source has only {raw['vocab_size']} rows; "
-            f"write model.vocab_size={raw['vocab_size']} or fewer"
+            f"model.vocab_size: {dense.vocab_size}, but the source has only {source.vocab_size} rows; "
+            f"write model.vocab_size={source.vocab_size} or fewer"
         )
-    if given.get("tie_word_embeddings") not in (None, bool(raw.get("tie_word_embeddings", False))):
+    if given.get("tie_word_embeddings") not in (None, source.tie_word_embeddings):
         raise ConfigError("model.tie_word_embeddings: stays as in the source; to untie write untie=true")
     if not isinstance(moe, Mapping):
         raise ConfigError("model.moe: names no layout; write model.moe.layout, as configs/upcycle/*.yaml do")
-    return _with_experts(config, dense, _moe(moe), raw, registry)
+    if config.untie:
+        dense.tie_word_embeddings = False
+    dense.check()
+    return source, _with_experts(dense, _moe(moe), raw, registry)
 
 
 def _moe(node: Mapping[str, Any]) -> MoEConfig:
@@ -99,9 +88,7 @@ def _moe(node: Mapping[str, Any]) -> MoEConfig:
     return MoEConfig(**overlay({}, dict(node)))
 
 
-def _with_experts(
-    config: UpcycleConfig, dense: ModelConfig, moe: MoEConfig, raw: Mapping[str, Any], registry: Registry
-) -> Target:
+def _with_experts(dense: ModelConfig, moe: MoEConfig, raw: Mapping[str, Any], registry: Registry) -> Target:
     if moe.layers:
         raise ConfigError("model.moe.layers: a Qwen2-MoE checkpoint has no parts by layer; leave it out")
     layouts = _layouts(dense, moe, registry)
@@ -119,7 +106,6 @@ def _with_experts(
     width = shared.get("intermediate_size")
     if not isinstance(width, int) or width < 1:
         raise ConfigError(f"model.moe.shared_expert.intermediate_size: must be at least 1, not {width}")
-    tied = bool(raw.get("tie_word_embeddings", False)) and not config.untie
     norm_topk_prob = bool(router.get("norm_topk_prob", False))
     step, dense_layers = _sparse_pattern(layouts, dense.num_hidden_layers)
     layout = layouts[min(layouts)]
@@ -139,14 +125,14 @@ def _with_experts(
         intermediate_size=dense.intermediate_size,
         num_hidden_layers=dense.num_hidden_layers,
         vocab_size=dense.vocab_size,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=dense.tie_word_embeddings,
         initializer_range=dense.initializer_range,
         layouts=layouts,
         shared_intermediate_size=width,
         norm_topk_prob=norm_topk_prob,
         decoder_sparse_step=step,
         mlp_only_layers=dense_layers,
-        config=_config_json(dense, raw, moe_fields, tied),
+        config=_config_json(dense, raw, moe_fields),
     )
 
 
@@ -183,23 +169,17 @@ def _sparse_pattern(layouts: Mapping[int, ExpertLayout], layers: int) -> tuple[i
     return 1, tuple(i for i in range(layers) if i not in sparse)
 
 
-def _config_json(
-    dense: ModelConfig, raw: Mapping[str, Any], moe_fields: Mapping[str, Any], tied: bool
-) -> dict[str, Any]:
+def _config_json(dense: ModelConfig, raw: Mapping[str, Any], moe_fields: Mapping[str, Any]) -> dict[str, Any]:
     """In the style of transformers 4: 4.57 reads theta 10,000 from a config that has only `rope_parameters`."""
     carried = {key: raw[key] for key in _CARRIED if raw.get(key) is not None}
-    rope = dict(raw.get("rope_parameters") or {})
-    rope.pop("rope_theta", None)
-    if rope.get("rope_type", "default") != "default":
-        carried["rope_scaling"] = rope
     sizes = {field.name: getattr(dense, field.name) for field in fields(ModelConfig) if field.name != "moe"}
     if sizes["head_dim"] is None:
         del sizes["head_dim"]
     return {
         "architectures": ["Qwen2MoeForCausalLM"],
         "model_type": "qwen2_moe",
+        "use_sliding_window": False,
         **carried,
         **sizes,
         **moe_fields,
-        "tie_word_embeddings": tied,
     }

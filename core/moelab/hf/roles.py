@@ -1,4 +1,4 @@
-"""Which Hugging Face tensors a dense Qwen2 has, and which a Qwen2-MoE."""
+"""Hugging Face tensor names by what they are, for upcycling; free of torch."""
 
 from __future__ import annotations
 
