@@ -16,4 +16,10 @@ BUILTIN_PLUGINS = (
     "moelab_plugins.data_sources.text",
     "moelab_plugins.data_sources.jsonl",
     "moelab_plugins.data_sources.tokens",
+    "moelab_upcycling.initialisers.experts.qwen2",
+    "moelab_upcycling.initialisers.experts.sparse",
+    "moelab_upcycling.initialisers.experts.random",
+    "moelab_upcycling.initialisers.shared.copy",
+    "moelab_upcycling.initialisers.router.normal",
+    "moelab_upcycling.initialisers.scaling.none",
 )
