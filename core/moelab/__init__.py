@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moelab.builder import build, build_model, load
     from moelab.components import Component, component
+    from moelab.data.corpus import Corpus, DataContext, Document, TokenStream, build_corpus
     from moelab.errors import CheckpointError, ConfigError, DataError, RunFailure, UserError
     from moelab.hookspecs import hookimpl
     from moelab.moe.contracts import (
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "moelab.builder": ("build", "build_model", "load"),
     "moelab.components": ("Component", "component"),
+    "moelab.data.corpus": ("Corpus", "DataContext", "Document", "TokenStream", "build_corpus"),
     "moelab.errors": ("CheckpointError", "ConfigError", "DataError", "RunFailure", "UserError"),
     "moelab.hookspecs": ("hookimpl",),
     "moelab.moe.contracts": (
@@ -58,7 +60,10 @@ __all__ = [
     "CheckpointError",
     "Component",
     "ConfigError",
+    "Corpus",
+    "DataContext",
     "DataError",
+    "Document",
     "ExpertBackend",
     "ExpertLayout",
     "LayerRecord",
@@ -70,8 +75,10 @@ __all__ = [
     "RunFailure",
     "SharedExpert",
     "TokenInfo",
+    "TokenStream",
     "UserError",
     "build",
+    "build_corpus",
     "build_model",
     "component",
     "hookimpl",

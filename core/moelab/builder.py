@@ -27,6 +27,7 @@ from moelab.registry import (
     EXPERT_LAYOUTS,
     ROUTERS,
     SHARED_EXPERTS,
+    ExtensionPoint,
     Registry,
 )
 from moelab.seeds import derive_seed
@@ -95,7 +96,12 @@ def resolve_model(config: ModelConfig, registry: Registry) -> None:
     moe = config.moe
     if moe is None:
         return
-    points = {"layout": EXPERT_LAYOUTS, "router": ROUTERS, "shared_expert": SHARED_EXPERTS, "backend": EXPERT_BACKENDS}
+    points: dict[str, ExtensionPoint[Any, Any]] = {
+        "layout": EXPERT_LAYOUTS,
+        "router": ROUTERS,
+        "shared_expert": SHARED_EXPERTS,
+        "backend": EXPERT_BACKENDS,
+    }
     for key, point in points.items():
         setattr(moe, key, registry.resolve(point, getattr(moe, key), f"model.moe.{key}"))
     moe.balance_losses = [
@@ -114,14 +120,9 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.
     return load_model(Path(path), dtype=dtype, device=device)
 
 
-def _mlp(config: ModelConfig, registry: Registry, layer_id: int) -> SwiGLU | MoEBlock:
-    if config.moe is None:
-        return SwiGLU(config.hidden_size, config.intermediate_size)
-    parts = layer_parts(config.moe, config.num_hidden_layers)[layer_id]
-    layout = _layout(config, registry, parts, layer_id)
-    if layout is None:
-        return SwiGLU(config.hidden_size, config.intermediate_size)
-    context = MoEContext(
+def moe_context(config: ModelConfig, layout: ExpertLayout, layer_id: int) -> MoEContext:
+    """What the router and the shared expert of a layer are built from."""
+    return MoEContext(
         hidden_size=config.hidden_size,
         num_experts=layout.num_experts,
         num_experts_per_tok=layout.num_experts_per_tok,
@@ -131,8 +132,18 @@ def _mlp(config: ModelConfig, registry: Registry, layer_id: int) -> SwiGLU | MoE
         num_hidden_layers=config.num_hidden_layers,
         vocab_size=config.vocab_size,
         initializer_range=config.initializer_range,
-        allow_noncausal=config.moe.allow_noncausal,
+        allow_noncausal=config.moe is not None and config.moe.allow_noncausal,
     )
+
+
+def _mlp(config: ModelConfig, registry: Registry, layer_id: int) -> SwiGLU | MoEBlock:
+    if config.moe is None:
+        return SwiGLU(config.hidden_size, config.intermediate_size)
+    parts = layer_parts(config.moe, config.num_hidden_layers)[layer_id]
+    layout = _layout(config, registry, parts, layer_id)
+    if layout is None:
+        return SwiGLU(config.hidden_size, config.intermediate_size)
+    context = moe_context(config, layout, layer_id)
     router = registry.build(ROUTERS, parts.router, context, parts.where("router"))
     shared = registry.build(SHARED_EXPERTS, parts.shared_expert, context, parts.where("shared_expert"))
     if not isinstance(router, nn.Module):

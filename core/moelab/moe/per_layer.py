@@ -43,11 +43,12 @@ def layer_parts(moe: MoEConfig, num_hidden_layers: int) -> list[LayerParts]:
             if layer_id in chosen:
                 raise ConfigError(f'{where}: layer {layer_id} is already matched by "{chosen[layer_id][0]}"')
             chosen[layer_id] = (str(pattern), override)
-    parts = []
+    parts: list[LayerParts] = []
     for layer_id in range(num_hidden_layers):
-        pattern, override = chosen.get(layer_id, (None, {}))
+        applied = chosen.get(layer_id)
+        override = applied[1] if applied else {}
         merged = overlay(base, override)
-        parts.append(LayerParts(**{key: merged[key] for key in LAYER_KEYS}, pattern=pattern))
+        parts.append(LayerParts(**{key: merged[key] for key in LAYER_KEYS}, pattern=applied[0] if applied else None))
     return parts
 
 
