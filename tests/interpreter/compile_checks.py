@@ -90,6 +90,4 @@ def test_the_routing_weights_gradient_compiles(dtype: str):
     types = dict.fromkeys(("x", "grad", "wgrad"), f"*{dtype}") | dict.fromkeys(
         ("indices", "bin_ids", "bins", "padded_bins"), "*i32"
     )
-    assert _compile(
-        kernels._padded_copy_wgrad, types, {"NUM_COLUMNS": 3584, "TOP_K": 8, "BLOCK_X": 128}
-    ).asm["cubin"]
+    assert _compile(kernels._padded_copy_wgrad, types, {"NUM_COLUMNS": 3584, "TOP_K": 8, "BLOCK_X": 128}).asm["cubin"]

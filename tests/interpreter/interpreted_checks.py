@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "unit" / "plugins" / "expert_backends"))
-from routings import CASES, EXPERTS, TOP_K, bank, gradients, reference
-
+from expert_routings import CASES, EXPERTS, TOP_K, bank, gradients, reference
 from moelab import BackendContext, Routing
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.layout import ExpertLayout
@@ -77,5 +74,3 @@ def test_the_stand_in_for_the_compiled_extension_says_what_it_is():
         pytest.skip("the compiled extension is installed")
     with pytest.raises(RuntimeError, match="megablocks_ops, MegaBlocks' compiled extension, is not installed"):
         sys.modules["megablocks_ops"].sort()
-
-

@@ -48,9 +48,9 @@ def missing() -> str | None:
 def load() -> Kernels:
     """The kernels. Raises ImportError when `missing()` would have told why."""
     _stand_in()
-    import stk.ops  # noqa: PLC0415
-    from megablocks.backend import kernels  # noqa: PLC0415
-    from megablocks.ops import padded_gather, padded_scatter  # noqa: PLC0415
+    import stk.ops
+    from megablocks.backend import kernels
+    from megablocks.ops import padded_gather, padded_scatter
 
     if interpreted():
         # The interpreter has no clock to tune by: one configuration each.
