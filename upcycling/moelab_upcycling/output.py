@@ -50,7 +50,9 @@ class OutputFolder:
         if stored.get("plan") == self.plan.hash:
             return
         ours, theirs = json.loads(json.dumps(self.plan.identity())), stored.get("identity", {})
-        differing = [f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in ours if ours[key] != theirs.get(key)]
+        differing = [
+            f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in ours if ours[key] != theirs.get(key)
+        ]
         raise CheckpointError(
             f"{self.folder}: was begun by another plan, so nothing can be resumed; choose another folder, delete it, or "
             "repeat its settings. " + "; ".join(differing[:3])[:600]

@@ -14,9 +14,9 @@ from typing import Any
 from moelab.config.model import ModelConfig
 from moelab.config.upcycle import RecipeConfig, UpcycleConfig
 from moelab.errors import CheckpointError
-from moelab.initialisers import MATRICES
 from moelab.hf import roles as names
 from moelab.hf.names import hf_shapes, parameter_shapes
+from moelab.initialisers import MATRICES
 from moelab_upcycling.dtypes import SAFETENSORS_NAMES, STORAGE, TORCH_NAMES
 from moelab_upcycling.source import DenseSource
 from moelab_upcycling.target import Target

@@ -133,7 +133,9 @@ def _named(variants: Sequence[Variant], name: str) -> Variant:
 
 def _best(variants: Sequence[Variant]) -> Variant | None:
     """The lowest held-out bits per byte among those that finished."""
-    scored = [(np.mean(values), index) for index, v in enumerate(variants) if v.finished and (values := v.bits_per_byte())]
+    scored = [
+        (np.mean(values), index) for index, v in enumerate(variants) if v.finished and (values := v.bits_per_byte())
+    ]
     return variants[min(scored)[1]] if scored else None
 
 

@@ -135,9 +135,10 @@ def _unequal(runs: Sequence[Run]) -> Iterator[tuple[str, dict[str, Any]]]:
         {run.name: f"{run.summary.get('device')}, {run.summary.get('threads')} threads" for run in ended},
     )
     yield "The runs computed in different precision", {run.name: run.summary.get("dtype") for run in ended}
-    yield "The runs used different versions of torch", {
-        run.name: run.summary.get("versions", {}).get("torch") for run in ended
-    }
+    yield (
+        "The runs used different versions of torch",
+        {run.name: run.summary.get("versions", {}).get("torch") for run in ended},
+    )
 
 
 def _short(value: Any) -> Any:
