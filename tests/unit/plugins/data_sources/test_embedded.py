@@ -46,7 +46,8 @@ def test_it_is_quick_the_same_each_time_and_another_for_another_seed(corpus: Cor
     assert np.array_equal(again.train.tokens, corpus.train.tokens)
     other = build(DataContext(ByteTokenizer(), seed=1), domains=["code_py"], max_bytes_per_domain=200_000)
     this = build(domains=["code_py"], max_bytes_per_domain=200_000)
-    assert set(other.train.document_names) != set(this.train.document_names)
+    chosen = [{*found.train.document_names, *found.validation.document_names} for found in (other, this)]
+    assert len(chosen[0] & chosen[1]) < 0.8 * len(chosen[0])  # other files, not only another split
 
 
 def test_domains_read_as_what_they_are_called() -> None:
