@@ -100,8 +100,8 @@ class RunHooks:
     """
 
     @hookspec
-    def on_train_begin(self, run_dir: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Before the first step. `facts`: parameter counts, FLOPs per token, backends, plugin versions."""
+    def on_train_begin(self, run_dir: Path, config: Mapping[str, Any], facts: Mapping[str, Any], step: int) -> None:
+        """Before the first step; `step` are done already when a run is resumed. `facts`: summary.json's, so far."""
 
     @hookspec
     def on_log(self, step: int, metrics: Mapping[str, float], loads: Mapping[int, list[float]]) -> None:

@@ -79,6 +79,7 @@ class RunConfig:
     seed: int = 0  # of the initialisation and of all noise
     plugins: list[str] = field(default_factory=list)  # modules beside the config file, or on the path
     entry_points: bool = True  # False: ignore installed packages' plugins
+    search_path: list[str] = field(default_factory=list)  # of plugins and data; the config files' folders are added
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -90,35 +91,56 @@ class RunConfig:
 
     def check(self) -> None:
         """Raise ConfigError for values out of range, naming the key."""
-        train, schedule = self.train, self.schedule
-        for key in ("steps", "batch_size", "sequence_length", "log_every"):
-            if getattr(train, key) < 1:
-                raise ConfigError(f"train.{key}: must be at least 1, not {getattr(train, key)}")
-        micro = train.micro_batch_size
-        if micro is not None and (micro < 1 or train.batch_size % micro):
-            raise ConfigError(f"train.micro_batch_size: {micro} does not divide train.batch_size {train.batch_size}")
-        if train.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"train.dtype: must be float32 or bfloat16, not '{train.dtype}'")
-        if train.threads is not None and train.threads < 1:
-            raise ConfigError(f"train.threads: must be at least 1, not {train.threads}")
-        for key in ("grad_clip", "save_every", "keep_checkpoints"):
-            if getattr(train, key) < 0:
-                raise ConfigError(f"train.{key}: must not be negative, not {getattr(train, key)}")
-        if schedule.name not in ("cosine", "wsd", "constant"):
-            raise ConfigError(f"schedule.name: must be cosine, wsd or constant, not '{schedule.name}'")
-        if not 0 <= schedule.warmup_steps <= train.steps:
-            raise ConfigError(f"schedule.warmup_steps: must be 0 .. train.steps, not {schedule.warmup_steps}")
-        if not 0 <= schedule.min_lr_ratio <= 1 or not 0 <= schedule.decay_fraction <= 1:
-            raise ConfigError("schedule.min_lr_ratio and schedule.decay_fraction: must be in 0 .. 1")
-        if self.optimizer.lr <= 0 or self.optimizer.weight_decay < 0 or self.optimizer.eps <= 0:
-            raise ConfigError("optimizer: lr and eps must be positive, weight_decay must not be negative")
-        if len(self.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in self.optimizer.betas):
-            raise ConfigError(f"optimizer.betas: must be two numbers in 0 .. 1, not {self.optimizer.betas}")
+        _check_train(self.train)
+        _check_schedule(self.schedule, self.train.steps)
+        _check_optimizer(self.optimizer)
         if not 0 < self.data.validation_fraction < 1:
             raise ConfigError(f"data.validation_fraction: must be between 0 and 1, not {self.data.validation_fraction}")
-        if train.sequence_length > self.model.max_position_embeddings:
+        if self.train.sequence_length > self.model.max_position_embeddings:
             raise ConfigError(
-                f"train.sequence_length: {train.sequence_length} exceeds model.max_position_embeddings "
+                f"train.sequence_length: {self.train.sequence_length} exceeds model.max_position_embeddings "
                 f"{self.model.max_position_embeddings}"
             )
+        for key in ("every", "sample_tokens"):
+            _at_least("evaluation", self.evaluation, key, 0)
+        _at_least("evaluation", self.evaluation, "sequences", 1)
         self.model.check()
+
+
+def _check_train(train: TrainConfig) -> None:
+    for key in ("steps", "batch_size", "sequence_length", "log_every"):
+        _at_least("train", train, key, 1)
+    for key in ("grad_clip", "save_every", "keep_checkpoints"):
+        _at_least("train", train, key, 0)
+    micro = train.micro_batch_size
+    if micro is not None and (micro < 1 or train.batch_size % micro):
+        raise ConfigError(f"train.micro_batch_size: {micro} does not divide train.batch_size {train.batch_size}")
+    if train.dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"train.dtype: must be float32 or bfloat16, not '{train.dtype}'")
+    if train.threads is not None and train.threads < 1:
+        raise ConfigError(f"train.threads: must be at least 1, not {train.threads}")
+
+
+def _check_schedule(schedule: ScheduleConfig, steps: int) -> None:
+    if schedule.name not in ("cosine", "wsd", "constant"):
+        raise ConfigError(f"schedule.name: must be cosine, wsd or constant, not '{schedule.name}'")
+    if not 0 <= schedule.warmup_steps <= steps:
+        raise ConfigError(f"schedule.warmup_steps: must be 0 .. train.steps ({steps}), not {schedule.warmup_steps}")
+    for key in ("min_lr_ratio", "decay_fraction"):
+        if not 0 <= getattr(schedule, key) <= 1:
+            raise ConfigError(f"schedule.{key}: must be in 0 .. 1, not {getattr(schedule, key)}")
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    for key in ("lr", "eps"):
+        if getattr(optimizer, key) <= 0:
+            raise ConfigError(f"optimizer.{key}: must be positive, not {getattr(optimizer, key)}")
+    _at_least("optimizer", optimizer, "weight_decay", 0)
+    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise ConfigError(f"optimizer.betas: must be two numbers in 0 .. 1, not {optimizer.betas}")
+
+
+def _at_least(section: str, holder: object, key: str, bound: int) -> None:
+    value = getattr(holder, key)
+    if value < bound:
+        raise ConfigError(f"{section}.{key}: must be at least {bound}, not {value}")

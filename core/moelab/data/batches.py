@@ -32,6 +32,11 @@ class Batch:
     target_document_id: Tensor | None = None  # [B, S] int64, of the targets; held-out batches only
     target_bytes: Tensor | None = None  # [B, S] float64, text bytes of the targets; held-out batches, where known
 
+    @property
+    def token_count(self) -> int:
+        """Tokens that are not padding. Ask on the host: on a device it waits."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
     def to(self, device: torch.device | str) -> Batch:
         return Batch(**{name: value.to(device, non_blocking=True) for name, value in self._tensors()})
 

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints: names, config.json and safetensors files, in and out. Only this package knows them."""
+"""Hugging Face checkpoints of Qwen2 and Qwen2-MoE: the only place that knows their names, fields and files."""

@@ -5,7 +5,7 @@ B sequences, S positions, T = B * S tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,11 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i, mlp) for i, mlp in enumerate(mlps))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one parameter where the config says so; `to_empty` parts them."""
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(
@@ -121,6 +125,7 @@ class Transformer(nn.Module):
             x, record = layer(x, inputs, info)
             if record is not None:
                 records.append(record)
+                info = replace(info, previous=record.routing)
         return self.norm(x), records
 
     def _token_info(
@@ -138,6 +143,7 @@ class Transformer(nn.Module):
             mask=None if mask is None else mask.reshape(-1),
             training=self.training,
             generator=tokens.generator,
+            num_sequences=batch,
         )
 
 

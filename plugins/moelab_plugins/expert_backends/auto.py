@@ -11,7 +11,7 @@ from moelab.moe.contracts import ExpertProblem
 from moelab.moe.experts import ExpertBank, compute_dtype
 
 # Best first; whatever else is registered comes before the reference.
-PREFERENCE = {"cuda": ("grouped_mm",), "cpu": ("grouped_mm",)}
+PREFERENCE = {"cuda": ("grouped_mm",), "cpu": ("cpu_threads", "grouped_mm")}
 
 
 @dataclass
@@ -46,7 +46,7 @@ class AutoBackend:
         )  # fmt: skip
         others = dict(self._others())
         ranked = [name for name in PREFERENCE.get(x.device.type, ()) if name in others]
-        refusals = []
+        refusals: list[str] = []
         for name in [*ranked, *(n for n in sorted(others, key=lambda n: n == "loop") if n not in ranked)]:
             reason = others[name].supports(problem)
             if reason is None:

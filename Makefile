@@ -1,0 +1,45 @@
+# Set-up, tests and the demo. Every target installs what it needs into .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RUNS ?= runs/demo
+
+.PHONY: help setup test lint types demo short-demo lock clean
+
+help:
+	@echo "make demo    dense Qwen2 -> upcycle -> train MoE variants -> compare, on real text (under 10 minutes)"
+	@echo "make test    all tests"
+	@echo "make lint    ruff; make types: mypy; make clean: remove runs/demo and the virtual environment"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml requirements.lock
+	@echo "Setting up $(VENV): takes a minute or two the first time"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock hatchling editables
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c requirements.lock -e '.[dev]'
+	@touch $(INSTALLED)
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+demo: $(INSTALLED)
+	@MOELAB=$(BIN)/moelab bash tools/demo.sh $(RUNS)
+
+short-demo: $(INSTALLED)
+	@MOELAB=$(BIN)/moelab bash tools/demo.sh $(RUNS) train.steps=6 schedule.warmup_steps=2 evaluation.sequences=8 evaluation.sample_tokens=8
+
+lock: $(INSTALLED)
+	@{ head -2 requirements.lock; $(BIN)/python -m pip freeze --exclude-editable | sed 's/^torch==\([0-9.]*\).*/torch==\1/'; } > .lock.new
+	@mv .lock.new requirements.lock
+
+clean:
+	rm -rf $(VENV) $(RUNS)

@@ -1,0 +1,81 @@
+"""A Hugging Face folder -> a model: config first, then headers, then weights, and nothing left unloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from moelab.builder import build_model
+from moelab.errors import CheckpointError, ConfigError
+from moelab.hf.config import read_config
+from moelab.hf.files import TensorFolder
+from moelab.hf.names import EMBEDDING, LM_HEAD, Piece, Shape, pieces
+from moelab.nn.transformer import Transformer
+from moelab.registry import Registry
+
+
+def load_hf(
+    folder: str | Path,
+    registry: Registry | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Transformer:
+    """The model of a Qwen2 or Qwen2-MoE checkpoint, in evaluation mode, its parameters cast to `dtype`.
+
+    Raises CheckpointError naming file, tensor and cure, before any weight is read.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    try:
+        model = build_model(config, registry, device="meta", seed=None)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: can't be built: {error}") from error
+    stored = TensorFolder(folder)
+    wanted = _wanted(model, stored)
+    stored.check(
+        {piece.name: piece.shape(shape) for shape, found in wanted.values() for piece in found},
+        optional=[LM_HEAD] if config.tie_word_embeddings else [],
+    )
+    if config.tie_word_embeddings:
+        _check_tied(stored)
+    model = model.to(dtype).to_empty(device=device)
+    model.tie_weights()
+    _fill(model, stored, wanted)
+    return model.eval()
+
+
+def _wanted(model: Transformer, stored: TensorFolder) -> dict[str, tuple[Shape, list[Piece]]]:
+    """Our name -> its shape and the stored tensors it is read from; experts apart or fused, as the folder has them."""
+    wanted = {}
+    for name, tensor in model.state_dict().items():
+        if name == LM_HEAD and model.config.tie_word_embeddings:
+            continue
+        shape = tuple(tensor.shape)
+        fused = pieces(name, shape, fused=True)
+        wanted[name] = (shape, fused if all(p.name in stored.tensors for p in fused) else pieces(name, shape))
+    return wanted
+
+
+def _check_tied(stored: TensorFolder) -> None:
+    """A stored head beside tie_word_embeddings must be the embedding: readers differ on which of the two wins."""
+    if LM_HEAD not in stored.tensors:
+        return
+    head, embedding = stored.read(LM_HEAD), stored.read(EMBEDDING)
+    if head.shape != embedding.shape or not torch.equal(head, embedding.to(head.dtype)):
+        raise CheckpointError(
+            f"{stored.tensors[LM_HEAD].path}: {LM_HEAD}: differs from {EMBEDDING}, though config.json has "
+            "tie_word_embeddings true. transformers 4.x would use the embedding, 5.x this head, untied. Set "
+            "tie_word_embeddings to false to use the head, or remove the tensor to use the embedding"
+        )
+
+
+@torch.no_grad()
+def _fill(model: Transformer, stored: TensorFolder, wanted: dict[str, tuple[Shape, list[Piece]]]) -> None:
+    ours = model.state_dict()
+    by_file = sorted(
+        ((stored.tensors[piece.name].path, piece, name) for name, (_, found) in wanted.items() for piece in found),
+        key=lambda entry: entry[0],
+    )  # one file after the other: a disk reads that best
+    for _, piece, name in by_file:
+        piece.view(ours[name]).copy_(stored.read(piece.name))

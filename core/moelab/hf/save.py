@@ -1,0 +1,179 @@
+"""A model -> a Hugging Face folder that transformers 4.57 and 5.x load, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moelab.errors import CheckpointError
+from moelab.hf.config import CARRIED, CONFIG_FILE
+from moelab.hf.files import INDEX_FILE, SINGLE_FILE
+from moelab.hf.names import LM_HEAD, Piece, pieces
+from moelab.hf.write_config import write_config
+from moelab.nn.transformer import Transformer
+
+GENERATION_FILE = "generation_config.json"
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def save_hf(
+    model: Transformer,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_size: int | str = "5GB",
+    extra_files: Mapping[str, bytes] | None = None,
+    config_extra: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> None:
+    """Write config.json, the weights in `dtype`, and `extra_files` (a tokenizer, say) as a new folder.
+
+    Experts are written apart, as every client reads them; a tied head is left out. `force` replaces an existing
+    checkpoint. Raises CheckpointError if the format can't hold the model, or the folder is in the way.
+    """
+    config = write_config(model, dtype=dtype, extra=config_extra)
+    shards = _shards(_tensors(model), dtype.itemsize, parse_size(max_shard_size))
+    with new_folder(Path(folder), force=force) as temporary:
+        _write_json(temporary / CONFIG_FILE, config)
+        ids = {key: config[key] for key in CARRIED if config.get(key) is not None}
+        if ids:
+            _write_json(temporary / GENERATION_FILE, {"_from_model_config": True, **ids})
+        _write_shards(temporary, shards, dtype)
+        for name, content in (extra_files or {}).items():
+            path = temporary / name
+            if path.parent != temporary or path.exists():
+                raise ValueError(f"extra_files: '{name}' is not the name of one more file")
+            path.write_bytes(content)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of 5000000000, "5GB" or "4.5GiB"; as Hugging Face counts, GB is 10^9 and GiB 2^30."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?\s*", str(size).upper())
+    unit = _UNITS.get(found[2] or "B") if found else None
+    if found is None or unit is None or float(found[1]) * unit < 1:
+        raise CheckpointError(f"max_shard_size: '{size}' is no size; write 5GB, 500MB or a number of bytes")
+    return int(float(found[1]) * unit)
+
+
+@contextmanager
+def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well, synced, and vanishes when it does not.
+
+    Raises CheckpointError if `target` is a file, or holds something and `force` is not given.
+    """
+    target = target.resolve()
+    _check_target(target, force)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"{target}: can't be written: {error.strerror}; choose another folder") from error
+    try:
+        temporary.chmod(0o755)  # mkdtemp's 0700 would shut out whoever the checkpoint is shared with
+        yield temporary
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        _put_in_place(temporary, target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: can't be written: {error.strerror or error}; nothing was kept") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_target(target: Path, force: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target}: is a file; choose another folder")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not force:
+        raise CheckpointError(
+            f"{target}: exists and is not empty; choose another folder, or give --force to replace it"
+        )
+    if not (target / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{target}: holds no {CONFIG_FILE}, so it is no checkpoint, and --force won't delete it")
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Rename; an old folder stays complete beside it until the new one stands."""
+    old = temporary.with_suffix(".replaced")
+    if target.is_dir() and any(target.iterdir()):
+        target.rename(old)
+    try:
+        temporary.rename(target)  # over nothing, or an empty folder
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _tensors(model: Transformer) -> list[tuple[Piece, Tensor]]:
+    """(piece, our parameter) of every tensor to write, in the model's order."""
+    found = []
+    for name, parameter in model.state_dict().items():
+        if name == LM_HEAD and model.config.tie_word_embeddings:
+            continue
+        found += [(piece, parameter) for piece in pieces(name, tuple(parameter.shape))]
+    return found
+
+
+def _shards(tensors: list[tuple[Piece, Tensor]], itemsize: int, limit: int) -> list[list[tuple[Piece, Tensor]]]:
+    """Cut the list so that no shard exceeds `limit` bytes, a single larger tensor excepted."""
+    shards: list[list[tuple[Piece, Tensor]]] = [[]]
+    filled = 0
+    for piece, parameter in tensors:
+        size = piece.view(parameter).numel() * itemsize
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append((piece, parameter))
+        filled += size
+    return shards
+
+
+def _write_shards(folder: Path, shards: list[list[tuple[Piece, Tensor]]], dtype: torch.dtype) -> None:
+    """One shard's copy is in memory at a time."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, start=1):
+        name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {piece.name: _copy(piece.view(parameter), dtype) for piece, parameter in shard}
+        try:
+            save_file(tensors, str(folder / name), metadata={"format": "pt"})
+        except SafetensorError as error:  # its only way to say that the disk is full
+            raise OSError(str(error)) from error
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(folder / INDEX_FILE, index)
+
+
+def _copy(view: Tensor, dtype: torch.dtype) -> Tensor:
+    """A view of a bank must not be written with its neighbours, nor in its strides."""
+    return torch.empty(view.shape, dtype=dtype).copy_(view.detach())
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,100 @@
+"""The folder of a run: made whole or not at all, never overwritten unasked."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moelab.errors import UserError
+
+METRICS, SUMMARY, CONFIG, LOG, DOCUMENTS = (
+    "metrics.jsonl", "summary.json", "config.yaml", "log.txt", "evaluation_documents.jsonl",
+)  # fmt: skip
+CHECKPOINTS = "checkpoints"
+
+
+def prepare_run_folder(path: Path, *, resume: bool, force: bool) -> None:
+    """Make `path` ready for a run.
+
+    Raises UserError when it holds something and neither `resume` nor `force` was given, when it can't be
+    written, or when `force` would delete what is no run folder.
+    """
+    try:
+        holds = sorted(item.name for item in path.iterdir()) if path.exists() else []
+        if holds and not resume:
+            if not force:
+                raise UserError(
+                    f"run_dir: {path} already holds a run; choose another run_dir, go on with --resume, "
+                    "or replace it with --force"
+                )
+            if CONFIG not in holds and METRICS not in holds:
+                raise UserError(f"run_dir: {path} is not a run folder; --force will not delete it")
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except NotADirectoryError as error:
+        raise UserError(f"run_dir: {path}: {error.strerror}; choose another run_dir") from error
+    except OSError as error:
+        raise UserError(f"run_dir: {path} can't be written: {error.strerror}; choose another run_dir") from error
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Written beside, synced, renamed: a reader sees the old file or the new one, never half of one."""
+    data = content.encode() if isinstance(content, str) else content
+    beside = path.with_name(f".{path.name}.partial")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(value, indent=2, allow_nan=True) + "\n")
+
+
+class MetricsLog:
+    """metrics.jsonl: one object a line. A resumed run first drops the lines after its checkpoint."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        self.path = path
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    break  # a line cut short by a kill: it and all after it come again
+                if row["step"] <= resumed_step:
+                    kept.append(line)
+        write_atomically(path, "".join(line + "\n" for line in kept))
+        self._file = path.open("a")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def open_log(path: Path) -> logging.Handler:
+    """Everything that `moelab` logs also goes to log.txt; -> the handler, to be closed by `close_log`."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("moelab")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    return handler
+
+
+def close_log(handler: logging.Handler) -> None:
+    logging.getLogger("moelab").removeHandler(handler)
+    handler.close()

@@ -1,0 +1,160 @@
+"""From a config to all that a run needs, before anything is written: wrong input dies here."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moelab.builder import NamedLoss, build_balance_losses, build_model, resolve_model
+from moelab.checkpoint import load_model, read_run_config
+from moelab.config.load import to_yaml
+from moelab.config.run import RunConfig
+from moelab.data.batches import TrainBatches, ValidationBatches
+from moelab.data.corpus import Corpus, DataContext
+from moelab.data.tokenizer import Tokenizer, load_tokenizer
+from moelab.errors import CheckpointError, ConfigError
+from moelab.nn.count import Parameters, count_parameters, flops_per_token
+from moelab.nn.transformer import Transformer
+from moelab.registry import DATA_SOURCES, OBSERVERS, Registry
+from moelab.train.optimizer import build_adamw
+from moelab.train.precision import choose_precision, set_threads
+from moelab.train.run_folder import CONFIG
+from moelab.train.step import StepSettings
+
+# What may differ when a run is resumed: none of it changes the numbers of a step.
+FREE_ON_RESUME = {"run_dir", "resume", "name", "observers", "evaluation", "search_path"}
+FREE_TRAIN_KEYS = {"log_every", "save_every", "keep_checkpoints", "init_from"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run, ready for its first step."""
+
+    config: RunConfig  # resolved: every plugin default written out
+    registry: Registry
+    tokenizer: Tokenizer
+    corpus: Corpus
+    batches: TrainBatches
+    validation: ValidationBatches
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    balance_losses: list[NamedLoss]
+    step_settings: StepSettings
+    threads: int
+    parameters: Parameters
+    flops_per_token: float  # forward and backward, active parameters
+
+
+def prepare(config: RunConfig, registry: Registry) -> Setup:
+    """Build everything; nothing is written. Raises UserError for whatever is wrong, naming key, file or plugin."""
+    config = copy.deepcopy(config)
+    threads = set_threads(config.train)
+    precision = choose_precision(config.train)
+    resolve_run(config, registry)
+    losses = build_balance_losses(config.model, registry)
+    build_model(config.model, registry, device="meta", seed=None)  # before the data: a wrong shape fails at once
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {config.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of the "
+            f"tokenizer '{config.data.tokenizer}'"
+        )
+    corpus = build_corpus_of(config, registry, tokenizer)
+    train, micro = config.train, config.train.micro_batch_size or config.train.batch_size
+    batches = TrainBatches(corpus.train, train.batch_size, train.sequence_length, config.data.seed)
+    validation = ValidationBatches(
+        corpus.validation, config.evaluation.sequences, train.sequence_length, config.evaluation.batch_size or micro
+    )
+    model = starting_model(config, registry, precision.device)
+    return Setup(
+        config=config,
+        registry=registry,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        batches=batches,
+        validation=validation,
+        model=model,
+        optimizer=build_adamw(model, config.optimizer),
+        balance_losses=losses,
+        step_settings=StepSettings(micro, train.grad_clip, config.seed, precision),
+        threads=threads,
+        parameters=count_parameters(model),
+        flops_per_token=flops_per_token(model, train.sequence_length),
+    )
+
+
+def resolve_run(config: RunConfig, registry: Registry) -> None:
+    """Write every default of every chosen plugin into the config, in place."""
+    resolve_model(config.model, registry)
+    config.data.source = registry.resolve(DATA_SOURCES, config.data.source, "data.source")
+    config.observers = [registry.resolve(OBSERVERS, o, f"observers.{i}") for i, o in enumerate(config.observers)]
+
+
+def build_corpus_of(config: RunConfig, registry: Registry, tokenizer: Tokenizer) -> Corpus:
+    """The corpus that `data` describes; relative paths count from the config file's folder."""
+    base = Path(config.search_path[0]) if config.search_path else Path()
+    context = DataContext(tokenizer, config.data.validation_fraction, config.data.seed, base)
+    return registry.build(DATA_SOURCES, config.data.source, context, "data.source")
+
+
+def starting_model(config: RunConfig, registry: Registry, device: torch.device) -> Transformer:
+    """A fresh model, or the weights of `train.init_from` in the config's own parts.
+
+    The checkpoint must have the same tensors: a router with state of its own keeps what `seed` gives it.
+    """
+    model = build_model(config.model, registry, device=device, seed=config.seed)
+    if config.train.init_from is None:
+        return model
+    try:
+        source = load_model(Path(config.train.init_from), device=device).state_dict()
+    except CheckpointError as error:
+        raise CheckpointError(f"train.init_from: {error}") from error
+    wanted = dict(model.state_dict())
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    missing = sorted(parameters - source.keys())
+    misfits = [n for n in sorted(wanted.keys() & source.keys()) if wanted[n].shape != source[n].shape]
+    unexpected = sorted(source.keys() - wanted.keys())
+    if missing or misfits or unexpected:
+        raise CheckpointError(
+            f"train.init_from: {config.train.init_from} does not fit `model`: missing {missing[:3]}, of another shape "
+            f"{misfits[:3]}, unexpected {unexpected[:3]}; give `model` the checkpoint's dimensions"
+        )
+    with torch.no_grad():
+        for name in source:
+            wanted[name].copy_(source[name])
+    return model
+
+
+def checkpoint_files(setup: Setup) -> dict[str, bytes]:
+    """What goes into a checkpoint beside its tensors."""
+    return {CONFIG: to_yaml(setup.config).encode()} | setup.tokenizer.files()
+
+
+def check_same_run(setup: Setup, checkpoint: Path) -> None:
+    """Refuse to resume under another config. Raises ConfigError naming the keys that differ."""
+    stored = _fixed_part(read_run_config(checkpoint))
+    now = _fixed_part(setup.config)
+    different = sorted(key for key in stored.keys() | now.keys() if stored.get(key) != now.get(key))
+    if different:
+        lines = "; ".join(f"{key}: {stored.get(key)!r} then, {now.get(key)!r} now" for key in different[:5])
+        raise ConfigError(
+            f"{different[0]}: {checkpoint} was written under another config ({lines}); resume with the same, "
+            "or start a new run from these weights with train.init_from"
+        )
+
+
+def _fixed_part(config: RunConfig) -> dict[str, Any]:
+    tree = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
+    tree["train"] = {k: v for k, v in tree["train"].items() if k not in FREE_TRAIN_KEYS}
+    return dict(_flat(tree, ()))
+
+
+def _flat(tree: Any, key_path: tuple[str, ...]) -> list[tuple[str, Any]]:
+    if isinstance(tree, dict) and tree:
+        return [leaf for key, value in tree.items() for leaf in _flat(value, (*key_path, str(key)))]
+    return [(".".join(key_path), tree)]

@@ -1,0 +1,202 @@
+"""The loop: batch, step, log, evaluate, save. Everything it calls can be tested alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moelab.checkpoint import TrainingState, newest_checkpoint, restore_checkpoint, save_checkpoint
+from moelab.config.load import to_yaml
+from moelab.config.run import RunConfig
+from moelab.errors import UserError
+from moelab.registry import Registry
+from moelab.train.evaluate import evaluate, sample_texts
+from moelab.train.observers import ObserverManager, gather_observers
+from moelab.train.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    DOCUMENTS,
+    LOG,
+    METRICS,
+    SUMMARY,
+    MetricsLog,
+    close_log,
+    open_log,
+    prepare_run_folder,
+    write_atomically,
+    write_json,
+)
+from moelab.train.schedule import learning_rate_factor
+from moelab.train.setup import Setup, check_same_run, checkpoint_files, prepare
+from moelab.train.step import StepResult, train_step
+from moelab.train.summary import Progress, environment_facts, log_metrics, summary
+
+logger = logging.getLogger("moelab")
+
+
+@dataclass
+class Loop:
+    """What one run carries from step to step."""
+
+    setup: Setup
+    run_dir: Path
+    observers: ObserverManager
+    metrics: MetricsLog
+    progress: Progress
+    final: dict[str, float] = field(default_factory=dict)  # the newest value of each tag
+    loads: dict[int, list[float]] = field(default_factory=dict)
+
+
+def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = False) -> Path:
+    """Run `config` to its end and return its folder. `observers` are added to the config's own.
+
+    Raises UserError before anything is written when the config, data, plugins or run folder are wrong;
+    RunFailure when the loss stops being finite.
+    """
+    run_dir = Path(config.run_dir)
+    registry = Registry(config.plugins, config.entry_points, [Path(p) for p in config.search_path])
+    setup = prepare(config, registry)
+    resumed = _find_resume(config, run_dir)
+    prepare_run_folder(run_dir, resume=config.resume, force=force)
+    state = _restore(setup, resumed) if resumed else {}
+    handler = open_log(run_dir / LOG)
+    try:
+        write_atomically(run_dir / CONFIG, to_yaml(setup.config))
+        manager = gather_observers(setup.config.observers, registry, run_dir, observers)
+        with closing(MetricsLog(run_dir / METRICS, state.get("step", 0))) as metrics:
+            loop = Loop(setup, run_dir, manager, metrics, Progress.of(state))
+            _run(loop)
+    finally:
+        close_log(handler)
+    return run_dir
+
+
+def _run(loop: Loop) -> None:
+    """All remaining steps, then the summary, also when something went wrong on the way."""
+    setup, progress = loop.setup, loop.progress
+    facts = environment_facts(setup)
+    logger.info("%s: %s", setup.config.name or loop.run_dir.name, {k: facts[k] for k in ("components", "parameters")})
+    error: BaseException | None = None
+    try:
+        loop.observers.hook.on_train_begin(
+            run_dir=loop.run_dir, config=dataclasses.asdict(setup.config), facts=facts, step=progress.step
+        )
+        while progress.step < setup.config.train.steps:
+            _one_step(loop)
+        if setup.config.evaluation.every == 0 or progress.step % setup.config.evaluation.every:
+            _evaluate(loop)
+        _write_documents(loop)
+        _save(loop)
+    except BaseException as problem:
+        error = problem
+        if isinstance(problem, KeyboardInterrupt):
+            _save(loop)
+        raise
+    finally:
+        status = "finished" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        report = summary(facts, progress, status, loop.final, loop.loads)
+        if error is not None:
+            report["error"] = f"{type(error).__name__}: {error}"
+            logger.error("%s at step %d: %s", status, progress.step, error)
+        write_json(loop.run_dir / SUMMARY, report)
+        loop.observers.hook.on_train_end(step=progress.step, summary=report, error=error)
+
+
+def _one_step(loop: Loop) -> None:
+    setup, progress, config = loop.setup, loop.progress, loop.setup.config
+    started = time.perf_counter()
+    rate = config.optimizer.lr * learning_rate_factor(config.schedule, progress.step, config.train.steps)
+    for group in setup.optimizer.param_groups:
+        group["lr"] = rate
+    batch = setup.batches.batch(progress.step)
+    observe = (progress.step + 1) % config.train.log_every == 0 or progress.step + 1 == config.train.steps
+    result = train_step(
+        setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings, observe=observe
+    )
+    progress.advance(batch.input_ids.numel(), setup.flops_per_token)
+    if observe:
+        _log(loop, result, rate)
+    progress.add_seconds(time.perf_counter() - started)
+    if config.evaluation.every and progress.step % config.evaluation.every == 0:
+        _evaluate(loop)
+    if config.train.save_every and progress.step % config.train.save_every == 0:
+        _save(loop)
+
+
+def _log(loop: Loop, result: StepResult, rate: float) -> None:
+    metrics, loads = log_metrics(result, rate, loop.progress, loop.setup)
+    loop.final |= metrics
+    loop.loads = loads
+    loop.metrics.write(loop.progress.row() | metrics)
+    loop.observers.hook.on_log(step=loop.progress.step, metrics=metrics, loads=loads)
+
+
+def _evaluate(loop: Loop) -> None:
+    setup = loop.setup
+    loop.progress.evaluation = evaluate(setup.model, setup.validation, setup.step_settings.precision)
+    metrics = loop.progress.evaluation.metrics()
+    samples = sample_texts(setup.model, setup.tokenizer, setup.config.evaluation, setup.config.seed)
+    loop.final |= metrics
+    loop.metrics.write(loop.progress.row() | metrics)
+    loop.observers.hook.on_evaluate(step=loop.progress.step, metrics=metrics, samples=samples)
+
+
+def _write_documents(loop: Loop) -> None:
+    """What each held-out document cost: comparisons pair runs over documents."""
+    assert loop.progress.evaluation is not None
+    rows = loop.progress.evaluation.document_rows(_held_out_documents(loop.setup))
+    write_atomically(loop.run_dir / DOCUMENTS, "".join(row + "\n" for row in rows))
+
+
+def _held_out_documents(setup: Setup) -> tuple[list[str], list[str]]:
+    """Names of the held-out documents, and the domain of each."""
+    stream = setup.corpus.validation
+    return list(stream.document_names), [setup.corpus.domains[i] for i in stream.document_domain]
+
+
+def _save(loop: Loop) -> None:
+    setup, progress = loop.setup, loop.progress
+    folder = loop.run_dir / CHECKPOINTS / f"step_{progress.step:08d}"
+    state = progress.state() | {"data_fingerprint": setup.corpus.fingerprint, "plugins": setup.registry.versions()}
+    save_checkpoint(folder, setup.model, _training_state(setup), state, checkpoint_files(setup))
+    _prune(folder.parent, setup.config.train.keep_checkpoints)
+    logger.info("checkpoint: %s", folder)
+    loop.observers.hook.on_save(step=progress.step, path=folder)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    if keep:
+        for old in sorted(folder.glob("step_*"))[:-keep]:
+            shutil.rmtree(old)
+
+
+def _find_resume(config: RunConfig, run_dir: Path) -> Path | None:
+    if not config.resume:
+        return None
+    newest = newest_checkpoint(run_dir)
+    if newest is None and run_dir.exists() and any(run_dir.iterdir()):
+        # Killed before its first checkpoint: the run begins again, in the same folder.
+        logger.warning("%s has no complete checkpoint yet: starting from step 0", run_dir)
+    return newest
+
+
+def _restore(setup: Setup, checkpoint: Path) -> dict[str, Any]:
+    check_same_run(setup, checkpoint)
+    state = restore_checkpoint(checkpoint, setup.model, _training_state(setup))
+    if state["data_fingerprint"] != setup.corpus.fingerprint:
+        raise UserError(
+            f"{checkpoint}: was trained on another corpus (fingerprint {state['data_fingerprint'][:12]}, now "
+            f"{setup.corpus.fingerprint[:12]}): the data or the installed packages changed; restore them, or start anew"
+        )
+    return state
+
+
+def _training_state(setup: Setup) -> TrainingState:
+    return TrainingState(setup.optimizer, setup.balance_losses)

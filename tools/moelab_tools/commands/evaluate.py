@@ -1,0 +1,51 @@
+"""`moelab evaluate`: held-out loss of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command("evaluate")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("config", nargs=-1, metavar="[CONFIG...] [KEY=VALUE...]")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+def command(checkpoint: Path, config: tuple[str, ...], as_json: bool) -> None:
+    """Loss, perplexity and bits per byte on held-out text.
+
+    CHECKPOINT is a run folder, a moelab checkpoint or a Hugging Face folder. The data are those it was trained
+    on, or those of CONFIG and the overrides (data.*, train.sequence_length, evaluation.*).
+
+    \b
+    Example:
+      moelab evaluate runs/tiny_moe
+      moelab evaluate exported/tiny_moe configs/train/tiny_moe.yaml evaluation.sequences=128
+    """
+    import moelab
+    from moelab.data.batches import ValidationBatches
+    from moelab.registry import Registry
+    from moelab.train.evaluate import evaluate
+    from moelab.train.precision import choose_precision, set_threads
+    from moelab.train.setup import build_corpus_of, resolve_run
+    from moelab_tools.checkpoints import evaluation_config, tokenizer_of
+
+    run = evaluation_config(checkpoint, config)
+    set_threads(run.train)
+    precision = choose_precision(run.train)
+    registry = Registry(run.plugins, run.entry_points, [Path(path) for path in run.search_path])
+    resolve_run(run, registry)
+    corpus = build_corpus_of(run, registry, tokenizer_of(checkpoint, run.data.tokenizer))
+    batches = ValidationBatches(
+        corpus.validation,
+        run.evaluation.sequences,
+        run.train.sequence_length,
+        run.evaluation.batch_size or run.train.batch_size,
+    )
+    metrics = evaluate(moelab.load(checkpoint, device=precision.device), batches, precision).metrics()
+    if as_json:
+        click.echo(json.dumps(metrics, indent=2))
+    else:
+        for tag, value in metrics.items():
+            click.echo(f"{tag:<32} {value:.4f}")

@@ -1,0 +1,67 @@
+"""What one sees while a run trains: a bar, the newest numbers, and at the end where everything lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+PARAMETER_UNIT = 1e6
+LINES = 10  # about so many lines are printed where no bar can be drawn, as in a log
+
+
+class TrainingProgress:
+    """An observer for the terminal."""
+
+    def __init__(self, steps: int) -> None:
+        self.console = Console()
+        self._steps = steps
+        self._run_dir = Path()
+        self._printed = 0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def on_train_begin(self, run_dir: Path, facts: Mapping[str, Any], step: int) -> None:
+        parameters, parts = facts["parameters"], facts["components"]
+        described = ", ".join(f"{key} {value}" for key, value in parts.items()) or "dense"
+        self._run_dir = run_dir
+        self.console.print(
+            f"[bold]{facts['name']}[/bold]: {parameters['total'] / PARAMETER_UNIT:.2f} M parameters, "
+            f"{parameters['active'] / PARAMETER_UNIT:.2f} M active; {described}; {facts['device']}, {facts['dtype']}, "
+            f"{facts['threads']} threads",
+            highlight=False,
+        )
+        if step:
+            self.console.print(f"resumed at step {step}")
+        self._bar.start()
+        self._task = self._bar.add_task(facts["name"], total=self._steps, completed=step, numbers="")
+
+    def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+        numbers = f"loss {metrics['train/loss']:.4f}"
+        if "perf/tokens_per_second" in metrics:
+            numbers += f"  {metrics['perf/tokens_per_second']:,.0f} tokens/s"
+        if self._task is not None:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+        if self._bar.disable and step * LINES // self._steps > self._printed:
+            self._printed = step * LINES // self._steps
+            print(f"  step {step}/{self._steps}  {numbers}", flush=True)
+
+    def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
+        parts = [f"{tag.removeprefix('eval/')} {value:.4f}" for tag, value in metrics.items() if tag.count("/") == 1]
+        self.console.print(f"  step {step}  held-out: {', '.join(parts)}", highlight=False)
+
+    def on_train_end(self, step: int, error: BaseException | None) -> None:
+        self._bar.stop()
+        outcome = "done" if error is None else f"stopped at step {step}"
+        self.console.print(f"{outcome}: {self._run_dir}", highlight=False, soft_wrap=True)
