@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
+
 from moelab.hf.names import pieces
 from moelab.nn.transformer import Transformer
-from torch import Tensor
 
 MAJOR = int(transformers.__version__.split(".")[0])
 STD = 0.15  # logits then have a scale near 5, and a wrong detail moves them by 0.5 to 5

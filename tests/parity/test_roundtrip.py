@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from moelab.hf.files import TensorFolder
 from moelab.hf.load import load_hf
 from moelab.hf.names import expected_tensors
