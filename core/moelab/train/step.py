@@ -84,10 +84,9 @@ def train_step(
     statistics = RouterStatistics()
     shares = [part.token_count / batch.token_count for part in batch.split(settings.micro_batch_size)]
     for index, (part, share) in enumerate(zip(parts, shares, strict=True)):
-        loss, terms, records = _forward(
-            model, balance_losses, part, batch_counts, (targets, share, step, index), settings
-        )
-        loss.backward()  # type: ignore[no-untyped-call]
+        place = _Place(step, index, share, targets)
+        loss, terms, records = _forward(model, balance_losses, part, batch_counts, place, settings)
+        loss.backward()
         _add_counts(counts, records)
         if observe:
             statistics.add(records)

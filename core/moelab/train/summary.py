@@ -105,7 +105,11 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
         },
         "components": components(config.model.moe),
         "plugins": setup.registry.versions(),
-        "versions": {"moelab": moelab.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "moelab": moelab.__version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
         "device": _device_name(setup.step_settings.precision.device),
         "threads": setup.threads,
         "dtype": config.train.dtype,
@@ -114,6 +118,11 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
         "seed": config.seed,
         "backends": backends(setup),
     }
+
+
+def versions() -> dict[str, str]:
+    torch_version = str(torch.__version__)  # a str subclass, which YAML writers refuse
+    return {"moelab": moelab.__version__, "torch": torch_version, "python": platform.python_version()}
 
 
 def components(moe: Any) -> dict[str, str]:

@@ -56,17 +56,18 @@ class TensorBoardObserver:
         self.writer: Any = None
         self._raised: set[str] = set()  # alarms that are on, so that each is told once
         self._logged = 0
-        self._resumes = False
 
-    def on_train_begin(self, run_dir: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # half a second: not for `moelab plugins`
+    def on_train_begin(self, run_dir: Path, config: Mapping[str, Any], facts: Mapping[str, Any], step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-        self._resumes = any(run_dir.glob("events.out.tfevents.*"))
+        earlier = any(run_dir.glob("events.out.tfevents.*"))
         self.writer = SummaryWriter(str(run_dir), flush_secs=self.options.flush_secs)
-        self._text("config", _verbatim(OmegaConf.to_yaml(OmegaConf.create(_plain(config)))), 0)
-        self._text("facts", _verbatim(OmegaConf.to_yaml(OmegaConf.create(_plain(facts)))), 0)
+        if earlier:
+            self._forget_what_follows(step)
+        self._text("config", _verbatim(OmegaConf.to_yaml(OmegaConf.create(_plain(config)))), step)
+        self._text("facts", _verbatim(OmegaConf.to_yaml(OmegaConf.create(_plain(facts)))), step)
         if self.options.images:
-            self._text("expert_load_legend", LEGEND, 0)
+            self._text("expert_load_legend", LEGEND, step)
         self._begin_hparams(hparams(config, facts))
 
     def on_log(self, step: int, metrics: Mapping[str, float], loads: Mapping[int, list[float]]) -> None:
@@ -91,19 +92,15 @@ class TensorBoardObserver:
         self.writer.close()
 
     def _scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._forget_what_follows(step)
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, step)
 
     def _forget_what_follows(self, step: int) -> None:
-        """After a resume, the steps that an earlier process logged beyond its checkpoint are written again."""
-        if not self._resumes:
-            return
-        self._resumes = False
+        """A killed process may have logged steps beyond its checkpoint; the resumed run writes them again."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         start = SessionLog(status=SessionLog.START)
-        self.writer.file_writer.event_writer.add_event(Event(step=step, session_log=start))
+        self.writer.file_writer.event_writer.add_event(Event(step=step + 1, session_log=start))
 
     def _text(self, tag: str, markdown: str, step: int) -> None:
         self.writer.add_text(tag, markdown, step)
@@ -167,11 +164,11 @@ class TensorBoardObserver:
         self._raised = (self._raised - set(metrics)) | set(on)
 
     def _alarm(self, tag: str, value: float) -> str | None:
-        kind, metric = tag.split("/", maxsplit=1)[0], tag.rsplit("/", maxsplit=1)[-1]
         if not math.isfinite(value):
             return "not a finite number"
-        if kind != "moe" or "/mean/" in tag:
+        if not tag.startswith("moe/layer_"):
             return None
+        metric = tag.rsplit("/", 1)[1]
         if metric == "max_violation" and value > self.options.max_violation_alarm:
             return f"the fullest expert has {value + 1:.1f} times its fair share"
         if metric == "dead_fraction" and value > self.options.dead_fraction_alarm:

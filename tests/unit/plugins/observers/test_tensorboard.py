@@ -40,10 +40,10 @@ FACTS = {"parameters": {"total": 1000, "active": 400}, "flops_per_token": 2400.0
 LOADS = {0: [1 / 8] * 8, 1: [0.5, 0.5] + [0.0] * 6}
 
 
-def observer(run_dir: Path, **options: Any) -> Any:
+def observer(run_dir: Path, step: int = 0, **options: Any) -> Any:
     run_dir.mkdir(exist_ok=True)
     built: Any = Registry(entry_points=False).build(OBSERVERS, {"name": "tensorboard", **options}, run_dir, "observers")
-    built.on_train_begin(run_dir=run_dir, config=CONFIG, facts=FACTS)
+    built.on_train_begin(run_dir=run_dir, config=CONFIG, facts=FACTS, step=step)
     return built
 
 
@@ -150,7 +150,7 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         run.on_log(step, {"train/loss": 1.0}, {})
     run.writer.close()  # killed: no on_train_end
-    later = observer(tmp_path)
+    later = observer(tmp_path, step=10)
     later.on_log(20, {"train/loss": 2.0}, {})
     later.on_train_end(20, {}, None)
     assert [(e.step, e.value) for e in read(tmp_path).Scalars("train/loss")] == [(10, 1.0), (20, 2.0)]
