@@ -101,7 +101,7 @@ def _moe_fields(model: Transformer, blocks: Mapping[int, MoEBlock]) -> dict[str,
 
 
 def _sparse_pattern(sparse: set[int], num_hidden_layers: int) -> tuple[int, list[int]]:
-    """decoder_sparse_step and mlp_only_layers: the widest step that meets every sparse layer, and whom it meets besides.
+    """decoder_sparse_step and mlp_only_layers: the widest step that meets every sparse layer, and its dense exceptions.
 
     Layer i is sparse when step divides i + 1, unless it is listed.
     """
