@@ -21,7 +21,7 @@ def load_hf(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Transformer:
-    """The model of a Qwen2 or Qwen2-MoE checkpoint, in evaluation mode, its parameters cast to `dtype`.
+    """The model of a Qwen2 or Qwen2-MoE checkpoint, in evaluation mode, cast to `dtype` as `model.to` does.
 
     Raises CheckpointError naming file, tensor and cure, before any weight is read.
     """

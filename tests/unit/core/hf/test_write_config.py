@@ -18,8 +18,10 @@ LAYOUT = {"name": "uniform", "num_experts": 4, "num_experts_per_tok": 2, "moe_in
 GATED = {"name": "gated", "intermediate_size": 10}
 
 
-def model(layers: dict[str, Any] | None = None, num_hidden_layers: int = 4, **layout: Any) -> Transformer:
-    moe = MoEConfig(layout=LAYOUT | layout, shared_expert=GATED, layers=layers or {})
+def model(
+    layers: dict[str, Any] | None = None, num_hidden_layers: int = 4, allow_noncausal: bool = False, **layout: Any
+) -> Transformer:
+    moe = MoEConfig(layout=LAYOUT | layout, shared_expert=GATED, layers=layers or {}, allow_noncausal=allow_noncausal)
     config = ModelConfig(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=num_hidden_layers,
         num_attention_heads=4, num_key_value_heads=2, moe=moe,
@@ -95,6 +97,27 @@ def test_a_part_without_a_counterpart_is_named(router: nn.Module, message: str):
     built.layers[3].mlp.router = router
     with pytest.raises(CheckpointError, match=message):
         write_config(built)
+
+
+@pytest.mark.parametrize(
+    ("router", "reason"),
+    [
+        ({"balance": "bias"}, "selection bias"),
+        ({"routed_scaling_factor": 2.5}, "routed_scaling_factor"),
+        ({"n_group": 2}, "groups"),
+        ({"eval_capacity_factor": 1.0}, "over capacity"),
+    ],
+)
+def test_softmax_topk_with_an_option_that_transformers_lacks_is_refused(router: dict[str, Any], reason: str):
+    """Exported as plain top-K it would load without a word and compute something else."""
+    built = model({"1": {"router": {"name": "softmax_topk", **router}}}, allow_noncausal=True)
+    with pytest.raises(CheckpointError, match=f"layer 1, router: .*{reason}"):
+        write_config(built)
+
+
+def test_capacity_in_training_alone_does_not_hinder():
+    built = model({"1": {"router": {"name": "softmax_topk", "capacity_factor": 1.5}}}, allow_noncausal=True)
+    assert write_config(built)["num_experts"] == 4
 
 
 def test_a_parameter_without_a_place_is_named():
