@@ -2,7 +2,7 @@
 
 What the tags mean and when they are alarming is in docs/metrics.md.
 """
-# ruff: noqa: PLC0415  tensorboard takes half a second to import, and `moelab plugins` imports this file
+
 
 from __future__ import annotations
 

@@ -69,7 +69,5 @@ def _interpolate(x: list[float], y: list[float], amount: float) -> float | None:
 
 def _average_before(x: list[float], y: list[float], amount: float) -> float | None:
     """Mean of y over (1 - WINDOW) * amount .. amount."""
-    inside = [
-        value for at, value in zip(x, y, strict=True) if (1 - WINDOW) * amount < at <= amount * (1 + TOLERANCE)
-    ]
+    inside = [value for at, value in zip(x, y, strict=True) if (1 - WINDOW) * amount < at <= amount * (1 + TOLERANCE)]
     return float(np.mean(inside)) if inside else None

@@ -22,7 +22,7 @@ class Document:
     domain: str
     nats: float
     tokens: int
-    bytes: int
+    bytes: int | None  # None for data whose bytes are not known
 
 
 @dataclass
@@ -153,7 +153,7 @@ def _read_metrics(path: Path, finished: bool, warnings: list[str]) -> list[Row]:
 
 
 def _read_documents(path: Path, finished: bool) -> dict[str, Document]:
-    """Sums of each document; empty for a run that did not reach its final evaluation."""
+    """By name; empty for a run that did not reach its final evaluation."""
     if not path.exists():
         if finished:
             raise UserError(f"{path}: missing, so the run can't be compared document by document; {_CURE}")
@@ -162,16 +162,16 @@ def _read_documents(path: Path, finished: bool) -> dict[str, Document]:
     for number, line in _lines(path, finished, []):
         try:
             name = str(line["document"])
-            known = documents.get(name, Document(str(line["domain"]), 0.0, 0, 0))
-            documents[name] = Document(
-                known.domain,
-                known.nats + float(line["nats"]),
-                known.tokens + int(line["tokens"]),
-                known.bytes + int(line["bytes"]),
-            )
+            size = None if line.get("bytes") is None else int(line["bytes"])
+            document = Document(str(line["domain"]), float(line["nats"]), int(line["tokens"]), size)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}:{number}: needs document, domain, nats, tokens, bytes; {_CURE}") from error
-    if finished and not sum(document.bytes for document in documents.values()):
+        if document.tokens < 1 or not math.isfinite(document.nats):
+            raise UserError(f"{path}:{number}: {document.nats} nats in {document.tokens} tokens; {_CURE}")
+        if name in documents:
+            raise UserError(f"{path}:{number}: document '{name}' stands here twice; {_CURE}")
+        documents[name] = document
+    if finished and not documents:
         raise UserError(f"{path}: holds no held-out text; {_CURE}")
     return documents
 
