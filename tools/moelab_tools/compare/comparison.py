@@ -52,7 +52,7 @@ class Line:
 class Comparison:
     """Everything that is known about these runs together."""
 
-    runs: list[Run]
+    runs: list[Run]  # in the order of the lines
     lines: list[Line]  # best first, unfinished ones last
     measure: Measure
     baseline: str | None  # the variant that differences are taken to
@@ -95,10 +95,12 @@ def compare(runs: Sequence[Run], baseline: str | None = None, allow_different_da
     by_name = baseline is not None
     lines = [_line(variant, chosen, measure, by_name=by_name) for variant in variants]
     lines.sort(key=lambda line: (line.status != "finished", math.inf if line.score is None else line.score))
+    by_name_of_run = {run.name: run for run in runs}
+    runs = [by_name_of_run[name] for line in lines for name in line.runs]
     domains, domain_documents = _domains(runs, measure)
     warnings = fairness_warnings(runs) + _document_warnings(runs, measure) + _repeated(runs)
     return Comparison(
-        runs=list(runs),
+        runs=runs,
         lines=lines,
         measure=measure,
         baseline=chosen.name if chosen else None,

@@ -40,7 +40,7 @@ def config_differences(runs: Sequence[Run]) -> Table:
     flat = [dict(flatten(run.config)) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one if not is_bookkeeping(key))
     table = {key: [one.get(key) for one in flat] for key in keys}
-    return {key: values for key, values in table.items() if any(value != values[0] for value in values)}
+    return {key: table[key] for key in sorted(table) if any(value != table[key][0] for value in table[key])}
 
 
 def facts(runs: Sequence[Run]) -> Table:

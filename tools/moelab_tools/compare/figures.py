@@ -17,7 +17,7 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8
 DASHES = ("solid", "dash", "dot", "dashdot")  # the seeds of one variant
 MOST_POINTS = 600  # of a curve
 SMOOTHING = 40  # a training curve is averaged over this part of its points
-WARM_UP = 0.03  # of a curve: left out of the first view, where the loss falls from its start
+WARM_UP = 0.1  # of a curve: left out of the first view, where the loss falls from its start
 AXIS_TITLES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
 FAIR_SHARES = 4.0  # the end of the heatmaps' scale, as in TensorBoard
 HEAT = [
@@ -117,6 +117,8 @@ class _Plot:
             traces.append(common | {"y": [round(value, 6) for value in y], "line": line} | marks)
             seen += y[int(len(y) * WARM_UP) :] if smooth else y
         layout: dict[str, Any] = {"xaxis": {"title": {"text": AXIS_TITLES[axis]}}, "yaxis": {}}
+        if tag.startswith("perf/"):
+            layout["yaxis"]["rangemode"] = "tozero"
         if smooth and seen:
             low, high = min(seen), max(seen)
             layout["yaxis"]["range"] = [low - 0.05 * (high - low), high + 0.05 * (high - low)]

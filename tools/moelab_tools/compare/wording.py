@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from moelab_tools.compare.comparison import Comparison, Line
-from moelab_tools.compare.statistics import Interval
 
 MISSING = "–"
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
@@ -29,17 +26,8 @@ def loss(value: float | None) -> str:
     return MISSING if value is None else f"{value:.4f}"
 
 
-def with_spread(value: float | None, spread: float | None) -> str:
-    """Mean and standard deviation over seeds."""
-    return loss(value) if spread is None else f"{loss(value)} ± {spread:.4f}"
-
-
 def decimal(value: float | None) -> str:
     return MISSING if value is None else f"{value:.2f}"
-
-
-def interval(gap: Interval | None) -> str:
-    return MISSING if gap is None else f"{signed(gap.difference)} [{signed(gap.low)}, {signed(gap.high)}]"
 
 
 def signed(value: float) -> str:
@@ -85,7 +73,7 @@ def _against_baseline(line: Line, comparison: Comparison) -> str:
             f"95 % interval, {signed(gap.low)} to {signed(gap.high)}, contains 0{unfinished}."
         )
     base = next(one.score for one in comparison.lines if one.name == other)
-    share = f" ({abs(gap.difference) / base:.1%})" if base else ""
+    share = f" ({100 * abs(gap.difference) / base:.1f} %)" if base else ""
     low, high = sorted((abs(gap.low), abs(gap.high)))
     return (
         f"{line.name} is {gap.verdict} than {other} by {abs(gap.difference):.4f} {unit}{share}; "
@@ -108,7 +96,3 @@ def what_intervals_cover(comparison: Comparison) -> list[str]:
     if len(gaps) > 1:
         told.append(f"Each of the {len(gaps)} intervals holds alone at 95 %; they are not corrected for being several.")
     return told
-
-
-def verdict_sentence(lines: Sequence[Line]) -> str:
-    return "; ".join(f"{line.name}: {line.verdict}" for line in lines)

@@ -153,7 +153,7 @@ def _summary(fake: FakeRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "status": fake.status,
         "steps": fake.steps,
         **{key: rows[-1][key] for key in ("tokens", "flops", "seconds")},
-        "parameters": {"total": 3_500_000 if moe else 1_100_000, "active": 1_200_000, "non_embedding": 1_000_000},
+        "parameters": {"total": 3_500_000 if moe else 1_100_000, "active": 1_200_000 if moe else 1_100_000, "non_embedding": 1_000_000},
         "flops_per_token": fake.flops_per_token,
         "final": final,
         "data": {
