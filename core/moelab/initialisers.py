@@ -1,11 +1,14 @@
 """The contracts of upcycling: how dense weights become expert weights, along four axes that compose.
 
 An initialiser first makes a plan from shapes and a seed alone, which can be tested and stored without any
-weights; then the plan is applied to one matrix at a time. F is the dense FFN width, n the number of neurons asked for.
+weights; then the plan is applied to one matrix at a time. F is the width of the dense FFN, D the hidden size,
+n the number of neurons asked for. A neuron j is gate row j, up row j and down column j; here all three
+matrices are neuron-major, so that a neuron is always a row (down_proj is handed over transposed).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moelab.moe.layout import ExpertLayout
+
+MATRICES = ("gate", "up", "down")
+NO_SOURCE = -1  # in NeuronPlan.source: a neuron that comes from nowhere
 
 
 @dataclass(frozen=True)
@@ -24,52 +30,95 @@ class UpcycleContext:
     layer_id: int
     num_hidden_layers: int
     layout: ExpertLayout
-    shared_intermediate_size: int | None  # None: no shared expert
+    shared_intermediate_size: int
     norm_topk_prob: bool
     initializer_range: float
     seed: int
     num_sources: int = 1  # dense checkpoints that are mixed
+    routed_share: float = 0.0  # of the dense output, that `recipe.scaling` gives to the routed experts
+
+
+@dataclass(frozen=True)
+class NeuronPlan:
+    """Where each of n neurons comes from, and which of its three matrices' rows are not copied but redrawn."""
+
+    source: npt.NDArray[np.int32]  # [n] neuron of the dense FFN, or NO_SOURCE
+    redrawn: Mapping[str, npt.NDArray[np.bool_]]  # matrix -> [n]; one shared array where the sets are shared
+    checkpoint: int = 0  # which of the mixed dense checkpoints
+
+
+class DenseMatrix(Protocol):
+    """One FFN matrix of a dense layer in the dtype of the output, neuron-major."""
+
+    values: npt.NDArray[Any]  # [F, D]; bfloat16 as its bits, uint16
+    dtype: str  # as safetensors calls it: BF16, F16, F32
+
+    def sums(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Sum and sum of squares of each neuron's row, [F] and [F]; computed once."""
+        ...
+
+    def float32(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """rows [n] -> [n, D]."""
+        ...
 
 
 @runtime_checkable
 class ExpertInitialiser(Protocol):
-    """The routed experts of one layer."""
+    """The routed experts of one layer. Optional, looked up by name:
 
-    def plan(self, expert: int) -> Any:
+    - `prepare(load)`: called before the first plan where that depends on weights; load(matrix) -> DenseMatrix
+    - `warnings`: sentences for the user, in the plan that is printed
+    """
+
+    def plan(self, expert: int) -> NeuronPlan:
         """Which dense neuron each of this expert's neurons comes from, and which are redrawn."""
         ...
 
-    def materialise(self, plan: Any, matrix: str, dense: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """One matrix ("gate", "up", "down") of the planned expert, neuron-major.
-
-        dense [F, D] holds bf16 or fp32 values with one row a neuron (down_proj transposed) -> [n, D].
-        """
+    def materialise(self, plan: NeuronPlan, expert: int, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
+        """One matrix ("gate", "up", "down") of the planned expert -> [n, D], in dense's storage type or fp32."""
         ...
 
 
 @runtime_checkable
 class SharedInitialiser(Protocol):
-    """The shared expert of one layer: the same two steps, and the value of its gate."""
+    """The shared expert of one layer: the same two steps, a factor on down, and its gate. May offer `warnings`."""
 
-    gain: float  # factor on down, see reference upcycling.md 1.9
-    gate_value: float
+    gain: float  # on the down matrix
 
-    def plan(self) -> Any: ...
+    def plan(self) -> NeuronPlan: ...
 
-    def materialise(self, plan: Any, matrix: str, dense: npt.NDArray[Any]) -> npt.NDArray[Any]: ...
+    def materialise(self, plan: NeuronPlan, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]: ...
 
-
-@runtime_checkable
-class RouterInitialiser(Protocol):
-    """The router matrix of one layer."""
-
-    def weight(self) -> npt.NDArray[np.float32]:
-        """-> [num_experts, hidden_size] fp32."""
+    def gate(self) -> npt.NDArray[np.float32]:
+        """-> [1, D]. Exactly zero everywhere is a NaN in llama.cpp."""
         ...
 
 
 @runtime_checkable
-class OutputScaling(Protocol):
-    """The factor on every routed expert's down projection."""
+class RouterInitialiser(Protocol):
+    """The router matrix of one layer. May offer `prepare(prompts)` (see PromptReader) and `warnings`."""
 
-    def scale(self, context: UpcycleContext, router_std: float) -> float: ...
+    std: float  # of an entry, from which the expected top-k mass follows
+
+    def weight(self) -> npt.NDArray[np.float32]:
+        """-> [num_experts, hidden_size]."""
+        ...
+
+
+@dataclass(frozen=True)
+class PromptReader:
+    """What a router made from prompts may read of the source."""
+
+    encode: Callable[[str], Sequence[int]]  # with the source's tokenizer.json
+    embed: Callable[[Sequence[int]], npt.NDArray[np.float32]]  # token ids [T] -> [T, D]
+
+
+@runtime_checkable
+class OutputScaling(Protocol):
+    """The factors on the routed experts' matrices."""
+
+    share: float  # of the dense output that the routed experts are meant to give; the shared expert gives the rest
+
+    def factors(self, context: UpcycleContext, logit_std: float) -> Mapping[str, float]:
+        """{matrix: factor}; what is absent is 1. logit_std: of the router's logits, router std * ||norm weight||."""
+        ...

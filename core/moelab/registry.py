@@ -99,15 +99,21 @@ EXTENSION_POINTS: tuple[ExtensionPoint[Any, Any], ...] = (
 class Registry:
     """The plugins of one run, never a module global: two runs in one process can't see each other's.
 
-    `plugins` are module names; `search_path` is where a config file's own modules lie.
+    `plugins` are module names; `search_path` is where a config file's own modules lie. A run that needs only some
+    extension points names their `builtins`: upcycling's workers do without torch.
     """
 
     def __init__(
-        self, plugins: Iterable[str] = (), entry_points: bool = True, search_path: Iterable[Path] = ()
+        self,
+        plugins: Iterable[str] = (),
+        entry_points: bool = True,
+        search_path: Iterable[Path] = (),
+        *,
+        builtins: Iterable[str] = BUILTIN_PLUGINS,
     ) -> None:
         self.manager = pluggy.PluginManager("moelab")
         self.manager.add_hookspecs(hookspecs)
-        for path in BUILTIN_PLUGINS:
+        for path in builtins:
             self._import(path)
         if entry_points:
             self._load_entry_points()

@@ -20,17 +20,12 @@ SMALL = [
     "data.source.domains=[code_py]", "data.source.max_bytes_per_domain=60000",
     "model.moe.router.name=sigmoid_topk",  # its bias is plugin state that must resume too
 ]  # fmt: skip
+MOELAB = [sys.executable, "-m", "moelab"]
 TIMES = {"seconds", "perf/tokens_per_second", "perf/mfu", "perf/memory_gb"}
 
 
-def _command(root: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "moelab", *arguments]
-
-
 def _run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        _command(root, *arguments), cwd=root, capture_output=True, text=True, timeout=300, check=False
-    )
+    return subprocess.run([*MOELAB, *arguments], cwd=root, capture_output=True, text=True, timeout=300, check=False)
 
 
 def _metrics(run: Path) -> list[dict[str, float]]:
@@ -65,9 +60,7 @@ def test_a_run_folder_holds_all_that_was_promised(finished: Path) -> None:
 def test_a_killed_run_resumes_to_the_same_bits(root: Path, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed"
     arguments = ("train", CONFIG, *SMALL, f"run_dir={run}")
-    process = subprocess.Popen(
-        _command(root, *arguments), cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([*MOELAB, *arguments], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (run / "checkpoints" / "step_00000006").is_dir():
         assert time.monotonic() < deadline, "no checkpoint appeared"

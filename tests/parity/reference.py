@@ -91,7 +91,8 @@ def gradients_by_our_name(reference: Any, ours: Transformer) -> dict[str, Tensor
         gradient = torch.zeros(shape, dtype=parameter.dtype)
         for piece in fused if fused[0].name in theirs else pieces(name, shape):
             part = theirs.pop(piece.name)
-            piece.view(gradient).copy_(part)
+            if part is not None:  # 4.57's expert that no token chose
+                piece.view(gradient).copy_(part)
         found[name] = gradient
     assert not theirs, list(theirs)
     return found

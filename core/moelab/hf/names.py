@@ -12,9 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from moelab.builder import build_layouts, moe_context
 from moelab.config.model import ModelConfig
 from moelab.errors import ConfigError
 from moelab.moe.per_layer import layer_parts
@@ -123,6 +120,10 @@ def sparse_shapes(config: ModelConfig, registry: Registry | None = None) -> dict
     """
     if config.moe is None:
         return {}
+    import torch  # noqa: PLC0415  (the names themselves serve upcycling, which does without torch)
+
+    from moelab.builder import build_layouts, moe_context  # noqa: PLC0415
+
     registry = registry or Registry()
     parts = layer_parts(config.moe, config.num_hidden_layers)
     found = {}

@@ -11,7 +11,7 @@ from moelab.moe.contracts import ExpertProblem
 from moelab.moe.experts import ExpertBank, compute_dtype
 
 # Best first; whatever else is registered comes before the reference.
-PREFERENCE = {"cuda": ("grouped_mm",), "cpu": ("grouped_mm",)}
+PREFERENCE = {"cuda": ("grouped_mm",), "cpu": ("cpu_threads", "grouped_mm")}
 
 
 @dataclass

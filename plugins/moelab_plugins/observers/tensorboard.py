@@ -3,7 +3,6 @@
 What the tags mean and when they are alarming is in docs/metrics.md.
 """
 
-
 from __future__ import annotations
 
 import math

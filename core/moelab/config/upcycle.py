@@ -1,0 +1,73 @@
+"""An upcycling run as dataclasses: what `moelab upcycle` takes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from moelab.config.model import Part
+from moelab.errors import ConfigError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass
+class RecipeConfig:
+    """How dense becomes sparse, along axes that compose."""
+
+    experts: Part = field(default_factory=lambda: {"name": "qwen2"})
+    shared: Part = field(default_factory=lambda: {"name": "copy"})
+    router: Part = field(default_factory=lambda: {"name": "normal"})
+    scaling: Part = field(default_factory=lambda: {"name": "none"})
+    silence: float | None = None  # factor on the routed experts' down; 0 makes the start exactly the dense function
+    others: str = "mean"  # several sources: everything that is no expert is their mean, or that of the `first`
+
+
+@dataclass
+class UpcycleConfig:
+    """All of a `moelab upcycle` run. What `model` does not name comes from the source's config.json."""
+
+    source: Any = MISSING  # folder of a dense Qwen2 checkpoint, or a list of them to mix
+    output: str | None = None  # folder that is made; not needed with --sink hash
+    model: dict[str, Any] = field(default_factory=dict)  # a partial ModelConfig
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    seed: int = 0
+    dtype: str | None = None  # bfloat16, float16 or float32; None: the source's
+    untie: bool = False  # write lm_head although the source ties it: SGLang and llama.cpp read no tied Qwen2-MoE
+    workers: int = 2  # processes; the bytes do not depend on it
+    max_shard_size: str = "5GB"
+    plugins: list[str] = field(default_factory=list)  # modules beside the config file, or on the path
+    entry_points: bool = True  # False: ignore installed packages' plugins
+
+    @property
+    def sources(self) -> list[str]:
+        """The folders of the dense checkpoints."""
+        return [str(s) for s in self.source] if isinstance(self.source, list | tuple) else [str(self.source)]
+
+    @property
+    def shard_bytes(self) -> int:
+        """`max_shard_size` as a number of bytes."""
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(self.max_shard_size))
+        if not match or match[2].upper() not in _UNITS:
+            raise ConfigError(f"max_shard_size: '{self.max_shard_size}' is no size; write 5GB, 500MB or 2GiB")
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+
+    def check(self) -> None:
+        """Raise ConfigError for values out of range, naming the key."""
+        if not self.sources or not all(self.sources):
+            raise ConfigError("source: names no folder; write source=DIR of a dense Qwen2 checkpoint")
+        if self.seed < 0:
+            raise ConfigError(f"seed: must not be negative, not {self.seed}")
+        if self.workers < 1:
+            raise ConfigError(f"workers: must be at least 1, not {self.workers}")
+        if self.shard_bytes < 1:
+            raise ConfigError(f"max_shard_size: must be at least 1 byte, not {self.max_shard_size}")
+        if self.dtype not in (None, "bfloat16", "float16", "float32"):
+            raise ConfigError(f"dtype: must be bfloat16, float16 or float32, not '{self.dtype}'")
+        if self.recipe.others not in ("mean", "first"):
+            raise ConfigError(f"recipe.others: must be mean or first, not '{self.recipe.others}'")
+        if self.recipe.silence is not None and self.recipe.silence < 0:
+            raise ConfigError(f"recipe.silence: must not be negative, not {self.recipe.silence}")

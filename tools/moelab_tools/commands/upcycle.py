@@ -1,0 +1,27 @@
+"""`moelab upcycle`: a dense Qwen2 checkpoint becomes a Qwen2-MoE one."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("upcycle")
+@click.argument("arguments", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
+@click.option("--dry-run", is_flag=True, help="Print the plan: tensors, budget, what becomes of each source tensor.")
+@click.option(
+    "--sink", type=click.Choice(["files", "hash"]), default="files", help="hash: make and hash, keep nothing."
+)
+@click.option("--layers", metavar="A:B", help="Only layers A to B-1; the index waits for the rest.")
+@click.option("--no-receipt", is_flag=True, help="Don't compare the result with its source on a probe batch.")
+def command(arguments: tuple[str, ...], dry_run: bool, sink: str, layers: str | None, no_receipt: bool) -> None:
+    """Turn a dense Qwen2 checkpoint into a Qwen2-MoE one.
+
+    Reads and writes Hugging Face folders, a layer at a time. Killed at any moment, the same command goes on.
+
+    \b
+    Example:
+      moelab upcycle configs/upcycle/qwen2_57b_a14b.yaml source=Qwen2-7B output=Qwen2-57B-A14B-upcycled
+    """
+    from moelab_tools.upcycling import UpcycleRequest, run_upcycle
+
+    run_upcycle(UpcycleRequest(arguments, dry_run, sink, layers, receipt=not no_receipt))

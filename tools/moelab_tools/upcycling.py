@@ -1,0 +1,100 @@
+"""Runs an upcycling from the command line: config, plan, progress, and what is printed at the end."""
+
+from __future__ import annotations
+
+import signal
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from moelab.config.load import load_config
+from moelab.config.upcycle import UpcycleConfig
+from moelab.errors import ConfigError
+from moelab_upcycling.convert import convert, prepare, registry_of
+
+
+@dataclass(frozen=True)
+class UpcycleRequest:
+    """The command line."""
+
+    arguments: tuple[str, ...]
+    dry_run: bool
+    sink: str
+    layers: str | None
+    receipt: bool
+
+
+def run_upcycle(request: UpcycleRequest) -> None:
+    """All of `moelab upcycle`."""
+    console = Console()
+    loaded = load_config(request.arguments, UpcycleConfig)
+    config = loaded.config
+    try:
+        registry = registry_of(config, loaded.search_path)
+        plan = prepare(config, registry, loaded.search_path)
+    except ConfigError as error:
+        raise loaded.blame(error) from error
+    layers = parse_layers(request.layers, plan.target.num_hidden_layers)
+    if request.dry_run:
+        return
+    if request.sink == "files" and config.output is None:
+        raise ConfigError("output: has no value yet; write output=DIR, or --sink hash to keep nothing")
+    output = Path(config.output) if request.sink == "files" and config.output else None
+    with _terminable(), _bar(console) as bar:
+        task = bar.add_task("upcycling", total=None)
+        outcome = convert(
+            plan,
+            output,
+            workers=config.workers,
+            layers=layers,
+            progress=lambda nbytes: bar.advance(task, nbytes),
+            announce=lambda make, check: bar.update(task, total=make + check),
+            versions=registry.versions(),
+        )
+    console.print(f"{outcome.made / 1e9:.3f} GB made, {outcome.kept / 1e9:.3f} GB kept, {outcome.seconds:.1f} s")
+    console.print(f"content sha256 {outcome.content_hash}")
+    if outcome.complete:
+        console.print(f"written: {output}")
+
+
+def parse_layers(text: str | None, count: int) -> range | None:
+    """ "a:b" as a range; either side may be left out."""
+    if text is None:
+        return None
+    first, separator, last = text.partition(":")
+    if not separator or not (first or "0").isdigit() or not (last or "0").isdigit():
+        raise ConfigError(f"--layers: '{text}' is no range; write --layers 0:{count}")
+    chosen = range(int(first or 0), int(last or count))
+    if not chosen or chosen.stop > count:
+        raise ConfigError(f"--layers: {text} is not within the layers 0:{count}")
+    return chosen
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """A polite kill cleans up as Ctrl-C does."""
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,1 @@
+"""The built-in initialisers, one file each, by axis of the recipe."""

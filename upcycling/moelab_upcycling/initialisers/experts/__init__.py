@@ -1,0 +1,1 @@
+"""`recipe.experts`: dense FFN neurons -> the routed experts of one layer."""

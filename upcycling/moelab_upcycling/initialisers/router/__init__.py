@@ -1,0 +1,1 @@
+"""`recipe.router`: the router matrix of one layer."""

@@ -1,0 +1,1 @@
+"""`recipe.scaling`: the factors on the routed experts."""

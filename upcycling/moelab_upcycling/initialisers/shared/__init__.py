@@ -1,0 +1,1 @@
+"""`recipe.shared`: dense FFN neurons -> the shared expert of one layer."""

@@ -1,0 +1,208 @@
+"""Makes any tensor of a plan from the sources' weights; the conversion and its verification both call this."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moelab.errors import ConfigError
+from moelab.hf import roles as names
+from moelab.initialisers import (
+    ExpertInitialiser,
+    NeuronPlan,
+    OutputScaling,
+    RouterInitialiser,
+    SharedInitialiser,
+    UpcycleContext,
+)
+from moelab.registry import (
+    EXPERT_INITIALISERS,
+    OUTPUT_SCALINGS,
+    ROUTER_INITIALISERS,
+    SHARED_INITIALISERS,
+    Registry,
+)
+from moelab_upcycling.dense import LoadedMatrix
+from moelab_upcycling.dtypes import STORAGE, convert, from_float32, scaled, to_float32
+from moelab_upcycling.plan import OutputTensor, Plan
+from moelab_upcycling.prompts import prompt_reader
+from moelab_upcycling.source import DenseSource, transpose_into
+
+_MEAN = -1  # as a checkpoint: the mean of all of them
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """The four initialisers of one layer."""
+
+    experts: ExpertInitialiser
+    shared: SharedInitialiser
+    router: RouterInitialiser
+    scaling: OutputScaling
+
+
+def layer_context(plan: Plan, layer_id: int, routed_share: float = 0.0) -> UpcycleContext:
+    """What the initialisers of one layer are told."""
+    target = plan.target
+    return UpcycleContext(
+        hidden_size=target.hidden_size,
+        intermediate_size=target.intermediate_size,
+        layer_id=layer_id,
+        num_hidden_layers=target.num_hidden_layers,
+        layout=target.layouts[layer_id],
+        shared_intermediate_size=target.shared_intermediate_size,
+        norm_topk_prob=target.norm_topk_prob,
+        initializer_range=target.initializer_range,
+        seed=plan.seed,
+        num_sources=len(plan.sources),
+        routed_share=routed_share,
+    )
+
+
+def build_parts(plan: Plan, registry: Registry, layer_id: int) -> LayerParts:
+    """ConfigError where the recipe does not fit the layout."""
+    context = layer_context(plan, layer_id)
+    recipe = plan.recipe
+    scaling = registry.build(OUTPUT_SCALINGS, recipe.scaling, context, "recipe.scaling")
+    context = layer_context(plan, layer_id, scaling.share)
+    return LayerParts(
+        registry.build(EXPERT_INITIALISERS, recipe.experts, context, "recipe.experts"),
+        registry.build(SHARED_INITIALISERS, recipe.shared, context, "recipe.shared"),
+        registry.build(ROUTER_INITIALISERS, recipe.router, context, "recipe.router"),
+        scaling,
+    )
+
+
+class Maker:
+    """Holds at most one FFN matrix of each source, and the plans of one layer, so ask for tensors in plan order."""
+
+    def __init__(self, plan: Plan, registry: Registry, sources: list[DenseSource]) -> None:
+        self.plan = plan
+        self.registry = registry
+        self.sources = sources
+        self._layer: _Layer | None = None
+
+    def make(self, tensor: OutputTensor) -> Iterator[npt.NDArray[Any]]:
+        """The tensor's values as contiguous arrays in file order; an array may be overwritten by the next."""
+        if tensor.role == "copy":
+            yield from self._copied(tensor)
+            return
+        if self._layer is None or self._layer.layer_id != tensor.layer_id:
+            self._layer = None  # frees the old matrices before the next are read
+            self._layer = _Layer(self, tensor.layer_id)
+        yield self._layer.make(tensor)
+
+    def _copied(self, tensor: OutputTensor) -> Iterator[npt.NDArray[Any]]:
+        rows = tensor.shape[0]
+        if len(self.sources) == 1 or self.plan.recipe.others == "first":
+            dtype = self.sources[0].tensors[tensor.source].dtype
+            for piece in self.sources[0].pieces(tensor.source, rows):
+                yield convert(piece, dtype, tensor.dtype)
+            return
+        streams = [source.pieces(tensor.source, rows) for source in self.sources]
+        dtypes = [source.tensors[tensor.source].dtype for source in self.sources]
+        for pieces in zip(*streams, strict=True):
+            yield mean_of(list(pieces), dtypes, tensor.dtype)
+
+
+def mean_of(arrays: list[npt.NDArray[Any]], dtypes: list[str], dtype: str) -> npt.NDArray[Any]:
+    """Averaged in float32 and rounded once."""
+    total = to_float32(arrays[0], dtypes[0]).copy()
+    for array, kind in zip(arrays[1:], dtypes[1:], strict=True):
+        total += to_float32(array, kind)
+    return from_float32(total / np.float32(len(arrays)), dtype)
+
+
+class _Layer:
+    """One MoE layer while it is being made."""
+
+    def __init__(self, maker: Maker, layer_id: int) -> None:
+        self.plan, self.sources, self.layer_id = maker.plan, maker.sources, layer_id
+        self.parts = build_parts(maker.plan, maker.registry, layer_id)
+        self._held: dict[int, tuple[str, LoadedMatrix]] = {}  # checkpoint -> its one matrix in memory
+        for part in (self.parts.experts, self.parts.shared):
+            prepare = getattr(part, "prepare", None)
+            if prepare is not None:
+                prepare(lambda matrix: self.dense(0, matrix))
+        if hasattr(self.parts.router, "prepare"):
+            self.parts.router.prepare(prompt_reader(self.sources[0]))
+        self.plan_of = cache(self.parts.experts.plan)
+
+    def make(self, tensor: OutputTensor) -> npt.NDArray[Any]:
+        if tensor.role == "router":
+            return from_float32(self.parts.router.weight().astype(np.float32, copy=False), tensor.dtype)
+        if tensor.role == "shared_gate":
+            return from_float32(self.parts.shared.gate().astype(np.float32, copy=False), tensor.dtype)
+        if tensor.role == "shared":
+            checkpoint = _MEAN if len(self.sources) > 1 and self.plan.recipe.others == "mean" else 0
+            neurons = self.plan_of_shared
+            dense = self.dense(checkpoint, tensor.matrix)
+            rows = self.parts.shared.materialise(neurons, tensor.matrix, dense)
+            factor = self.parts.shared.gain if tensor.matrix == "down" else 1.0
+        else:
+            neurons = self.plan_of(tensor.expert)
+            dense = self.dense(neurons.checkpoint, tensor.matrix)
+            rows = self.parts.experts.materialise(neurons, tensor.expert, tensor.matrix, dense)
+            factor = self.factors.get(tensor.matrix, 1.0)
+        return self._finished(rows, tensor, float(factor))
+
+    def _finished(self, rows: npt.NDArray[Any], tensor: OutputTensor, factor: float) -> npt.NDArray[Any]:
+        """rows [n, D] -> the tensor's own shape and type, times the factor."""
+        wanted = tensor.shape[::-1] if tensor.matrix == "down" else tensor.shape
+        if rows.shape != wanted:
+            raise ConfigError(
+                f"recipe: the initialiser of '{tensor.name}' made {list(rows.shape)}, should be {list(wanted)}"
+            )
+        if rows.dtype != STORAGE[tensor.dtype]:
+            rows = from_float32(rows.astype(np.float32), tensor.dtype)
+        rows = scaled(rows, tensor.dtype, factor)
+        if tensor.matrix != "down":
+            return np.ascontiguousarray(rows)
+        out = np.empty(tensor.shape, dtype=rows.dtype)
+        transpose_into(rows, out)
+        return out
+
+    @cached_property
+    def plan_of_shared(self) -> NeuronPlan:
+        return self.parts.shared.plan()
+
+    @cached_property
+    def factors(self) -> dict[str, float]:
+        """On the routed experts' matrices; `silence` multiplies down."""
+        context = layer_context(self.plan, self.layer_id, self.parts.scaling.share)
+        factors = dict(self.parts.scaling.factors(context, self.logit_std))
+        if self.plan.recipe.silence is not None:
+            factors["down"] = factors.get("down", 1.0) * self.plan.recipe.silence
+        return factors
+
+    @cached_property
+    def logit_std(self) -> float:
+        """Of the router's logits: a normed input has entries of variance norm_weight^2."""
+        name = names.router_norm(self.layer_id)
+        weight = to_float32(self.sources[0].array(name), self.sources[0].tensors[name].dtype).astype(np.float64)
+        return float(self.parts.router.std) * float(np.sqrt((weight * weight).sum()))
+
+    def dense(self, checkpoint: int, matrix: str) -> LoadedMatrix:
+        """One FFN matrix of a source, or of the mean of all."""
+        held = self._held.get(checkpoint)
+        if held is not None and held[0] == matrix:
+            return held[1]
+        self._held = {key: value for key, value in self._held.items() if value[0] == matrix}
+        name = names.dense_ffn(self.layer_id, matrix)
+        if checkpoint == _MEAN:
+            parts = [self._load(source, name, matrix) for source in self.sources]
+            values = mean_of(parts, [self.plan.dtype] * len(parts), self.plan.dtype)
+        else:
+            values = self._load(self.sources[checkpoint], name, matrix)
+        loaded = LoadedMatrix(values, self.plan.dtype)
+        self._held[checkpoint] = (matrix, loaded)
+        return loaded
+
+    def _load(self, source: DenseSource, name: str, matrix: str) -> npt.NDArray[Any]:
+        values = source.transposed(name) if matrix == "down" else source.array(name)
+        return convert(values, source.tensors[name].dtype, self.plan.dtype)

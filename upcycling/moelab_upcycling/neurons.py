@@ -1,0 +1,113 @@
+"""What the initialisers share: copying planned neurons, and redrawing those that the plan says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moelab.errors import ConfigError
+from moelab.initialisers import MATRICES, NO_SOURCE, DenseMatrix, NeuronPlan
+from moelab_upcycling.dense import statistics
+from moelab_upcycling.dtypes import to_float32
+from moelab_upcycling.streams import choose, fill_rows, normal_table, stream
+
+INDEX_SETS = ("shared", "independent")
+STATISTICS = ("dropped", "dense", "config")
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The streams of one initialiser in one layer."""
+
+    seed: int
+    algorithm: str  # with its version: "experts/qwen2/1"
+    layer_id: int
+
+    def __call__(self, role: str, expert: int = 0, matrix: str = "") -> np.random.PCG64:
+        return stream(self.seed, self.algorithm, self.layer_id, role, expert=expert, matrix=matrix)
+
+
+def check_choice(key: str, value: str, legal: tuple[str, ...]) -> None:
+    """For an options' __post_init__."""
+    if value not in legal:
+        raise ValueError(f"{key} must be one of {', '.join(legal)}, not '{value}'")
+
+
+def check_fraction(key: str, value: float) -> None:
+    """For an options' __post_init__."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{key} must be in 0 .. 1, not {value}")
+
+
+def check_width(width: int, intermediate_size: int, cure: str) -> None:
+    """An expert that takes each dense neuron at most once can't be wider than the dense FFN."""
+    if width > intermediate_size:
+        raise ConfigError(
+            f"experts of {width} neurons are wider than the dense FFN of {intermediate_size}, so they would hold twins, "
+            f"which stay equal for ever; {cure}"
+        )
+
+
+def choose_redrawn(
+    streams: Streams, expert: int, width: int, fraction: float, *, independent: bool = False
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """Exactly floor(fraction * width) neurons of an expert: one set for its three matrices, or one for each."""
+    count = int(np.floor(fraction * width + 1e-9))  # 0.3 * 10 is 3, not 2.999...
+    if independent:
+        return {matrix: choose(streams("drop", expert, matrix), width, count) for matrix in MATRICES}
+    mask = choose(streams("drop", expert), width, count)
+    return dict.fromkeys(MATRICES, mask)
+
+
+def nothing_redrawn(width: int) -> dict[str, npt.NDArray[np.bool_]]:
+    return dict.fromkeys(MATRICES, np.zeros(width, dtype=bool))
+
+
+def copy_kept(plan: NeuronPlan, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
+    """-> [n, D]: the kept rows bit for bit; the others are not set."""
+    out = np.empty((len(plan.source), dense.values.shape[1]), dtype=dense.values.dtype)
+    kept = np.flatnonzero(~plan.redrawn[matrix] & (plan.source != NO_SOURCE))
+    if len(kept) == len(out):
+        dense.values.take(plan.source, axis=0, out=out, mode="clip")
+        return out
+    step = 64  # rows at a time, so that the gathered rows are in cache when they are scattered
+    for start in range(0, len(kept), step):
+        rows = kept[start : start + step]
+        out[rows] = dense.values[plan.source[rows]]
+    return out
+
+
+def redraw(
+    out: npt.NDArray[Any], rows: npt.NDArray[np.intp], dense: DenseMatrix, source: np.random.PCG64,
+    moments: tuple[float, float],
+) -> None:  # fmt: skip
+    """out[rows] ~ N(mean, std^2) in the order of the rows."""
+    if len(rows):
+        fill_rows(source, normal_table(*moments, dense.dtype), out, rows)
+
+
+def redraw_moments(
+    plan: NeuronPlan, rows: npt.NDArray[np.intp], dense: DenseMatrix, kind: str, config_std: float
+) -> tuple[float, float]:
+    """Mean and std to redraw with: of the dropped values themselves, of the whole dense matrix, or the config's."""
+    if kind == "config":
+        return 0.0, config_std
+    return statistics(dense, plan.source[rows] if kind == "dropped" else None)
+
+
+def elementwise_redraw(
+    out: npt.NDArray[Any], dense: DenseMatrix, source: np.random.PCG64, fraction: float, moments: tuple[float, float] | None
+) -> None:  # fmt: skip
+    """Each value of out [n, D] redrawn with probability `fraction`; moments None: those of the redrawn values."""
+    limit = round(fraction * (1 << 16))
+    raw = source.random_raw(-(-out.size // 4)).astype("<u8", copy=False).view("<u2")[: out.size].reshape(out.shape)
+    mask = raw < limit
+    if moments is None:
+        dropped = to_float32(out[mask], dense.dtype).astype(np.float64)
+        moments = (float(dropped.mean()), float(dropped.std(ddof=1))) if dropped.size > 1 else (0.0, 0.0)
+    drawn = np.empty_like(out)
+    fill_rows(source, normal_table(*moments, dense.dtype), drawn, np.arange(len(out)))
+    np.copyto(out, drawn, where=mask)

@@ -1,0 +1,169 @@
+"""The output folder: what a run finds there, may keep, and leaves behind. The index comes last and means complete."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from moelab.errors import CheckpointError
+from moelab_upcycling.plan import Plan, Shard
+from moelab_upcycling.source import INDEX, SINGLE, read_json
+from moelab_upcycling.worker import ShardResult
+from moelab_upcycling.writer import PARTIAL, explain, write_text
+
+PLAN_FILE = "upcycle.json"
+MANIFEST = "upcycle_manifest.jsonl"
+# What a checkpoint carries beside its weights, when the source has it.
+CARRIED_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+_SPARE = 1.02  # of the bytes still to write, that must be free
+
+
+class OutputFolder:
+    """Opened for one plan: refuses a folder that holds anything else."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        """Nothing is written yet."""
+        self.folder, self.plan = folder, plan
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder}: is a file; output=DIR names a folder to be made")
+        for source in plan.sources:
+            if folder.resolve() == Path(source):
+                raise CheckpointError(f"{folder}: is the source itself; choose another output folder")
+        held = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        if (folder / PLAN_FILE).exists():
+            self._check_same_plan(read_json(folder / PLAN_FILE))
+        elif any(not name.endswith(PARTIAL) for name in held):
+            raise CheckpointError(f"{folder}: holds something else ({held[0]}, ...); choose an empty or new folder")
+
+    def _check_same_plan(self, stored: dict[str, Any]) -> None:
+        if stored.get("plan") == self.plan.hash:
+            return
+        ours, theirs = json.loads(json.dumps(self.plan.identity())), stored.get("identity", {})
+        differing = [
+            f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in ours if ours[key] != theirs.get(key)
+        ]
+        raise CheckpointError(
+            f"{self.folder}: was begun by another plan, so nothing can be resumed; choose another folder, delete it, or "
+            "repeat its settings. " + "; ".join(differing[:3])[:600]
+        )
+
+    @contextmanager
+    def locked(self, shared: bool) -> Iterator[None]:
+        """Make the folder, and keep a second run out; `shared` lets in others that do other layers."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.folder, os.O_RDONLY)
+        except OSError as error:
+            raise explain(error, self.folder) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
+        except OSError as error:
+            os.close(descriptor)
+            raise CheckpointError(f"{self.folder}: another run is writing there; wait for it") from error
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    def begin(self, shards: Iterable[Shard], versions: dict[str, str]) -> None:
+        """Remove what a killed run left half-written, and say what this folder is becoming."""
+        self.clean(shards)
+        if not (self.folder / PLAN_FILE).exists():
+            description = {
+                "plan": self.plan.hash,
+                "identity": self.plan.identity(),
+                "sources": list(self.plan.sources),
+                "entry_points": self.plan.entry_points,
+                "search_path": list(self.plan.search_path),
+                "versions": versions,
+            }
+            write_text(self.folder / PLAN_FILE, json.dumps(description, indent=2) + "\n")
+
+    def clean(self, shards: Iterable[Shard]) -> None:
+        """Remove half-written files of these shards."""
+        for shard in shards:
+            for path in self.folder.glob(f".{shard.file}.*{PARTIAL}"):
+                path.unlink(missing_ok=True)
+
+    def check_space(self, nbytes: int) -> None:
+        """CheckpointError where this many bytes more don't fit, before the first is written."""
+        place = self.folder
+        while not place.exists():
+            place = place.parent
+        state = os.statvfs(place)
+        free = state.f_bavail * state.f_frsize
+        if free < nbytes * _SPARE:
+            raise CheckpointError(
+                f"{self.folder}: {nbytes / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; free some, choose "
+                "another folder, or try the recipe with --sink hash or --layers a:b"
+            )
+
+    def recorded(self) -> dict[str, dict[str, str]]:
+        """{shard file: {tensor: sha256}} of the finished shards, as the manifest says."""
+        found: dict[str, dict[str, str]] = {}
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.folder / MANIFEST).read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off by a kill
+                    entry = json.loads(line)
+                    if entry["plan"] == self.plan.hash:
+                        found[entry["shard"]] = entry["tensors"]
+        return found
+
+    def record(self, result: ShardResult) -> None:
+        """Append a finished shard to the manifest, synced."""
+        entry = {
+            "shard": result.file, "bytes": result.nbytes, "seconds": result.seconds,
+            "plan": self.plan.hash, "tensors": result.hashes,
+        }  # fmt: skip
+        path = self.folder / MANIFEST
+        try:
+            with open(path, "a+b") as file:
+                if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                    file.write(b"\n")  # after a line that was cut off
+                file.write((json.dumps(entry) + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise explain(error, path) from error
+
+    def drop_index(self) -> None:
+        """An index would say that the checkpoint is complete."""
+        (self.folder / INDEX).unlink(missing_ok=True)
+
+    def finish(self, hashes: dict[str, str]) -> None:
+        """config.json, what is carried from the source, and last the index."""
+        write_text(self.folder / "config.json", json.dumps(self.plan.config_json(), indent=2, sort_keys=True) + "\n")
+        source = Path(self.plan.sources[0])
+        for name in CARRIED_FILES:
+            if (source / name).is_file():
+                try:
+                    shutil.copyfile(source / name, self.folder / name)
+                except OSError as error:
+                    raise explain(error, self.folder / name) from error
+        index = {
+            "metadata": {"total_size": self.plan.total_size, "upcycle_hash": content_hash(self.plan, hashes)},
+            "weight_map": {t.name: shard.file for shard in self.plan.shards for t in shard.tensors},
+        }
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / SINGLE).unlink()
+        write_text(self.folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def content_hash(plan: Plan, hashes: dict[str, str]) -> str:
+    """One hash of these tensors: the same however they are sharded."""
+    digest = sha256()
+    for tensor in sorted(plan.tensors, key=lambda t: t.name):
+        if tensor.name in hashes:
+            digest.update(f"{tensor.name} {tensor.dtype} {list(tensor.shape)} {hashes[tensor.name]}\n".encode())
+    return digest.hexdigest()

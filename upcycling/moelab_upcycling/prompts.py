@@ -1,0 +1,34 @@
+"""The source's tokenizer and embeddings, for routers made from prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from moelab.errors import CheckpointError, ConfigError
+from moelab.hf import roles as names
+from moelab.initialisers import PromptReader
+from moelab_upcycling.dtypes import to_float32
+from moelab_upcycling.source import DenseSource
+
+
+def prompt_reader(source: DenseSource) -> PromptReader:
+    """Reads nothing until it is asked."""
+
+    def encode(text: str) -> list[int]:
+        from tokenizers import Tokenizer  # noqa: PLC0415  (only routers made from prompts need it)
+
+        path = source.folder / "tokenizer.json"
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file; a router made from prompts needs the source's tokenizer")
+        return list(Tokenizer.from_file(str(path)).encode(text).ids)
+
+    def embed(tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        tensor = source.tensors[names.EMBEDDING]
+        if not tokens or min(tokens) < 0 or max(tokens) >= tensor.shape[0]:
+            raise ConfigError(f"token ids must be in 0 .. {tensor.shape[0] - 1}, and at least one")
+        return to_float32(source.gathered(names.EMBEDDING, np.asarray(tokens)), tensor.dtype)
+
+    return PromptReader(encode, embed)

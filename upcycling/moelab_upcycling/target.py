@@ -1,0 +1,185 @@
+"""What the output model is: the source's config.json, overlaid with what the recipe's `model` names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from moelab.config.model import ModelConfig, MoEConfig
+from moelab.config.overlay import overlay
+from moelab.config.upcycle import UpcycleConfig
+from moelab.errors import CheckpointError, ConfigError
+from moelab.hf.config import CONFIG_FILE, read_config
+from moelab.moe.layout import ExpertLayout, LayoutContext
+from moelab.moe.per_layer import layer_parts
+from moelab.registry import EXPERT_LAYOUTS, Registry, near
+from moelab_upcycling.source import read_json
+
+# What the weights fix: a recipe may repeat these, not change them.
+_FIXED = (
+    "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim",
+)  # fmt: skip
+# Fields of a dense config.json that mean the same in a Qwen2-MoE one.
+_CARRIED = (
+    "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "hidden_act", "use_cache",
+    "sliding_window", "max_window_layers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """The output model. Plain data: it goes to the worker processes."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    initializer_range: float
+    layouts: Mapping[int, ExpertLayout]  # of the sparse layers
+    shared_intermediate_size: int
+    norm_topk_prob: bool
+    decoder_sparse_step: int
+    mlp_only_layers: tuple[int, ...]
+    config: Mapping[str, Any]  # the output's config.json, without its dtype
+
+
+def resolve_target(config: UpcycleConfig, folder: Path, registry: Registry) -> tuple[ModelConfig, Target]:
+    """The source's model and the output's. ConfigError where the recipe's `model` does not fit the source."""
+    path = folder / CONFIG_FILE
+    source, raw = read_config(folder), read_json(path)
+    if source.moe is not None:
+        raise CheckpointError(f"{path}: is a Qwen2-MoE already; only a dense Qwen2 can be upcycled")
+    dense = replace(source)
+    given = dict(config.model)
+    moe = given.pop("moe", None)
+    legal = [field.name for field in fields(ModelConfig)]
+    for key, value in given.items():
+        if key not in legal:
+            raise ConfigError(f"model.{key}: no such key{near(key, legal)} It takes: {', '.join(legal)}")
+        if value is None or key == "tie_word_embeddings":
+            continue
+        if key in _FIXED and value != getattr(dense, key):
+            raise ConfigError(f"model.{key}: {value}, but the source's is {getattr(dense, key)} ({path}); leave it out")
+        setattr(dense, key, value)
+    if dense.vocab_size > source.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {dense.vocab_size}, but the source has only {source.vocab_size} rows; "
+            f"write model.vocab_size={source.vocab_size} or fewer"
+        )
+    if given.get("tie_word_embeddings") not in (None, source.tie_word_embeddings):
+        raise ConfigError("model.tie_word_embeddings: stays as in the source; to untie write untie=true")
+    if not isinstance(moe, Mapping):
+        raise ConfigError("model.moe: names no layout; write model.moe.layout, as configs/upcycle/*.yaml do")
+    if config.untie:
+        dense.tie_word_embeddings = False
+    dense.check()
+    return source, _with_experts(dense, _moe(moe), raw, registry)
+
+
+def _moe(node: Mapping[str, Any]) -> MoEConfig:
+    legal = [field.name for field in fields(MoEConfig)]
+    for key in node:
+        if key not in legal:
+            raise ConfigError(f"model.moe.{key}: no such key{near(key, legal)} It takes: {', '.join(legal)}")
+    return MoEConfig(**overlay({}, dict(node)))
+
+
+def _with_experts(dense: ModelConfig, moe: MoEConfig, raw: Mapping[str, Any], registry: Registry) -> Target:
+    if moe.layers:
+        raise ConfigError("model.moe.layers: a Qwen2-MoE checkpoint has no parts by layer; leave it out")
+    layouts = _layouts(dense, moe, registry)
+    router, shared = dict(moe.router), dict(moe.shared_expert)
+    if router.get("name") != "softmax_topk":
+        raise ConfigError(
+            f"model.moe.router.name: '{router.get('name')}' can't be stored as Qwen2-MoE, softmax_topk can; "
+            "a training config may put another router on the upcycled weights"
+        )
+    if shared.get("name") != "gated":
+        raise ConfigError(
+            f"model.moe.shared_expert.name: '{shared.get('name')}' can't be stored as Qwen2-MoE, which always has a "
+            "gated one; write {name: gated, intermediate_size: ...}, with recipe.shared.name=zero to add nothing"
+        )
+    width = shared.get("intermediate_size")
+    if not isinstance(width, int) or width < 1:
+        raise ConfigError(f"model.moe.shared_expert.intermediate_size: must be at least 1, not {width}")
+    norm_topk_prob = bool(router.get("norm_topk_prob", False))
+    step, dense_layers = _sparse_pattern(layouts, dense.num_hidden_layers)
+    layout = layouts[min(layouts)]
+    moe_fields = {
+        "num_experts": layout.num_experts,
+        "num_experts_per_tok": layout.num_experts_per_tok,
+        "moe_intermediate_size": layout.moe_intermediate_size,
+        "shared_expert_intermediate_size": width,
+        "norm_topk_prob": norm_topk_prob,
+        "decoder_sparse_step": step,
+        "mlp_only_layers": list(dense_layers),
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+    }
+    return Target(
+        hidden_size=dense.hidden_size,
+        intermediate_size=dense.intermediate_size,
+        num_hidden_layers=dense.num_hidden_layers,
+        vocab_size=dense.vocab_size,
+        tie_word_embeddings=dense.tie_word_embeddings,
+        initializer_range=dense.initializer_range,
+        layouts=layouts,
+        shared_intermediate_size=width,
+        norm_topk_prob=norm_topk_prob,
+        decoder_sparse_step=step,
+        mlp_only_layers=dense_layers,
+        config=_config_json(dense, raw, moe_fields),
+    )
+
+
+def _layouts(dense: ModelConfig, moe: MoEConfig, registry: Registry) -> dict[int, ExpertLayout]:
+    found: dict[int, ExpertLayout] = {}
+    for layer_id, parts in enumerate(layer_parts(moe, dense.num_hidden_layers)):
+        context = LayoutContext(dense.hidden_size, dense.intermediate_size, layer_id, dense.num_hidden_layers)
+        layout = registry.build(EXPERT_LAYOUTS, parts.layout, context, "model.moe.layout")
+        if layout is None:
+            continue
+        for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+            if getattr(layout, key) < 1:
+                raise ConfigError(f"model.moe.layout.{key}: must be at least 1, not {getattr(layout, key)}")
+        if layout.num_experts_per_tok > layout.num_experts:
+            raise ConfigError(
+                f"model.moe.layout.num_experts_per_tok: {layout.num_experts_per_tok} exceeds num_experts "
+                f"{layout.num_experts}"
+            )
+        found[layer_id] = layout
+    if not found:
+        raise ConfigError("model.moe.layout: no layer is sparse, so there is nothing to upcycle")
+    if len(set(found.values())) > 1:
+        raise ConfigError("model.moe.layout: Qwen2-MoE stores one layout for all sparse layers, this one varies")
+    return found
+
+
+def _sparse_pattern(layouts: Mapping[int, ExpertLayout], layers: int) -> tuple[int, tuple[int, ...]]:
+    """(decoder_sparse_step, mlp_only_layers) that say which layers are sparse, the first with the fewest exceptions."""
+    sparse = set(layouts)
+    for step in range(1, layers + 1):
+        stepped = {i for i in range(layers) if (i + 1) % step == 0}
+        if stepped == sparse:
+            return step, ()
+    return 1, tuple(i for i in range(layers) if i not in sparse)
+
+
+def _config_json(dense: ModelConfig, raw: Mapping[str, Any], moe_fields: Mapping[str, Any]) -> dict[str, Any]:
+    """In the style of transformers 4: 4.57 reads theta 10,000 from a config that has only `rope_parameters`."""
+    carried = {key: raw[key] for key in _CARRIED if raw.get(key) is not None}
+    sizes = {field.name: getattr(dense, field.name) for field in fields(ModelConfig) if field.name != "moe"}
+    if sizes["head_dim"] is None:
+        del sizes["head_dim"]
+    return {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "use_sliding_window": False,
+        **carried,
+        **sizes,
+        **moe_fields,
+    }

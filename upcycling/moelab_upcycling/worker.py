@@ -1,0 +1,210 @@
+"""One process that makes shards, or checks those that are there. Nothing is shared: any order gives the same bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from moelab.builtins import BUILTIN_PLUGINS
+from moelab.errors import RunFailure
+from moelab.registry import Registry
+from moelab_upcycling.maker import Maker
+from moelab_upcycling.plan import Plan, Shard
+from moelab_upcycling.source import DenseSource
+from moelab_upcycling.writer import NullWriter, ShardWriter
+
+Progress = Callable[[int], None]  # bytes done since the last call
+
+
+@dataclass(frozen=True)
+class Job:
+    """Make shard number `shard`, or hash the file that is there."""
+
+    shard: int
+    check: bool = False
+
+
+@dataclass
+class ShardResult:
+    """What a shard holds."""
+
+    file: str
+    nbytes: int = 0
+    hashes: dict[str, str] = field(default_factory=dict)  # tensor -> sha256 of its bytes; empty: damaged
+    seconds: float = 0.0
+
+
+def light_registry(plugins: tuple[str, ...], entry_points: bool, search_path: tuple[str, ...]) -> Registry:
+    """Layouts and initialisers only, so that no process imports torch for its 300 MB."""
+    needed = ("moelab_upcycling.", "moelab_plugins.expert_layouts.")
+    builtins = [path for path in BUILTIN_PLUGINS if path.startswith(needed)]
+    return Registry(plugins, entry_points, [Path(p) for p in search_path], builtins=builtins)
+
+
+class ShardMaker:
+    """Does jobs one after another."""
+
+    def __init__(self, plan: Plan, output: str | None) -> None:
+        """output None: the bytes are made and hashed, not kept."""
+        self.plan, self.output = plan, output
+        self.sources = [DenseSource(Path(folder)) for folder in plan.sources]
+        registry = light_registry(plan.plugins, plan.entry_points, plan.search_path)
+        self.maker = Maker(plan, registry, self.sources)
+
+    def do(self, job: Job, progress: Progress) -> ShardResult:
+        started = time.monotonic()
+        shard = self.plan.shards[job.shard]
+        result = self._check(shard, progress) if job.check else self._make(shard, progress)
+        result.seconds = round(time.monotonic() - started, 3)
+        return result
+
+    def _make(self, shard: Shard, progress: Progress) -> ShardResult:
+        result = ShardResult(shard.file, shard.nbytes)
+        writer: ShardWriter | NullWriter = NullWriter()
+        if self.output is not None:
+            writer = ShardWriter(Path(self.output) / shard.file, shard.nbytes)
+        try:
+            writer.write(shard.header)
+            for tensor in shard.tensors:
+                digest = sha256()
+                for piece in self.maker.make(tensor):
+                    digest.update(piece.reshape(-1).view("u1"))
+                    writer.write(piece)
+                result.hashes[tensor.name] = digest.hexdigest()
+                progress(tensor.nbytes)
+            writer.commit()
+        except BaseException:
+            writer.abort()
+            raise
+        return result
+
+    def _check(self, shard: Shard, progress: Progress) -> ShardResult:
+        """Hash what is on disk; no hashes where the header is not the planned one."""
+        assert self.output is not None
+        result = ShardResult(shard.file)
+        path = Path(self.output) / shard.file
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            if os.fstat(descriptor).st_size != shard.nbytes:
+                return result
+            if os.pread(descriptor, len(shard.header), 0) != shard.header:
+                return result
+            for tensor, offset in zip(shard.tensors, shard.offsets, strict=True):
+                digest = sha256()
+                for piece in read_pieces(descriptor, len(shard.header) + offset, tensor.nbytes):
+                    digest.update(piece)
+                result.hashes[tensor.name] = digest.hexdigest()
+                progress(tensor.nbytes)
+        finally:
+            os.close(descriptor)
+        result.nbytes = shard.nbytes
+        return result
+
+
+def read_pieces(descriptor: int, offset: int, size: int) -> Iterator[bytes]:
+    """A span of a file, some MB at a time, left out of the page cache."""
+    end = offset + size
+    while offset < end:
+        piece = os.pread(descriptor, min(8 << 20, end - offset), offset)
+        if not piece:
+            return
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, offset, len(piece), os.POSIX_FADV_DONTNEED)
+        offset += len(piece)
+        yield piece
+
+
+def do_all(
+    plan: Plan, output: str | None, jobs: list[Job], workers: int, progress: Progress
+) -> Iterator[tuple[Job, ShardResult]]:
+    """Each job's result as it is done. An error in one ends all; none outlives this generator."""
+    if not jobs:
+        return
+    if workers == 1:
+        maker = ShardMaker(plan, output)
+        for job in jobs:
+            yield job, maker.do(job, progress)
+        return
+    with _processes(plan, output, min(workers, len(jobs))) as pipes:
+        waiting, running = list(reversed(jobs)), dict[Connection, Job]()
+        for pipe in pipes:
+            running[pipe] = waiting.pop()
+            pipe.send(running[pipe])
+        while running:
+            for pipe in wait(list(running)):
+                assert isinstance(pipe, Connection)
+                answer = _receive(pipe)
+                if isinstance(answer, int):
+                    progress(answer)
+                    continue
+                if isinstance(answer, BaseException):
+                    raise answer
+                job = running.pop(pipe)
+                if waiting:
+                    running[pipe] = waiting.pop()
+                    pipe.send(running[pipe])
+                yield job, answer
+
+
+def _receive(pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionResetError) as error:
+        raise RunFailure(
+            "a worker process ended without a word: killed, or out of memory (workers=1 needs least); run the same "
+            "command again to go on from the finished shards"
+        ) from error
+
+
+@contextmanager
+def _processes(plan: Plan, output: str | None, count: int) -> Iterator[list[Connection]]:
+    context = get_context("spawn")  # fork would copy the caller's threads and torch
+    pipes, processes = [], []
+    try:
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(plan, output, theirs, os.getpid()), daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        yield pipes
+    finally:
+        for pipe in pipes:
+            pipe.close()
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+
+
+def _serve(plan: Plan, output: str | None, pipe: Connection, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    _die_with(parent)
+    try:
+        maker = ShardMaker(plan, output)
+        while True:
+            pipe.send(maker.do(pipe.recv(), pipe.send))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except Exception as error:
+        pipe.send(error)
+
+
+def _die_with(parent: int) -> None:
+    """A killed parent must not leave a process that goes on writing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
