@@ -30,7 +30,7 @@ FAIR_SHARES = 4.0  # the end of the scale
 SCALE = np.array([0.0, 0.5, 1.0, 2.0, FAIR_SHARES])
 COLOURS = np.array([[28, 50, 125], [120, 160, 215], [232, 232, 228], [240, 150, 60], [140, 10, 25]], dtype=np.float64)
 DEAD, BACKGROUND, GAP = (0, 0, 0), (255, 255, 255), 1
-WIDTH, ROW_HEIGHT, STRIP = 960, (14, 48), 20
+WIDTH, ROW_HEIGHT, STRIP = 960, (14, 64), 20
 
 
 def load_image(loads: Mapping[int, list[float]]) -> Pixels:

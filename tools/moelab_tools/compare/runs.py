@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,14 +73,16 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             raise UserError(f"{folder}: this run is given twice; name each run once")
         seen.add(folder.resolve())
     runs = [read_run(folder) for folder in folders]
-    for run in runs:
-        if sum(other.name == run.name for other in runs) > 1:
-            run.name = f"{run.path.resolve().parent.name}/{run.path.resolve().name}"
+    _rename_twins(runs, lambda run: f"{run.path.resolve().parent.name}/{run.path.resolve().name}")
+    _rename_twins(runs, lambda run: str(run.path))
+    return runs
+
+
+def _rename_twins(runs: Sequence[Run], longer: Callable[[Run], str]) -> None:
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
-            run.name = str(run.path)
-    return runs
+            run.name = longer(run)
 
 
 def read_run(folder: Path) -> Run:

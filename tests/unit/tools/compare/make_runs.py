@@ -131,10 +131,9 @@ def _documents(fake: FakeRun) -> list[dict[str, Any]]:
         difficulty = shared.normal(0, 0.4)
         loss = _loss(fake, fake.steps) + difficulty + own.normal(0, fake.noise)
         domain = DOMAINS[index % len(DOMAINS)]
-        rows.append(
-            {"document": f"{domain}/{index:03d}", "domain": domain, "nats": max(0.1, loss) * tokens, "tokens": tokens}
-            | {"bytes": tokens}
-        )
+        name = f"{domain}/{index:03d}"
+        nats = max(0.1, loss) * tokens
+        rows.append({"document": name, "domain": domain, "nats": nats, "tokens": tokens, "bytes": tokens})
     return rows
 
 
@@ -153,7 +152,7 @@ def _summary(fake: FakeRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "status": fake.status,
         "steps": fake.steps,
         **{key: rows[-1][key] for key in ("tokens", "flops", "seconds")},
-        "parameters": {"total": 3_500_000 if moe else 1_100_000, "active": 1_200_000 if moe else 1_100_000, "non_embedding": 1_000_000},
+        "parameters": {"total": 3_500_000, "active": 1_200_000} if moe else {"total": 1_100_000, "active": 1_100_000},
         "flops_per_token": fake.flops_per_token,
         "final": final,
         "data": {
