@@ -33,6 +33,7 @@ class TrainConfig:
     threads: int | None = None  # CPU threads; None: all cores. Another number gives other bits
     grad_clip: float = 1.0  # global norm; 0: off
     log_every: int = 10  # steps
+    gradient_shares_every: int = 50  # steps, of those that are logged; a backward pass for each loss. 0: never
     save_every: int = 0  # steps; 0: only at the end
     keep_checkpoints: int = 2  # the newest ones; 0: all
     init_from: str | None = None  # a checkpoint (Hugging Face or moelab) to start from; None: random
@@ -110,7 +111,7 @@ class RunConfig:
 def _check_train(train: TrainConfig) -> None:
     for key in ("steps", "batch_size", "sequence_length", "log_every"):
         _at_least("train", train, key, 1)
-    for key in ("grad_clip", "save_every", "keep_checkpoints"):
+    for key in ("grad_clip", "save_every", "keep_checkpoints", "gradient_shares_every"):
         _at_least("train", train, key, 0)
     micro = train.micro_batch_size
     if micro is not None and (micro < 1 or train.batch_size % micro):

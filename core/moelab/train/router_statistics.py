@@ -102,7 +102,8 @@ def _token_sums(routing: Routing, probability: Tensor | None) -> Tensor:
         per_token = torch.special.entr(probability).sum(-1)  # [T], entr(0) = 0
         entropy = torch.where(mask, per_token, 0.0).sum(dtype=torch.float64)  # where: padding may hold NaN
         chosen = probability[routing.token, routing.expert]  # [N]
-    mass = torch.where(mask[routing.token], chosen, 0.0).sum(dtype=torch.float64)
+    counted = mask[routing.token] if routing.served is None else mask[routing.token] & routing.served
+    mass = torch.where(counted, chosen, 0.0).sum(dtype=torch.float64)
     dropped = torch.zeros_like(entropy) if routing.dropped is None else routing.dropped.double()
     return torch.stack([entropy, mass, mask.sum().double(), dropped])
 
