@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Pixels = NDArray[np.uint8]
 
 LEGEND = """**moe/expert_load** (Images tab): one row for each MoE layer, the first on top; one column for each expert.
-The colour is the expert's share of the assignments since the last log, in units of the fair share 1/E:
+The colour is the expert's share of the assignments in the logged step, in units of the fair share 1/E:
 
 | colour | share |
 |---|---|

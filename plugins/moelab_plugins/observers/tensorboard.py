@@ -41,7 +41,7 @@ class TensorBoardOptions:
     images: bool = True  # expert load over (layer, expert)
     image_every: int = 1  # of the logged steps; an image is about 5 kB
     max_violation_alarm: float = 4.0  # an expert with five times its share
-    dead_fraction_alarm: float = 0.25  # of a layer's experts without any token since the last log
+    dead_fraction_alarm: float = 0.25  # of a layer's experts without any token in the logged step
     load_entropy_alarm: float = 0.7  # below it
 
     def __post_init__(self) -> None:
