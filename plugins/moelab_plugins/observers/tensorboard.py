@@ -160,10 +160,9 @@ class TensorBoardObserver:
     def _alarms(self, step: int, metrics: Mapping[str, float]) -> None:
         """Tell each alarm when it begins and when it ends."""
         on = {tag: why for tag, value in metrics.items() if (why := self._alarm(tag, value))}
+        over = sorted(tag for tag in self._raised if tag in metrics and tag not in on)
         begun = [f"{tag} = {metrics[tag]:.4g}: {on[tag]}" for tag in on if tag not in self._raised]
-        ended = [
-            f"{tag} = {metrics[tag]:.4g}: back to normal" for tag in sorted(self._raised) if tag in metrics and tag not in on
-        ]
+        ended = [f"{tag} = {metrics[tag]:.4g}: back to normal" for tag in over]
         if begun or ended:
             self._text("alarms", "\n".join(f"- step {step}: {line}" for line in begun + ended), step)
         self._raised = (self._raised - set(metrics)) | set(on)
