@@ -16,7 +16,6 @@ from moelab.config.load import load_config
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import ConfigError
 from moelab_upcycling.convert import convert, prepare, registry_of
-from moelab_upcycling.plan import Plan
 
 
 @dataclass(frozen=True)

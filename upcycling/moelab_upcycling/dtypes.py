@@ -50,6 +50,11 @@ def scaled(values: npt.NDArray[Any], dtype: str, factor: float) -> npt.NDArray[A
     return out
 
 
+def raw_bytes(values: npt.NDArray[Any]) -> memoryview:
+    """A contiguous array's memory as bytes."""
+    return values.reshape(-1).view(np.uint8).data
+
+
 def all_finite(values: npt.NDArray[Any], dtype: str) -> bool:
     """Whether no value is NaN or infinite, read from the exponent bits. Contiguous arrays."""
     bits = values.reshape(-1).view(np.uint32 if dtype == "F32" else np.uint16)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moelab.errors import ConfigError
+from moelab.hf import roles as names
 from moelab.initialisers import (
     ExpertInitialiser,
     NeuronPlan,
@@ -26,7 +27,6 @@ from moelab.registry import (
     SHARED_INITIALISERS,
     Registry,
 )
-from moelab.hf import roles as names
 from moelab_upcycling.dense import LoadedMatrix
 from moelab_upcycling.dtypes import STORAGE, convert, from_float32, scaled, to_float32
 from moelab_upcycling.plan import OutputTensor, Plan

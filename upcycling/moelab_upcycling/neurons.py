@@ -46,8 +46,8 @@ def check_width(width: int, intermediate_size: int, cure: str) -> None:
     """An expert that takes each dense neuron at most once can't be wider than the dense FFN."""
     if width > intermediate_size:
         raise ConfigError(
-            f"experts of {width} neurons are wider than the dense FFN of {intermediate_size}, so they would hold twins, "
-            f"which stay equal for ever; {cure}"
+            f"experts of {width} neurons are wider than the dense FFN of {intermediate_size}, so they would hold "
+            f"twins, which stay equal for ever; {cure}"
         )
 
 
@@ -81,9 +81,12 @@ def copy_kept(plan: NeuronPlan, matrix: str, dense: DenseMatrix) -> npt.NDArray[
 
 
 def redraw(
-    out: npt.NDArray[Any], rows: npt.NDArray[np.intp], dense: DenseMatrix, source: np.random.PCG64,
+    out: npt.NDArray[Any],
+    rows: npt.NDArray[np.intp],
+    dense: DenseMatrix,
+    source: np.random.PCG64,
     moments: tuple[float, float],
-) -> None:  # fmt: skip
+) -> None:
     """out[rows] ~ N(mean, std^2) in the order of the rows."""
     if len(rows):
         fill_rows(source, normal_table(*moments, dense.dtype), out, rows)
@@ -99,8 +102,12 @@ def redraw_moments(
 
 
 def elementwise_redraw(
-    out: npt.NDArray[Any], dense: DenseMatrix, source: np.random.PCG64, fraction: float, moments: tuple[float, float] | None
-) -> None:  # fmt: skip
+    out: npt.NDArray[Any],
+    dense: DenseMatrix,
+    source: np.random.PCG64,
+    fraction: float,
+    moments: tuple[float, float] | None,
+) -> None:
     """Each value of out [n, D] redrawn with probability `fraction`; moments None: those of the redrawn values."""
     limit = round(fraction * (1 << 16))
     raw = source.random_raw(-(-out.size // 4)).astype("<u8", copy=False).view("<u2")[: out.size].reshape(out.shape)

@@ -14,9 +14,9 @@ from typing import Any
 from moelab.config.model import ModelConfig
 from moelab.config.upcycle import RecipeConfig, UpcycleConfig
 from moelab.errors import CheckpointError
-from moelab.initialisers import MATRICES
 from moelab.hf import roles as names
 from moelab.hf.names import hf_shapes, parameter_shapes
+from moelab.initialisers import MATRICES
 from moelab_upcycling.dtypes import SAFETENSORS_NAMES, STORAGE, TORCH_NAMES
 from moelab_upcycling.source import DenseSource
 from moelab_upcycling.target import Target
@@ -235,14 +235,16 @@ def _check(source: DenseSource, dense: ModelConfig) -> None:
             )
         if tensor.dtype not in STORAGE:
             raise CheckpointError(f"{tensor.file}: '{name}' is {tensor.dtype}; only {', '.join(STORAGE)} can be read")
-    if dense.tie_word_embeddings and names.LM_HEAD in source.tensors:
-        if source.tensors[names.LM_HEAD].shape != source.tensors[names.EMBEDDING].shape or not source.same_bytes(
-            names.EMBEDDING, names.LM_HEAD
-        ):
-            raise CheckpointError(
-                f"{source.folder}: config.json ties lm_head to the embedding, but stores another one (transformers 4 "
-                "reads the first, 5 the second); set tie_word_embeddings to false there, or delete the tensor"
-            )
+    if not dense.tie_word_embeddings or names.LM_HEAD not in source.tensors:
+        return
+    head, embedding = source.tensors[names.LM_HEAD], source.tensors[names.EMBEDDING]
+    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype) or not source.same_bytes(
+        names.EMBEDDING, names.LM_HEAD
+    ):
+        raise CheckpointError(
+            f"{source.folder}: config.json ties lm_head to the embedding, but stores another one (transformers 4 "
+            "reads the first, 5 the second); set tie_word_embeddings to false there, or delete the tensor"
+        )
 
 
 def ledger(plan: Plan, sources: list[DenseSource]) -> Mapping[str, str]:

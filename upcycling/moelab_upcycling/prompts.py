@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moelab.errors import CheckpointError, ConfigError
-from moelab.initialisers import PromptReader
 from moelab.hf import roles as names
+from moelab.initialisers import PromptReader
 from moelab_upcycling.dtypes import to_float32
 from moelab_upcycling.source import DenseSource
 

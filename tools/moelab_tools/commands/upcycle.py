@@ -8,7 +8,9 @@ import click
 @click.command("upcycle")
 @click.argument("arguments", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
 @click.option("--dry-run", is_flag=True, help="Print the plan: tensors, budget, what becomes of each source tensor.")
-@click.option("--sink", type=click.Choice(["files", "hash"]), default="files", help="hash: make and hash, keep nothing.")
+@click.option(
+    "--sink", type=click.Choice(["files", "hash"]), default="files", help="hash: make and hash, keep nothing."
+)
 @click.option("--layers", metavar="A:B", help="Only layers A to B-1; the index waits for the rest.")
 @click.option("--no-receipt", is_flag=True, help="Don't compare the result with its source on a probe batch.")
 def command(arguments: tuple[str, ...], dry_run: bool, sink: str, layers: str | None, no_receipt: bool) -> None:
