@@ -89,7 +89,7 @@ def convert(
     if not chosen:
         raise ConfigError(f"--layers: the model has layers 0:{plan.target.num_hidden_layers}")
     if output is None:
-        announce(sum(plan.shards[i].nbytes for i in chosen), 0)
+        announce(sum(plan.shards[i].data_bytes for i in chosen), 0)
         hashes: dict[str, str] = {}
         seconds: dict[str, float] = {}
         for _, result in do_all(plan, None, [Job(i) for i in chosen], workers, progress):
@@ -126,7 +126,7 @@ class _Run:
         shards, output = self.plan.shards, str(self.folder.folder)
         to_check = [i for i in chosen if i in present]
         to_make = [i for i in chosen if i not in present]
-        self.announce(sum(shards[i].nbytes for i in to_make), sum(shards[i].nbytes for i in to_check))
+        self.announce(sum(shards[i].data_bytes for i in to_make), sum(shards[i].data_bytes for i in to_check))
         if to_make:
             self.folder.drop_index()
         hashes: dict[str, str] = {}

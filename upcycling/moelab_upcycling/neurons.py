@@ -11,7 +11,7 @@ import numpy.typing as npt
 from moelab.errors import ConfigError
 from moelab.initialisers import MATRICES, NO_SOURCE, DenseMatrix, NeuronPlan
 from moelab_upcycling.dense import statistics
-from moelab_upcycling.dtypes import to_float32
+from moelab_upcycling.dtypes import from_float32, to_float32
 from moelab_upcycling.streams import choose, fill_rows, normal_table, stream
 
 INDEX_SETS = ("shared", "independent")
@@ -90,6 +90,20 @@ def redraw(
     """out[rows] ~ N(mean, std^2) in the order of the rows."""
     if len(rows):
         fill_rows(source, normal_table(*moments, dense.dtype), out, rows)
+
+
+def add_noise(
+    out: npt.NDArray[Any], rows: npt.NDArray[np.intp], dense: DenseMatrix, source: np.random.PCG64, std: float
+) -> None:
+    """out[rows] += N(0, std^2), summed in float32 and rounded once."""
+    table = normal_table(0.0, std, "F32")
+    step = 256  # a multiple of four rows, so that pieces don't change the draws
+    noise = np.empty((min(step, len(rows)), out.shape[1]), dtype=np.float32)
+    for start in range(0, len(rows), step):
+        chosen = rows[start : start + step]
+        part = noise[: len(chosen)]
+        fill_rows(source, table, part, np.arange(len(chosen)))
+        out[chosen] = from_float32(to_float32(out[chosen], dense.dtype) + part, dense.dtype)
 
 
 def redraw_moments(

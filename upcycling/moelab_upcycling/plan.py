@@ -71,8 +71,12 @@ class Shard:
         return offsets
 
     @property
+    def data_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
     def nbytes(self) -> int:
-        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+        return len(self.header) + self.data_bytes
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class SparseExperts:
         if self.width != context.intermediate_size:
             raise ConfigError(
                 f"experts are whole copies, so moe_intermediate_size must be the dense FFN's "
-                f"{context.intermediate_size}, not {self.width}; for other widths take qwen2, drop, virtual_group or split"
+                f"{context.intermediate_size}, not {self.width}; take qwen2, drop or split for other widths"
             )
         self.warnings = [] if context.norm_topk_prob else ["weights don't sum to one (norm_topk_prob false)"]
 
