@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -161,10 +162,9 @@ def _compare_shard(
             begin = len(shard.header) + offset
             wrong = _first_difference(descriptor, begin, maker.make(tensor))
             if wrong is not None:
-                item = STORAGE[tensor.dtype].itemsize
-                at = np.unravel_index((wrong - begin) // item, list(tensor.shape))
-                place = ", ".join(str(int(i)) for i in at)
-                verdict.differences.append(f"{path}: byte {wrong}: '{tensor.name}' differs from [{place}] on")
+                width = math.prod(tensor.shape[1:])
+                row, column = divmod((wrong - begin) // STORAGE[tensor.dtype].itemsize, width)
+                verdict.differences.append(f"{path}: byte {wrong}: '{tensor.name}' differs at row {row}, column {column}")
             verdict.tensors += 1
             verdict.nbytes += tensor.nbytes
             progress(tensor.nbytes)
@@ -185,10 +185,7 @@ def _first_difference(descriptor: int, offset: int, pieces: Iterator[npt.NDArray
             done += count
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, offset, len(found), os.POSIX_FADV_DONTNEED)
-        different = np.flatnonzero(found != wanted) if not np.array_equal(found, wanted) else ()
-        if len(different):
-            for _ in pieces:  # an unfinished maker would keep its buffers
-                pass
-            return offset + int(different[0])
+        if not np.array_equal(found, wanted):
+            return offset + int(np.flatnonzero(found != wanted)[0])
         offset += len(found)
     return None
