@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import moelab.nn.loss as loss
+from moelab.nn import loss
 from moelab.nn.loss import token_cross_entropy
 
 
