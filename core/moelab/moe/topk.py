@@ -16,7 +16,7 @@ from moelab.errors import ConfigError
 from moelab.moe.bias import METHODS, quantile_bias, quantile_update, sign_update
 from moelab.moe.capacity import Capacity, check_capacity, refuse_noncausal
 from moelab.moe.contracts import MoEContext
-from moelab.moe.gate import GateOptions, LinearRouter
+from moelab.moe.gate import GateOptions, LinearRouter, noise_generator
 from moelab.moe.routing import Routing, TokenInfo
 from moelab.moe.selection import GROUP_SCORES, check_groups, group_limit, normalise
 
@@ -27,6 +27,7 @@ class TopKOptions(GateOptions):
 
     norm_topk_prob: bool = False  # True: the K weights sum to one
     routed_scaling_factor: float = 1.0  # on the weights, after normalisation; 2.5 in DeepSeek-V3
+    input_jitter: float = 0.0  # in training x is multiplied by U(1 - jitter, 1 + jitter) before the projection
     n_group: int = 1  # groups of experts; 1: no groups
     topk_group: int = 1  # groups that a token may choose from
     group_score: str = "max"  # max (DeepSeek-V2), top2 (V3: sum of the two best), topk (Megatron)
@@ -46,6 +47,8 @@ class TopKOptions(GateOptions):
             raise ValueError(f"group_score must be one of {', '.join(GROUP_SCORES)}, not '{self.group_score}'")
         if self.n_group < 1 or self.topk_group < 1:
             raise ValueError(f"n_group and topk_group must be at least 1, not {self.n_group} and {self.topk_group}")
+        if not 0 <= self.input_jitter < 1:
+            raise ValueError(f"input_jitter must be in 0 .. 1, 1 excluded, not {self.input_jitter}")
         if self.bias_update_rate < 0 or not 0 <= self.quantile_ema < 1:
             raise ValueError("bias_update_rate must not be negative, and quantile_ema must be in 0 .. 1, 1 excluded")
         check_capacity(self.capacity_factor, self.eval_capacity_factor, self.drop_policy)
@@ -63,17 +66,18 @@ class TopKRouter(LinearRouter):
             raise ConfigError("balance: quantile needs n_group 1 and num_experts_per_tok below num_experts")
         self.options = options
         self.score_function = score
+        self.norm_topk_prob = options.norm_topk_prob
         self.capacity = Capacity(options.capacity_factor, options.eval_capacity_factor, options.drop_policy)
         if options.balance != "none":
             self.register_buffer("bias", torch.zeros(context.num_experts, dtype=torch.float32))
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> K experts for each token."""
-        logits = self.logits(x)
+        logits = self.logits(self.jitter(x, info))
         scores = self.score(logits, self.score_function)
         expert = self.select(scores)  # [T, K]
         weight = scores.gather(1, expert)
-        if self.options.norm_topk_prob:
+        if self.norm_topk_prob:
             weight = normalise(weight)
         weight = self.round_weight(weight * self.options.routed_scaling_factor)
         routing = Routing.from_topk(
@@ -81,7 +85,20 @@ class TopKRouter(LinearRouter):
         )
         if self.options.balance == "quantile" and info.training:
             routing = replace(routing, statistics=quantile_bias(scores, self.bias, self.top_k, info.mask))
-        return self.capacity.apply(routing, info.training)
+        return self.capacity.apply(self.thin(routing, info), info.training)
+
+    def jitter(self, x: Tensor, info: TokenInfo) -> Tensor:
+        """x [T, D] -> x times noise around one, in training; drawn in fp32 (Switch 2101.03961, 2.4)."""
+        epsilon = self.options.input_jitter
+        if epsilon == 0 or not info.training:
+            return x
+        noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        noise.uniform_(1 - epsilon, 1 + epsilon, generator=noise_generator(info, self.layer_id, x.device))
+        return x * noise.to(torch.promote_types(x.dtype, torch.float32))
+
+    def thin(self, routing: Routing, info: TokenInfo) -> Routing:
+        """Leave assignments out before capacity is counted; here none."""
+        return routing
 
     def select(self, scores: Tensor) -> Tensor:
         """scores [T, E] -> expert [T, K] int64. No gradient: a choice has none."""
@@ -110,6 +127,8 @@ class TopKRouter(LinearRouter):
             return "it limits tokens to groups of experts"
         if options.routed_scaling_factor != 1.0:
             return "it scales its weights by routed_scaling_factor"
+        if options.eval_capacity_factor is not None:
+            return "it drops what is over capacity in evaluation too (eval_capacity_factor)"
         return None
 
     bias: Tensor

@@ -74,6 +74,7 @@ def log_metrics(
     if math.isfinite(speed):
         peak = peak_flops(setup.step_settings.precision)
         metrics |= {"perf/tokens_per_second": speed, "perf/mfu": speed * setup.flops_per_token / peak}
+    metrics |= {f"train/router_gradient_share/{name}": float(v) for name, v in result.gradient_shares.items()}
     metrics["perf/memory_gb"] = memory_gb(setup.step_settings.precision.device)
     return metrics | router, loads
 
@@ -102,6 +103,7 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
             "sequence_length": config.train.sequence_length,
             "batch_size": config.train.batch_size,
             "seed": config.data.seed,
+            "manifest": setup.corpus.manifest,
         },
         "components": components(config.model.moe),
         "plugins": setup.registry.versions(),

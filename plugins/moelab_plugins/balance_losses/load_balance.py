@@ -17,6 +17,7 @@ from moelab import (
     component,
     hookimpl,
 )
+from moelab.moe.coefficients import convert_coefficient
 from moelab.moe.loss_terms import layer_mean, probabilities, scores_of, shares, sum_by_sequence, token_mean
 
 SCOPES = ("micro", "sequence", "global", "device")
@@ -26,6 +27,7 @@ SCOPES = ("micro", "sequence", "global", "device")
 class LoadBalanceOptions:
     weight: float = 0.01  # Switch, ST-MoE, OLMoE; 8e-3 here is Hugging Face's 1e-3 at K = 8
     scope: str = "global"  # micro, sequence (DeepSeek-V3), global (whole batch, all ranks) or device (DeepSeek-V2)
+    convention: str = "moelab"  # whose coefficient `weight` is: moelab, huggingface, megatron, megablocks, deepspeed
     num_devices: int = 1  # scope=device: groups of experts that lie together
 
     def __post_init__(self) -> None:
@@ -49,7 +51,12 @@ class LoadBalance:
     """
 
     def __init__(self, options: LoadBalanceOptions, context: BalanceLossContext) -> None:
-        self.weight = options.weight
+        top_k = {layout.num_experts_per_tok for layout in context.layouts.values()}
+        if options.convention == "huggingface" and len(top_k) > 1:
+            raise ConfigError(f"convention: huggingface needs one num_experts_per_tok; the layers have {sorted(top_k)}")
+        self.weight = convert_coefficient(
+            options.weight, options.convention, "moelab", top_k=max(top_k, default=1), num_layers=len(context.layouts)
+        )
         self.scope = options.scope
         self.num_devices = options.num_devices
         self.needs_batch_counts = options.scope in ("global", "device")

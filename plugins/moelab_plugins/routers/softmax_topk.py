@@ -40,7 +40,7 @@ class SoftmaxTopK(TopKRouter):
         super().__init__(options, context, softmax_score)
 
     def qwen2_moe_fields(self) -> dict[str, Any] | str:
-        return self.plain_topk_differs() or {"norm_topk_prob": self.options.norm_topk_prob}
+        return self.plain_topk_differs() or {"norm_topk_prob": self.norm_topk_prob}
 
 
 @hookimpl

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import moelab
-from moelab.builder import NamedLoss, build_balance_losses
+from moelab.builder import build_balance_losses
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.config.run import OptimizerConfig
 from moelab.data.batches import Batch
 from moelab.errors import RunFailure
+from moelab.moe.balance import NamedLoss
 from moelab.nn.transformer import Transformer
 from moelab.train.optimizer import build_adamw
 from moelab.train.precision import Precision
