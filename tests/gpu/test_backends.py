@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from expert_routings import CASES, EXPERTS, TOP_K, bank, gradients, reference
 
+from expert_routings import CASES, EXPERTS, TOP_K, bank, gradients, reference
 from moelab import BackendContext, Registry
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.layout import ExpertLayout
