@@ -18,6 +18,7 @@ from moelab.config.run import RunConfig
 from moelab.errors import UserError
 from moelab.registry import Registry
 from moelab.train.evaluate import evaluate, sample_texts
+from moelab.train.interruption import Interruption
 from moelab.train.observers import ObserverManager, gather_observers
 from moelab.train.run_folder import (
     CHECKPOINTS,
@@ -88,19 +89,22 @@ def _run(loop: Loop) -> None:
     facts = environment_facts(setup)
     logger.info("%s: %s", setup.config.name or loop.run_dir.name, {k: facts[k] for k in ("components", "parameters")})
     error: BaseException | None = None
+    interruption = Interruption()
     try:
         loop.observers.hook.on_train_begin(
             run_dir=loop.run_dir, config=dataclasses.asdict(setup.config), facts=facts, step=progress.step
         )
-        while progress.step < setup.config.train.steps:
-            _one_step(loop)
+        with interruption:
+            while progress.step < setup.config.train.steps:
+                _one_step(loop)
+                interruption.check()
         if not _due(progress.step, setup.config.evaluation.every) or progress.evaluation is None:
             _evaluate(loop)
         _write_documents(loop)
         _save(loop)
     except BaseException as problem:
         error = problem
-        if isinstance(problem, KeyboardInterrupt):
+        if isinstance(problem, KeyboardInterrupt) and interruption.requested:
             _save(loop)
         raise
     finally:
@@ -125,10 +129,9 @@ def _one_step(loop: Loop) -> None:
     result = train_step(
         setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings, observe=look
     )
-    progress.advance(batch.input_ids.numel(), setup.flops_per_token)
+    progress.advance(batch.input_ids.numel(), setup.flops_per_token, time.perf_counter() - started)
     if observe:
         _log(loop, result, rate)
-    progress.add_seconds(time.perf_counter() - started)
     if _due(progress.step, config.evaluation.every):
         _evaluate(loop)
     if _due(progress.step, config.train.save_every):
