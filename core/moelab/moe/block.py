@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moelab.errors import ConfigError
+from moelab.moe.chunked import compute_in_chunks
 from moelab.moe.contracts import ExpertBackend, Router, SharedExpert
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
@@ -25,6 +26,8 @@ class MoEBlock(nn.Module):
         experts: ExpertBank,
         backend: ExpertBackend,
         shared_expert: SharedExpert | None = None,
+        *,
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
         self.layout = layout
@@ -33,13 +36,18 @@ class MoEBlock(nn.Module):
         self.experts = experts
         self.backend = backend
         self.shared_expert = shared_expert
+        self.chunk = chunk
         self._looked_at = False
 
     def forward(self, x: Tensor, info: TokenInfo) -> tuple[Tensor, LayerRecord]:
         routing = self.router(x, info)
         self._check(routing, x)
         # On a CPU the number of real assignments is known at no cost; elsewhere placeholders of weight 0 are computed.
-        y = self.backend(x, routing.compact() if x.device.type == "cpu" else routing, self.experts)
+        served = routing.compact() if x.device.type == "cpu" else routing
+        if self.chunk is None:
+            y = self.backend(x, served, self.experts)
+        else:
+            y = compute_in_chunks(self.backend, x, served, self.experts, self.chunk)
         if routing.bypass is not None:
             y = y + routing.bypass.to(y.dtype)
         if self.shared_expert is not None:

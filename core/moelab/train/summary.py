@@ -103,6 +103,7 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
             "sequence_length": config.train.sequence_length,
             "batch_size": config.train.batch_size,
             "seed": config.data.seed,
+            "manifest": setup.corpus.manifest,
         },
         "components": components(config.model.moe),
         "plugins": setup.registry.versions(),

@@ -28,6 +28,7 @@ from moelab.train.run_folder import (
     SUMMARY,
     MetricsLog,
     close_log,
+    is_finished,
     open_log,
     prepare_run_folder,
     write_atomically,
@@ -66,6 +67,9 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
     resumed = _find_resume(config, run_dir)
     prepare_run_folder(run_dir, resume=config.resume, force=force)
     state = _restore(setup, resumed) if resumed else {}
+    if state.get("step") == config.train.steps and is_finished(run_dir):
+        logger.warning("%s is finished: nothing is left to do", run_dir)
+        return run_dir
     handler = open_log(run_dir / LOG)
     try:
         write_atomically(run_dir / CONFIG, to_yaml(setup.config))
