@@ -19,6 +19,7 @@ from moelab.data.corpus import Corpus, DataContext
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import CheckpointError, ConfigError
 from moelab.moe.balance import NamedLoss
+from moelab.nn.checkpointing import apply_activation_checkpointing
 from moelab.nn.count import Parameters, count_parameters, flops_per_token
 from moelab.nn.transformer import Transformer
 from moelab.registry import DATA_SOURCES, OBSERVERS, Registry
@@ -72,6 +73,8 @@ def prepare(config: RunConfig, registry: Registry) -> Setup:
         corpus.validation, config.evaluation.sequences, train.sequence_length, config.evaluation.batch_size or micro
     )
     model = starting_model(config, registry, precision.device)
+    if train.activation_checkpointing:
+        apply_activation_checkpointing(model, train.activation_checkpointing)
     return Setup(
         config=config,
         registry=registry,
