@@ -157,6 +157,7 @@ def _mlp(config: ModelConfig, registry: Registry, layer_id: int) -> SwiGLU | MoE
         ExpertBank(layout, config.hidden_size),
         _backend(config, registry, parts, layout, layer_id),
         shared,
+        chunk=config.moe.expert_chunk,
     )
 
 

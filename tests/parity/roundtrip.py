@@ -58,6 +58,8 @@ def round_trip(case: Case, folder: Path) -> float:
     reference_model(case.fields).save_pretrained(folder / "first")
     ours = load_hf(folder / "first").to(case.dtype)
     strengthen(ours, seed=1)  # not the weights that came from transformers
+    for parameter in ours.parameters():  # a router stays in fp32 in any model, but is stored like the rest
+        parameter.copy_(parameter.to(case.dtype))
 
     save_hf(
         ours,
@@ -76,7 +78,7 @@ def round_trip(case: Case, folder: Path) -> float:
     assert layouts_apart(back.config) == layouts_apart(ours.config), (back.config, ours.config)
     state = back.state_dict()
     for name, tensor in ours.state_dict().items():
-        assert tensor.dtype == state[name].dtype == case.dtype, name
+        assert tensor.dtype == state[name].dtype, name
         assert torch.equal(tensor, state[name]), name
     ids = token_ids(2, 30)
     return float((ours.float()(ids).logits - load_reference(folder / "ours")(ids).logits).abs().max())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
+import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from moelab.config.load import load_config
 from moelab.config.upcycle import UpcycleConfig
-from moelab.errors import ConfigError
+from moelab.errors import ConfigError, RunFailure
+from moelab_tools.upcycle_receipt import print_receipt, write_receipt
+from moelab_tools.upcycle_report import print_outcome, print_plan
 from moelab_upcycling.convert import convert, prepare, registry_of
+from moelab_upcycling.verify import plan_of_output, verify
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class UpcycleRequest:
 
 def run_upcycle(request: UpcycleRequest) -> None:
     """All of `moelab upcycle`."""
-    console = Console()
+    console = make_console()
     loaded = load_config(request.arguments, UpcycleConfig)
     config = loaded.config
     try:
@@ -40,6 +44,7 @@ def run_upcycle(request: UpcycleRequest) -> None:
     except ConfigError as error:
         raise loaded.blame(error) from error
     layers = parse_layers(request.layers, plan.target.num_hidden_layers)
+    print_plan(console, plan, config, ledger=request.dry_run)
     if request.dry_run:
         return
     if request.sink == "files" and config.output is None:
@@ -56,10 +61,35 @@ def run_upcycle(request: UpcycleRequest) -> None:
             announce=lambda make, check: bar.update(task, total=make + check),
             versions=registry.versions(),
         )
-    console.print(f"{outcome.made / 1e9:.3f} GB made, {outcome.kept / 1e9:.3f} GB kept, {outcome.seconds:.1f} s")
-    console.print(f"content sha256 {outcome.content_hash}")
-    if outcome.complete:
-        console.print(f"written: {output}")
+    print_outcome(console, plan, outcome, output)
+    if request.receipt and outcome.complete and output is not None:
+        print_receipt(console, write_receipt(plan, registry, output))
+
+
+def run_verify(output: Path, sources: Sequence[Path], full: bool, layers: str | None) -> None:
+    """All of `moelab verify`; raises RunFailure where bytes differ."""
+    console = make_console()
+    plan = plan_of_output(output, sources, [Path.cwd()])
+    chosen = parse_layers(layers, plan.target.num_hidden_layers)
+    with _terminable(), _bar(console) as bar:
+        task = bar.add_task("verifying", total=None)
+        verdict = verify(
+            output,
+            plan,
+            full=full,
+            layers=chosen,
+            progress=lambda nbytes: bar.advance(task, nbytes),
+            announce=lambda nbytes: bar.update(task, total=nbytes),
+        )
+    compared = f"{verdict.tensors} of {verdict.total} tensors, {verdict.nbytes / 1e9:.3f} GB"
+    if verdict.differences:
+        raise RunFailure(f"{compared} compared:\n" + "\n".join(verdict.differences[:20]))
+    console.print(f"equal, byte for byte: {compared}")
+
+
+def make_console() -> Console:
+    """As wide as the terminal; wide enough for the tables where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def parse_layers(text: str | None, count: int) -> range | None:

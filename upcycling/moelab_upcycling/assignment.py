@@ -1,4 +1,4 @@
-"""Which dense neurons go to which expert, when experts are cut from shuffled copies of the dense FFN laid end to end."""
+"""Which dense neurons go to which expert, when experts are cut from shuffled copies of the FFN laid end to end."""
 
 from __future__ import annotations
 

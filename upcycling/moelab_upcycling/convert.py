@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import ConfigError
@@ -14,6 +15,7 @@ from moelab.registry import (
     OUTPUT_SCALINGS,
     ROUTER_INITIALISERS,
     SHARED_INITIALISERS,
+    ExtensionPoint,
     Registry,
 )
 from moelab_upcycling.maker import build_parts
@@ -23,7 +25,7 @@ from moelab_upcycling.source import DenseSource
 from moelab_upcycling.target import resolve_target
 from moelab_upcycling.worker import Job, Progress, do_all, light_registry
 
-AXES = {
+AXES: dict[str, ExtensionPoint[Any, Any]] = {
     "experts": EXPERT_INITIALISERS,
     "shared": SHARED_INITIALISERS,
     "router": ROUTER_INITIALISERS,
@@ -87,8 +89,9 @@ def convert(
     if not chosen:
         raise ConfigError(f"--layers: the model has layers 0:{plan.target.num_hidden_layers}")
     if output is None:
-        announce(sum(plan.shards[i].nbytes for i in chosen), 0)
-        hashes, seconds = {}, {}
+        announce(sum(plan.shards[i].data_bytes for i in chosen), 0)
+        hashes: dict[str, str] = {}
+        seconds: dict[str, float] = {}
         for _, result in do_all(plan, None, [Job(i) for i in chosen], workers, progress):
             hashes |= result.hashes
             seconds[result.file] = result.seconds
@@ -123,7 +126,7 @@ class _Run:
         shards, output = self.plan.shards, str(self.folder.folder)
         to_check = [i for i in chosen if i in present]
         to_make = [i for i in chosen if i not in present]
-        self.announce(sum(shards[i].nbytes for i in to_make), sum(shards[i].nbytes for i in to_check))
+        self.announce(sum(shards[i].data_bytes for i in to_make), sum(shards[i].data_bytes for i in to_check))
         if to_make:
             self.folder.drop_index()
         hashes: dict[str, str] = {}

@@ -43,11 +43,24 @@ def scaled(values: npt.NDArray[Any], dtype: str, factor: float) -> npt.NDArray[A
     if factor == 0:
         return np.zeros_like(values)
     out = np.empty_like(values)
+    if dtype == "BF16":  # there are only 65,536 values, so look the products up
+        with np.errstate(all="ignore"):  # the table also holds infinities and NaN, which no checked value reaches
+            every = to_float32(np.arange(1 << 16, dtype=np.uint16), dtype) * np.float32(factor)
+        products, flat, result = from_float32(every, dtype), values.reshape(-1), out.reshape(-1)
+        for start in range(0, flat.size, 32768):
+            part = slice(start, start + 32768)
+            products.take(flat[part], out=result[part], mode="clip")
+        return out
     rows = max(1, 32768 // max(1, values[0].size)) if values.ndim > 1 else values.size
     for start in range(0, len(values), rows):  # a piece at a time stays in cache
         piece = to_float32(values[start : start + rows], dtype) * np.float32(factor)
         out[start : start + rows] = from_float32(piece, dtype)
     return out
+
+
+def raw_bytes(values: npt.NDArray[Any]) -> memoryview:
+    """A contiguous array's memory as bytes."""
+    return values.reshape(-1).view(np.uint8).data
 
 
 def all_finite(values: npt.NDArray[Any], dtype: str) -> bool:

@@ -118,6 +118,13 @@ def mean_of(arrays: list[npt.NDArray[Any]], dtypes: list[str], dtype: str) -> np
     return from_float32(total / np.float32(len(arrays)), dtype)
 
 
+def logit_std(source: DenseSource, layer_id: int, router_std: float) -> float:
+    """Of the router's logits: a normed input has entries of variance norm_weight^2."""
+    name = names.router_norm(layer_id)
+    weight = to_float32(source.array(name), source.tensors[name].dtype).astype(np.float64)
+    return router_std * float(np.sqrt((weight * weight).sum()))
+
+
 class _Layer:
     """One MoE layer while it is being made."""
 
@@ -175,17 +182,11 @@ class _Layer:
     def factors(self) -> dict[str, float]:
         """On the routed experts' matrices; `silence` multiplies down."""
         context = layer_context(self.plan, self.layer_id, self.parts.scaling.share)
-        factors = dict(self.parts.scaling.factors(context, self.logit_std))
+        sharpness = logit_std(self.sources[0], self.layer_id, self.parts.router.std)
+        factors = dict(self.parts.scaling.factors(context, sharpness))
         if self.plan.recipe.silence is not None:
             factors["down"] = factors.get("down", 1.0) * self.plan.recipe.silence
         return factors
-
-    @cached_property
-    def logit_std(self) -> float:
-        """Of the router's logits: a normed input has entries of variance norm_weight^2."""
-        name = names.router_norm(self.layer_id)
-        weight = to_float32(self.sources[0].array(name), self.sources[0].tensors[name].dtype).astype(np.float64)
-        return float(self.parts.router.std) * float(np.sqrt((weight * weight).sum()))
 
     def dense(self, checkpoint: int, matrix: str) -> LoadedMatrix:
         """One FFN matrix of a source, or of the mean of all."""

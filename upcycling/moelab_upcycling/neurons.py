@@ -11,7 +11,7 @@ import numpy.typing as npt
 from moelab.errors import ConfigError
 from moelab.initialisers import MATRICES, NO_SOURCE, DenseMatrix, NeuronPlan
 from moelab_upcycling.dense import statistics
-from moelab_upcycling.dtypes import to_float32
+from moelab_upcycling.dtypes import from_float32, to_float32
 from moelab_upcycling.streams import choose, fill_rows, normal_table, stream
 
 INDEX_SETS = ("shared", "independent")
@@ -46,8 +46,8 @@ def check_width(width: int, intermediate_size: int, cure: str) -> None:
     """An expert that takes each dense neuron at most once can't be wider than the dense FFN."""
     if width > intermediate_size:
         raise ConfigError(
-            f"experts of {width} neurons are wider than the dense FFN of {intermediate_size}, so they would hold twins, "
-            f"which stay equal for ever; {cure}"
+            f"experts of {width} neurons are wider than the dense FFN of {intermediate_size}, so they would hold "
+            f"twins, which stay equal for ever; {cure}"
         )
 
 
@@ -81,12 +81,29 @@ def copy_kept(plan: NeuronPlan, matrix: str, dense: DenseMatrix) -> npt.NDArray[
 
 
 def redraw(
-    out: npt.NDArray[Any], rows: npt.NDArray[np.intp], dense: DenseMatrix, source: np.random.PCG64,
+    out: npt.NDArray[Any],
+    rows: npt.NDArray[np.intp],
+    dense: DenseMatrix,
+    source: np.random.PCG64,
     moments: tuple[float, float],
-) -> None:  # fmt: skip
+) -> None:
     """out[rows] ~ N(mean, std^2) in the order of the rows."""
     if len(rows):
         fill_rows(source, normal_table(*moments, dense.dtype), out, rows)
+
+
+def add_noise(
+    out: npt.NDArray[Any], rows: npt.NDArray[np.intp], dense: DenseMatrix, source: np.random.PCG64, std: float
+) -> None:
+    """out[rows] += N(0, std^2), summed in float32 and rounded once."""
+    table = normal_table(0.0, std, "F32")
+    step = 256  # a multiple of four rows, so that pieces don't change the draws
+    noise = np.empty((min(step, len(rows)), out.shape[1]), dtype=np.float32)
+    for start in range(0, len(rows), step):
+        chosen = rows[start : start + step]
+        part = noise[: len(chosen)]
+        fill_rows(source, table, part, np.arange(len(chosen)))
+        out[chosen] = from_float32(to_float32(out[chosen], dense.dtype) + part, dense.dtype)
 
 
 def redraw_moments(
@@ -99,8 +116,12 @@ def redraw_moments(
 
 
 def elementwise_redraw(
-    out: npt.NDArray[Any], dense: DenseMatrix, source: np.random.PCG64, fraction: float, moments: tuple[float, float] | None
-) -> None:  # fmt: skip
+    out: npt.NDArray[Any],
+    dense: DenseMatrix,
+    source: np.random.PCG64,
+    fraction: float,
+    moments: tuple[float, float] | None,
+) -> None:
     """Each value of out [n, D] redrawn with probability `fraction`; moments None: those of the redrawn values."""
     limit = round(fraction * (1 << 16))
     raw = source.random_raw(-(-out.size // 4)).astype("<u8", copy=False).view("<u2")[: out.size].reshape(out.shape)

@@ -54,8 +54,8 @@ class OutputFolder:
             f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in ours if ours[key] != theirs.get(key)
         ]
         raise CheckpointError(
-            f"{self.folder}: was begun by another plan, so nothing can be resumed; choose another folder, delete it, or "
-            "repeat its settings. " + "; ".join(differing[:3])[:600]
+            f"{self.folder}: was begun by another plan, so nothing can be resumed; choose another folder, delete it, "
+            "or repeat its settings. " + "; ".join(differing[:3])[:600]
         )
 
     @contextmanager
@@ -105,8 +105,8 @@ class OutputFolder:
         free = state.f_bavail * state.f_frsize
         if free < nbytes * _SPARE:
             raise CheckpointError(
-                f"{self.folder}: {nbytes / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; free some, choose "
-                "another folder, or try the recipe with --sink hash or --layers a:b"
+                f"{self.folder}: {nbytes / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; free some, "
+                "choose another folder, or try the recipe with --sink hash or --layers a:b"
             )
 
     def recorded(self) -> dict[str, dict[str, str]]:

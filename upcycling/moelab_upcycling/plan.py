@@ -71,8 +71,12 @@ class Shard:
         return offsets
 
     @property
+    def data_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
     def nbytes(self) -> int:
-        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+        return len(self.header) + self.data_bytes
 
 
 @dataclass(frozen=True)
@@ -235,14 +239,16 @@ def _check(source: DenseSource, dense: ModelConfig) -> None:
             )
         if tensor.dtype not in STORAGE:
             raise CheckpointError(f"{tensor.file}: '{name}' is {tensor.dtype}; only {', '.join(STORAGE)} can be read")
-    if dense.tie_word_embeddings and names.LM_HEAD in source.tensors:
-        if source.tensors[names.LM_HEAD].shape != source.tensors[names.EMBEDDING].shape or not source.same_bytes(
-            names.EMBEDDING, names.LM_HEAD
-        ):
-            raise CheckpointError(
-                f"{source.folder}: config.json ties lm_head to the embedding, but stores another one (transformers 4 "
-                "reads the first, 5 the second); set tie_word_embeddings to false there, or delete the tensor"
-            )
+    if not dense.tie_word_embeddings or names.LM_HEAD not in source.tensors:
+        return
+    head, embedding = source.tensors[names.LM_HEAD], source.tensors[names.EMBEDDING]
+    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype) or not source.same_bytes(
+        names.EMBEDDING, names.LM_HEAD
+    ):
+        raise CheckpointError(
+            f"{source.folder}: config.json ties lm_head to the embedding, but stores another one (transformers 4 "
+            "reads the first, 5 the second); set tie_word_embeddings to false there, or delete the tensor"
+        )
 
 
 def ledger(plan: Plan, sources: list[DenseSource]) -> Mapping[str, str]:

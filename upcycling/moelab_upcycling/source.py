@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moelab.errors import CheckpointError
-from moelab_upcycling.dtypes import STORAGE, all_finite
+from moelab_upcycling.dtypes import STORAGE, all_finite, raw_bytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -154,7 +154,7 @@ class DenseSource:
             for offset in (0, (tensor.nbytes - size) // 2, tensor.nbytes - size):
                 sample = np.empty(size, dtype=np.uint8)
                 self._read_into(tensor, offset, sample)
-                digest.update(sample)
+                digest.update(raw_bytes(sample))
         return digest.hexdigest()
 
     def same_bytes(self, first: str, second: str) -> bool:
@@ -163,7 +163,7 @@ class DenseSource:
         return all(np.array_equal(a, b) for a, b in pairs)
 
     def _read_into(self, tensor: StoredTensor, offset: int, out: npt.NDArray[Any]) -> None:
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = raw_bytes(out)
         descriptor = self._descriptor(tensor.file)
         position = tensor.offset + offset
         done = 0

@@ -19,6 +19,7 @@ from typing import Any
 from moelab.builtins import BUILTIN_PLUGINS
 from moelab.errors import RunFailure
 from moelab.registry import Registry
+from moelab_upcycling.dtypes import raw_bytes
 from moelab_upcycling.maker import Maker
 from moelab_upcycling.plan import Plan, Shard
 from moelab_upcycling.source import DenseSource
@@ -79,7 +80,7 @@ class ShardMaker:
             for tensor in shard.tensors:
                 digest = sha256()
                 for piece in self.maker.make(tensor):
-                    digest.update(piece.reshape(-1).view("u1"))
+                    digest.update(raw_bytes(piece))
                     writer.write(piece)
                 result.hashes[tensor.name] = digest.hexdigest()
                 progress(tensor.nbytes)
@@ -142,8 +143,7 @@ def do_all(
             running[pipe] = waiting.pop()
             pipe.send(running[pipe])
         while running:
-            for pipe in wait(list(running)):
-                assert isinstance(pipe, Connection)
+            for pipe in [pipe for pipe in wait(list(running)) if isinstance(pipe, Connection)]:
                 answer = _receive(pipe)
                 if isinstance(answer, int):
                     progress(answer)

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moelab.errors import CheckpointError
+from moelab_upcycling.dtypes import raw_bytes
 
 BUFFER = 16 << 20  # bytes; a multiple of every block size
 PARTIAL = ".partial"
@@ -52,7 +53,7 @@ class ShardWriter:
 
     def write(self, data: bytes | npt.NDArray[Any]) -> None:
         """Append the bytes of a contiguous array."""
-        view = memoryview(data) if isinstance(data, bytes) else memoryview(data.reshape(-1).view(np.uint8))
+        view = memoryview(data) if isinstance(data, bytes) else raw_bytes(data)
         while len(view):
             count = min(len(view), BUFFER - self._filled)
             np.frombuffer(self._buffer, np.uint8, count, self._filled)[:] = view[:count]

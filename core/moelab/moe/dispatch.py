@@ -67,18 +67,17 @@ def combine_rows(rows: Tensor, weight: Tensor, plan: Dispatch) -> Tensor:
     return mixed
 
 
-def sum_rows(rows: Tensor, plan: Dispatch, row_weight: Tensor | None = None) -> Tensor:
-    """Each token's sum over its rows [N, D], times row_weight [N] if given -> [T, D]. No gradient.
+def sum_rows(rows: Tensor, by_token: Tensor, starts: Tensor, row_weight: Tensor | None = None) -> Tensor:
+    """Each token's sum over its rows [R, D], times row_weight [R] if given -> [T, D]. No gradient.
 
+    by_token [N] int64 lists the rows grouped by token, those of token t from starts[t] on.
     embedding_bag gathers and adds in one pass, with an fp32 accumulator and no atomics.
     """
-    if plan.token.numel() == 0:
-        return rows.new_zeros(plan.starts.numel(), rows.shape[-1])
+    if by_token.numel() == 0:
+        return rows.new_zeros(starts.numel(), rows.shape[-1])
     if row_weight is not None:
-        row_weight = row_weight.to(rows.dtype).index_select(0, plan.by_token)
-    return torch.nn.functional.embedding_bag(
-        plan.by_token, rows, plan.starts, mode="sum", per_sample_weights=row_weight
-    )
+        row_weight = row_weight.to(rows.dtype).index_select(0, by_token)
+    return torch.nn.functional.embedding_bag(by_token, rows, starts, mode="sum", per_sample_weights=row_weight)
 
 
 class _Gather(torch.autograd.Function):
@@ -91,7 +90,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return sum_rows(grads[0].contiguous(), ctx.plan), None
+        return sum_rows(grads[0].contiguous(), ctx.plan.by_token, ctx.plan.starts), None
 
 
 class _Combine(torch.autograd.Function):
@@ -101,7 +100,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, plan: Dispatch) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.plan = plan
-        return sum_rows(rows, plan, weight.index_select(0, plan.order))
+        return sum_rows(rows, plan.by_token, plan.starts, weight.index_select(0, plan.order))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -127,6 +127,8 @@ class TopKRouter(LinearRouter):
             return "it limits tokens to groups of experts"
         if options.routed_scaling_factor != 1.0:
             return "it scales its weights by routed_scaling_factor"
+        if options.eval_capacity_factor is not None:
+            return "it drops what is over capacity in evaluation too (eval_capacity_factor)"
         return None
 
     bias: Tensor

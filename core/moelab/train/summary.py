@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import resource
 import subprocess
@@ -42,19 +41,17 @@ class Progress:
         progress.seconds_logged, progress.tokens_logged = progress.seconds, progress.tokens
         return progress
 
-    def advance(self, tokens: int, flops_per_token: float) -> None:
+    def advance(self, tokens: int, flops_per_token: float, seconds: float) -> None:
         self.step += 1
         self.tokens += tokens
         self.flops += tokens * flops_per_token
-
-    def add_seconds(self, seconds: float) -> None:
         self.seconds += seconds
 
-    def rate(self, seconds_now: float) -> float:
+    def rate(self) -> float:
         """Tokens a second since the last call."""
-        seconds, tokens = seconds_now - self.seconds_logged, self.tokens - self.tokens_logged
-        self.seconds_logged, self.tokens_logged = seconds_now, self.tokens
-        return tokens / seconds if seconds > 0 else math.nan
+        seconds, tokens = self.seconds - self.seconds_logged, self.tokens - self.tokens_logged
+        self.seconds_logged, self.tokens_logged = self.seconds, self.tokens
+        return tokens / seconds
 
     def row(self) -> dict[str, Any]:
         return {"step": self.step, "tokens": self.tokens, "flops": self.flops, "seconds": round(self.seconds, 4)}
@@ -68,12 +65,12 @@ def log_metrics(
 ) -> tuple[dict[str, float], dict[int, list[float]]]:
     """The scalars of one logged step, and each layer's expert load. This is where the host waits for the device."""
     router, loads = result.statistics.reduce()
-    speed = progress.rate(progress.seconds)
+    speed = progress.rate()
     metrics = {f"train/{name}": float(value) for name, value in result.losses.items()}
     metrics |= {"train/grad_norm": float(result.grad_norm), "train/lr": rate}
-    if math.isfinite(speed):
-        peak = peak_flops(setup.step_settings.precision)
-        metrics |= {"perf/tokens_per_second": speed, "perf/mfu": speed * setup.flops_per_token / peak}
+    peak = peak_flops(setup.step_settings.precision)
+    metrics |= {"perf/tokens_per_second": speed, "perf/mfu": speed * setup.flops_per_token / peak}
+    metrics |= {f"train/router_gradient_share/{name}": float(v) for name, v in result.gradient_shares.items()}
     metrics["perf/memory_gb"] = memory_gb(setup.step_settings.precision.device)
     return metrics | router, loads
 
@@ -93,6 +90,7 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
         "name": config.name or Path(config.run_dir).name,
         "parameters": asdict(setup.parameters),
         "flops_per_token": setup.flops_per_token,
+        "peak_flops": peak_flops(setup.step_settings.precision),  # what MFU is a share of
         "data": {
             "fingerprint": setup.corpus.fingerprint,
             "tokenizer": setup.tokenizer.fingerprint,
@@ -102,6 +100,7 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
             "sequence_length": config.train.sequence_length,
             "batch_size": config.train.batch_size,
             "seed": config.data.seed,
+            "manifest": setup.corpus.manifest,
         },
         "components": components(config.model.moe),
         "plugins": setup.registry.versions(),

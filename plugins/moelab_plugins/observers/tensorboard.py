@@ -27,6 +27,8 @@ NUMBERS = (
 TEXTS = ("schedule.name", "train.dtype", "train.init_from", "data.source.name")
 LAYOUT_NUMBERS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 FACTS = ("parameters.total", "parameters.active", "flops_per_token")
+# The table shows five columns at first, those marked as differing: what variants usually differ in.
+SHOWN_FIRST = ("layout", "router", "shared_expert", "balance_losses", "optimizer.lr")
 FINAL_METRICS = (
     "eval/loss", "eval/bits_per_byte", "eval/perplexity", "train/lm_loss", "moe/mean/max_violation",
     "moe/mean/dead_fraction", "moe/mean/load_entropy", "perf/tokens_per_second", "perf/mfu",
@@ -39,7 +41,7 @@ class TensorBoardOptions:
     images: bool = True  # expert load over (layer, expert)
     image_every: int = 1  # of the logged steps; an image is about 5 kB
     max_violation_alarm: float = 4.0  # an expert with five times its share
-    dead_fraction_alarm: float = 0.25  # of a layer's experts without any token since the last log
+    dead_fraction_alarm: float = 0.25  # of a layer's experts without any token in the logged step
     load_entropy_alarm: float = 0.7  # below it
 
     def __post_init__(self) -> None:
@@ -121,7 +123,10 @@ class TensorBoardObserver:
         from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
         kinds = {str: api_pb2.DATA_TYPE_STRING, float: api_pb2.DATA_TYPE_FLOAT64}
-        columns = [api_pb2.HParamInfo(name=name, type=kinds[type(value)]) for name, value in values.items()]
+        columns = [
+            api_pb2.HParamInfo(name=name, type=kinds[type(value)], differs=name in SHOWN_FIRST)
+            for name, value in values.items()
+        ]
         metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in FINAL_METRICS]
         experiment = api_pb2.Experiment(hparam_infos=columns, metric_infos=metrics)
         start = plugin_data_pb2.SessionStartInfo(start_time_secs=time.time())
@@ -155,10 +160,9 @@ class TensorBoardObserver:
     def _alarms(self, step: int, metrics: Mapping[str, float]) -> None:
         """Tell each alarm when it begins and when it ends."""
         on = {tag: why for tag, value in metrics.items() if (why := self._alarm(tag, value))}
+        over = sorted(tag for tag in self._raised if tag in metrics and tag not in on)
         begun = [f"{tag} = {metrics[tag]:.4g}: {on[tag]}" for tag in on if tag not in self._raised]
-        ended = [
-            f"{tag} = {metrics[tag]:.4g}: over" for tag in sorted(self._raised) if tag in metrics and tag not in on
-        ]
+        ended = [f"{tag} = {metrics[tag]:.4g}: back to normal" for tag in over]
         if begun or ended:
             self._text("alarms", "\n".join(f"- step {step}: {line}" for line in begun + ended), step)
         self._raised = (self._raised - set(metrics)) | set(on)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from moelab.errors import UserError
 from moelab_tools.compare.budgets import Budget, equal_budgets
 from moelab_tools.compare.differences import Table, check_comparable, config_differences, facts, fairness_warnings
 from moelab_tools.compare.runs import Run
-from moelab_tools.compare.statistics import Interval
-from moelab_tools.compare.variants import Variant, difference, group_by_seed
+from moelab_tools.compare.statistics import BITS_PER_BYTE, Interval, Measure
+from moelab_tools.compare.variants import Variant, choose_measure, difference, group_by_seed, loss_of, recipe, score
 
 FORMAT_VERSION = 1  # of comparison.json
 LAST_PART = 0.25  # of the logged steps: over which throughput and balance are averaged
 ROUGH_BELOW = 20  # documents: an interval from fewer is rough
+DISAGREEMENT = 0.01  # relative, between the logged loss and that of the documents
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Line:
     seconds: float
     eval_loss: float | None
     perplexity: float | None
-    bits_per_byte: float | None
-    bits_per_byte_sd: float | None  # over training seeds; None for a single run
+    score: float | None  # held-out loss in the comparison's measure
+    score_sd: float | None  # over training seeds; None for a single run
     difference: Interval | None  # to the baseline
     verdict: str  # best, baseline, better, worse, not resolved, no interval, or the status of an unfinished run
     tokens_per_second: float | None
@@ -50,30 +52,31 @@ class Line:
 class Comparison:
     """Everything that is known about these runs together."""
 
-    runs: list[Run]
-    lines: list[Line]
+    runs: list[Run]  # in the order of the lines
+    lines: list[Line]  # best first, unfinished ones last
+    measure: Measure
     baseline: str | None  # the variant that differences are taken to
     baseline_is_best: bool  # it was not asked for by name
     conflicts: list[str]  # why the losses can't be compared, when the user insisted
     warnings: list[str]
     budgets: list[Budget]
-    domains: dict[str, dict[str, float]]  # domain -> run -> bits per byte
-    domain_bytes: dict[str, int]
+    domains: dict[str, dict[str, float]]  # domain -> run -> held-out loss
+    domain_documents: dict[str, int]
     config: Table
     facts: Table
 
     def to_json(self) -> dict[str, Any]:
         """All numbers, without the curves: those are in each run's metrics.jsonl."""
-        lines = [{**asdict(line), "components": line.components} for line in self.lines]
         return {
             "format_version": FORMAT_VERSION,
             "runs": {run.name: {"path": str(run.path), "status": run.status} for run in self.runs},
             "baseline": self.baseline,
             "not_comparable": self.conflicts,
             "warnings": self.warnings,
-            "variants": lines,
+            "variants": [asdict(line) for line in self.lines],
             "equal_budgets": [asdict(budget) for budget in self.budgets],
-            "bits_per_byte_by_domain": self.domains,
+            "measure": self.measure.name,
+            "score_by_domain": self.domains,
             "config_differences": {key: dict(zip(self.names, row, strict=True)) for key, row in self.config.items()},
             "facts": {key: dict(zip(self.names, row, strict=True)) for key, row in self.facts.items()},
         }
@@ -87,21 +90,26 @@ def compare(runs: Sequence[Run], baseline: str | None = None, allow_different_da
     """Raises UserError when the runs can't be compared, or when `baseline` names none of them."""
     conflicts = check_comparable(runs, allow_different_data)
     variants = group_by_seed(runs)
-    chosen = _named(variants, baseline) if baseline else _best(variants)
-    lines = [_line(variant, chosen, by_name=baseline is not None) for variant in variants]
-    lines.sort(key=lambda line: math.inf if line.bits_per_byte is None else line.bits_per_byte)
-    domains, domain_bytes = _domains(runs)
-    warnings = fairness_warnings(runs) + _document_warnings(runs) + _repeated(variants)
+    measure = choose_measure(runs)
+    chosen = _named(variants, baseline) if baseline else _best(variants, measure)
+    by_name = baseline is not None
+    lines = [_line(variant, chosen, measure, by_name=by_name) for variant in variants]
+    lines.sort(key=lambda line: (line.status != "finished", math.inf if line.score is None else line.score))
+    by_name_of_run = {run.name: run for run in runs}
+    runs = [by_name_of_run[name] for line in lines for name in line.runs]
+    domains, domain_documents = _domains(runs, measure)
+    warnings = fairness_warnings(runs) + _document_warnings(runs, measure) + _repeated(runs)
     return Comparison(
-        runs=list(runs),
+        runs=runs,
         lines=lines,
+        measure=measure,
         baseline=chosen.name if chosen else None,
         baseline_is_best=baseline is None,
         conflicts=conflicts,
         warnings=warnings,
-        budgets=equal_budgets(runs),
+        budgets=equal_budgets([run for run in runs if run.finished]),
         domains=domains,
-        domain_bytes=domain_bytes,
+        domain_documents=domain_documents,
         config=config_differences(runs),
         facts=facts(runs),
     )
@@ -124,24 +132,25 @@ def _named(variants: Sequence[Variant], name: str) -> Variant:
     """By the variant's name, or the name or folder of one of its runs."""
     wanted = name.rstrip("/")
     for variant in variants:
-        known = {variant.name, *(run.name for run in variant.runs), *(str(run.path) for run in variant.runs)}
-        if wanted in known or wanted in {run.path.name for run in variant.runs}:
+        runs = variant.runs
+        if wanted in (variant.name, *(run.name for run in runs), *(run.path.name for run in runs)):
+            return variant
+        if Path(wanted).resolve() in [run.path.resolve() for run in runs]:
             return variant
     names = ", ".join(variant.name for variant in variants)
     raise UserError(f"--baseline {name}: is none of the runs compared; they are: {names}")
 
 
-def _best(variants: Sequence[Variant]) -> Variant | None:
-    """The lowest held-out bits per byte among those that finished."""
-    scored = [
-        (np.mean(values), index) for index, v in enumerate(variants) if v.finished and (values := v.bits_per_byte())
-    ]
+def _best(variants: Sequence[Variant], measure: Measure) -> Variant | None:
+    """The lowest held-out loss among those that finished."""
+    finished = [(index, variant.scores(measure)) for index, variant in enumerate(variants) if variant.finished]
+    scored = [(float(np.mean(scores)), index) for index, scores in finished if scores]
     return variants[min(scored)[1]] if scored else None
 
 
-def _line(variant: Variant, baseline: Variant | None, by_name: bool) -> Line:
-    first, values = variant.runs[0], variant.bits_per_byte()
-    gap = difference(variant, baseline) if baseline is not None and baseline is not variant else None
+def _line(variant: Variant, baseline: Variant | None, measure: Measure, *, by_name: bool) -> Line:
+    first, values = variant.runs[0], variant.scores(measure)
+    gap = difference(variant, baseline, measure) if baseline is not None and baseline is not variant else None
     parameters = first.summary.get("parameters", {})
     return Line(
         name=variant.name,
@@ -156,8 +165,8 @@ def _line(variant: Variant, baseline: Variant | None, by_name: bool) -> Line:
         seconds=float(np.mean([run.amount("seconds") for run in variant.runs])),
         eval_loss=variant.mean("eval/loss"),
         perplexity=variant.mean("eval/perplexity"),
-        bits_per_byte=float(np.mean(values)) if values else None,
-        bits_per_byte_sd=float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        score=float(np.mean(values)) if values else None,
+        score_sd=float(np.std(values, ddof=1)) if len(values) > 1 else None,
         difference=gap,
         verdict=_verdict(variant, baseline, gap, by_name),
         tokens_per_second=_recent(variant, "perf/tokens_per_second"),
@@ -184,49 +193,43 @@ def _recent(variant: Variant, tag: str) -> float | None:
     return float(np.mean(means)) if means else None
 
 
-def _domains(runs: Sequence[Run]) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
-    """({domain: {run: bits per byte}}, {domain: bytes of held-out text})."""
+def _domains(runs: Sequence[Run], measure: Measure) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+    """({domain: {run: held-out loss}}, {domain: number of held-out documents})."""
     table: dict[str, dict[str, float]] = {}
-    sizes: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for run in runs:
-        for domain in dict.fromkeys(document.domain for document in run.documents.values()):
+        for domain in sorted({document.domain for document in run.documents.values()}):
             documents = [document for document in run.documents.values() if document.domain == domain]
-            size = sum(document.bytes for document in documents)
-            if size:
-                nats = sum(document.nats for document in documents)
-                table.setdefault(domain, {})[run.name] = nats / size / math.log(2)
-                sizes.setdefault(domain, size)
-    return table, sizes
+            table.setdefault(domain, {})[run.name] = loss_of(documents, measure)
+            counts.setdefault(domain, len(documents))
+    return table, counts
 
 
-def _document_warnings(runs: Sequence[Run]) -> list[str]:
+def _document_warnings(runs: Sequence[Run], measure: Measure) -> list[str]:
     counts = [len(run.documents) for run in runs if run.documents]
     warnings = []
     if counts and min(counts) < ROUGH_BELOW:
         warnings.append(
             f"Only {min(counts)} held-out documents: intervals over documents are rough (raise evaluation.sequences)"
         )
+    tag = "eval/bits_per_byte" if measure is BITS_PER_BYTE else "eval/loss"
     for run in runs:
-        logged = run.final("eval/bits_per_byte")
-        size = sum(document.bytes for document in run.documents.values())
-        if logged and size:
-            found = sum(document.nats for document in run.documents.values()) / size / math.log(2)
-            if abs(found / logged - 1) > 0.01:
-                warnings.append(
-                    f"{run.name}: its documents give {found:.4f} bits per byte, its log says {logged:.4f}; "
-                    "the comparison uses the documents"
-                )
+        logged, found = run.final(tag), score(run, measure)
+        if logged and found and abs(found / logged - 1) > DISAGREEMENT:
+            warnings.append(
+                f"{run.name}: its documents give {found:.4f} {measure.name}, its log says {logged:.4f}; "
+                "the comparison uses the documents"
+            )
     return warnings
 
 
-def _repeated(variants: Sequence[Variant]) -> list[str]:
+def _repeated(runs: Sequence[Run]) -> list[str]:
     """Runs of one config and one seed: a repetition, not a second sample."""
-    seen: dict[tuple[str, str], str] = {}
+    seen: dict[str, str] = {}
     warnings = []
-    for variant in variants:
-        for run in variant.runs:
-            key = (str({k: v for k, v in run.config.items() if k not in ("run_dir", "name")}), str(run.seed))
-            if key in seen:
-                warnings.append(f"{run.name} repeats {seen[key]}: same config, same seed")
-            seen.setdefault(key, run.name)
+    for run in runs:
+        key = recipe(run) + str(run.seed)
+        if key in seen:
+            warnings.append(f"{run.name} repeats {seen[key]}: same config, same seed")
+        seen.setdefault(key, run.name)
     return warnings

@@ -12,7 +12,8 @@ Table = dict[str, list[Any]]  # key -> one value for each run
 
 # How a run is stored and watched changes nothing of what it learns.
 BOOKKEEPING = (
-    "run_dir", "name", "resume", "observers", "train.log_every", "train.save_every", "train.keep_checkpoints",
+    "run_dir", "name", "resume", "search_path", "observers", "train.log_every", "train.save_every",
+    "train.keep_checkpoints", "train.gradient_shares_every",
 )  # fmt: skip
 FACTS = ("device", "threads", "dtype", "git", "init_from")
 
@@ -39,7 +40,7 @@ def config_differences(runs: Sequence[Run]) -> Table:
     flat = [dict(flatten(run.config)) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one if not is_bookkeeping(key))
     table = {key: [one.get(key) for one in flat] for key in keys}
-    return {key: values for key, values in table.items() if any(value != values[0] for value in values)}
+    return {key: table[key] for key in sorted(table) if any(value != table[key][0] for value in table[key])}
 
 
 def facts(runs: Sequence[Run]) -> Table:
@@ -65,7 +66,7 @@ def check_comparable(runs: Sequence[Run], allow_different_data: bool) -> list[st
     for what, key in (("data", "fingerprint"), ("tokenizers", "tokenizer")):
         known = {run.name: run.summary["data"].get(key) for run in runs if run.summary}
         if len(set(map(str, known.values()))) > 1:
-            listing = "; ".join(f"{name}: {key} {value}" for name, value in known.items())
+            listing = "; ".join(f"{name}: {key} {str(value)[:16]}" for name, value in known.items())
             conflicts.append(f"the runs used different {what} ({listing})")
     conflicts += _document_conflicts([run for run in runs if run.documents])
     if conflicts and not allow_different_data:
@@ -77,7 +78,7 @@ def check_comparable(runs: Sequence[Run], allow_different_data: bool) -> list[st
 
 
 def _document_conflicts(runs: Sequence[Run]) -> list[str]:
-    """Each run against the first: the same held-out documents, with the same number of bytes."""
+    """Each run against the first: the same held-out documents, read to the same length."""
     if not runs:
         return []
     first, *others = runs
@@ -88,15 +89,20 @@ def _document_conflicts(runs: Sequence[Run]) -> list[str]:
             continue
         apart = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
         conflicts.append(
-            f"the evaluation documents differ ({first.name}: {len(theirs)} documents, {sum(theirs.values())} bytes; "
-            f"{run.name}: {len(mine)} documents, {sum(mine.values())} bytes; {len(apart)} differ, first '{apart[0]}': "
-            f"{theirs.get(apart[0], 0)} and {mine.get(apart[0], 0)} bytes)"
+            f"the evaluation documents differ ({first.name}: {len(theirs)} documents; {run.name}: {len(mine)} "
+            f"documents; {len(apart)} differ, first '{apart[0]}': {_describe(theirs.get(apart[0]))} and "
+            f"{_describe(mine.get(apart[0]))})"
         )
     return conflicts
 
 
-def _sizes(documents: Mapping[str, Document]) -> dict[str, int]:
-    return {name: document.bytes for name, document in documents.items()}
+def _sizes(documents: Mapping[str, Document]) -> dict[str, tuple[int, int | None]]:
+    """The tokens and bytes that were read of each."""
+    return {name: (document.tokens, document.bytes) for name, document in documents.items()}
+
+
+def _describe(size: tuple[int, int | None] | None) -> str:
+    return "absent" if size is None else f"{size[0]} tokens, {size[1]} bytes"
 
 
 def fairness_warnings(runs: Sequence[Run]) -> list[str]:

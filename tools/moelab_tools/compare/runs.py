@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ class Document:
     domain: str
     nats: float
     tokens: int
-    bytes: int
+    bytes: int | None  # None for data whose bytes are not known
 
 
 @dataclass
@@ -73,14 +73,16 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             raise UserError(f"{folder}: this run is given twice; name each run once")
         seen.add(folder.resolve())
     runs = [read_run(folder) for folder in folders]
-    for run in runs:
-        if sum(other.name == run.name for other in runs) > 1:
-            run.name = f"{run.path.resolve().parent.name}/{run.path.resolve().name}"
+    _rename_twins(runs, lambda run: f"{run.path.resolve().parent.name}/{run.path.resolve().name}")
+    _rename_twins(runs, lambda run: str(run.path))
+    return runs
+
+
+def _rename_twins(runs: Sequence[Run], longer: Callable[[Run], str]) -> None:
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
-            run.name = str(run.path)
-    return runs
+            run.name = longer(run)
 
 
 def read_run(folder: Path) -> Run:
@@ -153,7 +155,7 @@ def _read_metrics(path: Path, finished: bool, warnings: list[str]) -> list[Row]:
 
 
 def _read_documents(path: Path, finished: bool) -> dict[str, Document]:
-    """Sums of each document; empty for a run that did not reach its final evaluation."""
+    """By name; empty for a run that did not reach its final evaluation."""
     if not path.exists():
         if finished:
             raise UserError(f"{path}: missing, so the run can't be compared document by document; {_CURE}")
@@ -162,16 +164,16 @@ def _read_documents(path: Path, finished: bool) -> dict[str, Document]:
     for number, line in _lines(path, finished, []):
         try:
             name = str(line["document"])
-            known = documents.get(name, Document(str(line["domain"]), 0.0, 0, 0))
-            documents[name] = Document(
-                known.domain,
-                known.nats + float(line["nats"]),
-                known.tokens + int(line["tokens"]),
-                known.bytes + int(line["bytes"]),
-            )
+            size = None if line.get("bytes") is None else int(line["bytes"])
+            document = Document(str(line["domain"]), float(line["nats"]), int(line["tokens"]), size)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}:{number}: needs document, domain, nats, tokens, bytes; {_CURE}") from error
-    if finished and not sum(document.bytes for document in documents.values()):
+        if document.tokens < 1 or not math.isfinite(document.nats):
+            raise UserError(f"{path}:{number}: {document.nats} nats in {document.tokens} tokens; {_CURE}")
+        if name in documents:
+            raise UserError(f"{path}:{number}: document '{name}' stands here twice; {_CURE}")
+        documents[name] = document
+    if finished and not documents:
         raise UserError(f"{path}: holds no held-out text; {_CURE}")
     return documents
 

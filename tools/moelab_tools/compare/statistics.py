@@ -19,8 +19,21 @@ CONFIDENCE, RESAMPLES, CHUNK, SEED = 0.95, 10_000, 500, 0
 
 
 @dataclass(frozen=True)
+class Measure:
+    """How held-out loss is counted: lower is better."""
+
+    name: str
+    per: str  # the attribute of a document that the nats are divided by
+    per_nat: float
+
+
+BITS_PER_BYTE = Measure("bits per byte", "bytes", 1 / math.log(2))  # the same for every tokenizer
+NATS_PER_TOKEN = Measure("nats per token", "tokens", 1.0)  # for data whose bytes are not known
+
+
+@dataclass(frozen=True)
 class Interval:
-    """A difference in bits per byte, run minus baseline, with its 95 % confidence interval."""
+    """A difference in held-out loss, run minus baseline, with its 95 % confidence interval."""
 
     difference: float
     low: float
@@ -36,20 +49,15 @@ class Interval:
         return "better" if self.high < 0 else "worse"
 
 
-def bits_per_byte(nats: Floats, size: Floats) -> float:
-    """nats [N], size [N] in bytes -> bits per byte of all documents together."""
-    return float(nats.sum() / size.sum() / math.log(2))
+def over_documents(loss: Floats, baseline: Floats, size: Floats) -> Interval:
+    """loss, baseline, size: [N] of the same N >= 2 documents; resampled as pairs, so their common difficulty cancels.
 
-
-def over_documents(nats: Floats, baseline: Floats, size: Floats) -> Interval:
-    """nats, baseline, size: [N] of the same N >= 2 documents; resampled as pairs, so their common difficulty cancels.
-
-    Percentile bootstrap of the ratio (sum nats) / (sum bytes), its quantiles moved outward as in Hesterberg 2015
-    (What teachers should know about the bootstrap, section 4.4): few documents make plain percentiles too narrow.
+    Percentile bootstrap of the ratio (sum of losses) / (sum of sizes). Few documents make plain percentiles too
+    narrow, so the quantiles move outward as in Hesterberg 2015, "What teachers should know about the bootstrap".
     """
     documents = len(size)
     generator = np.random.default_rng(SEED)
-    gap = (nats - baseline) / math.log(2)
+    gap = loss - baseline
     draws = []
     for start in range(0, RESAMPLES, CHUNK):
         count = min(CHUNK, RESAMPLES - start)

@@ -61,7 +61,7 @@ def test_the_fingerprint_follows_text_split_and_tokenizer_but_not_the_order_give
 
     changed = [
         build_corpus([*given[:-1], replace(given[-1], text="other")], CONTEXT),
-        build_corpus([replace(given[0], domain="b"), *given[1:]], CONTEXT),
+        build_corpus([replace(document, domain=f"z{document.domain}") for document in given], CONTEXT),
         build_corpus(given, replace(CONTEXT, seed=1)),
         build_corpus(given, replace(CONTEXT, validation_fraction=0.5)),
         build_corpus(given, replace(CONTEXT, tokenizer=Other())),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from moelab.data.json_tokenizer import _bytes_by_offset
 from moelab.data.tokenizer import load_tokenizer
 from moelab.errors import DataError
 
@@ -74,6 +76,12 @@ def test_words_take_the_white_space_before_them(tmp_path: Path) -> None:
     assert ids.tolist() == [2, 4, 3]
     assert byte_counts.tolist() == [3, 7, 6]  # "The", "  café" in UTF-8, " cat \n"
     assert tokenizer.id_bytes() is None
+
+
+def test_offsets_that_go_back_take_nothing_away() -> None:
+    """A post-processor gives the tokens it adds the place (0, 0)."""
+    encoding: Any = SimpleNamespace(ids=[5, 6, 7], offsets=[(0, 3), (0, 0), (3, 4)])
+    assert _bytes_by_offset("caf\xe9 ", encoding, 6).tolist() == [3, 0, 3]
 
 
 def test_a_special_token_spelled_in_a_text_does_not_end_the_document(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tensorboard.util import tensor_util
 
 from moelab.registry import OBSERVERS, Registry
 from moelab_plugins.observers.load_image import colour, load_image, png
-from moelab_plugins.observers.tensorboard import hparams
+from moelab_plugins.observers.tensorboard import SHOWN_FIRST, hparams
 
 CONFIG: dict[str, Any] = {
     "run_dir": "runs/a",
@@ -101,6 +101,7 @@ def test_hparams_are_in_the_runs_own_event_file(tmp_path: Path) -> None:
     assert start.hparams["parameters.active"].number_value == 400
     experiment = metadata.parse_experiment_plugin_data(found[metadata.EXPERIMENT_TAG])
     assert {info.name for info in experiment.hparam_infos} == set(start.hparams)
+    assert {info.name for info in experiment.hparam_infos if info.differs} == set(SHOWN_FIRST)  # the first columns
     assert "eval/loss" in {info.name.tag for info in experiment.metric_infos}
     end = metadata.parse_session_end_info_plugin_data(found[metadata.SESSION_END_INFO_TAG])
     assert end.status == api_pb2.STATUS_SUCCESS

@@ -27,8 +27,8 @@ class SparseExperts:
         self.streams = Streams(context.seed, "experts/sparse/1", context.layer_id)
         if self.width != context.intermediate_size:
             raise ConfigError(
-                f"experts are whole copies, so moe_intermediate_size must be the dense FFN's {context.intermediate_size}, "
-                f"not {self.width}; for other widths take qwen2, drop, virtual_group or split"
+                f"experts are whole copies, so moe_intermediate_size must be the dense FFN's "
+                f"{context.intermediate_size}, not {self.width}; take qwen2, drop or split for other widths"
             )
         self.warnings = [] if context.norm_topk_prob else ["weights don't sum to one (norm_topk_prob false)"]
 

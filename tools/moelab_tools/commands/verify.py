@@ -1,0 +1,27 @@
+"""`moelab verify`: is an upcycled checkpoint, byte for byte, what its recipe makes of its source?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("verify")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--source", "sources", multiple=True, required=True, type=click.Path(path_type=Path), metavar="DIR",
+    help="The dense checkpoint that OUTPUT was made from; once for each, where several were mixed.",
+)  # fmt: skip
+@click.option("--full", is_flag=True, help="All tensors; otherwise 1% of the experts and all that is no expert.")
+@click.option("--layers", metavar="A:B", help="Only layers A to B-1.")
+def command(output: Path, sources: tuple[Path, ...], full: bool, layers: str | None) -> None:
+    """Recompute an upcycled checkpoint from its source and compare bytes.
+
+    \b
+    Example:
+      moelab verify Qwen2-57B-A14B-upcycled --source Qwen2-7B
+    """
+    from moelab_tools.upcycling import run_verify
+
+    run_verify(output, sources, full, layers)

@@ -1,0 +1,191 @@
+"""Recomputes an upcycled checkpoint from its sources and its recipe, and compares bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moelab.config.upcycle import RecipeConfig, UpcycleConfig
+from moelab.errors import CheckpointError
+from moelab_upcycling.convert import prepare, registry_of
+from moelab_upcycling.dtypes import STORAGE, TORCH_NAMES, raw_bytes
+from moelab_upcycling.maker import Maker
+from moelab_upcycling.output import PLAN_FILE
+from moelab_upcycling.plan import OutputTensor, Plan, Shard
+from moelab_upcycling.source import INDEX, DenseSource, read_json
+from moelab_upcycling.streams import choose, stream
+
+_SAMPLED = 0.01  # of a layer's experts, at least one
+
+
+@dataclass
+class Verdict:
+    """What was compared, and what differs."""
+
+    tensors: int = 0
+    nbytes: int = 0
+    total: int = 0
+    differences: list[str] = field(default_factory=list)
+
+
+def plan_of_output(output: Path, sources: Sequence[Path], search_path: Sequence[Path] = ()) -> Plan:
+    """The plan that `output` says it was made by, over the given sources. CheckpointError where they don't fit."""
+    stored = read_json(output / PLAN_FILE)
+    identity = stored["identity"]
+    described = identity["config"]
+    config = UpcycleConfig(
+        source=[str(source) for source in sources],
+        model=_model_node(described),
+        recipe=RecipeConfig(**identity["recipe"]),
+        seed=identity["seed"],
+        dtype=TORCH_NAMES[identity["dtype"]],
+        untie=not described["tie_word_embeddings"],
+        max_shard_size=str(identity["max_shard_size"]),
+        plugins=list(identity["plugins"]),
+        entry_points=bool(stored.get("entry_points", True)),
+    )
+    paths = [*search_path, *(Path(p) for p in stored.get("search_path", []))]
+    plan = prepare(config, registry_of(config, paths), paths)
+    if list(plan.fingerprints) != identity["fingerprints"]:
+        raise CheckpointError(
+            f"{output / PLAN_FILE}: was made from other sources than {', '.join(map(str, sources))} (other "
+            "fingerprints); name the ones it was made from: " + ", ".join(stored.get("sources", []))
+        )
+    if plan.hash != stored["plan"]:
+        raise CheckpointError(
+            f"{output / PLAN_FILE}: this version of moelab makes another plan of the same recipe; verify with the "
+            f"version that made it: {json.dumps(stored.get('versions', {}))}"
+        )
+    return plan
+
+
+def _model_node(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's `model`, from the config.json that it led to."""
+    layout = (
+        "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+        "decoder_sparse_step", "mlp_only_layers",
+    )  # fmt: skip
+    free = ("vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "initializer_range")
+    return {
+        **{key: described[key] for key in free},
+        "moe": {
+            "layout": {"name": "uniform", **{key: described[key] for key in layout}},
+            "router": {"name": "softmax_topk", "norm_topk_prob": described["norm_topk_prob"]},
+            "shared_expert": {"name": "gated", "intermediate_size": described["shared_expert_intermediate_size"]},
+        },
+    }
+
+
+def verify(
+    output: Path,
+    plan: Plan,
+    *,
+    full: bool = False,
+    layers: range | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+    announce: Callable[[int], None] = lambda nbytes: None,
+) -> Verdict:
+    """Compare headers, and tensors: all of them, or one in a hundred experts and whatever is no expert."""
+    verdict = Verdict(total=len(plan.tensors))
+    shards = [shard for shard in plan.shards if layers is None or shard.layer_id in layers]
+    verdict.differences += _check_index(output, plan)
+    chosen = {shard.file: _chosen(shard, plan, full) for shard in shards}
+    announce(sum(tensor.nbytes for tensors in chosen.values() for tensor, _ in tensors))
+    sources = [DenseSource(Path(folder)) for folder in plan.sources]
+    registry = registry_of(
+        UpcycleConfig(plugins=list(plan.plugins), entry_points=plan.entry_points), [Path(p) for p in plan.search_path]
+    )
+    maker = Maker(plan, registry, sources)
+    try:
+        for shard in shards:
+            _compare_shard(output / shard.file, shard, chosen[shard.file], maker, verdict, progress)
+    finally:
+        for source in sources:
+            source.close()
+    return verdict
+
+
+def _check_index(output: Path, plan: Plan) -> list[str]:
+    if not (output / INDEX).exists():
+        return [f"{output / INDEX}: is missing, so the checkpoint is not complete; run the conversion again"]
+    wanted = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
+    found = read_json(output / INDEX).get("weight_map")
+    differences = [] if found == wanted else [f"{output / INDEX}: does not list the planned tensors"]
+    config = read_json(output / "config.json")
+    differing = [key for key, value in plan.config_json().items() if config.get(key) != value]
+    if differing:
+        differences.append(f"{output / 'config.json'}: {', '.join(differing)} changed since the conversion")
+    return differences
+
+
+def _chosen(shard: Shard, plan: Plan, full: bool) -> list[tuple[OutputTensor, int]]:
+    """(tensor, offset) of what is to be compared."""
+    placed = list(zip(shard.tensors, shard.offsets, strict=True))
+    layout = plan.target.layouts.get(shard.layer_id)
+    if full or layout is None:
+        return placed
+    count = max(1, round(_SAMPLED * layout.num_experts))
+    sample = choose(stream(plan.seed, "verify/1", shard.layer_id, "sample"), layout.num_experts, count)
+    return [(tensor, offset) for tensor, offset in placed if tensor.role != "expert" or sample[tensor.expert]]
+
+
+def _compare_shard(
+    path: Path,
+    shard: Shard,
+    chosen: list[tuple[OutputTensor, int]],
+    maker: Maker,
+    verdict: Verdict,
+    progress: Callable[[int], None],
+) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        verdict.differences.append(f"{path}: can't be opened: {error.strerror}")
+        return
+    try:
+        size = os.fstat(descriptor).st_size
+        if size != shard.nbytes:
+            verdict.differences.append(f"{path}: has {size} bytes, should have {shard.nbytes}")
+            return
+        if os.pread(descriptor, len(shard.header), 0) != shard.header:
+            verdict.differences.append(f"{path}: its header is not the planned one")
+            return
+        for tensor, offset in chosen:
+            begin = len(shard.header) + offset
+            wrong = _first_difference(descriptor, begin, maker.make(tensor))
+            if wrong is not None:
+                width = math.prod(tensor.shape[1:])
+                row, column = divmod((wrong - begin) // STORAGE[tensor.dtype].itemsize, width)
+                verdict.differences.append(f"{path}: byte {wrong}: '{tensor.name}' differs at row {row}, column {column}")
+            verdict.tensors += 1
+            verdict.nbytes += tensor.nbytes
+            progress(tensor.nbytes)
+    finally:
+        os.close(descriptor)
+
+
+def _first_difference(descriptor: int, offset: int, pieces: Iterator[npt.NDArray[Any]]) -> int | None:
+    """The file position of the first byte that differs."""
+    for piece in pieces:
+        wanted = np.frombuffer(raw_bytes(piece), dtype=np.uint8)
+        found = np.empty_like(wanted)
+        done = 0
+        while done < len(found):
+            count = os.preadv(descriptor, [found[done:].data], offset + done)
+            if count == 0:
+                return offset + done
+            done += count
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, offset, len(found), os.POSIX_FADV_DONTNEED)
+        if not np.array_equal(found, wanted):
+            return offset + int(np.flatnonzero(found != wanted)[0])
+        offset += len(found)
+    return None
