@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ from torch import nn
 
 from moelab.config.model import ModelConfig
 from moelab.errors import ConfigError
+from moelab.moe.balance import COMMON_KEYS, NamedLoss, split_common
 from moelab.moe.block import MoEBlock
-from moelab.moe.contracts import BackendContext, BalanceLoss, BalanceLossContext, ExpertBackend, MoEContext
+from moelab.moe.contracts import BackendContext, BalanceLossContext, ExpertBackend, MoEContext
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout, LayoutContext
-from moelab.moe.per_layer import LayerParts, layer_parts
+from moelab.moe.per_layer import LayerParts, layer_parts, match_layers
 from moelab.nn.init import initialise
 from moelab.nn.mlp import SwiGLU
 from moelab.nn.transformer import Transformer
@@ -31,14 +31,6 @@ from moelab.registry import (
     Registry,
 )
 from moelab.seeds import derive_seed
-
-
-@dataclass(frozen=True)
-class NamedLoss:
-    """A balance loss and the tag it is logged under, unique within a run."""
-
-    name: str
-    loss: BalanceLoss
 
 
 def build_model(
@@ -81,13 +73,22 @@ def build_balance_losses(config: ModelConfig, registry: Registry) -> list[NamedL
     """The losses of `model.moe.balance_losses`, in order; one that stands twice is logged as name_2."""
     if config.moe is None:
         return []
-    context = BalanceLossContext(build_layouts(config, registry))
+    layouts = build_layouts(config, registry)
     losses: list[NamedLoss] = []
     for index, node in enumerate(config.moe.balance_losses):
-        loss = registry.build(BALANCE_LOSSES, node, context, f"model.moe.balance_losses.{index}")
+        where = f"model.moe.balance_losses.{index}"
+        own, pattern, schedule = split_common(node, where)
+        layers = frozenset(layouts)
+        if pattern is not None:
+            layers &= frozenset(match_layers(pattern, config.num_hidden_layers, f"{where}.layers"))
+        if not layers:
+            raise ConfigError(f"{where}.layers: none of these layers has experts; {sorted(layouts)} have")
+        loss = registry.build(BALANCE_LOSSES, own, BalanceLossContext({i: layouts[i] for i in sorted(layers)}), where)
         name = str(node["name"])
         repeats = sum(1 for other in config.moe.balance_losses[:index] if other["name"] == name)
-        losses.append(NamedLoss(name if repeats == 0 else f"{name}_{repeats + 1}", loss))
+        tag = name if repeats == 0 else f"{name}_{repeats + 1}"
+        owner = registry.components(BALANCE_LOSSES)[name].owner
+        losses.append(NamedLoss(tag, loss, where, owner, layers, schedule))
     return losses
 
 
@@ -104,10 +105,11 @@ def resolve_model(config: ModelConfig, registry: Registry) -> None:
     }
     for key, point in points.items():
         setattr(moe, key, registry.resolve(point, getattr(moe, key), f"model.moe.{key}"))
-    moe.balance_losses = [
-        registry.resolve(BALANCE_LOSSES, node, f"model.moe.balance_losses.{i}")
-        for i, node in enumerate(moe.balance_losses)
-    ]
+    for index, node in enumerate(moe.balance_losses):
+        where = f"model.moe.balance_losses.{index}"
+        own, _, _ = split_common(node, where)
+        common = {key: node[key] for key in COMMON_KEYS if node.get(key) is not None}
+        moe.balance_losses[index] = registry.resolve(BALANCE_LOSSES, own, where) | common
 
 
 def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Transformer:
@@ -155,6 +157,7 @@ def _mlp(config: ModelConfig, registry: Registry, layer_id: int) -> SwiGLU | MoE
         ExpertBank(layout, config.hidden_size),
         _backend(config, registry, parts, layout, layer_id),
         shared,
+        chunk=config.moe.expert_chunk,
     )
 
 

@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moelab.builder import NamedLoss, build_model
+from moelab.builder import build_model
 from moelab.config.load import to_schema
 from moelab.config.run import RunConfig
 from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.load import load_hf
+from moelab.moe.balance import NamedLoss
 from moelab.nn.transformer import Transformer
 from moelab.registry import Registry
 from moelab.train.optimizer import optimizer_tensors, restore_optimizer

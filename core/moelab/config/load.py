@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -14,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from moelab.config.files import Layer, file_layers, find_config, override_layer, subtree
-from moelab.config.overlay import overlay
+from moelab.config.overlay import overlay, section_schemas
 from moelab.errors import ConfigError
 from moelab.registry import near
 
@@ -46,7 +45,7 @@ def load_config(arguments: Sequence[str], schema: type[SchemaT]) -> Loaded[Schem
     merged: dict[str, Any] = {}
     for layer in layers:
         _check_keys(layer.tree, schema, (), layer.origin)
-        merged = overlay(merged, layer.tree)
+        merged = overlay(merged, layer.tree, schema)
     try:
         config = to_schema(merged, schema)
         check = getattr(config, "check", None)
@@ -76,29 +75,21 @@ def to_yaml(config: Any) -> str:
 
 def _check_keys(tree: Any, schema: Any, key_path: tuple[str, ...], origin: str) -> None:
     """Refuse keys that the dataclass does not have, at any depth; parts (`dict[str, Any]`) are the registry's."""
-    if not (is_dataclass(schema) and isinstance(schema, type)) or not isinstance(tree, dict):
+    legal = section_schemas(schema)
+    if not legal or not isinstance(tree, dict):
         return
-    hints = typing.get_type_hints(schema)
-    legal = [field.name for field in fields(schema)]
     for key, value in tree.items():
         if key not in legal:
             where = ".".join((*key_path, str(key)))
             raise ConfigError(
                 f"{where}: no such key{near(key, legal)} Here belong: {', '.join(legal)} (set by {origin})"
             )
-        _check_keys(value, _dataclass_in(hints[key]), (*key_path, str(key)), origin)
-
-
-def _dataclass_in(hint: Any) -> Any:
-    """`X | None` -> X; anything else as it is."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return next((arm for arm in typing.get_args(hint) if is_dataclass(arm)), None)
-    return hint
+        _check_keys(value, legal[key], (*key_path, str(key)), origin)
 
 
 def _blame(error: ConfigError, layers: list[Layer]) -> ConfigError:
     message = str(error)
-    if "(set by " in message:
+    if "(set by " in message or "has no value yet" in message:
         return error
     key_path = tuple(message.split(":", maxsplit=1)[0].replace('"', "").split("."))
     for depth in range(len(key_path), 0, -1):

@@ -16,7 +16,7 @@ class DataConfig:
 
     source: Part = field(default_factory=lambda: {"name": "embedded"})
     tokenizer: str = "bytes"  # "bytes", or the path of a tokenizer.json
-    validation_fraction: float = 0.05  # of the documents, chosen by a seeded shuffle
+    validation_fraction: float = 0.1  # of the documents, chosen by a seeded shuffle
     seed: int = 0  # of the split and of the order of reading; apart from `seed`, so that seeds share their batches
 
 
@@ -33,6 +33,7 @@ class TrainConfig:
     threads: int | None = None  # CPU threads; None: all cores. Another number gives other bits
     grad_clip: float = 1.0  # global norm; 0: off
     log_every: int = 10  # steps
+    gradient_shares_every: int = 50  # steps, of those that are logged; a backward pass for each loss. 0: never
     save_every: int = 0  # steps; 0: only at the end
     keep_checkpoints: int = 2  # the newest ones; 0: all
     init_from: str | None = None  # a checkpoint (Hugging Face or moelab) to start from; None: random
@@ -92,7 +93,7 @@ class RunConfig:
     def check(self) -> None:
         """Raise ConfigError for values out of range, naming the key."""
         _check_train(self.train)
-        _check_schedule(self.schedule, self.train.steps)
+        _check_schedule(self.schedule)
         _check_optimizer(self.optimizer)
         if not 0 < self.data.validation_fraction < 1:
             raise ConfigError(f"data.validation_fraction: must be between 0 and 1, not {self.data.validation_fraction}")
@@ -110,7 +111,7 @@ class RunConfig:
 def _check_train(train: TrainConfig) -> None:
     for key in ("steps", "batch_size", "sequence_length", "log_every"):
         _at_least("train", train, key, 1)
-    for key in ("grad_clip", "save_every", "keep_checkpoints"):
+    for key in ("grad_clip", "save_every", "keep_checkpoints", "gradient_shares_every"):
         _at_least("train", train, key, 0)
     micro = train.micro_batch_size
     if micro is not None and (micro < 1 or train.batch_size % micro):
@@ -121,11 +122,10 @@ def _check_train(train: TrainConfig) -> None:
         raise ConfigError(f"train.threads: must be at least 1, not {train.threads}")
 
 
-def _check_schedule(schedule: ScheduleConfig, steps: int) -> None:
+def _check_schedule(schedule: ScheduleConfig) -> None:
     if schedule.name not in ("cosine", "wsd", "constant"):
         raise ConfigError(f"schedule.name: must be cosine, wsd or constant, not '{schedule.name}'")
-    if not 0 <= schedule.warmup_steps <= steps:
-        raise ConfigError(f"schedule.warmup_steps: must be 0 .. train.steps ({steps}), not {schedule.warmup_steps}")
+    _at_least("schedule", schedule, "warmup_steps", 0)
     for key in ("min_lr_ratio", "decay_fraction"):
         if not 0 <= getattr(schedule, key) <= 1:
             raise ConfigError(f"schedule.{key}: must be in 0 .. 1, not {getattr(schedule, key)}")

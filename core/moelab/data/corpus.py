@@ -132,16 +132,16 @@ def _split(documents: list[Document], context: DataContext) -> tuple[list[Docume
     def key(document: Document) -> bytes:
         return hashlib.sha256(f"split/{context.seed}/".encode() + document.digest).digest()
 
-    shuffled = sorted(documents, key=key)
+    train = sorted(documents, key=key)
     validation: list[Document] = []
-    held_out: set[int] = set()
     for domain in sorted({document.domain for document in documents}):
-        members = [document for document in shuffled if document.domain == domain]
-        wanted = max(1, round(context.validation_fraction * len(members)))
-        chosen = members[: min(wanted, len(members) - 1)]
-        validation += chosen
-        held_out.update(map(id, chosen))
-    return [document for document in shuffled if id(document) not in held_out], validation
+        places = [place for place, document in enumerate(train) if document.domain == domain]
+        wanted = max(1, round(context.validation_fraction * len(places)))
+        chosen = places[: min(wanted, len(places) - 1)]
+        validation += [train[place] for place in chosen]
+        for place in reversed(chosen):
+            del train[place]
+    return train, validation
 
 
 def _tokenise(documents: list[Document], domains: list[str], tokenizer: Tokenizer) -> TokenStream:

@@ -91,9 +91,9 @@ class JsonTokenizer:
         for candidate in EOS_TOKENS:
             if candidate in added:
                 return candidate
-        for candidate in (named, *EOS_TOKENS):  # sentencepiece conversions keep </s> in the vocabulary proper
-            if isinstance(candidate, str) and candidate in self._vocab:
-                return candidate
+        for name in (named, *EOS_TOKENS):  # sentencepiece conversions keep </s> in the vocabulary proper
+            if isinstance(name, str) and name in self._vocab:
+                return name
         raise DataError(
             f"data.tokenizer: {where} has no token that ends a document (looked for {', '.join(EOS_TOKENS)}; its "
             f"added tokens are {', '.join(sorted(added)) or 'none'}); name one as eos_token in a "

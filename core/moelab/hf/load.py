@@ -21,7 +21,7 @@ def load_hf(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Transformer:
-    """The model of a Qwen2 or Qwen2-MoE checkpoint, in evaluation mode, its parameters cast to `dtype`.
+    """The model of a Qwen2 or Qwen2-MoE checkpoint, in evaluation mode, cast to `dtype` as `model.to` does.
 
     Raises CheckpointError naming file, tensor and cure, before any weight is read.
     """
@@ -39,10 +39,20 @@ def load_hf(
     )
     if config.tie_word_embeddings:
         _check_tied(stored)
-    model = model.to(dtype).to_empty(device=device)
-    model.tie_weights()
+    if _unsaved_buffers(model):
+        # Only the constructor knows their values, so it must run for real.
+        model = build_model(config, registry, device=device, seed=None).to(dtype)
+    else:
+        model = model.to(dtype).to_empty(device=device)
+        model.tie_weights()
     _fill(model, stored, wanted)
     return model.eval()
+
+
+def _unsaved_buffers(model: Transformer) -> list[str]:
+    """Names of buffers that no checkpoint holds; a plugin may have some."""
+    saved = model.state_dict().keys()
+    return [name for name, _ in model.named_buffers() if name not in saved]
 
 
 def _wanted(model: Transformer, stored: TensorFolder) -> dict[str, tuple[Shape, list[Piece]]]:

@@ -74,8 +74,8 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     Raises CheckpointError if `target` is a file, or holds something and `force` is not given.
     """
     target = target.resolve()
-    _check_target(target, force)
     try:
+        _check_target(target, force)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent))
     except OSError as error:

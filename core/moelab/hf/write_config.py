@@ -7,6 +7,7 @@ theta of a 5.x-style file without a word, and 5.x reads both.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import gcd
 from typing import Any
 
 import torch
@@ -100,13 +101,12 @@ def _moe_fields(model: Transformer, blocks: Mapping[int, MoEBlock]) -> dict[str,
 
 
 def _sparse_pattern(sparse: set[int], num_hidden_layers: int) -> tuple[int, list[int]]:
-    """The decoder_sparse_step that leaves the fewest layers to mlp_only_layers, and those layers."""
-    best: tuple[int, list[int]] = (1, [i for i in range(num_hidden_layers) if i not in sparse])
-    for step in range(2, num_hidden_layers + 1):
-        candidates = set(range(step - 1, num_hidden_layers, step))
-        if sparse <= candidates and len(candidates - sparse) < len(best[1]):
-            best = (step, sorted(candidates - sparse))
-    return best
+    """decoder_sparse_step and mlp_only_layers: the widest step that meets every sparse layer, and its dense exceptions.
+
+    Layer i is sparse when step divides i + 1, unless it is listed.
+    """
+    step = gcd(*(layer_id + 1 for layer_id in sparse))
+    return step, [i for i in range(step - 1, num_hidden_layers, step) if i not in sparse]
 
 
 def _check_parameters(model: Transformer, blocks: Mapping[int, MoEBlock], fields: Mapping[str, Any]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from moelab.errors import ConfigError
+from moelab.moe.chunked import compute_in_chunks
 from moelab.moe.contracts import ExpertBackend, Router, SharedExpert
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
@@ -23,6 +26,8 @@ class MoEBlock(nn.Module):
         experts: ExpertBank,
         backend: ExpertBackend,
         shared_expert: SharedExpert | None = None,
+        *,
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
         self.layout = layout
@@ -31,26 +36,71 @@ class MoEBlock(nn.Module):
         self.experts = experts
         self.backend = backend
         self.shared_expert = shared_expert
+        self.chunk = chunk
+        self._looked_at = False
 
     def forward(self, x: Tensor, info: TokenInfo) -> tuple[Tensor, LayerRecord]:
         routing = self.router(x, info)
         self._check(routing, x)
-        y = self.backend(x, routing, self.experts)
+        # On a CPU the number of real assignments is known at no cost; elsewhere placeholders of weight 0 are computed.
+        served = routing.compact() if x.device.type == "cpu" else routing
+        if self.chunk is None:
+            y = self.backend(x, served, self.experts)
+        else:
+            y = compute_in_chunks(self.backend, x, served, self.experts, self.chunk)
+        if routing.bypass is not None:
+            y = y + routing.bypass.to(y.dtype)
         if self.shared_expert is not None:
             y = y + self.shared_expert(x)
-        record = LayerRecord(self.layer_id, routing, routing.counts(), getattr(self.router, "weight", None))
-        return y, record
+        return y, self._record(routing, info)
+
+    def _record(self, routing: Routing, info: TokenInfo) -> LayerRecord:
+        counts = routing.counts()
+        return LayerRecord(
+            self.layer_id,
+            replace(routing, bypass=None),  # [T, D]: of no use to a loss, and it would live until the backward pass
+            counts,
+            getattr(self.router, "weight", None),
+            demand=counts if routing.choices is None else routing.demand(),
+            info=info,
+            gate_up=self.experts.gate_up,
+            down=self.experts.down,
+        )
 
     def _check(self, routing: Routing, x: Tensor) -> None:
-        """Shapes and dtypes only: nothing here waits for the device."""
+        """Shapes and dtypes only: nothing here waits for the device, but for one look at the first call's values."""
         wanted = (x.shape[0], self.layout.num_experts)
         if (routing.num_tokens, routing.num_experts) != wanted:
-            raise ConfigError(
-                f"layer {self.layer_id}: router {type(self.router).__module__} returned a routing of (tokens, experts) "
-                f"({routing.num_tokens}, {routing.num_experts}), not {wanted}"
+            raise self._fault(
+                f"returned a routing of (tokens, experts) ({routing.num_tokens}, {routing.num_experts}), not {wanted}"
             )
-        if routing.weight.dtype != torch.float32:
-            raise ConfigError(
-                f"layer {self.layer_id}: router {type(self.router).__module__} returned weights in "
-                f"{routing.weight.dtype}; they must be float32"
+        if not routing.token.shape == routing.expert.shape == routing.weight.shape or routing.weight.ndim != 1:
+            raise self._fault(
+                "returned token, expert and weight of shapes "
+                f"{[tuple(t.shape) for t in (routing.token, routing.expert, routing.weight)]}; each must be [N]"
             )
+        if routing.weight.dtype not in (torch.float32, torch.float64):
+            raise self._fault(f"returned weights in {routing.weight.dtype}; they must be float32")
+        for name, scores in (("scores", routing.scores), ("logits", routing.logits)):
+            if scores is not None and (scores.ndim != 2 or scores.shape[0] != x.shape[0]):
+                raise self._fault(f"returned {name} of shape {tuple(scores.shape)}; they must be [{x.shape[0]}, E]")
+        if not self._looked_at and x.device.type != "meta" and not torch.compiler.is_compiling():
+            self._look(routing, x)
+
+    def _look(self, routing: Routing, x: Tensor) -> None:
+        """Once in a model's life: the values of the first routing, while waiting for them costs nothing that counts."""
+        self._looked_at = True
+        if routing.expert.numel() == 0:
+            return
+        if not 0 <= int(routing.expert.min()) <= int(routing.expert.max()) < self.layout.num_experts:
+            raise self._fault(f"chose an expert outside 0 .. {self.layout.num_experts - 1}")
+        if not 0 <= int(routing.token.min()) <= int(routing.token.max()) < x.shape[0]:
+            raise self._fault(f"routed a token outside 0 .. {x.shape[0] - 1}")
+        if not bool(torch.isfinite(routing.weight).all()) and bool(torch.isfinite(x).all()):
+            raise self._fault("returned weights that are NaN or Inf for a finite input")
+
+    def _fault(self, what: str) -> ConfigError:
+        return ConfigError(
+            f"model.moe.router, layer {self.layer_id}: {type(self.router).__name__} of {type(self.router).__module__} "
+            f"{what}"
+        )

@@ -42,8 +42,10 @@ class Router(Protocol):
     Optional, looked up by name:
     - `weight`: Parameter [E, D], the projection; Hugging Face's `mlp.gate.weight`.
     - `initialise(generator)`: fill its parameters in place; without it N(0, initializer_range) for every matrix.
-    - `after_step(counts [E] int64)`: called once after each optimizer step with the assignments of the whole
-      batch, over micro-batches and ranks, padding excluded.
+    - `after_step(counts [E'] int64, statistics [M] fp32 or None)`: called once after each optimizer step. counts: what
+      was asked for in the whole batch, over micro-batches and ranks, padding excluded (`LayerRecord.wanted`);
+      statistics: the mean of `Routing.statistics` over the batch's tokens, for a router that returns some.
+    - `forced`: True for a router that ignores its input and balances by force; marked FORCED wherever a run is named.
     - `qwen2_moe_fields() -> dict | str`: the fields of a Qwen2-MoE config.json that describe this router, or
       why there are none; without it a checkpoint can't be exported to that format.
     """
@@ -67,7 +69,9 @@ class SharedExpert(Protocol):
 class BalanceContext:
     """What a balance loss is told about the batch that its micro-batch belongs to."""
 
-    batch_counts: Mapping[int, Tensor] | None  # layer -> [E] int64 over all micro-batches and ranks
+    batch_counts: Mapping[int, Tensor] | None  # layer -> [E'] int64 wanted over all micro-batches and ranks; None: the
+    # records are the whole batch
+    batch_tokens: Tensor | None = None  # scalar: unmasked tokens of the whole batch
 
 
 @runtime_checkable
@@ -75,7 +79,12 @@ class BalanceLoss(Protocol):
     """`(records, context) -> scalar`: the mean over this micro-batch's unmasked tokens, unweighted.
 
     The trainer multiplies by the coefficient and by this micro-batch's share of the batch's tokens, so
-    that any split into micro-batches sums to the same loss.
+    that any split into micro-batches sums to the same loss. A config may give any loss a `schedule` and `layers`
+    beside its own options; the core takes care of those.
+
+    Optional, looked up by name:
+    - `after_step(context)`: called once after each optimizer step with the whole batch's counts, to adapt `weight`.
+    - `state_dict()` and `load_state_dict(state)`: what it must remember over a restart.
     """
 
     weight: float  # the coefficient; applied by the trainer, never by the loss itself

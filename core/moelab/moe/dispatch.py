@@ -1,6 +1,6 @@
-"""Tokens to rows in expert order, and back. One sort; the way back is deterministic.
+"""Tokens to rows in expert order, and back. One sort; the way back is a gather and a sum, so it is deterministic.
 
-T tokens, N assignments, E experts, K experts per token, D hidden size.
+T tokens, N assignments, E experts, D hidden size. Row r of the expert order is assignment order[r].
 """
 
 from __future__ import annotations
@@ -20,71 +20,94 @@ class Dispatch:
 
     order: Tensor  # [N] int64: row r is assignment order[r]
     counts: Tensor  # [E] int64: rows of each expert, padding included
+    token: Tensor  # [N] int64: the token of row r
+    by_token: Tensor  # [N] int64: the rows again, grouped by their token ...
+    starts: Tensor  # [T] int64: ... those of token t begin at starts[t]
 
 
 def dispatch_plan(routing: Routing) -> Dispatch:
     """Sort the assignments by expert. Stable, so that equal routings give equal bits."""
     order = torch.argsort(routing.expert, stable=True)
-    ones = torch.ones_like(routing.expert)
-    counts = torch.zeros(routing.num_experts, dtype=torch.int64, device=order.device).index_add_(
-        0, routing.expert, ones
-    )
-    return Dispatch(order, counts)
+    counts = count_ids(routing.expert, routing.num_experts)
+    token = routing.token.index_select(0, order)
+    by_token = inverse_permutation(order)
+    if routing.top_k is not None:
+        starts = torch.arange(0, routing.token.numel(), routing.top_k, device=order.device)
+    else:
+        grouped = torch.argsort(routing.token, stable=True)
+        by_token = by_token.index_select(0, grouped)
+        per_token = count_ids(routing.token, routing.num_tokens)
+        starts = per_token.cumsum(0) - per_token
+    return Dispatch(order, counts, token, by_token, starts)
 
 
-def gather_rows(x: Tensor, routing: Routing, plan: Dispatch) -> Tensor:
-    """x [T, D] -> rows [N, D] in expert order."""
-    if routing.top_k is None:
-        return x.index_select(0, routing.token.index_select(0, plan.order))
-    return _GatherTopK.apply(x, plan.order, routing.top_k)  # type: ignore[no-any-return]
-
-
-def combine_rows(rows: Tensor, routing: Routing, plan: Dispatch) -> Tensor:
-    """Undo `gather_rows` and mix each token's experts: rows [N, D] in expert order -> [T, D].
-
-    The weight is applied after the down projection, as Hugging Face does, in the dtype of `rows`.
-    """
-    if routing.top_k is None:
-        weighted = rows * routing.weight.index_select(0, plan.order).to(rows.dtype).unsqueeze(-1)
-        out = rows.new_zeros(routing.num_tokens, rows.shape[-1])
-        return out.index_add_(0, routing.token.index_select(0, plan.order), weighted)
-    by_token = _Unpermute.apply(rows, plan.order)  # [T * K, D]
-    weighted = by_token * routing.weight.to(rows.dtype).unsqueeze(-1)
-    return weighted.view(routing.num_tokens, routing.top_k, rows.shape[-1]).sum(1)
+def count_ids(ids: Tensor, limit: int) -> Tensor:
+    """How often each of 0 .. limit - 1 stands in ids [N] int64: [limit] int64. Unlike bincount, no host sync."""
+    return torch.zeros(limit, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
 
 
 def inverse_permutation(order: Tensor) -> Tensor:
     """order [N] -> inverse [N] with inverse[order[r]] = r."""
     inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return inverse
+    return inverse.scatter_(0, order, torch.arange(order.numel(), device=order.device))
 
 
-class _GatherTopK(torch.autograd.Function):
-    """rows[r] = x[order[r] // K]. Backward is a gather and a sum over K, where index_add would be atomic."""
+def gather_rows(x: Tensor, plan: Dispatch) -> Tensor:
+    """x [T, D] -> rows [N, D] in expert order."""
+    rows: Tensor = _Gather.apply(x, plan)
+    return rows
+
+
+def combine_rows(rows: Tensor, weight: Tensor, plan: Dispatch) -> Tensor:
+    """Undo `gather_rows` and mix each token's experts: rows [N, D] in expert order, weight [N] fp32 -> [T, D].
+
+    The weight is applied after the down projection, as Hugging Face does, and in the dtype of `rows`.
+    """
+    mixed: Tensor = _Combine.apply(rows, weight, plan)
+    return mixed
+
+
+def sum_rows(rows: Tensor, by_token: Tensor, starts: Tensor, row_weight: Tensor | None = None) -> Tensor:
+    """Each token's sum over its rows [R, D], times row_weight [R] if given -> [T, D]. No gradient.
+
+    by_token [N] int64 lists the rows grouped by token, those of token t from starts[t] on.
+    embedding_bag gathers and adds in one pass, with an fp32 accumulator and no atomics.
+    """
+    if by_token.numel() == 0:
+        return rows.new_zeros(starts.numel(), rows.shape[-1])
+    if row_weight is not None:
+        row_weight = row_weight.to(rows.dtype).index_select(0, by_token)
+    return torch.nn.functional.embedding_bag(by_token, rows, starts, mode="sum", per_sample_weights=row_weight)
+
+
+class _Gather(torch.autograd.Function):
+    """rows[r] = x[token[r]]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.top_k = top_k
-        return x.index_select(0, order // top_k)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        by_token = grads[0].index_select(0, inverse_permutation(order))
-        return by_token.view(-1, ctx.top_k, by_token.shape[-1]).sum(1), None, None
-
-
-class _Unpermute(torch.autograd.Function):
-    """out[order[r]] = rows[r], with a gather both ways."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return rows.index_select(0, inverse_permutation(order))
+    def forward(ctx: Any, x: Tensor, plan: Dispatch) -> Tensor:
+        ctx.plan = plan
+        return x.index_select(0, plan.token)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (order,) = ctx.saved_tensors
-        return grads[0].index_select(0, order), None
+        return sum_rows(grads[0].contiguous(), ctx.plan.by_token, ctx.plan.starts), None
+
+
+class _Combine(torch.autograd.Function):
+    """y[t] = sum over t's rows of weight * row."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, plan: Dispatch) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.plan = plan
+        return sum_rows(rows, plan.by_token, plan.starts, weight.index_select(0, plan.order))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weight = ctx.saved_tensors
+        plan: Dispatch = ctx.plan
+        spread = grads[0].index_select(0, plan.token)  # [N, D]
+        by_row = weight.index_select(0, plan.order).to(rows.dtype)
+        grad_weight = torch.empty_like(weight)
+        grad_weight[plan.order] = (spread * rows).sum(-1, dtype=weight.dtype)
+        return spread * by_row.unsqueeze(-1), grad_weight, None

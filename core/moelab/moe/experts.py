@@ -22,6 +22,18 @@ class ExpertBank(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * width, hidden_size))
         self.down = nn.Parameter(torch.empty(experts, width, hidden_size))
 
+        self._expert_widths = layout.expert_widths
+
+    @torch.no_grad()
+    def after_initialise(self) -> None:
+        """Zero the neurons beyond each expert's own width: gate, up and down all zero have no gradient and stay so."""
+        if self._expert_widths is None:
+            return
+        widths = torch.tensor(self._expert_widths, device=self.down.device)
+        beyond = torch.arange(self.moe_intermediate_size, device=self.down.device) >= widths[:, None]  # [E, F]
+        self.down.masked_fill_(beyond.unsqueeze(-1), 0.0)
+        self.gate_up.masked_fill_(beyond.repeat(1, 2).unsqueeze(-1), 0.0)
+
     @property
     def num_experts(self) -> int:
         return self.down.shape[0]

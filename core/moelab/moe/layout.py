@@ -21,9 +21,15 @@ class ExpertLayout:
 
     num_experts: int
     num_experts_per_tok: int
-    moe_intermediate_size: int
+    moe_intermediate_size: int  # of the widest expert
+    expert_widths: tuple[int, ...] | None = None  # of each expert; None: all moe_intermediate_size
+
+    @property
+    def total_width(self) -> int:
+        """FFN neurons of all routed experts together."""
+        return sum(self.expert_widths) if self.expert_widths else self.num_experts * self.moe_intermediate_size
 
     @property
     def active_width(self) -> int:
-        """FFN neurons that one token passes through in the routed experts."""
-        return self.num_experts_per_tok * self.moe_intermediate_size
+        """FFN neurons that one token passes through in the routed experts, at balance where their widths differ."""
+        return self.num_experts_per_tok * self.total_width // self.num_experts

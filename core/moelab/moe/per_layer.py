@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from moelab.config.overlay import overlay
 from moelab.errors import ConfigError
 from moelab.registry import near
 
+_PIECE = re.compile(r"(\d+)(?:(-)(\d+)?)?(?:/(\d+))?")
 LAYER_KEYS = ("layout", "router", "shared_expert", "backend")
 
 
@@ -29,7 +31,7 @@ class LayerParts:
 
 
 def layer_parts(moe: MoEConfig, num_hidden_layers: int) -> list[LayerParts]:
-    """One entry a layer. Patterns are "3", "20-27" or "0,2-4"; two that meet are an error."""
+    """One entry a layer. Patterns as `match_layers` reads them; two that meet are an error."""
     base: dict[str, Part] = {key: getattr(moe, key) for key in LAYER_KEYS}
     chosen: dict[int, tuple[str, dict[str, Any]]] = {}
     for pattern, override in moe.layers.items():
@@ -39,7 +41,7 @@ def layer_parts(moe: MoEConfig, num_hidden_layers: int) -> list[LayerParts]:
                 raise ConfigError(
                     f"{where}.{key}: no such part{near(key, LAYER_KEYS)} It takes: {', '.join(LAYER_KEYS)}"
                 )
-        for layer_id in _layers(str(pattern), num_hidden_layers, where):
+        for layer_id in match_layers(str(pattern), num_hidden_layers, where):
             if layer_id in chosen:
                 raise ConfigError(f'{where}: layer {layer_id} is already matched by "{chosen[layer_id][0]}"')
             chosen[layer_id] = (str(pattern), override)
@@ -52,13 +54,22 @@ def layer_parts(moe: MoEConfig, num_hidden_layers: int) -> list[LayerParts]:
     return parts
 
 
-def _layers(pattern: str, num_hidden_layers: int, where: str) -> list[int]:
+def match_layers(pattern: str, num_hidden_layers: int, where: str) -> list[int]:
+    """The layers that "3", "20-27", "20-" (to the last), "0-27/2" (every second) or "0,2-4" names, in its order.
+
+    Raises ConfigError for what is no pattern, matches nothing, or names a layer twice.
+    """
     found: list[int] = []
     for piece in pattern.split(","):
-        first, _, last = piece.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
-            raise ConfigError(f'{where}: not a layer pattern; write "3", "20-27" or "0,2-4"')
-        found += range(int(first), int(last or first) + 1)
+        match = _PIECE.fullmatch(piece.strip())
+        if match is None:
+            raise ConfigError(f'{where}: not a layer pattern; write "3", "20-27", "20-", "0-27/2" or "0,2-4"')
+        first, dash, last, step = match.groups()
+        end = int(last) if last else num_hidden_layers - 1 if dash else int(first)
+        found += range(int(first), end + 1, max(int(step or 1), 1))
     if not found or max(found) >= num_hidden_layers:
         raise ConfigError(f"{where}: the model has layers 0 .. {num_hidden_layers - 1}")
+    twice = sorted({layer for layer in found if found.count(layer) > 1})
+    if twice:
+        raise ConfigError(f"{where}: names layer {twice[0]} twice")
     return found

@@ -1,11 +1,12 @@
 """What a router decides, in one form for every kind of routing.
 
-T tokens, E experts, K experts per token, N assignments (T * K when every token has exactly K).
+T tokens, E experts, K experts per token, N assignments (T * K when every token has exactly K), D hidden size.
+E' choices: the E experts, followed by whatever a router offers beside them (null, copy or constant experts).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,21 @@ class TokenInfo:
     mask: Tensor | None = None  # bool, False for padding; None: no padding
     training: bool = False
     generator: torch.Generator | None = None  # for noise; seeded by (seed, step, micro-batch)
+    num_sequences: int | None = None  # sequences in the batch; None: asked of `sequence_id`, which waits for the device
+    previous: Routing | None = None  # what the nearest MoE layer below decided, for routers that build on it
+
+    def sequence_shape(self) -> tuple[int, int]:
+        """(B, S) when the T tokens are B sequences of S positions, padding included, one after the other."""
+        tokens = self.sequence_id.shape[0]
+        count = self.num_sequences
+        if count is None:
+            count = int(self.sequence_id.max()) + 1 if tokens else 1
+        assert tokens % max(count, 1) == 0, f"{tokens} tokens are no {count} sequences of one length"
+        return count, tokens // count
+
+    def valid(self) -> Tensor:
+        """[T] bool, True for real tokens."""
+        return torch.ones_like(self.sequence_id, dtype=torch.bool) if self.mask is None else self.mask
 
 
 @dataclass(frozen=True)
@@ -40,10 +56,14 @@ class Routing:
     num_tokens: int
     num_experts: int
     top_k: int | None = None
-    scores: Tensor | None = None  # [T, E] fp32, non-negative
-    logits: Tensor | None = None  # [T, E] fp32
+    scores: Tensor | None = None  # [T, E'] fp32, non-negative
+    logits: Tensor | None = None  # [T, E'] fp32
     token_mask: Tensor | None = None  # [T] bool, False for padding
     dropped: Tensor | None = None  # scalar int64: assignments wanted but not served, e.g. over capacity
+    served: Tensor | None = None  # [N] bool, False: a placeholder of weight 0 that keeps N static; it counts nowhere
+    choices: Tensor | None = None  # [T, E'] bool, what was asked for before drops; None: what is served
+    bypass: Tensor | None = None  # [T, D] added to the output: what tokens get without an expert (copy, constant)
+    statistics: Tensor | None = None  # [M] fp32, detached: its mean over the batch goes to `Router.after_step`
     extras: dict[str, Tensor] = field(default_factory=dict)  # what a router and a loss of one plugin share
 
     @classmethod
@@ -85,14 +105,48 @@ class Routing:
             scores=scores, logits=logits, token_mask=token_mask, dropped=dropped,
         )  # fmt: skip
 
-    def counts(self) -> Tensor:
-        """How many assignments each expert has from tokens that are not padding: [E] int64."""
-        ones = torch.ones_like(self.expert)
-        if self.token_mask is not None:
-            ones = self.token_mask.to(ones.dtype).index_select(0, self.token)
-        return torch.zeros(self.num_experts, dtype=torch.int64, device=self.expert.device).index_add_(
-            0, self.expert, ones
+    def serve(self, served: Tensor) -> Routing:
+        """Make placeholders of the assignments where `served` [N] bool is False: weight 0, counted nowhere.
+
+        Keeps N static, so that nothing waits for the device; `compact` removes them where waiting is free.
+        """
+        both = served if self.served is None else served & self.served
+        return replace(self, weight=torch.where(both, self.weight, torch.zeros_like(self.weight)), served=both)
+
+    def compact(self) -> Routing:
+        """The same routing without its placeholders. Waits for the device to learn how many there are."""
+        if self.served is None:
+            return self
+        keep = self.served.nonzero().squeeze(-1)
+        return replace(
+            self, token=self.token[keep], expert=self.expert[keep], weight=self.weight[keep], top_k=None, served=None
         )
+
+    def counts(self) -> Tensor:
+        """How many assignments each expert serves to tokens that are not padding: [E] int64."""
+        counted = torch.ones_like(self.expert)
+        if self.token_mask is not None:
+            counted = self.token_mask.to(counted.dtype).index_select(0, self.token)
+        if self.served is not None:
+            counted = counted * self.served
+        empty = torch.zeros(self.num_experts, dtype=torch.int64, device=self.expert.device)
+        return empty.index_add_(0, self.expert, counted)
+
+    def demand(self) -> Tensor:
+        """How often each choice was asked for by tokens that are not padding, before drops: [E'] int64."""
+        if self.choices is None:
+            return self.counts()
+        choices = self.choices if self.token_mask is None else self.choices & self.token_mask.unsqueeze(-1)
+        return choices.sum(0)
+
+    def choice_map(self) -> Tensor:
+        """[T, E'] bool: which choices each token asked for, before drops; none for padding."""
+        choices = self.choices
+        if choices is None:
+            served = torch.ones_like(self.expert, dtype=torch.bool) if self.served is None else self.served
+            choices = torch.zeros(self.num_tokens, self.num_experts, dtype=torch.int64, device=self.expert.device)
+            choices = choices.index_put_((self.token, self.expert), served.long(), accumulate=True) > 0
+        return choices if self.token_mask is None else choices & self.token_mask.unsqueeze(-1)
 
 
 @dataclass(frozen=True)
@@ -101,5 +155,14 @@ class LayerRecord:
 
     layer_id: int
     routing: Routing
-    counts: Tensor  # [E] int64, padding excluded
+    counts: Tensor  # [E] int64, assignments served, padding excluded
     router_weight: Tensor | None = None  # [E, D], when the router offers `weight`: for losses on the router itself
+    demand: Tensor | None = None  # [E'] int64, assignments asked for, padding excluded; None: the same as `counts`
+    info: TokenInfo | None = None  # of the layer's tokens
+    gate_up: Tensor | None = None  # [E, 2F, D], the experts' own parameters: for losses on the experts
+    down: Tensor | None = None  # [E, F, D]
+
+    @property
+    def wanted(self) -> Tensor:
+        """[E'] int64: what balance losses and `Router.after_step` count."""
+        return self.counts if self.demand is None else self.demand

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from moelab.moe.block import MoEBlock
-from moelab.moe.experts import ExpertBank
 from moelab.nn.transformer import DecoderLayer, Transformer
 
 BACKWARD = 2  # the backward pass of a matmul is two of its size: for the input and for the weight
@@ -31,9 +30,11 @@ class Parameters:
 
 def count_parameters(model: Transformer) -> Parameters:
     """active = total - sum over MoE layers of routed * (E - K) / E."""
-    total = sum(parameter.numel() for parameter in model.parameters())  # torch yields a shared one once
-    banks = [(_size(block.experts), block.layout) for block in _blocks(model)]
-    idle = sum(size // layout.num_experts * (layout.num_experts - layout.num_experts_per_tok) for size, layout in banks)
+    stored = sum(parameter.numel() for parameter in model.parameters())  # torch yields a shared one once
+    banks = [(_size(block), block.layout) for block in _blocks(model)]
+    padding = sum(parameter.numel() for b in _blocks(model) for parameter in b.experts.parameters())
+    total = stored - (padding - sum(size for size, _ in banks))  # zero neurons that even out widths are no parameters
+    idle = sum(size - size * layout.num_experts_per_tok // layout.num_experts for size, layout in banks)
     tables = {id(weight): weight.numel() for weight in (model.embed_tokens.weight, model.lm_head.weight)}
     embedding = sum(tables.values())
     return Parameters(
@@ -73,7 +74,7 @@ def _mlp_weights(mlp: nn.Module) -> int:
     if not isinstance(mlp, MoEBlock):
         return _matmul_weights(mlp)
     layout = mlp.layout
-    chosen = _size(mlp.experts) // layout.num_experts * layout.num_experts_per_tok
+    chosen = _size(mlp) * layout.num_experts_per_tok // layout.num_experts
     beside = [part for part in (mlp.router, mlp.shared_expert) if isinstance(part, nn.Module)]
     return chosen + sum(_matmul_weights(part) for part in beside)
 
@@ -93,5 +94,6 @@ def _blocks(model: Transformer) -> Iterator[MoEBlock]:
     return (layer.mlp for layer in model.layers if isinstance(layer.mlp, MoEBlock))
 
 
-def _size(bank: ExpertBank) -> int:
-    return sum(parameter.numel() for parameter in bank.parameters())
+def _size(block: MoEBlock) -> int:
+    """Weights of all experts of a layer: gate, up and down of each neuron."""
+    return 3 * block.layout.total_width * block.experts.down.shape[-1]

@@ -16,7 +16,8 @@ from moelab.seeds import generator
 def initialise(model: nn.Module, std: float, seed: int) -> None:
     """Matrices ~ N(0, std^2) drawn in fp32, Linear biases 0, norms 1.
 
-    A module that offers `initialise(generator)` (a plugin, say) does it itself;
+    A module that offers `initialise(generator)` (a plugin, say) does it itself, and one that offers
+    `after_initialise()` has the last word on its own values;
     other vectors and scalars stay as their constructor made them.
     """
     done: set[int] = set()
@@ -36,3 +37,7 @@ def initialise(model: nn.Module, std: float, seed: int) -> None:
         elif parameter.ndim > 1:
             drawn = torch.empty(parameter.shape).normal_(0.0, std, generator=generator(seed, "init", name))
             parameter.copy_(drawn)
+    for module in model.modules():
+        finish = getattr(module, "after_initialise", None)
+        if callable(finish):
+            finish()

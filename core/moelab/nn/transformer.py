@@ -5,7 +5,7 @@ B sequences, S positions, T = B * S tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,7 @@ class Transformer(nn.Module):
             x, record = layer(x, inputs, info)
             if record is not None:
                 records.append(record)
+                info = replace(info, previous=record.routing)
         return self.norm(x), records
 
     def _token_info(
@@ -142,6 +143,7 @@ class Transformer(nn.Module):
             mask=None if mask is None else mask.reshape(-1),
             training=self.training,
             generator=tokens.generator,
+            num_sequences=batch,
         )
 
 

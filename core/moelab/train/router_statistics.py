@@ -24,6 +24,7 @@ class _Layer:
     num_experts: int
     has_distribution: bool  # the router offers scores or logits, so an entropy exists
     has_drops: bool  # the router reports dropped assignments, be it zero
+    is_ragged: bool  # the number of experts differs from token to token
 
 
 class RouterStatistics:
@@ -42,7 +43,11 @@ class RouterStatistics:
             layer = self._layers.get(record.layer_id)
             if layer is None:
                 self._layers[record.layer_id] = _Layer(
-                    sums, routing.num_experts, probability is not None, routing.dropped is not None
+                    sums,
+                    routing.num_experts,
+                    has_distribution=probability is not None,
+                    has_drops=routing.dropped is not None,
+                    is_ragged=routing.top_k is None,
                 )
             else:
                 layer.sums = layer.sums + sums
@@ -102,7 +107,8 @@ def _token_sums(routing: Routing, probability: Tensor | None) -> Tensor:
         per_token = torch.special.entr(probability).sum(-1)  # [T], entr(0) = 0
         entropy = torch.where(mask, per_token, 0.0).sum(dtype=torch.float64)  # where: padding may hold NaN
         chosen = probability[routing.token, routing.expert]  # [N]
-    mass = torch.where(mask[routing.token], chosen, 0.0).sum(dtype=torch.float64)
+    counted = mask[routing.token] if routing.served is None else mask[routing.token] & routing.served
+    mass = torch.where(counted, chosen, 0.0).sum(dtype=torch.float64)
     dropped = torch.zeros_like(entropy) if routing.dropped is None else routing.dropped.double()
     return torch.stack([entropy, mass, mask.sum().double(), dropped])
 
@@ -124,6 +130,8 @@ def _token_metrics(layer: _Layer, served: float, sums: list[float]) -> dict[str,
     metrics = {"top_k_mass": mass / tokens}
     if layer.has_distribution:
         metrics["router_entropy"] = entropy / tokens
+    if layer.is_ragged:
+        metrics["experts_per_token"] = served / tokens
     if layer.has_drops:
         metrics["dropped_fraction"] = dropped / (served + dropped)
     return metrics

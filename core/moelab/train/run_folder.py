@@ -60,12 +60,25 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(value, indent=2, allow_nan=True) + "\n")
 
 
+def is_finished(path: Path) -> bool:
+    """Whether the run came to its end: its summary, written last, says so."""
+    try:
+        return bool(json.loads((path / SUMMARY).read_text())["status"] == "finished")
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 class MetricsLog:
-    """metrics.jsonl: one object a line. A resumed run first drops the lines after its checkpoint."""
+    """metrics.jsonl: one object a line. A resumed run first drops the lines after its checkpoint.
+
+    A line that is there already, same step and same tags, is not written twice: the last evaluation comes after
+    the last step, and a run killed behind it evaluates again.
+    """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
         kept = []
+        self._seen: set[tuple[int, frozenset[str]]] = set()
         if path.exists():
             for line in path.read_text().splitlines():
                 try:
@@ -74,15 +87,22 @@ class MetricsLog:
                     break  # a line cut short by a kill: it and all after it come again
                 if row["step"] <= resumed_step:
                     kept.append(line)
+                    self._seen.add(_kind(row))
         write_atomically(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
 
     def write(self, row: Mapping[str, Any]) -> None:
+        if _kind(row) in self._seen:
+            return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _kind(row: Mapping[str, Any]) -> tuple[int, frozenset[str]]:
+    return row["step"], frozenset(row)
 
 
 def open_log(path: Path) -> logging.Handler:

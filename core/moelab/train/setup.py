@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moelab.builder import NamedLoss, build_balance_losses, build_model, resolve_model
+from moelab.builder import build_balance_losses, build_model, resolve_model
 from moelab.checkpoint import load_model, read_run_config
 from moelab.config.load import to_yaml
 from moelab.config.run import RunConfig
@@ -18,6 +18,7 @@ from moelab.data.batches import TrainBatches, ValidationBatches
 from moelab.data.corpus import Corpus, DataContext
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import CheckpointError, ConfigError
+from moelab.moe.balance import NamedLoss
 from moelab.nn.count import Parameters, count_parameters, flops_per_token
 from moelab.nn.transformer import Transformer
 from moelab.registry import DATA_SOURCES, OBSERVERS, Registry

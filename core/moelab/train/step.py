@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moelab.builder import NamedLoss
 from moelab.data.batches import Batch
 from moelab.errors import RunFailure
+from moelab.moe.balance import NamedLoss, router_gradient_shares
+from moelab.moe.batch_statistics import BatchStatistics
 from moelab.moe.block import MoEBlock
-from moelab.moe.contracts import BalanceContext
 from moelab.moe.routing import LayerRecord
 from moelab.nn.transformer import TokenContext, Transformer
 from moelab.seeds import derive_seed, generator
@@ -37,12 +37,24 @@ class StepSettings:
 
 
 @dataclass(frozen=True)
+class Observe:
+    """What a step gathers beside its losses, on the steps that are logged."""
+
+    routing: bool = False  # router statistics
+    gradient_shares: bool = False  # of each loss in the routers' gradient: a backward pass for each term
+
+
+NOTHING = Observe()
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What a step found, still on the device."""
 
     losses: dict[str, Tensor]  # {"loss", "lm_loss", <balance loss>: unweighted}, scalars
     grad_norm: Tensor
-    statistics: RouterStatistics  # empty unless the step was observed
+    statistics: RouterStatistics  # empty unless observed
+    gradient_shares: dict[str, Tensor]  # {loss: share}, of the first micro-batch; empty unless observed
 
 
 @dataclass(frozen=True)
@@ -63,9 +75,9 @@ def train_step(
     step: int,
     settings: StepSettings,
     *,
-    observe: bool = False,
+    observe: Observe = NOTHING,
 ) -> StepResult:
-    """Forward, backward, clip, update, and the routers' own `after_step`; `observe` also gathers router statistics.
+    """Forward, backward, clip, update, and the routers' own `after_step`.
 
     Raises RunFailure naming the step and the layer when the loss or a gradient is not finite; the parameters
     are those of the last good step then.
@@ -78,39 +90,44 @@ def train_step(
     # Re-seeded at each step: a plugin that draws from torch's global stream resumes exactly too.
     torch.manual_seed(derive_seed(settings.seed, "step", step))
 
-    batch_counts = _batch_counts(model, balance_losses, parts, step, settings)
-    totals: dict[str, Tensor] = {}
-    counts: dict[int, Tensor] = {}
+    before = _routing_pass(model, balance_losses, parts, step, settings)
+    seen = BatchStatistics()
+    losses: dict[str, Tensor] = {}
+    shares: dict[str, Tensor] = {}
     statistics = RouterStatistics()
-    shares = [part.token_count / batch.token_count for part in batch.split(settings.micro_batch_size)]
-    for index, (part, share) in enumerate(zip(parts, shares, strict=True)):
-        loss, terms, records = _forward(
-            model, balance_losses, part, batch_counts, (targets, share, step, index), settings
-        )
-        loss.backward()  # type: ignore[no-untyped-call]
-        _add_counts(counts, records)
-        if observe:
+    sizes = [part.token_count / batch.token_count for part in batch.split(settings.micro_batch_size)]
+    for index, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+        terms, records = _forward(model, balance_losses, part, before, _Place(step, index, size, targets), settings)
+        weighted = {name: value * weight for name, (value, weight) in terms.items()}
+        if observe.gradient_shares and index == 0:
+            shares = router_gradient_shares(weighted, _router_parameters(model))
+        loss = torch.stack(list(weighted.values())).sum()
+        loss.backward()
+        seen.add(records)
+        if observe.routing:
             statistics.add(records)
-        for name, value in terms.items():
-            totals[name] = totals.get(name, torch.zeros((), device=device)) + value
+        found = {name: value.detach() for name, (value, _) in terms.items()} | {"loss": loss.detach()}
+        losses = {name: losses.get(name, 0) + value for name, value in found.items()}
 
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or float("inf"))
-    if not bool(torch.isfinite(totals["loss"] + norm)):
+    if not bool(torch.isfinite(losses["loss"] + norm)):
         raise RunFailure(describe_failure(model, parts, step, settings.precision))
     optimizer.step()
-    _after_step(model, counts)
-    return StepResult(totals, norm, statistics)
+    seen.after_step(_blocks(model))
+    for named in balance_losses:
+        named.after_step(seen.context())
+    return StepResult(losses, norm, statistics, shares)
 
 
 def _forward(
     model: Transformer,
     balance_losses: Sequence[NamedLoss],
     part: Batch,
-    batch_counts: dict[int, Tensor] | None,
+    before: BatchStatistics | None,
     place: _Place,
     settings: StepSettings,
-) -> tuple[Tensor, dict[str, Tensor], list[LayerRecord]]:
-    """The micro-batch's contribution to the batch's loss, and its parts."""
+) -> tuple[dict[str, tuple[Tensor, float]], list[LayerRecord]]:
+    """The micro-batch's contributions to the batch's loss: {name: (unweighted scalar, coefficient)}."""
     with settings.precision.autocast():
         output = model(
             part.input_ids,
@@ -119,39 +136,34 @@ def _forward(
             tokens=_token_context(part, place.step, place.index, settings.seed),
         )
     assert output.token_loss is not None
-    lm_loss = output.token_loss.sum() / place.targets
-    context = BalanceContext(batch_counts or {record.layer_id: record.counts for record in output.records})
-    loss, terms = lm_loss, {"lm_loss": lm_loss.detach()}
+    terms: dict[str, tuple[Tensor, float]] = {"lm_loss": (output.token_loss.sum() / place.targets, 1.0)}
+    if before is None:
+        before = BatchStatistics()
+        before.add(output.records)
     for named in balance_losses:
-        value = named.loss(output.records, context) * place.share
-        loss = loss + named.loss.weight * value
-        terms[named.name] = value.detach()
-    return loss, terms | {"loss": loss.detach()}, output.records
+        value = named(output.records, before.context())
+        terms[named.name] = (value * place.share, named.weight_at(place.step))
+    return terms, output.records
 
 
 @torch.no_grad()
-def _batch_counts(
+def _routing_pass(
     model: Transformer, balance_losses: Sequence[NamedLoss], parts: list[Batch], step: int, settings: StepSettings
-) -> dict[int, Tensor] | None:
+) -> BatchStatistics | None:
     """The load of each layer over all micro-batches, when a loss needs it before the first backward pass.
 
-    Costs one forward pass without the head; with a single micro-batch its own counts serve.
+    Costs one forward pass without the head; with a single micro-batch its own counts serve (None).
     """
     if len(parts) == 1 or not any(named.loss.needs_batch_counts for named in balance_losses):
         return None
-    totals: dict[int, Tensor] = {}
+    statistics = BatchStatistics()
     for index, part in enumerate(parts):
         with settings.precision.autocast():
             _, records = model.hidden_states(
                 part.input_ids, part.attention_mask, tokens=_token_context(part, step, index, settings.seed)
             )
-        _add_counts(totals, records)
-    return totals
-
-
-def _add_counts(totals: dict[int, Tensor], records: Sequence[LayerRecord]) -> None:
-    for record in records:
-        totals[record.layer_id] = totals.get(record.layer_id, torch.zeros_like(record.counts)) + record.counts
+        statistics.add(records)
+    return statistics
 
 
 def _token_context(part: Batch, step: int, index: int, seed: int) -> TokenContext:
@@ -159,8 +171,10 @@ def _token_context(part: Batch, step: int, index: int, seed: int) -> TokenContex
     return TokenContext(part.document_id, part.domain_id, noise)
 
 
-def _after_step(model: Transformer, counts: dict[int, Tensor]) -> None:
-    for layer_id, layer in enumerate(model.layers):
-        after_step = getattr(layer.mlp.router, "after_step", None) if isinstance(layer.mlp, MoEBlock) else None
-        if after_step is not None:
-            after_step(counts[layer_id])
+def _blocks(model: Transformer) -> list[MoEBlock]:
+    return [module for module in model.modules() if isinstance(module, MoEBlock)]
+
+
+def _router_parameters(model: Transformer) -> list[Tensor]:
+    routers = [block.router for block in _blocks(model)]
+    return [parameter for router in routers if isinstance(router, nn.Module) for parameter in router.parameters()]

@@ -74,6 +74,7 @@ def log_metrics(
     if math.isfinite(speed):
         peak = peak_flops(setup.step_settings.precision)
         metrics |= {"perf/tokens_per_second": speed, "perf/mfu": speed * setup.flops_per_token / peak}
+    metrics |= {f"train/router_gradient_share/{name}": float(v) for name, v in result.gradient_shares.items()}
     metrics["perf/memory_gb"] = memory_gb(setup.step_settings.precision.device)
     return metrics | router, loads
 
@@ -102,10 +103,15 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
             "sequence_length": config.train.sequence_length,
             "batch_size": config.train.batch_size,
             "seed": config.data.seed,
+            "manifest": setup.corpus.manifest,
         },
         "components": components(config.model.moe),
         "plugins": setup.registry.versions(),
-        "versions": {"moelab": moelab.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "moelab": moelab.__version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
         "device": _device_name(setup.step_settings.precision.device),
         "threads": setup.threads,
         "dtype": config.train.dtype,
@@ -114,6 +120,11 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
         "seed": config.seed,
         "backends": backends(setup),
     }
+
+
+def versions() -> dict[str, str]:
+    torch_version = str(torch.__version__)  # a str subclass, which YAML writers refuse
+    return {"moelab": moelab.__version__, "torch": torch_version, "python": platform.python_version()}
 
 
 def components(moe: Any) -> dict[str, str]:

@@ -28,6 +28,7 @@ from moelab.train.run_folder import (
     SUMMARY,
     MetricsLog,
     close_log,
+    is_finished,
     open_log,
     prepare_run_folder,
     write_atomically,
@@ -35,7 +36,7 @@ from moelab.train.run_folder import (
 )
 from moelab.train.schedule import learning_rate_factor
 from moelab.train.setup import Setup, check_same_run, checkpoint_files, prepare
-from moelab.train.step import StepResult, train_step
+from moelab.train.step import Observe, StepResult, train_step
 from moelab.train.summary import Progress, environment_facts, log_metrics, summary
 
 logger = logging.getLogger("moelab")
@@ -66,6 +67,9 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
     resumed = _find_resume(config, run_dir)
     prepare_run_folder(run_dir, resume=config.resume, force=force)
     state = _restore(setup, resumed) if resumed else {}
+    if state.get("step") == config.train.steps and is_finished(run_dir):
+        logger.warning("%s is finished: nothing is left to do", run_dir)
+        return run_dir
     handler = open_log(run_dir / LOG)
     try:
         write_atomically(run_dir / CONFIG, to_yaml(setup.config))
@@ -90,7 +94,7 @@ def _run(loop: Loop) -> None:
         )
         while progress.step < setup.config.train.steps:
             _one_step(loop)
-        if setup.config.evaluation.every == 0 or progress.step % setup.config.evaluation.every:
+        if not _due(progress.step, setup.config.evaluation.every) or progress.evaluation is None:
             _evaluate(loop)
         _write_documents(loop)
         _save(loop)
@@ -116,18 +120,23 @@ def _one_step(loop: Loop) -> None:
     for group in setup.optimizer.param_groups:
         group["lr"] = rate
     batch = setup.batches.batch(progress.step)
-    observe = (progress.step + 1) % config.train.log_every == 0 or progress.step + 1 == config.train.steps
+    observe = _due(progress.step + 1, config.train.log_every) or progress.step + 1 == config.train.steps
+    look = Observe(observe, observe and _due(progress.step + 1, config.train.gradient_shares_every))
     result = train_step(
-        setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings, observe=observe
+        setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings, observe=look
     )
     progress.advance(batch.input_ids.numel(), setup.flops_per_token)
     if observe:
         _log(loop, result, rate)
     progress.add_seconds(time.perf_counter() - started)
-    if config.evaluation.every and progress.step % config.evaluation.every == 0:
+    if _due(progress.step, config.evaluation.every):
         _evaluate(loop)
-    if config.train.save_every and progress.step % config.train.save_every == 0:
+    if _due(progress.step, config.train.save_every):
         _save(loop)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _log(loop: Loop, result: StepResult, rate: float) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 Texts = Iterator[tuple[str, str]]
 
 LARGEST_FILE = 48 * 1024  # bytes; what is larger is nearly always generated, and one document must not be a domain
-LARGEST_SOURCE = 1024 * 1024  # of a file from which only the prose is taken
+LARGEST_SOURCE = 1024 * 1024  # of a file that is taken in pieces
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"} | {
     "encodings",  # tables
     "pydoc_data",  # is docs_en
@@ -129,7 +129,7 @@ def legal(seed: int) -> Texts:
             if ".dist-info" in entry.parts[0] and re.match(r"licen[cs]e|notice|copying", entry.name, re.IGNORECASE):
                 files.append((f"{package}/{'/'.join(entry.parts[1:])}", Path(str(entry.locate()))))
     files.append(("python/LICENSE.txt", Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"))
-    for name, text in _read(_by_hash(files, seed)):
+    for name, text in _read(_by_hash(files, seed), LARGEST_SOURCE):
         pieces = re.split(r"^[-=*#_ ]{20,}$", text, flags=re.MULTILINE)
         for number, piece in enumerate(pieces):
             if len(piece) >= 400:
@@ -167,9 +167,9 @@ def _by_hash(files: list[tuple[str, Path]], seed: int) -> Iterator[tuple[str, Pa
     return iter(sorted(files, key=lambda pair: hashlib.sha256(f"{seed}/{pair[0]}".encode()).digest()))
 
 
-def _read(files: Iterator[tuple[str, Path]]) -> Texts:
+def _read(files: Iterator[tuple[str, Path]], largest: int = LARGEST_FILE) -> Texts:
     for name, file in files:
-        text = _decoded(file, LARGEST_FILE)
+        text = _decoded(file, largest)
         if text:
             yield name, text
 

@@ -1,8 +1,9 @@
-"""Chooses the backend that serves each problem best, and remembers what it chose and why."""
+"""Chooses the backend that serves each size of problem best, says which and why, and never fails where one can."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -10,8 +11,10 @@ from moelab import BackendContext, Component, ExpertBackend, Routing, UserError,
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.experts import ExpertBank, compute_dtype
 
-# Best first; whatever else is registered comes before the reference.
-PREFERENCE = {"cuda": ("grouped_mm",), "cpu": ("grouped_mm",)}
+# FLOPs of the forward pass from which starting threads pays (benchmarks/experts.py, docs/compute.md).
+LARGE = 2e8
+
+logger = logging.getLogger("moelab")
 
 
 @dataclass
@@ -19,41 +22,71 @@ class AutoOptions:
     pass
 
 
+def ranking(problem: ExpertProblem) -> tuple[tuple[str, ...], str]:
+    """(backends, best first, and why): as measured. Whatever else is registered follows, the reference last."""
+    if problem.device.type == "cuda":
+        # Not measured: grouped_mm waits for nothing and pads nothing; benchmarks/gpu.py is to decide.
+        return ("grouped_mm", "megablocks"), "no host synchronisation; not measured"
+    flops = 6 * problem.num_assignments * problem.hidden_size * problem.moe_intermediate_size
+    if flops < LARGE:
+        return ("grouped_mm", "cpu_threads"), "little work"
+    return ("cpu_threads", "grouped_mm"), "fastest measured on CPUs"
+
+
 class AutoBackend:
-    """The first backend, in the order that was measured fastest for the device, that supports the problem."""
+    """The first backend, in the order that was measured fastest, that supports the problem.
+
+    Chosen once for each device, dtype and power of two of assignments, so that no step is decided anew.
+    """
 
     name = "auto"
 
     def __init__(self, options: AutoOptions, context: BackendContext) -> None:
-        self._others = context.others
-        self._chosen: dict[tuple[str, str], ExpertBackend] = {}
-        self.choices: dict[str, str] = {}  # "cpu float32" -> "grouped_mm", or "loop (grouped_mm: why not)"
+        self._layer_id = context.layer_id
+        self._build_others = context.others
+        self._others: dict[str, ExpertBackend] | None = None
+        self._chosen: dict[tuple[str, str, int], ExpertBackend] = {}
+        self.choices: dict[str, str] = {}  # "cpu float32, up to 16384 assignments" -> "cpu_threads (why)"
 
     def supports(self, problem: ExpertProblem) -> str | None:
         return None
 
     def __call__(self, x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
         """x [T, D] -> [T, D]."""
-        key = (x.device.type, str(compute_dtype(x)))
+        dtype = compute_dtype(x)
+        key = (x.device.type, str(dtype), max(routing.expert.numel() - 1, 0).bit_length())
         if key not in self._chosen:
-            self._chosen[key] = self._choose(x, routing, bank)
+            problem = ExpertProblem(
+                bank.num_experts, x.shape[-1], bank.moe_intermediate_size, x.shape[0], routing.expert.numel(),
+                x.device, dtype,
+            )  # fmt: skip
+            self._chosen[key] = self._choose(problem)
         return self._chosen[key](x, routing, bank)
 
-    def _choose(self, x: Tensor, routing: Routing, bank: ExpertBank) -> ExpertBackend:
-        problem = ExpertProblem(
-            bank.num_experts, x.shape[-1], bank.moe_intermediate_size, x.shape[0], routing.expert.numel(),
-            x.device, compute_dtype(x),
-        )  # fmt: skip
-        others = dict(self._others())
-        ranked = [name for name in PREFERENCE.get(x.device.type, ()) if name in others]
+    def _choose(self, problem: ExpertProblem) -> ExpertBackend:
+        """Decided for the largest problem that shares the choice."""
+        most = 1 << max(problem.num_assignments - 1, 0).bit_length()
+        problem = replace(problem, num_assignments=most, num_tokens=max(problem.num_tokens, 1))
+        if self._others is None:
+            self._others = dict(self._build_others())
+        others = self._others
+        order, why = ranking(problem)
+        ranked = [name for name in order if name in others]
+        rest = sorted((name for name in others if name not in ranked), key=lambda name: (name == "loop", name))
         refusals: list[str] = []
-        for name in [*ranked, *(n for n in sorted(others, key=lambda n: n == "loop") if n not in ranked)]:
+        for name in [*ranked, *rest]:
             reason = others[name].supports(problem)
             if reason is None:
-                self.choices[f"{problem.device.type} {problem.dtype}"] = " ".join([name, *refusals])
+                self._note(problem, name, "; ".join([why if name == ranked[0] else "next best", *refusals]))
                 return others[name]
-            refusals.append(f"({name}: {reason})")
-        raise UserError(f"model.moe.backend: no backend can serve {problem}: {' '.join(refusals)}")
+            refusals.append(f"{name}: {reason}")
+        raise UserError(f"model.moe.backend: no backend can serve {problem}: {'; '.join(refusals)}")
+
+    def _note(self, problem: ExpertProblem, name: str, why: str) -> None:
+        dtype = str(problem.dtype).removeprefix("torch.")
+        key = f"{problem.device.type} {dtype}, up to {problem.num_assignments} assignments"
+        self.choices[key] = f"{name} ({why})"
+        logger.debug("layer %d: %s: %s", self._layer_id, key, self.choices[key])
 
 
 @hookimpl

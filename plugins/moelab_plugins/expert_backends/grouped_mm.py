@@ -41,10 +41,10 @@ class GroupedMMBackend:
         dtype = compute_dtype(x)
         plan = dispatch_plan(routing)
         offsets = plan.counts.cumsum(0, dtype=torch.int32)
-        rows = gather_rows(x.to(dtype), routing, plan)
+        rows = gather_rows(x.to(dtype), plan)
         hidden = torch.nn.functional.grouped_mm(rows, bank.gate_up.to(dtype).transpose(1, 2), offs=offsets)
         out = torch.nn.functional.grouped_mm(swiglu(hidden), bank.down.to(dtype), offs=offsets)
-        return combine_rows(out, routing, plan).to(x.dtype)
+        return combine_rows(out, routing.weight, plan).to(x.dtype)
 
 
 @hookimpl

@@ -33,12 +33,12 @@ class LoopBackend:
         """x [T, D] -> [T, D]."""
         dtype = compute_dtype(x)
         plan = dispatch_plan(routing)
-        rows = gather_rows(x.to(dtype), routing, plan)
+        rows = gather_rows(x.to(dtype), plan)
         # unbind: indexing the bank would cost a full-size gradient for each expert in the backward pass.
         gate_up, down = bank.gate_up.to(dtype).unbind(0), bank.down.to(dtype).unbind(0)
         pieces = rows.split(plan.counts.tolist())
         outputs = [swiglu(piece @ gu.t()) @ dn for piece, gu, dn in zip(pieces, gate_up, down, strict=True)]
-        return combine_rows(torch.cat(outputs), routing, plan).to(x.dtype)
+        return combine_rows(torch.cat(outputs), routing.weight, plan).to(x.dtype)
 
 
 @hookimpl

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Pixels = NDArray[np.uint8]
 
 LEGEND = """**moe/expert_load** (Images tab): one row for each MoE layer, the first on top; one column for each expert.
-The colour is the expert's share of the assignments since the last log, in units of the fair share 1/E:
+The colour is the expert's share of the assignments in the logged step, in units of the fair share 1/E:
 
 | colour | share |
 |---|---|
@@ -30,7 +30,7 @@ FAIR_SHARES = 4.0  # the end of the scale
 SCALE = np.array([0.0, 0.5, 1.0, 2.0, FAIR_SHARES])
 COLOURS = np.array([[28, 50, 125], [120, 160, 215], [232, 232, 228], [240, 150, 60], [140, 10, 25]], dtype=np.float64)
 DEAD, BACKGROUND, GAP = (0, 0, 0), (255, 255, 255), 1
-WIDTH, ROW_HEIGHT, STRIP = 960, (14, 48), 20
+WIDTH, ROW_HEIGHT, STRIP = 960, (14, 64), 20
 
 
 def load_image(loads: Mapping[int, list[float]]) -> Pixels:

@@ -27,6 +27,8 @@ NUMBERS = (
 TEXTS = ("schedule.name", "train.dtype", "train.init_from", "data.source.name")
 LAYOUT_NUMBERS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 FACTS = ("parameters.total", "parameters.active", "flops_per_token")
+# The table shows five columns at first, those marked as differing: what variants usually differ in.
+SHOWN_FIRST = ("layout", "router", "shared_expert", "balance_losses", "optimizer.lr")
 FINAL_METRICS = (
     "eval/loss", "eval/bits_per_byte", "eval/perplexity", "train/lm_loss", "moe/mean/max_violation",
     "moe/mean/dead_fraction", "moe/mean/load_entropy", "perf/tokens_per_second", "perf/mfu",
@@ -39,7 +41,7 @@ class TensorBoardOptions:
     images: bool = True  # expert load over (layer, expert)
     image_every: int = 1  # of the logged steps; an image is about 5 kB
     max_violation_alarm: float = 4.0  # an expert with five times its share
-    dead_fraction_alarm: float = 0.25  # of a layer's experts without any token since the last log
+    dead_fraction_alarm: float = 0.25  # of a layer's experts without any token in the logged step
     load_entropy_alarm: float = 0.7  # below it
 
     def __post_init__(self) -> None:
@@ -56,17 +58,18 @@ class TensorBoardObserver:
         self.writer: Any = None
         self._raised: set[str] = set()  # alarms that are on, so that each is told once
         self._logged = 0
-        self._resumes = False
 
-    def on_train_begin(self, run_dir: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # half a second: not for `moelab plugins`
+    def on_train_begin(self, run_dir: Path, config: Mapping[str, Any], facts: Mapping[str, Any], step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-        self._resumes = any(run_dir.glob("events.out.tfevents.*"))
+        earlier = any(run_dir.glob("events.out.tfevents.*"))
         self.writer = SummaryWriter(str(run_dir), flush_secs=self.options.flush_secs)
-        self._text("config", _verbatim(OmegaConf.to_yaml(OmegaConf.create(_plain(config)))), 0)
-        self._text("facts", _verbatim(OmegaConf.to_yaml(OmegaConf.create(_plain(facts)))), 0)
+        if earlier:
+            self._forget_what_follows(step)
+        self._text("config", _verbatim(OmegaConf.to_yaml(OmegaConf.create(_plain(config)))), step)
+        self._text("facts", _verbatim(OmegaConf.to_yaml(OmegaConf.create(_plain(facts)))), step)
         if self.options.images:
-            self._text("expert_load_legend", LEGEND, 0)
+            self._text("expert_load_legend", LEGEND, step)
         self._begin_hparams(hparams(config, facts))
 
     def on_log(self, step: int, metrics: Mapping[str, float], loads: Mapping[int, list[float]]) -> None:
@@ -91,19 +94,15 @@ class TensorBoardObserver:
         self.writer.close()
 
     def _scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._forget_what_follows(step)
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, step)
 
     def _forget_what_follows(self, step: int) -> None:
-        """After a resume, the steps that an earlier process logged beyond its checkpoint are written again."""
-        if not self._resumes:
-            return
-        self._resumes = False
+        """A killed process may have logged steps beyond its checkpoint; the resumed run writes them again."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         start = SessionLog(status=SessionLog.START)
-        self.writer.file_writer.event_writer.add_event(Event(step=step, session_log=start))
+        self.writer.file_writer.event_writer.add_event(Event(step=step + 1, session_log=start))
 
     def _text(self, tag: str, markdown: str, step: int) -> None:
         self.writer.add_text(tag, markdown, step)
@@ -124,7 +123,10 @@ class TensorBoardObserver:
         from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
         kinds = {str: api_pb2.DATA_TYPE_STRING, float: api_pb2.DATA_TYPE_FLOAT64}
-        columns = [api_pb2.HParamInfo(name=name, type=kinds[type(value)]) for name, value in values.items()]
+        columns = [
+            api_pb2.HParamInfo(name=name, type=kinds[type(value)], differs=name in SHOWN_FIRST)
+            for name, value in values.items()
+        ]
         metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in FINAL_METRICS]
         experiment = api_pb2.Experiment(hparam_infos=columns, metric_infos=metrics)
         start = plugin_data_pb2.SessionStartInfo(start_time_secs=time.time())
@@ -158,20 +160,19 @@ class TensorBoardObserver:
     def _alarms(self, step: int, metrics: Mapping[str, float]) -> None:
         """Tell each alarm when it begins and when it ends."""
         on = {tag: why for tag, value in metrics.items() if (why := self._alarm(tag, value))}
+        over = sorted(tag for tag in self._raised if tag in metrics and tag not in on)
         begun = [f"{tag} = {metrics[tag]:.4g}: {on[tag]}" for tag in on if tag not in self._raised]
-        ended = [
-            f"{tag} = {metrics[tag]:.4g}: over" for tag in sorted(self._raised) if tag in metrics and tag not in on
-        ]
+        ended = [f"{tag} = {metrics[tag]:.4g}: back to normal" for tag in over]
         if begun or ended:
             self._text("alarms", "\n".join(f"- step {step}: {line}" for line in begun + ended), step)
         self._raised = (self._raised - set(metrics)) | set(on)
 
     def _alarm(self, tag: str, value: float) -> str | None:
-        kind, metric = tag.split("/", maxsplit=1)[0], tag.rsplit("/", maxsplit=1)[-1]
         if not math.isfinite(value):
             return "not a finite number"
-        if kind != "moe" or "/mean/" in tag:
+        if not tag.startswith("moe/layer_"):
             return None
+        metric = tag.rsplit("/", 1)[1]
         if metric == "max_violation" and value > self.options.max_violation_alarm:
             return f"the fullest expert has {value + 1:.1f} times its fair share"
         if metric == "dead_fraction" and value > self.options.dead_fraction_alarm:

@@ -5,40 +5,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from moelab import Component, MoEContext, Router, Routing, TokenInfo, component, hookimpl
+from moelab import Component, MoEContext, Router, component, hookimpl
+from moelab.moe.selection import softmax_score
+from moelab.moe.topk import TopKOptions, TopKRouter
 
 
 @dataclass
-class SoftmaxTopKOptions:
-    norm_topk_prob: bool = False  # True: the K weights sum to one. Qwen2-57B-A14B has False
+class SoftmaxTopKOptions(TopKOptions):
+    topk_first: bool = False  # softmax over the K chosen logits alone (Mixtral, Megatron's default)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.topk_first and self.balance != "none":
+            raise ValueError(
+                "balance needs topk_first=false: it biases scores, and topk_first has them for K experts only"
+            )
+        self.norm_topk_prob = self.norm_topk_prob or self.topk_first  # the same weights, and the same choice
 
 
-class SoftmaxTopK(nn.Module):
-    """w = softmax(W x)[top K], divided by its sum if asked. Qwen2 report 2.2.1; normalised: Mixtral (2401.04088)."""
+class SoftmaxTopK(TopKRouter):
+    """Softmax, then the K largest; or the K largest, then softmax.
+
+    Formula: p = softmax(W x), S = top-K(p), w_i = p_i, or p_i / sum_S p with norm_topk_prob. With topk_first
+    w = softmax of the chosen logits, which equals the normalised form in exact arithmetic.
+    Source: Qwen2 report (2407.10671) 2.2.1; topk_first: Mixtral (2401.04088) 2.1.
+    Use: the default, and what Qwen2-MoE checkpoints need. Add a balance loss, or `balance: bias`.
+    Cost: one [T, D] x [D, E] product. With K = 1 and normalised weights the router gets no gradient from the
+    language model's loss: the weight is always one.
+    """
+
+    options: SoftmaxTopKOptions
 
     def __init__(self, options: SoftmaxTopKOptions, context: MoEContext) -> None:
-        super().__init__()
-        self.top_k = context.num_experts_per_tok
-        self.norm_topk_prob = options.norm_topk_prob
-        self.weight = nn.Parameter(torch.empty(context.num_experts, context.hidden_size))
+        super().__init__(options, context, softmax_score)
 
-    def forward(self, x: Tensor, info: TokenInfo) -> Routing:
-        """x [T, D] -> K experts for each token."""
-        with torch.autocast(x.device.type, enabled=False):  # fp32: in bf16 near-ties choose other experts
-            logits = nn.functional.linear(x.float(), self.weight.float())  # [T, E]
-        scores = logits.softmax(-1)
-        weight, expert = torch.topk(scores, self.top_k)  # [T, K]
-        if self.norm_topk_prob:
-            weight = weight / weight.sum(-1, keepdim=True)
-        return Routing.from_topk(
-            expert, weight, self.weight.shape[0], scores=scores, logits=logits, token_mask=info.mask
-        )
-
-    def qwen2_moe_fields(self) -> dict[str, Any]:
-        return {"norm_topk_prob": self.norm_topk_prob}
+    def qwen2_moe_fields(self) -> dict[str, Any] | str:
+        return self.plain_topk_differs() or {"norm_topk_prob": self.norm_topk_prob}
 
 
 @hookimpl

@@ -22,7 +22,14 @@ class GatedOptions:
 
 
 class GatedSharedExpert(SwiGLU):
-    """y = sigmoid(g x) * SwiGLU(x), with g [1, D]. Not normalised together with the routed weights."""
+    """One SwiGLU, scaled for each token by a sigmoid gate.
+
+    Formula: y = sigmoid(g x) * W_down (silu(W_gate x) * W_up x), with g [1, D]; not normalised together with the
+    routed weights.
+    Source: Qwen1.5-MoE, Qwen2 report (2407.10671) 2.2.1.
+    Use: Qwen2-MoE checkpoints; upcycling, where a gate of zero halves the shared output exactly.
+    Cost: 3 D F + D parameters, all of them active.
+    """
 
     def __init__(self, options: GatedOptions, context: MoEContext) -> None:
         super().__init__(context.hidden_size, options.intermediate_size)

@@ -106,6 +106,8 @@ def test_dropped_assignments_are_counted_against_those_wanted() -> None:
     metrics = reduce(LayerRecord(0, routing, routing.counts()))
     assert metrics["moe/layer_00/dropped_fraction"] == pytest.approx(2 / 8)
     assert metrics["moe/layer_00/top_k_mass"] == pytest.approx(6 / 8)
+    assert metrics["moe/layer_00/experts_per_token"] == pytest.approx(6 / 8)
+    assert "moe/layer_03/experts_per_token" not in reduce(record(balanced()))  # always K: nothing to tell
 
 
 def test_mean_is_over_the_layers_and_loads_sum_to_one() -> None:

@@ -15,7 +15,7 @@ from tensorboard.util import tensor_util
 
 from moelab.registry import OBSERVERS, Registry
 from moelab_plugins.observers.load_image import colour, load_image, png
-from moelab_plugins.observers.tensorboard import hparams
+from moelab_plugins.observers.tensorboard import SHOWN_FIRST, hparams
 
 CONFIG: dict[str, Any] = {
     "run_dir": "runs/a",
@@ -40,10 +40,10 @@ FACTS = {"parameters": {"total": 1000, "active": 400}, "flops_per_token": 2400.0
 LOADS = {0: [1 / 8] * 8, 1: [0.5, 0.5] + [0.0] * 6}
 
 
-def observer(run_dir: Path, **options: Any) -> Any:
+def observer(run_dir: Path, step: int = 0, **options: Any) -> Any:
     run_dir.mkdir(exist_ok=True)
     built: Any = Registry(entry_points=False).build(OBSERVERS, {"name": "tensorboard", **options}, run_dir, "observers")
-    built.on_train_begin(run_dir=run_dir, config=CONFIG, facts=FACTS)
+    built.on_train_begin(run_dir=run_dir, config=CONFIG, facts=FACTS, step=step)
     return built
 
 
@@ -101,6 +101,7 @@ def test_hparams_are_in_the_runs_own_event_file(tmp_path: Path) -> None:
     assert start.hparams["parameters.active"].number_value == 400
     experiment = metadata.parse_experiment_plugin_data(found[metadata.EXPERIMENT_TAG])
     assert {info.name for info in experiment.hparam_infos} == set(start.hparams)
+    assert {info.name for info in experiment.hparam_infos if info.differs} == set(SHOWN_FIRST)  # the first columns
     assert "eval/loss" in {info.name.tag for info in experiment.metric_infos}
     end = metadata.parse_session_end_info_plugin_data(found[metadata.SESSION_END_INFO_TAG])
     assert end.status == api_pb2.STATUS_SUCCESS
@@ -150,7 +151,7 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         run.on_log(step, {"train/loss": 1.0}, {})
     run.writer.close()  # killed: no on_train_end
-    later = observer(tmp_path)
+    later = observer(tmp_path, step=10)
     later.on_log(20, {"train/loss": 2.0}, {})
     later.on_train_end(20, {}, None)
     assert [(e.step, e.value) for e in read(tmp_path).Scalars("train/loss")] == [(10, 1.0), (20, 2.0)]

@@ -1,0 +1,91 @@
+"""What routers and balance losses are told of a whole batch: loads and means over micro-batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from moelab.moe.block import MoEBlock
+from moelab.moe.contracts import BalanceContext
+from moelab.moe.routing import LayerRecord
+
+
+class BatchStatistics:
+    """Sums over micro-batches, on the device; `add` each one's records, then `reduce` over ranks."""
+
+    def __init__(self) -> None:
+        self.wanted: dict[int, Tensor] = {}  # layer -> [E'] int64
+        self._statistics: dict[int, Tensor] = {}  # layer -> [M], times tokens
+        self.tokens: Tensor | None = None  # scalar int64, not padding
+
+    @torch.no_grad()
+    def add(self, records: Sequence[LayerRecord]) -> None:
+        """One micro-batch: the records of all MoE layers."""
+        for index, record in enumerate(records):
+            routing = record.routing
+            mask = routing.token_mask
+            if mask is not None:
+                tokens = mask.sum()
+            else:
+                tokens = torch.full((), routing.num_tokens, dtype=torch.int64, device=record.counts.device)
+            if index == 0:
+                self.tokens = tokens if self.tokens is None else self.tokens + tokens
+            _add(self.wanted, record.layer_id, record.wanted)
+            if routing.statistics is not None:
+                _add(self._statistics, record.layer_id, routing.statistics.double() * tokens)
+
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Sum over ranks: `all_reduce` sums one tensor."""
+        if self.tokens is None:
+            return
+        self.tokens = all_reduce(self.tokens)
+        for sums in (self.wanted, self._statistics):
+            for layer_id in sorted(sums):
+                sums[layer_id] = all_reduce(sums[layer_id])
+
+    def context(self) -> BalanceContext:
+        """What the balance losses are told."""
+        return BalanceContext(self.wanted or None, self.tokens)
+
+    def mean_statistics(self, layer_id: int) -> Tensor | None:
+        """The mean of `Routing.statistics` over the batch's tokens, [M] fp32; None when the router gives none."""
+        found = self._statistics.get(layer_id)
+        if found is None or self.tokens is None:
+            return None
+        return (found / self.tokens.clamp_min(1)).float()
+
+    def after_step(self, blocks: Iterable[MoEBlock]) -> None:
+        """Hand every router that asks for it its counts and statistics; once, after the optimizer step."""
+        for block in blocks:
+            after_step = getattr(block.router, "after_step", None)
+            if after_step is None or block.layer_id not in self.wanted:
+                continue
+            statistics = self.mean_statistics(block.layer_id)
+            if statistics is None:
+                after_step(self.wanted[block.layer_id])  # a router without statistics may take counts alone
+            else:
+                after_step(self.wanted[block.layer_id], statistics)
+
+
+def _add(sums: dict[int, Tensor], layer_id: int, value: Tensor) -> None:
+    sums[layer_id] = sums[layer_id] + value if layer_id in sums else value.clone()
+
+
+def routing_alarms(counts: dict[int, list[float]], dropped: dict[int, float], tokens: float) -> list[str]:
+    """Sentences for layers whose routing has come to nothing; host numbers, for logging steps.
+
+    counts: assignments served, by layer and expert; dropped: assignments refused, by layer.
+    """
+    found = []
+    for layer_id, served in sorted(counts.items()):
+        refused = dropped.get(layer_id, 0.0)
+        if tokens and not sum(served):
+            cause = "all assignments were dropped" if refused else "the router chose no expert"
+            found.append(f"layer {layer_id}: no token reached an expert ({cause})")
+        elif refused > sum(served):
+            found.append(f"layer {layer_id}: {refused:.0f} of {refused + sum(served):.0f} assignments were dropped")
+        elif len(served) > 1 and max(served) == sum(served):
+            found.append(f"layer {layer_id}: expert {served.index(max(served))} of {len(served)} serves all tokens")
+    return found

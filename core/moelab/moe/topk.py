@@ -1,0 +1,140 @@
+"""The router behind every "score the experts, keep the K best": score, bias, groups, weights, capacity.
+
+T tokens, D hidden size, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moelab.errors import ConfigError
+from moelab.moe.bias import METHODS, quantile_bias, quantile_update, sign_update
+from moelab.moe.capacity import Capacity, check_capacity, refuse_noncausal
+from moelab.moe.contracts import MoEContext
+from moelab.moe.gate import GateOptions, LinearRouter, noise_generator
+from moelab.moe.routing import Routing, TokenInfo
+from moelab.moe.selection import GROUP_SCORES, check_groups, group_limit, normalise
+
+
+@dataclass
+class TopKOptions(GateOptions):
+    """What every top-K router takes; the names are Hugging Face's where it has one."""
+
+    norm_topk_prob: bool = False  # True: the K weights sum to one
+    routed_scaling_factor: float = 1.0  # on the weights, after normalisation; 2.5 in DeepSeek-V3
+    input_jitter: float = 0.0  # in training x is multiplied by U(1 - jitter, 1 + jitter) before the projection
+    n_group: int = 1  # groups of experts; 1: no groups
+    topk_group: int = 1  # groups that a token may choose from
+    group_score: str = "max"  # max (DeepSeek-V2), top2 (V3: sum of the two best), topk (Megatron)
+    balance: str = "none"  # none, bias (aux-loss-free, 2408.15664) or quantile; moves only the selection
+    bias_update_rate: float = 1e-3  # balance=bias: step towards the under-used experts
+    bias_centred: bool = True  # balance=bias: keep the bias' mean where it is
+    quantile_ema: float = 0.0  # balance=quantile: share of the old bias that stays
+    capacity_factor: float | None = None  # in training; null: dropless
+    eval_capacity_factor: float | None = None  # in evaluation; null: dropless, and causal
+    drop_policy: str = "probs"  # probs: the heaviest stay; position: first come, first choices before second
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.balance not in METHODS:
+            raise ValueError(f"balance must be one of {', '.join(METHODS)}, not '{self.balance}'")
+        if self.group_score not in GROUP_SCORES:
+            raise ValueError(f"group_score must be one of {', '.join(GROUP_SCORES)}, not '{self.group_score}'")
+        if self.n_group < 1 or self.topk_group < 1:
+            raise ValueError(f"n_group and topk_group must be at least 1, not {self.n_group} and {self.topk_group}")
+        if not 0 <= self.input_jitter < 1:
+            raise ValueError(f"input_jitter must be in 0 .. 1, 1 excluded, not {self.input_jitter}")
+        if self.bias_update_rate < 0 or not 0 <= self.quantile_ema < 1:
+            raise ValueError("bias_update_rate must not be negative, and quantile_ema must be in 0 .. 1, 1 excluded")
+        check_capacity(self.capacity_factor, self.eval_capacity_factor, self.drop_policy)
+
+
+class TopKRouter(LinearRouter):
+    """s = score(W x); the K largest of s + bias within the allowed groups; weights from s, never from the bias."""
+
+    def __init__(self, options: TopKOptions, context: MoEContext, score: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(options, context)
+        check_groups(context.num_experts, context.num_experts_per_tok, options.n_group, options.topk_group)
+        if options.capacity_factor is not None or options.eval_capacity_factor is not None:
+            refuse_noncausal(context, "capacity_factor makes a token's experts depend on later tokens and sequences")
+        if options.balance == "quantile" and (options.n_group > 1 or self.top_k == context.num_experts):
+            raise ConfigError("balance: quantile needs n_group 1 and num_experts_per_tok below num_experts")
+        self.options = options
+        self.score_function = score
+        self.norm_topk_prob = options.norm_topk_prob
+        self.capacity = Capacity(options.capacity_factor, options.eval_capacity_factor, options.drop_policy)
+        if options.balance != "none":
+            self.register_buffer("bias", torch.zeros(context.num_experts, dtype=torch.float32))
+
+    def forward(self, x: Tensor, info: TokenInfo) -> Routing:
+        """x [T, D] -> K experts for each token."""
+        logits = self.logits(self.jitter(x, info))
+        scores = self.score(logits, self.score_function)
+        expert = self.select(scores)  # [T, K]
+        weight = scores.gather(1, expert)
+        if self.norm_topk_prob:
+            weight = normalise(weight)
+        weight = self.round_weight(weight * self.options.routed_scaling_factor)
+        routing = Routing.from_topk(
+            expert, weight, self.num_experts, scores=scores, logits=logits, token_mask=info.mask
+        )
+        if self.options.balance == "quantile" and info.training:
+            routing = replace(routing, statistics=quantile_bias(scores, self.bias, self.top_k, info.mask))
+        return self.capacity.apply(self.thin(routing, info), info.training)
+
+    def jitter(self, x: Tensor, info: TokenInfo) -> Tensor:
+        """x [T, D] -> x times noise around one, in training; drawn in fp32 (Switch 2101.03961, 2.4)."""
+        epsilon = self.options.input_jitter
+        if epsilon == 0 or not info.training:
+            return x
+        noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        noise.uniform_(1 - epsilon, 1 + epsilon, generator=noise_generator(info, self.layer_id, x.device))
+        return x * noise.to(torch.promote_types(x.dtype, torch.float32))
+
+    def thin(self, routing: Routing, info: TokenInfo) -> Routing:
+        """Leave assignments out before capacity is counted; here none."""
+        return routing
+
+    def select(self, scores: Tensor) -> Tensor:
+        """scores [T, E] -> expert [T, K] int64. No gradient: a choice has none."""
+        chosen_by = scores.detach()
+        if self.options.balance != "none":
+            chosen_by = chosen_by + self.bias
+        if self.options.n_group > 1:
+            options = self.options
+            chosen_by = group_limit(chosen_by, options.n_group, options.topk_group, options.group_score, self.top_k)
+        return torch.topk(chosen_by, self.top_k).indices
+
+    @torch.no_grad()
+    def after_step(self, counts: Tensor, statistics: Tensor | None = None) -> None:
+        """Move the bias by the loads of the whole batch: counts [E] int64, statistics [E] (quantile) fp32."""
+        if self.options.balance == "bias":
+            self.bias.copy_(sign_update(self.bias, counts, self.options.bias_update_rate, self.options.bias_centred))
+        elif self.options.balance == "quantile" and statistics is not None:
+            self.bias.copy_(quantile_update(self.bias, statistics, self.options.quantile_ema))
+
+    def plain_topk_differs(self) -> str | None:
+        """Why this router is not softmax-free plain top-K, for formats that know nothing else; None when it is."""
+        options = self.options
+        if options.balance != "none":
+            return f"its selection bias (balance: {options.balance}) has no place there"
+        if options.n_group > 1:
+            return "it limits tokens to groups of experts"
+        if options.routed_scaling_factor != 1.0:
+            return "it scales its weights by routed_scaling_factor"
+        if options.eval_capacity_factor is not None:
+            return "it drops what is over capacity in evaluation too (eval_capacity_factor)"
+        return None
+
+    bias: Tensor
+
+    def extra_repr(self) -> str:
+        differing: dict[str, Any] = {
+            key: value for key, value in vars(self.options).items() if value != getattr(type(self.options), key, None)
+        }
+        return ", ".join(f"{key}={value}" for key, value in differing.items())

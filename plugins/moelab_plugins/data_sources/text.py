@@ -1,0 +1,63 @@
+"""A user's own text files: files, globs and folders of UTF-8 text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moelab import Component, ConfigError, Corpus, DataContext, Document, build_corpus, component, hookimpl
+from moelab.data.reading import read_text, resolve_files
+
+
+@dataclass
+class TextOptions:
+    paths: list[str] = field(default_factory=list)  # the domain of a file is the folder it lies in, see `text`
+    domains: dict[str, list[str]] = field(default_factory=dict)  # {domain: paths}, instead of `paths` or beside them
+    pattern: str = "**/*"  # which files of a folder are read, say "**/*.md"; names starting with a dot never are
+    separator: str | None = None  # cuts each file into documents, say "<|endoftext|>" or "\n\n\n"; null: one each
+    deduplicate: bool = True  # drop exact and near copies before the split
+
+    def __post_init__(self) -> None:
+        if self.separator == "":
+            raise ValueError("separator: must not be empty; null keeps each file whole")
+
+
+def text(options: TextOptions, context: DataContext) -> Corpus:
+    """Files, globs or folders of UTF-8 text; a folder's subfolders are its domains.
+
+    Domain of a file found in a folder: the first subfolder below the one given, or that folder's own name for
+    a file directly in it. Paths are relative to the config file's folder, or else to the current one.
+    """
+    if not options.paths and not options.domains:
+        raise ConfigError("paths: nothing to read; give `paths: [...]` or `domains: {name: [...]}`")
+    return build_corpus(_documents(options, context.base), context, deduplicate=options.deduplicate)
+
+
+def _documents(options: TextOptions, base: Path) -> Iterator[Document]:
+    wanted: list[tuple[str | None, str]] = [(None, path) for path in options.paths]
+    wanted += [(domain, path) for domain, paths in options.domains.items() for path in paths]
+    seen: set[Path] = set()  # a file that two paths name is read once, for the first
+    for domain, path in wanted:
+        root, files = resolve_files(path, base, options.pattern)
+        for file in files:
+            if file.resolve() in seen:
+                continue
+            seen.add(file.resolve())
+            below = file.relative_to(root)
+            of_file = domain or (below.parts[0] if len(below.parts) > 1 else root.resolve().name) or "text"
+            yield from _cut(read_text(file), of_file, f"{root.resolve().name}/{below.as_posix()}", options.separator)
+
+
+def _cut(content: str, domain: str, name: str, separator: str | None) -> Iterator[Document]:
+    if separator is None:
+        yield Document(content, domain, name)
+        return
+    for number, piece in enumerate(content.split(separator)):
+        if piece.strip():
+            yield Document(piece, domain, f"{name}#{number}")
+
+
+@hookimpl
+def moelab_data_sources() -> list[Component[DataContext, Corpus]]:
+    return [component("text", TextOptions, text)]

@@ -1,0 +1,60 @@
+"""Two experts, the second one by chance: GShard's router."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moelab import Component, ConfigError, MoEContext, Router, Routing, TokenInfo, component, hookimpl
+from moelab.moe.gate import noise_generator
+from moelab.moe.selection import softmax_score
+from moelab.moe.topk import TopKOptions, TopKRouter
+
+
+@dataclass
+class GShardOptions(TopKOptions):
+    norm_topk_prob: bool = True
+    drop_policy: str = "position"
+    random_second: bool = True  # in training the second expert serves with probability min(1, 2 w2)
+
+
+class GShard(TopKRouter):
+    """The best two experts; in training the second one serves with probability min(1, 2 w2).
+
+    Formula: p = softmax(W x), S = top-2(p), w = p_S / sum p_S. Balance losses count first choices alone, so that
+    load_balance is GShard's mean(m_e c_e) E^2.
+    Source: GShard (2006.16668) 2.2 and algorithm 1; capacity_factor 2 there, dropless here unless it is given.
+    Use: to reproduce GShard; the random second expert saves compute on tokens that hardly want one.
+    Cost: between one and two experts a token in training, two afterwards.
+    """
+
+    def __init__(self, options: GShardOptions, context: MoEContext) -> None:
+        if context.num_experts_per_tok != 2:
+            raise ConfigError(
+                f"takes two experts a token, and the layout says num_experts_per_tok {context.num_experts_per_tok}"
+            )
+        super().__init__(options, context, softmax_score)
+        self.random_second = options.random_second
+
+    def thin(self, routing: Routing, info: TokenInfo) -> Routing:
+        """Serve the second choices by chance, and show losses the first choices."""
+        expert, weight = routing.expert.view(-1, 2), routing.weight.detach().view(-1, 2)
+        first = torch.zeros(expert.shape[0], self.num_experts, dtype=torch.bool, device=expert.device)
+        routing = replace(routing, choices=first.scatter_(1, expert[:, :1], True))
+        if not (self.random_second and info.training):
+            return routing
+        drawn = torch.rand(
+            weight.shape[0], device=weight.device, generator=noise_generator(info, self.layer_id, weight.device)
+        )
+        served: Tensor = torch.stack([torch.ones_like(drawn, dtype=torch.bool), drawn < 2 * weight[:, 1]], dim=1)
+        return routing.serve(served.reshape(-1))
+
+    def qwen2_moe_fields(self) -> dict[str, bool] | str:
+        return self.plain_topk_differs() or {"norm_topk_prob": self.norm_topk_prob}
+
+
+@hookimpl
+def moelab_routers() -> list[Component[MoEContext, Router]]:
+    return [component("gshard", GShardOptions, GShard)]

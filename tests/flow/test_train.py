@@ -1,0 +1,166 @@
+"""`moelab train` as a user runs it: a run folder, killed and resumed bit by bit, and wrong input refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+CONFIG = "configs/train/tiny_moe.yaml"
+SMALL = [
+    "train.steps=12", "train.batch_size=4", "train.sequence_length=32", "train.save_every=3", "train.log_every=2",
+    "train.threads=1", "evaluation.sequences=4", "evaluation.every=6", "evaluation.sample_tokens=4",
+    "data.source.domains=[code_py]", "data.source.max_bytes_per_domain=60000",
+    "model.moe.router.name=sigmoid_topk",  # its bias is plugin state that must resume too
+]  # fmt: skip
+MOELAB = [sys.executable, "-m", "moelab"]
+TIMES = {"seconds", "perf/tokens_per_second", "perf/mfu", "perf/memory_gb"}
+
+
+def _run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*MOELAB, *arguments], cwd=root, capture_output=True, text=True, timeout=300, check=False)
+
+
+def _metrics(run: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = Path(__file__).resolve().parent.parent.parent
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    outcome = _run(root, "train", CONFIG, *SMALL, f"run_dir={run}")
+    assert outcome.returncode == 0, outcome.stderr
+    assert str(run) in outcome.stdout.replace("\n", "")
+    return run
+
+
+def test_a_run_folder_holds_all_that_was_promised(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "log.txt", "evaluation_documents.jsonl"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step_00000009", "step_00000012"]
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["steps"] == 12
+    assert summary["tokens"] == 12 * 4 * 32
+    assert summary["components"]["router"] == "sigmoid_topk"
+    assert summary["flops"] == pytest.approx(summary["tokens"] * summary["flops_per_token"])
+    assert {"eval/loss", "eval/bits_per_byte", "train/loss", "moe/mean/max_violation"} <= summary["final"].keys()
+
+
+def test_a_killed_run_resumes_to_the_same_bits(root: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    arguments = ("train", CONFIG, *SMALL, f"run_dir={run}")
+    process = subprocess.Popen([*MOELAB, *arguments], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "step_00000006").is_dir():
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "checkpoints" / "step_00000012").exists()
+    assert _run(root, *arguments).returncode == 2, "a run folder is never overwritten unasked"
+    resumed = _run(root, *arguments, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    for name in ("model.safetensors", "training.safetensors"):
+        last = Path("checkpoints/step_00000012") / name
+        assert (run / last).read_bytes() == (finished / last).read_bytes(), name
+    assert _metrics(run) == _metrics(finished)
+
+
+def test_the_same_command_gives_the_same_bits(root: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "again"
+    assert _run(root, "train", CONFIG, *SMALL, f"run_dir={run}").returncode == 0
+    last = Path("checkpoints/step_00000012/model.safetensors")
+    assert (run / last).read_bytes() == (finished / last).read_bytes()
+
+
+def test_a_finished_run_resumed_has_nothing_left_to_do(root: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(finished, run)
+    before = (run / "checkpoints/step_00000012/model.safetensors").read_bytes()
+    outcome = _run(root, "train", CONFIG, *SMALL, f"run_dir={run}", "--resume")
+    assert outcome.returncode == 0, outcome.stderr
+    assert (run / "checkpoints/step_00000012/model.safetensors").read_bytes() == before
+    assert _metrics(run) == _metrics(finished)
+
+
+def test_resuming_under_another_config_is_refused(root: Path, finished: Path) -> None:
+    outcome = _run(root, "train", CONFIG, *SMALL, f"run_dir={finished}", "--resume", "optimizer.lr=0.5")
+    assert outcome.returncode == 2
+    assert "optimizer.lr" in outcome.stderr
+
+
+def test_a_damaged_checkpoint_is_named(root: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "damaged"
+    shutil.copytree(finished, run)
+    weights = run / "checkpoints/step_00000012/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    outcome = _run(root, "generate", str(run))
+    assert outcome.returncode == 2
+    assert "step_00000012/model.safetensors" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_the_stored_config_reproduces_the_run(root: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "reproduced"
+    outcome = _run(root, "train", str(finished / "config.yaml"), f"run_dir={run}")
+    assert outcome.returncode == 0, outcome.stderr
+    last = Path("checkpoints/step_00000012/model.safetensors")
+    assert (run / last).read_bytes() == (finished / last).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model.moe.router.name=sofmax_topk"], ["model.moe.router.name", "did you mean 'softmax_topk'"]),
+        (["model.moe.router={name: softmax_topk, norm_topk: true}"], ["norm_topk", "did you mean 'norm_topk_prob'"]),
+        (["model.moe.layout.num_experts_per_tok=9"], ["num_experts_per_tok", "exceeds num_experts 8"]),
+        (["model.moe.layout.num_experts=many"], ["model.moe.layout.num_experts", "Integer"]),
+        (["model.hidden_sise=8"], ["model.hidden_sise", "did you mean 'hidden_size'"]),
+        (["model.vocab_size=100"], ["model.vocab_size", "257"]),
+        (["plugins=[not_there]"], ["not_there", "no such module"]),
+        (["data.source={name: text, paths: [/nowhere/x.txt]}"], ["/nowhere/x.txt"]),
+        (["run_dir=/proc/nothing/here"], ["/proc/nothing/here", "can't be written"]),
+        (["train.init_from=/nowhere"], ["/nowhere", "no such folder"]),
+        (["train.device=cuda"], ["train.device", "CUDA"]),
+        (['model.moe.layers={"5": {router: {name: softmax_topk}}}'], ['layers."5"', "0 .. 1"]),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    root: Path, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    if "train.device=cuda" in arguments and os.path.exists("/dev/nvidia0"):
+        pytest.skip("this machine has a CUDA device")
+    run = tmp_path / "run"
+    outcome = _run(root, "train", CONFIG, f"run_dir={run}", *SMALL[:-1], *arguments)
+    assert outcome.returncode == 2, outcome.stderr
+    assert len(outcome.stderr.strip().splitlines()) == 1, outcome.stderr
+    for word in words:
+        assert word in outcome.stderr
+    assert not run.exists(), "nothing half-written"
+
+
+def test_force_does_not_delete_what_is_no_run_folder(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    outcome = _run(root, "train", CONFIG, *SMALL, f"run_dir={tmp_path}", "--force")
+    assert outcome.returncode == 2
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_nan_stops_the_run_and_leaves_the_last_checkpoint(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "nan"
+    outcome = _run(root, "train", CONFIG, *SMALL, f"run_dir={run}", "optimizer.lr=1e30", "schedule.warmup_steps=6")
+    assert outcome.returncode == 1, outcome.stdout + outcome.stderr
+    assert "NaN or Inf at step" in outcome.stderr
+    assert json.loads((run / "summary.json").read_text())["status"] == "failed"

@@ -1,0 +1,140 @@
+"""config.json in both styles; what would compute something else is refused with file, key, value and cure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moelab.errors import CheckpointError
+from moelab.hf.config import read_carried_fields, read_config
+
+DENSE: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 50, "hidden_size": 16,
+    "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False, "sliding_window": 131072,
+    "max_window_layers": 24, "bos_token_id": 7, "eos_token_id": [7, 8], "max_position_embeddings": 131072,
+}  # fmt: skip
+MOE: dict[str, Any] = DENSE | {
+    "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8, "shared_expert_intermediate_size": 20, "norm_topk_prob": True,
+    "router_aux_loss_coef": 0.001,
+}  # fmt: skip
+
+
+def write(folder: Path, fields: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def without(fields: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key not in keys}
+
+
+def test_a_dense_config_in_the_style_of_transformers_4(tmp_path: Path):
+    config = read_config(write(tmp_path, DENSE))
+    assert config.moe is None
+    assert (config.vocab_size, config.hidden_size, config.num_key_value_heads) == (50, 16, 2)
+    assert (config.rope_theta, config.rms_norm_eps, config.tie_word_embeddings) == (1e6, 1e-6, True)
+    assert config.max_position_embeddings == 131072
+
+
+def test_both_styles_of_transformers_mean_the_same(tmp_path: Path):
+    new = without(MOE, "rope_theta", "torch_dtype") | {
+        "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}, "dtype": "bfloat16",
+        "layer_types": ["full_attention"] * 4, "sliding_window": 0, "mlp_only_layers": [], "qkv_bias": True,
+    }  # fmt: skip
+    old = read_config(write(tmp_path, MOE | {"rope_scaling": None}))
+    assert read_config(write(tmp_path, new)) == old
+
+
+def test_moe_fields_become_parts(tmp_path: Path):
+    moe = read_config(write(tmp_path, MOE | {"decoder_sparse_step": 2, "mlp_only_layers": [3]})).moe
+    assert moe is not None
+    assert moe.layout == {
+        "name": "uniform", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+        "decoder_sparse_step": 2, "mlp_only_layers": [3],
+    }  # fmt: skip
+    assert moe.router == {"name": "softmax_topk", "norm_topk_prob": True}
+    assert moe.shared_expert == {"name": "gated", "intermediate_size": 20}
+    assert moe.balance_losses == []
+
+
+def test_norm_topk_prob_is_false_where_it_is_absent(tmp_path: Path):
+    """Qwen2-MoE's default; Qwen3-MoE's is true."""
+    moe = read_config(write(tmp_path, without(MOE, "norm_topk_prob"))).moe
+    assert moe is not None
+    assert moe.router["norm_topk_prob"] is False
+
+
+def test_no_experts_means_dense(tmp_path: Path):
+    assert read_config(write(tmp_path, MOE | {"num_experts": 0})).moe is None
+
+
+def test_without_any_theta_transformers_takes_ten_thousand(tmp_path: Path):
+    assert read_config(write(tmp_path, without(DENSE, "rope_theta"))).rope_theta == 10_000.0
+
+
+def test_null_key_value_heads_are_as_many_as_heads(tmp_path: Path):
+    assert read_config(write(tmp_path, DENSE | {"num_key_value_heads": None})).num_key_value_heads == 4
+
+
+def test_token_ids_are_carried(tmp_path: Path):
+    assert read_carried_fields(write(tmp_path, DENSE)) == {"bos_token_id": 7, "eos_token_id": [7, 8]}
+
+
+REFUSED = {
+    "another model": ({"model_type": "llama"}, r'model_type: "llama" is not supported; moelab reads Qwen2ForCausalLM'),
+    "no model type": ({"model_type": None}, "model_type: null is not supported"),
+    "another head": ({"architectures": ["Qwen2ForTokenClassification"]}, r"architectures: .*Qwen2ForCausalLM"),
+    "sliding window": ({"use_sliding_window": True}, "use_sliding_window: true .*set it to false"),
+    "sliding layers": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: .*full_attention"),
+    "yarn": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling: .*yarn.* plain rotary"),
+    "yarn, new style": ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, r"rope_parameters: .*plain rotary"),
+    "partial rotary": (
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_parameters: .*plain rotary",
+    ),
+    "rope for each kind of layer": (
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters: .*plain rotary",
+    ),
+    "two thetas": (
+        {"rope_parameters": {"rope_theta": 5e5}},
+        r"rope_theta 1000000.0 and rope_parameters.rope_theta 500000.0 contradict .*4.x takes the first",
+    ),
+    "gelu": ({"hidden_act": "gelu"}, 'hidden_act: "gelu" is not supported; it must be "silu"'),
+    "no biases": ({"qkv_bias": False}, "qkv_bias: false .*add zero biases"),
+    "dropout": ({"attention_dropout": 0.1}, "attention_dropout: 0.1 .*set it to 0.0"),
+    "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config: .*that it was made from"),
+    "missing size": ({"hidden_size": None}, "hidden_size: is missing; it must be a int"),
+    "text for a number": ({"hidden_size": "16"}, "hidden_size: must be a int, not '16'"),
+    "a truth for a number": ({"num_attention_heads": True}, "num_attention_heads: must be a int, not True"),
+    "a number for a truth": ({"tie_word_embeddings": 1}, "tie_word_embeddings: must be a bool, not 1"),
+    "heads do not divide": ({"num_attention_heads": 3, "num_key_value_heads": 3}, r"num_attention_heads: 3 does not"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_would_compute_something_else_is_refused(tmp_path: Path, change: dict[str, Any], message: str):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_config(write(tmp_path, DENSE | change))
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"decoder_sparse_step": 0}, {"mlp_only_layers": "none"}, {"num_experts": None}])
+def test_bad_moe_fields_are_refused_by_name(tmp_path: Path, change: dict[str, Any]):
+    with pytest.raises(CheckpointError, match=next(iter(change))):
+        read_config(write(tmp_path, MOE | change))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), (b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"[1]", "not a JSON object")],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes | None, message: str):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_config(tmp_path)

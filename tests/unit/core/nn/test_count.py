@@ -1,0 +1,117 @@
+"""Counts against the published numbers and against closed forms worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moelab.builder import build_model
+from moelab.config.files import config_folder
+from moelab.config.load import to_schema
+from moelab.config.model import ModelConfig, MoEConfig
+from moelab.nn.count import Parameters, count_parameters, flops_per_token, forward_flops_per_token
+from moelab.nn.transformer import Transformer
+
+
+def shipped(name: str) -> Transformer:
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.to_container(OmegaConf.load(Path(config_folder()) / "model" / f"{name}.yaml"))
+    assert isinstance(tree, dict)
+    return build_model(to_schema(tree["model"], ModelConfig), device="meta", seed=None)
+
+
+# name: total, non-embedding; of the published safetensors files and the Qwen2 report
+PUBLISHED = {
+    "qwen2-0.5b": (494_032_768, 357_898_112),
+    "qwen2-1.5b": (1_543_714_304, 1_310_340_608),
+    "qwen2-7b": (7_615_616_512, 6_525_621_760),
+    "qwen2-72b": (72_706_203_648, 70_214_787_072),
+    "qwen2-57b-a14b": (57_408_658_944, 56_319_581_696),
+}
+
+
+@pytest.mark.parametrize(("name", "total", "non_embedding"), [(name, *counts) for name, counts in PUBLISHED.items()])
+def test_shipped_configs_have_exactly_the_published_parameters(name: str, total: int, non_embedding: int):
+    counts = count_parameters(shipped(name))
+    assert (counts.total, counts.non_embedding) == (total, non_embedding)
+    assert counts.embedding == total - non_embedding
+
+
+def test_qwen2_57b_a14b_activates_exactly_the_published_parameters():
+    counts = count_parameters(shipped("qwen2-57b-a14b"))
+    assert counts.active == 14_249_270_784
+    assert counts.active_non_embedding == 13_160_193_536
+    assert counts.routed == 49_325_015_040
+
+
+def test_qwen2_57b_a14b_flops_by_hand():
+    """28 layers: q, o 3584^2; k, v 512 * 3584; router 64 * 3584; 8 experts of 2560, shared 20480, its gate 3584."""
+    width = 3584
+    layer = 2 * width**2 + 2 * 512 * width + 64 * width + 3 * width * (8 * 2560 + 20480) + width
+    weights = 28 * layer + 151_936 * width
+    expected = 2 * weights + 28 * 2 * 4096 * width
+    model = shipped("qwen2-57b-a14b")
+    assert forward_flops_per_token(model, 4096) == expected
+    assert flops_per_token(model, 4096) == 3 * expected
+
+
+def dense(tied: bool) -> Transformer:
+    config = ModelConfig(
+        vocab_size=100, hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=6, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return build_model(config, device="meta", seed=None)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_dense_model_by_hand(tied: bool):
+    """A layer: q 12x8+12, k and v 6x8+6 each, o 8x12, three 12x8, two norms of 8."""
+    layer = (96 + 12) + 2 * (48 + 6) + 96 + 3 * 96 + 2 * 8
+    embedding = 100 * 8 * (1 if tied else 2)
+    body = 3 * layer + 8
+    counts = count_parameters(dense(tied))
+    assert counts == Parameters(body + embedding, body + embedding, embedding, body, body, 0)
+
+
+def test_the_head_costs_the_same_tied_or_not():
+    assert flops_per_token(dense(True), 10) == flops_per_token(dense(False), 10)
+
+
+def test_attention_costs_half_the_square():
+    """Between lengths 10 and 30: 20 / 2 keys more on average, 2 products, 2 FLOPs, 12 wide, 3 layers."""
+    model = dense(False)
+    assert forward_flops_per_token(model, 30) - forward_flops_per_token(model, 10) == 10 * 2 * 2 * 12 * 3
+
+
+def test_dense_flops_by_hand():
+    weights = 3 * (96 + 48 + 48 + 96 + 3 * 96) + 800
+    assert forward_flops_per_token(dense(False), 16) == 2 * weights + 3 * 2 * 16 * 12
+
+
+def test_layers_of_different_layouts_are_counted_each_by_its_own():
+    """Layer 0: 4 experts of 5, top 1, gated shared of 7; layer 1: 2 experts of 3, top 2, none shared; layer 2 dense."""
+    moe = MoEConfig(
+        layout={
+            "name": "uniform", "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 5,
+            "mlp_only_layers": [2],
+        },
+        shared_expert={"name": "gated", "intermediate_size": 7},
+        layers={
+            "1": {
+                "layout": {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 3},
+                "shared_expert": {"name": "none"},
+            }
+        },
+    )  # fmt: skip
+    config = ModelConfig(**{**vars(dense(False).config), "moe": moe})
+    sparse, plain = build_model(config, device="meta", seed=None), dense(False)
+    ffn, expert_0, expert_1 = 3 * 12 * 8, 3 * 5 * 8, 3 * 3 * 8
+    beside_0, beside_1 = 4 * 8 + 3 * 7 * 8 + 8, 2 * 8  # router, shared expert, its gate; router
+    before, after = count_parameters(plain), count_parameters(sparse)
+    assert after.routed == 4 * expert_0 + 2 * expert_1
+    assert after.total - before.total == after.routed + beside_0 + beside_1 - 2 * ffn
+    active = expert_0 + 2 * expert_1 + beside_0 + beside_1 - 2 * ffn
+    assert after.active - before.active == active
+    assert forward_flops_per_token(sparse, 9) - forward_flops_per_token(plain, 9) == 2 * active

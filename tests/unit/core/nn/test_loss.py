@@ -1,0 +1,82 @@
+"""Chunked cross-entropy against torch's, value and gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import moelab.nn.loss as loss
+from moelab.nn.loss import token_cross_entropy
+
+
+def _problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(2, 7, 5, dtype=dtype, requires_grad=True)
+    head = torch.randn(11, 5, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, 11, (2, 7))
+    targets[0, 3] = targets[1, 6] = -100
+    return hidden, head, targets
+
+
+def _reference(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    logits = (hidden @ head.t()).flatten(0, 1)
+    nats = torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="none")
+    return nats.view(targets.shape)
+
+
+@pytest.mark.parametrize("keep", [0, 10**6], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("rows", [3, 14, 100])
+def test_values_and_gradients_equal_those_of_full_logits(monkeypatch: pytest.MonkeyPatch, keep: int, rows: int):
+    monkeypatch.setattr(loss, "KEEP_ELEMENTS", keep)
+    monkeypatch.setattr(loss, "CHUNK_ROWS", rows)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", {"cpu": 1, "cuda": 1})
+    hidden, head, targets = _problem()
+    upstream = torch.randn(2, 7, dtype=torch.float64)  # any weighting of the tokens, not only their mean
+    found = token_cross_entropy(hidden, head, targets)
+    wanted = _reference(hidden, head, targets)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    ours = torch.autograd.grad(found, (hidden, head), upstream)
+    theirs = torch.autograd.grad(wanted, (hidden, head), upstream)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_ignored_tokens_cost_nothing_and_teach_nothing():
+    hidden, head, targets = _problem()
+    nats = token_cross_entropy(hidden, head, targets)
+    assert nats[0, 3] == 0 and nats[1, 6] == 0
+    nats.sum().backward()
+    assert hidden.grad is not None and not hidden.grad[0, 3].any() and not hidden.grad[1, 6].any()
+
+
+def test_uniform_logits_cost_the_logarithm_of_the_vocabulary():
+    nats = token_cross_entropy(torch.ones(1, 4, 8), torch.zeros(16, 8), torch.arange(4).view(1, 4))
+    torch.testing.assert_close(nats, torch.full((1, 4), 16.0).log())
+
+
+def test_under_autocast_losses_are_fp32_of_bf16_logits():
+    hidden, head, targets = _problem(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        nats = token_cross_entropy(hidden, head, targets)
+        logits = torch.nn.functional.linear(hidden, head).float()
+    wanted = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
+    )
+    assert nats.dtype == torch.float32
+    torch.testing.assert_close(nats.flatten(), wanted, rtol=1e-6, atol=1e-6)
+    nats.sum().backward()
+    assert head.grad is not None and head.grad.dtype == torch.float32
+
+
+def test_a_second_backward_pass_gives_the_same_gradient():
+    """The kept logits are not overwritten."""
+    hidden, head, targets = _problem()
+    total = token_cross_entropy(hidden, head, targets).sum()
+    first = torch.autograd.grad(total, hidden, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(total, hidden)[0], first, rtol=0, atol=0)
+
+
+def test_without_gradients_no_logits_are_kept():
+    hidden, head, targets = _problem()
+    with torch.no_grad():
+        assert token_cross_entropy(hidden, head, targets).grad_fn is None

@@ -1,0 +1,84 @@
+"""JSON lines: keys, domains, gzip, and errors that name the line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moelab import ConfigError, Corpus, DataContext, DataError, Registry
+from moelab.data.byte_tokenizer import ByteTokenizer
+from moelab.registry import DATA_SOURCES
+
+LINES = [{"text": f"Text {n} é", "body": f"Body {n}", "from": "ab"[n % 2]} for n in range(6)]
+
+
+def build(base: Path, **options: Any) -> Corpus:
+    context = DataContext(ByteTokenizer(), validation_fraction=0.5, base=base)
+    return Registry(entry_points=False).build(DATA_SOURCES, {"name": "jsonl", **options}, context, "data.source")
+
+
+def write(path: Path, lines: list[Any]) -> None:
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def decoded(corpus: Corpus) -> str:
+    streams = (corpus.train, corpus.validation)
+    return "".join(ByteTokenizer().decode(stream.tokens) for stream in streams)
+
+
+def test_each_line_is_a_document(tmp_path: Path) -> None:
+    write(tmp_path / "some.jsonl", LINES)
+    corpus = build(tmp_path, paths=["some.jsonl"])
+    assert corpus.domains == ["some"]
+    assert sorted(decoded(corpus).split("<|endoftext|>")[:-1]) == [line["text"] for line in LINES]
+    assert "some.jsonl:3" in {*corpus.train.document_names, *corpus.validation.document_names}
+
+
+def test_keys_choose_text_and_domain(tmp_path: Path) -> None:
+    write(tmp_path / "some.jsonl", LINES)
+    corpus = build(tmp_path, paths=["some.jsonl"], text_key="body", domain_key="from")
+    assert corpus.domains == ["a", "b"]
+    assert "Body 1" in decoded(corpus)
+
+
+def test_gzip_and_folders_give_the_same_corpus(tmp_path: Path) -> None:
+    write(tmp_path / "some.jsonl", LINES)
+    (tmp_path / "zipped").mkdir()
+    write(tmp_path / "zipped" / "some.jsonl.gz", LINES)
+    plain, zipped = build(tmp_path, paths=["some.jsonl"]), build(tmp_path, paths=["zipped"])
+    assert plain.fingerprint == zipped.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "cut o', "no JSON"),
+        (b'{"content": "x"}', r"no string 'text' \(it has: content\); set data.source.text_key"),
+        (b'{"text": 5}', "no string 'text'"),
+        (b"[1]", "it has: a list"),
+        (b'{"text": "caf\xe9"}', "not UTF-8"),
+        (b'{"text": "a\\u0000b"}', "binary"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(line: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "some.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(DataError, match=rf"some\.jsonl:2.*{message}"):
+        build(tmp_path, paths=["some.jsonl"])
+
+
+@pytest.mark.parametrize("cut", [slice(0, 40), slice(5, None)])
+def test_a_truncated_or_false_archive_is_named(cut: slice, tmp_path: Path) -> None:
+    write(tmp_path / "some.jsonl.gz", LINES)
+    (tmp_path / "some.jsonl.gz").write_bytes((tmp_path / "some.jsonl.gz").read_bytes()[cut])
+    with pytest.raises(DataError, match=r"some\.jsonl\.gz can't be read"):
+        build(tmp_path, paths=["some.jsonl.gz"])
+
+
+def test_no_paths_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to read"):
+        build(tmp_path)

@@ -1,0 +1,129 @@
+"""Pre-tokenised files: mapped, split at documents, checked, and measured in bytes where that is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moelab import ConfigError, Corpus, DataContext, DataError, Registry
+from moelab.data.batches import ValidationBatches
+from moelab.data.byte_tokenizer import ByteTokenizer
+from moelab.registry import DATA_SOURCES
+from moelab_plugins.data_sources import tokens as module
+
+DOCUMENTS = [[*range(n, n + 9), 256] for n in range(10)]
+TOKENS = np.concatenate(DOCUMENTS).astype(np.uint16)
+
+
+def build(base: Path, **options: Any) -> Corpus:
+    context = DataContext(ByteTokenizer(), validation_fraction=0.2, base=base)
+    return Registry(entry_points=False).build(DATA_SOURCES, {"name": "tokens", **options}, context, "data.source")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    np.save(tmp_path / "all.npy", TOKENS)
+    TOKENS.astype("<u4").tofile(tmp_path / "all.bin")
+    return tmp_path
+
+
+def test_the_last_documents_are_held_out_and_nothing_is_copied(folder: Path) -> None:
+    corpus = build(folder, train="all.npy")
+    assert np.array_equal(corpus.train.tokens, TOKENS[:80])
+    assert np.array_equal(corpus.validation.tokens, TOKENS[80:])
+    assert corpus.train.document_starts.tolist() == list(range(0, 81, 10))
+    assert list(corpus.validation.document_names) == ["all.npy#8", "all.npy#9"]
+    assert corpus.train.document_names[1:3] == ["all.npy#1", "all.npy#2"]
+    assert isinstance(corpus.train.tokens, np.memmap)
+    assert corpus.manifest["tokens"]["documents"] == 10
+    assert corpus.manifest["tokens"]["validation_tokens"] == 20
+
+
+def test_raw_and_npy_files_of_the_same_ids_are_the_same_corpus(folder: Path) -> None:
+    assert build(folder, train="all.npy").fingerprint == build(folder, train="all.bin", dtype="uint32").fingerprint
+
+
+def test_a_validation_file_is_taken_as_it_is(folder: Path) -> None:
+    np.save(folder / "held_out.npy", TOKENS[:25])
+    corpus = build(folder, train="all.npy", validation="held_out.npy", domain="web")
+    assert len(corpus.train) == 100
+    assert corpus.validation.document_starts.tolist() == [0, 10, 20, 25]  # the last need not be ended
+    assert corpus.domains == ["web"]
+    assert corpus.fingerprint != build(folder, train="all.npy").fingerprint
+
+
+def test_documents_are_found_across_chunks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = build(folder, train="all.npy").train.document_starts
+    monkeypatch.setattr(module, "CHUNK", 7)
+    assert np.array_equal(build(folder, train="all.npy").train.document_starts, whole)
+
+
+def test_the_fingerprint_of_a_long_file_follows_its_ids(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SAMPLES", 3)
+    monkeypatch.setattr(module, "SAMPLE_BYTES", 80)
+    first = build(folder, train="all.npy").fingerprint
+    changed = TOKENS.copy()
+    changed[0] += 1
+    np.save(folder / "changed.npy", changed)
+    assert build(folder, train="changed.npy").fingerprint != first
+    assert build(folder, train="all.bin", dtype="uint32").fingerprint == first
+
+
+def test_bytes_come_from_the_tokenizer_or_from_the_user(folder: Path) -> None:
+    """100 tokens of which 10 end documents; the first target of the held-out stream is its second token."""
+    (batch,) = ValidationBatches(build(folder, train="all.npy").validation, 1, 19, 1)
+    assert batch.target_bytes is not None
+    assert batch.target_bytes.sum() == 17
+    (batch,) = ValidationBatches(build(folder, train="all.npy", bytes_per_token=4.5).validation, 1, 19, 1)
+    assert batch.target_bytes is not None
+    assert batch.target_bytes.sum() == 17 * 4.5
+
+
+def test_an_eos_of_ones_own_separates_documents(folder: Path) -> None:
+    np.save(folder / "nul.npy", np.where(TOKENS == 256, 0, TOKENS + 1))
+    with pytest.raises(DataError, match="one document"):
+        build(folder, train="nul.npy", eos_token_id=255)
+    corpus = build(folder, train="nul.npy", eos_token_id=0)
+    assert len(corpus.train.document_names) == 8
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.array([1, 300, 256]), r"ids 1 \.\. 300.*has 257.*data\.tokenizer"),
+        (np.array([-1, 3]), r"ids -1 \.\. 3"),
+        (np.zeros(0, np.int64), "no tokens"),
+        (np.zeros((2, 2), np.int64), "one row of integers"),
+        (np.zeros(4), "float64"),
+        (np.array([5, 6, 256]), "one document"),
+    ],
+)
+def test_a_bad_array_is_refused_by_name(array: np.ndarray, message: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "bad.npy", array)
+    with pytest.raises(DataError, match=rf"bad\.npy.*{message}"):
+        build(tmp_path, train="bad.npy")
+
+
+def test_objects_are_never_unpickled(tmp_path: Path) -> None:
+    np.save(tmp_path / "bad.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match=r"bad\.npy"):
+        build(tmp_path, train="bad.npy")
+
+
+def test_raw_files_need_a_type_that_fits(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dtype: .*all\.bin is raw binary"):
+        build(folder, train="all.bin")
+    with pytest.raises(ConfigError, match="dtype: must be uint16"):
+        build(folder, train="all.bin", dtype="float32")
+    (folder / "odd.bin").write_bytes(b"\1\0\2")
+    with pytest.raises(DataError, match=r"odd\.bin has 3 bytes"):
+        build(folder, train="odd.bin", dtype="uint16")
+    (folder / "none.bin").write_bytes(b"")
+    with pytest.raises(DataError, match=r"none\.bin has no tokens"):
+        build(folder, train="none.bin", dtype="uint16")
+    (folder / "cut.npy").write_bytes((folder / "all.npy").read_bytes()[:150])
+    with pytest.raises(DataError, match=r"cut\.npy"):
+        build(folder, train="cut.npy")

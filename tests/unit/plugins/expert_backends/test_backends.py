@@ -1,0 +1,175 @@
+"""Every backend that runs on a CPU against one that computes each assignment by itself."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode does not put a test's folder on the path
+from routings import CASES, EXPERTS, TOP_K, bank, gradients, reference, skewed
+
+import moelab_plugins.expert_backends.cpu_threads as cpu_threads
+from moelab import BackendContext, ExpertBackend, Registry, Routing
+from moelab.moe.contracts import ExpertProblem
+from moelab.moe.experts import ExpertBank
+from moelab.moe.layout import ExpertLayout
+from moelab.registry import EXPERT_BACKENDS
+
+NAMES = ("loop", "grouped_mm", "cpu_threads", "auto")
+HIDDEN, WIDTH = 16, 8
+
+
+def _backend(name: str) -> ExpertBackend:
+    registry = Registry(entry_points=False)
+    layout = ExpertLayout(EXPERTS, TOP_K, WIDTH)
+    inner = BackendContext(layout, HIDDEN, 0, dict)
+    others = {
+        other: registry.build(EXPERT_BACKENDS, {"name": other}, inner, "here") for other in NAMES if other != name
+    }
+    return registry.build(EXPERT_BACKENDS, {"name": name}, BackendContext(layout, HIDDEN, 0, lambda: others), "here")
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    torch.set_num_threads(request.param)
+    monkeypatch.setattr(cpu_threads, "CHUNK_ROWS", 7)  # several chunks, and experts that are larger than one
+    return int(request.param)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", NAMES)
+def test_output_and_every_gradient_equal_the_reference(name: str, case: str, threads: int):
+    routing, experts = CASES[case](), bank(HIDDEN, WIDTH, torch.float32)
+    x = torch.randn(routing.num_tokens, HIDDEN, requires_grad=True)
+    upstream = torch.randn(routing.num_tokens, HIDDEN)
+    inputs = [x, routing.weight, *experts.parameters()]
+    found, wanted = _backend(name)(x, routing, experts), reference(x, routing, experts)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(gradients(found, upstream, inputs), gradients(wanted, upstream, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)  # sums of up to 80 fp32 terms
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("case", ["skewed", "starved", "expert_choice", "no_tokens"])
+def test_bf16_autocast_stays_within_bf16_rounding(name: str, case: str, threads: int):
+    routing, experts = CASES[case](), bank(HIDDEN, WIDTH, torch.float32)
+    x = torch.randn(routing.num_tokens, HIDDEN, requires_grad=True)
+    inputs = [x, routing.weight, *experts.parameters()]
+    upstream = torch.randn(routing.num_tokens, HIDDEN)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _backend(name)(x, routing, experts)
+    wanted = reference(x, routing, experts)
+    for ours, theirs in zip(
+        [found, *gradients(found, upstream, inputs)], [wanted, *gradients(wanted, upstream, inputs)], strict=True
+    ):
+        assert ours.dtype == torch.float32
+        scale = float(theirs.detach().abs().max()) if theirs.numel() else 1.0
+        torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=2e-2 * scale)  # bf16 has 8 bits; three products
+
+
+@pytest.mark.parametrize("name", ["loop", "cpu_threads"])
+def test_derivatives_pass_gradcheck_in_float64(name: str, threads: int):
+    routing, backend = skewed(9), _backend(name)
+
+    def function(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        experts = SimpleNamespace(gate_up=gate_up, down=down)
+        made = Routing.from_topk(routing.expert.view(9, TOP_K), weight.view(9, TOP_K), EXPERTS)
+        return backend(x, made, cast(ExpertBank, experts))
+
+    inputs = [torch.randn(9, 6), torch.rand(9 * TOP_K), *(p.detach() for p in bank(6, 4).parameters())]
+    assert torch.autograd.gradcheck(function, [tensor.double().requires_grad_() for tensor in inputs])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_in_an_expert_stays_with_its_tokens(name: str, dtype: torch.dtype, threads: int):
+    routing, experts = skewed(), bank(HIDDEN, WIDTH, torch.float32)
+    sick = 2
+    with torch.no_grad():
+        experts.gate_up[sick, 0, 0] = float("nan")
+    x = torch.randn(routing.num_tokens, HIDDEN, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y = _backend(name)(x, routing, experts)
+    sent = torch.zeros(routing.num_tokens, dtype=torch.bool)
+    sent[routing.token[routing.expert == sick]] = True
+    assert torch.equal(y.isnan().any(-1), sent)
+    experts.down.grad = None
+    y.nansum().backward()
+    assert experts.down.grad is not None
+    healthy = [e for e in range(EXPERTS) if e != sick]
+    assert experts.down.grad[healthy].isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_inputs_give_equal_bits(name: str, threads: int):
+    routing, experts = CASES["expert_choice"](), bank(HIDDEN, WIDTH, torch.float32)
+    x = torch.randn(routing.num_tokens, HIDDEN, requires_grad=True)
+    inputs, upstream = [x, routing.weight, *experts.parameters()], torch.randn(routing.num_tokens, HIDDEN)
+    runs = []
+    for _ in range(2):
+        y = _backend(name)(x, routing, experts)
+        runs.append([y, *gradients(y, upstream, inputs)])
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+def test_the_pool_leaves_the_callers_threads_alone():
+    torch.set_num_threads(2)
+    experts = bank(HIDDEN, WIDTH, torch.float32)
+    _backend("cpu_threads")(torch.randn(40, HIDDEN), skewed(), experts)
+    assert torch.get_num_threads() == 2
+
+
+def _problem(assignments: int, dtype: torch.dtype = torch.float32, hidden: int = 256) -> ExpertProblem:
+    return ExpertProblem(32, hidden, 128, assignments, assignments, torch.device("cpu"), dtype)
+
+
+def test_auto_starts_threads_for_large_problems_only():
+    from moelab_plugins.expert_backends.auto import ranking
+
+    assert ranking(_problem(64))[0][0] == "grouped_mm"
+    assert ranking(_problem(16384))[0][0] == "cpu_threads"
+
+
+def test_auto_says_which_backend_and_why_and_whom_it_passed_over():
+    auto, experts = _backend("auto"), bank(6, 4, torch.float32)
+    routing = skewed()
+    auto(torch.randn(routing.num_tokens, 6), routing, experts)
+    (key, choice), *others = auto.choices.items()
+    assert not others and key == "cpu float32, up to 128 assignments"
+    assert choice.startswith("cpu_threads (next best; grouped_mm: hidden_size")
+
+
+def test_grouped_mm_refuses_what_torch_would_not_take():
+    grouped = _backend("grouped_mm")
+    assert "multiples of 4" in str(grouped.supports(_problem(64, hidden=6)))
+    assert "float64" in str(grouped.supports(_problem(64, torch.float64)))
+
+
+def test_cpu_threads_refuses_another_device():
+    problem = ExpertProblem(8, 16, 8, 4, 8, torch.device("meta"), torch.float32)
+    assert "meta" in str(_backend("cpu_threads").supports(problem))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 31, 32, 33, 255, 256, 300, 5000])
+def test_padding_is_less_than_an_eighth_or_32_rows(rows: int):
+    padded = cpu_threads._padded_size(rows)
+    assert rows <= padded < max(rows * 9 / 8, rows + 32)
+    assert cpu_threads._padded_size(0) == 0
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0], [5], [100, 1, 0, 2], [7, 7, 7, 7, 50], [1] * 30])
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_chunks_cover_every_expert_and_row_once(counts: list[int], threads: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_threads, "CHUNK_ROWS", 10)
+    together, apart = cpu_threads._chunks(counts, threads)
+    chunks = sorted([*together, *apart], key=lambda chunk: chunk.experts.start)
+    assert [expert for chunk in chunks for expert in chunk.experts] == list(range(len(counts)))
+    assert [size for chunk in chunks for size in chunk.sizes] == counts
+    assert [row for chunk in chunks for row in range(chunk.rows.start, chunk.rows.stop)] == list(range(sum(counts)))

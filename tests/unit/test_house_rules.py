@@ -1,0 +1,110 @@
+"""The rules of the house, read from the sources: who imports whom, how large things are, what every file says."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PACKAGES = {
+    "moelab": "core",
+    "moelab_plugins": "plugins",
+    "moelab_upcycling": "upcycling",
+    "moelab_tools": "tools",
+}
+# Who may import whom; core imports none of the others.
+ALLOWED = {
+    "moelab": {"moelab"},
+    "moelab_plugins": {"moelab", "moelab_plugins"},
+    "moelab_upcycling": {"moelab", "moelab_upcycling"},
+    "moelab_tools": set(PACKAGES),
+}
+FILE_LINES, FUNCTION_LINES = 400, 60
+
+
+def _sources() -> list[Path]:
+    return [path for folder in PACKAGES.values() for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.module
+
+
+def _relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", _sources(), ids=_relative)
+def test_a_source_file_keeps_the_rules(path: Path) -> None:
+    text = path.read_text()
+    tree = ast.parse(text)
+    package = path.relative_to(ROOT).parts[1]
+    ours = {name.split(".")[0] for name in _imports(tree)} & PACKAGES.keys()
+    assert ours <= ALLOWED[package], f"{package} imports {ours - ALLOWED[package]}"
+    assert ast.get_docstring(tree), "a module opens with what it is"
+    assert len(text.splitlines()) <= FILE_LINES
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= FUNCTION_LINES, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize(
+    ("library", "door"),
+    [
+        ("tensorboard", "plugins/moelab_plugins/observers/tensorboard.py"),
+        ("megablocks", "plugins/moelab_plugins/expert_backends/megablocks"),
+        ("stk", "plugins/moelab_plugins/expert_backends/megablocks"),
+        ("triton", "plugins/moelab_plugins/expert_backends/megablocks"),
+        ("transformers", "nowhere: it is a test dependency"),
+    ],
+)
+def test_one_door_per_library(library: str, door: str) -> None:
+    users = {
+        _relative(path)
+        for path in _sources()
+        if any(name.split(".")[0] == library or f".{library}" in name for name in _imports(ast.parse(path.read_text())))
+    }
+    assert all(user.startswith(door) for user in users), users
+
+
+def test_upcycling_never_imports_the_model() -> None:
+    for path in sorted((ROOT / "upcycling").rglob("*.py")):
+        names = list(_imports(ast.parse(path.read_text())))
+        assert not any(name.startswith(("moelab.nn", "moelab.builder", "moelab.train")) for name in names), path
+
+
+def test_core_stands_alone() -> None:
+    outcome = subprocess.run(
+        [sys.executable, "-c", "import moelab, moelab.registry, moelab.train.trainer"],
+        env={"PYTHONPATH": str(ROOT / "core"), "PATH": ""}, cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr
+
+
+def test_no_component_is_singled_out_in_core() -> None:
+    """No `if name == "..."`: what a plugin needs, its contract offers."""
+    for path in sorted((ROOT / "core").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare) and isinstance(node.left, ast.Name) and node.left.id == "name":
+                constants = [c.value for c in node.comparators if isinstance(c, ast.Constant)]
+                assert not any(isinstance(value, str) and value != "__main__" for value in constants), path
+
+
+def test_importing_a_builtin_plugin_is_cheap_of_heavy_libraries() -> None:
+    code = (
+        "import sys; from moelab import Registry; Registry(entry_points=False); "
+        "heavy = {'tensorboard', 'megablocks', 'triton', 'transformers', 'plotly', 'scipy'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    outcome = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr

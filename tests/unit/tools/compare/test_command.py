@@ -1,0 +1,77 @@
+"""`moelab compare` as a user meets it: table, report, exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moelab_tools.cli import run as moelab
+
+MakeRun = Callable[..., Path]
+
+
+def test_it_prints_a_table_and_writes_a_report(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(make_run("moe")), str(make_run("dense", router=None, quality=0.1))]
+    report, extra = tmp_path / "report", tmp_path / "numbers.json"
+    assert moelab(["compare", *runs, "--output", str(report), "--json", str(extra), "--baseline", "dense"]) == 0
+    printed = capsys.readouterr().out
+    assert "moe is better than dense by" in printed
+    assert "not of the training seed" in printed
+    assert f"report: {report / 'report.html'}" in printed.replace("\n", "")
+    assert json.loads(extra.read_text()) == json.loads((report / "comparison.json").read_text())
+    assert sorted(path.name for path in report.iterdir()) == ["comparison.json", "report.html"]
+
+
+def test_the_report_needs_no_network_and_shows_every_part(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [str(make_run("moe")), str(make_run("dense", router=None)), str(make_run("lost", status="failed"))]
+    assert moelab(["compare", *runs, "--output", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    own = re.sub(r"<script>/\*\*\n\* plotly.*?</script>", "", page, flags=re.DOTALL)
+    assert len(own) < len(page) / 10  # plotly is inside, once
+    assert not re.search(r"(src|href)=\"(https?:)?//", own)
+    assert "default-src 'none'" in own
+    for heading in ("Final numbers", "Equal budgets", "Held-out loss by domain", "Training loss against FLOPs",
+                    "Training loss against seconds", "MaxVio", "Expert load at the end", "Throughput",
+                    "Config differences", "Data and machine", "FAILED"):  # fmt: skip
+        assert heading in own, heading
+
+
+def test_names_are_escaped(make_run: MakeRun, tmp_path: Path) -> None:
+    path = make_run("plain")
+    summary = json.loads((path / "summary.json").read_text())
+    (path / "summary.json").write_text(json.dumps(summary | {"name": "<script>alert(1)</script>[bold]"}))
+    assert moelab(["compare", str(path), "--output", str(tmp_path / "report")]) == 0
+    assert "<script>alert(1)" not in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_incomparable_runs_exit_with_2_and_leave_nothing(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(make_run("a")), str(make_run("b", fingerprint="sha256:bbbb"))]
+    report = tmp_path / "report"
+    assert moelab(["compare", *runs, "--output", str(report)]) == 2
+    assert "can't be compared" in capsys.readouterr().err
+    assert not report.exists()
+    assert moelab(["compare", *runs, "--output", str(report), "--allow-different-data"]) == 0
+    assert "NOT COMPARABLE" in capsys.readouterr().out
+    assert "can't be compared fairly" in (report / "report.html").read_text()
+
+
+def test_an_unwritable_output_is_a_user_error(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert moelab(["compare", str(make_run("a")), "--output", str(tmp_path / "file" / "report")]) == 2
+    assert "choose another folder" in capsys.readouterr().err
+
+
+def test_help_has_an_example_and_no_run_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert moelab(["compare", "--help"]) == 0
+    assert "Example:" in capsys.readouterr().out
+    assert moelab(["compare"]) == 2

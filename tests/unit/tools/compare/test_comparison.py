@@ -1,0 +1,208 @@
+"""What is concluded from runs: refusals, grouping by seed, verdicts, equal budgets."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moelab.errors import UserError
+from moelab_tools.compare.budgets import equal_budgets
+from moelab_tools.compare.comparison import Comparison, compare
+from moelab_tools.compare.runs import read_runs
+
+MakeRun = Callable[..., Path]
+
+
+def compared(*paths: Path, **options: Any) -> Comparison:
+    return compare(read_runs(paths), **options)
+
+
+def verdicts(comparison: Comparison) -> dict[str, str]:
+    return {line.name: line.verdict for line in comparison.lines}
+
+
+def change_config(path: Path, key: str, value: Any) -> None:
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    config[key] = value
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"fingerprint": "sha256:bbbb"}, ["fingerprint", "sha256:aaaa", "sha256:bbbb"]),
+        ({"tokenizer": "bpe"}, ["tokenizer", "bytes", "bpe"]),
+        ({"documents": 59}, ["evaluation documents", "60 documents", "59 documents", "absent"]),
+    ],
+)
+def test_runs_of_different_data_are_refused_unless_allowed(
+    make_run: MakeRun, fields: dict[str, Any], named: list[str]
+) -> None:
+    paths = make_run("one"), make_run("other", **fields)
+    with pytest.raises(UserError) as error:
+        compared(*paths)
+    for word in (*named, "one", "other", "--allow-different-data"):
+        assert word in str(error.value)
+    comparison = compared(*paths, allow_different_data=True)
+    assert len(comparison.conflicts) == 1
+    assert len(comparison.lines) == 2
+
+
+def test_documents_read_to_another_length_are_refused(make_run: MakeRun) -> None:
+    paths = make_run("one"), make_run("other")
+    documents = paths[1] / "evaluation_documents.jsonl"
+    first, *rest = documents.read_text().splitlines()
+    shorter = json.loads(first) | {"tokens": 7, "bytes": 7}
+    documents.write_text("\n".join([json.dumps(shorter), *rest]) + "\n")
+    with pytest.raises(UserError, match="7 tokens, 7 bytes"):
+        compared(*paths)
+
+
+def test_a_clear_difference_is_resolved_and_a_tiny_one_is_not(make_run: MakeRun) -> None:
+    comparison = compared(make_run("good"), make_run("twin", quality=0.0001), make_run("bad", quality=0.1))
+    found = verdicts(comparison)
+    best = next(name for name, verdict in found.items() if verdict == "best")
+    assert found["bad"] == "worse"
+    assert {best, next(n for n, v in found.items() if v == "not resolved")} == {"good", "twin"}
+    assert comparison.lines[-1].name == "bad"
+    gap = comparison.lines[-1].difference
+    assert gap is not None
+    assert gap.low <= 0.1 / math.log(2) <= gap.high  # the quality it was made with
+    assert gap.covers == "held-out text"
+
+
+def test_the_score_is_all_nats_over_all_bytes(make_run: MakeRun) -> None:
+    path = make_run("a")
+    rows = [json.loads(line) for line in (path / "evaluation_documents.jsonl").read_text().splitlines()]
+    expected = sum(row["nats"] for row in rows) / sum(row["bytes"] for row in rows) / math.log(2)
+    assert compared(path).lines[0].score == pytest.approx(expected)
+
+
+def test_the_baseline_can_be_named_by_run_variant_or_folder(make_run: MakeRun) -> None:
+    paths = make_run("good"), make_run("bad", quality=0.1)
+    for name in ("bad", str(paths[1]), f"{paths[1]}/"):
+        comparison = compared(*paths, baseline=name)
+        assert verdicts(comparison) == {"good": "better", "bad": "baseline"}
+    with pytest.raises(UserError, match=r"--baseline nobody.*good, bad"):
+        compared(*paths, baseline="nobody")
+
+
+def test_runs_that_differ_only_in_seed_are_one_variant(make_run: MakeRun) -> None:
+    paths = [make_run(f"moe_seed{seed}", seed=seed) for seed in (0, 1, 2)]
+    paths += [make_run(f"dense_seed{seed}", seed=seed, router=None, quality=0.1) for seed in (0, 1, 2)]
+    moe, dense = compared(*paths).lines
+    assert (moe.name, moe.seeds, dense.name) == ("moe", [0, 1, 2], "dense")
+    assert moe.score_sd is not None
+    assert dense.difference is not None
+    assert dense.difference.method == "paired t over 3 training seeds"
+    assert dense.verdict == "worse"
+
+
+def test_different_seeds_are_not_paired(make_run: MakeRun) -> None:
+    paths = [make_run(f"moe_seed{seed}", seed=seed) for seed in (0, 1)]
+    paths += [make_run(f"dense_seed{seed}", seed=seed, router=None, quality=0.1) for seed in (2, 3, 4)]
+    dense = compared(*paths).lines[-1]
+    assert dense.difference is not None
+    assert dense.difference.method == "Welch's t over 3 and 2 training seeds"
+
+
+def test_a_single_seed_falls_back_to_documents(make_run: MakeRun) -> None:
+    paths = [make_run(f"moe_seed{seed}", seed=seed) for seed in (0, 1)]
+    line = compared(*paths, make_run("dense", router=None, quality=0.1)).lines[-1]
+    assert line.difference is not None
+    assert line.difference.covers == "held-out text"
+
+
+def test_a_repetition_of_a_seed_is_no_second_sample(make_run: MakeRun) -> None:
+    comparison = compared(make_run("a"), make_run("b"))
+    assert [line.runs for line in comparison.lines] in ([["a"], ["b"]], [["b"], ["a"]])
+    assert any("repeats" in warning for warning in comparison.warnings)
+
+
+def test_unfinished_runs_are_shown_last_and_never_best(make_run: MakeRun) -> None:
+    comparison = compared(
+        make_run("fine", quality=0.2),
+        make_run("stopped", status="failed", steps=120),
+        make_run("killed", status="killed", steps=90),
+    )
+    assert verdicts(comparison) == {"fine": "best", "stopped": "failed", "killed": "unfinished"}
+    assert comparison.lines[0].name == "fine"
+    assert any("stopped is failed" in warning for warning in comparison.warnings)
+    assert any("killed has no summary.json" in warning for warning in comparison.warnings)
+
+
+def test_one_run_alone_is_shown_without_a_verdict(make_run: MakeRun) -> None:
+    comparison = compared(make_run("alone"))
+    assert verdicts(comparison) == {"alone": "best"}
+    assert comparison.budgets == []
+
+
+def test_without_bytes_the_measure_is_nats_per_token(make_run: MakeRun) -> None:
+    path = make_run("a")
+    documents = path / "evaluation_documents.jsonl"
+    rows = [json.loads(line) for line in documents.read_text().splitlines()]
+    documents.write_text("".join(json.dumps(row | {"bytes": None}) + "\n" for row in rows))
+    comparison = compared(path)
+    assert comparison.measure.name == "nats per token"
+    expected = sum(row["nats"] for row in rows) / sum(row["tokens"] for row in rows)
+    assert comparison.lines[0].score == pytest.approx(expected)
+
+
+def test_equal_tokens_are_read_from_the_evaluation_curve(make_run: MakeRun) -> None:
+    long, short = read_runs([make_run("long", steps=100, eval_every=20), make_run("short", steps=70, eval_every=10)])
+    tokens = equal_budgets([long, short])[0]
+    assert (tokens.axis, tokens.amount, tokens.cut_short) == ("tokens", 70 * 4096, ("long",))
+    assert tokens.source.startswith("held-out loss")
+    known = dict(zip(*long.curve("eval/loss"), strict=True))
+    between = (known[60 * 4096] + known[80 * 4096]) / 2
+    assert tokens.losses["long"] == pytest.approx(between)
+    assert tokens.losses["short"] == pytest.approx(short.curve("eval/loss")[1][-1])
+
+
+def test_equal_flops_fall_back_to_the_training_loss_and_say_so(make_run: MakeRun) -> None:
+    cheap, dear = read_runs(
+        [make_run("cheap", flops_per_token=1e6, eval_every=0), make_run("dear", flops_per_token=2e6, eval_every=0)]
+    )
+    tokens, flops = equal_budgets([cheap, dear])
+    assert tokens.source.startswith("held-out loss")  # both end there
+    assert tokens.cut_short == ()
+    assert flops.source.startswith("training loss")
+    assert flops.cut_short == ("dear",)
+    x, y = dear.curve("train/lm_loss", "flops")
+    last = [loss for at, loss in zip(x, y, strict=True) if 0.9 * flops.amount < at <= flops.amount]
+    assert flops.losses["dear"] == pytest.approx(sum(last) / len(last))
+
+
+def test_config_differences_are_only_the_keys_that_differ(make_run: MakeRun) -> None:
+    paths = make_run("a"), make_run("b", router="sigmoid_topk")
+    change_config(paths[1], "optimizer", {"lr": 2e-3})
+    table = compared(*paths).config
+    assert table["optimizer.lr"] in ([1e-3, 2e-3], [2e-3, 1e-3])
+    assert "model.hidden_size" not in table
+    assert "run_dir" not in table
+    assert "model.moe.router.name" in table
+
+
+def test_what_makes_a_comparison_unfair_is_said(make_run: MakeRun) -> None:
+    paths = make_run("a"), make_run("b", steps=100, documents=60)
+    summary = json.loads((paths[1] / "summary.json").read_text())
+    summary |= {"threads": 16, "init_from": "runs/dense"}
+    summary["data"]["batch_size"] = 8
+    (paths[1] / "summary.json").write_text(json.dumps(summary))
+    warnings = " | ".join(compared(*paths).warnings)
+    for word in ("numbers of tokens", "data.batch_size", "different weights", "16 threads"):
+        assert word in warnings
+
+
+def test_the_json_is_valid_and_holds_the_interval(make_run: MakeRun) -> None:
+    comparison = compared(make_run("a"), make_run("b", quality=0.1))
+    found = json.loads(json.dumps(comparison.to_json(), allow_nan=False))
+    worst = found["variants"][-1]
+    assert worst["name"] == "b"
+    assert worst["difference"]["low"] < worst["difference"]["difference"] < worst["difference"]["high"]

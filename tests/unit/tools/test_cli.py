@@ -1,0 +1,46 @@
+"""The command line itself: quick help, exit codes, near misses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moelab_tools.cli import COMMANDS, run
+
+
+def test_help_imports_neither_torch_nor_transformers(root: Path) -> None:
+    code = (
+        "import sys; from moelab_tools.cli import run; code = run(['--help']); "
+        "heavy = {'torch', 'numpy', 'transformers', 'tensorboard', 'omegaconf'} & set(sys.modules); "
+        "assert not heavy, heavy; sys.exit(code)"
+    )
+    outcome = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    for name in COMMANDS:
+        assert name in outcome.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "Example:" in shown
+    assert f"moelab {name}" in shown
+
+
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["trian"]) == 2
+    assert "did you mean 'train'" in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_the_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--stepz"]) == 2
+    assert "--stepz" in capsys.readouterr().err
+
+
+def test_no_arguments_show_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train"]) == 2
+    assert "CONFIG" in capsys.readouterr().err

@@ -1,0 +1,42 @@
+"""`moelab compare`: a table in the terminal and a report in one HTML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("compare")
+@click.argument("run", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("comparison"), show_default=True,
+              help="Folder for report.html and comparison.json; an older report there is replaced.")  # fmt: skip
+@click.option("--baseline", metavar="RUN", help="What the others are compared with. Default: the best run.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write comparison.json to this file too.")
+@click.option("--allow-different-data", is_flag=True, help="Go on though data, tokenizer or held-out text differ.")
+def command(
+    run: tuple[Path, ...], output: Path, baseline: str | None, json_file: Path | None, allow_different_data: bool
+) -> None:
+    """Compare runs: which is better, by how much, and how sure.
+
+    Prints a table and writes a report with curves. Runs that differ only in `seed` are taken together. Refuses
+    runs with different data, tokenizer or held-out documents.
+
+    \b
+    Example:
+      moelab compare runs/dense runs/moe --baseline runs/dense --output runs/report
+      moelab compare runs/moe_seed0 runs/moe_seed1 runs/dense_seed0 runs/dense_seed1
+    """
+    from rich.console import Console
+
+    from moelab_tools.compare.comparison import compare
+    from moelab_tools.compare.report import write_json, write_report
+    from moelab_tools.compare.runs import read_runs
+    from moelab_tools.compare.table import print_comparison
+
+    comparison = compare(read_runs(run), baseline, allow_different_data)
+    print_comparison(comparison, Console())
+    report = write_report(comparison, output)
+    if json_file is not None:
+        write_json(comparison, json_file)
+    click.echo(f"report: {report}")

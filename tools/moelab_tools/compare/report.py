@@ -1,0 +1,77 @@
+"""The HTML report: one file that needs no network, and comparison.json beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moelab.errors import UserError
+from moelab_tools.compare import wording
+from moelab_tools.compare.comparison import Comparison
+from moelab_tools.compare.figures import run_styles, sections
+
+REPORT, NUMBERS = "report.html", "comparison.json"
+
+
+def write_report(comparison: Comparison, folder: Path) -> Path:
+    """report.html and comparison.json in `folder`; -> the report's path."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: can't be made ({error.strerror}); choose another folder") from error
+    write_json(comparison, folder / NUMBERS)
+    _write(folder / REPORT, render(comparison))
+    return folder / REPORT
+
+
+def write_json(comparison: Comparison, path: Path) -> None:
+    """Valid JSON for every reader: what is not a finite number becomes null."""
+    _write(path, json.dumps(_finite(comparison.to_json()), indent=2, allow_nan=False) + "\n")
+
+
+def render(comparison: Comparison) -> str:
+    """The page, with plotly.js inside."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    charts = sections(comparison)
+    return environment.get_template("report.html.jinja").render(
+        comparison=comparison,
+        sections=charts,
+        figures=_finite({chart.id: asdict(chart) for section in charts for chart in section.charts}),
+        styles=run_styles(comparison),
+        variant_colours={line.name: run_styles(comparison)[line.runs[0]][0] for line in comparison.lines},
+        wording=wording,
+        headlines=wording.headlines(comparison),
+        covers=wording.what_intervals_cover(comparison),
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror}); choose another place") from error

@@ -1,0 +1,206 @@
+"""Reads a run folder; every missing or broken file is one message that names the file and the cure."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moelab.errors import UserError
+
+Row = dict[str, float]
+AXES = ("step", "tokens", "flops", "seconds")  # in every line of metrics.jsonl, beside its tags
+
+
+@dataclass(frozen=True)
+class Document:
+    """One held-out document as the final evaluation saw it."""
+
+    domain: str
+    nats: float
+    tokens: int
+    bytes: int | None  # None for data whose bytes are not known
+
+
+@dataclass
+class Run:
+    """What a run folder tells. `name` is unique among the runs compared."""
+
+    path: Path
+    name: str
+    status: str  # finished, failed, interrupted, or unfinished when there is no summary.json
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    rows: list[Row]
+    documents: dict[str, Document]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
+    @property
+    def seed(self) -> int | None:
+        return self.config.get("seed")
+
+    def curve(self, tag: str, against: str = "tokens") -> tuple[list[float], list[float]]:
+        """(x, y) of the rows that have a finite `tag`."""
+        points = [(row[against], row[tag]) for row in self.rows if math.isfinite(row.get(tag, math.nan))]
+        return [x for x, _ in points], [y for _, y in points]
+
+    def final(self, tag: str) -> float | None:
+        """From the summary, else the last one logged."""
+        value = self.summary.get("final", {}).get(tag)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            return float(value)
+        _, values = self.curve(tag)
+        return values[-1] if values else None
+
+    def amount(self, axis: str) -> float:
+        """How many tokens, FLOPs or seconds the run took."""
+        last = self.rows[-1][axis] if self.rows else 0.0
+        return float(self.summary.get(axis) or last)
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """All runs, in the order given, with names that tell them apart."""
+    seen: set[Path] = set()
+    for folder in folders:
+        if folder.resolve() in seen:
+            raise UserError(f"{folder}: this run is given twice; name each run once")
+        seen.add(folder.resolve())
+    runs = [read_run(folder) for folder in folders]
+    _rename_twins(runs, lambda run: f"{run.path.resolve().parent.name}/{run.path.resolve().name}")
+    _rename_twins(runs, lambda run: str(run.path))
+    return runs
+
+
+def _rename_twins(runs: Sequence[Run], longer: Callable[[Run], str]) -> None:
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = longer(run)
+
+
+def read_run(folder: Path) -> Run:
+    """One run folder, or a UserError that names the file and the cure."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run folder; `moelab train` writes one to run_dir")
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: not a run folder, config.yaml is missing{_runs_inside(folder)}")
+    config = _read_config(folder / "config.yaml")
+    warnings: list[str] = []
+    summary = _read_summary(folder / "summary.json")
+    status = str(summary.get("status", "unfinished"))
+    rows = _read_metrics(folder / "metrics.jsonl", status == "finished", warnings)
+    documents = _read_documents(folder / "evaluation_documents.jsonl", status == "finished")
+    name = summary.get("name") or config.get("name") or folder.resolve().name
+    return Run(folder, str(name), status, config, summary, rows, documents, warnings)
+
+
+def _runs_inside(folder: Path) -> str:
+    inside = sorted(child.parent.name for child in folder.glob("*/config.yaml"))
+    if not inside:
+        return "; give the run_dir of a `moelab train` run"
+    return f"; it holds the runs {', '.join(inside)}: give {folder}/*"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        config = OmegaConf.to_container(OmegaConf.create(_text(path)))
+    except YAMLError as error:
+        raise UserError(f"{path}: broken YAML ({str(error).splitlines()[0]}); {_CURE}") from error
+    if not isinstance(config, dict) or "model" not in config:
+        raise UserError(f"{path}: holds no `model`; {_CURE}")
+    return {str(key): value for key, value in config.items()}
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    """Empty when the run has not ended: it is written last."""
+    if not path.exists():
+        return {}
+    try:
+        summary = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: broken JSON at line {error.lineno} ({error.msg}); {_CURE}") from error
+    missing = [key for key in ("status", "final", "data", "parameters") if key not in summary]
+    if missing:
+        raise UserError(f"{path}: lacks {', '.join(missing)}; {_CURE}")
+    return summary
+
+
+def _read_metrics(path: Path, finished: bool, warnings: list[str]) -> list[Row]:
+    """One row a step: train and eval lines of a step are merged, and repeated steps of a resumed run replaced."""
+    if not path.exists():
+        raise UserError(f"{path}: missing, so there are no curves; {_CURE}")
+    rows: dict[float, Row] = {}
+    for number, line in _lines(path, finished, warnings):
+        absent = [axis for axis in AXES if axis not in line]
+        if absent:
+            raise UserError(f"{path}:{number}: lacks {', '.join(absent)}; {_CURE}")
+        step = line["step"]
+        for later in [known for known in rows if known > step]:  # written again after a resume
+            del rows[later]
+        row = rows.setdefault(step, {})
+        row.update({key: float(value) for key, value in line.items() if isinstance(value, (int, float))})
+    if finished and not rows:
+        raise UserError(f"{path}: empty although the run finished; {_CURE}")
+    return list(rows.values())
+
+
+def _read_documents(path: Path, finished: bool) -> dict[str, Document]:
+    """By name; empty for a run that did not reach its final evaluation."""
+    if not path.exists():
+        if finished:
+            raise UserError(f"{path}: missing, so the run can't be compared document by document; {_CURE}")
+        return {}
+    documents: dict[str, Document] = {}
+    for number, line in _lines(path, finished, []):
+        try:
+            name = str(line["document"])
+            size = None if line.get("bytes") is None else int(line["bytes"])
+            document = Document(str(line["domain"]), float(line["nats"]), int(line["tokens"]), size)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}:{number}: needs document, domain, nats, tokens, bytes; {_CURE}") from error
+        if document.tokens < 1 or not math.isfinite(document.nats):
+            raise UserError(f"{path}:{number}: {document.nats} nats in {document.tokens} tokens; {_CURE}")
+        if name in documents:
+            raise UserError(f"{path}:{number}: document '{name}' stands here twice; {_CURE}")
+        documents[name] = document
+    if finished and not documents:
+        raise UserError(f"{path}: holds no held-out text; {_CURE}")
+    return documents
+
+
+def _lines(path: Path, finished: bool, warnings: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(line number, object). A torn last line is forgiven in a run that was killed while writing it."""
+    lines = _text(path).splitlines()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines) and not finished:
+                warnings.append(f"{path.name}: the last line is torn and was left out")
+                return
+            raise UserError(f"{path}:{number}: broken JSON ({error.msg}); {_CURE}") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{path}:{number}: must be a JSON object; {_CURE}")
+        yield number, value
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read ({error}); {_CURE}") from error
+
+
+_CURE = "leave this run out, or train it again"
