@@ -32,10 +32,10 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 demo: $(INSTALLED)
-	@MOELAB=$(BIN)/moelab bash tools/demo.sh $(RUNS)
+	@MOELAB=$(BIN)/moelab bash configs/experiments/demo/run.sh $(RUNS)
 
 short-demo: $(INSTALLED)
-	@MOELAB=$(BIN)/moelab bash tools/demo.sh $(RUNS) train.steps=6 evaluation.sequences=8 evaluation.sample_tokens=8
+	@MOELAB=$(BIN)/moelab bash configs/experiments/demo/run.sh $(RUNS) train.steps=6 evaluation.sequences=8 evaluation.sample_tokens=8
 
 lock: $(INSTALLED)
 	@{ head -2 requirements.lock; $(BIN)/python -m pip freeze --exclude-editable | sed 's/^torch==\([0-9.]*\).*/torch==\1/'; } > .lock.new
