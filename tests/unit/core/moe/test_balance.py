@@ -129,6 +129,11 @@ def test_gradient_shares_sum_to_one_and_follow_coefficients() -> None:
     sum(terms.values()).backward()  # the graph is still there
 
 
+def test_a_router_without_parameters_has_no_gradient_to_share() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    assert router_gradient_shares({"lm_loss": weight.sum()}, []) == {"lm_loss": torch.zeros(())}
+
+
 def test_batch_statistics_add_up_over_any_split() -> None:
     model = build_model(config([], router={"name": "softmax_topk", "balance": "quantile"}), REGISTRY).train()
     ids = torch.randint(0, 32, (4, 6))
