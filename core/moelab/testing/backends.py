@@ -62,8 +62,8 @@ class BackendCase:
         wide = ExpertBank(self.layout, HIDDEN).to(self.device).double()
         wide.load_state_dict({key: value.double() for key, value in bank.state_dict().items()})
         expected = _gradients(lambda a, r: reference(a, r, wide), x.double(), routing, wide, head.double())
-        for name, ours, theirs in zip(("output", "x", "weight", "gate_up", "down"), found, expected, strict=True):
-            what = name if name == "output" else f"the gradient of {name}"
+        names = ("output", *(f"the gradient of {key}" for key in ("x", "weight", "gate_up", "down")))
+        for what, ours, theirs in zip(names, found, expected, strict=True):
             assert_finite(ours, what)
             size = float(theirs.abs().max()) if theirs.numel() else 1.0
             assert_close(ours / max(size, 1e-3), theirs / max(size, 1e-3), what, self.tolerance)
