@@ -118,7 +118,9 @@ def _sides(shape: Shape, backend: str) -> tuple[list[Side], float]:
     sides = [Side("moelab", ours, _adamw(ours), lambda ids: _our_loss(ours, ids))]
     for peer in PEERS:
         theirs = _peer(shape, peer, ours)
-        sides.append(Side(f"transformers {peer}", theirs, _adamw(theirs), lambda ids, m=theirs: m(ids, labels=ids).loss))
+        sides.append(
+            Side(f"transformers {peer}", theirs, _adamw(theirs), lambda ids, m=theirs: m(ids, labels=ids).loss)
+        )
     return sides, flops_per_token(ours, shape.sequence)
 
 
