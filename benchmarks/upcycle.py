@@ -42,21 +42,24 @@ def main() -> None:
     workers = arguments.workers
     layers = range(plan.target.num_hidden_layers)
     nbytes = sum(shard.nbytes for shard in plan.shards if shard.layer_id in layers)
-    print(
-        f"{len(layers)} layers, {nbytes / 1e9:.2f} GB, {workers} workers, {os.cpu_count()} cores, load {os.getloadavg()}"
-    )
+    print(f"{len(layers)} layers, {nbytes / 1e9:.2f} GB, {workers} workers, {os.cpu_count()} cores")
+    output = arguments.scratch / "output"
     rows: list[tuple[float, float, float]] = []
     for number in range(arguments.rounds):
         raw = nbytes / 1e9 / timed(lambda: raw_write(arguments.scratch / "raw", nbytes))
         (arguments.scratch / "raw").unlink()
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        before = usage.ru_utime + usage.ru_stime
         hashed = nbytes / 1e9 / timed(lambda: convert(plan, None, workers=workers, layers=layers))
-        output = arguments.scratch / "output"
         whole = nbytes / 1e9 / timed(lambda: convert(plan, output, workers=workers, layers=layers))
         shutil.rmtree(output)
         rows.append((raw, hashed, whole))
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        busy = (usage.ru_utime + usage.ru_stime - before) / 2 / len(layers)
         print(
             f"round {number}: raw direct write {raw:.2f} GB/s, hash sink {hashed:.2f} GB/s, "
-            f"end to end {whole:.2f} GB/s = {whole / raw:.0%} of raw; load {os.getloadavg()[0]:.1f}",
+            f"end to end {whole:.2f} GB/s = {whole / raw:.0%} of raw; {busy:.1f} processor seconds a layer, "
+            f"load {os.getloadavg()[0]:.1f}",
             flush=True,
         )
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6

@@ -131,6 +131,7 @@ class _Layer:
     def __init__(self, maker: Maker, layer_id: int) -> None:
         self.plan, self.sources, self.layer_id = maker.plan, maker.sources, layer_id
         self.parts = build_parts(maker.plan, maker.registry, layer_id)
+        self._turned: npt.NDArray[Any] | None = None  # one expert's down, overwritten by the next
         self._held: dict[int, tuple[str, LoadedMatrix]] = {}  # checkpoint -> its one matrix in memory
         for part in (self.parts.experts, self.parts.shared):
             prepare = getattr(part, "prepare", None)
@@ -170,9 +171,10 @@ class _Layer:
         rows = scaled(rows, tensor.dtype, factor)
         if tensor.matrix != "down":
             return np.ascontiguousarray(rows)
-        out = np.empty(tensor.shape, dtype=rows.dtype)
-        transpose_into(rows, out)
-        return out
+        if self._turned is None or self._turned.shape != tensor.shape:
+            self._turned = np.empty(tensor.shape, dtype=rows.dtype)
+        transpose_into(rows, self._turned)
+        return self._turned
 
     @cached_property
     def plan_of_shared(self) -> NeuronPlan:
