@@ -95,7 +95,7 @@ def returns_what_the_contract_says(case: RouterCase) -> None:
             f"num_tokens, num_experts are {routing.num_tokens}, {routing.num_experts}, not {tokens}, {experts}"
         )
         for name in ("token", "expert"):
-            value, limit = getattr(routing, name), tokens if name == "token" else experts
+            value, limit = getattr(routing, name), {"token": tokens, "expert": experts}[name]
             assert value.dtype == torch.int64, f"{name} is {value.dtype}, not int64"
             assert value.ndim == 1, f"{name} has {value.ndim} axes, not one"
             assert not value.numel() or 0 <= int(value.min()) <= int(value.max()) < limit, f"{name} is out of range"
