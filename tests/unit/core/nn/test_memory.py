@@ -92,7 +92,8 @@ def test_the_published_57b_model_is_planned_without_its_memory():
     layout = {"name": "uniform", "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 2560}
     config = ModelConfig(
         vocab_size=151936, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, moe=MoEConfig(layout=layout, shared_expert={"name": "gated", "intermediate_size": 20480}),
+        num_key_value_heads=4,
+        moe=MoEConfig(layout=layout, shared_expert={"name": "gated", "intermediate_size": 20480}),
     )  # fmt: skip
     plan = predict(config, Problem(1, 4096, torch.bfloat16, devices=64))
     assert plan.total_parameters == 57_408_658_944
