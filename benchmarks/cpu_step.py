@@ -17,14 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from report import machine, markdown_table, median, spread, write_results
 from torch import Tensor
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import moelab
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.hf.names import pieces
 from moelab.nn.allocator import keep_freed_memory
 from moelab.nn.count import flops_per_token
+from report import machine, markdown_table, median, spread, write_results
 
 MATMUL = 2048  # rows and columns of the matmul that everything is measured against
 PEERS = ("eager", "grouped_mm")  # transformers' experts_implementation
@@ -142,8 +143,6 @@ def _config(shape: Shape, backend: str) -> ModelConfig:
 
 def _peer(shape: Shape, experts: str, ours: torch.nn.Module) -> torch.nn.Module:
     """transformers' model with our weights."""
-    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
-
     config = Qwen2MoeConfig(
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=2 * shape.hidden,
         num_hidden_layers=shape.layers, num_attention_heads=4, num_key_value_heads=2, num_experts=shape.num_experts,

@@ -46,6 +46,7 @@ BUILTIN_PLUGINS = (
     "moelab_plugins.expert_backends.loop",
     "moelab_plugins.expert_backends.grouped_mm",
     "moelab_plugins.expert_backends.cpu_threads",
+    "moelab_plugins.expert_backends.megablocks",
     "moelab_plugins.expert_backends.auto",
     "moelab_plugins.data_sources.embedded",
     "moelab_plugins.observers.tensorboard",

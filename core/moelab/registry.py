@@ -131,7 +131,7 @@ class Registry:
         """{name: component} in alphabetical order, replacements already in place."""
         offered = [c for answer in getattr(self.manager.hook, point.hook)() for c in answer]
         known: dict[str, Component[ContextT, BuiltT]] = {}
-        for offer in sorted(offered, key=lambda c: (c.overrides, c.name)):  # what may be replaced comes first
+        for offer in sorted(offered, key=lambda c: (c.overrides, c.name, c.owner)):  # what may be replaced comes first
             rival = known.get(offer.name)
             if rival and rival.overrides == offer.overrides:
                 raise ConfigError(

@@ -21,7 +21,9 @@ class MoEConfig:
     shared_expert: Part = field(default_factory=lambda: {"name": "none"})
     backend: Part = field(default_factory=lambda: {"name": "auto"})
     balance_losses: list[Part] = field(default_factory=list)
-    expert_chunk: int | None = None  # assignments a layer computes at once; more take longer, not more memory. None: all
+    expert_chunk: int | None = (
+        None  # assignments a layer computes at once; more take longer, not more memory. None: all
+    )
     allow_noncausal: bool = False  # let routers that look at later tokens into this decoder
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # {"0": {router: ...}, "20-27": {...}}
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from moelab.errors import ConfigError
 from moelab.moe.chunked import compute_in_chunks
-from moelab.moe.contracts import ExpertBackend, Router, SharedExpert
-from moelab.moe.experts import ExpertBank
+from moelab.moe.contracts import ExpertBackend, ExpertProblem, Router, SharedExpert
+from moelab.moe.experts import ExpertBank, compute_dtype
 from moelab.moe.layout import ExpertLayout
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
 
@@ -37,13 +37,15 @@ class MoEBlock(nn.Module):
         self.backend = backend
         self.shared_expert = shared_expert
         self.chunk = chunk
-        self._looked_at = False
+        self.looked_at = False
+        self._served: set[tuple[str, torch.dtype, int]] = set()  # kinds of problems that the backend accepted
 
     def forward(self, x: Tensor, info: TokenInfo) -> tuple[Tensor, LayerRecord]:
         routing = self.router(x, info)
         self._check(routing, x)
         # On a CPU the number of real assignments is known at no cost; elsewhere placeholders of weight 0 are computed.
         served = routing.compact() if x.device.type == "cpu" else routing
+        self._check_backend(x, served)
         if self.chunk is None:
             y = self.backend(x, served, self.experts)
         else:
@@ -84,12 +86,28 @@ class MoEBlock(nn.Module):
         for name, scores in (("scores", routing.scores), ("logits", routing.logits)):
             if scores is not None and (scores.ndim != 2 or scores.shape[0] != x.shape[0]):
                 raise self._fault(f"returned {name} of shape {tuple(scores.shape)}; they must be [{x.shape[0]}, E]")
-        if not self._looked_at and x.device.type != "meta" and not torch.compiler.is_compiling():
+        if not self.looked_at and x.device.type != "meta" and not torch.compiler.is_compiling():
             self._look(routing, x)
 
+    def _check_backend(self, x: Tensor, routing: Routing) -> None:
+        """Ask the backend once for each device, dtype and power of two of assignments."""
+        held = routing.expert.numel() if self.chunk is None else min(self.chunk, routing.expert.numel())
+        kind = (x.device.type, compute_dtype(x), held.bit_length())
+        if kind in self._served:
+            return
+        width = self.layout.moe_intermediate_size
+        problem = ExpertProblem(
+            self.layout.num_experts, x.shape[-1], width, x.shape[0], held, x.device, compute_dtype(x)
+        )
+        reason = self.backend.supports(problem)
+        if reason is not None:
+            raise ConfigError(f"model.moe.backend, layer {self.layer_id}: '{self.backend.name}' {reason}")
+        self._served.add(kind)
+
+    @torch.no_grad()  # checkpointing counts what is saved, and the second computation does not look
     def _look(self, routing: Routing, x: Tensor) -> None:
         """Once in a model's life: the values of the first routing, while waiting for them costs nothing that counts."""
-        self._looked_at = True
+        self.looked_at = True
         if routing.expert.numel() == 0:
             return
         if not 0 <= int(routing.expert.min()) <= int(routing.expert.max()) < self.layout.num_experts:

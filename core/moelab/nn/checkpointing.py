@@ -25,7 +25,7 @@ def apply_activation_checkpointing(model: nn.Module, every: int = 1) -> None:
     assert isinstance(layers, nn.ModuleList)
     for index, layer in enumerate(layers):
         if index % every == 0:
-            layer.forward = functools.partial(_checkpointed, layer.forward)  # type: ignore[method-assign]
+            layer.forward = functools.partial(_checkpointed, layer.forward)
 
 
 def _checkpointed(forward: LayerForward, x: Tensor, inputs: Any, info: TokenInfo) -> tuple[Tensor, LayerRecord | None]:

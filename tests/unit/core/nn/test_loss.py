@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import moelab.nn.loss as loss
+from moelab.nn import loss
 from moelab.nn.loss import token_cross_entropy
 
 
@@ -44,9 +44,12 @@ def test_values_and_gradients_equal_those_of_full_logits(monkeypatch: pytest.Mon
 def test_ignored_tokens_cost_nothing_and_teach_nothing():
     hidden, head, targets = _problem()
     nats = token_cross_entropy(hidden, head, targets)
-    assert nats[0, 3] == 0 and nats[1, 6] == 0
+    assert nats[0, 3] == 0
+    assert nats[1, 6] == 0
     nats.sum().backward()
-    assert hidden.grad is not None and not hidden.grad[0, 3].any() and not hidden.grad[1, 6].any()
+    assert hidden.grad is not None
+    assert not hidden.grad[0, 3].any()
+    assert not hidden.grad[1, 6].any()
 
 
 def test_uniform_logits_cost_the_logarithm_of_the_vocabulary():
@@ -65,7 +68,8 @@ def test_under_autocast_losses_are_fp32_of_bf16_logits():
     assert nats.dtype == torch.float32
     torch.testing.assert_close(nats.flatten(), wanted, rtol=1e-6, atol=1e-6)
     nats.sum().backward()
-    assert head.grad is not None and head.grad.dtype == torch.float32
+    assert head.grad is not None
+    assert head.grad.dtype == torch.float32
 
 
 def test_a_second_backward_pass_gives_the_same_gradient():

@@ -1,0 +1,58 @@
+"""Generation over the cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import moelab
+from moelab.config.model import ModelConfig, MoEConfig
+from moelab.errors import ConfigError
+from moelab.generate import Sampling, generate
+
+MOE = MoEConfig(layout={"name": "uniform", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16})
+MODEL = ModelConfig(
+    vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, initializer_range=0.3, moe=MOE,
+)  # fmt: skip
+
+
+def _tokens(**settings: float) -> list[int]:
+    return list(generate(moelab.build(MODEL), [1, 2, 3], Sampling(**settings)))  # type: ignore[arg-type]
+
+
+def test_greedy_equals_the_argmax_of_full_forward_passes() -> None:
+    model, ids = moelab.build(MODEL), [1, 2, 3]
+    for _ in range(10):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert _tokens(max_new_tokens=10, temperature=0.0) == ids[3:]
+
+
+def test_the_same_seed_gives_the_same_text_and_another_another() -> None:
+    first = _tokens(max_new_tokens=20, temperature=1.0, seed=1)
+    assert first == _tokens(max_new_tokens=20, temperature=1.0, seed=1)
+    assert first != _tokens(max_new_tokens=20, temperature=1.0, seed=2)
+
+
+def test_a_tiny_nucleus_is_greedy() -> None:
+    assert _tokens(max_new_tokens=8, top_p=1e-6) == _tokens(max_new_tokens=8, temperature=0.0)
+
+
+def test_it_stops_behind_the_end_token() -> None:
+    free = _tokens(max_new_tokens=12, temperature=0.0)
+    stopped = _tokens(max_new_tokens=12, temperature=0.0, eos_token_id=free[4])
+    assert stopped == free[: free.index(free[4]) + 1]
+
+
+def test_the_model_is_left_in_the_mode_it_was_in() -> None:
+    model = moelab.build(MODEL).train()
+    next(generate(model, [1], Sampling(max_new_tokens=2)))
+    list(generate(model, [1], Sampling(max_new_tokens=2)))
+    assert model.training
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="top_p"):
+        Sampling(top_p=0.0)
+    with pytest.raises(ConfigError, match="prompt"):
+        next(generate(moelab.build(MODEL), [], Sampling()))

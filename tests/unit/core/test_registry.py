@@ -1,0 +1,121 @@
+"""Plugins: loading, selecting by name, and what is said when either fails."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+import moelab
+from moelab.errors import ConfigError
+from moelab.moe.contracts import MoEContext
+from moelab.registry import EXTENSION_POINTS, ROUTERS, Registry
+
+CONTEXT = MoEContext(8, 4, 2, 8, 16, 0, 1, 32)
+
+
+@dataclass
+class Options:
+    sharpness: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.sharpness <= 0:
+            raise ValueError("sharpness must be positive")
+
+
+def build(options: Options, context: MoEContext) -> Any:
+    """A router for tests."""
+    if context.num_experts < 2:
+        raise ConfigError("needs two experts")
+    return (options.sharpness, context.num_experts)
+
+
+Plugin = Callable[..., str]
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> Plugin:
+    """Make a module that offers `component(name)`, and return its import name."""
+
+    def make(module: str, name: str, **extra: Any) -> str:
+        offered = types.ModuleType(module)
+        build_here = types.FunctionType(build.__code__, build.__globals__, "build")
+        build_here.__module__, build_here.__doc__ = module, build.__doc__
+        hook = moelab.hookimpl(lambda: [moelab.component(name, Options, build_here, **extra)])
+        offered.moelab_routers = hook  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module, offered)
+        return module
+
+    return make
+
+
+def test_a_plugin_is_selected_by_name_with_typed_options(plugin: Plugin) -> None:
+    registry = Registry([plugin("mine", "sharp")], entry_points=False)
+    assert registry.build(ROUTERS, {"name": "sharp", "sharpness": "2"}, CONTEXT, "model.moe.router") == (2.0, 4)
+
+
+def test_defaults_are_written_out(plugin: Plugin) -> None:
+    registry = Registry([plugin("mine", "sharp")], entry_points=False)
+    assert registry.resolve(ROUTERS, {"name": "sharp"}, "x") == {"name": "sharp", "sharpness": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [
+        ({"name": "shrap"}, ["x.name: no router 'shrap'", "did you mean 'sharp'", "Known: ", "sharp (mine)"]),
+        ({}, ["x: no `name`", "sharp (mine)"]),
+        ({"name": "sharp", "sharpnes": 1}, ["x.sharpnes", "'sharp' (mine)", "did you mean 'sharpness'"]),
+        ({"name": "sharp", "sharpness": "very"}, ["x.sharpness", "very", "(mine)"]),
+        ({"name": "sharp", "sharpness": -1}, ["'sharp' (mine)", "must be positive"]),
+    ],
+)
+def test_a_wrong_node_is_one_message(plugin: Plugin, node: dict[str, Any], words: list[str]) -> None:
+    registry = Registry([plugin("mine", "sharp")], entry_points=False)
+    with pytest.raises(ConfigError) as caught:
+        registry.build(ROUTERS, node, CONTEXT, "x")
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_check_that_needs_sizes_names_place_and_owner(plugin: Plugin) -> None:
+    registry = Registry([plugin("mine", "sharp")], entry_points=False)
+    single = MoEContext(8, 1, 1, 8, 16, 0, 1, 32)
+    with pytest.raises(ConfigError, match=r"x \('sharp' of mine\): needs two experts"):
+        registry.build(ROUTERS, {"name": "sharp"}, single, "x")
+
+
+def test_two_plugins_of_one_name_are_both_named(plugin: Plugin) -> None:
+    registry = Registry([plugin("mine", "sharp"), plugin("theirs", "sharp")], entry_points=False)
+    with pytest.raises(ConfigError, match="both mine and theirs"):
+        registry.components(ROUTERS)
+
+
+@pytest.mark.parametrize("order", [["mine", "theirs"], ["theirs", "mine"]])
+def test_a_declared_override_replaces_in_any_order(plugin: Plugin, order: list[str]) -> None:
+    plugin("mine", "sharp")
+    plugin("theirs", "sharp", overrides=True)
+    assert Registry(order, entry_points=False).components(ROUTERS)["sharp"].owner == "theirs"
+
+
+def test_overriding_nothing_is_an_error(plugin: Plugin) -> None:
+    registry = Registry([plugin("mine", "sharp", overrides=True)], entry_points=False)
+    with pytest.raises(ConfigError, match="overrides nothing"):
+        registry.components(ROUTERS)
+
+
+def test_registries_do_not_see_each_others_plugins(plugin: Plugin) -> None:
+    Registry([plugin("mine", "sharp")], entry_points=False)
+    assert "sharp" not in Registry(entry_points=False).components(ROUTERS)
+
+
+def test_every_extension_point_has_a_builtin_with_a_line_of_doc() -> None:
+    registry = Registry(entry_points=False)
+    for point in EXTENSION_POINTS:
+        components = registry.components(point)
+        assert components, point.kind
+        for component in components.values():
+            assert component.summary.endswith((".", ")")), (point.kind, component.name, component.summary)

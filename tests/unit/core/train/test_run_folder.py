@@ -1,0 +1,74 @@
+"""Run folders: never overwritten unasked, never half a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moelab.errors import UserError
+from moelab.train.run_folder import MetricsLog, is_finished, prepare_run_folder, write_atomically
+
+
+def test_an_empty_or_absent_folder_is_taken(tmp_path: Path) -> None:
+    prepare_run_folder(tmp_path, resume=False, force=False)
+    prepare_run_folder(tmp_path / "a" / "b", resume=False, force=False)
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_a_run_is_neither_overwritten_nor_touched(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("mine")
+    with pytest.raises(UserError, match=r"--resume.*--force"):
+        prepare_run_folder(tmp_path, resume=False, force=False)
+    prepare_run_folder(tmp_path, resume=True, force=False)
+    assert (tmp_path / "config.yaml").read_text() == "mine"
+
+
+def test_force_empties_a_run_folder_only(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    prepare_run_folder(tmp_path, resume=False, force=True)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="not a run folder"):
+        prepare_run_folder(tmp_path, resume=False, force=True)
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file"):
+        prepare_run_folder(tmp_path / "file", resume=False, force=False)
+
+
+def test_writing_leaves_nothing_beside(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "x", "one")
+    write_atomically(tmp_path / "x", "two")
+    assert (tmp_path / "x").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_resumed_log_drops_later_lines_and_half_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 4, "a"')
+    log = MetricsLog(path, 2)
+    log.write({"step": 3, "a": 30})
+    log.close()
+    assert [json.loads(line)["a"] for line in path.read_text().splitlines()] == [1, 2, 30]
+
+
+def test_a_line_that_is_there_is_not_written_twice(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2, "a": 2}\n')
+    log = MetricsLog(path, 2)
+    log.write({"step": 2, "a": 2})
+    log.write({"step": 2, "eval/loss": 1})
+    log.close()
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_a_run_is_finished_when_its_summary_says_so(tmp_path: Path) -> None:
+    assert not is_finished(tmp_path)
+    (tmp_path / "summary.json").write_text('{"status": "failed"}')
+    assert not is_finished(tmp_path)
+    (tmp_path / "summary.json").write_text('{"status": "finished"}')
+    assert is_finished(tmp_path)
