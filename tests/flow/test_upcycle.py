@@ -141,6 +141,7 @@ def test_bad_input_is_one_message_and_exit_code_2(dense: Path, tmp_path: Path, a
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_bytes(dense: Path, tmp_path: Path):
     """Four kills with SIGKILL, one with SIGTERM, at random moments of a conversion in many shards."""
     overrides = ("max_shard_size=60KB", "workers=2")
