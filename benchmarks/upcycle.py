@@ -42,21 +42,24 @@ def main() -> None:
     workers = arguments.workers
     layers = range(plan.target.num_hidden_layers)
     nbytes = sum(shard.nbytes for shard in plan.shards if shard.layer_id in layers)
-    print(
-        f"{len(layers)} layers, {nbytes / 1e9:.2f} GB, {workers} workers, {os.cpu_count()} cores, load {os.getloadavg()}"
-    )
+    print(f"{len(layers)} layers, {nbytes / 1e9:.2f} GB, {workers} workers, {os.cpu_count()} cores")
+    output = arguments.scratch / "output"
     rows: list[tuple[float, float, float]] = []
     for number in range(arguments.rounds):
         raw = nbytes / 1e9 / timed(lambda: raw_write(arguments.scratch / "raw", nbytes))
         (arguments.scratch / "raw").unlink()
+        before = processor_seconds()
         hashed = nbytes / 1e9 / timed(lambda: convert(plan, None, workers=workers, layers=layers))
-        output = arguments.scratch / "output"
+        between = processor_seconds()
         whole = nbytes / 1e9 / timed(lambda: convert(plan, output, workers=workers, layers=layers))
+        after = processor_seconds()
         shutil.rmtree(output)
         rows.append((raw, hashed, whole))
         print(
             f"round {number}: raw direct write {raw:.2f} GB/s, hash sink {hashed:.2f} GB/s, "
-            f"end to end {whole:.2f} GB/s = {whole / raw:.0%} of raw; load {os.getloadavg()[0]:.1f}",
+            f"end to end {whole:.2f} GB/s = {whole / raw:.0%} of raw; processor seconds a layer "
+            f"{(between - before) / len(layers):.1f} and {(after - between) / len(layers):.1f}, "
+            f"load {os.getloadavg()[0]:.1f}",
             flush=True,
         )
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
@@ -64,10 +67,13 @@ def main() -> None:
     print("median: " + ", ".join(f"{statistics.median(column):.2f}" for column in zip(*rows, strict=True)))
     if not arguments.no_naive:
         per_layer = nbytes / len(layers) / 1e9
+        busy = time.process_time()
         compute, saving = naive_layer(plan, arguments.scratch / "naive.safetensors")
+        busy = time.process_time() - busy
         hashed, whole = (statistics.median(column) for column in list(zip(*rows, strict=True))[1:])
         print(
-            f"naive torch, {workers} threads: {compute:.1f} s a layer and {saving:.1f} s to save it; "
+            f"naive torch, {workers} threads: {compute:.1f} s a layer and {saving:.1f} s to save it, "
+            f"{busy:.1f} processor seconds; "
             f"the hash sink is {compute / (per_layer / hashed):.1f} times as fast as its computing alone, "
             f"end to end {(compute + saving) / (per_layer / whole):.1f} times"
         )
@@ -78,6 +84,12 @@ def timed(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
+
+
+def processor_seconds() -> float:
+    """Of all workers that have ended, which on a busy machine says more than the clock."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def raw_write(path: Path, nbytes: int) -> None:

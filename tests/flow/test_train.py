@@ -154,6 +154,7 @@ def test_the_stored_config_reproduces_the_run(root: Path, finished: Path, tmp_pa
         (["run_dir=/proc/nothing/here"], ["/proc/nothing/here", "can't be written"]),
         (["train.init_from=/nowhere"], ["/nowhere", "no such folder"]),
         (["train.device=cuda"], ["train.device", "CUDA"]),
+        (["model.moe.router.name=forced_random"], ["balance_losses.0", "load_balance", "scores"]),
         (['model.moe.layers={"5": {router: {name: softmax_topk}}}'], ['layers."5"', "0 .. 1"]),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import resource
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from dense_checkpoints import read_all
+from dense_checkpoints import Tiny, read_all, write_dense
 
 transformers = pytest.importorskip("transformers")
 
@@ -140,6 +141,7 @@ def test_bad_input_is_one_message_and_exit_code_2(dense: Path, tmp_path: Path, a
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_bytes(dense: Path, tmp_path: Path):
     """Four kills with SIGKILL, one with SIGTERM, at random moments of a conversion in many shards."""
     overrides = ("max_shard_size=60KB", "workers=2")
@@ -181,3 +183,71 @@ def test_it_works_under_a_hard_memory_limit_without_torch(dense: Path, tmp_path:
     done = run(*recipe(dense, tmp_path / "out", "workers=1"), "--no-receipt", preexec_fn=lambda: _limit(600 << 20))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/model.safetensors.index.json").exists()
+
+
+PLUGIN = '''
+"""Experts that are the first neurons of the dense FFN, turned upside down."""
+from dataclasses import dataclass
+import numpy as np
+import moelab
+from moelab.initialisers import MATRICES, NeuronPlan
+
+@dataclass
+class Options:
+    factor: float = -1.0
+
+class Upside:
+    def __init__(self, options, context):
+        self.options, self.width = options, context.layout.moe_intermediate_size
+
+    def plan(self, expert):
+        nothing = np.zeros(self.width, dtype=bool)
+        return NeuronPlan(np.arange(self.width, dtype=np.int32), dict.fromkeys(MATRICES, nothing))
+
+    def materialise(self, plan, expert, matrix, dense):
+        return dense.float32(plan.source) * np.float32(self.options.factor)
+
+@moelab.hookimpl
+def moelab_expert_initialisers():
+    return [moelab.component("upside_down", Options, Upside)]
+'''
+
+
+def test_a_strangers_initialiser_runs_in_every_worker(dense: Path, tmp_path: Path):
+    """From a module beside the config file, with no change here; verify finds it again."""
+    (tmp_path / "upside.py").write_text(PLUGIN)
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        "base: upcycle/qwen2_57b_a14b\nplugins: [upside]\nrecipe: {experts: {name: upside_down, factor: -0.5}}\n"
+    )
+    done = run("upcycle", config, f"source={dense}", f"output={tmp_path / 'out'}", *SCALED, "--no-receipt")
+    assert done.returncode == 0, done.stderr
+    made, source = read_all(tmp_path / "out"), read_all(dense)
+    name = "model.layers.1.mlp.experts.9.down_proj.weight"
+    assert torch.equal(made[name], -0.5 * source["model.layers.1.mlp.down_proj.weight"][:, :80])
+    assert run("verify", tmp_path / "out", "--source", dense, cwd=tmp_path).returncode == 0
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from dense_checkpoints import recipe_config, upcycle
+upcycle(recipe_config(sys.argv[1], max_shard_size=sys.argv[3]), Path(sys.argv[2]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+def test_memory_does_not_grow_with_layers_or_shards(root: Path, tmp_path: Path):
+    """24 layers of 4 MB each, in MB of peak memory; held, they or one large shard would add 90."""
+    peaks = {}
+    for layers, size in ((2, "5GB"), (24, "5GB"), (24, "1MB")):
+        source = write_dense(tmp_path / f"dense{layers}", Tiny(hidden=128, layers=layers))
+        output = tmp_path / f"out{layers}{size}"
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(root / "tests")])}
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, source, output, size],
+            capture_output=True, text=True, check=True, env=environment,
+        )  # fmt: skip
+        peaks[layers, size] = int(done.stdout)
+        assert sum(path.stat().st_size for path in output.glob("*.safetensors")) > layers * 3_900_000
+    assert max(peaks.values()) - min(peaks.values()) < 25, peaks

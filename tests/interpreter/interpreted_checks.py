@@ -59,11 +59,11 @@ def test_bf16_is_refused_because_the_interpreter_is_wrong_in_it():
     assert _backend().supports(PROBLEM) is None
     assert "wrong in torch.bfloat16" in str(_backend().supports(replace(PROBLEM, dtype=torch.bfloat16)))
     a = torch.ones(128, 128, dtype=torch.bfloat16)
-    from moelab_plugins.expert_backends.megablocks import _matrix
+    from moelab_plugins.expert_backends.megablocks import block_matrix
     from moelab_plugins.expert_backends.megablocks_topology import topology
 
     at = topology(torch.tensor([128], dtype=torch.int32), 128, 128)
-    wrong = load().sdd(a, a.t(), _matrix(load(), at, None, torch.bfloat16)).data
+    wrong = load().sdd(a, a.t(), block_matrix(load(), at, None, torch.bfloat16)).data
     # 128 ones summed. Should this ever hold, the refusal can go.
     assert not torch.equal(wrong.float(), torch.full_like(wrong, 128.0).float())
 

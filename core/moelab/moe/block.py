@@ -37,7 +37,7 @@ class MoEBlock(nn.Module):
         self.backend = backend
         self.shared_expert = shared_expert
         self.chunk = chunk
-        self._looked_at = False
+        self.looked_at = False
         self._served: set[tuple[str, torch.dtype, int]] = set()  # kinds of problems that the backend accepted
 
     def forward(self, x: Tensor, info: TokenInfo) -> tuple[Tensor, LayerRecord]:
@@ -86,7 +86,7 @@ class MoEBlock(nn.Module):
         for name, scores in (("scores", routing.scores), ("logits", routing.logits)):
             if scores is not None and (scores.ndim != 2 or scores.shape[0] != x.shape[0]):
                 raise self._fault(f"returned {name} of shape {tuple(scores.shape)}; they must be [{x.shape[0]}, E]")
-        if not self._looked_at and x.device.type != "meta" and not torch.compiler.is_compiling():
+        if not self.looked_at and x.device.type != "meta" and not torch.compiler.is_compiling():
             self._look(routing, x)
 
     def _check_backend(self, x: Tensor, routing: Routing) -> None:
@@ -107,7 +107,7 @@ class MoEBlock(nn.Module):
     @torch.no_grad()  # checkpointing counts what is saved, and the second computation does not look
     def _look(self, routing: Routing, x: Tensor) -> None:
         """Once in a model's life: the values of the first routing, while waiting for them costs nothing that counts."""
-        self._looked_at = True
+        self.looked_at = True
         if routing.expert.numel() == 0:
             return
         if not 0 <= int(routing.expert.min()) <= int(routing.expert.max()) < self.layout.num_experts:

@@ -76,18 +76,18 @@ def _experts(kernels: Kernels, x: Tensor, bank: ExpertBank, order: _Order, weigh
     hidden_map = topology(bound.padded_rows, rows.shape[0], 2 * width)
     act_map = topology(bound.padded_rows, rows.shape[0], width)
     gate_up = bank.gate_up.to(x.dtype).flatten(0, 1)  # [E * 2F, D]
-    hidden = kernels.sdd(rows, gate_up.t(), _matrix(kernels, hidden_map, None, x.dtype))
+    hidden = kernels.sdd(rows, gate_up.t(), block_matrix(kernels, hidden_map, None, x.dtype))
     # A block row holds its expert's gate blocks, then its up blocks.
     gate, up = hidden.data.view(-1, 2, width // BLOCK, BLOCK, BLOCK).unbind(1)
     act = torch.nn.functional.silu(gate) * up
     out = kernels.dsd(
-        _matrix(kernels, act_map, act.reshape(-1, BLOCK, BLOCK), x.dtype), bank.down.to(x.dtype).flatten(0, 1)
+        block_matrix(kernels, act_map, act.reshape(-1, BLOCK, BLOCK), x.dtype), bank.down.to(x.dtype).flatten(0, 1)
     )
     y: Tensor = kernels.padded_scatter(out, index, expert, weight, bound.rows, bound.padded_rows, order.top_k)
     return y
 
 
-def _matrix(kernels: Kernels, at: Topology, data: Tensor | None, dtype: torch.dtype) -> object:
+def block_matrix(kernels: Kernels, at: Topology, data: Tensor | None, dtype: torch.dtype) -> object:
     """An stk.Matrix; without data, the mere shape of a product."""
     if data is None:
         data = torch.empty(at.column.numel(), BLOCK, BLOCK, dtype=dtype, device="meta")

@@ -110,3 +110,9 @@ def test_the_hash_depends_on_what_the_bytes_depend_on(plan: Plan):
     assert shipped_plan(source, "workers=7").hash == plan.hash
     for override in ("seed=1", "recipe.experts.reinit_fraction=0.25", "recipe.silence=0", "max_shard_size=4GB"):
         assert shipped_plan(source, override).hash != plan.hash
+
+
+@pytest.mark.parametrize("name", ["sparse", "drop", "random", "virtual_group"])
+def test_the_other_shipped_recipes_fit_qwen2_7b(plan: Plan, name: str):
+    loaded = load_config([f"upcycle/{name}", f"source={plan.sources[0]}"], UpcycleConfig)
+    assert prepare(loaded.config, registry_of(loaded.config)).recipe.experts["name"] == name

@@ -1,0 +1,242 @@
+"""Memory and communication of a training step, predicted from the config alone; nothing is allocated.
+
+The model runs once on fake tensors, which have shapes but no data, while everything that autograd saves is
+counted. So a plugin's router, loss or attention is counted as it is, not by a formula of someone else's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from moelab.builder import build_model
+from moelab.config.model import ModelConfig
+from moelab.errors import ConfigError
+from moelab.moe.block import MoEBlock
+from moelab.moe.contracts import ExpertProblem
+from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
+from moelab.moe.experts import ExpertBank, compute_dtype, swiglu
+from moelab.moe.routing import Routing
+from moelab.nn.transformer import Transformer
+from moelab.registry import Registry
+
+FP32 = 4
+ADAMW = 2  # moments, in the parameters' dtype
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What runs on each device."""
+
+    sequences: int  # of one micro-batch
+    sequence_length: int
+    dtype: torch.dtype = torch.float32  # of the matmuls
+    device: str = "cuda"  # or cpu
+    devices: int = 1  # data parallel; parameters, gradients and optimizer sharded over all of them
+    expert_parallel: int = 1  # of these devices, how many share one set of experts
+    checkpointing: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.sequence_length
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    weights_in_use: int  # copies that matmuls read: cast, or gathered from other devices
+    activations: int  # kept from the forward pass for the backward pass
+    working: int  # the layer that is being computed
+
+    @property
+    def peak(self) -> int:
+        """Activations shrink while gradients grow: the larger of the two counts."""
+        held = self.parameters + self.optimizer + self.weights_in_use + self.working
+        return held + max(self.activations, self.gradients)
+
+
+@dataclass(frozen=True)
+class CommunicationPlan:
+    """Bytes that one device sends in a step of one micro-batch."""
+
+    gather_parameters: int  # all-gather, forward and backward
+    reduce_gradients: int  # reduce-scatter
+    exchange_tokens: int  # all-to-all to the experts and back, forward and backward
+
+    @property
+    def total(self) -> int:
+        return self.gather_parameters + self.reduce_gradients + self.exchange_tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `moelab plan` prints."""
+
+    problem: Problem
+    memory: MemoryPlan
+    communication: CommunicationPlan
+    total_parameters: int
+
+
+def predict(config: ModelConfig, problem: Problem, registry: Registry | None = None) -> Plan:
+    """The plan of `config` on `problem`. Raises ConfigError where the parts can't be counted without data."""
+    if problem.devices % problem.expert_parallel:
+        raise ConfigError(f"expert_parallel {problem.expert_parallel} does not divide devices {problem.devices}")
+    with FakeTensorMode():
+        model = build_model(config, registry, seed=None)
+        saved = _saved(model, problem)
+        sizes = _sizes(model)
+    units = _unit_sizes(model, problem.expert_parallel)
+    layers = len(model.layers)
+    per_layer = saved.activations // layers
+    activations = saved.activations
+    if problem.checkpointing:
+        activations = layers * problem.tokens * config.hidden_size * FP32
+    memory = MemoryPlan(
+        parameters=FP32 * sizes.total // problem.devices,
+        gradients=FP32 * sizes.total // problem.devices,
+        optimizer=ADAMW * FP32 * sizes.total // problem.devices,
+        # Sharded: the unit in use and the one fetched ahead; alone: autocast's copies live until the backward pass.
+        weights_in_use=saved.casts if problem.devices == 1 else 2 * max(units) * problem.dtype.itemsize,
+        activations=activations,
+        # Gradients of one layer's activations, about half of which live at once; and the layer itself if recomputed.
+        working=per_layer // 2 + (per_layer if problem.checkpointing else 0),
+    )
+    return Plan(problem, memory, _communication(model, sizes, problem), sizes.total)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Bytes that autograd keeps, parameters themselves left out."""
+
+    activations: int
+    casts: int  # of weights to the matmuls' dtype
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers of parameters."""
+
+    total: int
+    routed: int
+
+
+class _CountedExperts:
+    """Keeps what grouped_mm and megablocks keep, for any routing; with `fused`, what cpu_threads keeps."""
+
+    name = "counted"
+
+    def __init__(self, fused: bool) -> None:
+        self._fused = fused
+
+    def supports(self, problem: ExpertProblem) -> str | None:
+        return None
+
+    def __call__(self, x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
+        """x [T, D] -> [T, D], without a number in it."""
+        dtype = compute_dtype(x)
+        plan = dispatch_plan(routing)
+        gate_up, down = bank.gate_up.to(dtype), bank.down.to(dtype)
+        if self._fused:
+            y: Tensor = _KeepFused.apply(x.to(dtype), routing.weight, gate_up, down)
+            return y.to(x.dtype)
+        rows = gather_rows(x.to(dtype), plan)
+        with torch.autocast("cpu", enabled=False):
+            out = swiglu(rows @ gate_up[0].t()) @ down[0]
+        return combine_rows(out, routing.weight, plan).to(x.dtype)
+
+
+class _KeepFused(torch.autograd.Function):
+    """x, the routing weights, the banks and the gate_up rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, gate_up, down, x.new_empty(weight.numel(), gate_up.shape[1]))
+        return torch.empty_like(x)
+
+
+def _saved(model: Transformer, problem: Problem) -> _Saved:
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, tuple[torch.UntypedStorage, bool]] = {}  # held, so that no other storage gets its address
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters and storage._cdata not in kept:
+            kept[storage._cdata] = (storage, _is_cast_weight(tensor))
+        return tensor
+
+    for block in _blocks(model):
+        block.looked_at = True  # its look at the first routing's values needs values
+        block.backend, block.chunk = _CountedExperts(problem.device == "cpu"), None
+    ids = torch.zeros(problem.sequences, problem.sequence_length, dtype=torch.int64)
+    try:
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=problem.dtype != torch.float32),
+        ):
+            output = model.train()(ids, targets=ids)
+            assert output.token_loss is not None
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ConfigError(
+            f"model.moe.router: its shapes depend on the data ({error.func}), so nothing can be counted without any; "
+            "plan with one that has a fixed number of experts per token, such as softmax_topk"
+        ) from error
+    sizes = [(storage.nbytes(), is_weight) for storage, is_weight in kept.values()]
+    return _Saved(sum(n for n, is_weight in sizes if not is_weight), sum(n for n, is_weight in sizes if is_weight))
+
+
+def _is_cast_weight(tensor: Tensor) -> bool:
+    """Whether autograd made it from one parameter alone, by casts and views."""
+    node = tensor.grad_fn
+    while node is not None and len(node.next_functions) == 1:
+        node = node.next_functions[0][0]
+        if hasattr(node, "variable"):  # AccumulateGrad: the parameter
+            return True
+    return False
+
+
+def _sizes(model: Transformer) -> _Sizes:
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return _Sizes(total, sum(p.numel() for block in _blocks(model) for p in block.experts.parameters()))
+
+
+def _unit_sizes(model: Transformer, expert_parallel: int) -> list[int]:
+    """Parameters of what is gathered at once: each layer with this device's experts, the embedding, the head."""
+    units = [sum(p.numel() for p in unit.parameters()) for unit in (model.embed_tokens, model.lm_head)]
+    for layer in model.layers:
+        size = sum(parameter.numel() for parameter in layer.parameters())
+        if isinstance(layer.mlp, MoEBlock):
+            routed = sum(parameter.numel() for parameter in layer.mlp.experts.parameters())
+            size -= routed - routed // expert_parallel
+        units.append(size)
+    return units
+
+
+def _communication(model: Transformer, sizes: _Sizes, problem: Problem) -> CommunicationPlan:
+    """Ring collectives: each device sends (n - 1) / n of what is gathered or reduced."""
+    width, groups = problem.dtype.itemsize, problem.expert_parallel
+    shared, routed = sizes.total - sizes.routed, sizes.routed // groups
+    copies = problem.devices // groups  # devices that hold the same experts
+
+    def ring(elements: int, count: int) -> int:
+        return elements * width * (count - 1) // count
+
+    once = ring(shared, problem.devices) + ring(routed, copies)
+    exchanged = sum(
+        problem.tokens * block.layout.num_experts_per_tok * model.config.hidden_size for block in _blocks(model)
+    )
+    passes = 4  # to the experts and back, forward and backward
+    return CommunicationPlan(2 * once, once, passes * ring(exchanged, groups))
+
+
+def _blocks(model: Transformer) -> Iterator[MoEBlock]:
+    return (layer.mlp for layer in model.layers if isinstance(layer.mlp, MoEBlock))

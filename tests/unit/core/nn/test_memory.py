@@ -1,0 +1,104 @@
+"""The predicted memory of a step, beside what a step really holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moelab import build
+from moelab.config.model import ModelConfig, MoEConfig
+from moelab.errors import ConfigError
+from moelab.nn.memory import Problem, predict
+
+PROBLEM = Problem(sequences=4, sequence_length=128, device="cpu")
+
+
+def _config(experts: int = 16, width: int = 64, layers: int = 2, router: str = "softmax_topk") -> ModelConfig:
+    layout = {"name": "uniform", "num_experts": experts, "num_experts_per_tok": 4, "moe_intermediate_size": width}
+    moe = MoEConfig(
+        layout=layout,
+        shared_expert={"name": "gated", "intermediate_size": 128},
+        backend={"name": "cpu_threads"},
+        router={"name": router},
+    )
+    return ModelConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, moe=moe,
+    )  # fmt: skip
+
+
+def _measured(config: ModelConfig, problem: Problem) -> int:
+    """The most bytes alive at once in the second step, parameters and moments included."""
+    model = build(config, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = torch.randint(0, config.vocab_size, (problem.sequences, problem.sequence_length))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=problem.dtype == torch.bfloat16):
+            loss = model(ids, targets=ids).token_loss.mean()
+        loss.backward()
+        optimizer.step()
+
+    step()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 3 * 4 * sum(p.numel() for p in model.parameters())
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(16, 64, 2), (4, 256, 4)], ids=str)
+def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(shape: tuple[int, int, int], dtype: torch.dtype):
+    config, problem = _config(*shape), replace(PROBLEM, dtype=dtype)
+    assert predict(config, problem).memory.peak == pytest.approx(_measured(config, problem), rel=0.15)
+
+
+def test_state_is_16_bytes_a_parameter_and_is_shared_by_all_devices():
+    config = _config()
+    total = sum(p.numel() for p in build(config).parameters())
+    one, four = predict(config, PROBLEM).memory, predict(config, replace(PROBLEM, devices=4)).memory
+    assert one.parameters + one.gradients + one.optimizer == 16 * total
+    assert four.parameters + four.gradients + four.optimizer == 4 * total
+    assert four.activations == one.activations
+
+
+def test_checkpointing_keeps_one_residual_stream_a_layer():
+    plan = predict(_config(layers=3), replace(PROBLEM, checkpointing=True)).memory
+    assert plan.activations == 3 * PROBLEM.tokens * 128 * 4
+    assert plan.peak < predict(_config(layers=3), PROBLEM).memory.peak
+
+
+def test_collectives_send_what_rings_send():
+    config = _config()
+    model = build(config)
+    total = sum(p.numel() for p in model.parameters())
+    routed = sum(p.numel() for layer in model.layers for p in layer.mlp.experts.parameters())
+    sent = predict(config, replace(PROBLEM, devices=8, expert_parallel=4)).communication
+    once = 4 * (total - routed) * 7 // 8 + 4 * (routed // 4) * 1 // 2
+    assert (sent.gather_parameters, sent.reduce_gradients) == (2 * once, once)
+    assert sent.exchange_tokens == 4 * (2 * PROBLEM.tokens * 4 * 128) * 4 * 3 // 4  # 2 layers, top-4, 4 ways, fp32
+    assert predict(config, PROBLEM).communication.total == 0
+
+
+def test_the_published_57b_model_is_planned_without_its_memory():
+    layout = {"name": "uniform", "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 2560}
+    config = ModelConfig(
+        vocab_size=151936, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4,
+        moe=MoEConfig(layout=layout, shared_expert={"name": "gated", "intermediate_size": 20480}),
+    )  # fmt: skip
+    plan = predict(config, Problem(1, 4096, torch.bfloat16, devices=64))
+    assert plan.total_parameters == 57_408_658_944
+
+
+def test_devices_must_form_whole_groups():
+    with pytest.raises(ConfigError, match="expert_parallel 3 does not divide devices 8"):
+        predict(_config(), replace(PROBLEM, devices=8, expert_parallel=3))
