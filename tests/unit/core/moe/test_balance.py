@@ -153,11 +153,11 @@ def test_batch_statistics_add_up_over_any_split() -> None:
 
 def test_statistics_are_weighted_by_tokens() -> None:
     statistics = BatchStatistics()
-    for tokens, value in ((1, 4.0), (3, 0.0)):
+    for tokens, value in ((1, 0.0), (3, 4.0)):
         routing = Routing.from_topk(torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1), 2)
         routing = replace(routing, statistics=torch.tensor([value]))
         statistics.add([LayerRecord(0, routing, routing.counts())])
-    assert statistics.mean_statistics(0).tolist() == [1.0]
+    assert statistics.mean_statistics(0).tolist() == [3.0]
 
 
 def test_alarms_name_the_layer_and_the_cause() -> None:
