@@ -5,11 +5,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUNS ?= runs/demo
 
-.PHONY: help setup test lint types demo short-demo lock clean
+MEGABLOCKS := $(VENV)/.megablocks
+
+.PHONY: help setup setup-megablocks test lint types demo short-demo lock clean
 
 help:
 	@echo "make demo    dense Qwen2 -> upcycle -> train MoE variants -> compare, on real text (under 10 minutes)"
 	@echo "make test    all tests"
+	@echo "make setup-megablocks   MegaBlocks, stk and triton beside torch; without a GPU their tests run interpreted"
 	@echo "make lint    ruff; make types: mypy; make clean: remove runs/demo and the virtual environment"
 
 setup: $(INSTALLED)
@@ -20,6 +23,17 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock hatchling editables
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c requirements.lock -e '.[dev]'
 	@touch $(INSTALLED)
+
+# MegaBlocks pins a torch of its own, so it comes without its dependencies; it needs no compiled extension here.
+# A triton that came with torch (a GPU build) is kept.
+setup-megablocks: $(MEGABLOCKS)
+
+$(MEGABLOCKS): $(INSTALLED)
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.7.1
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check setuptools wheel packaging
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		stanford-stk==0.7.1 megablocks==0.10.0
+	@touch $(MEGABLOCKS)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
@@ -32,10 +46,10 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 demo: $(INSTALLED)
-	@MOELAB=$(BIN)/moelab bash tools/demo.sh $(RUNS)
+	@MOELAB=$(BIN)/moelab bash configs/experiments/demo/run.sh $(RUNS)
 
 short-demo: $(INSTALLED)
-	@MOELAB=$(BIN)/moelab bash tools/demo.sh $(RUNS) train.steps=6 evaluation.sequences=8 evaluation.sample_tokens=8
+	@MOELAB=$(BIN)/moelab bash configs/experiments/demo/run.sh $(RUNS) train.steps=6 evaluation.sequences=8 evaluation.sample_tokens=8
 
 lock: $(INSTALLED)
 	@{ head -2 requirements.lock; $(BIN)/python -m pip freeze --exclude-editable | sed 's/^torch==\([0-9.]*\).*/torch==\1/'; } > .lock.new

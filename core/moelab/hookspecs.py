@@ -104,8 +104,13 @@ class RunHooks:
         """Before the first step; `step` are done already when a run is resumed. `facts`: summary.json's, so far."""
 
     @hookspec
-    def on_log(self, step: int, metrics: Mapping[str, float], loads: Mapping[int, list[float]]) -> None:
-        """Every `train.log_every` steps. `loads`: layer -> each expert's share of the assignments, summing to 1."""
+    def on_log(
+        self, step: int, metrics: Mapping[str, float], loads: Mapping[int, list[float]], alarms: list[str]
+    ) -> None:
+        """Every `train.log_every` steps. `loads`: layer -> each expert's share of the assignments, summing to 1.
+
+        `alarms`: sentences about layers whose routing has come to nothing.
+        """
 
     @hookspec
     def on_evaluate(self, step: int, metrics: Mapping[str, float], samples: list[str]) -> None:

@@ -78,6 +78,26 @@ def test_a_killed_run_resumes_to_the_same_bits(root: Path, finished: Path, tmp_p
     assert _metrics(run) == _metrics(finished)
 
 
+def test_an_interrupted_run_saves_at_its_step_and_resumes_to_the_same_bits(
+    root: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "interrupted"
+    arguments = ("train", CONFIG, *SMALL, f"run_dir={run}", "train.save_every=0")
+    process = subprocess.Popen([*MOELAB, *arguments], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or '"step": 2' not in (run / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline, "no step was logged"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert (run / "checkpoints" / f"step_{summary['steps']:08d}").is_dir()
+    assert _run(root, *arguments, "--resume").returncode == 0
+    last = Path("checkpoints/step_00000012/model.safetensors")
+    assert (run / last).read_bytes() == (finished / last).read_bytes()
+
+
 def test_the_same_command_gives_the_same_bits(root: Path, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "again"
     assert _run(root, "train", CONFIG, *SMALL, f"run_dir={run}").returncode == 0
@@ -134,6 +154,7 @@ def test_the_stored_config_reproduces_the_run(root: Path, finished: Path, tmp_pa
         (["run_dir=/proc/nothing/here"], ["/proc/nothing/here", "can't be written"]),
         (["train.init_from=/nowhere"], ["/nowhere", "no such folder"]),
         (["train.device=cuda"], ["train.device", "CUDA"]),
+        (["model.moe.router.name=forced_random"], ["balance_losses.0", "load_balance", "scores"]),
         (['model.moe.layers={"5": {router: {name: softmax_topk}}}'], ['layers."5"', "0 .. 1"]),
     ],
 )

@@ -21,6 +21,7 @@ class TrainingProgress:
         self._steps = steps
         self._run_dir = Path()
         self._printed = 0
+        self._told: set[str] = set()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -47,7 +48,11 @@ class TrainingProgress:
         self._bar.start()
         self._task = self._bar.add_task(facts["name"], total=self._steps, completed=step, numbers="")
 
-    def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def on_log(self, step: int, metrics: Mapping[str, float], alarms: list[str]) -> None:
+        for alarm in alarms:
+            if alarm not in self._told:  # each is told once; log.txt has them all
+                self._told.add(alarm)
+                self.console.print(f"  [yellow]step {step}: {alarm}[/yellow]", highlight=False)
         numbers = f"loss {metrics['train/loss']:.4f}"
         if "perf/tokens_per_second" in metrics:
             numbers += f"  {metrics['perf/tokens_per_second']:,.0f} tokens/s"

@@ -15,7 +15,7 @@ from moelab_upcycling.maker import build_parts
 from moelab_upcycling.plan import Plan, ledger
 from moelab_upcycling.source import DenseSource
 
-_SECONDS_PER_GB = 1.7  # of a processor core, measured: docs/upcycling.md
+_SECONDS_PER_GB = 2.3  # of a processor core, measured: docs/upcycling.md
 
 
 def print_plan(console: Console, plan: Plan, config: UpcycleConfig, *, ledger: bool) -> None:
@@ -73,11 +73,11 @@ def print_ledger(console: Console, plan: Plan) -> None:
 
 
 def memory_per_worker(plan: Plan) -> int:
-    """Bytes: one FFN matrix of each source, the largest tensor three times while it is turned, buffers, Python."""
+    """Bytes: one FFN matrix of each source, the largest tensor that is made, buffers, Python."""
     matrix = plan.target.hidden_size * plan.target.intermediate_size * STORAGE[plan.dtype].itemsize
     held = len(plan.sources) + (1 if len(plan.sources) > 1 else 0)
     largest = max(tensor.nbytes for tensor in plan.tensors if tensor.role != "copy")
-    return held * matrix + 3 * largest + (120 << 20)
+    return held * matrix + largest + (120 << 20)
 
 
 def warnings(plan: Plan, config: UpcycleConfig) -> list[str]:

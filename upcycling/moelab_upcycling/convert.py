@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -142,10 +143,12 @@ class _Run:
                 to_make.append(job.shard)
         jobs = [Job(i) for i in sorted(to_make)]
         try:
-            for _, result in do_all(self.plan, output, jobs, self.workers, self.progress):
-                self.folder.record(result)
-                hashes |= result.hashes
-                seconds[result.file] = result.seconds
+            # closing: the workers have ended before their half-written files are removed
+            with closing(do_all(self.plan, output, jobs, self.workers, self.progress)) as results:
+                for _, result in results:
+                    self.folder.record(result)
+                    hashes |= result.hashes
+                    seconds[result.file] = result.seconds
         except BaseException:
             self.folder.clean([shards[i] for i in to_make])
             raise

@@ -33,6 +33,7 @@ from moelab_upcycling.plan import OutputTensor, Plan
 from moelab_upcycling.prompts import prompt_reader
 from moelab_upcycling.source import DenseSource, transpose_into
 
+_SLAB = 128  # rows handed on at a time
 _MEAN = -1  # as a checkpoint: the mean of all of them
 
 
@@ -95,7 +96,7 @@ class Maker:
         if self._layer is None or self._layer.layer_id != tensor.layer_id:
             self._layer = None  # frees the old matrices before the next are read
             self._layer = _Layer(self, tensor.layer_id)
-        yield self._layer.make(tensor)
+        yield from self._layer.make(tensor)
 
     def _copied(self, tensor: OutputTensor) -> Iterator[npt.NDArray[Any]]:
         rows = tensor.shape[0]
@@ -140,39 +141,30 @@ class _Layer:
             self.parts.router.prepare(prompt_reader(self.sources[0]))
         self.plan_of = cache(self.parts.experts.plan)
 
-    def make(self, tensor: OutputTensor) -> npt.NDArray[Any]:
-        if tensor.role == "router":
-            return from_float32(self.parts.router.weight().astype(np.float32, copy=False), tensor.dtype)
-        if tensor.role == "shared_gate":
-            return from_float32(self.parts.shared.gate().astype(np.float32, copy=False), tensor.dtype)
+    def make(self, tensor: OutputTensor) -> Iterator[npt.NDArray[Any]]:
+        """The tensor in pieces, in file order."""
+        if tensor.role in ("router", "shared_gate"):
+            values = self.parts.router.weight() if tensor.role == "router" else self.parts.shared.gate()
+            yield from_float32(np.ascontiguousarray(values, dtype=np.float32), tensor.dtype)
+            return
         if tensor.role == "shared":
             checkpoint = _MEAN if len(self.sources) > 1 and self.plan.recipe.others == "mean" else 0
-            neurons = self.plan_of_shared
             dense = self.dense(checkpoint, tensor.matrix)
-            rows = self.parts.shared.materialise(neurons, tensor.matrix, dense)
+            rows = self.parts.shared.materialise(self.plan_of_shared, tensor.matrix, dense)
             factor = self.parts.shared.gain if tensor.matrix == "down" else 1.0
         else:
             neurons = self.plan_of(tensor.expert)
             dense = self.dense(neurons.checkpoint, tensor.matrix)
             rows = self.parts.experts.materialise(neurons, tensor.expert, tensor.matrix, dense)
             factor = self.factors.get(tensor.matrix, 1.0)
-        return self._finished(rows, tensor, float(factor))
-
-    def _finished(self, rows: npt.NDArray[Any], tensor: OutputTensor, factor: float) -> npt.NDArray[Any]:
-        """rows [n, D] -> the tensor's own shape and type, times the factor."""
         wanted = tensor.shape[::-1] if tensor.matrix == "down" else tensor.shape
         if rows.shape != wanted:
             raise ConfigError(
                 f"recipe: the initialiser of '{tensor.name}' made {list(rows.shape)}, should be {list(wanted)}"
             )
-        if rows.dtype != STORAGE[tensor.dtype]:
-            rows = from_float32(rows.astype(np.float32), tensor.dtype)
-        rows = scaled(rows, tensor.dtype, factor)
-        if tensor.matrix != "down":
-            return np.ascontiguousarray(rows)
-        out = np.empty(tensor.shape, dtype=rows.dtype)
-        transpose_into(rows, out)
-        return out
+        for piece in _slabs(rows, turned=tensor.matrix == "down"):
+            exact = piece if piece.dtype == STORAGE[tensor.dtype] else from_float32(_fp32(piece), tensor.dtype)
+            yield scaled(exact, tensor.dtype, float(factor))
 
     @cached_property
     def plan_of_shared(self) -> NeuronPlan:
@@ -207,3 +199,21 @@ class _Layer:
     def _load(self, source: DenseSource, name: str, matrix: str) -> npt.NDArray[Any]:
         values = source.transposed(name) if matrix == "down" else source.array(name)
         return convert(values, source.tensors[name].dtype, self.plan.dtype)
+
+
+def _slabs(rows: npt.NDArray[Any], *, turned: bool) -> Iterator[npt.NDArray[Any]]:
+    """rows [n, D], or turned [D, n], some rows at a time: what follows finds them still in the cache."""
+    count, width = rows.shape
+    if not turned:
+        for start in range(0, count, _SLAB):
+            yield np.ascontiguousarray(rows[start : start + _SLAB])
+        return
+    out = np.empty((min(_SLAB, width), count), dtype=rows.dtype)
+    for start in range(0, width, _SLAB):
+        slab = out[: min(_SLAB, width - start)]
+        transpose_into(rows[:, start : start + _SLAB], slab)
+        yield slab
+
+
+def _fp32(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    return values.astype(np.float32, copy=False)

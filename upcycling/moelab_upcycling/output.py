@@ -102,7 +102,8 @@ class OutputFolder:
         while not place.exists():
             place = place.parent
         state = os.statvfs(place)
-        free = state.f_bavail * state.f_frsize
+        stale = sum(path.stat().st_blocks * 512 for path in self.folder.glob(f".*{PARTIAL}"))  # a killed run's
+        free = state.f_bavail * state.f_frsize + stale
         if free < nbytes * _SPARE:
             raise CheckpointError(
                 f"{self.folder}: {nbytes / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; free some, "

@@ -164,7 +164,8 @@ def _compare_shard(
             if wrong is not None:
                 width = math.prod(tensor.shape[1:])
                 row, column = divmod((wrong - begin) // STORAGE[tensor.dtype].itemsize, width)
-                verdict.differences.append(f"{path}: byte {wrong}: '{tensor.name}' differs at row {row}, column {column}")
+                place = f"'{tensor.name}' differs at row {row}, column {column}"
+                verdict.differences.append(f"{path}: byte {wrong}: {place}")
             verdict.tensors += 1
             verdict.nbytes += tensor.nbytes
             progress(tensor.nbytes)

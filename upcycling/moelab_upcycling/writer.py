@@ -71,7 +71,7 @@ class ShardWriter:
             assert self.written == self.size, (self.written, self.size)
             try:
                 os.fsync(self._descriptor)
-                os.close(self._descriptor)
+                self._close()
                 os.rename(self.partial, self.path)
                 sync_folder(self.path.parent)
                 return
@@ -119,10 +119,15 @@ class ShardWriter:
             os.posix_fadvise(self._descriptor, start, done, os.POSIX_FADV_DONTNEED)
 
     def _remove(self) -> None:
-        with contextlib.suppress(OSError):
-            os.close(self._descriptor)
+        self._close()
         with contextlib.suppress(FileNotFoundError):
             self.partial.unlink()
+
+    def _close(self) -> None:
+        """Once only: the number may be another file's by then."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 class NullWriter:
@@ -193,8 +198,10 @@ def _open(path: Path) -> tuple[int, bool]:
 
 def _reserve(descriptor: int, size: int) -> None:
     """Claim the blocks, so that a full disk is found before the work and not after it."""
+    if size == 0:
+        return
     try:
-        os.posix_fallocate(descriptor, 0, max(1, size))
+        os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise

@@ -31,6 +31,7 @@ class TrainConfig:
     dtype: str = "float32"  # of the matmuls: float32 or bfloat16; parameters and optimizer stay float32
     device: str = "auto"  # auto: cuda when there is one, else cpu
     threads: int | None = None  # CPU threads; None: all cores. Another number gives other bits
+    activation_checkpointing: int = 0  # every n-th layer keeps its input only and is computed twice; 0: none
     grad_clip: float = 1.0  # global norm; 0: off
     log_every: int = 10  # steps
     gradient_shares_every: int = 50  # steps, of those that are logged; a backward pass for each loss. 0: never
@@ -111,7 +112,7 @@ class RunConfig:
 def _check_train(train: TrainConfig) -> None:
     for key in ("steps", "batch_size", "sequence_length", "log_every"):
         _at_least("train", train, key, 1)
-    for key in ("grad_clip", "save_every", "keep_checkpoints", "gradient_shares_every"):
+    for key in ("grad_clip", "save_every", "keep_checkpoints", "gradient_shares_every", "activation_checkpointing"):
         _at_least("train", train, key, 0)
     micro = train.micro_batch_size
     if micro is not None and (micro < 1 or train.batch_size % micro):

@@ -45,6 +45,10 @@ class Batch:
         pieces = {name: value.split(micro_batch_size) for name, value in self._tensors()}
         return [Batch(**{name: piece[i] for name, piece in pieces.items()}) for i in range(len(pieces["input_ids"]))]
 
+    def narrow(self, tokens: int) -> Batch:
+        """The first `tokens` positions of every sequence."""
+        return Batch(**{name: value[:, :tokens] for name, value in self._tensors()})
+
     def _tensors(self) -> list[tuple[str, Tensor]]:
         pairs = [(field.name, getattr(self, field.name)) for field in fields(self)]
         return [(name, value) for name, value in pairs if value is not None]

@@ -86,6 +86,6 @@ def routing_alarms(counts: dict[int, list[float]], dropped: dict[int, float], to
             found.append(f"layer {layer_id}: no token reached an expert ({cause})")
         elif refused > sum(served):
             found.append(f"layer {layer_id}: {refused:.0f} of {refused + sum(served):.0f} assignments were dropped")
-        elif len(served) > 1 and max(served) == sum(served):
+        elif len(served) > 1 and sum(served) > 0 and max(served) == sum(served):
             found.append(f"layer {layer_id}: expert {served.index(max(served))} of {len(served)} serves all tokens")
     return found

@@ -84,6 +84,7 @@ class BalanceLoss(Protocol):
 
     Optional, looked up by name:
     - `after_step(context)`: called once after each optimizer step with the whole batch's counts, to adapt `weight`.
+    - `split_invariant`: False for a loss whose total depends on how the batch is split into micro-batches.
     - `state_dict()` and `load_state_dict(state)`: what it must remember over a restart.
     """
 

@@ -22,6 +22,9 @@ def choose_tokens(scores: Tensor, info: TokenInfo, share: float) -> tuple[Tensor
     batch, length = info.sequence_shape()
     columns = scores.shape[1]
     capacity = min(length, capacity_of(length, share))
+    if capacity == 0:
+        empty = torch.zeros(batch, 0, columns, dtype=torch.int64, device=scores.device)
+        return empty, empty.bool(), scores.new_zeros(columns)
     masked = scores.detach()
     valid = info.valid().view(batch, length)
     masked = masked.masked_fill(~info.valid().unsqueeze(-1), float("-inf")).view(batch, length, columns)

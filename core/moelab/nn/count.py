@@ -60,14 +60,27 @@ def forward_flops_per_token(model: Transformer, sequence_length: int) -> float:
     and key; a causal token sees S / 2 keys on average, half the square. Norms, RoPE, softmax and biases are left
     out, as PaLM (2204.02311, appendix B) does; PaLM counts the whole square.
     """
-    weights = model.lm_head.weight.numel()
-    attention = 0
-    for layer in model.layers:
-        assert isinstance(layer, DecoderLayer)
-        weights += _matmul_weights(layer.self_attn) + _mlp_weights(layer.mlp)
-        width = layer.self_attn.o_proj.in_features  # H * head_dim
-        attention += 2 * sequence_length * width
-    return float(2 * weights + attention)
+    layers = sum(layer_forward_flops(layer, sequence_length) for layer in model.layers)
+    return 2.0 * model.lm_head.weight.numel() + layers
+
+
+def layer_forward_flops(layer: nn.Module, sequence_length: int) -> float:
+    """One decoder layer's part of `forward_flops_per_token`."""
+    assert isinstance(layer, DecoderLayer)
+    weights = _matmul_weights(layer.self_attn) + _mlp_weights(layer.mlp)
+    width = layer.self_attn.o_proj.in_features  # H * head_dim
+    return float(2 * weights + 2 * sequence_length * width)
+
+
+def layer_parameters(layer: nn.Module) -> tuple[int, int]:
+    """(all, active) parameters of one decoder layer."""
+    assert isinstance(layer, DecoderLayer)
+    stored = sum(parameter.numel() for parameter in layer.parameters())
+    if not isinstance(layer.mlp, MoEBlock):
+        return stored, stored
+    layout, routed = layer.mlp.layout, _size(layer.mlp)
+    total = stored - sum(parameter.numel() for parameter in layer.mlp.experts.parameters()) + routed
+    return total, total - (routed - routed * layout.num_experts_per_tok // layout.num_experts)
 
 
 def _mlp_weights(mlp: nn.Module) -> int:

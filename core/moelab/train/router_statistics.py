@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moelab.moe.batch_statistics import routing_alarms
 from moelab.moe.routing import LayerRecord, Routing
 
 SUMS = 4  # after the E counts: token entropy, top-k mass, tokens, dropped assignments
@@ -25,6 +26,15 @@ class _Layer:
     has_distribution: bool  # the router offers scores or logits, so an entropy exists
     has_drops: bool  # the router reports dropped assignments, be it zero
     is_ragged: bool  # the number of experts differs from token to token
+
+
+@dataclass(frozen=True)
+class RouterReport:
+    """Host numbers."""
+
+    metrics: dict[str, float]  # by tag
+    loads: dict[int, list[float]]  # layer -> each expert's share of the assignments, summing to 1
+    alarms: list[str]  # sentences about layers whose routing has come to nothing
 
 
 class RouterStatistics:
@@ -52,18 +62,16 @@ class RouterStatistics:
             else:
                 layer.sums = layer.sums + sums
 
-    def reduce(
-        self, all_reduce: Callable[[Tensor], Tensor] | None = None
-    ) -> tuple[dict[str, float], dict[int, list[float]]]:
-        """(metrics by tag, {layer: each expert's share of the assignments}), then empty.
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor] | None = None) -> RouterReport:
+        """What was added, then empty.
 
         `all_reduce` sums one float64 vector over the ranks; None for a single process. A layer that saw no
-        token has no metrics.
+        token has no metrics, but an alarm.
         """
         layers = dict(sorted(self._layers.items()))
         self._layers = {}
         if not layers:
-            return {}, {}
+            return RouterReport({}, {}, [])
         vector = torch.cat([layer.sums for layer in layers.values()])
         if all_reduce is not None:
             vector = all_reduce(vector)
@@ -71,11 +79,14 @@ class RouterStatistics:
         metrics: dict[str, float] = {}
         loads: dict[int, list[float]] = {}
         per_layer: list[dict[str, float]] = []
-        start = 0
+        served: dict[int, list[float]] = {}
+        dropped: dict[int, float] = {}
+        tokens = start = 0
         for layer_id, layer in layers.items():
             counts = host[start : start + layer.num_experts]
             sums = host[start + layer.num_experts : start + layer.num_experts + SUMS]
             start += layer.num_experts + SUMS
+            served[layer_id], dropped[layer_id], tokens = counts, sums[3], sums[2]
             if sum(counts) == 0:
                 continue
             values = {**_load_metrics(counts), **_token_metrics(layer, sum(counts), sums)}
@@ -83,7 +94,7 @@ class RouterStatistics:
             loads[layer_id] = [count / sum(counts) for count in counts]
             metrics.update({f"moe/layer_{layer_id:02d}/{key}": value for key, value in values.items()})
         metrics.update({f"moe/mean/{key}": value for key, value in _mean_over_layers(per_layer)})
-        return metrics, loads
+        return RouterReport(metrics, loads, routing_alarms(served, dropped, tokens))
 
 
 def _distribution(routing: Routing) -> Tensor | None:

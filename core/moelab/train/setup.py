@@ -19,13 +19,16 @@ from moelab.data.corpus import Corpus, DataContext
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import CheckpointError, ConfigError
 from moelab.moe.balance import NamedLoss
+from moelab.moe.block import MoEBlock
+from moelab.nn.allocator import keep_freed_memory
+from moelab.nn.checkpointing import apply_activation_checkpointing
 from moelab.nn.count import Parameters, count_parameters, flops_per_token
 from moelab.nn.transformer import Transformer
 from moelab.registry import DATA_SOURCES, OBSERVERS, Registry
 from moelab.train.optimizer import build_adamw
 from moelab.train.precision import choose_precision, set_threads
 from moelab.train.run_folder import CONFIG
-from moelab.train.step import StepSettings
+from moelab.train.step import StepSettings, probe_step
 
 # What may differ when a run is resumed: none of it changes the numbers of a step.
 FREE_ON_RESUME = {"run_dir", "resume", "name", "observers", "evaluation", "search_path"}
@@ -50,12 +53,18 @@ class Setup:
     parameters: Parameters
     flops_per_token: float  # forward and backward, active parameters
 
+    @property
+    def blocks(self) -> list[MoEBlock]:
+        return [module for module in self.model.modules() if isinstance(module, MoEBlock)]
+
 
 def prepare(config: RunConfig, registry: Registry) -> Setup:
     """Build everything; nothing is written. Raises UserError for whatever is wrong, naming key, file or plugin."""
     config = copy.deepcopy(config)
     threads = set_threads(config.train)
     precision = choose_precision(config.train)
+    if precision.device.type == "cpu":
+        keep_freed_memory()
     resolve_run(config, registry)
     losses = build_balance_losses(config.model, registry)
     build_model(config.model, registry, device="meta", seed=None)  # before the data: a wrong shape fails at once
@@ -72,6 +81,10 @@ def prepare(config: RunConfig, registry: Registry) -> Setup:
         corpus.validation, config.evaluation.sequences, train.sequence_length, config.evaluation.batch_size or micro
     )
     model = starting_model(config, registry, precision.device)
+    settings = StepSettings(micro, train.grad_clip, config.seed, precision)
+    probe_step(model, losses, batches.batch(0), settings)
+    if train.activation_checkpointing:
+        apply_activation_checkpointing(model, train.activation_checkpointing)
     return Setup(
         config=config,
         registry=registry,
@@ -82,7 +95,7 @@ def prepare(config: RunConfig, registry: Registry) -> Setup:
         model=model,
         optimizer=build_adamw(model, config.optimizer),
         balance_losses=losses,
-        step_settings=StepSettings(micro, train.grad_clip, config.seed, precision),
+        step_settings=settings,
         threads=threads,
         parameters=count_parameters(model),
         flops_per_token=flops_per_token(model, train.sequence_length),

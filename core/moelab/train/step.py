@@ -25,6 +25,8 @@ from moelab.train.failure import describe_failure
 from moelab.train.precision import Precision
 from moelab.train.router_statistics import RouterStatistics
 
+PROBE_TOKENS = 16
+
 
 @dataclass(frozen=True)
 class StepSettings:
@@ -117,6 +119,22 @@ def train_step(
     for named in balance_losses:
         named.after_step(seen.context())
     return StepResult(losses, norm, statistics, shares)
+
+
+@torch.no_grad()
+def probe_step(model: Transformer, balance_losses: Sequence[NamedLoss], batch: Batch, settings: StepSettings) -> None:
+    """Forward one short sequence and every loss, and leave no trace: plugins that don't fit fail here, before a run.
+
+    Raises ConfigError naming the layer or loss, the plugin and its owner.
+    """
+    device = next(model.parameters()).device
+    part = batch.split(1)[0].narrow(PROBE_TOKENS).to(device)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.train()
+    with torch.random.fork_rng(devices=[]):
+        _forward(model, balance_losses, part, None, _Place(0, 0, 1.0, PROBE_TOKENS), settings)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 def _forward(

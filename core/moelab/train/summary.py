@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import resource
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import moelab
-from moelab.moe.block import MoEBlock
 from moelab.train.evaluate import Evaluation
 from moelab.train.peak import peak_flops
+from moelab.train.router_statistics import RouterReport
 from moelab.train.step import StepResult
 
 if TYPE_CHECKING:
@@ -42,19 +41,17 @@ class Progress:
         progress.seconds_logged, progress.tokens_logged = progress.seconds, progress.tokens
         return progress
 
-    def advance(self, tokens: int, flops_per_token: float) -> None:
+    def advance(self, tokens: int, flops_per_token: float, seconds: float) -> None:
         self.step += 1
         self.tokens += tokens
         self.flops += tokens * flops_per_token
-
-    def add_seconds(self, seconds: float) -> None:
         self.seconds += seconds
 
-    def rate(self, seconds_now: float) -> float:
+    def rate(self) -> float:
         """Tokens a second since the last call."""
-        seconds, tokens = seconds_now - self.seconds_logged, self.tokens - self.tokens_logged
-        self.seconds_logged, self.tokens_logged = seconds_now, self.tokens
-        return tokens / seconds if seconds > 0 else math.nan
+        seconds, tokens = self.seconds - self.seconds_logged, self.tokens - self.tokens_logged
+        self.seconds_logged, self.tokens_logged = self.seconds, self.tokens
+        return tokens / seconds
 
     def row(self) -> dict[str, Any]:
         return {"step": self.step, "tokens": self.tokens, "flops": self.flops, "seconds": round(self.seconds, 4)}
@@ -63,20 +60,17 @@ class Progress:
         return {"step": self.step, "tokens": self.tokens, "flops": self.flops, "seconds": self.seconds}
 
 
-def log_metrics(
-    result: StepResult, rate: float, progress: Progress, setup: Setup
-) -> tuple[dict[str, float], dict[int, list[float]]]:
-    """The scalars of one logged step, and each layer's expert load. This is where the host waits for the device."""
-    router, loads = result.statistics.reduce()
-    speed = progress.rate(progress.seconds)
+def log_metrics(result: StepResult, rate: float, progress: Progress, setup: Setup) -> RouterReport:
+    """All scalars of one logged step, loads and alarms. This is where the host waits for the device."""
+    router = result.statistics.reduce()
+    speed = progress.rate()
     metrics = {f"train/{name}": float(value) for name, value in result.losses.items()}
     metrics |= {"train/grad_norm": float(result.grad_norm), "train/lr": rate}
-    if math.isfinite(speed):
-        peak = peak_flops(setup.step_settings.precision)
-        metrics |= {"perf/tokens_per_second": speed, "perf/mfu": speed * setup.flops_per_token / peak}
+    peak = peak_flops(setup.step_settings.precision)
+    metrics |= {"perf/tokens_per_second": speed, "perf/mfu": speed * setup.flops_per_token / peak}
     metrics |= {f"train/router_gradient_share/{name}": float(v) for name, v in result.gradient_shares.items()}
     metrics["perf/memory_gb"] = memory_gb(setup.step_settings.precision.device)
-    return metrics | router, loads
+    return replace(router, metrics=metrics | router.metrics)
 
 
 def memory_gb(device: torch.device) -> float:
@@ -91,9 +85,10 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
     """What is known before the first step; the constant part of summary.json."""
     config = setup.config
     return {
-        "name": config.name or Path(config.run_dir).name,
+        "name": run_name(setup),
         "parameters": asdict(setup.parameters),
         "flops_per_token": setup.flops_per_token,
+        "peak_flops": peak_flops(setup.step_settings.precision),  # what MFU is a share of
         "data": {
             "fingerprint": setup.corpus.fingerprint,
             "tokenizer": setup.tokenizer.fingerprint,
@@ -122,6 +117,12 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
     }
 
 
+def run_name(setup: Setup) -> str:
+    """The config's name or the folder's; routing that is balanced by force is never compared unawares."""
+    name = setup.config.name or Path(setup.config.run_dir).name
+    return f"{name} (FORCED BALANCE)" if any(getattr(b.router, "forced", False) for b in setup.blocks) else name
+
+
 def versions() -> dict[str, str]:
     torch_version = str(torch.__version__)  # a str subclass, which YAML writers refuse
     return {"moelab": moelab.__version__, "torch": torch_version, "python": platform.python_version()}
@@ -139,10 +140,9 @@ def components(moe: Any) -> dict[str, str]:
 def backends(setup: Setup) -> list[str]:
     """Which backend computes the experts; `auto` says what it chose once it has run."""
     chosen: set[str] = set()
-    for layer in setup.model.layers:
-        if isinstance(layer.mlp, MoEBlock):
-            choices = getattr(layer.mlp.backend, "choices", None)
-            chosen |= {f"{key}: {value}" for key, value in choices.items()} if choices else {layer.mlp.backend.name}
+    for block in setup.blocks:
+        choices = getattr(block.backend, "choices", None)
+        chosen |= {f"{key}: {value}" for key, value in choices.items()} if choices else {block.backend.name}
     return sorted(chosen)
 
 

@@ -18,6 +18,7 @@ from moelab.config.run import RunConfig
 from moelab.errors import UserError
 from moelab.registry import Registry
 from moelab.train.evaluate import evaluate, sample_texts
+from moelab.train.interruption import Interruption
 from moelab.train.observers import ObserverManager, gather_observers
 from moelab.train.run_folder import (
     CHECKPOINTS,
@@ -37,7 +38,7 @@ from moelab.train.run_folder import (
 from moelab.train.schedule import learning_rate_factor
 from moelab.train.setup import Setup, check_same_run, checkpoint_files, prepare
 from moelab.train.step import Observe, StepResult, train_step
-from moelab.train.summary import Progress, environment_facts, log_metrics, summary
+from moelab.train.summary import Progress, backends, environment_facts, log_metrics, summary
 
 logger = logging.getLogger("moelab")
 
@@ -86,26 +87,29 @@ def _run(loop: Loop) -> None:
     """All remaining steps, then the summary, also when something went wrong on the way."""
     setup, progress = loop.setup, loop.progress
     facts = environment_facts(setup)
-    logger.info("%s: %s", setup.config.name or loop.run_dir.name, {k: facts[k] for k in ("components", "parameters")})
+    logger.info("%s: %s", facts["name"], {key: facts[key] for key in ("components", "parameters")})
     error: BaseException | None = None
+    interruption = Interruption()
     try:
         loop.observers.hook.on_train_begin(
             run_dir=loop.run_dir, config=dataclasses.asdict(setup.config), facts=facts, step=progress.step
         )
-        while progress.step < setup.config.train.steps:
-            _one_step(loop)
+        with interruption:
+            while progress.step < setup.config.train.steps:
+                _one_step(loop)
+                interruption.check()
         if not _due(progress.step, setup.config.evaluation.every) or progress.evaluation is None:
             _evaluate(loop)
         _write_documents(loop)
         _save(loop)
     except BaseException as problem:
         error = problem
-        if isinstance(problem, KeyboardInterrupt):
+        if isinstance(problem, KeyboardInterrupt) and interruption.requested:
             _save(loop)
         raise
     finally:
         status = "finished" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        report = summary(facts, progress, status, loop.final, loop.loads)
+        report = summary(facts | {"backends": backends(setup)}, progress, status, loop.final, loop.loads)
         if error is not None:
             report["error"] = f"{type(error).__name__}: {error}"
             logger.error("%s at step %d: %s", status, progress.step, error)
@@ -125,10 +129,9 @@ def _one_step(loop: Loop) -> None:
     result = train_step(
         setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings, observe=look
     )
-    progress.advance(batch.input_ids.numel(), setup.flops_per_token)
+    progress.advance(batch.input_ids.numel(), setup.flops_per_token, time.perf_counter() - started)
     if observe:
         _log(loop, result, rate)
-    progress.add_seconds(time.perf_counter() - started)
     if _due(progress.step, config.evaluation.every):
         _evaluate(loop)
     if _due(progress.step, config.train.save_every):
@@ -140,11 +143,15 @@ def _due(step: int, every: int) -> bool:
 
 
 def _log(loop: Loop, result: StepResult, rate: float) -> None:
-    metrics, loads = log_metrics(result, rate, loop.progress, loop.setup)
-    loop.final |= metrics
-    loop.loads = loads
-    loop.metrics.write(loop.progress.row() | metrics)
-    loop.observers.hook.on_log(step=loop.progress.step, metrics=metrics, loads=loads)
+    report = log_metrics(result, rate, loop.progress, loop.setup)
+    loop.final |= report.metrics
+    loop.loads = report.loads
+    loop.metrics.write(loop.progress.row() | report.metrics)
+    for alarm in report.alarms:
+        logger.warning("step %d: %s", loop.progress.step, alarm)
+    loop.observers.hook.on_log(
+        step=loop.progress.step, metrics=report.metrics, loads=report.loads, alarms=report.alarms
+    )
 
 
 def _evaluate(loop: Loop) -> None:

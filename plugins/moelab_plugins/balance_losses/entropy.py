@@ -42,6 +42,7 @@ class Entropy:
     def __init__(self, options: EntropyOptions, context: BalanceLossContext) -> None:
         self.weight = options.weight
         self.kind = options.kind
+        self.split_invariant = options.kind == "token"
 
     def __call__(self, records: Sequence[LayerRecord], context: BalanceContext) -> Tensor:
         """-> scalar."""

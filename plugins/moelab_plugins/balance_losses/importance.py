@@ -28,6 +28,7 @@ class Importance:
     """
 
     needs_batch_counts = False
+    split_invariant = False
 
     def __init__(self, options: ImportanceOptions, context: BalanceLossContext) -> None:
         self.weight = options.weight

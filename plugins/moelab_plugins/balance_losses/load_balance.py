@@ -59,6 +59,7 @@ class LoadBalance:
         )
         self.scope = options.scope
         self.num_devices = options.num_devices
+        self.split_invariant = options.scope != "micro"
         self.needs_batch_counts = options.scope in ("global", "device")
         if options.scope == "device":
             for layer_id, layout in context.layouts.items():

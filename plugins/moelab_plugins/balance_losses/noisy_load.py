@@ -28,6 +28,7 @@ class NoisyLoad:
     """
 
     needs_batch_counts = False
+    split_invariant = False
 
     def __init__(self, options: NoisyLoadOptions, context: BalanceLossContext) -> None:
         self.weight = options.weight

@@ -95,7 +95,7 @@ class MoEPlusPlus(LinearRouter):
             wide = torch.promote_types(x.dtype, torch.float32)
             with torch.autocast(x.device.type, enabled=False):
                 gate = nn.functional.linear(x.to(wide), self.constant_gate.to(wide))
-                share = gate.view(len(x), -1, 2).softmax(-1)  # [T, C, 2]
+                share = gate.unflatten(-1, (-1, 2)).softmax(-1)  # [T, C, 2]
                 copy = copy + (constant * share[..., 0]).sum(-1, keepdim=True)
                 out = (constant * share[..., 1]) @ self.constant.to(wide)
         bypass = copy * x

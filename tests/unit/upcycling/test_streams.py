@@ -48,7 +48,7 @@ def test_the_quantile_table_is_a_standard_normal():
     assert 4.31 < z[-1] < 4.33
 
 
-@pytest.mark.parametrize("width", [1, 3, 32, 3584, 40000])
+@pytest.mark.parametrize("width", [1, 3, 32, 3584, 13001, 40000])
 def test_rows_are_drawn_as_one_sequence_whatever_the_width(width: int):
     table = normal_table(0.1, 0.5, "F32")
     rows = np.array([0, 2, 3, 5, 6, 7, 9, 10, 11, 12])

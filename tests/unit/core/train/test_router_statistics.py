@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moelab.moe.routing import LayerRecord, Routing
-from moelab.train.router_statistics import RouterStatistics
+from moelab.train.router_statistics import RouterReport, RouterStatistics
 
 E, K = 8, 2
 
@@ -30,7 +30,7 @@ def reduce(*records: LayerRecord) -> dict[str, float]:
     statistics = RouterStatistics()
     for one in records:
         statistics.add([one])
-    return statistics.reduce()[0]
+    return statistics.reduce().metrics
 
 
 def test_uniform_router_has_full_entropy_and_no_violation() -> None:
@@ -114,7 +114,8 @@ def test_mean_is_over_the_layers_and_loads_sum_to_one() -> None:
     statistics = RouterStatistics()
     collapsed = torch.tensor([[0, 1]]).repeat(4 * E, 1)
     statistics.add([record(balanced(), layer_id=1), record(collapsed, layer_id=11)])
-    metrics, loads = statistics.reduce()
+    report = statistics.reduce()
+    metrics, loads = report.metrics, report.loads
     assert metrics["moe/mean/max_violation"] == pytest.approx((0 + E / K - 1) / 2)
     assert set(loads) == {1, 11}
     assert loads[11] == [0.5, 0.5] + [0] * (E - 2)
@@ -126,10 +127,10 @@ def test_reducing_starts_over_and_no_tokens_give_no_metrics() -> None:
     statistics = RouterStatistics()
     statistics.add([record(balanced())])
     statistics.reduce()
-    assert statistics.reduce() == ({}, {})
+    assert statistics.reduce() == RouterReport({}, {}, [])
     empty = record(torch.zeros(0, K, dtype=torch.int64), torch.zeros(0, E))
     statistics.add([empty])
-    assert statistics.reduce() == ({}, {})
+    assert statistics.reduce() == RouterReport({}, {}, [])
 
 
 def test_ranks_are_summed_by_the_given_function() -> None:
@@ -137,7 +138,7 @@ def test_ranks_are_summed_by_the_given_function() -> None:
     statistics = RouterStatistics()
     scores = torch.rand(16, E)
     statistics.add([record(scores.topk(K).indices, scores)])
-    assert statistics.reduce(lambda vector: vector * 2)[0] == pytest.approx(
+    assert statistics.reduce(lambda vector: vector * 2).metrics == pytest.approx(
         reduce(record(scores.topk(K).indices, scores))
     )
 

@@ -14,6 +14,7 @@ from moelab.config.run import OptimizerConfig
 from moelab.data.batches import Batch
 from moelab.errors import RunFailure
 from moelab.moe.balance import NamedLoss
+from moelab.nn.checkpointing import apply_activation_checkpointing
 from moelab.nn.transformer import Transformer
 from moelab.train.optimizer import build_adamw
 from moelab.train.precision import Precision
@@ -95,6 +96,15 @@ def test_padding_on_the_right_does_not_change_the_update(config: ModelConfig, mi
         assert torch.allclose(tensor, with_padding[name], atol=2e-6), name
     for name, value in losses.items():
         assert value == pytest.approx(padded_losses[name], abs=1e-5), name
+
+
+def test_activation_checkpointing_does_not_change_the_update() -> None:
+    plain, _ = _after(LOSS_FREE, _batch(), 4)
+    model, losses, optimizer = _parts(LOSS_FREE)
+    apply_activation_checkpointing(model)
+    train_step(model, optimizer, losses, _batch(), 0, StepSettings(4, 0.0, 0, PRECISION))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, plain[name]), name
 
 
 def test_the_total_is_the_sum_of_the_weighted_parts() -> None:

@@ -127,7 +127,7 @@ def test_a_repetition_of_a_seed_is_no_second_sample(make_run: MakeRun) -> None:
 
 def test_unfinished_runs_are_shown_last_and_never_best(make_run: MakeRun) -> None:
     comparison = compared(
-        make_run("fine", quality=0.2),
+        make_run("fine", quality=3.0),
         make_run("stopped", status="failed", steps=120),
         make_run("killed", status="killed", steps=90),
     )

@@ -65,6 +65,7 @@ def test_a_missing_file_is_named_with_the_cure(make_run: MakeRun, name: str) -> 
         ("evaluation_documents.jsonl", '{"document": "a"}\n'),
         ("evaluation_documents.jsonl", ""),
         ("evaluation_documents.jsonl", '{"document":"a","domain":"d","nats":NaN,"tokens":3}\n'),
+        ("evaluation_documents.jsonl", '{"document":"a","domain":"d","nats":1,"tokens":3}\n' * 2),
     ],
 )
 def test_a_broken_file_is_named_with_the_cure(make_run: MakeRun, name: str, content: str) -> None:

@@ -44,13 +44,15 @@ def test_pairing_cancels_the_difficulty_of_documents() -> None:
     assert found.verdict == "better"
 
 
-def test_with_equal_sizes_it_agrees_with_the_t_interval() -> None:
-    gap = np.random.default_rng(1).normal(0.1, 1, 60)
-    found = over_documents(gap, np.zeros(60), np.ones(60))
+@pytest.mark.parametrize("documents", [8, 60])
+def test_with_equal_sizes_it_agrees_with_the_t_interval(documents: int) -> None:
+    """Plain percentiles of 8 documents would be a quarter too narrow."""
+    gap = np.random.default_rng(1).normal(0.1, 1, documents)
+    found = over_documents(gap, np.zeros(documents), np.ones(documents))
     exact = stats.ttest_1samp(gap, 0).confidence_interval()
     width = exact.high - exact.low
-    assert found.low == pytest.approx(exact.low, abs=0.05 * width)  # 10,000 resamples: about 2 % of the width
-    assert found.high == pytest.approx(exact.high, abs=0.05 * width)
+    assert found.high - found.low == pytest.approx(width, rel=0.08)  # the bootstrap follows the sample's own skew
+    assert found.low == pytest.approx(exact.low, abs=0.08 * width)
 
 
 def test_it_covers_the_truth_about_nineteen_times_in_twenty() -> None:

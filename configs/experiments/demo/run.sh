@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The whole line on real text: dense Qwen2 -> upcycle -> train MoE variants -> compare.
-#   bash tools/demo.sh RUNS [key=value...]      overrides go to every training run
+#   bash configs/experiments/demo/run.sh RUNS [key=value...]      overrides go to every training run
 set -euo pipefail
 moelab=${MOELAB:-moelab}
-runs=${1:?"usage: demo.sh RUNS [key=value...]"}
+runs=${1:?"usage: run.sh RUNS [key=value...]"}
 shift
-configs=configs/experiments/demo
+configs=$(dirname "$0")
 started=$SECONDS
 
 step() { printf '\n\033[1m[%s s] %s\033[0m\n' "$((SECONDS - started))" "$1"; shift; printf '$ %s\n' "$*"; "$@"; }

@@ -1,0 +1,39 @@
+"""The conformance kit: a ready test suite for any plugin, a stranger's or ours.
+
+    @pytest.mark.parametrize("check", moelab.testing.ROUTER_CHECKS)
+    def test_my_router(check):
+        check(moelab.testing.RouterCase(my_component))
+
+or, all at once, `moelab.testing.check_router(my_component)`, which raises ConformanceError naming every check that
+failed. Needs no pytest.
+"""
+
+from moelab.testing.backends import BACKEND_CHECKS, BackendCase, check_backend
+from moelab.testing.balance_losses import BALANCE_LOSS_CHECKS, BalanceLossCase, check_balance_loss
+from moelab.testing.expert_layouts import EXPERT_LAYOUT_CHECKS, ExpertLayoutCase, check_expert_layout
+from moelab.testing.initialisers import INITIALISER_CHECKS, InitialiserCase, check_initialiser
+from moelab.testing.report import ConformanceError
+from moelab.testing.routers import ROUTER_CHECKS, RouterCase, check_router
+from moelab.testing.shared_experts import SHARED_EXPERT_CHECKS, SharedExpertCase, check_shared_expert
+
+__all__ = [
+    "BACKEND_CHECKS",
+    "BALANCE_LOSS_CHECKS",
+    "EXPERT_LAYOUT_CHECKS",
+    "INITIALISER_CHECKS",
+    "ROUTER_CHECKS",
+    "SHARED_EXPERT_CHECKS",
+    "BackendCase",
+    "BalanceLossCase",
+    "ConformanceError",
+    "ExpertLayoutCase",
+    "InitialiserCase",
+    "RouterCase",
+    "SharedExpertCase",
+    "check_backend",
+    "check_balance_loss",
+    "check_expert_layout",
+    "check_initialiser",
+    "check_router",
+    "check_shared_expert",
+]

@@ -1,0 +1,172 @@
+"""Every built-in plugin passes the kit that strangers' plugins are held to. A new one is one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from moelab import Registry, testing
+from moelab.registry import (
+    BALANCE_LOSSES,
+    EXPERT_BACKENDS,
+    EXPERT_INITIALISERS,
+    EXPERT_LAYOUTS,
+    ROUTERS,
+    SHARED_EXPERTS,
+)
+from moelab.testing import initialisers
+from moelab.testing.routers import CONTEXT
+
+REGISTRY = Registry(entry_points=False)
+
+# name -> (options, context); every registered name must be here.
+ROUTER_CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
+    "softmax_topk": [
+        ({}, {}),
+        ({"norm_topk_prob": True, "n_group": 4, "topk_group": 2}, {}),
+        ({"topk_first": True, "input_jitter": 0.1}, {}),
+        ({"balance": "bias"}, {}),
+        ({"balance": "quantile"}, {}),
+        ({"capacity_factor": 1.0}, {}),
+        ({"capacity_factor": 0.5, "drop_policy": "position", "norm_topk_prob": True}, {}),
+    ],
+    "sigmoid_topk": [({}, {}), ({"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}, {})],
+    "sqrtsoftplus_topk": [({}, {})],
+    "switch": [({}, {"num_experts_per_tok": 1}), ({"capacity_factor": 1.25}, {"num_experts_per_tok": 1})],
+    "gshard": [({}, {}), ({"capacity_factor": 2.0}, {})],
+    "noisy_topk": [({}, {})],
+    "sinkhorn": [({}, {}), ({}, {"num_experts_per_tok": 1})],
+    "hash": [({}, {})],
+    "top_p": [({}, {}), ({"k_max": 2, "norm_topk_prob": True, "top_p": 0.8}, {})],
+    "remoe": [({}, {}), ({"k_max": 3}, {})],
+    "null_experts": [({"num_null_experts": 8}, {})],
+    "moe_plus_plus": [({}, {}), ({"capacity_factor": 0.8}, {})],
+    "expert_choice": [({}, {}), ({"max_experts_per_token": 3}, {})],
+    "mixture_of_depths": [({"capacity": 0.5}, {})],
+    "token_rounding": [({"tile": 2}, {}), ({"tile": 4, "rounding": "up", "norm_topk_prob": True}, {})],
+    "forced_random": [({}, {})],
+    "forced_round_robin": [({}, {})],
+}
+# name -> (options, router, router options, value at balance)
+LOSS_CASES: dict[str, list[tuple[dict[str, Any], str | None, dict[str, Any], float | None]]] = {
+    "load_balance": [
+        ({"scope": "global"}, None, {}, 1.0),
+        ({"scope": "micro"}, None, {}, 1.0),
+        ({"scope": "sequence"}, None, {}, 1.0),
+        ({"scope": "device", "num_devices": 4}, None, {}, 1.0),
+        ({"scope": "sequence"}, "expert_choice", {}, None),
+    ],
+    "hf_load_balance": [({}, None, {}, 2.0)],
+    "router_z": [({}, None, {}, 4.324077125)],  # (ln 8)^2
+    "importance": [({}, None, {}, 0.0)],
+    "noisy_load": [({}, "noisy_topk", {}, None)],
+    "entropy": [
+        ({}, None, {}, 2.0794415417),  # ln 8
+        ({"kind": "batch"}, None, {}, 0.0),
+        ({"kind": "mutual_information"}, None, {}, 0.0),
+    ],
+    "router_orthogonality": [({}, None, {}, None), ({"kind": "simbal"}, None, {}, None)],
+    "expert_similarity": [({}, None, {}, None)],
+    "remoe_l1": [({}, "remoe", {}, None)],
+    "null_load_balance": [
+        ({}, "moe_plus_plus", {"gating_residual": False}, 1.0),
+        ({"kind": "average"}, "null_experts", {"num_null_experts": 8}, 1.0),
+    ],
+    "depth_predictor": [({}, "mixture_of_depths", {"capacity": 0.5}, None)],
+}
+COUNTS = {"num_experts": 8, "num_experts_per_tok": 2}
+LAYOUT_CASES: dict[str, dict[str, Any]] = {
+    "uniform": {**COUNTS, "moe_intermediate_size": 12, "mlp_only_layers": [2]},
+    "granular": {"granularity": 4},
+    "first_dense": {**COUNTS, "moe_intermediate_size": 12},
+    "every_n": {**COUNTS, "moe_intermediate_size": 12},
+    "per_layer": {"num_experts": [0, 4, 8, 16], "num_experts_per_tok": [2], "moe_intermediate_size": [12]},
+    "pyramid": {
+        "first_num_experts": 4, "last_num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+        "multiple_of": 4,
+    },
+    "heterogeneous": {**COUNTS, "widths": [4, 8, 12, 16]},
+}  # fmt: skip
+SHARED_CASES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "gated": {"intermediate_size": 20},
+    "plain": {"intermediate_size": 20},
+    "several": {"intermediate_size": 10, "num_experts": 3, "gated": True},
+    "dense_residual": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("point", "cases"),
+    [
+        (ROUTERS, ROUTER_CASES),
+        (BALANCE_LOSSES, LOSS_CASES),
+        (EXPERT_LAYOUTS, LAYOUT_CASES),
+        (SHARED_EXPERTS, SHARED_CASES),
+    ],
+)
+def test_no_builtin_escapes_the_kit(point: Any, cases: dict[str, Any]) -> None:
+    assert set(REGISTRY.components(point)) == set(cases)
+
+
+@pytest.mark.parametrize("check", testing.ROUTER_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    ("name", "options", "context"),
+    [(name, *case) for name, cases in ROUTER_CASES.items() for case in cases],
+    ids=lambda value: value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items()),
+)
+def test_a_router_conforms(
+    name: str, options: dict[str, Any], context: dict[str, Any], check: Callable[[testing.RouterCase], None]
+) -> None:
+    component = REGISTRY.components(ROUTERS)[name]
+    check(testing.RouterCase(component, options, replace(CONTEXT, **context)))
+
+
+@pytest.mark.parametrize("check", testing.BALANCE_LOSS_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    ("name", "options", "router", "router_options", "balanced"),
+    [(name, *case) for name, cases in LOSS_CASES.items() for case in cases],
+)
+def test_a_balance_loss_conforms(
+    name: str,
+    options: dict[str, Any],
+    router: str | None,
+    router_options: dict[str, Any],
+    balanced: float | None,
+    check: Callable[[testing.BalanceLossCase], None],
+) -> None:
+    component = REGISTRY.components(BALANCE_LOSSES)[name]
+    source = None if router is None else REGISTRY.components(ROUTERS)[router]
+    check(testing.BalanceLossCase(component, options, source, router_options, balanced=balanced))
+
+
+@pytest.mark.parametrize("name", LAYOUT_CASES)
+def test_a_layout_conforms(name: str) -> None:
+    testing.check_expert_layout(REGISTRY.components(EXPERT_LAYOUTS)[name], LAYOUT_CASES[name])
+
+
+@pytest.mark.parametrize("name", SHARED_CASES)
+def test_a_shared_expert_conforms(name: str) -> None:
+    testing.check_shared_expert(REGISTRY.components(SHARED_EXPERTS)[name], SHARED_CASES[name])
+
+
+@pytest.mark.parametrize("name", sorted(set(REGISTRY.components(EXPERT_BACKENDS)) - {"auto"}))
+def test_a_backend_conforms(name: str) -> None:
+    """`auto` is left out: it only chooses among the others."""
+    testing.check_backend(REGISTRY.components(EXPERT_BACKENDS)[name])
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY.components(EXPERT_INITIALISERS)))
+def test_an_expert_initialiser_conforms(name: str) -> None:
+    testing.check_initialiser(REGISTRY.components(EXPERT_INITIALISERS)[name], **INITIALISER_SIZES.get(name, {}))
+
+
+# Whole copies are as wide as the dense layer of the kit, pieces make it up, and a mixture has several sources.
+INITIALISER_SIZES = {
+    "sparse": {"width": initialisers.DENSE},
+    "split": {"width": initialisers.DENSE // 6},
+    "mix": {"width": initialisers.DENSE, "num_sources": 2},
+}

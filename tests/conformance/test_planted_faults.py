@@ -1,0 +1,486 @@
+"""The kit catches a planted fault of each kind, and says which check failed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moelab import ConfigError, ExpertLayout, MoEContext, Routing, TokenInfo, component, testing
+from moelab.initialisers import NeuronPlan
+from moelab.moe.experts import swiglu
+from moelab.nn.mlp import SwiGLU
+from moelab.testing import backends, balance_losses, expert_layouts, initialisers, routers, shared_experts
+
+
+@dataclass
+class NoOptions:
+    pass
+
+
+class Good(nn.Module):
+    """A sound router, with the seams where faults are planted."""
+
+    def __init__(self, options: Any, context: MoEContext) -> None:
+        super().__init__()
+        self.top_k, self.experts = context.num_experts_per_tok, context.num_experts
+        self.weight = nn.Parameter(torch.empty(self.experts, context.hidden_size))
+        self.register_buffer("bias", torch.zeros(self.experts))
+
+    def logits(self, x: Tensor, info: TokenInfo) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.float(), self.weight.float())
+
+    def choose(self, scores: Tensor) -> Tensor:
+        return (scores + self.bias).topk(self.top_k).indices
+
+    def weigh(self, scores: Tensor, expert: Tensor) -> Tensor:
+        return scores.gather(1, expert)
+
+    def forward(self, x: Tensor, info: TokenInfo) -> Routing:
+        logits = self.logits(x, info)
+        scores = logits.softmax(-1)
+        expert = self.choose(scores)
+        weight = self.weigh(scores, expert)
+        return Routing.from_topk(expert, weight, self.experts, scores=scores, logits=logits, token_mask=info.mask)
+
+    def after_step(self, counts: Tensor) -> None:
+        load = counts.float()
+        self.bias += 0.1 * torch.sign(load.mean() - load)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.bias = self.bias.float()
+        return self
+
+
+class SameExpertTwice(Good):
+    def choose(self, scores: Tensor) -> Tensor:
+        return scores.argmax(-1, keepdim=True).expand(-1, self.top_k)
+
+
+class BFloat16Weights(Good):
+    def weigh(self, scores: Tensor, expert: Tensor) -> Tensor:
+        return scores.gather(1, expert).bfloat16()
+
+
+class DetachedWeights(Good):
+    def weigh(self, scores: Tensor, expert: Tensor) -> Tensor:
+        return scores.gather(1, expert).detach()
+
+
+class DeafParameter(Good):
+    def __init__(self, options: Any, context: MoEContext) -> None:
+        super().__init__(options, context)
+        self.unused = nn.Parameter(torch.zeros(3))
+
+
+class GlobalNoise(Good):
+    def logits(self, x: Tensor, info: TokenInfo) -> Tensor:
+        return super().logits(x, info) + torch.randn(1)
+
+
+class KeepsLogits(Good):
+    def logits(self, x: Tensor, info: TokenInfo) -> Tensor:
+        self.last = super().logits(x, info)
+        return self.last
+
+
+class StepsInForward(Good):
+    def forward(self, x: Tensor, info: TokenInfo) -> Routing:
+        routing = super().forward(x, info)
+        self.bias += 0.01
+        return routing
+
+
+class IgnoresMask(Good):
+    def forward(self, x: Tensor, info: TokenInfo) -> Routing:
+        return super().forward(x, replace(info, mask=None))
+
+
+class PaddingLeaks(Good):
+    """Mean over all tokens, padding included: also not causal, and no two sequences are apart."""
+
+    def logits(self, x: Tensor, info: TokenInfo) -> Tensor:
+        return super().logits(x - x.mean(0), info) if len(x) else super().logits(x, info)
+
+
+class SeesLength(Good):
+    """Scales by the padded length of the sequence."""
+
+    def logits(self, x: Tensor, info: TokenInfo) -> Tensor:
+        return super().logits(x, info) / info.sequence_shape()[1] * 4
+
+
+class SeesTheNext(Good):
+    def logits(self, x: Tensor, info: TokenInfo) -> Tensor:
+        batch, length = info.sequence_shape()
+        shifted = x.view(batch, length, -1).roll(-1, dims=1).reshape(x.shape) if len(x) else x
+        return super().logits(x + shifted, info)
+
+
+class SeesOtherSequences(Good):
+    def logits(self, x: Tensor, info: TokenInfo) -> Tensor:
+        first = x[:1] if info.num_sequences and info.num_sequences > 1 else torch.zeros_like(x[:1])
+        return super().logits(x, info) + super().logits(first, info)
+
+
+class HiddenState(Good):
+    """What `after_step` learns is not in the state."""
+
+    def __init__(self, options: Any, context: MoEContext) -> None:
+        super().__init__(options, context)
+        self.drift = 0.0
+
+    def after_step(self, counts: Tensor) -> None:
+        self.drift += 1.0
+
+    def choose(self, scores: Tensor) -> Tensor:
+        tilt = torch.arange(self.experts) * self.drift * 0.1
+        return (scores + tilt).topk(self.top_k).indices
+
+
+class BiasBecomesBFloat16(Good):
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return nn.Module._apply(self, fn, recurse)
+
+
+class FollowsAutocast(Good):
+    def logits(self, x: Tensor, info: TokenInfo) -> Tensor:
+        return nn.functional.linear(x, self.weight).float()
+
+
+class AsksTheDevice(Good):
+    def choose(self, scores: Tensor) -> Tensor:
+        if scores.numel() and float(scores.max()) > 2:
+            raise AssertionError
+        return super().choose(scores)
+
+
+class NeedsTokens(Good):
+    def logits(self, x: Tensor, info: TokenInfo) -> Tensor:
+        return super().logits(x, info) - x.max().detach() * 0
+
+
+class Overflows(Good):
+    def weigh(self, scores: Tensor, expert: Tensor) -> Tensor:
+        chosen = scores.gather(1, expert)
+        return chosen.square().square().square() / chosen.square().square().square().sum(0, keepdim=True).square()
+
+
+class WrongTopK(Good):
+    def forward(self, x: Tensor, info: TokenInfo) -> Routing:
+        routing = super().forward(x, info)
+        order = torch.arange(routing.expert.numel()).flip(0)
+        return replace(routing, token=routing.token[order])
+
+
+ROUTER_FAULTS = [
+    (SameExpertTwice, "gives_no_expert_twice_to_a_token"),
+    (BFloat16Weights, "returns_what_the_contract_says"),
+    (WrongTopK, "returns_what_the_contract_says"),
+    (DetachedWeights, "gradients_reach_the_router"),
+    (DeafParameter, "gradients_reach_the_router"),
+    (GlobalNoise, "does_the_same_again"),
+    (KeepsLogits, "keeps_nothing_of_a_batch"),
+    (StepsInForward, "keeps_nothing_of_a_batch"),
+    (IgnoresMask, "padding_changes_nothing"),
+    (PaddingLeaks, "padding_changes_nothing"),
+    (SeesLength, "right_padding_changes_nothing"),
+    (SeesTheNext, "later_tokens_change_nothing"),
+    (SeesOtherSequences, "sequences_are_apart"),
+    (HiddenState, "state_is_saved_and_restored"),
+    (BiasBecomesBFloat16, "stays_float32_in_a_bfloat16_model"),
+    (FollowsAutocast, "stays_float32_in_a_bfloat16_model"),
+    (AsksTheDevice, "nothing_waits_for_the_device"),
+    (NeedsTokens, "few_tokens_are_routed"),
+    (Overflows, "extremes_stay_finite"),
+]
+
+
+def test_a_sound_router_passes() -> None:
+    testing.check_router(component("good", NoOptions, Good))
+
+
+@pytest.mark.parametrize(("fault", "check"), ROUTER_FAULTS, ids=lambda v: getattr(v, "__name__", v))
+def test_a_faulty_router_is_caught(fault: Any, check: str) -> None:
+    with pytest.raises(testing.ConformanceError, match=check):
+        testing.check_router(component("bad", NoOptions, fault))
+
+
+def test_a_wrong_closed_form_is_caught() -> None:
+    def twice(x: Tensor, router: Any, info: TokenInfo) -> Tensor:
+        p = (x @ router.weight.t()).softmax(-1)
+        return 2 * torch.where(p >= p.topk(2).values[:, -1:], p, 0.0)
+
+    with pytest.raises(testing.ConformanceError, match="matches_its_closed_form"):
+        testing.check_router(component("good", NoOptions, Good), reference=twice)
+    testing.check_router(component("good", NoOptions, Good), reference=lambda x, r, i: twice(x, r, i) / 2)
+
+
+def test_every_router_check_has_a_planted_fault() -> None:
+    caught = {check for _, check in ROUTER_FAULTS} | {"matches_its_closed_form"}
+    assert caught == {check.__name__ for check in routers.ROUTER_CHECKS}
+
+
+@dataclass
+class LossOptions:
+    weight: float = 0.1
+
+
+class GoodLoss:
+    needs_batch_counts = True
+
+    def __init__(self, options: LossOptions, context: Any) -> None:
+        self.weight = options.weight
+        self.layers = len(context.layouts)
+
+    def layer(self, record: Any, context: Any) -> Tensor:
+        routing = record.routing
+        if routing.scores is None:
+            raise ConfigError(f"layer {record.layer_id}: no scores")
+        mask = torch.ones(routing.num_tokens) if routing.token_mask is None else routing.token_mask.float()
+        mean = (routing.scores * mask[:, None]).sum(0) / mask.sum().clamp_min(1)
+        counts = context.batch_counts[record.layer_id].float()
+        return 8 * (counts / counts.sum().clamp_min(1) * mean).sum()
+
+    def __call__(self, records: Any, context: Any) -> Tensor:
+        return torch.stack([self.layer(r, context) for r in records]).mean()
+
+
+def _loss(name: str, call: Any, **members: Any) -> Any:
+    return type(name, (GoodLoss,), {"layer": call, **members})
+
+
+def _with(change: Any) -> Any:
+    return lambda self, r, c: change(GoodLoss.layer(self, r, c), self, r, c)
+
+
+class Adapts(GoodLoss):
+    """Changes its weight and forgets it."""
+
+    def after_step(self, context: Any) -> None:
+        self.weight *= 2
+
+
+LOSS_FAULTS = [
+    (type("Vector", (GoodLoss,), {"__call__": lambda self, r, c: GoodLoss.__call__(self, r, c)[None]}),
+     "returns_a_finite_scalar"),
+    (_loss("DividesByZero", _with(lambda v, s, r, c: v / c.batch_counts[r.layer_id].sum())), "returns_a_finite_scalar"),
+    (_loss("AppliesItsWeight", _with(lambda v, s, r, c: v * s.weight)), "says_its_weight"),
+    (_loss("CountsPadding", _with(lambda v, s, r, c: v + r.routing.scores.square().mean())), "padding_changes_nothing"),
+    (_loss("Sums", _with(lambda v, s, r, c: v * r.counts.sum().float())), "a_copied_batch_costs_the_same"),
+    (type("SumsLayers", (GoodLoss,), {"__call__": lambda self, r, c: sum(self.layer(x, c) for x in r)}),
+     "layers_are_averaged"),
+    (_loss("CountsItsMicroBatch", lambda self, r, c: GoodLoss.layer(
+        self, r, replace(c, batch_counts={r.layer_id: r.counts}))), "a_split_changes_nothing"),
+    (_loss("Detached", _with(lambda v, s, r, c: v.detach())), "a_gradient_reaches_the_layer"),
+    (_loss("Unnamed", lambda self, r, c: 8 * r.routing.scores[0].sum()), "says_so_when_something_is_missing"),
+    (Adapts, "steps_and_state_are_sound"),
+    (_loss("Asks", _with(lambda v, s, r, c: v if float(v) < 1e9 else v * 2)), "waits_for_nothing"),
+    (_loss("Shifted", _with(lambda v, s, r, c: v + 1)), "has_its_value_at_balance"),
+]  # fmt: skip
+
+
+def test_a_sound_loss_passes() -> None:
+    testing.check_balance_loss(component("good", LossOptions, GoodLoss), balanced=1.0)
+
+
+@pytest.mark.parametrize(("fault", "check"), LOSS_FAULTS, ids=lambda v: getattr(v, "__name__", v))
+def test_a_faulty_loss_is_caught(fault: Any, check: str) -> None:
+    with pytest.raises(testing.ConformanceError, match=check):
+        testing.check_balance_loss(component("bad", LossOptions, fault), balanced=1.0)
+
+
+def test_every_loss_check_has_a_planted_fault() -> None:
+    caught = [check for _, check in LOSS_FAULTS]
+    assert all(any(c.__name__.startswith(name) for name in caught) for c in balance_losses.BALANCE_LOSS_CHECKS)
+
+
+LAYOUT_FAULTS = [
+    (lambda o, c: ExpertLayout(4, 8, 12), "gives_layouts_that_can_be_built"),
+    (lambda o, c: ExpertLayout(4, 2, 12.0), "gives_layouts_that_can_be_built"),  # type: ignore[arg-type]
+    (lambda o, c: ExpertLayout(4, 2, 12, (12, 12)), "widths_agree_with_their_number"),
+    (lambda o, c: None, "some_layer_is_sparse"),
+    (lambda o, c, seen=[]: seen.append(0) or ExpertLayout(4 + len(seen), 2, 12), "does_not_depend_on_the_order"),
+]
+
+
+@pytest.mark.parametrize(("fault", "check"), LAYOUT_FAULTS)
+def test_a_faulty_layout_is_caught(fault: Any, check: str) -> None:
+    with pytest.raises(testing.ConformanceError, match=check):
+        testing.check_expert_layout(component("bad", NoOptions, fault))
+
+
+def test_every_layout_check_has_a_planted_fault() -> None:
+    caught = [check for _, check in LAYOUT_FAULTS]
+    assert all(any(c.__name__.startswith(n) for n in caught) for c in expert_layouts.EXPERT_LAYOUT_CHECKS)
+
+
+class GoodShared(SwiGLU):
+    intermediate_size = 20
+
+    def __init__(self, options: Any, context: MoEContext) -> None:
+        super().__init__(context.hidden_size, 20)
+
+
+class KeepsOutput(GoodShared):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = super().forward(x)
+        return self.last
+
+
+class UnusedGate(GoodShared):
+    def __init__(self, options: Any, context: MoEContext) -> None:
+        super().__init__(options, context)
+        self.gate = nn.Linear(context.hidden_size, 1)
+
+
+SHARED_FAULTS = [
+    (type("Float32", (GoodShared,), {"forward": lambda s, x: SwiGLU.forward(s, x).float()}),
+     "returns_the_shape_and_dtype"),
+    (type("NoWidth", (GoodShared,), {"intermediate_size": None}), "says_how_wide_it_is"),
+    (type("Leaks", (GoodShared,), {"forward": lambda s, x: SwiGLU.forward(s, x) + x.cumsum(0)}), "tokens_are_apart"),
+    (UnusedGate, "gradients_reach_all_parameters"),
+    (KeepsOutput, "keeps_nothing_and_restores"),
+    (type("Asks", (GoodShared,), {
+        "forward": lambda s, x: SwiGLU.forward(s, x) * (1 if not len(x) or x.max() < 9 else 2)}),
+     "waits_for_nothing"),
+    (type("Twice", (GoodShared,), {"forward": lambda s, x: 2 * SwiGLU.forward(s, x)}), "equals_its_closed_form"),
+]  # fmt: skip
+
+
+def _plain(x: Tensor, module: Any) -> Tensor:
+    gate = x @ module.gate_proj.weight.t()
+    return (gate * torch.sigmoid(gate) * (x @ module.up_proj.weight.t())) @ module.down_proj.weight.t()
+
+
+def test_a_sound_shared_expert_passes() -> None:
+    testing.check_shared_expert(component("good", NoOptions, GoodShared), reference=_plain)
+
+
+@pytest.mark.parametrize(("fault", "check"), SHARED_FAULTS, ids=lambda v: getattr(v, "__name__", v))
+def test_a_faulty_shared_expert_is_caught(fault: Any, check: str) -> None:
+    with pytest.raises(testing.ConformanceError, match=check):
+        testing.check_shared_expert(component("bad", NoOptions, fault), reference=_plain)
+
+
+def test_every_shared_expert_check_has_a_planted_fault() -> None:
+    caught = [check for _, check in SHARED_FAULTS]
+    assert all(any(c.__name__.startswith(n) for n in caught) for c in shared_experts.SHARED_EXPERT_CHECKS)
+
+
+class GoodBackend:
+    name = "good"
+
+    def __init__(self, options: Any, context: Any) -> None:
+        pass
+
+    def supports(self, problem: Any) -> str | None:
+        return None
+
+    def mix(self, x: Tensor, routing: Routing, bank: Any) -> Tensor:
+        rows = swiglu(torch.einsum("nd,nfd->nf", x[routing.token], bank.gate_up[routing.expert]))
+        out = torch.einsum("nf,nfd->nd", rows, bank.down[routing.expert]) * routing.weight[:, None]
+        return torch.zeros_like(x).index_add(0, routing.token, out)
+
+    def __call__(self, x: Tensor, routing: Routing, bank: Any) -> Tensor:
+        return self.mix(x, routing, bank)
+
+
+def _backend(title: str, mix: Any, **members: Any) -> Any:
+    return type(title, (GoodBackend,), {"mix": mix, **members})
+
+
+def _mean_of_top_k(self: Any, x: Tensor, routing: Routing, bank: Any) -> Tensor:
+    return GoodBackend.mix(self, x, replace(routing, token=routing.token.sort().values), bank)
+
+
+def _starved_garbage(self: Any, x: Tensor, routing: Routing, bank: Any) -> Tensor:
+    missing = routing.counts() == 0
+    return GoodBackend.mix(self, x, routing, bank) + (bank.down[missing].sum() * 1.0 if missing.any() else 0.0)
+
+
+BACKEND_FAULTS = [
+    (_backend("NoName", GoodBackend.mix, name=""), "says_what_it_does_not_support"),
+    (_backend("Unweighted", lambda s, x, r, b: GoodBackend.mix(s, x, replace(r, weight=r.weight * 0 + 1), b)),
+     "equals_the_reference"),
+    (_backend("NoGradient", lambda s, x, r, b: GoodBackend.mix(s, x.detach(), r, b)), "equals_the_reference"),
+    (_backend("Garbage", _starved_garbage), "serves_empty_experts"),
+    (_backend("NeedsTokens", lambda s, x, r, b: GoodBackend.mix(s, x - x.max() * 0, r, b)),
+     "serves_one_token_and_none"),
+    (_backend("AssumesOrder", _mean_of_top_k), "serves_any_number_of_experts_per_token"),
+    (_backend("WeighsPlaceholders", lambda s, x, r, b: GoodBackend.mix(
+        s, x, r if r.served is None else replace(r, weight=r.weight.clamp_min(0.1)), b)), "serves_placeholders"),
+]  # fmt: skip
+
+
+def test_a_sound_backend_passes() -> None:
+    testing.check_backend(component("good", NoOptions, GoodBackend))
+
+
+@pytest.mark.parametrize(("fault", "check"), BACKEND_FAULTS, ids=lambda v: getattr(v, "__name__", v))
+def test_a_faulty_backend_is_caught(fault: Any, check: str) -> None:
+    with pytest.raises(testing.ConformanceError, match=check):
+        testing.check_backend(component("bad", NoOptions, fault))
+
+
+def test_every_backend_check_has_a_planted_fault() -> None:
+    assert {check for _, check in BACKEND_FAULTS} == {c.__name__ for c in backends.BACKEND_CHECKS}
+
+
+class GoodInitialiser:
+    def __init__(self, options: Any, context: Any) -> None:
+        self.context = context
+        self.calls = 0
+
+    def plan(self, expert: int) -> NeuronPlan:
+        random = np.random.default_rng((self.context.seed, expert))
+        n = self.context.layout.moe_intermediate_size
+        redrawn = random.random(n) < 0.5
+        return NeuronPlan(random.integers(0, 24, n).astype(np.int32), dict.fromkeys(("gate", "up", "down"), redrawn))
+
+    def materialise(self, plan: NeuronPlan, expert: int, matrix: str, dense: Any) -> Any:
+        random = np.random.default_rng((self.context.seed, expert, len(matrix)))
+        drawn = random.normal(0, 0.02, (len(plan.source), 8))
+        return np.where(plan.redrawn[matrix][:, None], drawn, dense.float32(plan.source))
+
+
+class CountsCalls(GoodInitialiser):
+    def materialise(self, plan: NeuronPlan, expert: int, matrix: str, dense: Any) -> Any:
+        self.calls += 1
+        return super().materialise(plan, expert, matrix, dense) + self.calls
+
+
+class IgnoresSeed(GoodInitialiser):
+    def __init__(self, options: Any, context: Any) -> None:
+        super().__init__(options, replace(context, seed=0))
+
+
+INITIALISER_FAULTS = [
+    (type("TooFar", (GoodInitialiser,), {
+        "plan": lambda s, e: replace(GoodInitialiser.plan(s, e), source=np.full(10, 24, np.int32))}),
+     "plans_every_neuron"),
+    (type("Nan", (GoodInitialiser,), {"materialise": lambda s, p, e, m, d: np.full((10, 8), np.nan)}),
+     "fills_every_matrix"),
+    (CountsCalls, "any_order_gives_the_same"),
+    (IgnoresSeed, "the_seed_decides"),
+]  # fmt: skip
+
+
+def test_a_sound_initialiser_passes() -> None:
+    testing.check_initialiser(component("good", NoOptions, GoodInitialiser))
+
+
+@pytest.mark.parametrize(("fault", "check"), INITIALISER_FAULTS, ids=lambda v: getattr(v, "__name__", v))
+def test_a_faulty_initialiser_is_caught(fault: Any, check: str) -> None:
+    with pytest.raises(testing.ConformanceError, match=check):
+        testing.check_initialiser(component("bad", NoOptions, fault))
+
+
+def test_every_initialiser_check_has_a_planted_fault() -> None:
+    assert {check for _, check in INITIALISER_FAULTS} == {c.__name__ for c in initialisers.INITIALISER_CHECKS}

@@ -1,0 +1,253 @@
+"""The command line from a checkpoint that transformers made to one that transformers reads; kills and memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dense_checkpoints import Tiny, read_all, write_dense
+
+transformers = pytest.importorskip("transformers")
+
+SCALED = [
+    "model.vocab_size=500",
+    "model.moe.layout.moe_intermediate_size=80",
+    "model.moe.shared_expert.intermediate_size=640",
+]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "moelab", *map(str, arguments)]
+
+
+def run(*arguments: object, **keys: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False, **keys)
+
+
+def recipe(source: Path, output: Path, *overrides: str) -> list[str]:
+    return ["upcycle", "upcycle/qwen2_57b_a14b", f"source={source}", f"output={output}", *SCALED, *overrides]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random biases and norms: on a freshly initialised model many mistakes are invisible."""
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=512, hidden_size=56, intermediate_size=592, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=14, max_position_embeddings=128, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.15, mean=1.0 if "norm" in name else 0.0)
+    folder = tmp_path_factory.mktemp("flow") / "dense"
+    model.save_pretrained(folder)
+    return folder
+
+
+def logits(folder: Path) -> torch.Tensor:
+    """By transformers, which must find every tensor it wants and no other. -> [2, 24, V]"""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokens = torch.arange(48).reshape(2, 24) * 7 % 500
+    with torch.inference_mode():
+        return model(tokens).logits[..., :500]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "exact"),
+    [
+        (["recipe.silence=0"], True),  # I11
+        (["recipe.silence=0", "recipe.shared.name=dup"], True),
+        ([], False),
+        (  # I9: whole copies, weights that sum to one, and a silent shared expert
+            ["model.moe.layout.moe_intermediate_size=592", "model.moe.layout.num_experts=4",
+             "model.moe.layout.num_experts_per_tok=2", "model.moe.router.norm_topk_prob=true",
+             "recipe.experts.name=sparse", "recipe.shared.name=zero"],
+            True,
+        ),
+        (  # I10: virtual groups give half, the shared expert the other half
+            ["recipe.experts.name=virtual_group", "recipe.router.name=tied_groups", "recipe.scaling.name=virtual_group",
+             "model.moe.router.norm_topk_prob=true"],
+            True,
+        ),
+    ],
+    ids=["silenced", "silenced-dup", "default", "sparse", "virtual_group"],
+)  # fmt: skip
+def test_transformers_computes_the_dense_models_logits(dense: Path, tmp_path: Path, overrides: list[str], exact: bool):
+    done = run(*recipe(dense, tmp_path / "out", *overrides))
+    assert done.returncode == 0, done.stderr
+    before, after = logits(dense), logits(tmp_path / "out")
+    difference = float((before - after).abs().max() / before.abs().max())
+    assert (difference < 1e-5) if exact else (1e-4 < difference < 1)
+    receipt = json.loads((tmp_path / "out/upcycle_receipt.json").read_text())
+    assert receipt["layers_compared"] == 2
+    assert (receipt["kl"] < 1e-8) == exact
+
+
+def test_the_command_says_what_it_did_and_verify_agrees(dense: Path, tmp_path: Path):
+    done = run(*recipe(dense, tmp_path / "out", "workers=1"))
+    assert re.search(r"content sha256 [0-9a-f]{64} of 415 of 415 tensors", done.stdout)
+    assert "top-1 agreement" in done.stdout
+    assert run("verify", tmp_path / "out", "--source", dense, "--full").returncode == 0
+    shard = tmp_path / "out/model-00001-of-00003.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    wrong = run("verify", tmp_path / "out", "--source", dense, "--full")
+    assert wrong.returncode == 1
+    assert f"byte {len(data) - 5}: 'model.layers.0.mlp.experts.63.down_proj.weight'" in wrong.stderr
+
+
+def test_a_dry_run_and_a_hash_sink_leave_nothing(dense: Path, tmp_path: Path):
+    dry = run(*recipe(dense, tmp_path / "out"), "--dry-run")
+    assert "sliced: rows 512 -> 500" in dry.stdout
+    hashed = run(*recipe(dense, tmp_path / "out"), "--sink", "hash")
+    assert not (tmp_path / "out").exists()
+    made = run(*recipe(dense, tmp_path / "out"))
+    (first,), (second,) = (re.findall("content sha256 ([0-9a-f]+)", d.stdout) for d in (hashed, made))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["source=nowhere"], "nowhere"),
+        (["recipe.experts.reinit_fractoin=0.3"], "did you mean 'reinit_fraction'"),
+        (["model.vocab_size=600"], "model.vocab_size=512 or fewer"),
+        (["sed=1"], "did you mean 'seed'"),
+        (["model.moe.layout.num_experts_per_tok=65"], "exceeds num_experts 64"),
+        (["--layers", "2:9"], "not within the layers 0:2"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(dense: Path, tmp_path: Path, arguments: list[str], words: str):
+    done = run(*recipe(dense, tmp_path / "out"), *arguments)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_bytes(dense: Path, tmp_path: Path):
+    """Four kills with SIGKILL, one with SIGTERM, at random moments of a conversion in many shards."""
+    overrides = ("max_shard_size=60KB", "workers=2")
+    assert run(*recipe(dense, tmp_path / "whole", *overrides), "--no-receipt").returncode == 0
+    out, chance = tmp_path / "out", random.Random(0)
+    for number in range(5):
+        process = subprocess.Popen(
+            command(*recipe(dense, out, *overrides), "--no-receipt"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 30
+        wanted = len(list(out.glob("model-*"))) + chance.randint(1, 8)
+        while len(list(out.glob("model-*"))) < wanted and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM if number == 2 else signal.SIGKILL)
+        assert process.wait() != 0
+        assert not (out / "model.safetensors.index.json").exists()
+        if number == 2:
+            assert not list(out.glob(".*partial"))
+    done = run(*recipe(dense, out, *overrides), "--no-receipt")
+    assert done.returncode == 0, done.stderr
+    kept = float(re.findall(r"([0-9.]+) GB verified and kept", done.stdout)[0])
+    assert kept > 0
+    first, second = read_all(tmp_path / "whole"), read_all(out)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    index = "model.safetensors.index.json"
+    assert (tmp_path / "whole" / index).read_bytes() == (out / index).read_bytes()
+    assert not list(out.glob(".*partial"))
+
+
+def _limit(nbytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (nbytes, nbytes))
+
+
+def test_it_works_under_a_hard_memory_limit_without_torch(dense: Path, tmp_path: Path):
+    """The address space that Python, numpy and the buffers take; torch alone would need more."""
+    done = run(*recipe(dense, tmp_path / "out", "workers=1"), "--no-receipt", preexec_fn=lambda: _limit(600 << 20))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/model.safetensors.index.json").exists()
+
+
+PLUGIN = '''
+"""Experts that are the first neurons of the dense FFN, turned upside down."""
+from dataclasses import dataclass
+import numpy as np
+import moelab
+from moelab.initialisers import MATRICES, NeuronPlan
+
+@dataclass
+class Options:
+    factor: float = -1.0
+
+class Upside:
+    def __init__(self, options, context):
+        self.options, self.width = options, context.layout.moe_intermediate_size
+
+    def plan(self, expert):
+        nothing = np.zeros(self.width, dtype=bool)
+        return NeuronPlan(np.arange(self.width, dtype=np.int32), dict.fromkeys(MATRICES, nothing))
+
+    def materialise(self, plan, expert, matrix, dense):
+        return dense.float32(plan.source) * np.float32(self.options.factor)
+
+@moelab.hookimpl
+def moelab_expert_initialisers():
+    return [moelab.component("upside_down", Options, Upside)]
+'''
+
+
+def test_a_strangers_initialiser_runs_in_every_worker(dense: Path, tmp_path: Path):
+    """From a module beside the config file, with no change here; verify finds it again."""
+    (tmp_path / "upside.py").write_text(PLUGIN)
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        "base: upcycle/qwen2_57b_a14b\nplugins: [upside]\nrecipe: {experts: {name: upside_down, factor: -0.5}}\n"
+    )
+    done = run("upcycle", config, f"source={dense}", f"output={tmp_path / 'out'}", *SCALED, "--no-receipt")
+    assert done.returncode == 0, done.stderr
+    made, source = read_all(tmp_path / "out"), read_all(dense)
+    name = "model.layers.1.mlp.experts.9.down_proj.weight"
+    assert torch.equal(made[name], -0.5 * source["model.layers.1.mlp.down_proj.weight"][:, :80])
+    assert run("verify", tmp_path / "out", "--source", dense, cwd=tmp_path).returncode == 0
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from dense_checkpoints import recipe_config, upcycle
+upcycle(recipe_config(sys.argv[1], max_shard_size=sys.argv[3]), Path(sys.argv[2]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+def test_memory_does_not_grow_with_layers_or_shards(root: Path, tmp_path: Path):
+    """24 layers of 4 MB each, in MB of peak memory; held, they or one large shard would add 90."""
+    peaks = {}
+    for layers, size in ((2, "5GB"), (24, "5GB"), (24, "1MB")):
+        source = write_dense(tmp_path / f"dense{layers}", Tiny(hidden=128, layers=layers))
+        output = tmp_path / f"out{layers}{size}"
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(root / "tests")])}
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, source, output, size],
+            capture_output=True, text=True, check=True, env=environment,
+        )  # fmt: skip
+        peaks[layers, size] = int(done.stdout)
+        assert sum(path.stat().st_size for path in output.glob("*.safetensors")) > layers * 3_900_000
+    assert max(peaks.values()) - min(peaks.values()) < 25, peaks

@@ -1,0 +1,194 @@
+"""`moelab explain`: what each layer of a config is built from, and what it costs."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from moelab.config.load import Loaded
+    from moelab.config.run import RunConfig
+    from moelab.registry import Registry
+
+# What a run needs and an explanation does not; overrides, so that a bare model file can be explained.
+UNUSED = ("run_dir=unused", "train.steps=1", "schedule.warmup_steps=0")
+
+
+@click.command("explain")
+@click.argument("config", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--match", "baseline", metavar="CONFIG", help="Find the layout that costs what this model does.")
+@click.option("--measure", default="active", show_default=True, help="What to match: total, active or flops.")
+@click.option("--vary", default="moe_intermediate_size", show_default=True, help="The layout's option to change.")
+@click.option("--multiple-of", default=1, show_default=True, type=click.IntRange(min=1))
+def command(
+    config: tuple[str, ...], as_json: bool, baseline: str | None, measure: str, vary: str, multiple_of: int
+) -> None:
+    """Print every layer with each resolved part, its owner, parameters and FLOPs.
+
+    \b
+    Example:
+      moelab explain configs/train/tiny_moe.yaml
+      moelab explain model/qwen2-7b moe/deepseek_moe model.moe.layers.0.router.name=hash
+      moelab explain model/qwen2-7b moe/mixtral --match model/qwen2-7b --multiple-of 128
+    """
+    from pathlib import Path
+
+    from moelab.config.load import load_config
+    from moelab.config.run import RunConfig
+    from moelab.errors import ConfigError
+    from moelab.registry import Registry
+
+    loaded = load_config([*config, *UNUSED], RunConfig)
+    registry = Registry(loaded.config.plugins, loaded.config.entry_points, [*loaded.search_path, Path()])
+    try:
+        table = explain(loaded.config, registry)
+        if baseline is not None:
+            table["match"] = _match(loaded, baseline, registry, (measure, vary, multiple_of))
+    except ConfigError as error:
+        raise loaded.blame(error) from error
+    if as_json:
+        click.echo(json.dumps(table, indent=2))
+    else:
+        _print(table)
+
+
+def explain(config: RunConfig, registry: Registry) -> dict[str, Any]:
+    """Layers, parts, losses and totals of a run's model, as plain data."""
+    from moelab.builder import build_balance_losses, build_model
+    from moelab.nn.count import count_parameters, flops_per_token, layer_forward_flops, layer_parameters
+    from moelab.registry import BALANCE_LOSSES
+
+    model = build_model(config.model, registry, device="meta", seed=None)
+    losses = build_balance_losses(config.model, registry)
+    length, counted = config.train.sequence_length, count_parameters(model)
+    layers = []
+    for layer_id, layer in enumerate(model.layers):
+        total, active = layer_parameters(layer)
+        flops = layer_forward_flops(layer, length)
+        costs = {"parameters": total, "active_parameters": active, "forward_flops_per_token": flops}
+        layers.append({"layer": layer_id, **costs, "parts": _parts(config, registry, layer_id)})
+    nodes = config.model.moe.balance_losses if config.model.moe else []
+    return {
+        "layers": layers,
+        "balance_losses": [
+            {
+                "name": loss.name,
+                "owner": loss.owner,
+                "layers": sorted(loss.layers or ()),
+                "options": registry.resolve(
+                    BALANCE_LOSSES, {k: v for k, v in node.items() if k not in ("layers", "schedule")}, loss.where
+                ),
+            }
+            for loss, node in zip(losses, nodes, strict=True)
+        ],
+        "parameters": counted.total,
+        "active_parameters": counted.active,
+        "embedding_parameters": counted.embedding,
+        "sequence_length": length,
+        "training_flops_per_token": flops_per_token(model, length),
+    }
+
+
+def _parts(config: RunConfig, registry: Registry, layer_id: int) -> dict[str, Any]:
+    """{part: name, owner, resolved options} of a sparse layer; what the layout says; {} for a dense one."""
+    from dataclasses import asdict
+
+    from moelab.builder import build_layouts
+    from moelab.moe.per_layer import layer_parts
+    from moelab.registry import EXPERT_BACKENDS, EXPERT_LAYOUTS, ROUTERS, SHARED_EXPERTS
+
+    moe = config.model.moe
+    layout = build_layouts(config.model, registry).get(layer_id)
+    if moe is None or layout is None:
+        return {}
+    points: dict[str, Any] = {
+        "layout": EXPERT_LAYOUTS, "router": ROUTERS, "shared_expert": SHARED_EXPERTS, "backend": EXPERT_BACKENDS
+    }  # fmt: skip
+    parts = layer_parts(moe, config.model.num_hidden_layers)[layer_id]
+    found: dict[str, Any] = {"experts": asdict(layout)}
+    for key, point in points.items():
+        chosen, options = registry.select(point, getattr(parts, key), parts.where(key))
+        found[key] = {"name": chosen.name, "owner": chosen.owner, "pattern": parts.pattern, "options": asdict(options)}
+    return found
+
+
+def _match(loaded: Loaded[RunConfig], baseline: str, registry: Registry, how: tuple[str, str, int]) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from moelab.config.load import load_config
+    from moelab.config.run import RunConfig
+    from moelab.match import match_layout
+
+    measure, vary, multiple_of = how
+    other = load_config([baseline, *UNUSED], RunConfig).config.model
+    found = match_layout(
+        loaded.config.model, other, registry, measure=measure, option=vary, multiple_of=multiple_of,
+        sequence_length=loaded.config.train.sequence_length,
+    )  # fmt: skip
+    return asdict(found) | {"error": found.error}
+
+
+def _print(table: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 160)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("layer", "experts", "router", "shared expert", "backend"):
+        shown.add_column(column, overflow="fold")
+    for column in ("parameters", "active", "MFLOP/token"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for layer in table["layers"]:
+        parts = layer["parts"]
+        names = ["dense", "", "", ""]
+        if parts:
+            e = parts["experts"]
+            experts = f"{e['num_experts_per_tok']} of {e['num_experts']} x {e['moe_intermediate_size']}"
+            names = [f"{experts} ({parts['layout']['name']})"]
+            names += [parts[key]["name"] for key in ("router", "shared_expert", "backend")]
+        costs = [f"{layer['parameters']:,}", f"{layer['active_parameters']:,}"]
+        shown.add_row(str(layer["layer"]), *names, *costs, f"{layer['forward_flops_per_token'] / 1e6:,.3f}")
+    console.print(shown)
+    for line in _part_lines(table):
+        console.print(escape(line), soft_wrap=True)
+    console.print(
+        f"total {table['parameters']:,} parameters, {table['active_parameters']:,} active, of them "
+        f"{table['embedding_parameters']:,} embeddings; {table['training_flops_per_token'] / 1e6:,.3f} MFLOP a token "
+        f"forward and backward at {table['sequence_length']} tokens"
+    )
+    if "match" in table:
+        m = table["match"]
+        console.print(
+            f"model.moe.layout.{m['option']}={m['value']} gives {m['found']:,.0f} {m['measure']} for the baseline's "
+            f"{m['wanted']:,.0f} ({m['error']:+.3%})"
+        )
+
+
+def _part_lines(table: dict[str, Any]) -> list[str]:
+    """Each distinct part once: its owner, its resolved options, its layers."""
+    found: dict[str, list[int]] = {}
+    for layer in table["layers"]:
+        for key, part in layer["parts"].items():
+            if key != "experts":
+                options = ", ".join(f"{name}: {value}" for name, value in part["options"].items())
+                found.setdefault(f"{key} {part['name']} ({part['owner']}) {{{options}}}", []).append(layer["layer"])
+    lines = [f"{text}  layers {_ranges(layers)}" for text, layers in found.items()]
+    for loss in table["balance_losses"]:
+        options = ", ".join(f"{name}: {value}" for name, value in loss["options"].items() if name != "name")
+        lines.append(f"loss {loss['name']} ({loss['owner']}) {{{options}}}  layers {_ranges(loss['layers'])}")
+    return lines
+
+
+def _ranges(numbers: list[int]) -> str:
+    pieces: list[list[int]] = []
+    for number in numbers:
+        if pieces and pieces[-1][1] == number - 1:
+            pieces[-1][1] = number
+        else:
+            pieces.append([number, number])
+    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in pieces)
