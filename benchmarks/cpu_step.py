@@ -137,7 +137,7 @@ def _drop_hopeless(pipes: dict[str, Any], seconds: dict[str, list[float]]) -> No
         best = min((seconds[name][-1] for name in peers), default=0.0)
         for name in peers:
             if seconds[name][-1] > HOPELESS * best:
-                del pipes[name]
+                pipes.pop(name).send(None)
 
 
 def _summary(
@@ -180,6 +180,8 @@ def _serve(side: Side, shape: Shape, dtype: str, backend: str, threads: int, pip
     pipe.send((first, flops))
     while True:
         asked = pipe.recv()
+        if asked is None:
+            return
         pipe.send(_backends(ours) if asked == "backends" else _step(trained, _batch(shape, asked), dtype))
 
 
