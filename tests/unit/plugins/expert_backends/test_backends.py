@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import cast
 
@@ -115,11 +116,33 @@ def test_equal_inputs_give_equal_bits(name: str, threads: int):
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_in_a_token_stays_with_the_experts_it_was_sent_to(name: str, dtype: torch.dtype, threads: int):
+    routing, experts = skewed(), bank(HIDDEN, WIDTH, torch.float32)
+    x = torch.randn(routing.num_tokens, HIDDEN)
+    x[0] = float("nan")
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y = _backend(name)(x, routing, experts)
+    y[1:].sum().backward()
+    others = sorted(set(range(EXPERTS)) - set(routing.expert.view(-1, TOP_K)[0].tolist()))
+    for parameter in experts.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad[others].isfinite().all()
+
+
 def test_the_pool_leaves_the_callers_threads_alone():
     torch.set_num_threads(2)
+    cpu_threads._pool.cache_clear()
     experts = bank(HIDDEN, WIDTH, torch.float32)
     _backend("cpu_threads")(torch.randn(40, HIDDEN), skewed(), experts)
+    assert cpu_threads._pool.cache_info().currsize == 1
     assert torch.get_num_threads() == 2
+    found: list[int] = []
+    later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert found == [2]
 
 
 def _problem(assignments: int, dtype: torch.dtype = torch.float32, hidden: int = 256) -> ExpertProblem:
