@@ -101,13 +101,13 @@ def build_tokenizer(ranks: dict[bytes, int]) -> Any:
     vocab = {spell(token): rank for token, rank in ranks.items()}
     merges = [(spell(left), spell(right)) for left, right in find_merges(ranks)]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix=""))
-    tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
+    tokenizer.normalizer = normalizers.NFC()
     byte_level = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(**byte_level)]
     )
-    tokenizer.post_processor = processors.ByteLevel(**byte_level)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.post_processor = processors.ByteLevel(**byte_level)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
     return tokenizer
 
