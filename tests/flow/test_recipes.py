@@ -17,7 +17,7 @@ from moelab.train.trainer import train
 ROOT = Path(__file__).resolve().parents[2]
 TOY = [
     str(ROOT / "configs/train/tiny_moe.yaml"), "train.sequence_length=64", "train.batch_size=4", "train.log_every=1",
-    "evaluation.sequences=4", "evaluation.sample_tokens=8", "observers=[]", "model.hidden_size=32",
+    "train.threads=1", "evaluation.sequences=4", "evaluation.sample_tokens=8", "observers=[]", "model.hidden_size=32",
     "model.intermediate_size=48", "data.source.domains=[code_py]", "data.source.max_bytes_per_domain=60000",
 ]  # fmt: skip
 # What the recipe's sizes become.

@@ -38,7 +38,7 @@ AXES: dict[str, ExtensionPoint[Any, Any]] = {
 class Outcome:
     """What a run did."""
 
-    hashes: dict[str, str]  # tensor -> sha256
+    hashes: dict[str, str]  # tensor -> xxh3-128
     content_hash: str  # of all these; the same however they are sharded
     made: int  # bytes
     kept: int  # bytes of verified shards of an earlier run

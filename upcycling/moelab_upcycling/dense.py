@@ -33,10 +33,13 @@ class LoadedMatrix:
         count, width = self.values.shape
         total, squares = np.empty(count), np.empty(count)
         step = max(1, _CHUNK // width)
+        buffer = np.empty((step, width))
         for start in range(0, count, step):
-            piece = to_float32(self.values[start : start + step], self.dtype).astype(np.float64)
-            total[start : start + step] = piece.sum(axis=1)
-            squares[start : start + step] = np.einsum("ij,ij->i", piece, piece)
+            rows = self.values[start : start + step]
+            piece = buffer[: len(rows)]
+            np.copyto(piece, to_float32(rows, self.dtype))
+            piece.sum(axis=1, out=total[start : start + step])
+            np.einsum("ij,ij->i", piece, piece, out=squares[start : start + step])
         return total, squares
 
 

@@ -111,7 +111,7 @@ class OutputFolder:
             )
 
     def recorded(self) -> dict[str, dict[str, str]]:
-        """{shard file: {tensor: sha256}} of the finished shards, as the manifest says."""
+        """{shard file: {tensor: xxh3-128}} of the finished shards, as the manifest says."""
         found: dict[str, dict[str, str]] = {}
         with contextlib.suppress(FileNotFoundError):
             for line in (self.folder / MANIFEST).read_text(encoding="utf-8").splitlines():
@@ -125,7 +125,7 @@ class OutputFolder:
         """Append a finished shard to the manifest, synced."""
         entry = {
             "shard": result.file, "bytes": result.nbytes, "seconds": result.seconds,
-            "plan": self.plan.hash, "tensors": result.hashes,
+            "plan": self.plan.hash, "hash": "xxh3-128", "tensors": result.hashes,
         }  # fmt: skip
         path = self.folder / MANIFEST
         try:

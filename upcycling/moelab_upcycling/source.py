@@ -99,19 +99,12 @@ class DenseSource:
         """
         tensor = self.tensors[name]
         count = tensor.shape[0] if tensor.shape else 1
-        width = math.prod(tensor.shape[1:])
         count = count if rows is None else min(rows, count)
-        kind = STORAGE[tensor.dtype]
-        step = max(1, _PIECE // max(1, width * kind.itemsize))
-        buffer = np.empty((min(step, count), width), dtype=kind)
+        step = _rows_at_a_time(tensor)
+        buffer = np.empty((min(step, count), math.prod(tensor.shape[1:])), dtype=STORAGE[tensor.dtype])
         for start in range(0, count, step):
             piece = buffer[: min(step, count - start)]
-            self._read_into(tensor, start * width * kind.itemsize, piece)
-            if not all_finite(piece, tensor.dtype):
-                raise CheckpointError(
-                    f"{tensor.file}: '{name}' holds NaN or infinity in rows {start} to {start + len(piece) - 1}; "
-                    "the source is damaged: download it again"
-                )
+            self._read_rows(tensor, start, piece)
             yield piece
 
     def array(self, name: str, rows: int | None = None) -> npt.NDArray[Any]:
@@ -120,10 +113,9 @@ class DenseSource:
         shape = tensor.shape if rows is None else (min(rows, tensor.shape[0]), *tensor.shape[1:])
         out = np.empty(shape, dtype=STORAGE[tensor.dtype])
         flat = out.reshape(shape[0] if shape else 1, -1)
-        start = 0
-        for piece in self.pieces(name, rows):
-            flat[start : start + len(piece)] = piece
-            start += len(piece)
+        step = _rows_at_a_time(tensor)
+        for start in range(0, len(flat), step):
+            self._read_rows(tensor, start, flat[start : start + step])
         return out
 
     def transposed(self, name: str) -> npt.NDArray[Any]:
@@ -162,6 +154,15 @@ class DenseSource:
         pairs = zip(self.pieces(first), self.pieces(second), strict=True)
         return all(np.array_equal(a, b) for a, b in pairs)
 
+    def _read_rows(self, tensor: StoredTensor, start: int, out: npt.NDArray[Any]) -> None:
+        """Rows from `start` on. CheckpointError where a value is NaN or infinite."""
+        self._read_into(tensor, start * out[0].nbytes, out)
+        if not all_finite(out, tensor.dtype):
+            raise CheckpointError(
+                f"{tensor.file}: '{tensor.name}' holds NaN or infinity in rows {start} to {start + len(out) - 1}; "
+                "the source is damaged: download it again"
+            )
+
     def _read_into(self, tensor: StoredTensor, offset: int, out: npt.NDArray[Any]) -> None:
         view = raw_bytes(out)
         descriptor = self._descriptor(tensor.file)
@@ -187,12 +188,24 @@ class DenseSource:
         return self._open[path]
 
 
+def _rows_at_a_time(tensor: StoredTensor) -> int:
+    return max(1, _PIECE // max(1, math.prod(tensor.shape[1:]) * _ITEM[tensor.dtype]))
+
+
 def transpose_into(values: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
-    """out[:] = values.T in square blocks, which stay in the first-level cache."""
-    block = 128
-    for row in range(0, values.shape[0], block):
-        for column in range(0, values.shape[1], block):
-            out[column : column + block, row : row + block] = values[row : row + block, column : column + block].T
+    """out[:] = values.T in blocks, which stay in the cache.
+
+    A block is first laid out by itself: rows of a matrix of width 3584 are 7 kB apart, so that their columns would
+    fall into four of the first-level cache's sets and push each other out. That halves the time.
+    """
+    high, wide, spare = 256, 128, 32  # spare values, so that the block's own rows are no power of two apart
+    block = np.empty((high, wide + spare), dtype=values.dtype)
+    for row in range(0, values.shape[0], high):
+        for column in range(0, values.shape[1], wide):
+            piece = values[row : row + high, column : column + wide]
+            part = block[: piece.shape[0], : piece.shape[1]]
+            part[:] = piece
+            out[column : column + wide, row : row + high] = part.T
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import sha256
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from xxhash import xxh3_128
 
 from moelab.builtins import BUILTIN_PLUGINS
 from moelab.errors import RunFailure
@@ -42,7 +43,7 @@ class ShardResult:
 
     file: str
     nbytes: int = 0
-    hashes: dict[str, str] = field(default_factory=dict)  # tensor -> sha256 of its bytes; empty: damaged
+    hashes: dict[str, str] = field(default_factory=dict)  # tensor -> xxh3-128 of its bytes; empty: damaged
     seconds: float = 0.0
 
 
@@ -78,7 +79,7 @@ class ShardMaker:
         try:
             writer.write(shard.header)
             for tensor in shard.tensors:
-                digest = sha256()
+                digest = xxh3_128()
                 for piece in self.maker.make(tensor):
                     digest.update(raw_bytes(piece))
                     writer.write(piece)
@@ -102,7 +103,7 @@ class ShardMaker:
             if os.pread(descriptor, len(shard.header), 0) != shard.header:
                 return result
             for tensor, offset in zip(shard.tensors, shard.offsets, strict=True):
-                digest = sha256()
+                digest = xxh3_128()
                 for piece in read_pieces(descriptor, len(shard.header) + offset, tensor.nbytes):
                     digest.update(piece)
                 result.hashes[tensor.name] = digest.hexdigest()

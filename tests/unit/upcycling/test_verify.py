@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,21 @@ from moelab_upcycling.source import read_header
 from moelab_upcycling.verify import Verdict, plan_of_output, verify
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_dense(tmp_path / "dense", Tiny(layers=2))
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dense(tmp_path_factory.mktemp("verify") / "dense", Tiny(layers=2))
+
+
+@pytest.fixture(scope="module")
+def untouched(source: Path) -> Path:
+    upcycle(recipe_config(source), source.parent / "out")
+    return source.parent / "out"
 
 
 @pytest.fixture
-def output(source: Path, tmp_path: Path) -> Path:
-    upcycle(recipe_config(source), tmp_path / "out")
-    return tmp_path / "out"
+def output(untouched: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(untouched, tmp_path / "out"))
 
 
 def check(output: Path, source: Path, full: bool = False) -> Verdict:
