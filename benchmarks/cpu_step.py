@@ -1,11 +1,12 @@
-"""The training step on the CPU beside transformers' Qwen2-MoE: same weights, data and optimizer, one process.
+"""The training step on the CPU beside transformers' Qwen2-MoE: same weights, data and optimizer.
 
     python benchmarks/cpu_step.py --out benchmarks/results
     python benchmarks/cpu_step.py --shape 64:6:96 --hidden 384 --dtype float32
 
-All sides are warmed up and take turns, step by step, and so does a large matmul, which says what the machine
-gives at that moment. A step is forward, backward, clipping and fused AdamW. FLOPs are the model's
-(moelab.nn.count), the same for all sides.
+Each side lives in a process of its own, since one process has one allocator: moelab keeps freed memory, as its
+trainer does; transformers runs as its users run it, and once more with memory kept. All are warmed up and take
+turns, step by step, and so does a large matmul, which says what the machine gives at that moment. A step is
+forward, backward, clipping and fused AdamW. FLOPs are the model's (moelab.nn.count), the same for all sides.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +31,7 @@ from moelab.nn.count import flops_per_token
 from report import machine, markdown_table, median, spread, write_results
 
 MATMUL = 2048  # rows and columns of the matmul that everything is measured against
-PEERS = ("eager", "grouped_mm")  # transformers' experts_implementation
+WARM_UP = 2  # rounds
 
 
 @dataclass(frozen=True)
@@ -56,73 +59,142 @@ class Shape:
 
 @dataclass(frozen=True)
 class Side:
-    """One implementation: its model, its optimizer, and how its loss is computed."""
+    """One implementation under one allocator."""
 
     name: str
+    peer: str | None  # transformers' experts_implementation; None: moelab
+    keep_memory: bool
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A side's model, its optimizer, and how its loss is computed."""
+
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     loss: Callable[[Tensor], Tensor]
 
 
+SIDES = (
+    Side("moelab", None, True),
+    Side("transformers eager", "eager", False),
+    Side("transformers grouped_mm", "grouped_mm", False),
+    Side("transformers eager, memory kept", "eager", True),
+    Side("transformers grouped_mm, memory kept", "grouped_mm", True),
+)
+HOPELESS = 2.0  # a side this many times slower than the best of its kind is left out after warming up
+
+
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    if not options.default_allocator:
-        keep_freed_memory()
     results = []
     for experts, top_k, width in options.shape:
         shape = Shape(experts, top_k, width, options.hidden, options.layers, options.shared, options.vocab,
                       options.batch, options.sequence)  # fmt: skip
         for dtype in options.dtype:
-            results.append(_measure(shape, dtype, options.backend, options.rounds))
+            results.append(_measure(shape, dtype, options))
             print(_table(results[-1]), flush=True)
     if options.out:
-        facts = machine() | {"threads": options.threads, "memory_kept": not options.default_allocator}
+        facts = machine() | {"threads": options.threads}
         write_results(Path(options.out), "cpu_step", facts, results, [_table(r) for r in results])
 
 
-def _measure(shape: Shape, dtype: str, backend: str, rounds: int) -> dict:
-    sides, flops = _sides(shape, backend)
-    batches = [torch.randint(0, shape.vocab, (shape.batch, shape.sequence)) for _ in range(rounds + 2)]
-    with torch.no_grad():
-        first = {side.name: float(side.loss(batches[0])) for side in sides}  # fp32, before any update
-    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
-    rates: list[float] = []
-    for batch in batches:
-        for side in sides:
-            seconds[side.name].append(_step(side, batch, dtype))
+def _measure(shape: Shape, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All sides in turn."""
+    context = get_context("spawn")
+    pipes, processes = {}, []
+    for side in (side for side in SIDES if side.name in options.sides):
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=_serve, args=(side, shape, dtype, options.backend, options.threads, theirs), daemon=True
+        )
+        process.start()
+        processes.append(process)
+        pipes[side.name] = ours
+    ready = {name: pipe.recv() for name, pipe in pipes.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in pipes}
+    rates = []
+    for turn in range(options.rounds + WARM_UP):
+        if turn == WARM_UP:
+            _drop_hopeless(pipes, seconds)
+        for name, pipe in pipes.items():
+            pipe.send(turn)
+            seconds[name].append(pipe.recv())
         rates.append(_matmul_rate())
-    tokens = shape.batch * shape.sequence
-    warm = {name: values[2:] for name, values in seconds.items()}
-    rate = median(rates[2:])
-    rows = {
+    pipes["moelab"].send("backends")
+    chosen = pipes["moelab"].recv()
+    for process in processes:
+        process.terminate()
+        process.join()
+    result = _summary(shape, {name: seconds[name][WARM_UP:] for name in pipes}, median(rates[WARM_UP:]), ready)
+    return result | {"dtype": dtype, "backend": chosen, "rounds": options.rounds}
+
+
+def _drop_hopeless(pipes: dict[str, Any], seconds: dict[str, list[float]]) -> None:
+    for keep in (False, True):
+        peers = [side.name for side in SIDES if side.peer and side.keep_memory == keep and side.name in pipes]
+        best = min((seconds[name][-1] for name in peers), default=0.0)
+        for name in peers:
+            if seconds[name][-1] > HOPELESS * best:
+                pipes.pop(name).send(None)
+
+
+def _summary(
+    shape: Shape, seconds: dict[str, list[float]], rate: float, ready: dict[str, tuple[float, float]]
+) -> dict[str, Any]:
+    tokens, flops = shape.batch * shape.sequence, ready["moelab"][1]
+    sides = {
         name: {
             "tokens_per_second": tokens / median(values),
             "spread": [tokens / value for value in spread(values)],
             "of_matmul_rate": tokens / median(values) * flops / rate,
-            "first_loss": first[name],
+            "first_loss": ready[name][0],
         }
-        for name, values in warm.items()
+        for name, values in seconds.items()
     }
-    best = min(PEERS, key=lambda name: median(warm[f"transformers {name}"]))
-    pairs = zip(warm[f"transformers {best}"], warm["moelab"], strict=True)
+    speedups = {}
+    for keep, label in ((False, "as shipped"), (True, "memory kept")):
+        peers = [side.name for side in SIDES if side.peer and side.keep_memory == keep and side.name in seconds]
+        if not peers:
+            continue
+        best = min(peers, key=lambda name: median(seconds[name]))
+        pairs = zip(seconds[best], seconds["moelab"], strict=True)
+        speedups[label] = {"peer": best, "speedup": median([theirs / ours for theirs, ours in pairs])}
     return {
-        "shape": asdict(shape), "title": shape.title, "dtype": dtype, "mflop_per_token": flops / 1e6,
-        "matmul_gflops": rate / 1e9, "sides": rows, "best_peer": best, "rounds": rounds,
-        "speedup": median([theirs / ours for theirs, ours in pairs]),
-        "backend": _backends(sides[0].model),
+        "shape": asdict(shape), "title": shape.title, "mflop_per_token": flops / 1e6, "matmul_gflops": rate / 1e9,
+        "sides": sides, "speedups": speedups, "left_out": [name for name in ready if name not in seconds],
     }  # fmt: skip
 
 
-def _sides(shape: Shape, backend: str) -> tuple[list[Side], float]:
+def _serve(side: Side, shape: Shape, dtype: str, backend: str, threads: int, pipe: Any) -> None:
+    """A side's process: its first loss, then the seconds of each step that is asked for."""
+    torch.set_num_threads(threads)
+    if side.keep_memory:
+        keep_freed_memory()
     ours = moelab.build(_config(shape, backend), seed=0)
-    sides = [Side("moelab", ours, _adamw(ours), lambda ids: _our_loss(ours, ids))]
-    for peer in PEERS:
-        theirs = _peer(shape, peer, ours)
-        sides.append(
-            Side(f"transformers {peer}", theirs, _adamw(theirs), lambda ids, m=theirs: m(ids, labels=ids).loss)
-        )
-    return sides, flops_per_token(ours, shape.sequence)
+    flops = flops_per_token(ours, shape.sequence)
+    trained = _trained(ours, shape, side.peer)
+    with torch.no_grad():
+        first = float(trained.loss(_batch(shape, 0)))  # fp32, before any update
+    pipe.send((first, flops))
+    while True:
+        asked = pipe.recv()
+        if asked is None:
+            return
+        pipe.send(_backends(ours) if asked == "backends" else _step(trained, _batch(shape, asked), dtype))
+
+
+def _batch(shape: Shape, index: int) -> Tensor:
+    generator = torch.Generator().manual_seed(index)
+    return torch.randint(0, shape.vocab, (shape.batch, shape.sequence), generator=generator)
+
+
+def _trained(ours: torch.nn.Module, shape: Shape, peer: str | None) -> Trained:
+    if peer is None:
+        return Trained(ours, _adamw(ours), lambda ids: _our_loss(ours, ids))
+    theirs = _peer(shape, peer, ours)
+    return Trained(theirs, _adamw(theirs), lambda ids: theirs(ids, labels=ids).loss)
 
 
 def _config(shape: Shape, backend: str) -> ModelConfig:
@@ -171,14 +243,14 @@ def _adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
-def _step(side: Side, ids: Tensor, dtype: str) -> float:
+def _step(trained: Trained, ids: Tensor, dtype: str) -> float:
     started = time.perf_counter()
-    side.optimizer.zero_grad(set_to_none=True)
+    trained.optimizer.zero_grad(set_to_none=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        loss = side.loss(ids)
+        loss = trained.loss(ids)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(side.model.parameters(), 1.0)
-    side.optimizer.step()
+    torch.nn.utils.clip_grad_norm_(trained.model.parameters(), 1.0)
+    trained.optimizer.step()
     return time.perf_counter() - started
 
 
@@ -196,7 +268,7 @@ def _backends(model: torch.nn.Module) -> list[str]:
     return [f"{key}: {value}" for key, value in getattr(backend, "choices", {}).items()] or [backend.name]
 
 
-def _table(result: dict) -> str:
+def _table(result: dict[str, Any]) -> str:
     rows = [
         [
             name,
@@ -208,12 +280,19 @@ def _table(result: dict) -> str:
         for name, side in result["sides"].items()
     ]
     head = ["", "tokens/s (median)", "quartiles", "model FLOP/s of the fp32 matmul rate", "first loss (fp32)"]
+    lines = [
+        f"moelab / {found['peer']} ({label}), median of {result['rounds']} rounds: {found['speedup']:.2f} x"
+        for label, found in result["speedups"].items()
+    ]
+    if result["left_out"]:
+        lines.append(f"left out after warming up, {HOPELESS:g} times slower or more: {', '.join(result['left_out'])}")
     return (
         f"\n{result['title']}; {result['dtype']}; {result['mflop_per_token']:.1f} MFLOP a token; fp32 matmul "
         f"{result['matmul_gflops']:.0f} GFLOP/s; {', '.join(result['backend'])}\n\n"
         + markdown_table(head, rows)
-        + f"\n\nmoelab / transformers {result['best_peer']}, median of {result['rounds']} rounds: "
-        f"{result['speedup']:.2f} x\n"
+        + "\n\n"
+        + "\n\n".join(lines)
+        + "\n"
     )
 
 
@@ -225,12 +304,15 @@ def _options() -> argparse.Namespace:
     for name, value in {"hidden": 256, "layers": 4, "shared": 512, "vocab": 4096, "batch": 8, "sequence": 512}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    names = [side.name for side in SIDES]
+    parser.add_argument("--sides", nargs="+", choices=names, default=names, metavar="SIDE", help=", ".join(names[1:]))
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--default-allocator", action="store_true", help="let malloc return memory after each use")
     parser.add_argument("--out", help="folder for cpu_step.json and cpu_step.md")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.sides = list(dict.fromkeys(["moelab", *options.sides]))
+    return options
 
 
 if __name__ == "__main__":

@@ -103,9 +103,9 @@ def raw_write(path: Path, nbytes: int) -> None:
 
 def naive_layer(plan: Plan, path: Path) -> tuple[float, float]:
     """The same algorithm as one would write it in torch: (seconds for one layer's experts, to save them)."""
-    import torch  # noqa: PLC0415  (only here)
-    from safetensors import safe_open  # noqa: PLC0415
-    from safetensors.torch import save_file  # noqa: PLC0415
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
 
     torch.set_num_threads(os.cpu_count() or 1)
     layout = plan.target.layouts[0]

@@ -17,6 +17,7 @@ from moelab.registry import (
     ROUTERS,
     SHARED_EXPERTS,
 )
+from moelab.testing import initialisers
 from moelab.testing.routers import CONTEXT
 
 REGISTRY = Registry(entry_points=False)
@@ -160,5 +161,12 @@ def test_a_backend_conforms(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(REGISTRY.components(EXPERT_INITIALISERS)))
 def test_an_expert_initialiser_conforms(name: str) -> None:
-    width = testing.initialisers.DENSE if name == "sparse" else testing.initialisers.WIDTH
-    testing.check_initialiser(REGISTRY.components(EXPERT_INITIALISERS)[name], width=width)
+    testing.check_initialiser(REGISTRY.components(EXPERT_INITIALISERS)[name], **INITIALISER_SIZES.get(name, {}))
+
+
+# Whole copies are as wide as the dense layer of the kit, pieces make it up, and a mixture has several sources.
+INITIALISER_SIZES = {
+    "sparse": {"width": initialisers.DENSE},
+    "split": {"width": initialisers.DENSE // 6},
+    "mix": {"width": initialisers.DENSE, "num_sources": 2},
+}

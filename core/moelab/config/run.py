@@ -30,7 +30,7 @@ class TrainConfig:
     sequence_length: int = 256
     dtype: str = "float32"  # of the matmuls: float32 or bfloat16; parameters and optimizer stay float32
     device: str = "auto"  # auto: cuda when there is one, else cpu
-    threads: int | None = None  # CPU threads; None: all cores. Another number gives other bits
+    threads: int | None = None  # CPU threads; None: one a core. Another number gives other bits
     activation_checkpointing: int = 0  # every n-th layer keeps its input only and is computed twice; 0: none
     grad_clip: float = 1.0  # global norm; 0: off
     log_every: int = 10  # steps

@@ -110,7 +110,7 @@ def router_gradient_shares(terms: Mapping[str, Tensor], router_parameters: Seque
     norms = {}
     for name, value in terms.items():
         total = torch.zeros((), device=value.device)
-        if value.requires_grad:
+        if value.requires_grad and router_parameters:  # a hash router has none
             gradients = torch.autograd.grad(value, list(router_parameters), retain_graph=True, allow_unused=True)
             for gradient in gradients:
                 total = total if gradient is None else total + gradient.detach().float().square().sum()

@@ -214,8 +214,9 @@ def says_so_when_something_is_missing(case: BalanceLossCase) -> None:
     """A router without scores, logits, extras or weight: it works, or raises ConfigError naming the layer."""
     loss = case.build()
     full = case.records(case.routers(), case.x, case.info())
-    for gone in ({"scores": None}, {"logits": None}, {"extras": {}}, {"scores": None, "logits": None, "extras": {}}):
-        records = [replace(r, routing=replace(r.routing, **gone)) for r in full]  # type: ignore[arg-type]
+    everything: dict[str, Any] = {"scores": None, "logits": None, "extras": {}}
+    for gone in (*({key: value} for key, value in everything.items()), everything):
+        records = [replace(r, routing=replace(r.routing, **gone)) for r in full]
         try:
             case.value(loss, records)
         except ConfigError as error:

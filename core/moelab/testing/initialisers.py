@@ -44,6 +44,7 @@ class InitialiserCase:
     options: Any = None
     width: int = WIDTH
     num_experts: int = 6
+    num_sources: int = 1  # dense checkpoints that are mixed; the kit gives each the same values
     dense: dict[str, Dense] = field(default_factory=lambda: {m: Dense(i) for i, m in enumerate(MATRICES)})
 
     def __post_init__(self) -> None:
@@ -52,7 +53,7 @@ class InitialiserCase:
     def build(self, seed: int = 0, layer_id: int = 1) -> ExpertInitialiser:
         """A fresh initialiser, prepared where it wants to see weights first."""
         layout = ExpertLayout(self.num_experts, 2, self.width)
-        context = UpcycleContext(HIDDEN, DENSE, layer_id, 4, layout, None, True, 0.02, seed)
+        context = UpcycleContext(HIDDEN, DENSE, layer_id, 4, layout, 0, True, 0.02, seed, self.num_sources)
         built = self.component.build(self.options, context)
         prepare = getattr(built, "prepare", None)
         if prepare is not None:
@@ -119,7 +120,13 @@ INITIALISER_CHECKS: tuple[Callable[[InitialiserCase], None], ...] = (
 
 
 def check_initialiser(
-    component: Component[UpcycleContext, ExpertInitialiser], options: Any = None, width: int = WIDTH
+    component: Component[UpcycleContext, ExpertInitialiser],
+    options: Any = None,
+    *,
+    width: int = WIDTH,
+    num_experts: int = 6,
+    num_sources: int = 1,
 ) -> None:
-    """Run every check of INITIALISER_CHECKS for experts of `width`; raises ConformanceError naming those that fail."""
-    run_checks("expert initialiser", component, InitialiserCase(component, options, width), INITIALISER_CHECKS)
+    """Run every check of INITIALISER_CHECKS; raises ConformanceError naming those that fail."""
+    case = InitialiserCase(component, options, width, num_experts, num_sources)
+    run_checks("expert initialiser", component, case, INITIALISER_CHECKS)

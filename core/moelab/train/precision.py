@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -39,7 +38,10 @@ def choose_precision(train: TrainConfig) -> Precision:
 
 
 def set_threads(train: TrainConfig) -> int:
-    """Fix the number of CPU threads, which also fixes the bits; -> that number."""
-    threads = train.threads or os.cpu_count() or 1
+    """Fix the number of CPU threads, which also fixes the bits; -> that number.
+
+    torch's own choice is one a core, or OMP_NUM_THREADS.
+    """
+    threads = train.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     return threads

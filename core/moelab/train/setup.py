@@ -20,6 +20,7 @@ from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import CheckpointError, ConfigError
 from moelab.moe.balance import NamedLoss
 from moelab.moe.block import MoEBlock
+from moelab.nn.allocator import keep_freed_memory
 from moelab.nn.checkpointing import apply_activation_checkpointing
 from moelab.nn.count import Parameters, count_parameters, flops_per_token
 from moelab.nn.transformer import Transformer
@@ -62,6 +63,8 @@ def prepare(config: RunConfig, registry: Registry) -> Setup:
     config = copy.deepcopy(config)
     threads = set_threads(config.train)
     precision = choose_precision(config.train)
+    if precision.device.type == "cpu":
+        keep_freed_memory()
     resolve_run(config, registry)
     losses = build_balance_losses(config.model, registry)
     build_model(config.model, registry, device="meta", seed=None)  # before the data: a wrong shape fails at once

@@ -54,6 +54,7 @@ class Loop:
     progress: Progress
     final: dict[str, float] = field(default_factory=dict)  # the newest value of each tag
     loads: dict[int, list[float]] = field(default_factory=dict)
+    backends: list[str] = field(default_factory=list)  # as last logged
 
 
 def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = False) -> Path:
@@ -143,6 +144,10 @@ def _due(step: int, every: int) -> bool:
 
 
 def _log(loop: Loop, result: StepResult, rate: float) -> None:
+    chosen = backends(loop.setup)
+    if chosen != loop.backends:  # `auto` decides when it sees a size for the first time
+        logger.info("expert backends: %s", "; ".join(chosen))
+        loop.backends = chosen
     report = log_metrics(result, rate, loop.progress, loop.setup)
     loop.final |= report.metrics
     loop.loads = report.loads

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from moelab import BalanceContext, ConfigError, Registry
+from moelab import BalanceContext, ConfigError, LayerRecord, Registry, Routing
 from moelab.builder import build_balance_losses, build_model, resolve_model
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.moe.balance import NamedLoss, WeightSchedule, router_gradient_shares
@@ -129,6 +130,11 @@ def test_gradient_shares_sum_to_one_and_follow_coefficients() -> None:
     sum(terms.values()).backward()  # the graph is still there
 
 
+def test_a_router_without_parameters_has_no_gradient_to_share() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    assert router_gradient_shares({"lm_loss": weight.sum()}, []) == {"lm_loss": torch.zeros(())}
+
+
 def test_batch_statistics_add_up_over_any_split() -> None:
     model = build_model(config([], router={"name": "softmax_topk", "balance": "quantile"}), REGISTRY).train()
     ids = torch.randint(0, 32, (4, 6))
@@ -143,6 +149,15 @@ def test_batch_statistics_add_up_over_any_split() -> None:
     blocks = [layer.mlp for layer in model.layers]
     parts.after_step(blocks)
     assert all(float(block.router.bias.abs().sum()) > 0 for block in blocks)
+
+
+def test_statistics_are_weighted_by_tokens() -> None:
+    statistics = BatchStatistics()
+    for tokens, value in ((1, 0.0), (3, 4.0)):
+        routing = Routing.from_topk(torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1), 2)
+        routing = replace(routing, statistics=torch.tensor([value]))
+        statistics.add([LayerRecord(0, routing, routing.counts())])
+    assert statistics.mean_statistics(0).tolist() == [3.0]
 
 
 def test_alarms_name_the_layer_and_the_cause() -> None:

@@ -354,6 +354,17 @@ def test_depth_processes_its_share_and_skips_the_rest() -> None:
     torch.testing.assert_close(sums, r[chosen].sigmoid())
 
 
+def test_depth_never_processes_padding_even_when_all_else_is_unwanted() -> None:
+    router = build("mixture_of_depths", capacity=0.5)
+    with torch.no_grad():
+        router.depth_weight.copy_(-torch.ones(1, 16))
+    mask = torch.tensor([True] * 4 + [False] * 4)
+    x = torch.where(mask[:, None], torch.rand(8, 16), -torch.ones(8, 16))  # r < 0 for tokens, > 0 for padding
+    routing = router(x, replace(info(1, 8, training=True), mask=mask)).compact()
+    assert len(set(routing.token.tolist())) == 2
+    assert mask[routing.token].all()
+
+
 @pytest.mark.parametrize(("rounding", "expected"), [("nearest", [8, 4]), ("up", [8, 8]), ("down", [4, 4])])
 def test_counts_are_rounded_to_tiles(rounding: str, expected: list[int]) -> None:
     """Seven tokens want expert 0 and five expert 1, in tiles of four."""
