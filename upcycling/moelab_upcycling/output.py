@@ -162,7 +162,7 @@ class OutputFolder:
 
 
 def content_hash(plan: Plan, hashes: dict[str, str]) -> str:
-    """One hash of these tensors: the same however they are sharded."""
+    """One hash of these tensors' hashes: the same however they are sharded. It finds damage, not forgery."""
     digest = sha256()
     for tensor in sorted(plan.tensors, key=lambda t: t.name):
         if tensor.name in hashes:
