@@ -51,6 +51,7 @@ def test_it_splits_and_normalises_as_qwen2_does(tmp_path: Path):
     [
         ("IQ== 0\nI", "is no .tiktoken file"),
         ("IQ= 0\n", "is no .tiktoken file"),
+        ("I!Q== 0\n", "is no .tiktoken file"),
         ("IQ== 0\n", "1 ranks"),
         ("", "0 ranks"),
     ],
