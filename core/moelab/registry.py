@@ -176,8 +176,8 @@ class Registry:
         """{distribution or module: version} of every plugin that is loaded."""
         owners = packages_distributions()
         found: dict[str, str] = {}
-        for name, _ in self.manager.list_name_plugin():
-            top = name.split(".")[0]
+        for name, plugin in self.manager.list_name_plugin():
+            top = getattr(plugin, "__name__", name).split(".")[0]  # an entry point is registered under its own name
             distribution = owners.get(top, [top])[0]
             try:
                 found[distribution] = version(distribution)

@@ -149,6 +149,11 @@ def do_all(
                 if isinstance(answer, int):
                     progress(answer)
                     continue
+                if isinstance(answer, MemoryError):
+                    raise RunFailure(
+                        f"a worker ran out of memory ({answer}); the same command goes on where it stopped: free some "
+                        "memory, or give workers=1 (--dry-run says what a worker needs)"
+                    ) from answer
                 if isinstance(answer, BaseException):
                     raise answer
                 job = running.pop(pipe)
