@@ -211,10 +211,16 @@ def _run(compute: Callable[[_Chunk], None], counts: Sequence[int]) -> None:
 def _pool(threads: int) -> ThreadPoolExecutor:
     """`threads` workers whose matmuls use one thread; shared by all layers, started when first used."""
     everyone = threading.Barrier(threads)
-    pool = ThreadPoolExecutor(threads, "experts", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(threads, "experts", initializer=_one_thread)
     list(pool.map(lambda _: everyone.wait(), range(threads)))
-    torch.set_num_threads(threads)  # the workers' setting is also the default of threads yet to come
+    torch.set_num_threads(threads)  # the last setting is also the default of threads yet to come
     return pool
+
+
+def _one_thread() -> None:
+    """Only the first look at the number makes a thread take the default, which would undo an earlier setting."""
+    torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 @hookimpl

@@ -149,6 +149,18 @@ def _problem(assignments: int, dtype: torch.dtype = torch.float32, hidden: int =
     return ExpertProblem(32, hidden, 128, assignments, assignments, torch.device("cpu"), dtype)
 
 
+def test_each_thread_of_the_pool_computes_with_one_thread():
+    """Also after its first operation: torch gives a thread the default then, which is the number of the last caller."""
+    cpu_threads._pool.cache_clear()
+    torch.set_num_threads(2)
+
+    def work() -> int:
+        torch.randn(512, 512) @ torch.randn(512, 512)
+        return torch.get_num_threads()
+
+    assert [cpu_threads._pool(2).submit(work).result() for _ in range(4)] == [1] * 4
+
+
 def test_auto_starts_threads_for_large_problems_only():
     from moelab_plugins.expert_backends.auto import ranking
 
