@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moelab.nn.causal_attention import blocks_pay, causal_attention
 from moelab.nn.kv_cache import KVCache
+from moelab.nn.linear import Linear
 from moelab.nn.rope import rotate
 
 
@@ -30,11 +32,11 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.layer_id = layer_id
-        self.groups = num_heads // num_key_value_heads
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=True)
-        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=True)
-        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=True)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=True)
+        self.k_proj = Linear(hidden_size, num_key_value_heads * head_dim, bias=True)
+        self.v_proj = Linear(hidden_size, num_key_value_heads * head_dim, bias=True)
+        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.attend = attend
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         query, key, value = (self._heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -42,20 +44,27 @@ class Attention(nn.Module):
         key = rotate(key, inputs.cos.to(key.dtype), inputs.sin.to(key.dtype))
         if inputs.cache is not None:
             key, value = inputs.cache.append(self.layer_id, key, value)
-        out = nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=inputs.mask,
-            is_causal=inputs.mask is None,
-            enable_gqa=self.groups > 1,
-        )
-        out = self.o_proj(out.transpose(1, 2).flatten(2))
-        return out
+        out = self.attend(query, key, value, inputs.mask)
+        projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return projected
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, S, H * head_dim] -> [B, H, S, head_dim]."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """query [B, H, S, d], key and value [B, G, S', d] -> [B, H, S, d], by what measures fastest."""
+    if mask is None and blocks_pay(query):
+        return causal_attention(query, key, value)
+    return torch_attention(query, key, value, mask)
+
+
+def torch_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` by torch's own kernel; mask as in `AttentionInputs`."""
+    return nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.shape[1] > key.shape[1]
+    )
 
 
 def attention_mask(padding: Tensor | None, seq: int, past: int, device: torch.device) -> Tensor | None:

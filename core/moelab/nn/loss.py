@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moelab.nn.linear import prefers_onednn, product
+
 IGNORE_INDEX = -100
 KEEP_ELEMENTS = 1 << 27  # of logits: 512 MB in fp32
 CHUNK_ROWS = 256  # at least: the head's gradient is read and written once a chunk
@@ -24,43 +26,48 @@ def token_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    nats: Tensor = _TokenCrossEntropy.apply(flat.to(dtype), head.to(dtype), targets.reshape(-1))
+    with torch.autocast(hidden.device.type, enabled=False):
+        nats: Tensor = _TokenCrossEntropy.apply(flat.to(dtype), head.to(dtype), targets.reshape(-1))
     return nats.view(targets.shape)
 
 
 class _TokenCrossEntropy(torch.autograd.Function):
-    """nats[t] = logsumexp(z[t]) - z[t, target], z = hidden head^T; d nats / d z = softmax(z) - onehot(target)."""
+    """nats[t] = -log softmax(z[t])[target], z = hidden head^T; d nats / d z = softmax(z) - onehot(target)."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         keep = any(ctx.needs_input_grad) and hidden.shape[0] * head.shape[0] <= KEEP_ELEMENTS
         kept = hidden.new_empty(hidden.shape[0], head.shape[0]) if keep else None
         labels = targets.clamp(min=0).unsqueeze(-1)  # [T, 1]
-        lse = hidden.new_empty(hidden.shape[0], dtype=_wide(hidden.dtype))
-        picked = torch.empty_like(lse)
+        nats = hidden.new_empty(hidden.shape[0], dtype=_wide(hidden.dtype))
         for rows in _chunks(hidden, head):
-            logits = torch.mm(hidden[rows], head.t(), out=None if kept is None else kept[rows])
-            wide = logits.to(lse.dtype)
-            torch.logsumexp(wide, -1, out=lse[rows])
-            picked[rows] = wide.gather(-1, labels[rows]).squeeze(-1)
-        ctx.save_for_backward(hidden, head, targets, lse, kept)
-        return (lse - picked).masked_fill_(targets == IGNORE_INDEX, 0.0)
+            logits = _logits(hidden[rows], head)
+            if logits.dtype == nats.dtype:
+                # What is kept are the log-probabilities: the backward pass needs only to exponentiate them.
+                found = torch.log_softmax(logits, -1, out=None if kept is None else kept[rows])
+            else:
+                found = torch.log_softmax(logits, -1, dtype=nats.dtype)
+                if kept is not None:
+                    kept[rows] = logits  # log-probabilities would be rounded once more
+            torch.neg(found.gather(-1, labels[rows]).squeeze(-1), out=nats[rows])
+        ctx.save_for_backward(hidden, head, targets, kept)
+        return nats.masked_fill_(targets == IGNORE_INDEX, 0.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        hidden, head, targets, lse, kept = ctx.saved_tensors
-        scale = grads[0].to(lse.dtype).masked_fill(targets == IGNORE_INDEX, 0.0).unsqueeze(-1)  # [T, 1]
+        hidden, head, targets, kept = ctx.saved_tensors
+        wide = _wide(hidden.dtype)
+        scale = grads[0].to(wide).masked_fill(targets == IGNORE_INDEX, 0.0).unsqueeze(-1)  # [T, 1]
         labels = targets.clamp(min=0).unsqueeze(-1)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_head = head.new_zeros(head.shape, dtype=lse.dtype) if needs_head else None
+        grad_head = head.new_zeros(head.shape, dtype=wide) if needs_head else None
         for rows in _chunks(hidden, head):
-            logits = torch.mm(hidden[rows], head.t()) if kept is None else kept[rows]
-            part = torch.sub(logits, lse[rows].unsqueeze(-1)).exp_().mul_(scale[rows])  # [r, V]
-            part.scatter_add_(-1, labels[rows], -scale[rows])
-            part = part.to(hidden.dtype)
+            part = _probabilities(hidden[rows], head, None if kept is None else kept[rows], wide)  # [r, V]
+            part.scatter_add_(-1, labels[rows], part.new_full((part.shape[0], 1), -1.0))
+            part = part.mul_(scale[rows]).to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(part, head, out=grad_hidden[rows])
+                grad_hidden[rows] = _logits(part, head.t())
             if grad_head is None:
                 continue
             if grad_head.dtype == part.dtype:
@@ -68,6 +75,18 @@ class _TokenCrossEntropy(torch.autograd.Function):
             else:
                 grad_head += part.t() @ hidden[rows]
         return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None
+
+
+def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden [r, D], head [V, D] -> [r, V]."""
+    return product(hidden, head) if prefers_onednn(hidden, head.shape[0]) else hidden @ head.t()
+
+
+def _probabilities(hidden: Tensor, head: Tensor, kept: Tensor | None, wide: torch.dtype) -> Tensor:
+    """softmax(z) [r, V] in `wide`, from what the forward pass kept or anew."""
+    if kept is not None and kept.dtype == wide:
+        return kept.exp()
+    return torch.softmax(_logits(hidden, head) if kept is None else kept, -1, dtype=wide)
 
 
 def _chunks(hidden: Tensor, head: Tensor) -> Iterator[slice]:

@@ -22,6 +22,7 @@ from moelab.moe.contracts import ExpertProblem
 from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
 from moelab.moe.experts import ExpertBank, compute_dtype, swiglu
 from moelab.moe.routing import Routing
+from moelab.nn.attention import Attention, torch_attention
 from moelab.nn.transformer import Transformer
 from moelab.registry import Registry
 
@@ -177,6 +178,9 @@ def _saved(model: Transformer, problem: Problem) -> _Saved:
     for block in _blocks(model):
         block.looked_at = True  # its look at the first routing's values needs values
         block.backend, block.chunk = _CountedExperts(problem.device == "cpu"), None
+    if problem.device != "cpu":  # the fake tensors are the CPU's
+        for attention in (module for module in model.modules() if isinstance(module, Attention)):
+            attention.attend = torch_attention
     ids = torch.zeros(problem.sequences, problem.sequence_length, dtype=torch.int64)
     try:
         with (
