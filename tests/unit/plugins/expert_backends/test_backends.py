@@ -16,7 +16,8 @@ from moelab.moe.contracts import ExpertProblem
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
 from moelab.registry import EXPERT_BACKENDS
-from moelab_plugins.expert_backends import cpu_threads
+from moelab_plugins.expert_backends import cpu_threads_pool, cpu_threads_rows
+from moelab_plugins.expert_backends.cpu_threads_rows import make_chunks, make_runs, padded_size
 
 NAMES = ("loop", "grouped_mm", "cpu_threads", "auto")
 HIDDEN, WIDTH = 16, 8
@@ -35,7 +36,7 @@ def _backend(name: str) -> ExpertBackend:
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     torch.set_num_threads(request.param)
-    monkeypatch.setattr(cpu_threads, "CHUNK_ROWS", 7)  # several chunks, and experts that are larger than one
+    monkeypatch.setattr(cpu_threads_rows, "CHUNK_ROWS", 7)  # several chunks, and experts that are larger than one
     return int(request.param)
 
 
@@ -133,10 +134,10 @@ def test_nan_in_a_token_stays_with_the_experts_it_was_sent_to(name: str, dtype: 
 
 def test_the_pool_leaves_the_callers_threads_alone():
     torch.set_num_threads(2)
-    cpu_threads._pool.cache_clear()
+    cpu_threads_pool.pool.cache_clear()
     experts = bank(HIDDEN, WIDTH, torch.float32)
     _backend("cpu_threads")(torch.randn(40, HIDDEN), skewed(), experts)
-    assert cpu_threads._pool.cache_info().currsize == 1
+    assert cpu_threads_pool.pool.cache_info().currsize == 1
     assert torch.get_num_threads() == 2
     found: list[int] = []
     later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
@@ -151,14 +152,14 @@ def _problem(assignments: int, dtype: torch.dtype = torch.float32, hidden: int =
 
 def test_each_thread_of_the_pool_computes_with_one_thread():
     """Also after its first operation: torch gives a thread the default then, which is the number of the last caller."""
-    cpu_threads._pool.cache_clear()
+    cpu_threads_pool.pool.cache_clear()
     torch.set_num_threads(2)
 
     def work() -> int:
         torch.randn(512, 512) @ torch.randn(512, 512)
         return torch.get_num_threads()
 
-    assert [cpu_threads._pool(2).submit(work).result() for _ in range(4)] == [1] * 4
+    assert [cpu_threads_pool.pool(2).submit(work).result() for _ in range(4)] == [1] * 4
 
 
 def test_auto_starts_threads_for_large_problems_only():
@@ -191,17 +192,33 @@ def test_cpu_threads_refuses_another_device():
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 31, 32, 33, 255, 256, 300, 5000])
 def test_padding_is_less_than_an_eighth_or_32_rows(rows: int):
-    padded = cpu_threads._padded_size(rows)
+    padded = padded_size(rows)
     assert rows <= padded < max(rows * 9 / 8, rows + 32)
-    assert cpu_threads._padded_size(0) == 0
+    assert padded_size(0) == 0
 
 
-@pytest.mark.parametrize("counts", [[0, 0, 0], [5], [100, 1, 0, 2], [7, 7, 7, 7, 50], [1] * 30])
+COUNTS = [[0, 0, 0], [5], [100, 1, 0, 2], [7, 7, 7, 7, 50], [1] * 30, [256, 250, 270, 261], [300, 0, 300, 300]]
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 8])
-def test_chunks_cover_every_expert_and_row_once(counts: list[int], threads: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cpu_threads, "CHUNK_ROWS", 10)
-    together, apart = cpu_threads._chunks(counts, threads)
-    chunks = sorted([*together, *apart], key=lambda chunk: chunk.experts.start)
-    assert [expert for chunk in chunks for expert in chunk.experts] == list(range(len(counts)))
-    assert [size for chunk in chunks for size in chunk.sizes] == counts
-    assert [row for chunk in chunks for row in range(chunk.rows.start, chunk.rows.stop)] == list(range(sum(counts)))
+@pytest.mark.parametrize("padded", [False, True])
+def test_chunks_cover_every_expert_and_row_once(counts, threads: int, padded: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_threads_rows, "CHUNK_ROWS", 10)
+    runs = make_runs(counts, padded)
+    together, apart = make_chunks(runs, threads, 4)
+    found = sorted((run for chunk in [*together, *apart] for run in chunk.runs), key=lambda run: run.experts.start)
+    assert found == runs
+    assert [expert for run in runs for expert in range(len(counts))[run.experts]] == list(range(len(counts)))
+    assert [run.start for run in runs[1:]] == [run.stop for run in runs[:-1]]
+    sizes = [run.size for run in runs for _ in range(run.count)]
+    assert all(count <= size for count, size in zip(counts, sizes, strict=True))
+    assert all(size == 0 for count, size in zip(counts, sizes, strict=True) if count == 0)  # no token to fill it with
+    alone = sum(map(padded_size, counts)) if padded else sum(counts)
+    assert sum(sizes) <= (alone * 9 / 8 if padded else alone)
+
+
+def test_neighbours_of_like_load_are_one_batched_product():
+    assert [run.count for run in make_runs([256, 250, 270, 261, 256, 255], padded=True)] == [4, 2]
+    assert [run.count for run in make_runs([256, 250, 900, 12], padded=True)] == [2, 1, 1]
+    assert [run.count for run in make_runs([256, 256, 255, 256], padded=False)] == [2, 1, 1]
