@@ -105,11 +105,17 @@ class RunHooks:
 
     @hookspec
     def on_log(
-        self, step: int, metrics: Mapping[str, float], loads: Mapping[int, list[float]], alarms: list[str]
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        loads: Mapping[int, list[float]],
+        alarms: list[str],
+        backends: list[str],
     ) -> None:
         """Every `train.log_every` steps. `loads`: layer -> each expert's share of the assignments, summing to 1.
 
-        `alarms`: sentences about layers whose routing has come to nothing.
+        `alarms`: sentences about layers whose routing has come to nothing. `backends`: what computes the experts,
+        with what `auto` chose so far and why.
         """
 
     @hookspec

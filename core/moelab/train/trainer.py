@@ -155,7 +155,7 @@ def _log(loop: Loop, result: StepResult, rate: float) -> None:
     for alarm in report.alarms:
         logger.warning("step %d: %s", loop.progress.step, alarm)
     loop.observers.hook.on_log(
-        step=loop.progress.step, metrics=report.metrics, loads=report.loads, alarms=report.alarms
+        step=loop.progress.step, metrics=report.metrics, loads=report.loads, alarms=report.alarms, backends=chosen
     )
 
 

@@ -56,6 +56,7 @@ class TensorBoardObserver:
         self.options = options
         self.run_dir = run_dir
         self.writer: Any = None
+        self._backends: list[str] = []  # as last told
         self._raised: set[str] = set()  # alarms that are on, so that each is told once
         self._logged = 0
 
@@ -72,8 +73,13 @@ class TensorBoardObserver:
             self._text("expert_load_legend", LEGEND, step)
         self._begin_hparams(hparams(config, facts))
 
-    def on_log(self, step: int, metrics: Mapping[str, float], loads: Mapping[int, list[float]]) -> None:
+    def on_log(
+        self, step: int, metrics: Mapping[str, float], loads: Mapping[int, list[float]], backends: list[str]
+    ) -> None:
         self._scalars(step, metrics)
+        if backends != self._backends:  # `auto` decides when it sees a size for the first time
+            self._text("expert_backends", "\n".join(f"- {line}" for line in backends), step)
+            self._backends = backends
         if loads and self.options.images and self._logged % self.options.image_every == 0:
             self._image("moe/expert_load", load_image(loads), step)
         self._logged += 1
