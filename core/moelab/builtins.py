@@ -45,7 +45,7 @@ BUILTIN_PLUGINS = (
     "moelab_plugins.balance_losses.router_z",
     "moelab_plugins.expert_backends.loop",
     "moelab_plugins.expert_backends.grouped_mm",
-    "moelab_plugins.expert_backends.cpu_threads",
+    "moelab_plugins.expert_backends.batched",
     "moelab_plugins.expert_backends.megablocks",
     "moelab_plugins.expert_backends.auto",
     "moelab_plugins.data_sources.embedded",

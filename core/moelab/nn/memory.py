@@ -132,7 +132,7 @@ class _Sizes:
 
 
 class _CountedExperts:
-    """Keeps what grouped_mm and megablocks keep, for any routing; with `fused`, what cpu_threads keeps."""
+    """Keeps what grouped_mm and megablocks keep, for any routing; with `fused`, what batched keeps."""
 
     name = "counted"
 

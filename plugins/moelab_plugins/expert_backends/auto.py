@@ -11,8 +11,8 @@ from moelab import BackendContext, Component, ExpertBackend, Routing, UserError,
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.experts import ExpertBank, compute_dtype
 
-# FLOPs of the forward pass from which starting threads pays (benchmarks/experts.py, docs/compute.md).
-LARGE = 2e8
+# FLOPs of the forward pass from which `batched` pays for its Python in fp32 (benchmarks/experts.py, docs/compute.md).
+LARGE = 4e8
 
 logger = logging.getLogger("moelab")
 
@@ -28,9 +28,9 @@ def ranking(problem: ExpertProblem) -> tuple[tuple[str, ...], str]:
         # Not measured: grouped_mm waits for nothing and pads nothing; benchmarks/gpu.py is to decide.
         return ("grouped_mm", "megablocks"), "no host synchronisation; not measured"
     flops = 6 * problem.num_assignments * problem.hidden_size * problem.moe_intermediate_size
-    if flops < LARGE:
-        return ("grouped_mm", "cpu_threads"), "little work"
-    return ("cpu_threads", "grouped_mm"), "fastest measured on CPUs"
+    if flops < LARGE and problem.dtype.itemsize >= 4:
+        return ("grouped_mm", "batched"), "little work"
+    return ("batched", "grouped_mm"), "fastest measured on CPUs"
 
 
 class AutoBackend:
@@ -46,7 +46,7 @@ class AutoBackend:
         self._build_others = context.others
         self._others: dict[str, ExpertBackend] | None = None
         self._chosen: dict[tuple[str, str, int], ExpertBackend] = {}
-        self.choices: dict[str, str] = {}  # "cpu float32, up to 16384 assignments" -> "cpu_threads (why)"
+        self.choices: dict[str, str] = {}  # "cpu float32, up to 16384 assignments" -> "batched (why)"
 
     def supports(self, problem: ExpertProblem) -> str | None:
         return None

@@ -33,7 +33,7 @@ def test_plan_refuses_groups_that_do_not_divide(root: Path, capsys: pytest.Captu
 def test_doctor_tries_every_backend_and_says_why_one_can_not_serve(capsys: pytest.CaptureFixture[str]):
     assert run(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for name in ("auto", "cpu_threads", "grouped_mm", "loop"):
+    for name in ("auto", "batched", "grouped_mm", "loop"):
         found = [line for line in lines if line.split()[:2] == [name, "cpu"]]
         assert len(found) == 2
         assert all("works (error" in line for line in found)

@@ -20,7 +20,7 @@ def _config(experts: int = 16, width: int = 64, layers: int = 2, router: str = "
     moe = MoEConfig(
         layout=layout,
         shared_expert={"name": "gated", "intermediate_size": 128},
-        backend={"name": "cpu_threads"},
+        backend={"name": "batched"},
         router={"name": router},
     )
     return ModelConfig(

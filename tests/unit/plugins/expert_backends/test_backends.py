@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from types import SimpleNamespace
 from typing import cast
 
@@ -16,10 +15,10 @@ from moelab.moe.contracts import ExpertProblem
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
 from moelab.registry import EXPERT_BACKENDS
-from moelab_plugins.expert_backends import cpu_threads_pool, cpu_threads_rows
-from moelab_plugins.expert_backends.cpu_threads_rows import make_chunks, make_runs, padded_size
+from moelab_plugins.expert_backends import batched_rows
+from moelab_plugins.expert_backends.batched_rows import make_chunks, make_runs, round_up
 
-NAMES = ("loop", "grouped_mm", "cpu_threads", "auto")
+NAMES = ("loop", "grouped_mm", "batched", "auto")
 HIDDEN, WIDTH = 16, 8
 
 
@@ -36,7 +35,7 @@ def _backend(name: str) -> ExpertBackend:
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     torch.set_num_threads(request.param)
-    monkeypatch.setattr(cpu_threads_rows, "CHUNK_ROWS", 7)  # several chunks, and experts that are larger than one
+    monkeypatch.setattr(batched_rows, "ROW_BYTES", 28)  # several chunks, and experts that are larger than one
     return int(request.param)
 
 
@@ -72,7 +71,7 @@ def test_bf16_autocast_stays_within_bf16_rounding(name: str, case: str, threads:
         torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=2e-2 * scale)  # bf16 has 8 bits; three products
 
 
-@pytest.mark.parametrize("name", ["loop", "cpu_threads"])
+@pytest.mark.parametrize("name", ["loop", "batched"])
 def test_derivatives_pass_gradcheck_in_float64(name: str, threads: int):
     routing, backend = skewed(9), _backend(name)
 
@@ -132,41 +131,16 @@ def test_nan_in_a_token_stays_with_the_experts_it_was_sent_to(name: str, dtype: 
         assert parameter.grad[others].isfinite().all()
 
 
-def test_the_pool_leaves_the_callers_threads_alone():
-    torch.set_num_threads(2)
-    cpu_threads_pool.pool.cache_clear()
-    experts = bank(HIDDEN, WIDTH, torch.float32)
-    _backend("cpu_threads")(torch.randn(40, HIDDEN), skewed(), experts)
-    assert cpu_threads_pool.pool.cache_info().currsize == 1
-    assert torch.get_num_threads() == 2
-    found: list[int] = []
-    later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
-    later.start()
-    later.join()
-    assert found == [2]
-
-
 def _problem(assignments: int, dtype: torch.dtype = torch.float32, hidden: int = 256) -> ExpertProblem:
     return ExpertProblem(32, hidden, 128, assignments, assignments, torch.device("cpu"), dtype)
 
 
-def test_each_thread_of_the_pool_computes_with_one_thread():
-    """Also after its first operation: torch gives a thread the default then, which is the number of the last caller."""
-    cpu_threads_pool.pool.cache_clear()
-    torch.set_num_threads(2)
-
-    def work() -> int:
-        torch.randn(512, 512) @ torch.randn(512, 512)
-        return torch.get_num_threads()
-
-    assert [cpu_threads_pool.pool(2).submit(work).result() for _ in range(4)] == [1] * 4
-
-
-def test_auto_starts_threads_for_large_problems_only():
+def test_auto_takes_grouped_mm_for_small_problems_in_fp32_only():
     from moelab_plugins.expert_backends.auto import ranking
 
     assert ranking(_problem(64))[0][0] == "grouped_mm"
-    assert ranking(_problem(16384))[0][0] == "cpu_threads"
+    assert ranking(_problem(64, torch.bfloat16))[0][0] == "batched"
+    assert ranking(_problem(16384))[0][0] == "batched"
 
 
 def test_auto_says_which_backend_and_why_and_whom_it_passed_over():
@@ -176,7 +150,7 @@ def test_auto_says_which_backend_and_why_and_whom_it_passed_over():
     (key, choice), *others = auto.choices.items()
     assert not others
     assert key == "cpu float32, up to 128 assignments"
-    assert choice.startswith("cpu_threads (next best; grouped_mm: hidden_size")
+    assert choice.startswith("batched (next best; grouped_mm: hidden_size")
 
 
 def test_grouped_mm_refuses_what_torch_would_not_take():
@@ -185,40 +159,40 @@ def test_grouped_mm_refuses_what_torch_would_not_take():
     assert "float64" in str(grouped.supports(_problem(64, torch.float64)))
 
 
-def test_cpu_threads_refuses_another_device():
+def test_batched_refuses_another_device():
     problem = ExpertProblem(8, 16, 8, 4, 8, torch.device("meta"), torch.float32)
-    assert "meta" in str(_backend("cpu_threads").supports(problem))
+    assert "meta" in str(_backend("batched").supports(problem))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 31, 32, 33, 255, 256, 300, 5000])
-def test_padding_is_less_than_an_eighth_or_32_rows(rows: int):
-    padded = padded_size(rows)
-    assert rows <= padded < max(rows * 9 / 8, rows + 32)
-    assert padded_size(0) == 0
+def test_rounding_adds_less_than_an_eighth_or_16_rows(rows: int):
+    assert rows <= round_up(rows) < max(rows * 9 / 8, rows + 16)
+    assert round_up(0) == 0
 
 
-COUNTS = [[0, 0, 0], [5], [100, 1, 0, 2], [7, 7, 7, 7, 50], [1] * 30, [256, 250, 270, 261], [300, 0, 300, 300]]
+COUNTS = [[0, 0, 0], [5], [100, 1, 0, 2], [7, 7, 7, 7, 50], [1] * 30, [256, 250, 270, 261], [64] * 15 + [0]]
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-@pytest.mark.parametrize("threads", [1, 2, 8])
-@pytest.mark.parametrize("padded", [False, True])
-def test_chunks_cover_every_expert_and_row_once(counts, threads: int, padded: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cpu_threads_rows, "CHUNK_ROWS", 10)
-    runs = make_runs(counts, padded)
-    together, apart = make_chunks(runs, threads, 4)
-    found = sorted((run for chunk in [*together, *apart] for run in chunk.runs), key=lambda run: run.experts.start)
-    assert found == runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("row_bytes", [40, 8192])
+def test_chunks_cover_every_expert_and_row_once(counts, row_bytes: int, dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(batched_rows, "ROW_BYTES", row_bytes)
+    runs = make_runs(counts, dtype)
+    assert [run for chunk in make_chunks(runs, dtype) for run in chunk.runs] == runs
     assert [expert for run in runs for expert in range(len(counts))[run.experts]] == list(range(len(counts)))
     assert [run.start for run in runs[1:]] == [run.stop for run in runs[:-1]]
     sizes = [run.size for run in runs for _ in range(run.count)]
     assert all(count <= size for count, size in zip(counts, sizes, strict=True))
     assert all(size == 0 for count, size in zip(counts, sizes, strict=True) if count == 0)  # no token to fill it with
-    alone = sum(map(padded_size, counts)) if padded else sum(counts)
-    assert sum(sizes) <= (alone * 9 / 8 if padded else alone)
+    assert sum(sizes) <= (sum(map(round_up, counts)) * 9 / 8 if dtype == torch.bfloat16 else sum(counts) * 17 / 16)
 
 
 def test_neighbours_of_like_load_are_one_batched_product():
-    assert [run.count for run in make_runs([256, 250, 270, 261, 256, 255], padded=True)] == [4, 2]
-    assert [run.count for run in make_runs([256, 250, 900, 12], padded=True)] == [2, 1, 1]
-    assert [run.count for run in make_runs([256, 256, 255, 256], padded=False)] == [2, 1, 1]
+    """Several times over, since a run may hold thousands of rows."""
+    half, single = torch.bfloat16, torch.float32
+    alike, unlike = [256, 250, 262, 261] * 4, [256, 250, 900, 12] * 4
+    assert [(run.count, run.size) for run in make_runs(alike, half)] == [(16, 288)]
+    assert [(run.count, run.size) for run in make_runs(alike, single)] == [(8, 262), (8, 262)]
+    assert [(run.count, run.size) for run in make_runs(unlike, single)] == [(2, 256), (1, 900), (1, 12)] * 4
+    assert [(run.count, run.size) for run in make_runs([0, 0, 64, 0], single)] == [(2, 0), (1, 64), (1, 0)]

@@ -79,7 +79,7 @@ def test_text_holds_the_config_and_facts(tmp_path: Path) -> None:
 
 def test_backends_are_told_whenever_they_change(tmp_path: Path) -> None:
     run = observer(tmp_path)
-    first, second = ["cpu float32: cpu_threads (why)"], ["cpu float32: grouped_mm (why)"]
+    first, second = ["cpu float32: batched (why)"], ["cpu float32: grouped_mm (why)"]
     for step, backends in ((10, first), (20, first), (30, second)):
         run.on_log(step, {}, {}, backends)
     run.on_train_end(30, {}, None)

@@ -1,12 +1,11 @@
-"""The CPU's cores side by side, each on its own experts: many small matmuls run best with one thread each.
+"""Experts of like load in one batched product: what measures fastest on a CPU.
 
 The whole expert MLP is one autograd node. It keeps x and the gate_up rows for the backward pass and
-recomputes the rest chunk by chunk in the cache; weight gradients are written in place, without a copy.
+recomputes the rest chunk by chunk; weight gradients are written in place, without a copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,21 +16,20 @@ from moelab import BackendContext, Component, ExpertBackend, Routing, component,
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.dispatch import dispatch_plan, sum_rows
 from moelab.moe.experts import ExpertBank, compute_dtype
-from moelab_plugins.expert_backends.cpu_threads_pool import side_by_side
-from moelab_plugins.expert_backends.cpu_threads_rows import Chunk, Rows, lay_out, make_chunks
+from moelab_plugins.expert_backends.batched_rows import Rows, lay_out, make_chunks
 
 
 @dataclass
-class CPUThreadsOptions:
+class BatchedOptions:
     pass
 
 
-class CPUThreadsBackend:
-    """Experts shared out over threads, one autograd node for all of them."""
+class BatchedBackend:
+    """Neighbouring experts padded to one number of rows, and multiplied at once."""
 
-    name = "cpu_threads"
+    name = "batched"
 
-    def __init__(self, options: CPUThreadsOptions, context: BackendContext) -> None:
+    def __init__(self, options: BatchedOptions, context: BackendContext) -> None:
         pass
 
     def supports(self, problem: ExpertProblem) -> str | None:
@@ -42,9 +40,8 @@ class CPUThreadsBackend:
     def __call__(self, x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
         """x [T, D] -> [T, D]."""
         dtype = compute_dtype(x)
-        rows = lay_out(routing, dispatch_plan(routing), padded=dtype in (torch.bfloat16, torch.float16))
-        with torch.autocast("cpu", enabled=False):
-            y: Tensor = _ExpertMLP.apply(x.to(dtype), routing.weight, bank.gate_up.to(dtype), bank.down.to(dtype), rows)
+        rows = lay_out(routing, dispatch_plan(routing), dtype)
+        y: Tensor = _ExpertMLP.apply(x.to(dtype), routing.weight, bank.gate_up.to(dtype), bank.down.to(dtype), rows)
         return y.to(x.dtype)
 
 
@@ -57,13 +54,12 @@ class _ExpertMLP(torch.autograd.Function):
         out = x.new_empty(rows.token.numel(), x.shape[1])  # [R, D]
         width = down.shape[1]
 
-        def compute(chunk: Chunk) -> None:
+        for chunk in make_chunks(rows.runs, x.dtype):
             pre = hidden[chunk.rows]
             chunk.multiply(x.index_select(0, rows.token[chunk.rows]), gate_up.transpose(1, 2), pre)
             act = torch.nn.functional.silu(pre[:, :width]).mul_(pre[:, width:])
             chunk.multiply(act, down, out[chunk.rows])
 
-        _run(compute, rows, x.dtype)
         row_weight = weight.new_zeros(rows.token.numel()).index_copy_(0, rows.slot, weight)
         ctx.save_for_backward(x, row_weight, gate_up, down, hidden)
         ctx.rows = rows
@@ -80,7 +76,7 @@ class _ExpertMLP(torch.autograd.Function):
         grad_rows = x.new_empty(rows.token.numel(), x.shape[1])
         width = down.shape[1]
 
-        def compute(chunk: Chunk) -> None:
+        for chunk in make_chunks(rows.runs, x.dtype):
             token = rows.token[chunk.rows]
             inputs, spread = x.index_select(0, token), grad_y.index_select(0, token)  # [r, D]
             gate, up = hidden[chunk.rows].split(width, 1)
@@ -99,19 +95,10 @@ class _ExpertMLP(torch.autograd.Function):
             chunk.outer(grad_pre, inputs, grad_gate_up)
             chunk.multiply(grad_pre, gate_up, grad_rows[chunk.rows])
 
-        _run(compute, rows, x.dtype)
         grad_x = sum_rows(grad_rows, rows.by_token, rows.starts)
         return grad_x, grad_row_weight.index_select(0, rows.slot), grad_gate_up, grad_down, None
 
 
-def _run(compute: Callable[[Chunk], None], rows: Rows, dtype: torch.dtype) -> None:
-    """Large experts one after the other on all threads, the others side by side on one thread each."""
-    together, apart = make_chunks(rows.runs, torch.get_num_threads(), dtype.itemsize)
-    for chunk in together:
-        compute(chunk)
-    side_by_side(compute, apart)
-
-
 @hookimpl
 def moelab_expert_backends() -> list[Component[BackendContext, ExpertBackend]]:
-    return [component("cpu_threads", CPUThreadsOptions, CPUThreadsBackend)]
+    return [component("batched", BatchedOptions, BatchedBackend)]

@@ -1,4 +1,4 @@
-"""How `cpu_threads` lays out the rows of its experts and shares them out: runs of experts, chunks of runs.
+"""How `batched` lays out the rows of its experts: runs of experts with one number of rows, chunks of runs.
 
 N assignments of T tokens become R rows in expert order. E experts, X and Y columns.
 """
@@ -13,19 +13,18 @@ import torch
 from torch import Tensor
 
 from moelab import Routing
-from moelab.moe.dispatch import Dispatch, inverse_permutation
+from moelab.moe.dispatch import Dispatch
 
-CHUNK_ROWS = 1024  # of one task, twice as many in half precision: its temporaries should stay near a core's cache
-RUN_ROWS = 1024  # of one batched product: enough to make its overhead small
+ROW_BYTES = 8192  # a batched product, and a chunk, has so many bytes a column: 2048 rows in fp32, 4096 in bf16
+HALF = (torch.bfloat16, torch.float16)  # served by oneDNN, which wants sizes that come again
+LEAST_UNIT = 16  # of sizes, where they are rounded up
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows in expert order; in half precision padded, so that sizes come again and neighbours share theirs.
+    """The rows in expert order, padded so that neighbouring experts of like load have equally many.
 
-    oneDNN, which serves bf16, compiles a kernel for each new shape: with the experts' ever new counts that
-    took three times as long as the products. A padding row repeats a token of its own expert with weight 0,
-    so that a NaN stays in its expert.
+    A padding row repeats a token of its own expert with weight 0, so that a NaN stays in its expert.
     """
 
     token: Tensor  # [R] int64
@@ -56,7 +55,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive runs whose rows are computed by one thread. Tensors of rows below hold this chunk's alone."""
+    """Consecutive runs, computed together. Tensors of rows below hold this chunk's alone."""
 
     runs: list[Run]
 
@@ -88,11 +87,9 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.bmm(a, b, out=out)
 
 
-def lay_out(routing: Routing, plan: Dispatch, padded: bool) -> Rows:
-    """The rows of a routing with at least one expert."""
-    runs = make_runs(plan.counts.tolist(), padded)
-    if not padded:
-        return Rows(plan.token, inverse_permutation(plan.order), plan.by_token, plan.starts, runs)
+def lay_out(routing: Routing, plan: Dispatch, dtype: torch.dtype) -> Rows:
+    """The rows of a routing, for products in `dtype`."""
+    runs = make_runs(plan.counts.tolist(), dtype)
     size = torch.tensor([run.size for run in runs for _ in range(run.count)])
     shift = (size.cumsum(0) - size) - (plan.counts.cumsum(0) - plan.counts)  # [E]
     row = torch.arange(plan.order.numel()) + shift.repeat_interleave(plan.counts)  # [N], by expert
@@ -102,58 +99,55 @@ def lay_out(routing: Routing, plan: Dispatch, padded: bool) -> Rows:
     return Rows(token, slot, row.index_select(0, plan.by_token), plan.starts, runs)
 
 
-def make_runs(counts: Sequence[int], padded: bool) -> list[Run]:
+def make_runs(counts: Sequence[int], dtype: torch.dtype) -> list[Run]:
     """Runs of up to a power of two of experts, in order; those whose counts differ too much are halved."""
     mean = max(1.0, sum(counts) / len(counts))
-    most = 1 << max(0, round(math.log2(RUN_ROWS / mean)))
+    most = 1 << max(0, round(math.log2(ROW_BYTES / dtype.itemsize / mean)))
+    sizes = [round_up(count) for count in counts] if dtype in HALF else list(counts)
+    # What padding may add. Half precision gains more from one product for many experts than fp32 does.
+    price = 1 / 8 if dtype in HALF else 1 / 16
     runs: list[Run] = []
     start = 0
     for first in range(0, len(counts), most):
-        for experts, size in _halved(counts, slice(first, min(first + most, len(counts))), padded):
+        for experts, size in _halved(sizes, slice(first, min(first + most, len(counts))), price):
             runs.append(Run(experts, size, start))
             start = runs[-1].stop
     return runs
 
 
-def _halved(counts: Sequence[int], experts: slice, padded: bool) -> Iterator[tuple[slice, int]]:
-    """(experts, rows of each): all at once if they are of one size, or can be padded to one for an eighth more rows."""
-    inside = counts[experts]
-    largest = padded_size(max(inside)) if padded else max(inside)
-    alone = sum(padded_size(count) for count in inside) if padded else sum(inside)
-    price = alone // 8 if padded else 0
-    if len(inside) == 1 or (len(inside) * largest <= alone + price and (min(inside) > 0 or largest == 0)):
+def _halved(sizes: Sequence[int], experts: slice, price: float) -> Iterator[tuple[slice, int]]:
+    """(experts, rows of each): all at once if one size for all costs no more than the price.
+
+    An expert without rows has no token to repeat, so it can't be padded.
+    """
+    inside = sizes[experts]
+    largest = max(inside)
+    affordable = len(inside) * largest <= sum(inside) * (1 + price)
+    if len(inside) == 1 or (affordable and (min(inside) > 0 or largest == 0)):
         yield experts, largest
         return
     middle = (experts.start + experts.stop) // 2
-    yield from _halved(counts, slice(experts.start, middle), padded)
-    yield from _halved(counts, slice(middle, experts.stop), padded)
+    yield from _halved(sizes, slice(experts.start, middle), price)
+    yield from _halved(sizes, slice(middle, experts.stop), price)
 
 
-def padded_size(count: int) -> int:
-    """Up to a multiple of an eighth of its power of two, at least 32: eight sizes an octave, 6% padding."""
-    unit = max(32, 1 << (count.bit_length() - 4)) if count >= 8 else 32
+def round_up(count: int) -> int:
+    """Up to a multiple of an eighth of its power of two, at least 16: eight sizes an octave, 6% padding.
+
+    oneDNN, which serves bf16, compiles a kernel for each new shape: with the experts' ever new counts that took three
+    times as long as the products.
+    """
+    unit = max(LEAST_UNIT, 1 << max(0, count.bit_length() - 4))
     return -(-count // unit) * unit
 
 
-def make_chunks(runs: Sequence[Run], threads: int, itemsize: int) -> tuple[list[Chunk], list[Chunk]]:
-    """(for all threads together, for one thread each, longest first): an expert with a large share of the rows would
-    keep one thread busy while the others wait."""
-    total = runs[-1].stop
-    most = CHUNK_ROWS * 4 // itemsize
-    large = max(most, total // (2 * threads)) if threads > 1 else total + 1
-    limit = min(most, total // (4 * threads) + 1)
-    together: list[Chunk] = []
-    apart: list[Chunk] = []
+def make_chunks(runs: Sequence[Run], dtype: torch.dtype) -> list[Chunk]:
+    """All runs in order; what a chunk recomputes in the backward pass should stay in the last level of cache."""
+    chunks: list[Chunk] = []
     held: list[Run] = []
     for run in runs:
-        alone = run.stop - run.start > large
-        if held and (alone or run.stop - held[0].start > limit):
-            apart.append(Chunk(held))
+        if held and run.stop - held[0].start > ROW_BYTES // dtype.itemsize:
+            chunks.append(Chunk(held))
             held = []
-        if alone:
-            together.append(Chunk([run]))
-        else:
-            held.append(run)
-    if held:
-        apart.append(Chunk(held))
-    return together, sorted(apart, key=lambda chunk: chunk.rows.start - chunk.rows.stop)
+        held.append(run)
+    return [*chunks, Chunk(held)]
