@@ -78,7 +78,8 @@ def _page(point: ExtensionPoint[Any, Any], entries: list[PluginEntry]) -> str:
 
 
 def _title(point: ExtensionPoint[Any, Any]) -> str:
-    return f"{point.kind[0].upper()}{point.kind[1:]}s"
+    plural = f"{point.kind}es" if point.kind.endswith("s") else f"{point.kind}s"
+    return plural[0].upper() + plural[1:]
 
 
 def _cell(text: str) -> str:
