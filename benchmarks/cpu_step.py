@@ -12,8 +12,9 @@ forward, backward, clipping and fused AdamW. FLOPs are the model's (moelab.nn.co
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -82,7 +83,7 @@ SIDES = (
     Side("transformers eager, memory kept", "eager", True),
     Side("transformers grouped_mm, memory kept", "grouped_mm", True),
 )
-HOPELESS = 2.0  # a side this many times slower than the best of its kind is left out after warming up
+HOPELESS = 1.5  # a side this many times slower than the best of its kind is left out after warming up
 
 
 def main() -> None:
@@ -92,43 +93,52 @@ def main() -> None:
     for experts, top_k, width in options.shape:
         shape = Shape(experts, top_k, width, options.hidden, options.layers, options.shared, options.vocab,
                       options.batch, options.sequence)  # fmt: skip
-        for dtype in options.dtype:
-            results.append(_measure(shape, dtype, options))
-            print(_table(results[-1]), flush=True)
+        for result in _measure(shape, options):
+            results.append(result)
+            print(_table(result), flush=True)
     if options.out:
         facts = machine() | {"threads": options.threads}
         write_results(Path(options.out), "cpu_step", facts, results, [_table(r) for r in results])
 
 
-def _measure(shape: Shape, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All sides in turn."""
+def _measure(shape: Shape, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All sides in turn, one dtype after the other."""
     context = get_context("spawn")
     pipes, processes = {}, []
     for side in (side for side in SIDES if side.name in options.sides):
         ours, theirs = context.Pipe()
         process = context.Process(
-            target=_serve, args=(side, shape, dtype, options.backend, options.threads, theirs), daemon=True
+            target=_serve, args=(side, shape, options.backend, options.threads, theirs), daemon=True
         )
         process.start()
         processes.append(process)
         pipes[side.name] = ours
     ready = {name: pipe.recv() for name, pipe in pipes.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in pipes}
-    rates = []
-    for turn in range(options.rounds + WARM_UP):
-        if turn == WARM_UP:
-            _drop_hopeless(pipes, seconds)
-        for name, pipe in pipes.items():
-            pipe.send(turn)
-            seconds[name].append(pipe.recv())
-        rates.append(_matmul_rate())
-    pipes["moelab"].send("backends")
-    chosen = pipes["moelab"].recv()
+    for dtype in options.dtype:
+        yield _take_turns(shape, dtype, dict(pipes), ready, options.rounds)
     for process in processes:
         process.terminate()
         process.join()
+
+
+def _take_turns(
+    shape: Shape, dtype: str, pipes: dict[str, Any], ready: dict[str, tuple[float, float]], rounds: int
+) -> dict[str, Any]:
+    """A step of each side and a matmul, round after round."""
+    seconds: dict[str, list[float]] = {name: [] for name in pipes}
+    rates = []
+    for turn in range(rounds + WARM_UP):
+        if turn == WARM_UP:
+            _drop_hopeless(pipes, seconds)
+        for name, pipe in pipes.items():
+            pipe.send((turn, dtype))
+            seconds[name].append(pipe.recv())
+        rates.append(_matmul_rate())
+        print(f"{dtype}, round {turn + 1} of {rounds + WARM_UP}", file=sys.stderr, flush=True)
+    pipes["moelab"].send(None)
+    chosen = [line for line in pipes["moelab"].recv() if dtype in line or "cpu " not in line]
     result = _summary(shape, {name: seconds[name][WARM_UP:] for name in pipes}, median(rates[WARM_UP:]), ready)
-    return result | {"dtype": dtype, "backend": chosen, "rounds": options.rounds}
+    return result | {"dtype": dtype, "backend": chosen, "rounds": rounds}
 
 
 def _drop_hopeless(pipes: dict[str, Any], seconds: dict[str, list[float]]) -> None:
@@ -137,7 +147,7 @@ def _drop_hopeless(pipes: dict[str, Any], seconds: dict[str, list[float]]) -> No
         best = min((seconds[name][-1] for name in peers), default=0.0)
         for name in peers:
             if seconds[name][-1] > HOPELESS * best:
-                pipes.pop(name).send(None)
+                del pipes[name]
 
 
 def _summary(
@@ -167,8 +177,8 @@ def _summary(
     }  # fmt: skip
 
 
-def _serve(side: Side, shape: Shape, dtype: str, backend: str, threads: int, pipe: Any) -> None:
-    """A side's process: its first loss, then the seconds of each step that is asked for."""
+def _serve(side: Side, shape: Shape, backend: str, threads: int, pipe: Any) -> None:
+    """A side's process: its first loss, then for each (batch, dtype) a step's seconds, for None its backends."""
     torch.set_num_threads(threads)
     if side.keep_memory:
         keep_freed_memory()
@@ -180,9 +190,7 @@ def _serve(side: Side, shape: Shape, dtype: str, backend: str, threads: int, pip
     pipe.send((first, flops))
     while True:
         asked = pipe.recv()
-        if asked is None:
-            return
-        pipe.send(_backends(ours) if asked == "backends" else _step(trained, _batch(shape, asked), dtype))
+        pipe.send(_backends(ours) if asked is None else _step(trained, _batch(shape, asked[0]), asked[1]))
 
 
 def _batch(shape: Shape, index: int) -> Tensor:
