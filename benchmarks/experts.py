@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from layer import LOADS, Contender, LayerShape, backends_for, bank_of, draw_routing, recorded_shares, time_in_turn
+from layer import LOADS, Contender, LayerShape, backends_for, bank_of, draw_routing, recorded, time_in_turn
 from moelab import ExpertBackend
 from moelab.nn.allocator import keep_freed_memory
 from report import machine, markdown_table, write_results
@@ -77,7 +77,7 @@ def _measure(shape: LayerShape, tokens: int, load: str, dtype: torch.dtype, repe
 
 
 def _loads(dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
-    loads = LOADS if recorded_shares() else LOADS[:2]
+    loads = LOADS if recorded() else LOADS[:2]
     return [_measure(shape, TOKENS, load, dtype, repeats) for shape in SHAPES for load in loads]
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import moelab
-from layer import Contender, LayerShape, backends_for, bank_of, draw_routing, recorded_shares, time_in_turn
+from layer import Contender, LayerShape, backends_for, bank_of, draw_routing, recorded, time_in_turn
 from moelab import ExpertBackend, Routing
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.moe.experts import ExpertBank, swiglu
@@ -87,7 +87,7 @@ def correctness(device: torch.device) -> tuple[list[dict[str, Any]], str]:
     """Output and every gradient of each backend in bf16 against `loop` in fp32, beyond 256 block rows and columns."""
     torch.backends.cuda.matmul.allow_tf32 = False
     shape, tokens, rows = LayerShape("check", 512, 64, 8, 768), 4096, []
-    for load in ("balanced", "random", *(["replayed"] if recorded_shares() else [])):
+    for load in ("balanced", "random", *(["replayed"] if recorded() else [])):
         routing = draw_routing(shape, tokens, load, device)
         bank, x = bank_of(shape, device, BF16), torch.randn(tokens, shape.hidden, device=device, dtype=BF16)
         upstream = torch.randn_like(x)
@@ -123,7 +123,7 @@ def layer(shape: LayerShape, sizes: tuple[int, ...], device: torch.device, rate:
     for tokens in sizes:
         x = torch.randn(tokens, shape.hidden, device=device, dtype=BF16, requires_grad=True)
         upstream = torch.randn_like(x)
-        for load in ("balanced", *(["replayed"] if recorded_shares() else ["random"])):
+        for load in ("balanced", *(["replayed"] if recorded() else ["random"])):
             routing = draw_routing(shape, tokens, load, device)
             backends = {k: b for k, b in backends_for(shape, tokens, device, BF16).items() if k != "loop"}
             sides = {name: _contender(backend, x, routing, bank) for name, backend in backends.items()}

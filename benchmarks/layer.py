@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from moelab import BackendContext, ExpertBackend, Registry, Routing
 from moelab.moe.contracts import ExpertProblem
@@ -18,7 +18,7 @@ from moelab.moe.layout import ExpertLayout
 from moelab.registry import EXPERT_BACKENDS
 from report import median
 
-RECORDED = Path(__file__).parent / "results" / "recorded_load.json"
+RECORDED = Path(__file__).parent / "results" / "recorded_routing.safetensors"  # written by record_routing.py
 LOADS = ("balanced", "random", "replayed")
 
 
@@ -78,37 +78,49 @@ def backends_for(shape: LayerShape, tokens: int, device: torch.device, dtype: to
     return able | {"auto": auto}
 
 
-def recorded_shares() -> list[float] | None:
-    """The load of the least balanced layer of a recorded run, largest first; None where none was recorded."""
+def recorded() -> tuple[Tensor, int] | None:
+    """(experts [T, K] int64, E) of a recorded run; None where none was recorded."""
     if not RECORDED.exists():
         return None
-    layers = json.loads(RECORDED.read_text())["expert_load"]
-    return sorted(max(layers.values(), key=max), reverse=True)
+    with safe_open(RECORDED, framework="pt") as file:
+        return file.get_tensor("expert").long(), int(file.metadata()["num_experts"])
 
 
 def draw_routing(shape: LayerShape, tokens: int, load: str, device: torch.device) -> Routing:
     """K distinct experts for each token.
 
-    balanced: every expert has as many, within one. random: an untrained router's. replayed: with the shares of a
-    recorded run, stretched over as many experts as the shape has (which tokens go together is not kept).
+    balanced: every expert has as many, within one. random: an untrained router's. replayed: what a recorded run chose,
+    from a random token on and repeated as needed; a shape of another E or K gets its load instead, stretched over E.
     """
     if load == "balanced":
         start = torch.arange(tokens).unsqueeze(1) * shape.top_k
         expert = (start + torch.arange(shape.top_k)) % shape.experts
         expert = expert[torch.randperm(tokens)]
+    elif load == "replayed":
+        expert = _replay(shape, tokens)
     else:
-        noise = -torch.log(-torch.log(torch.rand(tokens, shape.experts).clamp(1e-9, 1 - 1e-7)))  # Gumbel
-        shares = torch.ones(shape.experts)
-        if load == "replayed":
-            recorded = recorded_shares()
-            assert recorded is not None, f"no load recorded: {RECORDED}"
-            shares = torch.nn.functional.interpolate(
-                torch.tensor(recorded).view(1, 1, -1), size=shape.experts, mode="linear", align_corners=True
-            ).flatten()
-        expert = (noise + shares.clamp(min=1e-6).log()).topk(shape.top_k).indices
+        expert = _by_shares(torch.ones(shape.experts), tokens, shape.top_k)
     weight = torch.rand(tokens, shape.top_k)
     weight = (weight / weight.sum(1, keepdim=True)).to(device).requires_grad_()
     return Routing.from_topk(expert.to(device), weight, shape.experts)
+
+
+def _replay(shape: LayerShape, tokens: int) -> Tensor:
+    found = recorded()
+    assert found is not None, f"nothing recorded: {RECORDED}"
+    expert, experts = found
+    if (experts, expert.shape[1]) == (shape.experts, shape.top_k):
+        first = int(torch.randint(len(expert), ()))
+        return expert[(torch.arange(tokens) + first) % len(expert)]
+    load = torch.bincount(expert.flatten(), minlength=experts).float().sort(descending=True).values
+    shares = nn.functional.interpolate(load.view(1, 1, -1), size=shape.experts, mode="linear", align_corners=True)
+    return _by_shares(shares.flatten().clamp(min=1e-3 * float(load.mean())), tokens, shape.top_k)
+
+
+def _by_shares(shares: Tensor, tokens: int, top_k: int) -> Tensor:
+    """K distinct experts [tokens, K], drawn in proportion to shares [E] (Gumbel top-K)."""
+    noise = -torch.log(-torch.log(torch.rand(tokens, len(shares)).clamp(1e-9, 1 - 1e-7)))
+    return (noise + shares.log()).topk(top_k).indices
 
 
 def time_in_turn(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 
 def _run(root: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -43,3 +44,28 @@ def test_the_cpu_step_agrees_with_transformers_and_writes_its_table(root: Path, 
     assert len(losses) == 2
     assert max(losses) - min(losses) < 1e-5
     assert "(as shipped), median of 2 rounds" in (tmp_path / "cpu_step.md").read_text()
+
+
+def test_a_recorded_run_is_replayed_as_it_was(root: Path, tmp_path: Path) -> None:
+    """The recorded tokens are those of the run; a layer of the run's E and K gets them one by one."""
+    train = "train.steps=3 data.source.name=embedded evaluation.sequences=8 model.moe.layout.num_experts=6"
+    config, run, file = root / "configs/train/tiny_moe.yaml", tmp_path / "run", tmp_path / "routing.safetensors"
+    moelab = [sys.executable, "-m", "moelab", "train", str(config), f"run_dir={run}", *train.split()]
+    subprocess.run(moelab, check=True, capture_output=True, timeout=120)
+    done = _run(root, "record_routing.py", str(run), "--tokens", "200", "--layer", "1", "--out", str(file))
+    assert done.returncode == 0, done.stderr
+    recorded = load_file(file)["expert"].long()
+    assert recorded.shape == (200, 2)
+    replay = (
+        "import sys, torch, layer; from pathlib import Path; layer.RECORDED = Path(sys.argv[1]);"
+        "shape = layer.LayerShape('x', 8, int(sys.argv[2]), 2, 8);"
+        "print(layer.draw_routing(shape, 200, 'replayed', torch.device('cpu')).expert.tolist())"
+    )
+    for experts in (6, 12):
+        command = [sys.executable, "-c", replay, str(file), str(experts)]
+        shown = subprocess.run(command, cwd=root / "benchmarks", check=True, capture_output=True, text=True, timeout=60)
+        replayed = torch.tensor(json.loads(shown.stdout)).view(200, 2)
+        if experts == 6:
+            assert any(torch.equal(replayed, recorded.roll(-shift, 0)) for shift in range(200))
+        assert 0 <= int(replayed.min()) <= int(replayed.max()) < experts
+        assert bool((replayed[:, 0] != replayed[:, 1]).all())
