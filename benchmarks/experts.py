@@ -8,6 +8,9 @@ Growth: cost is to be linear in tokens and flat in the number of experts at equa
 from __future__ import annotations
 
 import argparse
+import itertools
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 from layer import LOADS, Contender, LayerShape, backends_for, bank_of, draw_routing, recorded, time_in_turn
 from moelab import ExpertBackend
 from moelab.nn.allocator import keep_freed_memory
-from report import machine, markdown_table, write_results
+from report import machine, markdown_table, median, write_results
 
 CPU = torch.device("cpu")
 SHAPES = (
@@ -82,29 +85,57 @@ def _loads(dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
 
 
 def _growth(repeats: int) -> list[dict[str, Any]]:
-    """fp32, random load: tokens at one shape, and experts at 8 x 64 active neurons."""
-    shape = LayerShape("32 x 128, top-4", 256, 32, 4, 128)
-    by_tokens = [_measure(shape, tokens, "random", torch.float32, repeats) for tokens in GROWTH_TOKENS]
-    by_experts = [
-        _measure(
-            LayerShape(f"{experts} x 128, top-4", 256, experts, 4, 128), 4 * TOKENS, "random", torch.float32, repeats
-        )
-        for experts in GROWTH_EXPERTS
+    """fp32, random load, `auto` alone, sizes in turn: tokens at one shape, and experts at 4 x 128 active neurons."""
+    shapes = {experts: LayerShape(f"{experts} x 128, top-4", 256, experts, 4, 128) for experts in GROWTH_EXPERTS}
+    middle = GROWTH_TOKENS[1]
+    cases = [(shapes[32], tokens) for tokens in GROWTH_TOKENS]
+    cases += [(shape, middle) for experts, shape in shapes.items() if experts != 32]
+    seconds: list[list[float]] = [[] for _ in cases]
+    calls = [_auto_alone(shape, tokens) for shape, tokens in cases]
+    for repeat in range(repeats + 1):
+        for index, (_, tokens) in enumerate(cases):
+            took = [calls[index]() for _ in range(max(1, middle // tokens))]  # small ones as often as they fit
+            if repeat:
+                seconds[index] += took
+    return [
+        {"shape": shape.name, "experts": shape.experts, "tokens": tokens, "seconds": median(seconds[index])}
+        for index, (shape, tokens) in enumerate(cases)
     ]
-    return [*by_tokens, *by_experts]
+
+
+def _auto_alone(shape: LayerShape, tokens: int) -> Callable[[], float]:
+    """A call that computes the layer forward and backward once -> its seconds."""
+    bank, x = bank_of(shape, CPU, torch.float32), torch.randn(tokens, shape.hidden, requires_grad=True)
+    routings = itertools.cycle([draw_routing(shape, tokens, "random", CPU) for _ in range(4)])
+    backend, upstream = backends_for(shape, tokens, CPU, torch.float32)["auto"], torch.randn(tokens, shape.hidden)
+
+    def call() -> float:
+        x.grad = bank.gate_up.grad = bank.down.grad = None
+        started = time.perf_counter()
+        backend(x, next(routings), bank).backward(upstream)
+        return time.perf_counter() - started
+
+    return call
 
 
 def _load_table(rows: list[dict[str, Any]], dtype: torch.dtype) -> str:
+    """The price of imbalance: how much longer `auto` takes than under a balanced load."""
     names = sorted({name for row in rows for name in row["gflops"]})
-    body = [[row["shape"], row["load"], *(f"{row['gflops'].get(n, float('nan')):.0f}" for n in names)] for row in rows]
+    balanced = {row["shape"]: row["seconds"]["auto"] for row in rows if row["load"] == "balanced"}
+    body = [
+        [row["shape"], row["load"], *(f"{row['gflops'].get(n, float('nan')):.0f}" for n in names),
+         f"{row['seconds']['auto'] / balanced[row['shape']]:.2f} x"]
+        for row in rows
+    ]  # fmt: skip
     title = f"{str(dtype).removeprefix('torch.')}, {TOKENS} tokens, forward and backward, GFLOP/s"
-    return f"\n{title}\n\n" + markdown_table(["experts", "load", *names], body) + "\n"
+    head = ["experts", "load", *names, "auto's time, of balanced"]
+    return f"\n{title}\n\n" + markdown_table(head, body) + "\n"
 
 
 def _growth_table(rows: list[dict[str, Any]]) -> str:
     body = [
-        [row["shape"], str(row["tokens"]), f"{1e3 * row['seconds']['auto']:.1f}",
-         f"{1e6 * row['seconds']['auto'] / row['tokens']:.2f}"]
+        [row["shape"], str(row["tokens"]), f"{1e3 * row['seconds']:.1f}",
+         f"{1e6 * row['seconds'] / row['tokens']:.2f}"]
         for row in rows
     ]  # fmt: skip
     return "\ngrowth of cost, fp32, auto\n\n" + markdown_table(["experts", "tokens", "ms", "µs a token"], body) + "\n"
