@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from layer import LOADS, Contender, LayerShape, backends_for, bank_of, draw_routing, recorded, time_in_turn
-from moelab import ExpertBackend
+from layer import LOADS, LayerShape, backends_for, bank_of, draw_routing, recorded
+from moelab import ExpertBackend, Routing
+from moelab.moe.experts import ExpertBank
 from moelab.nn.allocator import keep_freed_memory
 from report import machine, markdown_table, median, write_results
 
@@ -28,13 +30,14 @@ SHAPES = (
     LayerShape("8 x 512, top-2", 256, 8, 2, 512),
 )
 TOKENS = 4096
+BLOCKS, WARM_UP = 3, 2
 GROWTH_TOKENS = (4096, 16384, 65536)
 GROWTH_EXPERTS = (8, 32, 128, 256)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3, help="of a block; there are three")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", help="folder for experts.json and experts.md")
     options = parser.parse_args()
@@ -55,28 +58,33 @@ def main() -> None:
 
 
 def _measure(shape: LayerShape, tokens: int, load: str, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    """GFLOP/s of forward and backward for each backend; the routing is drawn anew for each repeat, as in training."""
-    bank = bank_of(shape, CPU, dtype)
-    x = torch.randn(tokens, shape.hidden, dtype=dtype, requires_grad=True)
-    routings = [draw_routing(shape, tokens, load, CPU) for _ in range(8)]
+    """GFLOP/s of forward and backward for each backend, every call with a routing of its own, as in training.
+
+    Backends take turns in blocks of calls: oneDNN keeps the 1024 kernels used last, and in turn one backend's ever new
+    shapes would drive out those that another one uses again.
+    """
+    bank, x = bank_of(shape, CPU, dtype), torch.randn(tokens, shape.hidden, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(tokens, shape.hidden, dtype=dtype)
     backends = backends_for(shape, tokens, CPU, dtype)
-    calls = dict.fromkeys(backends, 0)
-
-    def contender(name: str, backend: ExpertBackend) -> Contender:
-        def run() -> torch.Tensor:
-            calls[name] += 1
-            return backend(x, routings[calls[name] % len(routings)], bank)
-
-        return Contender(run, [x, *bank.parameters(), *(routing.weight for routing in routings)])
-
-    sides = {name: contender(name, backend) for name, backend in backends.items()}
-    timings = time_in_turn(sides, torch.randn(tokens, shape.hidden, dtype=dtype), repeats, CPU)
+    seconds: dict[str, list[float]] = {name: [] for name in backends}
+    for _ in range(BLOCKS):
+        for name, backend in backends.items():
+            routings = [draw_routing(shape, tokens, load, CPU) for _ in range(WARM_UP + repeats)]
+            seconds[name] += [_seconds(backend, bank, x, routing, upstream) for routing in routings][WARM_UP:]
     flops = shape.flops(tokens, backward=True)
     return {
         "shape": shape.name, "experts": shape.experts, "tokens": tokens, "load": load, "dtype": str(dtype),
-        "gflops": {name: flops / timing.total / 1e9 for name, timing in timings.items()},
-        "seconds": {name: timing.total for name, timing in timings.items()},
+        "gflops": {name: flops / median(taken) / 1e9 for name, taken in seconds.items()},
+        "seconds": {name: median(taken) for name, taken in seconds.items()},
     }  # fmt: skip
+
+
+def _seconds(backend: ExpertBackend, bank: ExpertBank, x: Tensor, routing: Routing, upstream: Tensor) -> float:
+    """Of one forward and backward pass."""
+    x.grad = bank.gate_up.grad = bank.down.grad = None  # adding to the last pass's gradients would be timed too
+    started = time.perf_counter()
+    backend(x, routing, bank).backward(upstream)
+    return time.perf_counter() - started
 
 
 def _loads(dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
@@ -109,13 +117,7 @@ def _auto_alone(shape: LayerShape, tokens: int) -> Callable[[], float]:
     routings = itertools.cycle([draw_routing(shape, tokens, "random", CPU) for _ in range(4)])
     backend, upstream = backends_for(shape, tokens, CPU, torch.float32)["auto"], torch.randn(tokens, shape.hidden)
 
-    def call() -> float:
-        x.grad = bank.gate_up.grad = bank.down.grad = None
-        started = time.perf_counter()
-        backend(x, next(routings), bank).backward(upstream)
-        return time.perf_counter() - started
-
-    return call
+    return lambda: _seconds(backend, bank, x, next(routings), upstream)
 
 
 def _load_table(rows: list[dict[str, Any]], dtype: torch.dtype) -> str:
