@@ -20,6 +20,7 @@ from torch import Tensor
 import moelab
 from layer import RECORDED
 from moelab.data.batches import ValidationBatches
+from moelab.errors import UserError
 from moelab.moe.routing import LayerRecord
 from moelab.registry import Registry
 from moelab.train.setup import build_corpus_of
@@ -33,7 +34,10 @@ def main() -> None:
     parser.add_argument("--layer", type=int, help="which decoder layer; the least balanced by default")
     parser.add_argument("--out", type=Path, default=RECORDED)
     options = parser.parse_args()
-    layers = record(options.run, options.tokens)
+    try:
+        layers = record(options.run, options.tokens)
+    except UserError as error:
+        parser.error(str(error))
     if options.layer is not None and options.layer not in layers:
         parser.error(f"--layer {options.layer}: {options.run} has MoE layers {', '.join(map(str, layers))}")
     chosen = options.layer if options.layer is not None else max(layers, key=lambda layer: imbalance(*layers[layer]))
@@ -59,7 +63,7 @@ def record(run_dir: Path, tokens: int) -> dict[int, tuple[Tensor, int]]:
         for layer in model.hidden_states(batch.input_ids)[1]:
             found.setdefault(layer.layer_id, []).append(layer)
     if not found:
-        raise SystemExit(f"{run_dir}: the model has no MoE layer")
+        raise UserError(f"{run_dir}: the model has no MoE layer")
     return {layer_id: _experts(records, tokens) for layer_id, records in found.items()}
 
 
@@ -68,10 +72,10 @@ def _experts(records: list[LayerRecord], tokens: int) -> tuple[Tensor, int]:
     routings = [record.routing for record in records]
     top_k, experts = routings[0].top_k, routings[0].num_experts
     if top_k is None or experts > 256:
-        raise SystemExit("only K experts a token of at most 256 can be recorded, one byte each")
+        raise UserError("only K experts a token of at most 256 can be recorded, one byte each")
     chosen = torch.cat([routing.expert.view(-1, top_k) for routing in routings])
     if len(chosen) < tokens:
-        raise SystemExit(f"the held-out text has {len(chosen)} tokens only; lower --tokens")
+        raise UserError(f"the held-out text has {len(chosen)} tokens only; lower --tokens")
     return chosen[:tokens], experts
 
 

@@ -1,7 +1,7 @@
 """Causal attention for training on a CPU: blocks of queries against the keys they may see, as batched products.
 
 torch's own CPU kernel computes the whole square in its backward pass and the scores a second time. Measured in
-benchmarks/cpu_parts.py, forward and backward: 1.2 to 1.6 times as fast at 256 and 512 positions, no faster at 1024.
+benchmarks/cpu_parts.py, forward and backward: 1.3 to 1.7 times as fast at 256 and 512 positions, 1.0 to 1.2 at 1024.
 B sequences, H query heads in G groups of one key head each, S positions, d head size.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_POSITIONS = 768  # beyond, torch's kernel is as fast and keeps no weights
+MOST_POSITIONS = 768  # beyond, torch's kernel is about as fast and keeps no weights
 KEEP_ELEMENTS = 1 << 24  # attention weights kept for the backward pass: 64 MB a layer; beyond, they are computed again
 LEAST_ELEMENTS = 1 << 19  # scores; below, one call of torch's kernel costs less than many small products
 BLOCK_ROWS = 128  # of a product: queries of one block times query heads of a group

@@ -1,6 +1,6 @@
 """nn.Linear whose large fp32 products on a CPU go to oneDNN, which torch uses for bf16 only.
 
-On AMD Zen 4 with 2 threads a layer's forward and backward pass took 0.88 to 0.95 of the time that MKL needs
+On AMD Zen 4 with 2 threads a layer's forward and backward pass took 0.91 to 0.93 of the time that MKL needs
 (benchmarks/cpu_parts.py). The gradient of the weight stays with MKL, which is faster there.
 """
 
