@@ -26,10 +26,10 @@ from moelab import ExpertBackend, Routing
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.moe.experts import ExpertBank, swiglu
 from moelab.nn.count import count_parameters, flops_per_token
+from moelab_plugins.expert_backends._megablocks_install import load as load_kernels
+from moelab_plugins.expert_backends._megablocks_install import missing
+from moelab_plugins.expert_backends._megablocks_topology import BLOCK, bins, topology
 from moelab_plugins.expert_backends.megablocks import block_matrix
-from moelab_plugins.expert_backends.megablocks_install import load as load_kernels
-from moelab_plugins.expert_backends.megablocks_install import missing
-from moelab_plugins.expert_backends.megablocks_topology import BLOCK, bins, topology
 from report import machine, markdown_table, median, write_results
 
 NO_GPU = 2  # exit code

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from moelab import BackendContext, ExpertBackend, Registry, Routing
+from moelab.hookspecs import EXPERT_BACKENDS
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
-from moelab.registry import EXPERT_BACKENDS
 from report import median
 
 RECORDED = Path(__file__).parent / "results" / "recorded_routing.safetensors"  # written by record_routing.py

@@ -14,7 +14,7 @@ import torch
 from moelab import Registry, TokenInfo
 from moelab.builder import build_model
 from moelab.config.model import ModelConfig, MoEConfig
-from moelab.registry import ROUTERS
+from moelab.hookspecs import ROUTERS
 from moelab.testing.tensors import make_info
 
 HIDDEN, EXPERTS, TOP_K, WIDTH, REPEATS = 512, 64, 8, 128, 5

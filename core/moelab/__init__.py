@@ -9,11 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moelab.builder import build, build_model, load
+    from moelab.builder import build, build_model
     from moelab.components import Component, component
     from moelab.data.corpus import Corpus, DataContext, Document, TokenStream, build_corpus
     from moelab.errors import CheckpointError, ConfigError, DataError, RunFailure, UserError
     from moelab.hookspecs import hookimpl
+    from moelab.loading import load
     from moelab.moe.contracts import (
         BackendContext,
         BalanceContext,
@@ -31,11 +32,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "moelab.builder": ("build", "build_model", "load"),
+    "moelab.builder": ("build", "build_model"),
     "moelab.components": ("Component", "component"),
     "moelab.data.corpus": ("Corpus", "DataContext", "Document", "TokenStream", "build_corpus"),
     "moelab.errors": ("CheckpointError", "ConfigError", "DataError", "RunFailure", "UserError"),
     "moelab.hookspecs": ("hookimpl",),
+    "moelab.loading": ("load",),
     "moelab.moe.contracts": (
         "BackendContext",
         "BalanceContext",

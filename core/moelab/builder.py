@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,24 +11,18 @@ from torch import nn
 
 from moelab.config.model import ModelConfig
 from moelab.errors import ConfigError
+from moelab.hookspecs import BALANCE_LOSSES, EXPERT_BACKENDS, EXPERT_LAYOUTS, ROUTERS, SHARED_EXPERTS, ExtensionPoint
+from moelab.layouts import build_layout, build_layouts
 from moelab.moe.balance import COMMON_KEYS, NamedLoss, split_common
 from moelab.moe.block import MoEBlock
 from moelab.moe.contracts import BackendContext, BalanceLossContext, ExpertBackend, MoEContext
 from moelab.moe.experts import ExpertBank
-from moelab.moe.layout import ExpertLayout, LayoutContext
+from moelab.moe.layout import ExpertLayout
 from moelab.moe.per_layer import LayerParts, layer_parts, match_layers
 from moelab.nn.init import initialise
 from moelab.nn.mlp import SwiGLU
 from moelab.nn.transformer import Transformer
-from moelab.registry import (
-    BALANCE_LOSSES,
-    EXPERT_BACKENDS,
-    EXPERT_LAYOUTS,
-    ROUTERS,
-    SHARED_EXPERTS,
-    ExtensionPoint,
-    Registry,
-)
+from moelab.registry import Registry
 from moelab.seeds import derive_seed
 
 
@@ -55,18 +48,6 @@ def build_model(
 
 
 build = build_model
-
-
-def build_layouts(config: ModelConfig, registry: Registry) -> dict[int, ExpertLayout]:
-    """{layer: layout} of the sparse layers, from the config alone."""
-    if config.moe is None:
-        return {}
-    layouts = {}
-    for layer_id, parts in enumerate(layer_parts(config.moe, config.num_hidden_layers)):
-        layout = _layout(config, registry, parts, layer_id)
-        if layout is not None:
-            layouts[layer_id] = layout
-    return layouts
 
 
 def build_balance_losses(config: ModelConfig, registry: Registry) -> list[NamedLoss]:
@@ -97,29 +78,15 @@ def resolve_model(config: ModelConfig, registry: Registry) -> None:
     moe = config.moe
     if moe is None:
         return
-    points: dict[str, ExtensionPoint[Any, Any]] = {
-        "layout": EXPERT_LAYOUTS,
-        "router": ROUTERS,
-        "shared_expert": SHARED_EXPERTS,
-        "backend": EXPERT_BACKENDS,
-    }
-    for key, point in points.items():
-        setattr(moe, key, registry.resolve(point, getattr(moe, key), f"model.moe.{key}"))
+    points: tuple[ExtensionPoint[Any, Any], ...] = (EXPERT_LAYOUTS, ROUTERS, SHARED_EXPERTS, EXPERT_BACKENDS)
+    for point in points:
+        key = point.key.rpartition(".")[2]
+        setattr(moe, key, registry.resolve(point, getattr(moe, key), point.key))
     for index, node in enumerate(moe.balance_losses):
         where = f"model.moe.balance_losses.{index}"
         own, _, _ = split_common(node, where)
         common = {key: node[key] for key in COMMON_KEYS if node.get(key) is not None}
         moe.balance_losses[index] = registry.resolve(BALANCE_LOSSES, own, where) | common
-
-
-def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Transformer:
-    """The model of a checkpoint: a Hugging Face folder, a moelab checkpoint, or a run folder (its newest one).
-
-    Raises CheckpointError naming the file and the cure.
-    """
-    from moelab.checkpoint import load_model  # noqa: PLC0415  (checkpoint builds on this module)
-
-    return load_model(Path(path), dtype=dtype, device=device)
 
 
 def moe_context(config: ModelConfig, layout: ExpertLayout, layer_id: int) -> MoEContext:
@@ -142,7 +109,7 @@ def _mlp(config: ModelConfig, registry: Registry, layer_id: int) -> SwiGLU | MoE
     if config.moe is None:
         return SwiGLU(config.hidden_size, config.intermediate_size)
     parts = layer_parts(config.moe, config.num_hidden_layers)[layer_id]
-    layout = _layout(config, registry, parts, layer_id)
+    layout = build_layout(config, registry, parts, layer_id)
     if layout is None:
         return SwiGLU(config.hidden_size, config.intermediate_size)
     context = moe_context(config, layout, layer_id)
@@ -159,23 +126,6 @@ def _mlp(config: ModelConfig, registry: Registry, layer_id: int) -> SwiGLU | MoE
         shared,
         chunk=config.moe.expert_chunk,
     )
-
-
-def _layout(config: ModelConfig, registry: Registry, parts: LayerParts, layer_id: int) -> ExpertLayout | None:
-    context = LayoutContext(config.hidden_size, config.intermediate_size, layer_id, config.num_hidden_layers)
-    where = parts.where("layout")
-    layout = registry.build(EXPERT_LAYOUTS, parts.layout, context, where)
-    if layout is None:
-        return None
-    for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
-        if getattr(layout, key) < 1:
-            raise ConfigError(f"{where}.{key}: must be at least 1, not {getattr(layout, key)} (layer {layer_id})")
-    if layout.num_experts_per_tok > layout.num_experts:
-        raise ConfigError(
-            f"{where}.num_experts_per_tok: {layout.num_experts_per_tok} exceeds num_experts {layout.num_experts} "
-            f"(layer {layer_id})"
-        )
-    return layout
 
 
 def _backend(

@@ -1,100 +1,29 @@
-"""Checkpoints of moelab's own: safetensors and JSON, complete or absent, never pickled.
+"""Checkpoints of moelab's own as they lie on disk: where they are, under which config they were written, their tensors.
 
 checkpoints/step_00000100/ holds model.safetensors (parameters and plugin buffers under the model's names),
 training.safetensors (optimizer moments, state of the balance losses), state.json, config.yaml and the tokenizer.
+Safetensors and JSON, complete or absent, never pickled. What writes them is train/checkpoint.py.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from moelab.builder import build_model
 from moelab.config.load import to_schema
 from moelab.config.run import RunConfig
 from moelab.errors import CheckpointError, ConfigError
-from moelab.hf.load import load_hf
-from moelab.moe.balance import NamedLoss
 from moelab.nn.transformer import Transformer
-from moelab.registry import Registry
-from moelab.train.optimizer import optimizer_tensors, restore_optimizer
-from moelab.train.run_folder import CHECKPOINTS, CONFIG
 
-MODEL, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """All that resumes beside the model's own state_dict."""
-
-    optimizer: torch.optim.Optimizer
-    balance_losses: Sequence[NamedLoss]
-
-
-def save_checkpoint(
-    folder: Path, model: Transformer, training: TrainingState, state: Mapping[str, Any], files: Mapping[str, bytes]
-) -> None:
-    """Write `folder` beside, sync it, rename it. `files`: config.yaml and the tokenizer's."""
-    beside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        save_file(_model_tensors(model), beside / MODEL)
-        save_file(_training_tensors(model, training), beside / TRAINING)
-        (beside / STATE).write_text(json.dumps(dict(state), indent=2) + "\n")
-        for name, content in files.items():
-            (beside / name).write_bytes(content)
-        for path in (*beside.iterdir(), beside):
-            _sync(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        beside.rename(folder)
-        _sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(
-            f"{folder}: can't be written: {error}; free some space and go on with --resume"
-        ) from error
-
-
-def restore_checkpoint(folder: Path, model: Transformer, training: TrainingState) -> dict[str, Any]:
-    """Fill model, optimizer and balance losses from `folder`; -> what state.json says."""
-    load_model_tensors(folder, model)
-    tensors = _read(folder / TRAINING)
-    device = next(model.parameters()).device
-    moments = {
-        key.removeprefix("optimizer/"): v.to(device) for key, v in tensors.items() if key.startswith("optimizer/")
-    }
-    restore_optimizer(model, training.optimizer, moments)
-    for named in training.balance_losses:
-        own = f"balance_losses/{named.name}/"
-        state = {key.removeprefix(own): value for key, value in tensors.items() if key.startswith(own)}
-        if state:
-            named.loss.load_state_dict(state)  # type: ignore[attr-defined]
-    return read_state(folder)
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    try:
-        state = json.loads((folder / STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder / STATE}: can't be read ({error}); use an earlier checkpoint") from error
-    assert isinstance(state, dict)
-    return state
+CHECKPOINTS = "checkpoints"  # of a run folder
+MODEL, TRAINING, STATE, CONFIG = "model.safetensors", "training.safetensors", "state.json", "config.yaml"
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -105,18 +34,6 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 def checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run folder, oldest first."""
     return sorted(path for path in (run_dir / CHECKPOINTS).glob("step_*") if (path / STATE).is_file())
-
-
-def load_model(path: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Transformer:
-    """A model from a run folder (its newest checkpoint), a moelab checkpoint, or a Hugging Face folder."""
-    folder = resolve_checkpoint(path)
-    if not is_moelab(folder):
-        return load_hf(folder, dtype=dtype, device=device)
-    config = read_run_config(folder)
-    registry = Registry(config.plugins, config.entry_points, [Path(p) for p in config.search_path])
-    model = build_model(config.model, registry, device=device, seed=None)
-    load_model_tensors(folder, model)
-    return model.to(dtype)
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -134,13 +51,12 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def is_moelab(folder: Path) -> bool:
+    """Whether it is a complete checkpoint of moelab's own."""
     return (folder / STATE).is_file() and (folder / CONFIG).is_file()
 
 
 def read_run_config(folder: Path) -> RunConfig:
     """The resolved config of a run folder or checkpoint."""
-    from omegaconf import OmegaConf  # noqa: PLC0415  (yaml only matters here)
-
     try:
         tree = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
         assert isinstance(tree, dict)
@@ -149,10 +65,20 @@ def read_run_config(folder: Path) -> RunConfig:
         raise CheckpointError(f"{folder / CONFIG}: can't be read: {error}") from error
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """What state.json says: step, tokens, fingerprints. Raises CheckpointError when it can't be read."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder / STATE}: can't be read ({error}); use an earlier checkpoint") from error
+    assert isinstance(state, dict)
+    return state
+
+
 def load_model_tensors(folder: Path, model: Transformer) -> None:
     """Fill the model from model.safetensors; every tensor must be there, fit, and be asked for."""
-    found = _read(folder / MODEL)
-    wanted = _model_tensors(model)
+    found = read_tensors(folder / MODEL)
+    wanted = model_tensors(model)
     missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     misfits = [name for name in wanted.keys() & found.keys() if wanted[name].shape != found[name].shape]
     if missing or unexpected or misfits:
@@ -165,7 +91,7 @@ def load_model_tensors(folder: Path, model: Transformer) -> None:
             tensor.copy_(found[name])
 
 
-def _model_tensors(model: Transformer) -> dict[str, Tensor]:
+def model_tensors(model: Transformer) -> dict[str, Tensor]:
     """The state_dict, each tied tensor once."""
     tensors = dict(model.state_dict())
     if model.config.tie_word_embeddings:
@@ -173,15 +99,8 @@ def _model_tensors(model: Transformer) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
-def _training_tensors(model: Transformer, training: TrainingState) -> dict[str, Tensor]:
-    tensors = {f"optimizer/{key}": value for key, value in optimizer_tensors(model, training.optimizer).items()}
-    for named in training.balance_losses:
-        state_dict = getattr(named.loss, "state_dict", dict)
-        tensors |= {f"balance_losses/{named.name}/{key}": value for key, value in state_dict().items()}
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """{name: tensor} of a safetensors file. Raises CheckpointError when it is missing or damaged."""
     try:
         return load_file(path)
     except FileNotFoundError as error:
@@ -190,11 +109,3 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: can't be read ({error}); it is cut short or damaged, use an earlier one"
         ) from error
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """The input is wrong. The message says what, where, and what to do; the command line exits with 2."""
@@ -21,3 +24,9 @@ class DataError(UserError):
 
 class RunFailure(RuntimeError):
     """A run stopped through no fault of its input, say on a NaN loss; the command line exits with 1."""
+
+
+def near(name: object, known: Iterable[str]) -> str:
+    """ ", did you mean 'x'?" when something close is known, else a full stop."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f", did you mean '{close[0]}'?" if close else "."

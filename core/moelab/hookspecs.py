@@ -3,18 +3,21 @@
 A hook is asked once, while a run is being built, and answers with a list of Components. `build(options,
 context)` of the chosen one returns a plain module or function: while tokens flow, no hook is called.
 The observer hooks (last) are called by the trainer between steps.
+
+One row of the table below is all that core knows of a kind of plugin: the hook, the key of the config and the folder
+of the built-ins follow from it, and so do `moelab plugins` and docs/plugins/.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pluggy
 
 if TYPE_CHECKING:
-    from moelab.components import Component
     from moelab.data.corpus import Corpus, DataContext
     from moelab.initialisers import (
         ExpertInitialiser,
@@ -37,60 +40,88 @@ if TYPE_CHECKING:
 hookspec = pluggy.HookspecMarker("moelab")
 hookimpl = pluggy.HookimplMarker("moelab")
 
-
-@hookspec
-def moelab_routers() -> list[Component[MoEContext, Router]]:  # type: ignore[empty-body]
-    """Which experts each token goes to, and with what weight: x [T, D], info -> Routing."""
+ContextT = TypeVar("ContextT")
+BuiltT = TypeVar("BuiltT")
 
 
-@hookspec
-def moelab_shared_experts() -> list[Component[MoEContext, SharedExpert | None]]:  # type: ignore[empty-body]
-    """The expert that every token passes through: x [T, D] -> [T, D]; None for no such expert."""
+@dataclass(frozen=True)
+class ExtensionPoint(Generic[ContextT, BuiltT]):
+    """A kind of plugin: the hook answers with `Component[ContextT, BuiltT]`s, the config's key selects one by name."""
+
+    kind: str  # as messages call it
+    hook: str  # the function that a plugin module implements
+    key: str  # of the config
+    builtins: str  # the package whose modules are the built-in ones; a name with a leading underscore is no plugin
+    text: str  # what is built, with its shapes
+    check: str = ""  # of moelab.testing: the conformance check that a plugin of this kind must pass
 
 
-@hookspec
-def moelab_expert_layouts() -> list[Component[LayoutContext, ExpertLayout | None]]:  # type: ignore[empty-body]
-    """How many experts a layer has and how wide they are; None for a layer that stays dense."""
+ROUTERS: ExtensionPoint[MoEContext, Router] = ExtensionPoint(
+    "router", "moelab_routers", "model.moe.router", "moelab_plugins.routers",
+    "Which experts each token goes to, and with what weight: x [T, D], info -> Routing.",
+    check="check_router",
+)  # fmt: skip
+SHARED_EXPERTS: ExtensionPoint[MoEContext, SharedExpert | None] = ExtensionPoint(
+    "shared expert", "moelab_shared_experts", "model.moe.shared_expert", "moelab_plugins.shared_experts",
+    "The expert that every token passes through: x [T, D] -> [T, D]; None for no such expert.",
+    check="check_shared_expert",
+)  # fmt: skip
+EXPERT_LAYOUTS: ExtensionPoint[LayoutContext, ExpertLayout | None] = ExtensionPoint(
+    "expert layout", "moelab_expert_layouts", "model.moe.layout", "moelab_plugins.expert_layouts",
+    "How many experts a layer has and how wide they are; None for a layer that stays dense.",
+    check="check_expert_layout",
+)  # fmt: skip
+BALANCE_LOSSES: ExtensionPoint[BalanceLossContext, BalanceLoss] = ExtensionPoint(
+    "balance loss", "moelab_balance_losses", "model.moe.balance_losses", "moelab_plugins.balance_losses",
+    "A term of the training loss that sees the routing: (records, context) -> scalar, unweighted.",
+    check="check_balance_loss",
+)  # fmt: skip
+EXPERT_BACKENDS: ExtensionPoint[BackendContext, ExpertBackend] = ExtensionPoint(
+    "expert backend", "moelab_expert_backends", "model.moe.backend", "moelab_plugins.expert_backends",
+    "How the experts are computed: (x [T, D], routing, bank) -> [T, D]. Owns no parameters.",
+    check="check_backend",
+)  # fmt: skip
+EXPERT_INITIALISERS: ExtensionPoint[UpcycleContext, ExpertInitialiser] = ExtensionPoint(
+    "expert initialiser", "moelab_expert_initialisers", "recipe.experts", "moelab_upcycling.initialisers.experts",
+    "Upcycling, axis `recipe.experts`: dense FFN neurons -> the routed experts of one layer.",
+    check="check_initialiser",
+)  # fmt: skip
+SHARED_INITIALISERS: ExtensionPoint[UpcycleContext, SharedInitialiser] = ExtensionPoint(
+    "shared initialiser", "moelab_shared_initialisers", "recipe.shared", "moelab_upcycling.initialisers.shared",
+    "Upcycling, axis `recipe.shared`: dense FFN neurons -> the shared expert of one layer.",
+)  # fmt: skip
+ROUTER_INITIALISERS: ExtensionPoint[UpcycleContext, RouterInitialiser] = ExtensionPoint(
+    "router initialiser", "moelab_router_initialisers", "recipe.router", "moelab_upcycling.initialisers.router",
+    "Upcycling, axis `recipe.router`: the router matrix of one layer.",
+)  # fmt: skip
+OUTPUT_SCALINGS: ExtensionPoint[UpcycleContext, OutputScaling] = ExtensionPoint(
+    "output scaling", "moelab_output_scalings", "recipe.scaling", "moelab_upcycling.initialisers.scaling",
+    "Upcycling, axis `recipe.scaling`: the factor on the routed experts' down projections.",
+)  # fmt: skip
+DATA_SOURCES: ExtensionPoint[DataContext, Corpus] = ExtensionPoint(
+    "data source", "moelab_data_sources", "data.source", "moelab_plugins.data_sources",
+    "Where the text comes from: -> a tokenised corpus, split into training and held-out documents.",
+)  # fmt: skip
+OBSERVERS: ExtensionPoint[Path, object] = ExtensionPoint(
+    "observer", "moelab_observers", "observers", "moelab_plugins.observers",
+    "build(options, run_dir) -> an object with any of the hooks of `RunHooks`.",
+)  # fmt: skip
+
+EXTENSION_POINTS: tuple[ExtensionPoint[Any, Any], ...] = tuple(
+    row for row in list(globals().values()) if isinstance(row, ExtensionPoint)
+)
 
 
-@hookspec
-def moelab_balance_losses() -> list[Component[BalanceLossContext, BalanceLoss]]:  # type: ignore[empty-body]
-    """A term of the training loss that sees the routing: (records, context) -> scalar, unweighted."""
+def plugin_hooks() -> type:
+    """The hooks of the table, as pluggy reads them: a class with one marked function for each row."""
 
+    def specification(point: ExtensionPoint[Any, Any]) -> Any:
+        def hook() -> None: ...
 
-@hookspec
-def moelab_expert_backends() -> list[Component[BackendContext, ExpertBackend]]:  # type: ignore[empty-body]
-    """How the experts are computed: (x [T, D], routing, bank) -> [T, D]. Owns no parameters."""
+        hook.__name__, hook.__doc__ = point.hook, point.text
+        return hookspec(hook)
 
-
-@hookspec
-def moelab_expert_initialisers() -> list[Component[UpcycleContext, ExpertInitialiser]]:  # type: ignore[empty-body]
-    """Upcycling, axis `recipe.experts`: dense FFN neurons -> the routed experts of one layer."""
-
-
-@hookspec
-def moelab_shared_initialisers() -> list[Component[UpcycleContext, SharedInitialiser]]:  # type: ignore[empty-body]
-    """Upcycling, axis `recipe.shared`: dense FFN neurons -> the shared expert of one layer."""
-
-
-@hookspec
-def moelab_router_initialisers() -> list[Component[UpcycleContext, RouterInitialiser]]:  # type: ignore[empty-body]
-    """Upcycling, axis `recipe.router`: the router matrix of one layer."""
-
-
-@hookspec
-def moelab_output_scalings() -> list[Component[UpcycleContext, OutputScaling]]:  # type: ignore[empty-body]
-    """Upcycling, axis `recipe.scaling`: the factor on the routed experts' down projections."""
-
-
-@hookspec
-def moelab_data_sources() -> list[Component[DataContext, Corpus]]:  # type: ignore[empty-body]
-    """Where the text comes from: -> a tokenised corpus, split into training and held-out documents."""
-
-
-@hookspec
-def moelab_observers() -> list[Component[Path, object]]:  # type: ignore[empty-body]
-    """build(options, run_dir) -> an object with any of the hooks of `RunHooks`."""
+    return type("PluginHooks", (), {point.hook: staticmethod(specification(point)) for point in EXTENSION_POINTS})
 
 
 class RunHooks:

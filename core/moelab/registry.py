@@ -2,105 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
+import pkgutil
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, fields
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any
 
 import pluggy
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moelab import hookspecs
-from moelab.builtins import BUILTIN_PLUGINS
 from moelab.components import Component
-from moelab.errors import ConfigError
-
-if TYPE_CHECKING:
-    from moelab.data.corpus import Corpus, DataContext
-    from moelab.initialisers import (
-        ExpertInitialiser,
-        OutputScaling,
-        RouterInitialiser,
-        SharedInitialiser,
-        UpcycleContext,
-    )
-    from moelab.moe.contracts import (
-        BackendContext,
-        BalanceLoss,
-        BalanceLossContext,
-        ExpertBackend,
-        MoEContext,
-        Router,
-        SharedExpert,
-    )
-    from moelab.moe.layout import ExpertLayout, LayoutContext
-
-ContextT = TypeVar("ContextT")
-BuiltT = TypeVar("BuiltT")
-
-
-@dataclass(frozen=True)
-class ExtensionPoint(Generic[ContextT, BuiltT]):
-    """One hook and where a config selects from it."""
-
-    kind: str  # as messages call it
-    hook: str
-    key: str  # of the config
-
-
-ROUTERS: ExtensionPoint[MoEContext, Router] = ExtensionPoint("router", "moelab_routers", "model.moe.router")
-SHARED_EXPERTS: ExtensionPoint[MoEContext, SharedExpert | None] = ExtensionPoint(
-    "shared expert", "moelab_shared_experts", "model.moe.shared_expert"
-)
-EXPERT_LAYOUTS: ExtensionPoint[LayoutContext, ExpertLayout | None] = ExtensionPoint(
-    "expert layout", "moelab_expert_layouts", "model.moe.layout"
-)
-BALANCE_LOSSES: ExtensionPoint[BalanceLossContext, BalanceLoss] = ExtensionPoint(
-    "balance loss", "moelab_balance_losses", "model.moe.balance_losses"
-)
-EXPERT_BACKENDS: ExtensionPoint[BackendContext, ExpertBackend] = ExtensionPoint(
-    "expert backend", "moelab_expert_backends", "model.moe.backend"
-)
-EXPERT_INITIALISERS: ExtensionPoint[UpcycleContext, ExpertInitialiser] = ExtensionPoint(
-    "expert initialiser", "moelab_expert_initialisers", "recipe.experts"
-)
-SHARED_INITIALISERS: ExtensionPoint[UpcycleContext, SharedInitialiser] = ExtensionPoint(
-    "shared initialiser", "moelab_shared_initialisers", "recipe.shared"
-)
-ROUTER_INITIALISERS: ExtensionPoint[UpcycleContext, RouterInitialiser] = ExtensionPoint(
-    "router initialiser", "moelab_router_initialisers", "recipe.router"
-)
-OUTPUT_SCALINGS: ExtensionPoint[UpcycleContext, OutputScaling] = ExtensionPoint(
-    "output scaling", "moelab_output_scalings", "recipe.scaling"
-)
-DATA_SOURCES: ExtensionPoint[DataContext, Corpus] = ExtensionPoint("data source", "moelab_data_sources", "data.source")
-OBSERVERS: ExtensionPoint[Path, object] = ExtensionPoint("observer", "moelab_observers", "observers")
-
-EXTENSION_POINTS: tuple[ExtensionPoint[Any, Any], ...] = (
-    ROUTERS,
-    SHARED_EXPERTS,
-    EXPERT_LAYOUTS,
-    BALANCE_LOSSES,
-    EXPERT_BACKENDS,
-    EXPERT_INITIALISERS,
-    SHARED_INITIALISERS,
-    ROUTER_INITIALISERS,
-    OUTPUT_SCALINGS,
-    DATA_SOURCES,
-    OBSERVERS,
-)
+from moelab.errors import ConfigError, near
+from moelab.hookspecs import EXTENSION_POINTS, BuiltT, ContextT, ExtensionPoint, plugin_hooks
 
 
 class Registry:
     """The plugins of one run, never a module global: two runs in one process can't see each other's.
 
     `plugins` are module names; `search_path` is where a config file's own modules lie. A run that needs only some
-    extension points names their `builtins`: upcycling's workers do without torch.
+    extension points names them as `points`, for their built-ins alone: upcycling's workers do without torch.
     """
 
     def __init__(
@@ -109,12 +33,13 @@ class Registry:
         entry_points: bool = True,
         search_path: Iterable[Path] = (),
         *,
-        builtins: Iterable[str] = BUILTIN_PLUGINS,
+        points: Iterable[ExtensionPoint[Any, Any]] = EXTENSION_POINTS,
     ) -> None:
         self.manager = pluggy.PluginManager("moelab")
-        self.manager.add_hookspecs(hookspecs)
-        for path in builtins:
-            self._import(path)
+        self.manager.add_hookspecs(plugin_hooks())
+        for point in points:
+            for path in builtin_modules(point):
+                self._import(path)
         if entry_points:
             self._load_entry_points()
         for folder in search_path:
@@ -211,10 +136,20 @@ class Registry:
             self.manager.register(module, name=path)
 
 
-def near(name: object, known: Iterable[str]) -> str:
-    """ ", did you mean 'x'?" when something close is known, else a full stop."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f", did you mean '{close[0]}'?" if close else "."
+def builtin_modules(point: ExtensionPoint[Any, Any]) -> list[str]:
+    """The built-in plugins of a kind: every module of its package, but for those with a leading underscore.
+
+    Found by looking, so that a new one is a file and nothing else. A package that is not installed has none: core
+    stands alone.
+    """
+    try:
+        package = importlib.import_module(point.builtins)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{point.builtins}.".startswith(f"{error.name}."):
+            raise
+        return []
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
+    return [f"{point.builtins}.{name}" for name in names if not name.startswith("_")]
 
 
 def option_fields(chosen: Component[Any, Any]) -> list[tuple[str, str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moelab import Registry, testing
-from moelab.registry import (
+from moelab.hookspecs import (
     BALANCE_LOSSES,
     EXPERT_BACKENDS,
     EXPERT_INITIALISERS,

@@ -11,7 +11,7 @@ import pytest
 from moelab import Registry
 from moelab.config.load import load_config
 from moelab.config.run import RunConfig
-from moelab.registry import ROUTERS
+from moelab.hookspecs import ROUTERS
 from moelab.train.trainer import train
 
 ROOT = Path(__file__).resolve().parents[2]

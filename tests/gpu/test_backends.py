@@ -7,9 +7,9 @@ import torch
 
 from expert_routings import CASES, EXPERTS, TOP_K, bank, gradients, reference
 from moelab import BackendContext, Registry
+from moelab.hookspecs import EXPERT_BACKENDS
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.layout import ExpertLayout
-from moelab.registry import EXPERT_BACKENDS
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moelab_plugins.expert_backends.megablocks_install import load
+from moelab_plugins.expert_backends._megablocks_install import load
 
 HOPPER = GPUTarget("cuda", 90, 32)
 FLOATS = ("bf16", "fp16", "fp32")

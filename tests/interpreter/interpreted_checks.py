@@ -12,8 +12,8 @@ from expert_routings import CASES, EXPERTS, TOP_K, bank, gradients, reference
 from moelab import BackendContext, Routing
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.layout import ExpertLayout
+from moelab_plugins.expert_backends._megablocks_install import has_extension, load
 from moelab_plugins.expert_backends.megablocks import MegaBlocksBackend, MegaBlocksOptions
-from moelab_plugins.expert_backends.megablocks_install import has_extension, load
 
 PROBLEM = ExpertProblem(EXPERTS, 128, 128, 64, 128, torch.device("cpu"), torch.float32)
 
@@ -59,8 +59,8 @@ def test_bf16_is_refused_because_the_interpreter_is_wrong_in_it():
     assert _backend().supports(PROBLEM) is None
     assert "wrong in torch.bfloat16" in str(_backend().supports(replace(PROBLEM, dtype=torch.bfloat16)))
     a = torch.ones(128, 128, dtype=torch.bfloat16)
+    from moelab_plugins.expert_backends._megablocks_topology import topology
     from moelab_plugins.expert_backends.megablocks import block_matrix
-    from moelab_plugins.expert_backends.megablocks_topology import topology
 
     at = topology(torch.tensor([128], dtype=torch.int32), 128, 128)
     wrong = load().sdd(a, a.t(), block_matrix(load(), at, None, torch.bfloat16)).data

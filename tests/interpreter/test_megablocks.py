@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moelab_plugins.expert_backends.megablocks_install import missing
+from moelab_plugins.expert_backends._megablocks_install import missing
 
 HERE = Path(__file__).parent
 

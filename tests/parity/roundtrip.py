@@ -17,10 +17,10 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from moelab.builder import build_layouts
 from moelab.config.model import ModelConfig
 from moelab.hf.load import load_hf
 from moelab.hf.save import save_hf
+from moelab.layouts import build_layouts
 from moelab.moe.layout import ExpertLayout
 from moelab.registry import Registry
 from parity.reference import DENSE, MOE, load_reference, reference_model, strengthen, token_ids

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moelab import Registry
-from moelab.registry import BALANCE_LOSSES, EXPERT_LAYOUTS, ROUTERS, SHARED_EXPERTS
+from moelab.hookspecs import BALANCE_LOSSES, EXPERT_LAYOUTS, ROUTERS, SHARED_EXPERTS
 from moelab_tools.describe_plugins import describe_point
 from moelab_tools.plugin_pages import pages
 

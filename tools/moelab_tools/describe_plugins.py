@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moelab.components import Component
-from moelab.registry import EXTENSION_POINTS, ExtensionPoint, Registry, option_fields
+from moelab.hookspecs import EXTENSION_POINTS, ExtensionPoint
+from moelab.registry import Registry, option_fields
 
 _FIELD = re.compile(r"^\s+(\w+)\s*:[^#\n]*#\s*(.+)$", re.MULTILINE)
 _SECTION = re.compile(r"^(Formula|Source|Inference|Use|Cost):\s*", re.MULTILINE)

@@ -7,13 +7,12 @@ A test compares the pages with what this would write.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from pathlib import Path
 from typing import Any
 
-from moelab import hookspecs
-from moelab.registry import EXTENSION_POINTS, ExtensionPoint, Registry
+from moelab.hookspecs import EXTENSION_POINTS, ExtensionPoint
+from moelab.registry import Registry
 from moelab_tools.describe_plugins import PluginEntry, describe_point
 
 TITLES = {
@@ -51,13 +50,13 @@ def pages() -> dict[str, str]:
 
 
 def _page(point: ExtensionPoint[Any, Any], entries: list[PluginEntry]) -> str:
-    hook = getattr(hookspecs, point.hook)
     lines = [
         f"# {_title(point)}",
         "",
-        inspect.getdoc(hook) or "",
+        point.text,
         "",
-        f"Config key `{point.key}`, hook `{point.hook}`. Generated; the text is the docstrings'.",
+        f"Config key `{point.key}`, hook `{point.hook}`. Generated; the text is the docstrings'."
+        + (f" Hold your own to `moelab.testing.{point.check}`." if point.check else ""),
         "",
     ]
     if entries:

@@ -11,14 +11,14 @@ from typing import Any
 
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import ConfigError
-from moelab.registry import (
+from moelab.hookspecs import (
     EXPERT_INITIALISERS,
     OUTPUT_SCALINGS,
     ROUTER_INITIALISERS,
     SHARED_INITIALISERS,
     ExtensionPoint,
-    Registry,
 )
+from moelab.registry import Registry
 from moelab_upcycling.maker import build_parts
 from moelab_upcycling.output import OutputFolder, content_hash
 from moelab_upcycling.plan import Plan, make_plan

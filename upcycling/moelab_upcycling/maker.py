@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from moelab.errors import ConfigError
 from moelab.hf import roles as names
+from moelab.hookspecs import EXPERT_INITIALISERS, OUTPUT_SCALINGS, ROUTER_INITIALISERS, SHARED_INITIALISERS
 from moelab.initialisers import (
     ExpertInitialiser,
     NeuronPlan,
@@ -20,13 +21,7 @@ from moelab.initialisers import (
     SharedInitialiser,
     UpcycleContext,
 )
-from moelab.registry import (
-    EXPERT_INITIALISERS,
-    OUTPUT_SCALINGS,
-    ROUTER_INITIALISERS,
-    SHARED_INITIALISERS,
-    Registry,
-)
+from moelab.registry import Registry
 from moelab_upcycling.dense import LoadedMatrix
 from moelab_upcycling.dtypes import STORAGE, convert, from_float32, scaled, to_float32
 from moelab_upcycling.plan import OutputTensor, Plan

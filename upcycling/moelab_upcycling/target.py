@@ -10,11 +10,11 @@ from typing import Any
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.config.overlay import overlay
 from moelab.config.upcycle import UpcycleConfig
-from moelab.errors import CheckpointError, ConfigError
+from moelab.errors import CheckpointError, ConfigError, near
 from moelab.hf.config import CONFIG_FILE, read_config
-from moelab.moe.layout import ExpertLayout, LayoutContext
-from moelab.moe.per_layer import layer_parts
-from moelab.registry import EXPERT_LAYOUTS, Registry, near
+from moelab.layouts import build_layouts
+from moelab.moe.layout import ExpertLayout
+from moelab.registry import Registry
 from moelab_upcycling.source import read_json
 
 # What the weights fix: a recipe may repeat these, not change them.
@@ -137,21 +137,7 @@ def _with_experts(dense: ModelConfig, moe: MoEConfig, raw: Mapping[str, Any], re
 
 
 def _layouts(dense: ModelConfig, moe: MoEConfig, registry: Registry) -> dict[int, ExpertLayout]:
-    found: dict[int, ExpertLayout] = {}
-    for layer_id, parts in enumerate(layer_parts(moe, dense.num_hidden_layers)):
-        context = LayoutContext(dense.hidden_size, dense.intermediate_size, layer_id, dense.num_hidden_layers)
-        layout = registry.build(EXPERT_LAYOUTS, parts.layout, context, "model.moe.layout")
-        if layout is None:
-            continue
-        for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
-            if getattr(layout, key) < 1:
-                raise ConfigError(f"model.moe.layout.{key}: must be at least 1, not {getattr(layout, key)}")
-        if layout.num_experts_per_tok > layout.num_experts:
-            raise ConfigError(
-                f"model.moe.layout.num_experts_per_tok: {layout.num_experts_per_tok} exceeds num_experts "
-                f"{layout.num_experts}"
-            )
-        found[layer_id] = layout
+    found = build_layouts(replace(dense, moe=moe), registry)
     if not found:
         raise ConfigError("model.moe.layout: no layer is sparse, so there is nothing to upcycle")
     if len(set(found.values())) > 1:

@@ -17,8 +17,14 @@ from typing import Any
 
 from xxhash import xxh3_128
 
-from moelab.builtins import BUILTIN_PLUGINS
 from moelab.errors import RunFailure
+from moelab.hookspecs import (
+    EXPERT_INITIALISERS,
+    EXPERT_LAYOUTS,
+    OUTPUT_SCALINGS,
+    ROUTER_INITIALISERS,
+    SHARED_INITIALISERS,
+)
 from moelab.registry import Registry
 from moelab_upcycling.dtypes import raw_bytes
 from moelab_upcycling.maker import Maker
@@ -49,9 +55,8 @@ class ShardResult:
 
 def light_registry(plugins: tuple[str, ...], entry_points: bool, search_path: tuple[str, ...]) -> Registry:
     """Layouts and initialisers only, so that no process imports torch for its 300 MB."""
-    needed = ("moelab_upcycling.", "moelab_plugins.expert_layouts.")
-    builtins = [path for path in BUILTIN_PLUGINS if path.startswith(needed)]
-    return Registry(plugins, entry_points, [Path(p) for p in search_path], builtins=builtins)
+    points = (EXPERT_LAYOUTS, EXPERT_INITIALISERS, SHARED_INITIALISERS, ROUTER_INITIALISERS, OUTPUT_SCALINGS)
+    return Registry(plugins, entry_points, [Path(p) for p in search_path], points=points)
 
 
 class ShardMaker:

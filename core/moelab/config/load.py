@@ -14,8 +14,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from moelab.config.files import Layer, file_layers, find_config, override_layer, subtree
 from moelab.config.overlay import overlay, section_schemas
-from moelab.errors import ConfigError
-from moelab.registry import near
+from moelab.errors import ConfigError, near
 
 SchemaT = TypeVar("SchemaT")
 

@@ -14,8 +14,10 @@ from typing import Any
 
 from moelab.config.model import ModelConfig
 from moelab.errors import ConfigError
+from moelab.hookspecs import SHARED_EXPERTS
+from moelab.layouts import build_layouts
 from moelab.moe.per_layer import layer_parts
-from moelab.registry import SHARED_EXPERTS, Registry
+from moelab.registry import Registry
 
 Shape = tuple[int, ...]
 
@@ -122,7 +124,7 @@ def sparse_shapes(config: ModelConfig, registry: Registry | None = None) -> dict
         return {}
     import torch  # noqa: PLC0415  (the names themselves serve upcycling, which does without torch)
 
-    from moelab.builder import build_layouts, moe_context  # noqa: PLC0415
+    from moelab.builder import moe_context  # noqa: PLC0415
 
     registry = registry or Registry()
     parts = layer_parts(config.moe, config.num_hidden_layers)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moelab.errors import ConfigError
-from moelab.registry import near
+from moelab.errors import ConfigError, near
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from typing import Any
 
 from moelab.config.model import MoEConfig, Part
 from moelab.config.overlay import overlay
-from moelab.errors import ConfigError
-from moelab.registry import near
+from moelab.errors import ConfigError, near
 
 _PIECE = re.compile(r"(\d+)(?:(-)(\d+)?)?(?:/(\d+))?")
 LAYER_KEYS = ("layout", "router", "shared_expert", "backend")

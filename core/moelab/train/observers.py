@@ -11,7 +11,8 @@ import pluggy
 from moelab import hookspecs
 from moelab.config.model import Part
 from moelab.errors import ConfigError
-from moelab.registry import OBSERVERS, Registry
+from moelab.hookspecs import OBSERVERS
+from moelab.registry import Registry
 
 PREFIX = "on_"
 

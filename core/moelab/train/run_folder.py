@@ -10,12 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moelab.checkpoint import CONFIG
 from moelab.errors import UserError
 
-METRICS, SUMMARY, CONFIG, LOG, DOCUMENTS = (
-    "metrics.jsonl", "summary.json", "config.yaml", "log.txt", "evaluation_documents.jsonl",
-)  # fmt: skip
-CHECKPOINTS = "checkpoints"
+METRICS, SUMMARY, LOG, DOCUMENTS = "metrics.jsonl", "summary.json", "log.txt", "evaluation_documents.jsonl"
 
 
 def prepare_run_folder(path: Path, *, resume: bool, force: bool) -> None:

@@ -11,23 +11,24 @@ from typing import Any
 import torch
 
 from moelab.builder import build_balance_losses, build_model, resolve_model
-from moelab.checkpoint import load_model, read_run_config
+from moelab.checkpoint import CONFIG, read_run_config
 from moelab.config.load import to_yaml
 from moelab.config.run import RunConfig
 from moelab.data.batches import TrainBatches, ValidationBatches
 from moelab.data.corpus import Corpus, DataContext
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import CheckpointError, ConfigError
+from moelab.hookspecs import DATA_SOURCES, OBSERVERS
+from moelab.loading import load
 from moelab.moe.balance import NamedLoss
 from moelab.moe.block import MoEBlock
 from moelab.nn.allocator import keep_freed_memory
 from moelab.nn.checkpointing import apply_activation_checkpointing
 from moelab.nn.count import Parameters, count_parameters, flops_per_token
 from moelab.nn.transformer import Transformer
-from moelab.registry import DATA_SOURCES, OBSERVERS, Registry
+from moelab.registry import Registry
 from moelab.train.optimizer import build_adamw
 from moelab.train.precision import choose_precision, set_threads
-from moelab.train.run_folder import CONFIG
 from moelab.train.step import StepSettings, probe_step
 
 # What may differ when a run is resumed: none of it changes the numbers of a step.
@@ -125,7 +126,7 @@ def starting_model(config: RunConfig, registry: Registry, device: torch.device) 
     if config.train.init_from is None:
         return model
     try:
-        source = load_model(Path(config.train.init_from), device=device).state_dict()
+        source = load(config.train.init_from, device=device).state_dict()
     except CheckpointError as error:
         raise CheckpointError(f"train.init_from: {error}") from error
     wanted = dict(model.state_dict())

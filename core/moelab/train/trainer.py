@@ -12,17 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moelab.checkpoint import TrainingState, newest_checkpoint, restore_checkpoint, save_checkpoint
+from moelab.checkpoint import CHECKPOINTS, CONFIG, newest_checkpoint
 from moelab.config.load import to_yaml
 from moelab.config.run import RunConfig
 from moelab.errors import UserError
 from moelab.registry import Registry
+from moelab.train.checkpoint import TrainingState, restore_checkpoint, save_checkpoint
 from moelab.train.evaluate import evaluate, sample_texts
 from moelab.train.interruption import Interruption
 from moelab.train.observers import ObserverManager, gather_observers
 from moelab.train.run_folder import (
-    CHECKPOINTS,
-    CONFIG,
     DOCUMENTS,
     LOG,
     METRICS,

@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field
 
 from moelab import Component, Corpus, DataContext, Document, build_corpus, component, hookimpl
-from moelab_plugins.data_sources.installed_text import READERS
+from moelab_plugins.data_sources._installed_text import READERS
 
 logger = logging.getLogger("moelab")
 

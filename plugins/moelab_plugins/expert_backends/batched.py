@@ -16,7 +16,7 @@ from moelab import BackendContext, Component, ExpertBackend, Routing, component,
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.dispatch import dispatch_plan, sum_rows
 from moelab.moe.experts import ExpertBank, compute_dtype
-from moelab_plugins.expert_backends.batched_rows import Rows, lay_out, make_chunks
+from moelab_plugins.expert_backends._batched_rows import Rows, lay_out, make_chunks
 
 
 @dataclass

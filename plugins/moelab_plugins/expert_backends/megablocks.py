@@ -15,8 +15,8 @@ from moelab import BackendContext, Component, ExpertBackend, Routing, component,
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
 from moelab.moe.experts import ExpertBank, compute_dtype
-from moelab_plugins.expert_backends.megablocks_install import Kernels, interpreted, load, missing
-from moelab_plugins.expert_backends.megablocks_topology import BLOCK, Bins, Topology, bins, topology
+from moelab_plugins.expert_backends._megablocks_install import Kernels, interpreted, load, missing
+from moelab_plugins.expert_backends._megablocks_topology import BLOCK, Bins, Topology, bins, topology
 
 INT32 = 2**31 - 1  # stk and MegaBlocks compute addresses in elements, in int32
 

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from moelab import Component, component, hookimpl
-from moelab_plugins.observers.load_image import LEGEND, load_image, png
+from moelab_plugins.observers._load_image import LEGEND, load_image, png
 
 # The columns of TensorBoard's HParams tab. It reads them from whichever run it meets first, so they are the
 # same for every run, and a plugin's options are folded into one text: `softmax_topk(norm_topk_prob=False)`.

@@ -12,8 +12,9 @@ import pytest
 
 import moelab
 from moelab.errors import ConfigError
+from moelab.hookspecs import EXTENSION_POINTS, ROUTERS
 from moelab.moe.contracts import MoEContext
-from moelab.registry import EXTENSION_POINTS, ROUTERS, Registry
+from moelab.registry import Registry
 
 CONTEXT = MoEContext(8, 4, 2, 8, 16, 0, 1, 32)
 

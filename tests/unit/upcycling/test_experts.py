@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from moelab.errors import ConfigError
+from moelab.hookspecs import EXPERT_INITIALISERS
 from moelab.initialisers import MATRICES, NO_SOURCE, ExpertInitialiser, UpcycleContext
 from moelab.moe.layout import ExpertLayout
-from moelab.registry import EXPERT_INITIALISERS
 from moelab_upcycling.dense import LoadedMatrix
 from moelab_upcycling.dtypes import from_float32, to_float32
 from moelab_upcycling.streams import normal_table

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from moelab.errors import ConfigError
+from moelab.hookspecs import OUTPUT_SCALINGS, ROUTER_INITIALISERS, SHARED_INITIALISERS
 from moelab.initialisers import MATRICES, NO_SOURCE, PromptReader, UpcycleContext
 from moelab.moe.layout import ExpertLayout
-from moelab.registry import OUTPUT_SCALINGS, ROUTER_INITIALISERS, SHARED_INITIALISERS
 from moelab_upcycling.dense import LoadedMatrix
 from moelab_upcycling.top_k_mass import top_k_mass
 from moelab_upcycling.worker import light_registry

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # relative to the largest outpu
 def command(override: tuple[str, ...]) -> None:
     """Tell what this machine has, and try every expert backend on each device and dtype.
 
-    A backend works when it agrees with `loop` in float64, forward and backward.
+    A backend works when it agrees with the dense sum in float64, forward and backward.
 
     \b
     Example:
@@ -96,8 +96,8 @@ def _backends(registry: object) -> Iterator[str]:
     import torch
 
     from moelab import BackendContext, Registry
+    from moelab.hookspecs import EXPERT_BACKENDS
     from moelab.moe.layout import ExpertLayout
-    from moelab.registry import EXPERT_BACKENDS
 
     assert isinstance(registry, Registry)
     layout = ExpertLayout(LAYER["num_experts"], LAYER["num_experts_per_tok"], LAYER["moe_intermediate_size"])
@@ -140,7 +140,7 @@ def _error(backend: ExpertBackend, device: torch.device, dtype: torch.dtype) -> 
     from moelab import Routing
     from moelab.moe.experts import ExpertBank
     from moelab.moe.layout import ExpertLayout
-    from moelab_plugins.expert_backends.loop import LoopBackend
+    from moelab.testing.backends import reference
 
     layout = ExpertLayout(LAYER["num_experts"], LAYER["num_experts_per_tok"], LAYER["moe_intermediate_size"])
     generator = torch.Generator().manual_seed(0)
@@ -153,7 +153,7 @@ def _error(backend: ExpertBackend, device: torch.device, dtype: torch.dtype) -> 
     weights = [0.1 * draw(*p.shape) for p in ExpertBank(layout, LAYER["hidden_size"]).parameters()]
     upstream = draw(TOKENS, LAYER["hidden_size"])
 
-    def run(chosen: ExpertBackend, kind: torch.dtype, place: torch.device) -> list[torch.Tensor]:
+    def run(chosen: Callable[..., torch.Tensor], kind: torch.dtype, place: torch.device) -> list[torch.Tensor]:
         bank = ExpertBank(layout, LAYER["hidden_size"]).to(place, kind)
         with torch.no_grad():
             for parameter, value in zip(bank.parameters(), weights, strict=True):
@@ -164,7 +164,7 @@ def _error(backend: ExpertBackend, device: torch.device, dtype: torch.dtype) -> 
         grads = [tensor.grad for tensor in (x, weight, *bank.parameters())]
         return [y.detach(), *(grad for grad in grads if grad is not None)]
 
-    wanted = run(LoopBackend(None, None), torch.float64, torch.device("cpu"))  # type: ignore[arg-type]
+    wanted = run(reference, torch.float64, torch.device("cpu"))
     found = run(backend, dtype, device)
     assert len(found) == len(wanted), (len(found), len(wanted))
     return max(

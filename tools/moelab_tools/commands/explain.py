@@ -58,8 +58,8 @@ def command(
 def explain(config: RunConfig, registry: Registry) -> dict[str, Any]:
     """Layers, parts, losses and totals of a run's model, as plain data."""
     from moelab.builder import build_balance_losses, build_model
+    from moelab.hookspecs import BALANCE_LOSSES
     from moelab.nn.count import count_parameters, flops_per_token, layer_forward_flops, layer_parameters
-    from moelab.registry import BALANCE_LOSSES
 
     model = build_model(config.model, registry, device="meta", seed=None)
     losses = build_balance_losses(config.model, registry)
@@ -96,9 +96,9 @@ def _parts(config: RunConfig, registry: Registry, layer_id: int) -> dict[str, An
     """{part: name, owner, resolved options} of a sparse layer; what the layout says; {} for a dense one."""
     from dataclasses import asdict
 
-    from moelab.builder import build_layouts
+    from moelab.hookspecs import EXPERT_BACKENDS, EXPERT_LAYOUTS, ROUTERS, SHARED_EXPERTS
+    from moelab.layouts import build_layouts
     from moelab.moe.per_layer import layer_parts
-    from moelab.registry import EXPERT_BACKENDS, EXPERT_LAYOUTS, ROUTERS, SHARED_EXPERTS
 
     moe = config.model.moe
     layout = build_layouts(config.model, registry).get(layer_id)
@@ -120,7 +120,7 @@ def _match(loaded: Loaded[RunConfig], baseline: str, registry: Registry, how: tu
 
     from moelab.config.load import load_config
     from moelab.config.run import RunConfig
-    from moelab.match import match_layout
+    from moelab.planning.match import match_layout
 
     measure, vary, multiple_of = how
     other = load_config([baseline, *UNUSED], RunConfig).config.model

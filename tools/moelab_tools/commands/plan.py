@@ -8,7 +8,7 @@ import click
 
 if TYPE_CHECKING:
     from moelab.config.run import RunConfig
-    from moelab.nn.memory import Plan
+    from moelab.planning.memory import Plan
 
 ANY = ("run_dir=plan", "train.steps=1000000000")  # what a run must have and a plan does not look at
 GB, MB = 1e9, 1e6
@@ -45,7 +45,7 @@ def command(
     from moelab.config.load import load_config
     from moelab.config.run import RunConfig
     from moelab.errors import ConfigError
-    from moelab.nn.memory import Problem, predict
+    from moelab.planning.memory import Problem, predict
     from moelab.registry import Registry
 
     if min(devices, expert_parallel) < 1:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from moelab import Registry, Routing, build
 from moelab.config.model import ModelConfig, MoEConfig
+from moelab.hookspecs import EXPERT_BACKENDS
 from moelab.moe.chunked import compute_in_chunks
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
-from moelab.registry import EXPERT_BACKENDS
 
 
 class _Watched:

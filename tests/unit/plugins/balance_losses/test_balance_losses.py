@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moelab import BalanceContext, BalanceLossContext, ConfigError, ExpertLayout, LayerRecord, Registry, Routing
-from moelab.registry import BALANCE_LOSSES
+from moelab.hookspecs import BALANCE_LOSSES
 from moelab.testing.tensors import make_info
 
 REGISTRY = Registry(entry_points=False)

@@ -12,8 +12,8 @@ import pytest
 
 from moelab import ConfigError, Corpus, DataContext, Registry
 from moelab.data.byte_tokenizer import ByteTokenizer
-from moelab.registry import DATA_SOURCES
-from moelab_plugins.data_sources import installed_text
+from moelab.hookspecs import DATA_SOURCES
+from moelab_plugins.data_sources import _installed_text
 from moelab_plugins.data_sources.embedded import read_domain
 
 CONTEXT = DataContext(ByteTokenizer(), validation_fraction=0.05, seed=0)
@@ -76,16 +76,16 @@ def test_nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_package_drops_its_domain_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = installed_text._package
-    monkeypatch.setattr(installed_text, "_package", lambda name: None if name == "sympy" else real(name))
+    real = _installed_text._package
+    monkeypatch.setattr(_installed_text, "_package", lambda name: None if name == "sympy" else real(name))
     corpus = build(max_bytes_per_domain=50_000)
     assert "maths" not in corpus.domains
     assert "'maths' is left out" in caplog.text
 
 
 def test_the_standard_library_alone_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installed_text, "_package", lambda name: None)
-    monkeypatch.setattr(installed_text, "LICENSED", ())
+    monkeypatch.setattr(_installed_text, "_package", lambda name: None)
+    monkeypatch.setattr(_installed_text, "LICENSED", ())
     assert {"code_py", "docs_en"} <= set(build(max_bytes_per_domain=50_000).domains)
 
 
@@ -100,10 +100,10 @@ def test_docstrings_are_found_without_running_the_source() -> None:
         f'def f():\n    """{"Function text. " * 10}"""\n    return "{"no docstring " * 20}"\n'
         f'add_docstr(torch.abs, "{"C text. " * 20}")\n'
     )
-    found = "\n".join(installed_text._docstrings(source))
+    found = "\n".join(_installed_text._docstrings(source))
     assert all(part in found for part in ("Module text.", "Function text.", "C text."))
     assert "no docstring" not in found
-    assert list(installed_text._docstrings("def broken(")) == []
+    assert list(_installed_text._docstrings("def broken(")) == []
 
 
 def test_an_unknown_domain_is_answered_with_the_nearest() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from moelab import ConfigError, Corpus, DataContext, DataError, Registry
 from moelab.data.byte_tokenizer import ByteTokenizer
-from moelab.registry import DATA_SOURCES
+from moelab.hookspecs import DATA_SOURCES
 
 LINES = [{"text": f"Text {n} é", "body": f"Body {n}", "from": "ab"[n % 2]} for n in range(6)]
 

@@ -9,7 +9,7 @@ import pytest
 
 from moelab import ConfigError, Corpus, DataContext, DataError, Registry
 from moelab.data.byte_tokenizer import ByteTokenizer
-from moelab.registry import DATA_SOURCES
+from moelab.hookspecs import DATA_SOURCES
 
 FILES = ("novels/a.txt", "novels/deep/b.txt", "poems/c.txt", "poems/d.md", "top.txt")
 

@@ -11,7 +11,7 @@ import pytest
 from moelab import ConfigError, Corpus, DataContext, DataError, Registry
 from moelab.data.batches import ValidationBatches
 from moelab.data.byte_tokenizer import ByteTokenizer
-from moelab.registry import DATA_SOURCES
+from moelab.hookspecs import DATA_SOURCES
 from moelab_plugins.data_sources import tokens as module
 
 DOCUMENTS = [[*range(n, n + 9), 256] for n in range(10)]

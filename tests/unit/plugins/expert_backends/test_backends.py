@@ -11,12 +11,12 @@ from torch import Tensor
 
 from expert_routings import CASES, EXPERTS, TOP_K, bank, gradients, reference, skewed
 from moelab import BackendContext, ExpertBackend, Registry, Routing
+from moelab.hookspecs import EXPERT_BACKENDS
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
-from moelab.registry import EXPERT_BACKENDS
-from moelab_plugins.expert_backends import batched_rows
-from moelab_plugins.expert_backends.batched_rows import make_chunks, make_runs, round_up
+from moelab_plugins.expert_backends import _batched_rows
+from moelab_plugins.expert_backends._batched_rows import make_chunks, make_runs, round_up
 
 NAMES = ("loop", "grouped_mm", "batched", "auto")
 HIDDEN, WIDTH = 16, 8
@@ -35,7 +35,7 @@ def _backend(name: str) -> ExpertBackend:
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     torch.set_num_threads(request.param)
-    monkeypatch.setattr(batched_rows, "ROW_BYTES", 28)  # several chunks, and experts that are larger than one
+    monkeypatch.setattr(_batched_rows, "ROW_BYTES", 28)  # several chunks, and experts that are larger than one
     return int(request.param)
 
 
@@ -177,7 +177,7 @@ COUNTS = [[0, 0, 0], [5], [100, 1, 0, 2], [7, 7, 7, 7, 50], [1] * 30, [256, 250,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("row_bytes", [40, 8192])
 def test_chunks_cover_every_expert_and_row_once(counts, row_bytes: int, dtype, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(batched_rows, "ROW_BYTES", row_bytes)
+    monkeypatch.setattr(_batched_rows, "ROW_BYTES", row_bytes)
     runs = make_runs(counts, dtype)
     assert [run for chunk in make_chunks(runs, dtype) for run in chunk.runs] == runs
     assert [expert for run in runs for expert in range(len(counts))[run.experts]] == list(range(len(counts)))

@@ -11,7 +11,7 @@ from moelab import BackendContext
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.layout import ExpertLayout
 from moelab_plugins.expert_backends import megablocks
-from moelab_plugins.expert_backends.megablocks_topology import BLOCK, bins, topology
+from moelab_plugins.expert_backends._megablocks_topology import BLOCK, bins, topology
 
 COUNTS = [[5, 0, 300, 128], [0, 0, 1], [129], [0, 1, 0, 0]]
 LAYER = ExpertProblem(64, 3584, 2560, 4096, 32768, torch.device("cuda"), torch.bfloat16)  # of Qwen2-57B-A14B
@@ -91,9 +91,9 @@ def test_a_missing_package_is_named_with_its_cure(
     backend: megablocks.MegaBlocksBackend, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(
-        "moelab_plugins.expert_backends.megablocks_install.importlib.util.find_spec",
+        "moelab_plugins.expert_backends._megablocks_install.importlib.util.find_spec",
         lambda name: None if name == "stk" else object(),
     )
-    from moelab_plugins.expert_backends.megablocks_install import missing
+    from moelab_plugins.expert_backends._megablocks_install import missing
 
     assert missing() == "stk is not installed; `make setup-megablocks` installs it"

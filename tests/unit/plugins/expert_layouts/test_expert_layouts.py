@@ -11,9 +11,9 @@ import torch
 from moelab import ConfigError, ExpertLayout, LayoutContext, Registry
 from moelab.builder import build_model
 from moelab.config.model import ModelConfig, MoEConfig
-from moelab.match import match_layout, measure_model
+from moelab.hookspecs import EXPERT_LAYOUTS
 from moelab.nn.count import count_parameters
-from moelab.registry import EXPERT_LAYOUTS
+from moelab.planning.match import match_layout, measure_model
 from moelab_tools.cli import run
 
 REGISTRY = Registry(entry_points=False)

@@ -13,8 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.util import tensor_util
 
-from moelab.registry import OBSERVERS, Registry
-from moelab_plugins.observers.load_image import colour, load_image, png
+from moelab.hookspecs import OBSERVERS
+from moelab.registry import Registry
+from moelab_plugins.observers._load_image import colour, load_image, png
 from moelab_plugins.observers.tensorboard import SHOWN_FIRST, hparams
 
 CONFIG: dict[str, Any] = {

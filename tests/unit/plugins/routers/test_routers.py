@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moelab import ConfigError, MoEContext, Registry, Routing
-from moelab.registry import ROUTERS
+from moelab.hookspecs import ROUTERS
 from moelab.testing.tensors import dense_weights, fill_parameters, make_info
 
 TOLERANCE = 1e-6

@@ -10,7 +10,7 @@ import torch
 from moelab import build
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.errors import ConfigError
-from moelab.nn.memory import Problem, predict
+from moelab.planning.memory import Problem, predict
 
 PROBLEM = Problem(sequences=4, sequence_length=128, device="cpu")
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from moelab.builder import build_model
 from moelab.config.model import ModelConfig
-from moelab.errors import ConfigError
+from moelab.errors import ConfigError, near
 from moelab.nn.count import count_parameters, flops_per_token
-from moelab.registry import Registry, near
+from moelab.registry import Registry
 
 MEASURES = ("total", "active", "flops")
 

@@ -1,4 +1,4 @@
-"""Memory and communication of a training step, predicted from the config alone; nothing is allocated.
+"""Memory of a training step, predicted from the config alone; nothing is allocated.
 
 The model runs once on fake tensors, which have shapes but no data, while everything that autograd saves is
 counted. So a plugin's router, loss or attention is counted as it is, not by a formula of someone else's.
@@ -6,7 +6,6 @@ counted. So a plugin's router, loss or attention is counted as it is, not by a f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,27 +23,11 @@ from moelab.moe.experts import ExpertBank, compute_dtype, swiglu
 from moelab.moe.routing import Routing
 from moelab.nn.attention import Attention, torch_attention
 from moelab.nn.transformer import Transformer
+from moelab.planning.traffic import CommunicationPlan, Problem, communication, model_sizes, moe_blocks
 from moelab.registry import Registry
 
 FP32 = 4
 ADAMW = 2  # moments, in the parameters' dtype
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What runs on each device."""
-
-    sequences: int  # of one micro-batch
-    sequence_length: int
-    dtype: torch.dtype = torch.float32  # of the matmuls
-    device: str = "cuda"  # or cpu
-    devices: int = 1  # data parallel; parameters, gradients and optimizer sharded over all of them
-    expert_parallel: int = 1  # of these devices, how many share one set of experts
-    checkpointing: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return self.sequences * self.sequence_length
 
 
 @dataclass(frozen=True)
@@ -66,19 +49,6 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
-class CommunicationPlan:
-    """Bytes that one device sends in a step of one micro-batch."""
-
-    gather_parameters: int  # all-gather, forward and backward
-    reduce_gradients: int  # reduce-scatter
-    exchange_tokens: int  # all-to-all to the experts and back, forward and backward
-
-    @property
-    def total(self) -> int:
-        return self.gather_parameters + self.reduce_gradients + self.exchange_tokens
-
-
-@dataclass(frozen=True)
 class Plan:
     """What `moelab plan` prints."""
 
@@ -95,7 +65,7 @@ def predict(config: ModelConfig, problem: Problem, registry: Registry | None = N
     with FakeTensorMode():
         model = build_model(config, registry, seed=None)
         saved = _saved(model, problem)
-        sizes = _sizes(model)
+        sizes = model_sizes(model)
     units = _unit_sizes(model, problem.expert_parallel)
     layers = len(model.layers)
     per_layer = saved.activations // layers
@@ -112,7 +82,7 @@ def predict(config: ModelConfig, problem: Problem, registry: Registry | None = N
         # Gradients of one layer's activations, about half of which live at once; and the layer itself if recomputed.
         working=per_layer // 2 + (per_layer if problem.checkpointing else 0),
     )
-    return Plan(problem, memory, _communication(model, sizes, problem), sizes.total)
+    return Plan(problem, memory, communication(model, sizes, problem), sizes.total)
 
 
 @dataclass(frozen=True)
@@ -121,14 +91,6 @@ class _Saved:
 
     activations: int
     casts: int  # of weights to the matmuls' dtype
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Numbers of parameters."""
-
-    total: int
-    routed: int
 
 
 class _CountedExperts:
@@ -175,7 +137,7 @@ def _saved(model: Transformer, problem: Problem) -> _Saved:
             kept[storage._cdata] = (storage, _is_cast_weight(tensor))
         return tensor
 
-    for block in _blocks(model):
+    for block in moe_blocks(model):
         block.looked_at = True  # its look at the first routing's values needs values
         block.backend, block.chunk = _CountedExperts(problem.device == "cpu"), None
     if problem.device != "cpu":  # the fake tensors are the CPU's
@@ -208,11 +170,6 @@ def _is_cast_weight(tensor: Tensor) -> bool:
     return False
 
 
-def _sizes(model: Transformer) -> _Sizes:
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return _Sizes(total, sum(p.numel() for block in _blocks(model) for p in block.experts.parameters()))
-
-
 def _unit_sizes(model: Transformer, expert_parallel: int) -> list[int]:
     """Parameters of what is gathered at once: each layer with this device's experts, the embedding, the head."""
     units = [sum(p.numel() for p in unit.parameters()) for unit in (model.embed_tokens, model.lm_head)]
@@ -223,24 +180,3 @@ def _unit_sizes(model: Transformer, expert_parallel: int) -> list[int]:
             size -= routed - routed // expert_parallel
         units.append(size)
     return units
-
-
-def _communication(model: Transformer, sizes: _Sizes, problem: Problem) -> CommunicationPlan:
-    """Ring collectives: each device sends (n - 1) / n of what is gathered or reduced."""
-    width, groups = problem.dtype.itemsize, problem.expert_parallel
-    shared, routed = sizes.total - sizes.routed, sizes.routed // groups
-    copies = problem.devices // groups  # devices that hold the same experts
-
-    def ring(elements: int, count: int) -> int:
-        return elements * width * (count - 1) // count
-
-    once = ring(shared, problem.devices) + ring(routed, copies)
-    exchanged = sum(
-        problem.tokens * block.layout.num_experts_per_tok * model.config.hidden_size for block in _blocks(model)
-    )
-    passes = 4  # to the experts and back, forward and backward
-    return CommunicationPlan(2 * once, once, passes * ring(exchanged, groups))
-
-
-def _blocks(model: Transformer) -> Iterator[MoEBlock]:
-    return (layer.mlp for layer in model.layers if isinstance(layer.mlp, MoEBlock))

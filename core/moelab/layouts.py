@@ -1,0 +1,40 @@
+"""From a config alone to the shape of each layer's experts: no model is built and torch is not needed."""
+
+from __future__ import annotations
+
+from moelab.config.model import ModelConfig
+from moelab.errors import ConfigError
+from moelab.hookspecs import EXPERT_LAYOUTS
+from moelab.moe.layout import ExpertLayout, LayoutContext
+from moelab.moe.per_layer import LayerParts, layer_parts
+from moelab.registry import Registry
+
+
+def build_layouts(config: ModelConfig, registry: Registry) -> dict[int, ExpertLayout]:
+    """{layer: layout} of the sparse layers, from the config alone."""
+    if config.moe is None:
+        return {}
+    layouts = {}
+    for layer_id, parts in enumerate(layer_parts(config.moe, config.num_hidden_layers)):
+        layout = build_layout(config, registry, parts, layer_id)
+        if layout is not None:
+            layouts[layer_id] = layout
+    return layouts
+
+
+def build_layout(config: ModelConfig, registry: Registry, parts: LayerParts, layer_id: int) -> ExpertLayout | None:
+    """The layout of one layer, None where it stays dense. Raises ConfigError for sizes that can't be."""
+    context = LayoutContext(config.hidden_size, config.intermediate_size, layer_id, config.num_hidden_layers)
+    where = parts.where("layout")
+    layout = registry.build(EXPERT_LAYOUTS, parts.layout, context, where)
+    if layout is None:
+        return None
+    for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+        if getattr(layout, key) < 1:
+            raise ConfigError(f"{where}.{key}: must be at least 1, not {getattr(layout, key)} (layer {layer_id})")
+    if layout.num_experts_per_tok > layout.num_experts:
+        raise ConfigError(
+            f"{where}.num_experts_per_tok: {layout.num_experts_per_tok} exceeds num_experts {layout.num_experts} "
+            f"(layer {layer_id})"
+        )
+    return layout

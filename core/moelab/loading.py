@@ -1,0 +1,28 @@
+"""A model from any folder that holds one: a run folder, a moelab checkpoint, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from moelab.builder import build_model
+from moelab.checkpoint import is_moelab, load_model_tensors, read_run_config, resolve_checkpoint
+from moelab.hf.load import load_hf
+from moelab.nn.transformer import Transformer
+from moelab.registry import Registry
+
+
+def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Transformer:
+    """The model of a checkpoint: a Hugging Face folder, a moelab checkpoint, or a run folder (its newest one).
+
+    Raises CheckpointError naming the file and the cure.
+    """
+    folder = resolve_checkpoint(Path(path))
+    if not is_moelab(folder):
+        return load_hf(folder, dtype=dtype, device=device)
+    config = read_run_config(folder)
+    registry = Registry(config.plugins, config.entry_points, [Path(p) for p in config.search_path])
+    model = build_model(config.model, registry, device=device, seed=None)
+    load_model_tensors(folder, model)
+    return model.to(dtype)
