@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, fields
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pluggy
@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moelab.components import Component
 from moelab.errors import ConfigError, near
 from moelab.hookspecs import EXTENSION_POINTS, BuiltT, ContextT, ExtensionPoint, plugin_hooks
+from moelab.plugin_modules import check_hooks, import_plugin
 
 
 class Registry:
@@ -39,14 +40,14 @@ class Registry:
         self.manager.add_hookspecs(plugin_hooks())
         for point in points:
             for path in builtin_modules(point):
-                self._import(path)
+                self._register(importlib.import_module(path), path)
         if entry_points:
             self._load_entry_points()
-        for folder in search_path:
-            if str(folder.resolve()) not in sys.path:
-                sys.path.append(str(folder.resolve()))
+        folders = list(search_path)
         for path in plugins:
-            self._import(path)
+            module = import_plugin(str(path), folders)
+            check_hooks(module, str(path), [point.hook for point in EXTENSION_POINTS])
+            self._register(module, str(path))
         try:
             self.manager.check_pending()  # a misspelt hook is an error, not silence
         except pluggy.PluginValidationError as error:
@@ -119,21 +120,9 @@ class Registry:
                 "mend or uninstall it, or set entry_points=false"
             ) from error
 
-    def _import(self, path: str) -> None:
-        try:
-            module = importlib.import_module(path)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (path + ".").startswith(error.name + "."):
-                raise ConfigError(
-                    f"plugins: '{path}' needs the module '{error.name}', which is not installed"
-                ) from error
-            raise ConfigError(
-                f"plugins: cannot import '{path}': no such module on the path or beside the config file"
-            ) from error
-        except SyntaxError as error:
-            raise ConfigError(f"plugins: cannot import '{path}': {error}") from error
+    def _register(self, module: ModuleType, name: str) -> None:
         if not self.manager.is_registered(module):
-            self.manager.register(module, name=path)
+            self.manager.register(module, name=name)
 
 
 def builtin_modules(point: ExtensionPoint[Any, Any]) -> list[str]:

@@ -33,7 +33,7 @@ FLOORS = (
     {"data"},
     {"moe"},
     {"nn", "initialisers"},
-    {"hookspecs"},
+    {"hookspecs", "plugin_modules"},
     {"registry"},
     {"layouts"},
     {"builder", "generate"},
