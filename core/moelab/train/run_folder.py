@@ -12,6 +12,7 @@ from typing import Any
 
 from moelab.checkpoint import CONFIG
 from moelab.errors import UserError
+from moelab.train.run_lock import LOCK
 
 METRICS, SUMMARY, LOG, DOCUMENTS = "metrics.jsonl", "summary.json", "log.txt", "evaluation_documents.jsonl"
 
@@ -23,7 +24,7 @@ def prepare_run_folder(path: Path, *, resume: bool, force: bool) -> None:
     written, or when `force` would delete what is no run folder.
     """
     try:
-        holds = sorted(item.name for item in path.iterdir()) if path.exists() else []
+        holds = sorted(item.name for item in path.iterdir() if item.name != LOCK) if path.exists() else []
         if holds and not resume:
             if not force:
                 raise UserError(
@@ -32,7 +33,7 @@ def prepare_run_folder(path: Path, *, resume: bool, force: bool) -> None:
                 )
             if CONFIG not in holds and METRICS not in holds:
                 raise UserError(f"run_dir: {path} is not a run folder; --force will not delete it")
-            shutil.rmtree(path)
+            _empty(path, holds)
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".writable"
         probe.touch()
@@ -41,6 +42,16 @@ def prepare_run_folder(path: Path, *, resume: bool, force: bool) -> None:
         raise UserError(f"run_dir: {path}: {error.strerror}; choose another run_dir") from error
     except OSError as error:
         raise UserError(f"run_dir: {path} can't be written: {error.strerror}; choose another run_dir") from error
+
+
+def _empty(path: Path, names: list[str]) -> None:
+    """Delete these, but not the lock; config.yaml last, so that what is left of it is still known as a run folder."""
+    for name in sorted(names, key=lambda name: name in (CONFIG, METRICS)):
+        item = path / name
+        if item.is_dir() and not item.is_symlink():
+            shutil.rmtree(item)
+        else:
+            item.unlink()
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -34,6 +34,7 @@ from moelab.train.run_folder import (
     write_atomically,
     write_json,
 )
+from moelab.train.run_lock import LOCK, RunLock, hold
 from moelab.train.schedule import learning_rate_factor
 from moelab.train.setup import Setup, check_same_run, checkpoint_files, prepare
 from moelab.train.step import Observe, StepResult, train_step
@@ -48,6 +49,7 @@ class Loop:
 
     setup: Setup
     run_dir: Path
+    lock: RunLock
     observers: ObserverManager
     metrics: MetricsLog
     progress: Progress
@@ -65,21 +67,21 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
     run_dir = Path(config.run_dir)
     registry = Registry(config.plugins, config.entry_points, [Path(p) for p in config.search_path])
     setup = prepare(config, registry)
-    resumed = _find_resume(config, run_dir)
-    prepare_run_folder(run_dir, resume=config.resume, force=force)
-    state = _restore(setup, resumed) if resumed else {}
-    if state.get("step") == config.train.steps and is_finished(run_dir):
-        logger.warning("%s is finished: nothing is left to do", run_dir)
-        return run_dir
-    handler = open_log(run_dir / LOG)
-    try:
-        write_atomically(run_dir / CONFIG, to_yaml(setup.config))
-        manager = gather_observers(setup.config.observers, registry, run_dir, observers)
-        with closing(MetricsLog(run_dir / METRICS, state.get("step", 0))) as metrics:
-            loop = Loop(setup, run_dir, manager, metrics, Progress.of(state))
-            _run(loop)
-    finally:
-        close_log(handler)
+    with hold(run_dir) as lock:
+        resumed = _find_resume(config, run_dir)
+        prepare_run_folder(run_dir, resume=config.resume, force=force)
+        state = _restore(setup, resumed) if resumed else {}
+        if state.get("step") == config.train.steps and is_finished(run_dir):
+            logger.warning("%s is finished: nothing is left to do", run_dir)
+            return run_dir
+        handler = open_log(run_dir / LOG)
+        try:
+            write_atomically(run_dir / CONFIG, to_yaml(setup.config))
+            manager = gather_observers(setup.config.observers, registry, run_dir, observers)
+            with closing(MetricsLog(run_dir / METRICS, state.get("step", 0))) as metrics:
+                _run(Loop(setup, run_dir, lock, manager, metrics, Progress.of(state)))
+        finally:
+            close_log(handler)
     return run_dir
 
 
@@ -108,6 +110,7 @@ def _run(loop: Loop) -> None:
             _save(loop)
         raise
     finally:
+        loop.lock.check()  # a folder that is gone gets no summary
         status = "finished" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         report = summary(facts | {"backends": backends(setup)}, progress, status, loop.final, loop.loads)
         if error is not None:
@@ -143,6 +146,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def _log(loop: Loop, result: StepResult, rate: float) -> None:
+    loop.lock.check()
     chosen = backends(loop.setup)
     if chosen != loop.backends:  # `auto` decides when it sees a size for the first time
         logger.info("expert backends: %s", "; ".join(chosen))
@@ -160,6 +164,7 @@ def _log(loop: Loop, result: StepResult, rate: float) -> None:
 
 def _evaluate(loop: Loop) -> None:
     setup = loop.setup
+    loop.lock.check()
     loop.progress.evaluation = evaluate(setup.model, setup.validation, setup.step_settings.precision)
     metrics = loop.progress.evaluation.metrics()
     samples = sample_texts(setup.model, setup.tokenizer, setup.config.evaluation, setup.config.seed)
@@ -183,6 +188,7 @@ def _held_out_documents(setup: Setup) -> tuple[list[str], list[str]]:
 
 def _save(loop: Loop) -> None:
     setup, progress = loop.setup, loop.progress
+    loop.lock.check()
     folder = loop.run_dir / CHECKPOINTS / f"step_{progress.step:08d}"
     state = progress.state() | {"data_fingerprint": setup.corpus.fingerprint, "plugins": setup.registry.versions()}
     save_checkpoint(folder, setup.model, _training_state(setup), state, checkpoint_files(setup))
@@ -201,7 +207,7 @@ def _find_resume(config: RunConfig, run_dir: Path) -> Path | None:
     if not config.resume:
         return None
     newest = newest_checkpoint(run_dir)
-    if newest is None and run_dir.exists() and any(run_dir.iterdir()):
+    if newest is None and any(item.name != LOCK for item in run_dir.iterdir()):
         # Killed before its first checkpoint: the run begins again, in the same folder.
         logger.warning("%s has no complete checkpoint yet: starting from step 0", run_dir)
     return newest
