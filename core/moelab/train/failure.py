@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,10 +14,15 @@ from moelab.train.precision import Precision
 
 
 @torch.no_grad()
-def describe_failure(model: Transformer, parts: list[Batch], step: int, precision: Precision) -> str:
-    """One sentence with the step and the layer. Runs the failing batch forward again, looking at every layer."""
-    where = _first_bad_parameter(model) or _first_bad_output(model, parts, precision)
-    where = where or _first_bad_gradient(model) or "the sum of the losses"
+def describe_failure(
+    model: Transformer, parts: list[Batch], step: int, precision: Precision, losses: Mapping[str, Tensor]
+) -> str:
+    """One sentence with the step and the place. Runs the failing batch forward again, looking at every layer.
+
+    `losses`: {term: unweighted scalar}; gradients as the backward pass left them, not clipped.
+    """
+    where = _first_bad_parameter(model) or _first_bad_output(model, parts, precision) or _bad_loss(losses)
+    where = where or _first_bad_gradient(model) or "the norm of all gradients together, each of which is finite"
     return (
         f"the loss or its gradient is NaN or Inf at step {step}; it first appears in {where}. "
         "No update was made; the last checkpoint is intact. Lower optimizer.lr, or look at that layer's data"
@@ -57,6 +63,12 @@ def _first_bad_output(model: Transformer, parts: list[Batch], precision: Precisi
         for handle in handles:
             handle.remove()
     return None
+
+
+def _bad_loss(losses: Mapping[str, Tensor]) -> str | None:
+    """A term that is not finite though every layer's output is: its own fault."""
+    guilty = [name for name, value in losses.items() if name != "loss" and not bool(torch.isfinite(value).all())]
+    return f"the value of {' and '.join(guilty)}" if guilty else None
 
 
 def _first_bad_gradient(model: nn.Module) -> str | None:

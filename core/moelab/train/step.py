@@ -111,9 +111,12 @@ def train_step(
         found = {name: value.detach() for name, (value, _) in terms.items()} | {"loss": loss.detach()}
         losses = {name: losses.get(name, 0) + value for name, value in found.items()}
 
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or float("inf"))
-    if not bool(torch.isfinite(losses["loss"] + norm)):
-        raise RunFailure(describe_failure(model, parts, step, settings.precision))
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not bool(torch.isfinite(losses["loss"] + norm)):  # before clipping, which would make every gradient NaN
+        raise RunFailure(describe_failure(model, parts, step, settings.precision, losses))
+    if settings.grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, settings.grad_clip, norm)
     optimizer.step()
     seen.after_step(_blocks(model))
     for named in balance_losses:

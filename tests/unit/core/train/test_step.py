@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -131,6 +132,31 @@ def test_a_nan_is_found_in_its_layer_and_nothing_is_updated(layer: int) -> None:
         train_step(model, optimizer, losses, _batch(), 7, StepSettings(8, 1.0, 0, PRECISION))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_nan_that_is_only_in_a_gradient_is_found_where_it_arose(layer: int, grad_clip: float) -> None:
+    model, losses, optimizer = _parts(SOFTMAX)
+    router = model.get_submodule(f"layers.{layer}.mlp.router")
+    next(router.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(RunFailure, match=rf"the gradient of layers\.{layer}\.mlp\.router\.weight"):
+        train_step(model, optimizer, losses, _batch(), 3, StepSettings(4, grad_clip, 0, PRECISION))
+
+
+def test_a_balance_loss_that_is_no_number_is_named() -> None:
+    model, losses, optimizer = _parts(SOFTMAX)
+    guilty = losses[1]
+    broken = dataclasses.replace(guilty, loss=_Broken())
+    with pytest.raises(RunFailure, match=rf"step 5; it first appears in the value of {guilty.name}\."):
+        train_step(model, optimizer, [losses[0], broken], _batch(), 5, StepSettings(4, 1.0, 0, PRECISION))
+
+
+class _Broken:
+    weight, needs_batch_counts = 0.1, False
+
+    def __call__(self, records: object, context: object) -> torch.Tensor:
+        return torch.tensor(float("inf"))
 
 
 def test_an_adamw_step_lowers_the_loss_of_its_batch() -> None:
