@@ -20,10 +20,10 @@ from moelab.config.files import config_folder
 from moelab.config.load import load_config
 from moelab.config.model import ModelConfig
 from moelab.config.run import RunConfig
+from moelab.hf.files import INDEX_FILE
 from moelab.hf.names import hf_shapes, parameter_shapes
 from moelab_upcycling.dtypes import TORCH_NAMES, from_float32
 from moelab_upcycling.plan import OutputTensor, Shard
-from moelab_upcycling.source import INDEX
 from moelab_upcycling.streams import normal_table, stream
 from moelab_upcycling.writer import ShardWriter, write_text
 
@@ -67,7 +67,7 @@ def make_source(output: Path, model: ModelConfig, dtype: str = "BF16", seed: int
     write_text(output / "config.json", json.dumps(config_json(model, dtype), indent=2) + "\n")
     total = sum(tensor.nbytes for tensors in groups.values() for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_text(output / INDEX, json.dumps(index, indent=2) + "\n")
+    write_text(output / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
 def random_values(tensor: OutputTensor, seed: int) -> Iterator[npt.NDArray[Any]]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from moelab.errors import CheckpointError
+from moelab.hf.files import INDEX_FILE, SINGLE_FILE, read_json
 from moelab_upcycling.plan import Plan, Shard
-from moelab_upcycling.source import INDEX, SINGLE, read_json
 from moelab_upcycling.worker import ShardResult
 from moelab_upcycling.writer import PARTIAL, explain, write_text
 
@@ -140,7 +140,7 @@ class OutputFolder:
 
     def drop_index(self) -> None:
         """An index would say that the checkpoint is complete."""
-        (self.folder / INDEX).unlink(missing_ok=True)
+        (self.folder / INDEX_FILE).unlink(missing_ok=True)
 
     def finish(self, hashes: dict[str, str]) -> None:
         """config.json, what is carried from the source, and last the index."""
@@ -157,8 +157,8 @@ class OutputFolder:
             "weight_map": {t.name: shard.file for shard in self.plan.shards for t in shard.tensors},
         }
         with contextlib.suppress(FileNotFoundError):
-            (self.folder / SINGLE).unlink()
-        write_text(self.folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+            (self.folder / SINGLE_FILE).unlink()
+        write_text(self.folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def content_hash(plan: Plan, hashes: dict[str, str]) -> str:

@@ -157,10 +157,7 @@ def _dtype(config: UpcycleConfig, sources: list[DenseSource]) -> str:
     found = {t.dtype for source in sources for t in source.tensors.values() if len(t.shape) == 2}
     if len(found) != 1:
         raise CheckpointError(f"{sources[0].folder}: matrices of several types {sorted(found)}; choose with dtype=...")
-    dtype = found.pop()
-    if dtype not in STORAGE:
-        raise CheckpointError(f"{sources[0].folder}: weights are {dtype}; only {', '.join(STORAGE)} can be upcycled")
-    return dtype
+    return found.pop()
 
 
 def _shards(target: Target, dtype: str, config: UpcycleConfig, sources: list[DenseSource]) -> tuple[Shard, ...]:
@@ -229,26 +226,14 @@ def _copy(
 
 
 def _check(source: DenseSource, dense: ModelConfig) -> None:
-    for name, shape in hf_shapes(parameter_shapes(dense, {})).items():
-        tensor = source.tensors.get(name)
-        if tensor is None:
-            raise CheckpointError(f"{source.folder}: has no tensor '{name}'; is the checkpoint complete?")
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{tensor.file}: '{name}' is {list(tensor.shape)}, but config.json asks for {list(shape)}"
-            )
+    """As every reader checks a folder; and every type is one that can be computed in."""
+    tied = (names.LM_HEAD, names.EMBEDDING) if dense.tie_word_embeddings else None
+    source.stored.check(hf_shapes(parameter_shapes(dense, {})), tied=tied)
+    for tensor in source.tensors.values():
         if tensor.dtype not in STORAGE:
-            raise CheckpointError(f"{tensor.file}: '{name}' is {tensor.dtype}; only {', '.join(STORAGE)} can be read")
-    if not dense.tie_word_embeddings or names.LM_HEAD not in source.tensors:
-        return
-    head, embedding = source.tensors[names.LM_HEAD], source.tensors[names.EMBEDDING]
-    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype) or not source.same_bytes(
-        names.EMBEDDING, names.LM_HEAD
-    ):
-        raise CheckpointError(
-            f"{source.folder}: config.json ties lm_head to the embedding, but stores another one (transformers 4 "
-            "reads the first, 5 the second); set tie_word_embeddings to false there, or delete the tensor"
-        )
+            raise CheckpointError(
+                f"{tensor.path}: '{tensor.name}' is {tensor.dtype}; only {', '.join(STORAGE)} can be upcycled"
+            )
 
 
 def ledger(plan: Plan, sources: list[DenseSource]) -> Mapping[str, str]:
@@ -267,5 +252,5 @@ def ledger(plan: Plan, sources: list[DenseSource]) -> Mapping[str, str]:
             fate[names.dense_ffn(layer_id, matrix)] = f"derived: {layout.num_experts} experts and the shared one"
     for name in sources[0].tensors:
         if name not in fate:
-            fate[name] = "dropped: tied to embed_tokens" if name == names.LM_HEAD else "dropped: not of a Qwen2 model"
+            fate[name] = "dropped: tied to embed_tokens"
     return fate

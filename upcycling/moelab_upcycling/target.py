@@ -12,10 +12,10 @@ from moelab.config.overlay import overlay
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import CheckpointError, ConfigError, near
 from moelab.hf.config import CONFIG_FILE, read_config
+from moelab.hf.files import read_json
 from moelab.layouts import build_layouts
 from moelab.moe.layout import ExpertLayout
 from moelab.registry import Registry
-from moelab_upcycling.source import read_json
 
 # What the weights fix: a recipe may repeat these, not change them.
 _FIXED = (

@@ -15,12 +15,13 @@ import numpy.typing as npt
 
 from moelab.config.upcycle import RecipeConfig, UpcycleConfig
 from moelab.errors import CheckpointError
+from moelab.hf.files import INDEX_FILE, read_json, refuse_two_readings
 from moelab_upcycling.convert import prepare, registry_of
 from moelab_upcycling.dtypes import STORAGE, TORCH_NAMES, raw_bytes
 from moelab_upcycling.maker import Maker
 from moelab_upcycling.output import PLAN_FILE
 from moelab_upcycling.plan import OutputTensor, Plan, Shard
-from moelab_upcycling.source import INDEX, DenseSource, read_json
+from moelab_upcycling.source import DenseSource
 from moelab_upcycling.streams import choose, stream
 
 _SAMPLED = 0.01  # of a layer's experts, at least one
@@ -93,7 +94,11 @@ def verify(
     progress: Callable[[int], None] = lambda nbytes: None,
     announce: Callable[[int], None] = lambda nbytes: None,
 ) -> Verdict:
-    """Compare headers, and tensors: all of them, or one in a hundred experts and whatever is no expert."""
+    """Compare headers, and tensors: all of them, or one in a hundred experts and whatever is no expert.
+
+    Raises CheckpointError where `output` could be read in two ways, or a source can't be read.
+    """
+    refuse_two_readings(output)
     verdict = Verdict(total=len(plan.tensors))
     shards = [shard for shard in plan.shards if layers is None or shard.layer_id in layers]
     verdict.differences += _check_index(output, plan)
@@ -114,11 +119,11 @@ def verify(
 
 
 def _check_index(output: Path, plan: Plan) -> list[str]:
-    if not (output / INDEX).exists():
-        return [f"{output / INDEX}: is missing, so the checkpoint is not complete; run the conversion again"]
+    if not (output / INDEX_FILE).exists():
+        return [f"{output / INDEX_FILE}: is missing, so the checkpoint is not complete; run the conversion again"]
     wanted = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
-    found = read_json(output / INDEX).get("weight_map")
-    differences = [] if found == wanted else [f"{output / INDEX}: does not list the planned tensors"]
+    found = read_json(output / INDEX_FILE).get("weight_map")
+    differences = [] if found == wanted else [f"{output / INDEX_FILE}: does not list the planned tensors"]
     config = read_json(output / "config.json")
     differing = [key for key, value in plan.config_json().items() if config.get(key) != value]
     if differing:

@@ -7,6 +7,7 @@ What this decoder would compute differently is refused, never ignored.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,15 @@ from typing import Any, NoReturn, TypeVar
 
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.errors import CheckpointError, ConfigError
+from moelab.hf.fields import HARMLESS, ONLY, READ
+from moelab.hf.files import read_json
 
 CONFIG_FILE = "config.json"
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
 HF_ROPE_THETA = 10_000.0  # transformers' default where config.json names none; Qwen2's own is 1e6
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+logger = logging.getLogger("moelab")
 
 T = TypeVar("T", int, float, bool)
 
@@ -30,7 +35,7 @@ def read_config(folder: Path) -> ModelConfig:
     """
     fields = _Fields.read(folder / CONFIG_FILE)
     model_type = _model_type(fields)
-    _check_supported(fields)
+    _check_supported(fields, model_type)
     heads = fields.number("num_attention_heads", int)
     config = ModelConfig(
         vocab_size=fields.number("vocab_size", int),
@@ -72,19 +77,8 @@ class _Fields:
 
     @classmethod
     def read(cls, path: Path) -> _Fields:
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"{path}: no such file; a Hugging Face checkpoint is a folder with config.json and .safetensors files"
-            ) from error
-        except OSError as error:
-            raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path}: is not JSON ({error}); download or write it again") from error
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path}: holds a {type(values).__name__}, not a JSON object")
-        return cls(path, values)
+        missing = "a Hugging Face checkpoint is a folder with config.json and .safetensors files"
+        return cls(path, read_json(path, missing))
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.values.get(key, default)
@@ -113,34 +107,59 @@ class _Fields:
 def _model_type(fields: _Fields) -> str:
     model_type, architectures = fields.get("model_type"), fields.get("architectures")
     known = ", ".join(f"{architecture} (model_type '{kind}')" for kind, architecture in ARCHITECTURES.items())
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         fields.refuse("model_type", f"moelab reads {known}")
     expected = ARCHITECTURES[model_type]
     if architectures is not None and architectures != [expected]:
         fields.refuse(
             "architectures", f"with model_type '{model_type}' it must be [\"{expected}\"]; moelab reads {known}"
         )
-    return str(model_type)
+    return model_type
 
 
-def _check_supported(fields: _Fields) -> None:
-    """Refuse what would change the result. `sliding_window` alone is harmless: published configs have it unused."""
-    if fields.get("use_sliding_window", False) and fields.get("sliding_window"):
-        fields.refuse("use_sliding_window", "moelab attends to all earlier positions; set it to false if that is right")
-    layer_types = fields.get("layer_types") or []
-    if any(kind != "full_attention" for kind in layer_types):
-        fields.refuse("layer_types", 'every layer must be "full_attention"')
-    if fields.get("hidden_act", "silu") != "silu":
-        fields.refuse("hidden_act", 'it must be "silu"')
-    if not fields.get("qkv_bias", True):
-        fields.refuse("qkv_bias", "Qwen2 has biases on q, k and v; add zero biases to the weights and set it to true")
-    if fields.get("attention_dropout", 0.0):
-        fields.refuse("attention_dropout", "moelab has no dropout; set it to 0.0")
-    if fields.get("quantization_config"):
-        fields.refuse("quantization_config", "use the checkpoint in bfloat16 or float32 that it was made from")
+def _check_supported(fields: _Fields, model_type: str) -> None:
+    """Refuse what would change the result, and what two readers would understand differently."""
+    for key, (accepted, cure) in ONLY.items():
+        if fields.get(key) is not None and fields.get(key) not in accepted:
+            fields.refuse(key, cure)
+    _check_window(fields, model_type)
+    if fields.get("torch_dtype", fields.get("dtype")) != fields.get("dtype", fields.get("torch_dtype")):
+        raise CheckpointError(
+            f"{fields.path}: torch_dtype {fields.get('torch_dtype')} and dtype {fields.get('dtype')} contradict each "
+            "other; transformers 4.x takes the first and 5.x the second: remove the wrong one"
+        )
+    unknown = sorted(fields.values.keys() - READ - ONLY.keys() - HARMLESS)
+    if unknown:
+        logger.warning(
+            "%s: %s: not known to moelab, nor to transformers' Qwen2; left out. If a field changes what the model "
+            "computes, this is not that model",
+            fields.path,
+            ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""),
+        )
+
+
+def _check_window(fields: _Fields, model_type: str) -> None:
+    """`sliding_window` alone is harmless: published configs have it unused. In use it is not there, and refused.
+
+    transformers 5.23: of a dense Qwen2 the layers from max_window_layers on attend within the window, of a
+    Qwen2-MoE every other one below it (configuration_qwen2.py, configuration_qwen2_moe.py).
+    """
+    if fields.get("use_sliding_window", False):
+        layers, first = fields.number("num_hidden_layers", int), fields.number("max_window_layers", int, 28)
+        if model_type != "qwen2" or first < layers:
+            fields.refuse(
+                "use_sliding_window", "moelab attends to all earlier positions; set it to false if that is right"
+            )
+    layer_types = fields.get("layer_types")
+    if layer_types is not None and not (
+        isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
+    ):
+        fields.refuse("layer_types", 'it must be a list, and every layer "full_attention"')
 
 
 def _rope_theta(fields: _Fields) -> float:
+    """The one theta that all places agree on: the top, `rope_scaling` and `rope_parameters`."""
+    found = {"rope_theta": fields.get("rope_theta")}
     for key in ("rope_scaling", "rope_parameters"):
         rope = fields.get(key)
         if rope is None:
@@ -154,14 +173,16 @@ def _rope_theta(fields: _Fields) -> float:
             or any(isinstance(v, dict) for v in rope.values())
         ):
             fields.refuse(key, 'only plain rotary embedding is: remove the key, or give {"rope_type": "default"}')
-    nested = _Fields(fields.path, fields.get("rope_parameters") or {})
-    top, inner = fields.get("rope_theta"), nested.get("rope_theta")
-    if top is not None and inner is not None and top != inner:
+        found[f"{key}.rope_theta"] = rope.get("rope_theta")
+    said = {place: theta for place, theta in found.items() if theta is not None}
+    if any(theta != next(iter(said.values())) for theta in said.values()):
+        listed = " and ".join(f"{place} {theta}" for place, theta in said.items())
         raise CheckpointError(
-            f"{fields.path}: rope_theta {top} and rope_parameters.rope_theta {inner} contradict each other; "
-            "transformers 4.x takes the first and 5.x the second: remove the wrong one"
+            f"{fields.path}: {listed} contradict each other; transformers 4.x takes the first and 5.x the last: "
+            "remove the wrong one"
         )
-    return (fields if inner is None else nested).number("rope_theta", float, HF_ROPE_THETA)
+    theta = next(iter(said.values()), None)
+    return _Fields(fields.path, {"rope_theta": theta}).number("rope_theta", float, HF_ROPE_THETA)
 
 
 def _moe(fields: _Fields) -> MoEConfig | None:

@@ -1,57 +1,69 @@
-"""Reads a folder of safetensors: headers first, everything checked, and only then any weights. Never unpickles."""
+"""The one reader of a folder of safetensors, free of torch: headers first, everything checked, then weights.
+
+What a folder holds is decided here and nowhere else, so that loading, upcycling, verifying and exporting can't read one
+folder in two ways. Never unpickles.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from moelab.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"
 FLOATS = ("F64", "F32", "BF16", "F16")
 SHOWN = 5  # names in a message
+_PIECE = 8 << 20  # bytes compared at a time
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One header entry."""
+    """One header entry, and where its bytes lie."""
 
+    name: str
     path: Path
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it: F32, BF16, ...
+    offset: int  # of its first byte in the file
+    nbytes: int
 
 
 class TensorFolder:
     """The tensors of a checkpoint folder, by name. Opening it reads every header and no weights."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError for absent, truncated or garbled files, and an index that does not fit them."""
+        """Raises CheckpointError for absent, truncated or garbled files, and for what could be read in two ways."""
         self.folder = folder
+        refuse_two_readings(folder)
         single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-        if single.exists() and index.exists():
-            raise CheckpointError(
-                f"{folder}: holds both {SINGLE_FILE} and {INDEX_FILE}, of which one is left over; delete that one "
-                f"(transformers reads {SINGLE_FILE})"
-            )
         if single.exists():
-            self.tensors = _read_header(single)
+            self.tensors = read_header(single)
         elif index.exists():
             self.tensors = _read_shards(index)
         else:
             raise CheckpointError(_nothing_to_read(folder))
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()) -> None:
-        """Exactly these tensors, of these shapes, in floating point; `optional` ones may be there besides."""
+    def check(self, expected: Mapping[str, tuple[int, ...]], tied: tuple[str, str] | None = None) -> None:
+        """Exactly these tensors, of these shapes, in floating point.
+
+        `tied`: (head, embedding) of a model that ties the first to the second. The head may be stored too, if it
+        holds the same bytes.
+        """
         found = self.tensors
         missing = [name for name in expected if name not in found]
-        unexpected = sorted(found.keys() - expected.keys() - set(optional))
+        unexpected = sorted(found.keys() - expected.keys() - set((tied or ())[:1]))
         problems = [
             f"{found[name].path}: {name}: has shape {list(found[name].shape)}, but config.json asks for {list(shape)}"
             for name, shape in expected.items()
@@ -73,27 +85,101 @@ class TensorFolder:
         if problems:
             more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
             raise CheckpointError("\n".join([*problems[:SHOWN], *more]))
+        if tied is not None:
+            self._check_tied(*tied)
+
+    def _check_tied(self, head: str, embedding: str) -> None:
+        """A stored head beside tie_word_embeddings must be the embedding: readers differ on which of the two wins."""
+        if head in self.tensors and not self.same_bytes(head, embedding):
+            raise CheckpointError(
+                f"{self.tensors[head].path}: {head}: differs from {embedding}, though config.json has "
+                "tie_word_embeddings true. transformers 4.x would use the embedding, 5.x this head, untied. Set "
+                "tie_word_embeddings to false to use the head, or remove the tensor to use the embedding"
+            )
+
+    def same_bytes(self, first: str, second: str) -> bool:
+        """Whether two tensors hold the same values in the same format."""
+        a, b = self.tensors[first], self.tensors[second]
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            return False
+        try:
+            with open(a.path, "rb") as one, open(b.path, "rb") as other:
+                for start in range(0, a.nbytes, _PIECE):
+                    size = min(_PIECE, a.nbytes - start)
+                    one.seek(a.offset + start)
+                    other.seek(b.offset + start)
+                    left, right = np.frombuffer(one.read(size), np.uint8), np.frombuffer(other.read(size), np.uint8)
+                    if not np.array_equal(left, right):
+                        return False
+        except OSError as error:
+            raise CheckpointError(f"{a.path}: can't be read: {error.strerror}") from error
+        return True
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU."""
         path = self.tensors[name].path
         try:
             with safe_open(str(path), framework="pt") as file:
-                return file.get_tensor(name)
+                tensor: Tensor = file.get_tensor(name)
+                return tensor
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: {name}: can't be read: {error}") from error
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+def refuse_two_readings(folder: Path) -> None:
+    """Raises CheckpointError for a folder whose files alone leave open which weights are meant."""
+    if (folder / SINGLE_FILE).exists() and (folder / INDEX_FILE).exists():
+        raise CheckpointError(
+            f"{folder}: holds both {SINGLE_FILE} and {INDEX_FILE}, of which one is left over; delete that one "
+            f"(transformers reads {SINGLE_FILE})"
+        )
+    if (folder / ADAPTER_FILE).exists():
+        raise CheckpointError(
+            f"{folder}: holds {ADAPTER_FILE}, so that transformers adds an adapter to these weights where peft is "
+            "installed; merge it into the weights (merge_and_unload), or move it away"
+        )
+
+
+def read_json(path: Path, missing: str = "a checkpoint folder needs it") -> dict[str, Any]:
+    """A JSON object; CheckpointError naming the file otherwise. `missing`: what to say where there is none."""
     try:
-        with safe_open(str(path), framework="np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-            return {name: StoredTensor(path, tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
-    except (OSError, SafetensorError, ValueError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; {missing}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, a number or a nesting beyond all bounds
+        raise CheckpointError(f"{path}: is not JSON ({error}); download or write it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds a {type(found).__name__}, not a JSON object")
+    return found
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The library checks the header, and that the file has all the bytes it speaks of; we add where they lie."""
+    try:
+        with safe_open(str(path), framework="np"):
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(length))
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: is no whole safetensors file ({error}; {_size(path)}): truncated or damaged; "
             "download or write it again"
         ) from error
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(
+            name=name,
+            path=path,
+            shape=tuple(entry["shape"]),
+            dtype=entry["dtype"],
+            offset=8 + length + entry["data_offsets"][0],
+            nbytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    }
 
 
 def _read_shards(index: Path) -> dict[str, StoredTensor]:
@@ -107,7 +193,7 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
         )
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
-        header = _read_header(index.parent / shard)
+        header = read_header(index.parent / shard)
         named = {name for name, place in weight_map.items() if place == shard}
         for problem, names in (
             ("lacks", named - header.keys()),
@@ -123,13 +209,7 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        content: Any = json.loads(index.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{index}: can't be read: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{index}: is not JSON ({error}); download or write it again") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map: must be an object, tensor name -> file, not {weight_map!r}")
     for name, shard in weight_map.items():

@@ -35,10 +35,8 @@ def load_hf(
     wanted = _wanted(model, stored)
     stored.check(
         {piece.name: piece.shape(shape) for shape, found in wanted.values() for piece in found},
-        optional=[LM_HEAD] if config.tie_word_embeddings else [],
+        tied=(LM_HEAD, EMBEDDING) if config.tie_word_embeddings else None,
     )
-    if config.tie_word_embeddings:
-        _check_tied(stored)
     if _unsaved_buffers(model):
         # Only the constructor knows their values, so it must run for real.
         model = build_model(config, registry, device=device, seed=None).to(dtype)
@@ -65,19 +63,6 @@ def _wanted(model: Transformer, stored: TensorFolder) -> dict[str, tuple[Shape, 
         fused = pieces(name, shape, fused=True)
         wanted[name] = (shape, fused if all(p.name in stored.tensors for p in fused) else pieces(name, shape))
     return wanted
-
-
-def _check_tied(stored: TensorFolder) -> None:
-    """A stored head beside tie_word_embeddings must be the embedding: readers differ on which of the two wins."""
-    if LM_HEAD not in stored.tensors:
-        return
-    head, embedding = stored.read(LM_HEAD), stored.read(EMBEDDING)
-    if head.shape != embedding.shape or not torch.equal(head, embedding.to(head.dtype)):
-        raise CheckpointError(
-            f"{stored.tensors[LM_HEAD].path}: {LM_HEAD}: differs from {EMBEDDING}, though config.json has "
-            "tie_word_embeddings true. transformers 4.x would use the embedding, 5.x this head, untied. Set "
-            "tie_word_embeddings to false to use the head, or remove the tensor to use the embedding"
-        )
 
 
 @torch.no_grad()

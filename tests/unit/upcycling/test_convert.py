@@ -172,7 +172,7 @@ def test_a_tied_source_stays_tied_unless_untied(tmp_path: Path):
 
 def test_a_tied_source_that_stores_another_head_is_refused(tmp_path: Path):
     write_dense(tmp_path / "dense", Tiny(tied=True, layers=1), lm_head__weight=torch.ones(64, 32).bfloat16())
-    with pytest.raises(CheckpointError, match="ties lm_head"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: differs from model\.embed_tokens\.weight"):
         plan_for(recipe_config(tmp_path / "dense"))
 
 
@@ -269,13 +269,15 @@ def test_a_source_that_is_cut_short_is_named(tmp_path: Path, cut: int):
     file = write_dense(tmp_path / "dense") / "model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[: max(3, len(data) - cut)])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*cut short"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is no whole safetensors file"):
         plan_for(recipe_config(tmp_path / "dense"))
 
 
 def test_a_source_without_a_tensor_or_of_another_shape_is_named(tmp_path: Path):
     write_dense(tmp_path / "dense", model__norm__weight=torch.ones(31).bfloat16())
-    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' is \[31\], but config\.json asks for \[32\]"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.norm\.weight: has shape \[31\], but config\.json asks for \[32\]"
+    ):
         plan_for(recipe_config(tmp_path / "dense"))
     (tmp_path / "dense/config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json: no such file"):

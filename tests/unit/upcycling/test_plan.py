@@ -14,10 +14,11 @@ from moelab.config.run import RunConfig
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import ConfigError
 from moelab.hf.config import read_config
+from moelab.hf.files import read_header
 from moelab.hf.names import expected_tensors, hf_shapes, parameter_shapes
 from moelab_upcycling.convert import prepare, registry_of
 from moelab_upcycling.plan import Plan, ledger
-from moelab_upcycling.source import DenseSource, read_header
+from moelab_upcycling.source import DenseSource
 
 
 def sparse_source(folder: Path, name: str) -> Path:

@@ -9,7 +9,7 @@ import pytest
 
 from dense_checkpoints import Tiny, recipe_config, upcycle, write_dense
 from moelab.errors import CheckpointError
-from moelab_upcycling.source import read_header
+from moelab.hf.files import read_header
 from moelab_upcycling.verify import Verdict, plan_of_output, verify
 
 

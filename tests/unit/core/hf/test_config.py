@@ -90,7 +90,9 @@ REFUSED = {
     "another model": ({"model_type": "llama"}, r'model_type: "llama" is not supported; moelab reads Qwen2ForCausalLM'),
     "no model type": ({"model_type": None}, "model_type: null is not supported"),
     "another head": ({"architectures": ["Qwen2ForTokenClassification"]}, r"architectures: .*Qwen2ForCausalLM"),
-    "sliding window": ({"use_sliding_window": True}, "use_sliding_window: true .*set it to false"),
+    "sliding window": (
+        {"use_sliding_window": True, "max_window_layers": 3}, "use_sliding_window: true .*set it to false"
+    ),
     "sliding layers": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: .*full_attention"),
     "yarn": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling: .*yarn.* plain rotary"),
     "yarn, new style": ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, r"rope_parameters: .*plain rotary"),
@@ -104,6 +106,25 @@ REFUSED = {
         {"rope_parameters": {"rope_theta": 5e5}},
         r"rope_theta 1000000.0 and rope_parameters.rope_theta 500000.0 contradict .*4.x takes the first",
     ),
+    "two thetas, one in rope_scaling": (
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}},
+        r"rope_theta 1000000.0 and rope_scaling.rope_theta 500000.0 contradict",
+    ),
+    "two thetas without one at the top": (
+        {
+            "rope_theta": None, "rope_scaling": {"rope_type": "default", "rope_theta": 1e4},
+            "rope_parameters": {"rope_theta": 1e6},
+        },
+        r"rope_scaling.rope_theta 10000.0 and rope_parameters.rope_theta 1000000.0 contradict",
+    ),
+    "two dtypes": ({"dtype": "float32"}, "torch_dtype bfloat16 and dtype float32 contradict each other"),
+    "layer types that are no list": ({"layer_types": 1}, "layer_types: 1 .*must be a list"),
+    "a model type that is no text": ({"model_type": {"a": 1}}, "model_type: .* is not supported"),
+    "no attention biases": ({"attention_bias": False}, "attention_bias: false .*add zero biases"),
+    "biases in the FFN": ({"mlp_bias": True}, "mlp_bias: true .*no biases"),
+    "partial rotary at the top": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 .*plain rotary"),
+    "scaled logits": ({"logits_scaling": 8.0}, "logits_scaling: 8.0 .*doesn't scale"),
+    "capped logits": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0 .*doesn't cap"),
     "gelu": ({"hidden_act": "gelu"}, 'hidden_act: "gelu" is not supported; it must be "silu"'),
     "no biases": ({"qkv_bias": False}, "qkv_bias: false .*add zero biases"),
     "dropout": ({"attention_dropout": 0.1}, "attention_dropout: 0.1 .*set it to 0.0"),
@@ -123,6 +144,27 @@ def test_what_would_compute_something_else_is_refused(tmp_path: Path, change: di
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
+def test_one_theta_said_in_three_places_is_one(tmp_path: Path):
+    fields = {"rope_scaling": {"rope_type": "default", "rope_theta": 1e6}, "rope_parameters": {"rope_theta": 1000000}}
+    assert read_config(write(tmp_path, DENSE | fields)).rope_theta == 1e6
+    assert read_config(write(tmp_path, without(DENSE | fields, "rope_theta", "rope_parameters"))).rope_theta == 1e6
+
+
+def test_a_window_that_no_layer_uses_is_harmless(tmp_path: Path):
+    """A dense Qwen2's layers below max_window_layers see everything; of a Qwen2-MoE they are the ones that don't."""
+    unused = {"use_sliding_window": True, "max_window_layers": 4}
+    assert read_config(write(tmp_path, DENSE | unused)) == read_config(write(tmp_path, DENSE))
+    with pytest.raises(CheckpointError, match="use_sliding_window"):
+        read_config(write(tmp_path, MOE | unused))
+
+
+def test_a_field_that_nobody_knows_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    read_config(write(tmp_path, DENSE | MOE | {"router_aux_loss_coef": 0.1, "transformers_version": "5.23.0"}))
+    assert not caplog.records
+    read_config(write(tmp_path, DENSE | {"value_residual": True}))
+    assert "value_residual: not known to moelab" in caplog.text
+
+
 @pytest.mark.parametrize("change", [{"decoder_sparse_step": 0}, {"mlp_only_layers": "none"}, {"num_experts": None}])
 def test_bad_moe_fields_are_refused_by_name(tmp_path: Path, change: dict[str, Any]):
     with pytest.raises(CheckpointError, match=next(iter(change))):
@@ -131,7 +173,13 @@ def test_bad_moe_fields_are_refused_by_name(tmp_path: Path, change: dict[str, An
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), (b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"[1]", "not a JSON object")],
+    [
+        (None, "no such file"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[1]", "not a JSON object"),
+        (b"[" * 30000, "is not JSON"),
+    ],
 )
 def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes | None, message: str):
     if content is not None:
