@@ -45,6 +45,10 @@ def resolve_checkpoint(path: Path) -> Path:
         if newest is None:
             raise CheckpointError(f"{path}: this run has no complete checkpoint")
         return newest
+    if is_moelab(path) and (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path}: holds both {STATE} (moelab) and config.json (Hugging Face), one of them left over; remove it"
+        )
     if not is_moelab(path) and not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: holds no checkpoint: neither {STATE} (moelab) nor config.json (Hugging Face)")
     return path

@@ -14,7 +14,10 @@ from moelab.registry import Registry
 
 
 def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Transformer:
-    """The model of a checkpoint: a Hugging Face folder, a moelab checkpoint, or a run folder (its newest one).
+    """The model of a checkpoint, in evaluation mode: a Hugging Face folder, a moelab checkpoint, or a run folder.
+
+    Of a run folder the newest checkpoint. Routers that drop, add noise or look ahead while training do so only after
+    `model.train()`.
 
     Raises CheckpointError naming the file and the cure.
     """
@@ -25,4 +28,4 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.
     registry = Registry(config.plugins, config.entry_points, [Path(p) for p in config.search_path])
     model = build_model(config.model, registry, device=device, seed=None)
     load_model_tensors(folder, model)
-    return model.to(dtype)
+    return model.to(dtype).eval()

@@ -39,6 +39,7 @@ FLOORS = (
     {"builder", "generate"},
     {"hf", "planning"},
     {"checkpoint"},
+    {"origin"},
     {"loading"},
     {"train"},
     {"testing"},

@@ -1,40 +1,102 @@
-"""What the commands ask of a checkpoint folder beside its model."""
+"""What the commands ask of a checkpoint folder beside its model, and how they lay a config over one."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
-from moelab.checkpoint import is_moelab, read_run_config, resolve_checkpoint
-from moelab.config.load import load_config
+import click
+
+from moelab.checkpoint import is_moelab, read_run_config
+from moelab.config.files import Layer
+from moelab.config.load import Loaded, load_config
+from moelab.config.overlay import overlay
 from moelab.config.run import RunConfig
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
-from moelab.errors import CheckpointError
+from moelab.errors import CheckpointError, ConfigError
+from moelab.origin import Origin, origin_layer, read_origin
+from moelab.registry import Registry
+from moelab.train.setup import resolve_run
+from moelab.train.start import differences, refuse_others
 
 
 def tokenizer_of(path: Path, given: str | None) -> Tokenizer:
     """The tokenizer asked for, or the one stored in the checkpoint."""
     if given is not None:
         return load_tokenizer(given)
-    folder = resolve_checkpoint(path)
-    if is_moelab(folder) and read_run_config(folder).data.tokenizer == "bytes":
-        return load_tokenizer("bytes")
-    if not (folder / "tokenizer.json").is_file():
-        raise CheckpointError(f"{folder}: holds no tokenizer.json; name one with --tokenizer, or use --tokenizer bytes")
-    return load_tokenizer(str(folder / "tokenizer.json"))
+    origin = read_origin(path)
+    if origin.tokenizer is None:
+        raise CheckpointError(
+            f"{origin.folder}: holds no tokenizer.json; name one with --tokenizer, or use --tokenizer bytes"
+        )
+    return load_tokenizer(origin.tokenizer)
 
 
-def run_config_of(path: Path) -> RunConfig | None:
-    """The config a moelab checkpoint was trained under; None for a Hugging Face folder."""
-    folder = resolve_checkpoint(path)
-    return read_run_config(folder) if is_moelab(folder) else None
+def load_run(arguments: Sequence[str], needed: Sequence[str] = ()) -> Loaded[RunConfig]:
+    """Config files, overrides and at most one checkpoint folder, whose own config then lies below them all.
+
+    `needed`: overrides that stand for what a run must have and a command does not look at.
+    """
+    folders = [a for a in arguments if "=" not in a and Path(a).is_dir()]
+    if len(folders) > 1:
+        raise ConfigError(f"{folders[1]}: one checkpoint at a time, and {folders[0]} is one already")
+    rest = [a for a in arguments if a not in folders]
+    if not folders:
+        return load_config([*rest, *needed], RunConfig, below=origin_layer)
+    layer = own_layer(read_origin(folders[0]))
+    return load_config([*rest, *needed], RunConfig, below=lambda config: layer)
+
+
+def own_layer(origin: Origin) -> Layer:
+    """All that a folder says: its model and tokenizer, and of a moelab checkpoint the config of its run."""
+    layer = origin.layer()
+    if not is_moelab(origin.folder):
+        return layer
+    own = dataclasses.asdict(read_run_config(origin.folder))
+    return Layer(layer.origin, overlay(own, layer.tree, RunConfig))
 
 
 def evaluation_config(path: Path, arguments: tuple[str, ...]) -> RunConfig:
-    """The run config that says what to evaluate on: the checkpoint's own, under the given files and overrides."""
-    own = resolve_checkpoint(path) / "config.yaml"
-    files = [str(own)] if own.is_file() and not any("=" not in argument for argument in arguments) else []
-    if not files and not arguments:
+    """What to evaluate on: the data of the checkpoint's own run, or those of the given files and overrides.
+
+    Model and tokenizer are the checkpoint's. Raises ConfigError where the arguments say another one and
+    `train.init_overrides` doesn't name it.
+    """
+    origin = read_origin(path)
+    own = is_moelab(origin.folder) and not any("=" not in argument for argument in arguments)
+    if not own and not arguments:
         raise CheckpointError(f"{path}: says nothing of its data; name a config, as in configs/train/tiny_moe.yaml")
-    loaded = load_config([*files, *arguments, *(() if files else ("run_dir=unused",))], RunConfig)
-    loaded.config.search_path += [str(folder.resolve()) for folder in loaded.search_path]
-    return loaded.config
+    layer = own_layer(origin) if own else origin.layer()
+    needed = () if own else ("run_dir=unused",)
+    loaded = load_config([*arguments, *needed], RunConfig, below=lambda config: layer)
+    run = loaded.config
+    run.search_path += [str(folder.resolve()) for folder in loaded.search_path]
+    try:
+        _check_origin(run, origin)
+    except ConfigError as error:
+        raise loaded.blame(error) from error
+    tell_origin(loaded)
+    if origin.tokenizer is None:
+        click.echo(f"{origin.folder}: holds no tokenizer.json: whether it knows these ids can't be told", err=True)
+    run.model = origin.model
+    return run
+
+
+def _check_origin(run: RunConfig, origin: Origin) -> None:
+    registry = Registry(run.plugins, run.entry_points, [Path(path) for path in run.search_path])
+    said = copy.deepcopy(run)
+    resolve_run(said, registry)
+    found = list(differences(said, origin, registry, load_tokenizer(said.data.tokenizer)))
+    refuse_others(found, origin, said.train.init_overrides)
+
+
+def tell_origin(loaded: Loaded[RunConfig]) -> None:
+    """Say on stderr where model and tokenizer come from, if from a checkpoint."""
+    if loaded.below is not None:
+        click.echo(
+            f"model: as in {loaded.below.origin}, where the config does not say it; "
+            f"tokenizer: {loaded.config.data.tokenizer}",
+            err=True,
+        )

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.errors import CheckpointError
+from moelab.hf.carried import carried_files
 from moelab.hf.files import INDEX_FILE, SINGLE_FILE, read_json
 from moelab_upcycling.plan import Plan, Shard
 from moelab_upcycling.worker import ShardResult
@@ -21,11 +21,6 @@ from moelab_upcycling.writer import PARTIAL, explain, write_text
 
 PLAN_FILE = "upcycle.json"
 MANIFEST = "upcycle_manifest.jsonl"
-# What a checkpoint carries beside its weights, when the source has it.
-CARRIED_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
 _SPARE = 1.02  # of the bytes still to write, that must be free
 
 
@@ -33,8 +28,9 @@ class OutputFolder:
     """Opened for one plan: refuses a folder that holds anything else."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
-        """Nothing is written yet."""
+        """Nothing is written yet. CheckpointError also where what goes along with the source can't be read."""
         self.folder, self.plan = folder, plan
+        self.carried = carried_files(Path(plan.sources[0]))
         if folder.exists() and not folder.is_dir():
             raise CheckpointError(f"{folder}: is a file; output=DIR names a folder to be made")
         for source in plan.sources:
@@ -145,13 +141,11 @@ class OutputFolder:
     def finish(self, hashes: dict[str, str]) -> None:
         """config.json, what is carried from the source, and last the index."""
         write_text(self.folder / "config.json", json.dumps(self.plan.config_json(), indent=2, sort_keys=True) + "\n")
-        source = Path(self.plan.sources[0])
-        for name in CARRIED_FILES:
-            if (source / name).is_file():
-                try:
-                    shutil.copyfile(source / name, self.folder / name)
-                except OSError as error:
-                    raise explain(error, self.folder / name) from error
+        for name, content in self.carried.items():
+            try:
+                (self.folder / name).write_bytes(content)
+            except OSError as error:
+                raise explain(error, self.folder / name) from error
         index = {
             "metadata": {"total_size": self.plan.total_size, "upcycle_hash": content_hash(self.plan, hashes)},
             "weight_map": {t.name: shard.file for shard in self.plan.shards for t in shard.tensors},

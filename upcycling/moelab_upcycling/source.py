@@ -1,4 +1,4 @@
-"""A dense checkpoint read as bytes: moelab.hf.files says what is there, pread brings it, the page cache stays as it was.
+"""A dense checkpoint read as bytes: moelab.hf.files says what is there, pread brings it, the page cache is left alone.
 
 safetensors' own reader maps the file: on a cold 15 GB source its page faults cost five times the read itself.
 """

@@ -11,6 +11,7 @@ from moelab.config.model import ModelConfig, MoEConfig
 from moelab.config.overlay import overlay
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import CheckpointError, ConfigError, near
+from moelab.hf.carried import check_vocabulary
 from moelab.hf.config import CONFIG_FILE, read_config
 from moelab.hf.files import read_json
 from moelab.layouts import build_layouts
@@ -70,6 +71,7 @@ def resolve_target(config: UpcycleConfig, folder: Path, registry: Registry) -> t
             f"model.vocab_size: {dense.vocab_size}, but the source has only {source.vocab_size} rows; "
             f"write model.vocab_size={source.vocab_size} or fewer"
         )
+    check_vocabulary(dense.vocab_size, folder)
     if given.get("tie_word_embeddings") not in (None, source.tie_word_embeddings):
         raise ConfigError("model.tie_word_embeddings: stays as in the source; to untie write untie=true")
     if not isinstance(moe, Mapping):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -26,25 +26,32 @@ class Loaded(Generic[SchemaT]):
     config: SchemaT
     layers: list[Layer]
     search_path: list[Path]  # folders of the config files: where their own plugins lie
+    below: Layer | None = None  # the lowest of the layers, if it is a checkpoint's
 
     def blame(self, error: ConfigError) -> ConfigError:
         """The same complaint with the file or override that set the key it begins with."""
         return _blame(error, self.layers)
 
 
-def load_config(arguments: Sequence[str], schema: type[SchemaT]) -> Loaded[SchemaT]:
+def load_config(
+    arguments: Sequence[str],
+    schema: type[SchemaT],
+    below: Callable[[Mapping[str, Any]], Layer | None] | None = None,
+) -> Loaded[SchemaT]:
     """Files (left to right, each over its `base`), then `key=value` overrides -> an instance of `schema`.
 
+    `below` sees all that these say and may name a layer that lies below them: what a checkpoint says of itself.
     Raises ConfigError for an unknown key, a wrong type, a missing value, or what `schema.check()` refuses.
     """
     files = [a for a in arguments if "=" not in a or Path(a).is_file()]
     overrides = [a for a in arguments if a not in files]
     paths = [find_config(name) for name in files]
     layers = [layer for path in paths for layer in file_layers(path)] + [override_layer(text) for text in overrides]
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        _check_keys(layer.tree, schema, (), layer.origin)
-        merged = overlay(merged, layer.tree, schema)
+    merged = _merge(layers, schema)
+    lowest = below(merged) if below is not None else None
+    if lowest is not None:
+        layers.insert(0, lowest)
+        merged = _merge(layers, schema)
     try:
         config = to_schema(merged, schema)
         check = getattr(config, "check", None)
@@ -52,7 +59,16 @@ def load_config(arguments: Sequence[str], schema: type[SchemaT]) -> Loaded[Schem
             check()
     except ConfigError as error:
         raise _blame(error, layers) from error
-    return Loaded(config, layers, list(dict.fromkeys(path.parent for path in paths)))
+    return Loaded(config, layers, list(dict.fromkeys(path.parent for path in paths)), lowest)
+
+
+def _merge(layers: Sequence[Layer], schema: Any) -> dict[str, Any]:
+    """The layers, lowest first, as one tree. Raises ConfigError for a key that `schema` does not have."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _check_keys(layer.tree, schema, (), layer.origin)
+        merged = overlay(merged, layer.tree, schema)
+    return merged
 
 
 def to_schema(tree: dict[str, Any], schema: type[SchemaT]) -> SchemaT:

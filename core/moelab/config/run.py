@@ -38,6 +38,9 @@ class TrainConfig:
     save_every: int = 0  # steps; 0: only at the end
     keep_checkpoints: int = 2  # the newest ones; 0: all
     init_from: str | None = None  # a checkpoint (Hugging Face or moelab) to start from; None: random
+    # Keys under which the config means another model or tokenizer than the checkpoint's: [model.moe.router, ...]; a key
+    # covers what lies beneath it. Any other difference is refused.
+    init_overrides: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -114,6 +117,9 @@ def _check_train(train: TrainConfig) -> None:
         _at_least("train", train, key, 1)
     for key in ("grad_clip", "save_every", "keep_checkpoints", "gradient_shares_every", "activation_checkpointing"):
         _at_least("train", train, key, 0)
+    for key in train.init_overrides:
+        if key != "data.tokenizer" and key.split(".")[0] != "model":
+            raise ConfigError(f"train.init_overrides: '{key}' is no key of the model, and not data.tokenizer")
     micro = train.micro_batch_size
     if micro is not None and (micro < 1 or train.batch_size % micro):
         raise ConfigError(f"train.micro_batch_size: {micro} does not divide train.batch_size {train.batch_size}")

@@ -17,23 +17,24 @@ from moelab.config.run import RunConfig
 from moelab.data.batches import TrainBatches, ValidationBatches
 from moelab.data.corpus import Corpus, DataContext
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
-from moelab.errors import CheckpointError, ConfigError
+from moelab.errors import ConfigError
 from moelab.hookspecs import DATA_SOURCES, OBSERVERS
-from moelab.loading import load
 from moelab.moe.balance import NamedLoss
 from moelab.moe.block import MoEBlock
 from moelab.nn.allocator import keep_freed_memory
 from moelab.nn.checkpointing import apply_activation_checkpointing
 from moelab.nn.count import Parameters, count_parameters, flops_per_token
 from moelab.nn.transformer import Transformer
+from moelab.origin import check_vocabulary
 from moelab.registry import Registry
 from moelab.train.optimizer import build_adamw
 from moelab.train.precision import choose_precision, set_threads
+from moelab.train.start import Start, find_start, starting_model
 from moelab.train.step import StepSettings, probe_step
 
 # What may differ when a run is resumed: none of it changes the numbers of a step.
 FREE_ON_RESUME = {"run_dir", "resume", "name", "observers", "evaluation", "search_path"}
-FREE_TRAIN_KEYS = {"log_every", "save_every", "keep_checkpoints", "init_from"}
+FREE_TRAIN_KEYS = {"log_every", "save_every", "keep_checkpoints", "init_from", "init_overrides"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Setup:
     step_settings: StepSettings
     threads: int
     parameters: Parameters
+    start: Start
     flops_per_token: float  # forward and backward, active parameters
 
     @property
@@ -70,18 +72,15 @@ def prepare(config: RunConfig, registry: Registry) -> Setup:
     losses = build_balance_losses(config.model, registry)
     build_model(config.model, registry, device="meta", seed=None)  # before the data: a wrong shape fails at once
     tokenizer = load_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size: {config.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of the "
-            f"tokenizer '{config.data.tokenizer}'"
-        )
+    check_vocabulary(config.model.vocab_size, tokenizer, config.data.tokenizer)
+    start = find_start(config, tokenizer, registry)
     corpus = build_corpus_of(config, registry, tokenizer)
     train, micro = config.train, config.train.micro_batch_size or config.train.batch_size
     batches = TrainBatches(corpus.train, train.batch_size, train.sequence_length, config.data.seed)
     validation = ValidationBatches(
         corpus.validation, config.evaluation.sequences, train.sequence_length, config.evaluation.batch_size or micro
     )
-    model = starting_model(config, registry, precision.device)
+    model = starting_model(config, registry, precision.device, start)
     settings = StepSettings(micro, train.grad_clip, config.seed, precision)
     probe_step(model, losses, batches.batch(0), settings)
     if train.activation_checkpointing:
@@ -99,6 +98,7 @@ def prepare(config: RunConfig, registry: Registry) -> Setup:
         step_settings=settings,
         threads=threads,
         parameters=count_parameters(model),
+        start=start,
         flops_per_token=flops_per_token(model, train.sequence_length),
     )
 
@@ -117,37 +117,9 @@ def build_corpus_of(config: RunConfig, registry: Registry, tokenizer: Tokenizer)
     return registry.build(DATA_SOURCES, config.data.source, context, "data.source")
 
 
-def starting_model(config: RunConfig, registry: Registry, device: torch.device) -> Transformer:
-    """A fresh model, or the weights of `train.init_from` in the config's own parts.
-
-    The checkpoint must have the same tensors: a router with state of its own keeps what `seed` gives it.
-    """
-    model = build_model(config.model, registry, device=device, seed=config.seed)
-    if config.train.init_from is None:
-        return model
-    try:
-        source = load(config.train.init_from, device=device).state_dict()
-    except CheckpointError as error:
-        raise CheckpointError(f"train.init_from: {error}") from error
-    wanted = dict(model.state_dict())
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    missing = sorted(parameters - source.keys())
-    misfits = [n for n in sorted(wanted.keys() & source.keys()) if wanted[n].shape != source[n].shape]
-    unexpected = sorted(source.keys() - wanted.keys())
-    if missing or misfits or unexpected:
-        raise CheckpointError(
-            f"train.init_from: {config.train.init_from} does not fit `model`: missing {missing[:3]}, of another shape "
-            f"{misfits[:3]}, unexpected {unexpected[:3]}; give `model` the checkpoint's dimensions"
-        )
-    with torch.no_grad():
-        for name in source:
-            wanted[name].copy_(source[name])
-    return model
-
-
 def checkpoint_files(setup: Setup) -> dict[str, bytes]:
     """What goes into a checkpoint beside its tensors."""
-    return {CONFIG: to_yaml(setup.config).encode()} | setup.tokenizer.files()
+    return {CONFIG: to_yaml(setup.config).encode()} | setup.tokenizer.files() | setup.start.files
 
 
 def check_same_run(setup: Setup, checkpoint: Path) -> None:

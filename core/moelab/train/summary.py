@@ -16,6 +16,7 @@ import moelab
 from moelab.train.evaluate import Evaluation
 from moelab.train.peak import peak_flops
 from moelab.train.router_statistics import RouterReport
+from moelab.train.start import OVERRIDES
 from moelab.train.step import StepResult
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
         "dtype": config.train.dtype,
         "git": _git_revision(),
         "init_from": config.train.init_from,
+        OVERRIDES: setup.start.overrides,  # {key: {config, checkpoint}}: where the model is not the checkpoint's
         "seed": config.seed,
         "backends": backends(setup),
     }

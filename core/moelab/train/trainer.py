@@ -37,6 +37,7 @@ from moelab.train.run_folder import (
 from moelab.train.run_lock import LOCK, RunLock, hold
 from moelab.train.schedule import learning_rate_factor
 from moelab.train.setup import Setup, check_same_run, checkpoint_files, prepare
+from moelab.train.start import OVERRIDES
 from moelab.train.step import Observe, StepResult, train_step
 from moelab.train.summary import Progress, backends, environment_facts, log_metrics, summary
 
@@ -69,6 +70,8 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
     setup = prepare(config, registry)
     with hold(run_dir) as lock:
         resumed = _find_resume(config, run_dir)
+        if resumed is None and setup.start.origin is not None and setup.start.origin.own:
+            raise UserError(f"{run_dir}: its checkpoint {setup.start.origin.folder} went away meanwhile; start again")
         prepare_run_folder(run_dir, resume=config.resume, force=force)
         state = _restore(setup, resumed) if resumed else {}
         if state.get("step") == config.train.steps and is_finished(run_dir):
@@ -89,6 +92,8 @@ def _run(loop: Loop) -> None:
     """All remaining steps, then the summary, also when something went wrong on the way."""
     setup, progress = loop.setup, loop.progress
     facts = environment_facts(setup)
+    for line in setup.start.told:
+        logger.warning(line)
     logger.info("%s: %s", facts["name"], {key: facts[key] for key in ("components", "parameters")})
     error: BaseException | None = None
     interruption = Interruption()
@@ -190,7 +195,11 @@ def _save(loop: Loop) -> None:
     setup, progress = loop.setup, loop.progress
     loop.lock.check()
     folder = loop.run_dir / CHECKPOINTS / f"step_{progress.step:08d}"
-    state = progress.state() | {"data_fingerprint": setup.corpus.fingerprint, "plugins": setup.registry.versions()}
+    state = progress.state() | {
+        "data_fingerprint": setup.corpus.fingerprint,
+        "plugins": setup.registry.versions(),
+        OVERRIDES: setup.start.overrides,
+    }
     save_checkpoint(folder, setup.model, _training_state(setup), state, checkpoint_files(setup))
     _prune(folder.parent, setup.config.train.keep_checkpoints)
     logger.info("checkpoint: %s", folder)

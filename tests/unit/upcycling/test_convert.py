@@ -15,8 +15,9 @@ import torch
 
 from dense_checkpoints import Tiny, dense_tensors, neurons, plan_for, read_all, recipe_config, upcycle, write_dense
 from moelab.errors import CheckpointError, ConfigError
+from moelab.hf.carried import SIDE_FILES
 from moelab_upcycling.convert import convert
-from moelab_upcycling.output import CARRIED_FILES, content_hash
+from moelab_upcycling.output import content_hash
 
 BYTES = "38231e1fd368b42b303110804988fe2b9ed357d64fc4b737daeb6da76e4d932a"  # numpy 2.4, x86-64
 GOLDEN = "930ef421873750e2b92650ac7820382b1318a485f5154c7333115de2e9f5f0a9"  # of xxh3-128 hashes of the same bytes
@@ -202,14 +203,50 @@ def test_several_sources_are_mixed(source: Path, tmp_path: Path):
     assert kept.hashes["model.norm.weight"] == upcycle(recipe_config(source), None).hashes["model.norm.weight"]
 
 
-def test_what_belongs_to_the_tokenizer_is_carried(source: Path, tmp_path: Path):
+def test_what_belongs_to_the_tokenizer_and_the_licence_are_carried(source: Path, tmp_path: Path):
     shutil.copytree(source, tmp_path / "dense")
-    for name in CARRIED_FILES:
-        (tmp_path / "dense" / name).write_text(name)
-    (tmp_path / "dense" / "notes.txt").write_text("stays")
+    carried = {
+        "tokenizer.json": '{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 63}]}',
+        "tokenizer_config.json": '{"eos_token": "a"}',
+        "generation_config.json": '{"eos_token_id": [1, 2], "temperature": 0.7}',
+        "LICENSE": "Apache",
+        "NOTICE.txt": "who",
+        **dict.fromkeys(SIDE_FILES, "as it is"),
+    }
+    for name, content in {**carried, "README.md": "card", "notes.txt": "stays"}.items():
+        (tmp_path / "dense" / name).write_text(content)
     upcycle(recipe_config(tmp_path / "dense"), tmp_path / "out")
-    assert all((tmp_path / "out" / name).read_text() == name for name in CARRIED_FILES)
-    assert not (tmp_path / "out" / "notes.txt").exists()
+    for name, content in {**carried, "README.source.md": "card"}.items():
+        assert (tmp_path / "out" / name).read_text() == content
+    assert not {"notes.txt", "README.md"} & {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_generation_config_without_sense_is_refused_before_anything_is_written(source: Path, tmp_path: Path):
+    shutil.copytree(source, tmp_path / "dense")
+    (tmp_path / "dense" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id: must be a token id or a list"):
+        upcycle(recipe_config(tmp_path / "dense"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+TOKENIZERS = {
+    "tokens of the model": ("tokenizer.json", {"model": {"vocab": {"a": 0, "b": 60}}}),
+    "a list of pieces": ("tokenizer.json", {"model": {"vocab": [["a", 0.0]] * 61}}),
+    "an added token": ("tokenizer.json", {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 60, "content": "b"}]}),
+    "added by its config": ("tokenizer_config.json", {"added_tokens_decoder": {"60": {"content": "b"}}}),
+    "without tokenizer.json": ("vocab.json", {"a": 0, "b": 60}),
+    "added beside vocab.json": ("added_tokens.json", {"b": 60}),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), TOKENIZERS.values(), ids=TOKENIZERS.keys())
+def test_a_vocabulary_cut_below_the_tokenizer_is_refused(source: Path, tmp_path: Path, name: str, content: dict):
+    """The largest id is 60: 61 rows do, 60 don't."""
+    shutil.copytree(source, tmp_path / "dense")
+    (tmp_path / "dense" / name).write_text(json.dumps(content))
+    assert plan_for(recipe_config(tmp_path / "dense", model={"vocab_size": 61})).target.vocab_size == 61
+    with pytest.raises(ConfigError, match=rf"model\.vocab_size: 60 is less than 61, .*{name} .*vocab_size=61 or more"):
+        plan_for(recipe_config(tmp_path / "dense", model={"vocab_size": 60}))
 
 
 def test_a_range_of_layers_waits_for_the_rest(source: Path, output: Path, tmp_path: Path):

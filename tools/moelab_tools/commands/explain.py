@@ -17,7 +17,7 @@ UNUSED = ("run_dir=unused", "train.steps=1", "schedule.warmup_steps=0")
 
 
 @click.command("explain")
-@click.argument("config", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
+@click.argument("config", nargs=-1, required=True, metavar="[FOLDER] [CONFIG...] [KEY=VALUE...]")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--match", "baseline", metavar="CONFIG", help="Find the layout that costs what this model does.")
 @click.option("--measure", default="active", show_default=True, help="What to match: total, active or flops.")
@@ -28,21 +28,26 @@ def command(
 ) -> None:
     """Print every layer with each resolved part, its owner, parameters and FLOPs.
 
+    FOLDER is a run folder, a moelab checkpoint or a Hugging Face folder: what the configs and overrides don't say of
+    the model is that one's.
+
     \b
     Example:
       moelab explain configs/train/tiny_moe.yaml
+      moelab explain runs/tiny_moe
       moelab explain model/qwen2-7b moe/deepseek_moe model.moe.layers.0.router.name=hash
       moelab explain model/qwen2-7b moe/mixtral --match model/qwen2-7b --multiple-of 128
     """
     from pathlib import Path
 
-    from moelab.config.load import load_config
-    from moelab.config.run import RunConfig
     from moelab.errors import ConfigError
     from moelab.registry import Registry
+    from moelab_tools.checkpoints import load_run, tell_origin
 
-    loaded = load_config([*config, *UNUSED], RunConfig)
-    registry = Registry(loaded.config.plugins, loaded.config.entry_points, [*loaded.search_path, Path()])
+    loaded = load_run(config, UNUSED)
+    tell_origin(loaded)
+    folders = [*loaded.search_path, *map(Path, loaded.config.search_path), Path()]
+    registry = Registry(loaded.config.plugins, loaded.config.entry_points, folders)
     try:
         table = explain(loaded.config, registry)
         if baseline is not None:
@@ -118,12 +123,11 @@ def _parts(config: RunConfig, registry: Registry, layer_id: int) -> dict[str, An
 def _match(loaded: Loaded[RunConfig], baseline: str, registry: Registry, how: tuple[str, str, int]) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from moelab.config.load import load_config
-    from moelab.config.run import RunConfig
     from moelab.planning.match import match_layout
+    from moelab_tools.checkpoints import load_run
 
     measure, vary, multiple_of = how
-    other = load_config([baseline, *UNUSED], RunConfig).config.model
+    other = load_run([baseline], UNUSED).config.model
     found = match_layout(
         loaded.config.model, other, registry, measure=measure, option=vary, multiple_of=multiple_of,
         sequence_length=loaded.config.train.sequence_length,

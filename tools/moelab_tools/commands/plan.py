@@ -15,7 +15,7 @@ GB, MB = 1e9, 1e6
 
 
 @click.command("plan")
-@click.argument("config", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
+@click.argument("config", nargs=-1, required=True, metavar="[FOLDER] [CONFIG...] [KEY=VALUE...]")
 @click.option("--devices", default=1, show_default=True, help="Data parallel; all state is sharded over them.")
 @click.option("--expert-parallel", default=1, show_default=True, help="Devices that share one set of experts.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: train.device; auto is cuda beyond one.")
@@ -42,15 +42,15 @@ def command(
     """
     import torch
 
-    from moelab.config.load import load_config
-    from moelab.config.run import RunConfig
     from moelab.errors import ConfigError
     from moelab.planning.memory import Problem, predict
     from moelab.registry import Registry
+    from moelab_tools.checkpoints import load_run, tell_origin
 
     if min(devices, expert_parallel) < 1:
         raise ConfigError(f"--devices and --expert-parallel: at least 1, not {min(devices, expert_parallel)}")
-    loaded = load_config([*config, *ANY], RunConfig)
+    loaded = load_run(config, ANY)
+    tell_origin(loaded)
     run = loaded.config
     problem = Problem(
         sequences=run.train.micro_batch_size or run.train.batch_size,

@@ -12,23 +12,25 @@ import click
 def command(config: tuple[str, ...], resume: bool, force: bool) -> None:
     """Train a model.
 
-    CONFIG files merge left to right; KEY=VALUE overrides come last.
+    CONFIG files merge left to right; KEY=VALUE overrides come last. With train.init_from the run starts from a
+    checkpoint: what the config doesn't say of model and data.tokenizer is the checkpoint's, and what it says otherwise
+    is refused unless train.init_overrides names the key.
 
     \b
     Example:
       moelab train configs/train/tiny_moe.yaml
       moelab train configs/train/tiny_moe.yaml run_dir=runs/b model.moe.router.norm_topk_prob=true
       moelab train configs/train/tiny_moe.yaml --resume
+      moelab train data.yaml train.init_from=upcycled train.init_overrides=[model.moe.router] model.moe.router.name=hash
     """
-    from moelab.config.load import load_config
-    from moelab.config.run import RunConfig
     from moelab.errors import ConfigError
     from moelab.train.trainer import train
+    from moelab_tools.checkpoints import load_run, tell_origin
     from moelab_tools.progress import TrainingProgress
 
-    loaded = load_config(config, RunConfig)
+    loaded = load_run([*config, *(["resume=true"] if resume else [])])
     run = loaded.config
-    run.resume = run.resume or resume
+    tell_origin(loaded)
     if run.resume and force:
         raise ConfigError("--resume and --force: one goes on, the other deletes; give one of them")
     run.search_path = list(dict.fromkeys([*run.search_path, *(str(path.resolve()) for path in loaded.search_path)]))

@@ -1,0 +1,156 @@
+"""What a folder of weights says of itself beside them: its model's config, its tokenizer, and what goes along.
+
+A Hugging Face folder says it in config.json and the files beside it; a moelab checkpoint in config.yaml, and in the
+files that its run carried along. Whoever starts from a folder, evaluates or explains it takes this for what a config
+leaves out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moelab.checkpoint import is_moelab, newest_checkpoint, read_run_config, resolve_checkpoint
+from moelab.config.files import Layer, subtree
+from moelab.config.model import ModelConfig
+from moelab.data.tokenizer import Tokenizer, load_tokenizer
+from moelab.errors import CheckpointError, ConfigError
+from moelab.hf.carried import (
+    GENERATION_FILE,
+    TOKENIZER_FILE,
+    generation_settings,
+    terms,
+    token_ids,
+    tokenizer_side_files,
+)
+from moelab.hf.config import CONFIG_FILE, read_config
+from moelab.hf.files import read_json
+from moelab.registry import Registry
+
+FIELDS_FILE = "config_fields.json"  # in a moelab checkpoint: what of config.json goes along
+BYTES = "bytes"
+_NOT_IDS = ("version", "truncation", "padding", "post_processor")  # keys of tokenizer.json that leave ids alone
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A folder of weights, resolved."""
+
+    folder: Path
+    model: ModelConfig
+    tokenizer: str | None  # as data.tokenizer names it; None where the folder has none
+    own: bool = False  # the newest checkpoint of the very run that goes on from it
+
+    def registry(self, default: Registry) -> Registry:
+        """The plugins that `model` was built with: a moelab checkpoint's own."""
+        if not is_moelab(self.folder):
+            return default
+        config = read_run_config(self.folder)
+        return Registry(config.plugins, config.entry_points, [Path(p) for p in config.search_path])
+
+    def layer(self) -> Layer:
+        """What a config that starts from this folder need not say, as its lowest layer."""
+        tree: dict[str, Any] = {"model": dataclasses.asdict(self.model)}
+        if self.tokenizer is not None:
+            tree["data"] = {"tokenizer": self.tokenizer}
+        return Layer(f"the checkpoint {self.folder}", tree)
+
+
+def read_origin(path: str | Path) -> Origin:
+    """Of a run folder (its newest checkpoint), a moelab checkpoint or a Hugging Face folder.
+
+    Raises CheckpointError naming the file and the cure.
+    """
+    folder = resolve_checkpoint(Path(path).expanduser())
+    model = read_run_config(folder).model if is_moelab(folder) else read_config(folder)
+    return Origin(folder, model, _tokenizer(folder))
+
+
+def origin_of(config: Mapping[str, Any]) -> Origin | None:
+    """Where the weights of a run come from, by its plain config: its own newest checkpoint, or `train.init_from`."""
+    if config.get("resume") and config.get("run_dir"):
+        newest = newest_checkpoint(Path(str(config["run_dir"])))
+        if newest is not None:
+            return dataclasses.replace(read_origin(newest), own=True)
+    init_from = subtree(config, ("train", "init_from"))
+    if init_from is None:
+        return None
+    try:
+        return read_origin(str(init_from))
+    except CheckpointError as error:
+        raise CheckpointError(f"train.init_from: {error}") from error
+
+
+def origin_layer(config: Mapping[str, Any]) -> Layer | None:
+    """For `load_config(below=...)`: what `origin_of` a config says."""
+    origin = origin_of(config)
+    return None if origin is None else origin.layer()
+
+
+def same_tokenizer(tokenizer: Tokenizer, folder: Path) -> bool:
+    """Whether `folder` has this tokenizer: equal but for what leaves ids alone."""
+    ours, theirs = json.loads(tokenizer.files()[TOKENIZER_FILE]), read_json(folder / TOKENIZER_FILE)
+    return all(ours.get(key) == theirs.get(key) for key in (ours.keys() | theirs.keys()) - set(_NOT_IDS))
+
+
+def check_vocabulary(vocab_size: int, tokenizer: Tokenizer, spec: str) -> None:
+    """Raises ConfigError where the tokenizer gives ids that the embedding has no row for."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {vocab_size} is less than the {tokenizer.vocab_size} tokens of the tokenizer '{spec}': "
+            f"its largest id is {tokenizer.vocab_size - 1}; use the tokenizer that the weights were trained with, or a "
+            "model with a row for each of them"
+        )
+
+
+def tokenizer_files(spec: str) -> dict[str, bytes]:
+    """What stands beside the tokenizer.json that `data.tokenizer` names."""
+    if spec == BYTES:
+        return {}
+    path = Path(spec).expanduser()
+    return tokenizer_side_files(path if path.is_dir() else path.parent)
+
+
+def model_files(folder: Path, *, ids: bool) -> dict[str, bytes]:
+    """What goes along with the weights of `folder`; `ids`: also what holds token ids."""
+    found = terms(folder)
+    if ids:
+        found |= generation_settings(folder)
+        fields = carried_ids(folder)
+        if fields:
+            found[FIELDS_FILE] = (json.dumps(fields, indent=2) + "\n").encode()
+    return found
+
+
+def carried_ids(folder: Path) -> dict[str, Any]:
+    """The token ids of config.json, or those that a moelab checkpoint carries along."""
+    path = folder / (FIELDS_FILE if is_moelab(folder) else CONFIG_FILE)
+    return token_ids(read_json(path), path) if path.is_file() else {}
+
+
+def end_token_ids(folder: Path) -> tuple[tuple[int, ...], str] | None:
+    """(every id that ends a generated text, the file that says so); None where no file does.
+
+    As transformers decides: generation_config.json, else config.json.
+    """
+    path = folder / GENERATION_FILE
+    said = token_ids(read_json(path), path).get("eos_token_id") if path.is_file() else None
+    name = GENERATION_FILE
+    if said is None:
+        said, name = carried_ids(folder).get("eos_token_id"), CONFIG_FILE
+    if said is None:
+        return None
+    return (tuple(said) if isinstance(said, list) else (said,)), name
+
+
+def _tokenizer(folder: Path) -> str | None:
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        return BYTES if is_moelab(folder) and read_run_config(folder).data.tokenizer == BYTES else None
+    if path.read_bytes() == load_tokenizer(BYTES).files()[TOKENIZER_FILE]:
+        return BYTES
+    return str(folder)
