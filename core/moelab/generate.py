@@ -22,7 +22,7 @@ class Sampling:
     temperature: float = 0.8
     top_p: float = 1.0
     seed: int = 0
-    eos_token_id: int | None = None
+    end_token_ids: tuple[int, ...] = ()  # any of them ends the text
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0 or self.temperature < 0 or not 0 < self.top_p <= 1:
@@ -31,7 +31,10 @@ class Sampling:
 
 @torch.no_grad()
 def generate(model: Transformer, prompt: list[int], sampling: Sampling) -> Iterator[int]:
-    """Token ids that continue `prompt` (one sequence), one at a time; stops after eos_token_id."""
+    """Token ids that continue `prompt` (one sequence), one at a time; stops after any of end_token_ids.
+
+    Raises ConfigError for an empty prompt.
+    """
     if not prompt:
         raise ConfigError("prompt: must hold at least one token")
     was_training = model.training
@@ -46,7 +49,7 @@ def generate(model: Transformer, prompt: list[int], sampling: Sampling) -> Itera
             logits = model.lm_head(x[:, -1])  # [1, V]
             token = _choose(logits[0].float().cpu(), sampling, noise)
             yield token
-            if token == sampling.eos_token_id:
+            if token in sampling.end_token_ids:
                 return
             input_ids = torch.tensor([[token]], device=device)
     finally:

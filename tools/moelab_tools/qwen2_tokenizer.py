@@ -21,12 +21,9 @@ from typing import Any
 import click
 
 from moelab.errors import DataError
+from moelab.hf.tokenizer_config import QWEN2_WORDS
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# Digits one by one, contractions apart, and a blank belongs to the word after it.
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 CONFIG = {
     "add_prefix_space": False,
     "additional_special_tokens": list(CONTROL_TOKENS[1:]),
@@ -104,7 +101,7 @@ def build_tokenizer(ranks: dict[bytes, int]) -> Any:
     tokenizer.normalizer = normalizers.NFC()
     byte_level = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(**byte_level)]
+        [pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated"), pre_tokenizers.ByteLevel(**byte_level)]
     )
     tokenizer.post_processor = processors.ByteLevel(**byte_level)
     tokenizer.decoder = decoders.ByteLevel()

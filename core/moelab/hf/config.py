@@ -21,7 +21,6 @@ from moelab.hf.files import read_json
 CONFIG_FILE = "config.json"
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
 HF_ROPE_THETA = 10_000.0  # transformers' default where config.json names none; Qwen2's own is 1e6
-CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 logger = logging.getLogger("moelab")
 
@@ -60,12 +59,6 @@ def read_config(folder: Path) -> ModelConfig:
     except ConfigError as error:
         raise CheckpointError(f"{fields.path}: {str(error).replace('model.', '')}") from error
     return config
-
-
-def read_carried_fields(folder: Path) -> dict[str, Any]:
-    """Token ids, which the model ignores and a copy should keep: what `save_hf(config_extra=...)` takes."""
-    fields = _Fields.read(folder / CONFIG_FILE)
-    return {key: fields.get(key) for key in CARRIED if fields.get(key) is not None}
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moelab.errors import CheckpointError
-from moelab.hf.config import CARRIED, CONFIG_FILE
+from moelab.hf.carried import GENERATION_FILE, ID_FIELDS
+from moelab.hf.config import CONFIG_FILE
 from moelab.hf.files import INDEX_FILE, SINGLE_FILE
 from moelab.hf.names import LM_HEAD, Piece, pieces
 from moelab.hf.write_config import write_config
 from moelab.nn.transformer import Transformer
 
-GENERATION_FILE = "generation_config.json"
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -40,15 +40,16 @@ def save_hf(
 ) -> None:
     """Write config.json, the weights in `dtype`, and `extra_files` (a tokenizer, say) as a new folder.
 
-    Experts are written apart, as every client reads them; a tied head is left out. `force` replaces an existing
+    A generation_config.json among `extra_files` is kept; else one is made of the token ids in `config_extra`. Experts
+    are written apart, as every client reads them; a tied head is left out. `force` replaces an existing
     checkpoint. Raises CheckpointError if the format can't hold the model, or the folder is in the way.
     """
     config = write_config(model, dtype=dtype, extra=config_extra)
     shards = _shards(_tensors(model), dtype.itemsize, parse_size(max_shard_size))
     with new_folder(Path(folder), force=force) as temporary:
         _write_json(temporary / CONFIG_FILE, config)
-        ids = {key: config[key] for key in CARRIED if config.get(key) is not None}
-        if ids:
+        ids = {key: config[key] for key in ID_FIELDS if config.get(key) is not None}
+        if ids and GENERATION_FILE not in (extra_files or {}):
             _write_json(temporary / GENERATION_FILE, {"_from_model_config": True, **ids})
         _write_shards(temporary, shards, dtype)
         for name, content in (extra_files or {}).items():
@@ -163,6 +164,7 @@ def _write_shards(folder: Path, shards: list[list[tuple[Piece, Tensor]]], dtype:
             save_file(tensors, str(folder / name), metadata={"format": "pt"})
         except SafetensorError as error:  # its only way to say that the disk is full
             raise OSError(str(error)) from error
+        shutil.copymode(folder / CONFIG_FILE, folder / name)  # the library's 0600 would shut out whoever else reads it
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:

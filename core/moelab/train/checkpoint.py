@@ -43,6 +43,8 @@ def save_checkpoint(
         (beside / STATE).write_text(json.dumps(dict(state), indent=2) + "\n")
         for name, content in files.items():
             (beside / name).write_bytes(content)
+        for name in (MODEL, TRAINING):
+            shutil.copymode(beside / STATE, beside / name)  # the library's 0600 would shut out whoever else reads it
         for path in (*beside.iterdir(), beside):
             _sync(path)
         if folder.exists():

@@ -75,7 +75,7 @@ def sample_texts(model: Transformer, tokenizer: Tokenizer, config: EvaluationCon
     """Each prompt with its continuation; the same seed draws the same numbers for every model."""
     if config.sample_tokens == 0:
         return []
-    sampling = Sampling(config.sample_tokens, config.temperature, seed=seed, eos_token_id=tokenizer.eos_token_id)
+    sampling = Sampling(config.sample_tokens, config.temperature, seed=seed, end_token_ids=(tokenizer.eos_token_id,))
     texts = []
     for prompt in config.prompts:
         ids = tokenizer.encode(prompt).tolist() or [tokenizer.eos_token_id]

@@ -40,7 +40,7 @@ def test_a_tiny_nucleus_is_greedy() -> None:
 
 def test_it_stops_behind_the_end_token() -> None:
     free = _tokens(max_new_tokens=12, temperature=0.0)
-    stopped = _tokens(max_new_tokens=12, temperature=0.0, eos_token_id=free[4])
+    stopped = _tokens(max_new_tokens=12, temperature=0.0, end_token_ids=(free[4],))
     assert stopped == free[: free.index(free[4]) + 1]
 
 

@@ -18,7 +18,7 @@ from moelab_upcycling.verify import plan_of_output
 
 
 def _index_beside_single(folder: Path) -> None:
-    write_dense(folder.with_name("sharded"), shards=3, tiny=Tiny(seed=1))
+    write_dense(folder.with_name("sharded"), shards=3, tiny=Tiny(seed=1, vocab=300))
     for path in folder.with_name("sharded").glob("model*"):
         shutil.copy(path, folder)
 
@@ -34,8 +34,8 @@ def _another_head(folder: Path) -> None:
 
 def _rounded_head(folder: Path) -> None:
     """The same numbers in another format: the one reader computes with these, the other with those."""
-    rounded = dense_tensors(Tiny(dtype=torch.float32))["model.embed_tokens.weight"].to(torch.bfloat16)
-    write_dense(folder, Tiny(tied=True, dtype=torch.float32), lm_head__weight=rounded)
+    rounded = dense_tensors(Tiny(dtype=torch.float32, vocab=300))["model.embed_tokens.weight"].to(torch.bfloat16)
+    write_dense(folder, Tiny(tied=True, dtype=torch.float32, vocab=300), lm_head__weight=rounded)
 
 
 FAULTS: dict[str, Callable[[Path], None]] = {
@@ -52,11 +52,13 @@ FAULTS: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 def test_every_reader_refuses_in_the_same_words(tmp_path: Path, fault: Callable[[Path], None], capsys):
-    folder = write_dense(tmp_path / "dense")
+    folder = write_dense(tmp_path / "dense", Tiny(vocab=300))
     fault(folder)
     with pytest.raises(CheckpointError) as caught:
         load(folder)
     words = str(caught.value)
+    data = tmp_path / "data.yaml"
+    data.write_text("data: {tokenizer: bytes}\ntrain: {steps: 1, sequence_length: 8}\nevaluation: {sequences: 2}\n")
     assert str(folder) in words
     with pytest.raises(CheckpointError) as caught:
         plan_for(recipe_config(folder))
@@ -64,7 +66,7 @@ def test_every_reader_refuses_in_the_same_words(tmp_path: Path, fault: Callable[
     for command in (
         ["upcycle", "configs/upcycle/qwen2_57b_a14b.yaml", "model.vocab_size=null", f"source={folder}"],
         ["export", str(folder)],
-        ["train", "configs/train/tiny_moe.yaml", f"train.init_from={folder}"],
+        ["train", str(data), f"train.init_from={folder}"],
         ["generate", str(folder), "--tokenizer", "bytes"],
     ):
         place = {"upcycle": f"output={tmp_path / 'out'}", "export": str(tmp_path / "out"), "generate": "--tokens=1"}

@@ -10,35 +10,28 @@ import click
 @click.command("export")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32", "float16"]),
+    help="Default: as the checkpoint stores its weights.",
+)
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option("--force", is_flag=True, help="Replace what OUTPUT holds.")
-def command(checkpoint: Path, output: Path, dtype: str, max_shard_size: str, force: bool) -> None:
-    """Write a checkpoint that transformers, vLLM and llama.cpp read.
+def command(checkpoint: Path, output: Path, dtype: str | None, max_shard_size: str, force: bool) -> None:
+    """Write a checkpoint as a Hugging Face folder, as transformers, vLLM and llama.cpp read it.
 
-    CHECKPOINT is a run folder or a moelab checkpoint. A model whose plugins Qwen2 or Qwen2-MoE can't express is
-    refused, with every reason.
+    CHECKPOINT is a run folder, a moelab checkpoint or a Hugging Face folder. What the model was goes along: begin, end
+    and pad ids, generation_config.json, chat template, tokenizer files, licence. The output says the dtype and why,
+    whether transformers' AutoTokenizer gives the ids trained on (where transformers is installed), and whether
+    llama.cpp's converter knows the tokenizer. A model whose plugins Qwen2 or Qwen2-MoE can't express is refused, with
+    every reason.
 
     \b
     Example:
       moelab export runs/tiny_moe exported/tiny_moe
+      moelab export runs/tiny_moe exported/tiny_moe_bf16 --dtype bfloat16
     """
-    import torch
+    from moelab_tools.exporting import export
 
-    import moelab
-    from moelab.hf.save import save_hf
-    from moelab_tools.checkpoints import tokenizer_of
-
-    tokenizer = tokenizer_of(checkpoint, None)
-    model = moelab.load(checkpoint)
-    ids = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    save_hf(
-        model,
-        output,
-        dtype=getattr(torch, dtype),
-        max_shard_size=max_shard_size,
-        extra_files=tokenizer.files(),
-        config_extra=ids,
-        force=force,
-    )
-    click.echo(f"written: {output}")
+    for line in export(checkpoint, output, dtype=dtype, max_shard_size=max_shard_size, force=force):
+        click.echo(line)

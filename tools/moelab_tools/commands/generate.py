@@ -20,7 +20,9 @@ def command(
 ) -> None:
     """Continue a prompt.
 
-    CHECKPOINT is a run folder, a moelab checkpoint or a Hugging Face folder.
+    CHECKPOINT is a run folder, a moelab checkpoint or a Hugging Face folder. The text ends at any of the end tokens
+    that its generation_config.json names, else its config.json, else at the token that ended documents in training;
+    which one ended it is said on stderr.
 
     \b
     Example:
@@ -28,11 +30,23 @@ def command(
     """
     import moelab
     from moelab.generate import Sampling, generate
+    from moelab.origin import check_vocabulary, end_token_ids, read_origin
     from moelab_tools.checkpoints import tokenizer_of
 
+    origin = read_origin(checkpoint)
     chosen = tokenizer_of(checkpoint, tokenizer)
-    model = moelab.load(checkpoint)
-    sampling = Sampling(tokens, temperature, top_p, seed, chosen.eos_token_id)
+    check_vocabulary(origin.model.vocab_size, chosen, tokenizer or str(origin.tokenizer))
+    model = moelab.load(origin.folder)
+    ends = (
+        end_token_ids(origin.folder) if tokenizer is None else None
+    )  # ids mean something to their own tokenizer alone
+    end_ids, said_by = ends or ((chosen.eos_token_id,), "the tokenizer")
+    sampling = Sampling(tokens, temperature, top_p, seed, end_ids)
     ids = chosen.encode(prompt).tolist() or [chosen.eos_token_id]
     continuation = list(generate(model, ids, sampling))
-    click.echo(prompt + chosen.decode(continuation))
+    ended = continuation[-1:] if continuation[-1:] and continuation[-1] in end_ids else []
+    click.echo(prompt + chosen.decode(continuation[: len(continuation) - len(ended)]))
+    names = ", ".join(f"{chosen.decode([i])} ({i})" for i in (ended or end_ids))
+    click.echo(
+        f"ended at {names}, as {said_by} says" if ended else f"{tokens} tokens without {names} of {said_by}", err=True
+    )

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from moelab.errors import CheckpointError
-from moelab.hf.config import read_carried_fields, read_config
+from moelab.hf.config import read_config
+from moelab.origin import carried_ids, end_token_ids
 
 DENSE: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 50, "hidden_size": 16,
@@ -83,7 +84,23 @@ def test_null_key_value_heads_are_as_many_as_heads(tmp_path: Path):
 
 
 def test_token_ids_are_carried(tmp_path: Path):
-    assert read_carried_fields(write(tmp_path, DENSE)) == {"bos_token_id": 7, "eos_token_id": [7, 8]}
+    assert carried_ids(write(tmp_path, DENSE)) == {"bos_token_id": 7, "eos_token_id": [7, 8]}
+
+
+def test_a_text_ends_where_generation_config_says_and_else_where_config_says(tmp_path: Path):
+    assert end_token_ids(write(tmp_path, DENSE)) == ((7, 8), "config.json")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert end_token_ids(tmp_path) == ((9,), "generation_config.json")
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.7}')
+    assert end_token_ids(tmp_path) == ((7, 8), "config.json")
+    assert end_token_ids(write(tmp_path, without(DENSE, "eos_token_id"))) is None
+
+
+@pytest.mark.parametrize("value", ["</s>", [], [1, "2"], True, -1, {"a": 1}])
+def test_an_end_that_is_no_token_id_is_refused(tmp_path: Path, value: Any):
+    (write(tmp_path, DENSE) / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id: must be a token id"):
+        end_token_ids(tmp_path)
 
 
 REFUSED = {
