@@ -95,6 +95,10 @@ def llama_cpp_remark(definition: Mapping[str, Any]) -> str:
     vocabulary = definition.get("model", {}).get("vocab", {})
     if is_qwen2_pipeline(definition) and len(vocabulary) == QWEN2_TOKENS:
         return "llama.cpp: its converter knows this tokenizer, Qwen2's"
+    if definition.get("model", {}).get("type") == "BPE" and not definition["model"].get("merges"):
+        return (
+            "llama.cpp: loads no tokenizer without merges, as this one is; its converter would need one that has some"
+        )
     name = _built_in(definition)
     cure = (
         f"let its get_vocab_base_pre() return '{name}', which splits text as this one does"
@@ -114,8 +118,6 @@ def _built_in(definition: Mapping[str, Any]) -> str | None:
     steps = node.get("pretokenizers", [node])
     kinds = [step.get("type") for step in steps]
     if normalizer is None and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space"):
-        if not definition.get("model", {}).get("merges"):
-            return "gpt-2"  # nothing is joined, so it does not matter where text is cut
         if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
             return "gpt-2"
         if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):

@@ -137,6 +137,7 @@ def test_the_name_under_which_llama_cpp_splits_alike_is_said(tmp_path: Path, kin
     definition = json.loads((write_tokenizer(tmp_path, kind) / "tokenizer.json").read_text())
     assert is_qwen2_pipeline(definition) == (kind == "qwen2")
     assert BUILT_IN[kind] in llama_cpp_remark(definition)
+    assert "without merges" in llama_cpp_remark(json.loads(ByteTokenizer().files()["tokenizer.json"]))
 
 
 def test_qwen2s_own_tokenizer_config_stays_as_it_is(tmp_path: Path):

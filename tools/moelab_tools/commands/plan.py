@@ -32,7 +32,8 @@ def command(
     """Predict memory and communication of a config per device, for one micro-batch. Nothing is allocated.
 
     Parameters, gradients and AdamW's moments are fp32, and sharded over the devices. Activations are counted
-    by running the model on tensors without data. Measured peaks at small size were within 12 % (docs/compute.md).
+    by running the model on tensors without data. On a CPU the peak is the resident set of the process; measured ones
+    were within 12 % (docs/compute.md). On a GPU: not measured.
 
     \b
     Example:
@@ -80,15 +81,17 @@ def _print(plan: Plan, device_memory: float | None) -> None:
         f"{problem.sequence_length} tokens each, {str(problem.dtype).removeprefix('torch.')} matmuls"
         + (", activation checkpointing" if problem.checkpointing else "")
     )
-    rows = {
+    rows: dict[str, int] = {
         "parameters (fp32)": memory.parameters,
         "gradients (fp32)": memory.gradients,
         "AdamW's moments (fp32)": memory.optimizer,
         "weights in use": memory.weights_in_use,
         "activations": memory.activations,
         "layer being computed": memory.working,
-        "peak": memory.peak,
     }
+    if problem.device == "cpu":
+        rows["Python and its libraries"] = memory.process
+    rows["peak"] = memory.peak
     _section("memory per device", rows)
     if problem.devices > 1:
         rows = {

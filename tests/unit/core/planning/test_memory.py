@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,13 +61,68 @@ def _measured(config: ModelConfig, problem: Problem) -> int:
 @pytest.mark.parametrize(
     ("shape", "tokens"), [((16, 64, 2), (4, 128)), ((4, 256, 4), (4, 128)), ((32, 64, 2), (8, 512))], ids=str
 )
-def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(
+def test_the_predicted_tensors_are_within_15_percent_of_the_measured_ones(
     shape: tuple[int, int, int], tokens: tuple[int, int], dtype: torch.dtype
 ):
     """The longer sequences are those whose attention keeps its weights."""
     sequences, length = tokens
     config, problem = _config(*shape), Problem(sequences, length, dtype, device="cpu")
-    assert predict(config, problem).memory.peak == pytest.approx(_measured(config, problem), rel=0.15)
+    assert predict(config, problem).memory.tensors == pytest.approx(_measured(config, problem), rel=0.15)
+
+
+def test_a_heap_grows_by_activations_and_gradients_where_other_devices_share_their_place():
+    memory = predict(_config(), PROBLEM).memory
+    parts = (memory.parameters, memory.gradients, memory.optimizer, memory.weights_in_use, memory.activations)
+    assert memory.peak == sum(parts) + memory.working + memory.process
+    card = predict(_config(), replace(PROBLEM, device="cuda")).memory
+    assert (card.process, card.peak) == (0, card.tensors)
+    assert card.tensors < card.parameters + card.optimizer + card.gradients + card.activations + card.working
+
+
+GROWN = """
+import re, sys, torch
+from moelab import build
+from moelab.config.model import ModelConfig, MoEConfig
+from moelab.nn.allocator import keep_freed_memory
+from moelab.planning.memory import Problem, predict
+
+def resident(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+torch.set_num_threads(1)
+keep_freed_memory()
+layout = {"name": "uniform", "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 208}
+config = ModelConfig(
+    vocab_size=4096, hidden_size=384, intermediate_size=512, num_hidden_layers=8, num_attention_heads=6,
+    num_key_value_heads=2, moe=MoEConfig(layout=layout, shared_expert={"name": "gated", "intermediate_size": 832}),
+)
+problem = Problem(4, 256, device="cpu")
+
+def step(model, optimizer, ids):
+    optimizer.zero_grad(set_to_none=True)
+    model(ids, targets=ids).token_loss.mean().backward()
+    optimizer.step()
+
+small = build(ModelConfig(64, 32, 32, 1, 2, 2), seed=None)  # what libraries load when they are first used
+step(small, torch.optim.AdamW(small.parameters(), fused=True), torch.zeros(2, 16, dtype=torch.int64))
+before = resident("VmRSS")
+model = build(config, seed=0)
+optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+for n in range(4):
+    step(model, optimizer, torch.randint(0, 4096, (4, 256)))
+measured = resident("VmHWM") - before
+memory = predict(config, problem).memory
+print(measured, memory.peak - memory.process)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the resident set from Linux' /proc")
+def test_a_training_process_grows_as_predicted():
+    """Room for other allocators and processors: a quarter. Without the heap's share the prediction is far below."""
+    done = subprocess.run([sys.executable, "-c", GROWN], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    measured, predicted = map(int, done.stdout.split())
+    assert predicted == pytest.approx(measured, rel=0.25)
 
 
 def test_state_is_16_bytes_a_parameter_and_is_shared_by_all_devices():
