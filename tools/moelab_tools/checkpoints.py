@@ -13,7 +13,7 @@ from moelab.checkpoint import is_moelab, read_run_config
 from moelab.config.files import Layer
 from moelab.config.load import Loaded, load_config
 from moelab.config.overlay import overlay
-from moelab.config.run import RunConfig
+from moelab.config.run import RunConfig, TrainConfig
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import CheckpointError, ConfigError
 from moelab.origin import Origin, origin_layer, read_origin
@@ -52,8 +52,9 @@ def load_run(arguments: Sequence[str], needed: Sequence[str] = ()) -> Loaded[Run
 def own_layer(origin: Origin) -> Layer:
     """All that a folder says: its model and tokenizer, and of a moelab checkpoint the config of its run."""
     layer = origin.layer()
-    if not is_moelab(origin.folder):
-        return layer
+    if not is_moelab(origin.folder):  # which has no run, and so no length of its own
+        length = min(TrainConfig.sequence_length, origin.model.max_position_embeddings)
+        return Layer(layer.origin, layer.tree | {"train": {"sequence_length": length}})
     own = dataclasses.asdict(read_run_config(origin.folder))
     return Layer(layer.origin, overlay(own, layer.tree, RunConfig))
 

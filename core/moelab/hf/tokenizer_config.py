@@ -94,7 +94,7 @@ def llama_cpp_remark(definition: Mapping[str, Any]) -> str:
     """
     vocabulary = definition.get("model", {}).get("vocab", {})
     if is_qwen2_pipeline(definition) and len(vocabulary) == QWEN2_TOKENS:
-        return "llama.cpp: its converter knows this tokenizer, Qwen2's"
+        return "llama.cpp: its converter knows this tokenizer, Qwen2's (but leaves NFC out: decomposed accents)"
     if definition.get("model", {}).get("type") == "BPE" and not definition["model"].get("merges"):
         return (
             "llama.cpp: loads no tokenizer without merges, as this one is; its converter would need one that has some"

@@ -15,8 +15,9 @@ import click
 def command(checkpoint: Path, config: tuple[str, ...], as_json: bool) -> None:
     """Loss, perplexity and bits per byte on held-out text.
 
-    CHECKPOINT is a run folder, a moelab checkpoint or a Hugging Face folder. The data are those it was trained
-    on, or those of CONFIG and the overrides (data.*, train.sequence_length, evaluation.*).
+    CHECKPOINT is a run folder, a moelab checkpoint or a Hugging Face folder; model and tokenizer are its own. The data
+    are those it was trained on, or those of CONFIG and the overrides (data.*, train.sequence_length, evaluation.*). A
+    CONFIG that says another model or tokenizer is refused, unless its train.init_overrides names the key.
 
     \b
     Example:
@@ -25,6 +26,7 @@ def command(checkpoint: Path, config: tuple[str, ...], as_json: bool) -> None:
     """
     import moelab
     from moelab.data.batches import ValidationBatches
+    from moelab.origin import check_vocabulary
     from moelab.registry import Registry
     from moelab.train.evaluate import evaluate
     from moelab.train.precision import choose_precision, set_threads
@@ -36,7 +38,9 @@ def command(checkpoint: Path, config: tuple[str, ...], as_json: bool) -> None:
     precision = choose_precision(run.train)
     registry = Registry(run.plugins, run.entry_points, [Path(path) for path in run.search_path])
     resolve_run(run, registry)
-    corpus = build_corpus_of(run, registry, tokenizer_of(checkpoint, run.data.tokenizer))
+    tokenizer = tokenizer_of(checkpoint, run.data.tokenizer)
+    check_vocabulary(run.model.vocab_size, tokenizer, run.data.tokenizer)
+    corpus = build_corpus_of(run, registry, tokenizer)
     batches = ValidationBatches(
         corpus.validation,
         run.evaluation.sequences,

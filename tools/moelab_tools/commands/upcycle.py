@@ -16,7 +16,9 @@ import click
 def command(arguments: tuple[str, ...], dry_run: bool, sink: str, layers: str | None, no_receipt: bool) -> None:
     """Turn a dense Qwen2 checkpoint into a Qwen2-MoE one.
 
-    Reads and writes Hugging Face folders, a layer at a time. Killed at any moment, the same command goes on.
+    Reads and writes Hugging Face folders, a layer at a time. Killed at any moment, the same command goes on. What the
+    source is goes along: token ids, generation_config.json, chat template, tokenizer, licence. A source that could be
+    read in two ways, or a vocabulary below its tokenizer's largest id, is refused before anything is written.
 
     \b
     Example:

@@ -18,6 +18,8 @@ import click
 def command(output: Path, sources: tuple[Path, ...], full: bool, layers: str | None) -> None:
     """Recompute an upcycled checkpoint from its source and compare bytes.
 
+    Source and output are read as every command reads them: what could be read in two ways is refused.
+
     \b
     Example:
       moelab verify Qwen2-57B-A14B-upcycled --source Qwen2-7B
