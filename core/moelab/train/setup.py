@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from moelab.train.optimizer import build_adamw
 from moelab.train.precision import choose_precision, set_threads
 from moelab.train.start import Start, find_start, starting_model
 from moelab.train.step import StepSettings, probe_step
+
+logger = logging.getLogger("moelab")
 
 # What may differ when a run is resumed: none of it changes the numbers of a step.
 FREE_ON_RESUME = {"run_dir", "resume", "name", "observers", "evaluation", "search_path"}
@@ -74,6 +77,8 @@ def prepare(config: RunConfig, registry: Registry) -> Setup:
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config.model.vocab_size, tokenizer, config.data.tokenizer)
     start = find_start(config, tokenizer, registry)
+    for line in start.told:
+        logger.warning(line)
     corpus = build_corpus_of(config, registry, tokenizer)
     train, micro = config.train, config.train.micro_batch_size or config.train.batch_size
     batches = TrainBatches(corpus.train, train.batch_size, train.sequence_length, config.data.seed)

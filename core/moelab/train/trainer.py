@@ -92,8 +92,8 @@ def _run(loop: Loop) -> None:
     """All remaining steps, then the summary, also when something went wrong on the way."""
     setup, progress = loop.setup, loop.progress
     facts = environment_facts(setup)
-    for line in setup.start.told:
-        logger.warning(line)
+    for line in setup.start.told:  # on the terminal since `prepare`; here for log.txt
+        logger.info(line)
     logger.info("%s: %s", facts["name"], {key: facts[key] for key in ("components", "parameters")})
     error: BaseException | None = None
     interruption = Interruption()

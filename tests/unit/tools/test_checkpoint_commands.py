@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,16 @@ def test_explain_and_plan_take_a_folder(folder: Path, capsys):
     assert run(["plan", str(folder), "train.sequence_length=16"]) == 0
     assert f"{plain['parameters']:,} parameters" in capsys.readouterr().out
     assert run(["explain", str(folder), str(folder)]) == 2
+
+
+def test_a_named_override_is_told_on_the_terminal_and_in_the_log(folder: Path, data: Path):
+    """In a process of its own: a test's own logging would show what a terminal doesn't."""
+    done = subprocess.run(
+        [sys.executable, "-m", "moelab", "train", str(data), f"run_dir={data.parent / 'run'}",
+         f"train.init_from={folder}", "model.rope_theta=1e6", "train.init_overrides=[model.rope_theta]"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = f"train.init_overrides: model.rope_theta is 1000000.0, where {folder} has 100000.0"
+    assert line in done.stderr
+    assert line in (data.parent / "run" / "log.txt").read_text()
