@@ -19,7 +19,9 @@ POLICIES = ("probs", "position")
 
 @dataclass(frozen=True)
 class Capacity:
-    """At most ceil(factor * K * T / E) tokens an expert, T counting no padding (GShard 2006.16668, Switch 2101.03961).
+    """At most ceil(factor * K * T / E) tokens an expert, T counting no padding (GShard 2006.16668, Megatron-Core).
+
+    The programs of Switch (mesh, flaxformer) round down or to the nearest and serve at least 4; here it is always up.
 
     `probs`: the heaviest assignments of an expert stay. `position`: first choices of all tokens in order, then second
     choices, as GShard does. What is dropped keeps no weight, and the rest is not renormalised.
@@ -49,7 +51,8 @@ class Capacity:
         served = (rank_in_expert(routing.expert, asked, order, routing.num_experts) < limit) & asked
         dropped = (asked & ~served).sum()
         choices = routing.choice_map() if routing.choices is None else routing.choices
-        return replace(routing.serve(served), choices=choices, dropped=dropped)
+        counted = routing.counted_top_k  # decided before `choices` is set: what is dropped changes no scores
+        return replace(routing.serve(served), choices=choices, dropped=dropped, balance_top_k=counted)
 
 
 def rank_in_expert(expert: Tensor, valid: Tensor, order: Tensor, num_experts: int) -> Tensor:

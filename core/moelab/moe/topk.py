@@ -55,7 +55,11 @@ class TopKOptions(GateOptions):
 
 
 class TopKRouter(LinearRouter):
-    """s = score(W x); the K largest of s + bias within the allowed groups; weights from s, never from the bias."""
+    """s = score(W x); the K largest of s + bias within the allowed groups; weights from s, never from the bias.
+
+    Balance losses count the K largest of s alone (`Routing.balance_map`); where neither bias nor groups move the
+    choice, that is the choice.
+    """
 
     def __init__(self, options: TopKOptions, context: MoEContext, score: Callable[[Tensor], Tensor]) -> None:
         super().__init__(options, context)
@@ -68,6 +72,8 @@ class TopKRouter(LinearRouter):
         self.score_function = score
         self.norm_topk_prob = options.norm_topk_prob
         self.capacity = Capacity(options.capacity_factor, options.eval_capacity_factor, options.drop_policy)
+        # 0: the choices are the best scores already, and counting them again would cost a top-K.
+        self.balance_top_k = self.top_k if options.balance != "none" or options.n_group > 1 else 0
         if options.balance != "none":
             self.register_buffer("bias", torch.zeros(context.num_experts, dtype=torch.float32))
 
@@ -83,6 +89,7 @@ class TopKRouter(LinearRouter):
         routing = Routing.from_topk(
             expert, weight, self.num_experts, scores=scores, logits=logits, token_mask=info.mask
         )
+        routing = replace(routing, balance_top_k=self.balance_top_k)
         if self.options.balance == "quantile" and info.training:
             routing = replace(routing, statistics=quantile_bias(scores, self.bias, self.top_k, info.mask))
         return self.capacity.apply(self.thin(routing, info), info.training)

@@ -93,7 +93,7 @@ def train_step(
     torch.manual_seed(derive_seed(settings.seed, "step", step))
 
     before = _routing_pass(model, balance_losses, parts, step, settings)
-    seen = BatchStatistics()
+    seen = BatchStatistics(for_losses=bool(balance_losses))
     losses: dict[str, Tensor] = {}
     shares: dict[str, Tensor] = {}
     statistics = RouterStatistics()
@@ -118,7 +118,7 @@ def train_step(
     if settings.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, settings.grad_clip, norm)
     optimizer.step()
-    seen.after_step(_blocks(model))
+    seen.after_step(_blocks(model), step)
     for named in balance_losses:
         named.after_step(seen.context())
     return StepResult(losses, norm, statistics, shares)
@@ -159,7 +159,7 @@ def _forward(
     assert output.token_loss is not None
     terms: dict[str, tuple[Tensor, float]] = {"lm_loss": (output.token_loss.sum() / place.targets, 1.0)}
     if before is None:
-        before = BatchStatistics()
+        before = BatchStatistics(for_losses=bool(balance_losses))
         before.add(output.records)
     for named in balance_losses:
         value = named(output.records, before.context())

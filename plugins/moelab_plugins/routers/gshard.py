@@ -24,8 +24,9 @@ class GShard(TopKRouter):
     """The best two experts; in training the second one serves with probability min(1, 2 w2).
 
     Formula: p = softmax(W x), S = top-2(p), w = p_S / sum p_S. Balance losses count first choices alone, so that
-    load_balance is GShard's mean(m_e c_e) E^2.
-    Source: GShard (2006.16668) 2.2 and algorithm 1; capacity_factor 2 there, dropless here unless it is given.
+    load_balance is mean(m_e c_e) E^2.
+    Source: GShard (2006.16668) 2.2 and algorithm 1, whose loss (line 13) has no E^2: that is mesh-tensorflow's and
+    Switch's. Its capacity 2 N / (G E) is capacity_factor 1 here, as K = 2 counts; dropless here unless it is given.
     Use: to reproduce GShard; the random second expert saves compute on tokens that hardly want one.
     Cost: between one and two experts a token in training, two afterwards.
     """
@@ -36,6 +37,7 @@ class GShard(TopKRouter):
                 f"takes two experts a token, and the layout says num_experts_per_tok {context.num_experts_per_tok}"
             )
         super().__init__(options, context, softmax_score)
+        self.balance_top_k = min(self.balance_top_k, 1)  # the first choice, by the scores alone where a bias moves it
         self.random_second = options.random_second
 
     def thin(self, routing: Routing, info: TokenInfo) -> Routing:
