@@ -26,7 +26,7 @@ class Hash(nn.Module):
 
     Formula: S_t = table[id_t], w = 1 / K. The table deals ids to experts evenly at random, or, with `frequencies`,
     the most frequent id first to the expert with the least mass so far; further choices are distinct.
-    Source: hash layers (2106.04426) 3, random balanced and frequency-balanced hashing.
+    Source: hash layers (2106.04426) 3 (section not opened), random balanced and frequency-balanced hashing.
     Use: a baseline that learned routers must beat; the first layers of deep models.
     Cost: a table of V x K int64; the loads are those of the text. Gives no scores, so most losses refuse it.
     """

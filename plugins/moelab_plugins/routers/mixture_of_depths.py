@@ -30,7 +30,8 @@ class MixtureOfDepths(LinearRouter):
 
     Formula: r = w_r x; in training the ceil(capacity S) tokens of largest r of each sequence have weights
     sigmoid(r) * softmax(W x)_S. With one expert this is Mixture-of-Depths on the feed-forward layer.
-    Source: Mixture-of-Depths (2404.02258) 3, staged MoDE; sigmoid, as r may be negative.
+    Source: Mixture-of-Depths (2404.02258) 3, staged MoDE; sigmoid, as r may be negative, and the predictor is one
+    linear row where 3.5 has a small MLP.
     Inference: a predictor on the detached x, trained by the loss depth_predictor to tell who was chosen, decides for
     each token alone, and so is causal.
     Use: every other layer, by model.moe.layers. Non-causal in training, hence `allow_noncausal`.

@@ -27,8 +27,8 @@ class NullExperts(LinearRouter):
 
     Formula: p = softmax(W x) over E + m, S = top-K(p); w_i = p_i / sum of p over the real experts in S. All K null:
     the routed output is zero.
-    Source: AdaMoE (2406.13233) 3.2. With the loss null_load_balance of kind average, which leaves tokens free to
-    differ in their number of nulls.
+    Source: AdaMoE (2406.13233) 3.2 (section not opened). With the loss null_load_balance of kind average, which leaves
+    tokens free to differ in their number of nulls.
     Use: adaptive compute at a bounded maximum; raise num_experts_per_tok accordingly.
     Cost: m more router rows; on average K E / (E + m) experts a token at balance.
     """

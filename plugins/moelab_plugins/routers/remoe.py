@@ -25,8 +25,8 @@ class ReMoE(LinearRouter):
     """Every expert whose logit is positive, weighted by that logit.
 
     Formula: w = max(0, W x); S = {i: w_i > 0}, so a token may have no expert, or all.
-    Source: ReMoE (2412.14711) 3.1. Needs the loss remoe_l1, which drives the mean number of experts to the layout's
-    num_experts_per_tok.
+    Source: ReMoE (2412.14711) 3.1 (section not opened). Needs the loss remoe_l1, which drives the mean number of
+    experts to the layout's num_experts_per_tok.
     Use: routing without the discontinuity of top K.
     Cost: near E / 2 experts a token at the start, some hundred steps later K; k_max bounds the memory.
     """

@@ -30,8 +30,8 @@ class TopP(LinearRouter):
     """The fewest experts whose probabilities sum to top_p, the one that crosses it included.
 
     Formula: p = softmax(W x), sorted; S = the smallest prefix with sum >= top_p, at least one, at most k_max; w = p_S.
-    Source: Huang et al. (2403.07652) 3.2; with their dynamic loss, `entropy` of kind token at weight 1e-4, without
-    which the router flattens p and uses ever more experts.
+    Source: Huang et al. (2403.07652) 3.2 (section not opened); with their dynamic loss, `entropy` of kind token at
+    weight 1e-4, without which the router flattens p and uses ever more experts.
     Use: compute that follows a token's difficulty. num_experts_per_tok of the layout is not used.
     Cost: a sort over E, and as many experts as it chooses: watch moe/mean/top_k_mass and the counts.
     """
