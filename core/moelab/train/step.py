@@ -23,6 +23,7 @@ from moelab.nn.transformer import TokenContext, Transformer
 from moelab.seeds import derive_seed, generator
 from moelab.train.failure import describe_failure
 from moelab.train.precision import Precision
+from moelab.train.router_gradient import warn_of_untaught_routers, watch_routers
 from moelab.train.router_statistics import RouterStatistics
 
 PROBE_TOKENS = 16
@@ -128,14 +129,17 @@ def train_step(
 def probe_step(model: Transformer, balance_losses: Sequence[NamedLoss], batch: Batch, settings: StepSettings) -> None:
     """Forward one short sequence and every loss, and leave no trace: plugins that don't fit fail here, before a run.
 
-    Raises ConfigError naming the layer or loss, the plugin and its owner.
+    Raises ConfigError naming the layer or loss, the plugin and its owner. Warns of routers that the text can't teach.
     """
     device = next(model.parameters()).device
     part = batch.split(1)[0].narrow(PROBE_TOKENS).to(device)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()
     with torch.random.fork_rng(devices=[]):
-        _forward(model, balance_losses, part, None, _Place(0, 0, 1.0, PROBE_TOKENS), settings)
+        with watch_routers(_blocks(model)) as calls:
+            _forward(model, balance_losses, part, None, _Place(0, 0, 1.0, PROBE_TOKENS), settings)
+        with settings.precision.autocast():
+            warn_of_untaught_routers(model.config, _blocks(model), calls)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
 

@@ -14,8 +14,8 @@ from moelab import BalanceContext, BalanceLossContext, ConfigError, ExpertLayout
 from moelab.builder import build_balance_losses
 from moelab.config.load import load_config
 from moelab.config.run import RunConfig
+from moelab.hookspecs import BALANCE_LOSSES
 from moelab.moe.coefficients import CONVENTIONS, convert_coefficient
-from moelab.registry import BALANCE_LOSSES
 from moelab.testing.tensors import make_info
 
 REGISTRY = Registry(entry_points=False)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from moelab import BalanceContext, BalanceLossContext, ExpertLayout, LayerRecord, MoEContext, Registry, Routing
+from moelab.hookspecs import BALANCE_LOSSES, ROUTERS
 from moelab.moe.batch_statistics import BatchStatistics
 from moelab.moe.routing import TokenInfo
-from moelab.registry import BALANCE_LOSSES, ROUTERS
 from moelab.testing.tensors import fill_parameters, make_info
 
 REGISTRY = Registry(entry_points=False)

@@ -13,9 +13,9 @@ from torch import Tensor
 from moelab import BalanceContext, BalanceLossContext, ConfigError, ExpertLayout, LayerRecord, MoEContext, Registry
 from moelab.builder import build_model
 from moelab.config.model import ModelConfig, MoEConfig
+from moelab.hookspecs import BALANCE_LOSSES, ROUTERS
 from moelab.moe.batch_statistics import BatchStatistics
 from moelab.moe.bias import margin_histogram, quantile_update
-from moelab.registry import BALANCE_LOSSES, ROUTERS
 from moelab.testing.tensors import dense_weights, fill_parameters, make_info
 
 REGISTRY = Registry(entry_points=False)
