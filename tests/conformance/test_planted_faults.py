@@ -172,6 +172,11 @@ class Overflows(Good):
         return chosen.square().square().square() / chosen.square().square().square().sum(0, keepdim=True).square()
 
 
+class CountsTooMany(Good):
+    def forward(self, x: Tensor, info: TokenInfo) -> Routing:
+        return replace(super().forward(x, info), balance_top_k=self.experts + 1)
+
+
 class WrongTopK(Good):
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         routing = super().forward(x, info)
@@ -183,6 +188,7 @@ ROUTER_FAULTS = [
     (SameExpertTwice, "gives_no_expert_twice_to_a_token"),
     (BFloat16Weights, "returns_what_the_contract_says"),
     (WrongTopK, "returns_what_the_contract_says"),
+    (CountsTooMany, "returns_what_the_contract_says"),
     (DetachedWeights, "gradients_reach_the_router"),
     (DeafParameter, "gradients_reach_the_router"),
     (GlobalNoise, "does_the_same_again"),

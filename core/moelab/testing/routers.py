@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moelab.components import Component
 from moelab.errors import ConfigError
-from moelab.moe.batch_statistics import BatchStatistics
+from moelab.moe.batch_statistics import BatchStatistics, call_after_step
 from moelab.moe.contracts import MoEContext, Router
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
 from moelab.testing.report import make_options, run_checks
@@ -121,6 +121,10 @@ def returns_what_the_contract_says(case: RouterCase) -> None:
             assert routing.choices.dtype == torch.bool, "choices must be bool"
         if routing.served is not None:
             assert bool((routing.weight[~routing.served] == 0).all()), "a placeholder has a weight"
+        most = experts if routing.scores is None else routing.scores.shape[1]
+        assert 0 <= routing.counted_top_k <= most, (
+            f"balance_top_k is {routing.balance_top_k}, and there are {most} scores"
+        )
 
 
 def gives_no_expert_twice_to_a_token(case: RouterCase) -> None:
@@ -370,4 +374,4 @@ def _steps(case: RouterCase, router: Any, count: int) -> None:
         statistics.add([LayerRecord(case.context.layer_id, routing, routing.counts(), demand=routing.demand())])
         mean = statistics.mean_statistics(case.context.layer_id)
         counts = statistics.wanted[case.context.layer_id]
-        router.after_step(*([counts] if mean is None else [counts, mean]))
+        call_after_step(router.after_step, counts, mean, step)
