@@ -15,7 +15,7 @@ from torch import Tensor
 from moelab.errors import ConfigError
 from moelab.moe.bias import METHODS, quantile_bias, quantile_update, sign_update
 from moelab.moe.capacity import Capacity, check_capacity, refuse_noncausal
-from moelab.moe.contracts import MoEContext
+from moelab.moe.contracts import ExpectedAssignments, MoEContext
 from moelab.moe.gate import GateOptions, LinearRouter, noise_generator
 from moelab.moe.routing import Routing, TokenInfo
 from moelab.moe.selection import GROUP_SCORES, check_groups, group_limit, normalise
@@ -70,6 +70,11 @@ class TopKRouter(LinearRouter):
         self.capacity = Capacity(options.capacity_factor, options.eval_capacity_factor, options.drop_policy)
         if options.balance != "none":
             self.register_buffer("bias", torch.zeros(context.num_experts, dtype=torch.float32))
+
+    @property
+    def expected_assignments(self) -> ExpectedAssignments:
+        """K, or capacity_factor K where that is less."""
+        return self.capacity.expected(self.top_k, self.top_k, "K of the layout")
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> K experts for each token."""
