@@ -173,9 +173,10 @@ def _print(table: dict[str, Any]) -> None:
     console.print(
         f"total {table['parameters']:,} parameters, {table['active_parameters']:,} active, of them "
         f"{table['embedding_parameters']:,} embeddings; {table['training_flops_per_token'] / 1e6:,.3f} MFLOP a token "
-        f"forward and backward at {table['sequence_length']} tokens. Active and FLOP are as the routers declare; a run "
-        "counts what it served"
+        f"forward and backward at {table['sequence_length']} tokens"
     )
+    if table["active_parameters"] < table["parameters"]:
+        console.print("active and FLOP are as the routers declare; a run counts what it served", soft_wrap=True)
     if "match" in table:
         m = table["match"]
         console.print(
