@@ -8,17 +8,19 @@ import pytest
 import torch
 
 from moelab.nn.count import ServedCosts
-from moelab.train.progress import Progress, can_continue
+from moelab.train.progress import Interval, Progress, can_continue
 
 COSTS = ServedCosts(token_flops=1000, token_parameters=160, expert_weights=(10, 30, 7))
 
 
-def steps(progress: Progress, first: int, last: int, log_every: int = 0) -> None:
-    """Step n has 8 tokens and serves n, 2 n and 1 assignments."""
+def steps(progress: Progress, first: int, last: int, log_every: int = 0) -> list[Interval]:
+    """Step n has 8 tokens and serves n, 2 n and 1 assignments; -> what each log found."""
+    found = []
     for n in range(first, last + 1):
         progress.advance(8, torch.tensor([n, 2 * n, 1]), 0.25)
         if log_every and n % log_every == 0:
-            progress.interval()
+            found.append(progress.interval())
+    return found
 
 
 def by_hand(steps_done: int) -> int:
@@ -49,12 +51,12 @@ def test_an_interval_holds_its_own_steps_alone() -> None:
 def test_a_resumed_run_goes_on_exactly(log_every: int) -> None:
     """Killed at step 3, between two logs: the next interval begins at the last log, as if nothing had happened."""
     whole, killed = Progress(COSTS, 5.0), Progress(COSTS, 5.0)
-    steps(whole, 1, 6, log_every)
-    steps(killed, 1, 3, log_every)
+    uninterrupted = steps(whole, 1, 6, log_every)
+    before = steps(killed, 1, 3, log_every)
     state = json.loads(json.dumps(killed.state()))
     assert can_continue(state)
     resumed = Progress.of(state, COSTS, 5.0)
-    steps(resumed, 4, 6, log_every)
+    assert [*before, *steps(resumed, 4, 6, log_every)] == uninterrupted
     assert resumed.state() == whole.state()
     assert resumed.row() == whole.row()
     assert resumed.interval() == whole.interval()
