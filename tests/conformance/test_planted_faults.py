@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moelab import ConfigError, ExpertLayout, MoEContext, Routing, TokenInfo, component, testing
+from moelab import ConfigError, ExpectedAssignments, ExpertLayout, MoEContext, Routing, TokenInfo, component, testing
 from moelab.initialisers import NeuronPlan
 from moelab.moe.experts import swiglu
 from moelab.nn.mlp import SwiGLU
@@ -71,6 +71,10 @@ class BFloat16Weights(Good):
 class DetachedWeights(Good):
     def weigh(self, scores: Tensor, expert: Tensor) -> Tensor:
         return scores.gather(1, expert).detach()
+
+
+class ImpossibleExpectation(Good):
+    expected_assignments = ExpectedAssignments(9.0, "more than there are")
 
 
 class DeafParameter(Good):
@@ -186,6 +190,7 @@ class WrongTopK(Good):
 
 ROUTER_FAULTS = [
     (SameExpertTwice, "gives_no_expert_twice_to_a_token"),
+    (ImpossibleExpectation, "declares_what_it_can_serve"),
     (BFloat16Weights, "returns_what_the_contract_says"),
     (WrongTopK, "returns_what_the_contract_says"),
     (CountsTooMany, "returns_what_the_contract_says"),

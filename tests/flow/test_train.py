@@ -53,7 +53,7 @@ def test_a_run_folder_holds_all_that_was_promised(finished: Path) -> None:
     assert summary["steps"] == 12
     assert summary["tokens"] == 12 * 4 * 32
     assert summary["components"]["router"] == "sigmoid_topk"
-    assert summary["flops"] == pytest.approx(summary["tokens"] * summary["flops_per_token"])
+    assert summary["flops"] == summary["flops_declared"] == summary["tokens"] * summary["flops_per_token"]  # K a token
     assert {"eval/loss", "eval/bits_per_byte", "train/loss", "moe/mean/max_violation"} <= summary["final"].keys()
 
 
@@ -76,6 +76,44 @@ def test_a_killed_run_resumes_to_the_same_bits(root: Path, finished: Path, tmp_p
         last = Path("checkpoints/step_00000012") / name
         assert (run / last).read_bytes() == (finished / last).read_bytes(), name
     assert _metrics(run) == _metrics(finished)
+
+
+def test_flops_are_those_that_the_experts_served_and_go_on_after_a_resume(root: Path, tmp_path: Path) -> None:
+    """ReLU routing serves another number of experts at each step: the FLOPs are the sum, not a rate times steps."""
+    run = tmp_path / "remoe"
+    small = [argument for argument in SMALL if "router" not in argument]
+    arguments = ("train", CONFIG, *small, "train.micro_batch_size=2", "model.moe.router.name=remoe", f"run_dir={run}")
+    losses = "model.moe.balance_losses=[{name: remoe_l1}]"
+    assert _run(root, *arguments, losses).returncode == 0
+    rows, summary = _metrics(run), json.loads((run / "summary.json").read_text())
+    served = [row["compute/served_flops_per_token"] for row in rows if "train/loss" in row]
+    assert len(set(served)) > 1
+    assert summary["flops"] == round(sum(2 * 4 * 32 * flops for flops in served))  # logged every 2nd of 12 steps
+    assert summary["flops"] != summary["flops_declared"] == summary["tokens"] * summary["flops_per_token"]
+    assert summary["flops_per_token_served"] == summary["flops"] / summary["tokens"]
+    assert summary["parameters"]["active_served"] > summary["parameters"]["active"]  # about E / 2 of them at the start
+    assert summary["format_version"] == 2
+    last = [row for row in rows if "eval/loss" in row][-1]
+    assert (last["flops"], last["flops_declared"]) == (summary["flops"], summary["flops_declared"])
+    shutil.rmtree(run / "checkpoints" / "step_00000012")
+    (run / "summary.json").unlink()
+    assert _run(root, *arguments, losses, "--resume").returncode == 0
+    assert _metrics(run) == rows
+    assert json.loads((run / "summary.json").read_text())["flops"] == summary["flops"]
+
+
+def test_a_checkpoint_that_did_not_count_is_refused(root: Path, finished: Path, tmp_path: Path) -> None:
+    """Written by an earlier version: going on would add served FLOPs to those of the layout."""
+    run = tmp_path / "old"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoints" / "step_00000012")
+    path = run / "checkpoints" / "step_00000009" / "state.json"
+    state = json.loads(path.read_text())
+    del state["served_weights"], state["logged"]
+    path.write_text(json.dumps(state))
+    outcome = _run(root, "train", CONFIG, *SMALL, f"run_dir={run}", "--resume")
+    assert outcome.returncode == 2
+    assert "did not count what the experts served" in outcome.stderr
 
 
 def test_an_interrupted_run_saves_at_its_step_and_resumes_to_the_same_bits(

@@ -39,8 +39,8 @@ class TrainingProgress:
         self._run_dir = run_dir
         self.console.print(
             f"[bold]{facts['name']}[/bold]: {parameters['total'] / PARAMETER_UNIT:.2f} M parameters, "
-            f"{parameters['active'] / PARAMETER_UNIT:.2f} M active; {described}; {facts['device']}, {facts['dtype']}, "
-            f"{facts['threads']} threads",
+            f"{parameters['active'] / PARAMETER_UNIT:.2f} M active{' as declared' if parts else ''}; {described}; "
+            f"{facts['device']}, {facts['dtype']}, {facts['threads']} threads",
             highlight=False,
         )
         if step:

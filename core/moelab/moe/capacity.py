@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moelab.errors import ConfigError
-from moelab.moe.contracts import MoEContext
+from moelab.moe.contracts import ExpectedAssignments, MoEContext
 from moelab.moe.routing import Routing
 
 POLICIES = ("probs", "position")
@@ -30,6 +30,12 @@ class Capacity:
     training: float | None
     evaluation: float | None
     policy: str
+
+    def expected(self, wanted: float, top_k: int, because: str) -> ExpectedAssignments:
+        """What is served of `wanted` experts a token at perfect balance; an uneven load loses more."""
+        if self.training is None or self.training * top_k >= wanted:
+            return ExpectedAssignments(wanted, because)
+        return ExpectedAssignments(self.training * top_k, "capacity_factor K, at perfect balance")
 
     def apply(self, routing: Routing, training: bool) -> Routing:
         """Serve what fits. routing must have `top_k` and gets `choices`, `served` and `dropped`."""

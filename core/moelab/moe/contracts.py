@@ -35,6 +35,18 @@ class MoEContext:
     allow_noncausal: bool = False  # a router that looks at later tokens must refuse to be built without it
 
 
+@dataclass(frozen=True)
+class ExpectedAssignments:
+    """How many real experts a router expects to serve to a token in training: what is known before a run.
+
+    Null, copy and constant experts are none. A run counts what it served, from its records alone.
+    """
+
+    per_token: float  # 0 .. E, the mean over tokens
+    because: str  # the formula and what it rests on, as `moelab explain` tells it
+    settled: bool = True  # False: training decides, and `because` says what the number is then
+
+
 @runtime_checkable
 class Router(Protocol):
     """An nn.Module. `forward(x [T, D], info) -> Routing`.
@@ -46,6 +58,9 @@ class Router(Protocol):
       was asked for in the whole batch, over micro-batches and ranks, padding excluded (`LayerRecord.wanted`);
       statistics: the mean of `Routing.statistics` over the batch's tokens, for a router that returns some. One that
       also takes `step: int` is told which step it was, counted from 0: what follows a schedule needs no state.
+    - `expected_assignments`: ExpectedAssignments, where that is not the layout's num_experts_per_tok. FLOPs and active
+      parameters that are told before a run rest on it. What the router itself multiplies, every token pays: each of
+      its parameters with two or more axes counts as a matmul.
     - `forced`: True for a router that ignores its input and balances by force; marked FORCED wherever a run is named.
     - `qwen2_moe_fields() -> dict | str`: the fields of a Qwen2-MoE config.json that describe this router, or
       why there are none; without it a checkpoint can't be exported to that format.

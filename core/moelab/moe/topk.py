@@ -15,7 +15,7 @@ from torch import Tensor
 from moelab.errors import ConfigError
 from moelab.moe.bias import METHODS, margin_histogram, quantile_update, sign_update
 from moelab.moe.capacity import Capacity, check_capacity, refuse_noncausal
-from moelab.moe.contracts import MoEContext
+from moelab.moe.contracts import ExpectedAssignments, MoEContext
 from moelab.moe.gate import GateOptions, LinearRouter, noise_generator
 from moelab.moe.routing import Routing, TokenInfo
 from moelab.moe.schedule import WeightSchedule
@@ -78,6 +78,11 @@ class TopKRouter(LinearRouter):
         self.balance_top_k = self.top_k if options.balance != "none" or options.n_group > 1 else 0
         if options.balance != "none":
             self.register_buffer("bias", torch.zeros(context.num_experts, dtype=torch.float32))
+
+    @property
+    def expected_assignments(self) -> ExpectedAssignments:
+        """K, or capacity_factor K where that is less."""
+        return self.capacity.expected(self.top_k, self.top_k, "K of the layout")
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> K experts for each token."""

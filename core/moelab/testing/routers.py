@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moelab.components import Component
 from moelab.errors import ConfigError
 from moelab.moe.batch_statistics import BatchStatistics, call_after_step
-from moelab.moe.contracts import MoEContext, Router
+from moelab.moe.contracts import ExpectedAssignments, MoEContext, Router
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
 from moelab.testing.report import make_options, run_checks
 from moelab.testing.tensors import (
@@ -335,6 +335,16 @@ def extremes_stay_finite(case: RouterCase) -> None:
                 assert_finite(buffer, f"buffer '{name}' after a step without tokens")
 
 
+def declares_what_it_can_serve(case: RouterCase) -> None:
+    """`expected_assignments`, where there is one, lies in 0 .. E and says why."""
+    declared = getattr(case.build(), "expected_assignments", None)
+    if declared is None:
+        return
+    assert isinstance(declared, ExpectedAssignments), f"expected_assignments is {declared!r}, no ExpectedAssignments"
+    assert 0 <= declared.per_token <= case.context.num_experts, f"expects {declared.per_token} experts a token"
+    assert declared.because, "expected_assignments does not say why"
+
+
 ROUTER_CHECKS: tuple[Callable[[RouterCase], None], ...] = (
     returns_what_the_contract_says,
     gives_no_expert_twice_to_a_token,
@@ -351,6 +361,7 @@ ROUTER_CHECKS: tuple[Callable[[RouterCase], None], ...] = (
     nothing_waits_for_the_device,
     few_tokens_are_routed,
     extremes_stay_finite,
+    declares_what_it_can_serve,
 )
 
 

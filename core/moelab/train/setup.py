@@ -24,7 +24,7 @@ from moelab.moe.balance import NamedLoss
 from moelab.moe.block import MoEBlock
 from moelab.nn.allocator import keep_freed_memory
 from moelab.nn.checkpointing import apply_activation_checkpointing
-from moelab.nn.count import Parameters, count_parameters, flops_per_token
+from moelab.nn.count import Parameters, ServedCosts, count_parameters, flops_per_token, served_costs
 from moelab.nn.transformer import Transformer
 from moelab.registry import Registry
 from moelab.train.optimizer import build_adamw
@@ -52,7 +52,8 @@ class Setup:
     step_settings: StepSettings
     threads: int
     parameters: Parameters
-    flops_per_token: float  # forward and backward, active parameters
+    flops_per_token: float  # forward and backward, as the routers declare
+    costs: ServedCosts  # by which the run counts what its experts served
 
     @property
     def blocks(self) -> list[MoEBlock]:
@@ -100,6 +101,7 @@ def prepare(config: RunConfig, registry: Registry) -> Setup:
         threads=threads,
         parameters=count_parameters(model),
         flops_per_token=flops_per_token(model, train.sequence_length),
+        costs=served_costs(model, train.sequence_length),
     )
 
 

@@ -58,6 +58,7 @@ class StepResult:
     grad_norm: Tensor
     statistics: RouterStatistics  # empty unless observed
     gradient_shares: dict[str, Tensor]  # {loss: share}, of the first micro-batch; empty unless observed
+    served: Tensor | None  # [sum of E] int64: assignments served, layer after layer, without padding; None: dense
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def train_step(
     losses: dict[str, Tensor] = {}
     shares: dict[str, Tensor] = {}
     statistics = RouterStatistics()
+    served: list[Tensor] = []  # of each micro-batch
     sizes = [part.token_count / batch.token_count for part in batch.split(settings.micro_batch_size)]
     for index, (part, size) in enumerate(zip(parts, sizes, strict=True)):
         terms, records = _forward(model, balance_losses, part, before, _Place(step, index, size, targets), settings)
@@ -107,6 +109,8 @@ def train_step(
         loss = torch.stack(list(weighted.values())).sum()
         loss.backward()
         seen.add(records)
+        if records:
+            served.append(torch.cat([record.counts for record in records]))
         if observe.routing:
             statistics.add(records)
         found = {name: value.detach() for name, (value, _) in terms.items()} | {"loss": loss.detach()}
@@ -122,7 +126,7 @@ def train_step(
     seen.after_step(_blocks(model), step)
     for named in balance_losses:
         named.after_step(seen.context())
-    return StepResult(losses, norm, statistics, shares)
+    return StepResult(losses, norm, statistics, shares, torch.stack(served).sum(0) if served else None)
 
 
 @torch.no_grad()

@@ -15,12 +15,13 @@ from typing import Any
 from moelab.checkpoint import CHECKPOINTS, CONFIG, newest_checkpoint
 from moelab.config.load import to_yaml
 from moelab.config.run import RunConfig
-from moelab.errors import UserError
+from moelab.errors import CheckpointError, UserError
 from moelab.registry import Registry
 from moelab.train.checkpoint import TrainingState, restore_checkpoint, save_checkpoint
 from moelab.train.evaluate import evaluate, sample_texts
 from moelab.train.interruption import Interruption
 from moelab.train.observers import ObserverManager, gather_observers
+from moelab.train.progress import Progress, can_continue
 from moelab.train.run_folder import (
     DOCUMENTS,
     LOG,
@@ -38,7 +39,7 @@ from moelab.train.run_lock import LOCK, RunLock, hold
 from moelab.train.schedule import learning_rate_factor
 from moelab.train.setup import Setup, check_same_run, checkpoint_files, prepare
 from moelab.train.step import Observe, StepResult, train_step
-from moelab.train.summary import Progress, backends, environment_facts, log_metrics, summary
+from moelab.train.summary import backends, environment_facts, log_metrics, summary
 
 logger = logging.getLogger("moelab")
 
@@ -79,7 +80,8 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
             write_atomically(run_dir / CONFIG, to_yaml(setup.config))
             manager = gather_observers(setup.config.observers, registry, run_dir, observers)
             with closing(MetricsLog(run_dir / METRICS, state.get("step", 0))) as metrics:
-                _run(Loop(setup, run_dir, lock, manager, metrics, Progress.of(state)))
+                progress = Progress.of(state, setup.costs, setup.flops_per_token)
+                _run(Loop(setup, run_dir, lock, manager, metrics, progress))
         finally:
             close_log(handler)
     return run_dir
@@ -132,7 +134,7 @@ def _one_step(loop: Loop) -> None:
     result = train_step(
         setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings, observe=look
     )
-    progress.advance(batch.input_ids.numel(), setup.flops_per_token, time.perf_counter() - started)
+    progress.advance(batch.token_count, result.served, time.perf_counter() - started)
     if observe:
         _log(loop, result, rate)
     if _due(progress.step, config.evaluation.every):
@@ -220,6 +222,11 @@ def _restore(setup: Setup, checkpoint: Path) -> dict[str, Any]:
         raise UserError(
             f"{checkpoint}: was trained on another corpus (fingerprint {state['data_fingerprint'][:12]}, now "
             f"{setup.corpus.fingerprint[:12]}): the data or the installed packages changed; restore them, or start anew"
+        )
+    if not can_continue(state):
+        raise CheckpointError(
+            f"{checkpoint}: was written by a version that did not count what the experts served, so its FLOPs can't be "
+            "continued; start a new run from these weights with train.init_from"
         )
     return state
 

@@ -31,7 +31,8 @@ FACTS = ("parameters.total", "parameters.active", "flops_per_token")
 SHOWN_FIRST = ("layout", "router", "shared_expert", "balance_losses", "optimizer.lr")
 FINAL_METRICS = (
     "eval/loss", "eval/bits_per_byte", "eval/perplexity", "train/lm_loss", "moe/mean/max_violation",
-    "moe/mean/dead_fraction", "moe/mean/load_entropy", "perf/tokens_per_second", "perf/mfu",
+    "moe/mean/dead_fraction", "moe/mean/load_entropy", "compute/served_flops_per_token", "perf/tokens_per_second",
+    "perf/mfu",
 )  # fmt: skip
 
 

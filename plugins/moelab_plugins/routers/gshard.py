@@ -7,7 +7,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moelab import Component, ConfigError, MoEContext, Router, Routing, TokenInfo, component, hookimpl
+from moelab import (
+    Component,
+    ConfigError,
+    ExpectedAssignments,
+    MoEContext,
+    Router,
+    Routing,
+    TokenInfo,
+    component,
+    hookimpl,
+)
 from moelab.moe.gate import noise_generator
 from moelab.moe.selection import softmax_score
 from moelab.moe.topk import TopKOptions, TopKRouter
@@ -39,6 +49,16 @@ class GShard(TopKRouter):
         super().__init__(options, context, softmax_score)
         self.balance_top_k = min(self.balance_top_k, 1)  # the first choice, by the scores alone where a bias moves it
         self.random_second = options.random_second
+
+    @property
+    def expected_assignments(self) -> ExpectedAssignments:
+        """One, and the second with probability min(1, 2 w2); w2 as large as it can be: an undecided token."""
+        second = 1.0
+        if self.random_second:
+            largest = (0.5 if self.norm_topk_prob else 1 / self.num_experts) * self.options.routed_scaling_factor
+            second = min(1.0, 2 * largest)
+        why = "1 + min(1, 2 w2) of an undecided router; towards 1 the surer it is" if self.random_second else "both"
+        return replace(self.capacity.expected(1 + second, self.top_k, why), settled=not self.random_second)
 
     def thin(self, routing: Routing, info: TokenInfo) -> Routing:
         """Serve the second choices by chance, and show losses the first choices."""

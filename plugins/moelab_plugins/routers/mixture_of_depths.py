@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from moelab import Component, MoEContext, Router, Routing, TokenInfo, component, hookimpl
+from moelab import Component, ExpectedAssignments, MoEContext, Router, Routing, TokenInfo, component, hookimpl
 from moelab.moe.capacity import refuse_noncausal
 from moelab.moe.gate import GateOptions, LinearRouter, project
 from moelab.moe.per_sequence import choose_tokens
@@ -44,6 +44,11 @@ class MixtureOfDepths(LinearRouter):
         self.options = options
         self.depth_weight = nn.Parameter(torch.empty(1, context.hidden_size))
         self.predictor_weight = nn.Parameter(torch.empty(1, context.hidden_size))
+
+    @property
+    def expected_assignments(self) -> ExpectedAssignments:
+        """K experts for `capacity` of the tokens (2404.02258)."""
+        return ExpectedAssignments(self.options.capacity * self.top_k, "capacity K, rounded up in each sequence")
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> K experts for the chosen tokens, none for the others."""

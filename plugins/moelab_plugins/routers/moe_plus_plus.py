@@ -7,7 +7,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from moelab import Component, ConfigError, MoEContext, Router, Routing, TokenInfo, component, hookimpl
+from moelab import (
+    Component,
+    ConfigError,
+    ExpectedAssignments,
+    MoEContext,
+    Router,
+    Routing,
+    TokenInfo,
+    component,
+    hookimpl,
+)
 from moelab.moe.capacity import rank_in_expert, refuse_noncausal
 from moelab.moe.gate import GateOptions, LinearRouter, project
 from moelab.moe.selection import normalise, softmax_score
@@ -90,6 +100,16 @@ class MoEPlusPlus(LinearRouter):
             return super().logits(x)
         dtype = self.precision.projection_dtype
         return project(project(x, self.hidden, dtype).tanh(), self.weight, dtype)
+
+    @property
+    def expected_assignments(self) -> ExpectedAssignments:
+        """K tau E / (tau E + Z), the load that the balance loss and the capacities aim at (MoE++ table 1, eq. 7-8)."""
+        real = self.options.tau * self.num_experts
+        fits = min(1.0, self.options.capacity_factor or 1.0)
+        return ExpectedAssignments(
+            fits * self.top_k * real / (real + self.num_free),
+            "K tau E / (tau E + Z), where null_load_balance leads; K E / (E + Z) before it has",
+        )
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> up to K real experts for each token, and the bypass of the others."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moelab import Component, MoEContext, Router, Routing, TokenInfo, component, hookimpl
+from moelab import Component, ExpectedAssignments, MoEContext, Router, Routing, TokenInfo, component, hookimpl
 from moelab.moe.gate import GateOptions, LinearRouter
 from moelab.moe.selection import normalise, softmax_score
 
@@ -35,6 +35,12 @@ class NullExperts(LinearRouter):
 
     def __init__(self, options: NullExpertsOptions, context: MoEContext) -> None:
         super().__init__(options, context, context.num_experts + options.num_null_experts)
+
+    @property
+    def expected_assignments(self) -> ExpectedAssignments:
+        """K E / (E + m), what an even load of all choices leaves to the real ones (AdaMoE 2406.13233, 3.2)."""
+        share = self.num_experts / self.weight.shape[0]
+        return ExpectedAssignments(self.top_k * share, "K E / (E + num_null_experts), at an even load of all choices")
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> up to K real experts for each token."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moelab import Component, MoEContext, Router, Routing, TokenInfo, component, hookimpl
+from moelab import Component, ExpectedAssignments, MoEContext, Router, Routing, TokenInfo, component, hookimpl
 from moelab.moe.gate import GateOptions, LinearRouter
 
 
@@ -34,6 +34,12 @@ class ReMoE(LinearRouter):
     def __init__(self, options: ReMoEOptions, context: MoEContext) -> None:
         super().__init__(options, context)
         self.k_max = min(options.k_max or context.num_experts, context.num_experts)
+
+    @property
+    def expected_assignments(self) -> ExpectedAssignments:
+        """K, where remoe_l1 leads in some hundred steps (ReMoE 2412.14711); about E / 2 at the start."""
+        why = "K of the layout, where the loss remoe_l1 leads; about E / 2 at the start"
+        return ExpectedAssignments(min(self.top_k, self.k_max), why, settled=False)
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> up to k_max experts for each token."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moelab import Component, MoEContext, Router, Routing, TokenInfo, component, hookimpl
+from moelab import Component, ExpectedAssignments, MoEContext, Router, Routing, TokenInfo, component, hookimpl
 from moelab.moe.capacity import refuse_noncausal
 from moelab.moe.gate import GateOptions, LinearRouter
 from moelab.moe.selection import assignments_of_map, normalise, softmax_score
@@ -46,6 +46,11 @@ class TokenRounding(LinearRouter):
         refuse_noncausal(context, "rounding an expert's count drops or adds tokens by their rank in the batch")
         super().__init__(options, context)
         self.options = options
+
+    @property
+    def expected_assignments(self) -> ExpectedAssignments:
+        """K where loads are far above a tile: rounding then moves each expert's count by less than a tile."""
+        return ExpectedAssignments(self.top_k, "K of the layout, off by less than a tile of rows an expert")
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> about K experts for each token in training, K afterwards."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from moelab import Component, MoEContext, Router, Routing, TokenInfo, component, hookimpl
+from moelab import Component, ExpectedAssignments, MoEContext, Router, Routing, TokenInfo, component, hookimpl
 from moelab.moe.gate import GateOptions, LinearRouter
 from moelab.moe.selection import normalise, softmax_score
 
@@ -40,6 +41,13 @@ class TopP(LinearRouter):
         super().__init__(options, context)
         self.options = options
         self.k_max = min(options.k_max or context.num_experts, context.num_experts)
+
+    @property
+    def expected_assignments(self) -> ExpectedAssignments:
+        """At most ceil(top_p E): no distribution needs more of its largest than the even one."""
+        most = min(math.ceil(self.options.top_p * self.num_experts - 1e-9), self.k_max)
+        why = "at most: ceil(top_p E), what a router without a preference serves; fewer the surer it is"
+        return ExpectedAssignments(most, why, settled=False)
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> one to k_max experts for each token."""

@@ -32,7 +32,8 @@ def command(
     """Predict memory and communication of a config per device, for one micro-batch. Nothing is allocated.
 
     Parameters, gradients and AdamW's moments are fp32, and sharded over the devices. Activations are counted
-    by running the model on tensors without data. Measured peaks at small size were within 12 % (docs/compute.md).
+    by running the model on tensors without data; tokens go to as many experts as the routers declare. Measured
+    peaks at small size were within 12 % (docs/compute.md).
 
     \b
     Example:
@@ -94,7 +95,7 @@ def _print(plan: Plan, device_memory: float | None) -> None:
         rows = {
             "all-gather of parameters": sent.gather_parameters,
             "reduce-scatter of gradients": sent.reduce_gradients,
-            "all-to-all of tokens": sent.exchange_tokens,
+            "all-to-all, as declared": sent.exchange_tokens,
             "total": sent.total,
         }
         _section("sent by each device in a step", rows)

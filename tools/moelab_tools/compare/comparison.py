@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from moelab.errors import UserError
-from moelab_tools.compare.budgets import Budget, equal_budgets
+from moelab_tools.compare.budgets import Budget, equal_budgets, flops_warnings
 from moelab_tools.compare.differences import Table, check_comparable, config_differences, facts, fairness_warnings
 from moelab_tools.compare.runs import Run
 from moelab_tools.compare.statistics import BITS_PER_BYTE, Interval, Measure
 from moelab_tools.compare.variants import Variant, choose_measure, difference, group_by_seed, loss_of, recipe, score
 
-FORMAT_VERSION = 1  # of comparison.json
+FORMAT_VERSION = 2  # of comparison.json
 LAST_PART = 0.25  # of the logged steps: over which throughput and balance are averaged
 ROUGH_BELOW = 20  # documents: an interval from fewer is rough
 DISAGREEMENT = 0.01  # relative, between the logged loss and that of the documents
@@ -33,9 +33,12 @@ class Line:
     status: str
     components: dict[str, str]
     parameters_total: float | None
-    parameters_active: float | None
+    parameters_active: float | None  # as the routers declare
+    parameters_active_served: float | None  # that a token passed through, on average; None: not counted
     tokens: float
-    flops: float
+    flops: float | None  # served; None: not counted
+    at_equal_tokens: float | None  # loss in the comparison's measure; None: no evaluation on both sides of that point
+    at_equal_flops: float | None
     seconds: float
     eval_loss: float | None
     perplexity: float | None
@@ -93,12 +96,13 @@ def compare(runs: Sequence[Run], baseline: str | None = None, allow_different_da
     measure = choose_measure(runs)
     chosen = _named(variants, baseline) if baseline else _best(variants, measure)
     by_name = baseline is not None
-    lines = [_line(variant, chosen, measure, by_name=by_name) for variant in variants]
+    budgets = equal_budgets([run for run in runs if run.finished], measure)
+    lines = [_line(variant, chosen, measure, budgets, by_name=by_name) for variant in variants]
     lines.sort(key=lambda line: (line.status != "finished", math.inf if line.score is None else line.score))
     by_name_of_run = {run.name: run for run in runs}
     runs = [by_name_of_run[name] for line in lines for name in line.runs]
     domains, domain_documents = _domains(runs, measure)
-    warnings = fairness_warnings(runs) + _document_warnings(runs, measure) + _repeated(runs)
+    warnings = fairness_warnings(runs) + flops_warnings(runs) + _document_warnings(runs, measure) + _repeated(runs)
     return Comparison(
         runs=runs,
         lines=lines,
@@ -107,7 +111,7 @@ def compare(runs: Sequence[Run], baseline: str | None = None, allow_different_da
         baseline_is_best=baseline is None,
         conflicts=conflicts,
         warnings=warnings,
-        budgets=equal_budgets([run for run in runs if run.finished]),
+        budgets=budgets,
         domains=domains,
         domain_documents=domain_documents,
         config=config_differences(runs),
@@ -148,7 +152,9 @@ def _best(variants: Sequence[Variant], measure: Measure) -> Variant | None:
     return variants[min(scored)[1]] if scored else None
 
 
-def _line(variant: Variant, baseline: Variant | None, measure: Measure, *, by_name: bool) -> Line:
+def _line(
+    variant: Variant, baseline: Variant | None, measure: Measure, budgets: Sequence[Budget], *, by_name: bool
+) -> Line:
     first, values = variant.runs[0], variant.scores(measure)
     gap = difference(variant, baseline, measure) if baseline is not None and baseline is not variant else None
     parameters = first.summary.get("parameters", {})
@@ -160,8 +166,11 @@ def _line(variant: Variant, baseline: Variant | None, measure: Measure, *, by_na
         components=describe_components(first.summary.get("components") or first.config["model"].get("moe") or {}),
         parameters_total=parameters.get("total"),
         parameters_active=parameters.get("active"),
+        parameters_active_served=_mean([run.active_served for run in variant.runs]),
         tokens=float(np.mean([run.amount("tokens") for run in variant.runs])),
-        flops=float(np.mean([run.amount("flops") for run in variant.runs])),
+        flops=_mean([run.amount("flops") if run.counts_flops else None for run in variant.runs]),
+        at_equal_tokens=_at_budget(variant, budgets, "tokens"),
+        at_equal_flops=_at_budget(variant, budgets, "flops"),
         seconds=float(np.mean([run.amount("seconds") for run in variant.runs])),
         eval_loss=variant.mean("eval/loss"),
         perplexity=variant.mean("eval/perplexity"),
@@ -181,6 +190,18 @@ def _verdict(variant: Variant, baseline: Variant | None, gap: Interval | None, b
     if variant is baseline:
         return "baseline" if by_name else "best"
     return gap.verdict if gap else "no interval"
+
+
+def _at_budget(variant: Variant, budgets: Sequence[Budget], axis: str) -> float | None:
+    """Mean over the variant's runs; None where one of them has no loss there."""
+    losses = next((budget.losses for budget in budgets if budget.axis == axis), {})
+    return _mean([losses.get(run.name) for run in variant.runs])
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None as soon as one is not known: a mean of the others would be of another set."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None
 
 
 def _recent(variant: Variant, tag: str) -> float | None:

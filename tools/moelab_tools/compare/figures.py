@@ -18,7 +18,7 @@ DASHES = ("solid", "dash", "dot", "dashdot")  # the seeds of one variant
 MOST_POINTS = 600  # of a curve
 SMOOTHING = 40  # a training curve is averaged over this part of its points
 WARM_UP = 0.1  # of a curve: left out of the first view, where the loss falls from its start
-AXIS_TITLES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
+AXIS_TITLES = {"tokens": "tokens", "flops": "FLOPs served", "seconds": "seconds of training"}
 FAIR_SHARES = 4.0  # the end of the heatmaps' scale, as in TensorBoard
 HEAT = [
     [0.0, "#000000"], [0.001, "#1c327d"], [0.125, "#78a0d7"], [0.25, "#e8e8e4"], [0.5, "#f0963c"], [1.0, "#8c0a19"],
@@ -69,7 +69,7 @@ def sections(comparison: Comparison) -> list[Section]:
     ]  # fmt: skip
     speed = [
         plot.curve("perf/tokens_per_second", "tokens", "Tokens per second"),
-        plot.curve("perf/mfu", "tokens", "Model FLOPs utilisation", note="of the machine's peak, active parameters"),
+        plot.curve("perf/mfu", "tokens", "Model FLOPs utilisation", note="of the machine's peak, FLOPs served"),
         plot.curve("perf/memory_gb", "tokens", "Peak memory", note="GB"),
     ]
     found = [

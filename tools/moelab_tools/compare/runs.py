@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.errors import UserError
+from moelab.train.format import FORMAT_VERSION
 
 Row = dict[str, float]
 AXES = ("step", "tokens", "flops", "seconds")  # in every line of metrics.jsonl, beside its tags
@@ -41,6 +42,18 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.status == "finished"
+
+    @property
+    def counts_flops(self) -> bool:
+        """Whether `flops` is what the run served. Without experts it always is; a run before format 2 did not count."""
+        return not self.config["model"].get("moe") or all("flops_declared" in row for row in self.rows)
+
+    @property
+    def active_served(self) -> float | None:
+        """Parameters that a token passed through, on average; all of them without experts."""
+        parameters = self.summary.get("parameters", {})
+        found = parameters.get("active_served") if self.config["model"].get("moe") else parameters.get("active")
+        return None if found is None else float(found)
 
     @property
     def seed(self) -> int | None:
@@ -129,6 +142,12 @@ def _read_summary(path: Path) -> dict[str, Any]:
         summary = json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: broken JSON at line {error.lineno} ({error.msg}); {_CURE}") from error
+    version = summary.get("format_version", 1)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: has format_version {version}, and this moelab reads up to {FORMAT_VERSION}: its names may mean "
+            "something else; compare with the version that wrote it"
+        )
     missing = [key for key in ("status", "final", "data", "parameters") if key not in summary]
     if missing:
         raise UserError(f"{path}: lacks {', '.join(missing)}; {_CURE}")

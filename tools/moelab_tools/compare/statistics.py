@@ -25,10 +25,11 @@ class Measure:
     name: str
     per: str  # the attribute of a document that the nats are divided by
     per_nat: float
+    tag: str  # what a run logs in this unit
 
 
-BITS_PER_BYTE = Measure("bits per byte", "bytes", 1 / math.log(2))  # the same for every tokenizer
-NATS_PER_TOKEN = Measure("nats per token", "tokens", 1.0)  # for data whose bytes are not known
+BITS_PER_BYTE = Measure("bits per byte", "bytes", 1 / math.log(2), "eval/bits_per_byte")  # the same for every tokenizer
+NATS_PER_TOKEN = Measure("nats per token", "tokens", 1.0, "eval/loss")  # for data whose bytes are not known
 
 
 @dataclass(frozen=True)
