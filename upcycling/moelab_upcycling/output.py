@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from moelab.data.seen import carried_record
 from moelab.errors import CheckpointError
 from moelab_upcycling.plan import Plan, Shard
 from moelab_upcycling.source import INDEX, SINGLE, read_json
@@ -143,7 +144,7 @@ class OutputFolder:
         (self.folder / INDEX).unlink(missing_ok=True)
 
     def finish(self, hashes: dict[str, str]) -> None:
-        """config.json, what is carried from the source, and last the index."""
+        """config.json, what is carried from the sources, and last the index."""
         write_text(self.folder / "config.json", json.dumps(self.plan.config_json(), indent=2, sort_keys=True) + "\n")
         source = Path(self.plan.sources[0])
         for name in CARRIED_FILES:
@@ -152,6 +153,8 @@ class OutputFolder:
                     shutil.copyfile(source / name, self.folder / name)
                 except OSError as error:
                     raise explain(error, self.folder / name) from error
+        for name, content in carried_record([Path(folder) for folder in self.plan.sources]).items():
+            write_text(self.folder / name, content.decode())
         index = {
             "metadata": {"total_size": self.plan.total_size, "upcycle_hash": content_hash(self.plan, hashes)},
             "weight_map": {t.name: shard.file for shard in self.plan.shards for t in shard.tensors},

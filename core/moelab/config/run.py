@@ -16,8 +16,10 @@ class DataConfig:
 
     source: Part = field(default_factory=lambda: {"name": "embedded"})
     tokenizer: str = "bytes"  # "bytes", or the path of a tokenizer.json
-    validation_fraction: float = 0.1  # of the documents, chosen by a seeded shuffle
-    seed: int = 0  # of the split and of the order of reading; apart from `seed`, so that seeds share their batches
+    validation_fraction: float = 0.1  # of the documents: those whose text hashes below it are held out
+    seed: int = 0  # of the choice of text, where a source chooses (embedded: which files)
+    split_seed: int = 0  # of the split into training and held-out text; keep it between runs that share weights
+    order_seed: int | None = None  # of the order of reading; null: `seed`, so that seeds differ in order too
 
 
 @dataclass
@@ -90,6 +92,11 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     observers: list[Part] = field(default_factory=lambda: [{"name": "tensorboard"}])
     resume: bool = False  # go on from the newest checkpoint in run_dir
+
+    @property
+    def order_seed(self) -> int:
+        """What decides the order of reading."""
+        return self.seed if self.data.order_seed is None else self.data.order_seed
 
     def check(self) -> None:
         """Raise ConfigError for values out of range, naming the key."""

@@ -30,6 +30,10 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str:
         """sha256 of what defines it: equal fingerprints give equal ids."""
 
+    @property
+    def special_tokens(self) -> Sequence[str]:
+        """How the control tokens are spelled; `encode` reads these spellings as text."""
+
     def encode(self, text: str) -> np.ndarray:
         """-> ids [n] int32. No token is added, and no special token is found inside the text."""
 

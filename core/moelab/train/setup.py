@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from moelab.builder import build_balance_losses, build_model, resolve_model
-from moelab.checkpoint import CONFIG, read_run_config
+from moelab.checkpoint import CONFIG, read_run_config, resolve_checkpoint
 from moelab.config.load import to_yaml
 from moelab.config.run import RunConfig
 from moelab.data.batches import TrainBatches, ValidationBatches
 from moelab.data.corpus import Corpus, DataContext
+from moelab.data.seen import RECORD, DataRecord, SeenText, history_of, record_of_run, seen_text
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import CheckpointError, ConfigError
 from moelab.hookspecs import DATA_SOURCES, OBSERVERS
@@ -44,6 +45,7 @@ class Setup:
     registry: Registry
     tokenizer: Tokenizer
     corpus: Corpus
+    history: DataRecord  # the text that the starting weights have met
     batches: TrainBatches
     validation: ValidationBatches
     model: Transformer
@@ -54,6 +56,12 @@ class Setup:
     parameters: Parameters
     flops_per_token: float  # forward and backward, as the routers declare
     costs: ServedCosts  # by which the run counts what its experts served
+
+    @property
+    def seen(self) -> SeenText:
+        """How much of the held-out text the starting weights have met."""
+        source, scored = self.config.train.init_from, self.validation.documents_scored()
+        return seen_text(self.history, source, self.corpus, self.tokenizer, scored)
 
     @property
     def blocks(self) -> list[MoEBlock]:
@@ -78,11 +86,12 @@ def prepare(config: RunConfig, registry: Registry) -> Setup:
         )
     corpus = build_corpus_of(config, registry, tokenizer)
     train, micro = config.train, config.train.micro_batch_size or config.train.batch_size
-    batches = TrainBatches(corpus.train, train.batch_size, train.sequence_length, config.data.seed)
+    batches = TrainBatches(corpus.train, train.batch_size, train.sequence_length, config.order_seed)
     validation = ValidationBatches(
         corpus.validation, config.evaluation.sequences, train.sequence_length, config.evaluation.batch_size or micro
     )
     model = starting_model(config, registry, precision.device)
+    history = starting_history(config)
     settings = StepSettings(micro, train.grad_clip, config.seed, precision)
     probe_step(model, losses, batches.batch(0), settings)
     if train.activation_checkpointing:
@@ -92,6 +101,7 @@ def prepare(config: RunConfig, registry: Registry) -> Setup:
         registry=registry,
         tokenizer=tokenizer,
         corpus=corpus,
+        history=history,
         batches=batches,
         validation=validation,
         model=model,
@@ -115,8 +125,15 @@ def resolve_run(config: RunConfig, registry: Registry) -> None:
 def build_corpus_of(config: RunConfig, registry: Registry, tokenizer: Tokenizer) -> Corpus:
     """The corpus that `data` describes; relative paths count from the config file's folder."""
     base = Path(config.search_path[0]) if config.search_path else Path()
-    context = DataContext(tokenizer, config.data.validation_fraction, config.data.seed, base)
-    return registry.build(DATA_SOURCES, config.data.source, context, "data.source")
+    data = config.data
+    context = DataContext(tokenizer, data.validation_fraction, data.seed, base, data.split_seed)
+    return registry.build(DATA_SOURCES, data.source, context, "data.source")
+
+
+def starting_history(config: RunConfig) -> DataRecord:
+    """What the weights of `train.init_from` were trained on, as far as is recorded beside them."""
+    source = config.train.init_from
+    return DataRecord() if source is None else history_of([resolve_checkpoint(Path(source))], [source])
 
 
 def starting_model(config: RunConfig, registry: Registry, device: torch.device) -> Transformer:
@@ -147,9 +164,10 @@ def starting_model(config: RunConfig, registry: Registry, device: torch.device) 
     return model
 
 
-def checkpoint_files(setup: Setup) -> dict[str, bytes]:
-    """What goes into a checkpoint beside its tensors."""
-    return {CONFIG: to_yaml(setup.config).encode()} | setup.tokenizer.files()
+def checkpoint_files(setup: Setup, step: int) -> dict[str, bytes]:
+    """What goes into the checkpoint of this step beside its tensors."""
+    record = setup.history | record_of_run(setup.corpus, setup.tokenizer, setup.batches.documents_read(step))
+    return {CONFIG: to_yaml(setup.config).encode(), RECORD: record.to_bytes()} | setup.tokenizer.files()
 
 
 def check_same_run(setup: Setup, checkpoint: Path) -> None:

@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from moelab.checkpoint import CHECKPOINTS, CONFIG, newest_checkpoint
 from moelab.config.load import to_yaml
 from moelab.config.run import RunConfig
+from moelab.data.seen import read_record
 from moelab.errors import CheckpointError, UserError
 from moelab.registry import Registry
 from moelab.train.checkpoint import TrainingState, restore_checkpoint, save_checkpoint
@@ -27,6 +28,7 @@ from moelab.train.run_folder import (
     LOG,
     METRICS,
     SUMMARY,
+    HeldLog,
     MetricsLog,
     close_log,
     is_finished,
@@ -66,16 +68,22 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
     RunFailure when the loss stops being finite.
     """
     run_dir = Path(config.run_dir)
-    registry = Registry(config.plugins, config.entry_points, [Path(p) for p in config.search_path])
-    setup = prepare(config, registry)
-    with hold(run_dir) as lock:
-        resumed = _find_resume(config, run_dir)
-        prepare_run_folder(run_dir, resume=config.resume, force=force)
-        state = _restore(setup, resumed) if resumed else {}
-        if state.get("step") == config.train.steps and is_finished(run_dir):
-            logger.warning("%s is finished: nothing is left to do", run_dir)
-            return run_dir
-        handler = open_log(run_dir / LOG)
+    with ExitStack() as stack:
+        with HeldLog() as held:
+            registry = Registry(config.plugins, config.entry_points, [Path(p) for p in config.search_path])
+            setup = prepare(config, registry)
+            lock = stack.enter_context(hold(run_dir))
+            resumed = _find_resume(config, run_dir)
+            prepare_run_folder(run_dir, resume=config.resume, force=force)
+            state = _restore(setup, resumed) if resumed else {}
+            if resumed and (history := read_record(resumed)):
+                setup = dataclasses.replace(setup, history=history)
+            for line in setup.seen.lines():
+                logger.warning("train.init_from: %s", line)
+            if state.get("step") == config.train.steps and is_finished(run_dir):
+                logger.warning("%s is finished: nothing is left to do", run_dir)
+                return run_dir
+        handler = open_log(run_dir / LOG, held.records)
         try:
             write_atomically(run_dir / CONFIG, to_yaml(setup.config))
             manager = gather_observers(setup.config.observers, registry, run_dir, observers)
@@ -193,7 +201,7 @@ def _save(loop: Loop) -> None:
     loop.lock.check()
     folder = loop.run_dir / CHECKPOINTS / f"step_{progress.step:08d}"
     state = progress.state() | {"data_fingerprint": setup.corpus.fingerprint, "plugins": setup.registry.versions()}
-    save_checkpoint(folder, setup.model, _training_state(setup), state, checkpoint_files(setup))
+    save_checkpoint(folder, setup.model, _training_state(setup), state, checkpoint_files(setup, progress.step))
     _prune(folder.parent, setup.config.train.keep_checkpoints)
     logger.info("checkpoint: %s", folder)
     loop.observers.hook.on_save(step=progress.step, path=folder)

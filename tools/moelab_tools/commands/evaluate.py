@@ -24,7 +24,9 @@ def command(checkpoint: Path, config: tuple[str, ...], as_json: bool) -> None:
       moelab evaluate exported/tiny_moe configs/train/tiny_moe.yaml evaluation.sequences=128
     """
     import moelab
+    from moelab.checkpoint import resolve_checkpoint
     from moelab.data.batches import ValidationBatches
+    from moelab.data.seen import history_of, seen_text
     from moelab.registry import Registry
     from moelab.train.evaluate import evaluate
     from moelab.train.precision import choose_precision, set_threads
@@ -36,13 +38,17 @@ def command(checkpoint: Path, config: tuple[str, ...], as_json: bool) -> None:
     precision = choose_precision(run.train)
     registry = Registry(run.plugins, run.entry_points, [Path(path) for path in run.search_path])
     resolve_run(run, registry)
-    corpus = build_corpus_of(run, registry, tokenizer_of(checkpoint, run.data.tokenizer))
+    tokenizer = tokenizer_of(checkpoint, run.data.tokenizer)
+    corpus = build_corpus_of(run, registry, tokenizer)
     batches = ValidationBatches(
         corpus.validation,
         run.evaluation.sequences,
         run.train.sequence_length,
         run.evaluation.batch_size or run.train.batch_size,
     )
+    history = history_of([resolve_checkpoint(checkpoint)], [str(checkpoint)])
+    for line in seen_text(history, str(checkpoint), corpus, tokenizer, batches.documents_scored()).lines():
+        click.echo(f"warning: {line}", err=True)
     metrics = evaluate(moelab.load(checkpoint, device=precision.device), batches, precision).metrics()
     if as_json:
         click.echo(json.dumps(metrics, indent=2))

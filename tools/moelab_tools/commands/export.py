@@ -26,6 +26,8 @@ def command(checkpoint: Path, output: Path, dtype: str, max_shard_size: str, for
     import torch
 
     import moelab
+    from moelab.checkpoint import resolve_checkpoint
+    from moelab.data.seen import carried_record
     from moelab.hf.save import save_hf
     from moelab_tools.checkpoints import tokenizer_of
 
@@ -37,7 +39,7 @@ def command(checkpoint: Path, output: Path, dtype: str, max_shard_size: str, for
         output,
         dtype=getattr(torch, dtype),
         max_shard_size=max_shard_size,
-        extra_files=tokenizer.files(),
+        extra_files=tokenizer.files() | carried_record([resolve_checkpoint(checkpoint)]),
         config_extra=ids,
         force=force,
     )

@@ -13,9 +13,10 @@ import numpy as np
 from moelab.errors import UserError
 from moelab_tools.compare.budgets import Budget, equal_budgets, flops_warnings
 from moelab_tools.compare.differences import Table, check_comparable, config_differences, facts, fairness_warnings
+from moelab_tools.compare.held_out import choose_measure, seen_before
 from moelab_tools.compare.runs import Run
 from moelab_tools.compare.statistics import BITS_PER_BYTE, Interval, Measure
-from moelab_tools.compare.variants import Variant, choose_measure, difference, group_by_seed, loss_of, recipe, score
+from moelab_tools.compare.variants import Variant, difference, group_by_seed, loss_of, recipe, score
 
 FORMAT_VERSION = 2  # of comparison.json
 LAST_PART = 0.25  # of the logged steps: over which throughput and balance are averaged
@@ -29,7 +30,7 @@ class Line:
 
     name: str
     runs: list[str]
-    seeds: list[int | None]
+    seeds: list[int | str | None]
     status: str
     components: dict[str, str]
     parameters_total: float | None
@@ -61,6 +62,7 @@ class Comparison:
     baseline: str | None  # the variant that differences are taken to
     baseline_is_best: bool  # it was not asked for by name
     conflicts: list[str]  # why the losses can't be compared, when the user insisted
+    seen: list[str]  # which runs score text that their starting weights had met, or may have
     warnings: list[str]
     budgets: list[Budget]
     domains: dict[str, dict[str, float]]  # domain -> run -> held-out loss
@@ -75,6 +77,7 @@ class Comparison:
             "runs": {run.name: {"path": str(run.path), "status": run.status} for run in self.runs},
             "baseline": self.baseline,
             "not_comparable": self.conflicts,
+            "held_out_text_seen": self.seen,
             "warnings": self.warnings,
             "variants": [asdict(line) for line in self.lines],
             "equal_budgets": [asdict(budget) for budget in self.budgets],
@@ -92,8 +95,8 @@ class Comparison:
 def compare(runs: Sequence[Run], baseline: str | None = None, allow_different_data: bool = False) -> Comparison:
     """Raises UserError when the runs can't be compared, or when `baseline` names none of them."""
     conflicts = check_comparable(runs, allow_different_data)
+    measure, runs, why = choose_measure(runs)
     variants = group_by_seed(runs)
-    measure = choose_measure(runs)
     chosen = _named(variants, baseline) if baseline else _best(variants, measure)
     by_name = baseline is not None
     budgets = equal_budgets([run for run in runs if run.finished], measure)
@@ -102,7 +105,8 @@ def compare(runs: Sequence[Run], baseline: str | None = None, allow_different_da
     by_name_of_run = {run.name: run for run in runs}
     runs = [by_name_of_run[name] for line in lines for name in line.runs]
     domains, domain_documents = _domains(runs, measure)
-    warnings = fairness_warnings(runs) + flops_warnings(runs) + _document_warnings(runs, measure) + _repeated(runs)
+    warnings = why + fairness_warnings(runs) + flops_warnings(runs) + _orders(variants)
+    warnings += _document_warnings(runs, measure, told=bool(why)) + _repeated(runs)
     return Comparison(
         runs=runs,
         lines=lines,
@@ -110,6 +114,7 @@ def compare(runs: Sequence[Run], baseline: str | None = None, allow_different_da
         baseline=chosen.name if chosen else None,
         baseline_is_best=baseline is None,
         conflicts=conflicts,
+        seen=seen_before(runs),
         warnings=warnings,
         budgets=budgets,
         domains=domains,
@@ -221,12 +226,22 @@ def _domains(runs: Sequence[Run], measure: Measure) -> tuple[dict[str, dict[str,
     for run in runs:
         for domain in sorted({document.domain for document in run.documents.values()}):
             documents = [document for document in run.documents.values() if document.domain == domain]
-            table.setdefault(domain, {})[run.name] = loss_of(documents, measure)
+            if sum(getattr(document, measure.per) for document in documents):
+                table.setdefault(domain, {})[run.name] = loss_of(documents, measure)
             counts.setdefault(domain, len(documents))
     return table, counts
 
 
-def _document_warnings(runs: Sequence[Run], measure: Measure) -> list[str]:
+def _orders(variants: Sequence[Variant]) -> list[str]:
+    """Runs of other seeds read in another order, which pairs of equal seeds don't."""
+    orders = {variant.name: ", ".join(sorted(str(run.order_seed) for run in variant.runs)) for variant in variants}
+    if len(set(orders.values())) < 2:
+        return []
+    listing = "; ".join(f"{name} {order}" for name, order in orders.items())
+    return [f"The variants read the data in different orders (data.order_seed, or seed): {listing}"]
+
+
+def _document_warnings(runs: Sequence[Run], measure: Measure, *, told: bool) -> list[str]:
     counts = [len(run.documents) for run in runs if run.documents]
     warnings = []
     if counts and min(counts) < ROUGH_BELOW:
@@ -234,7 +249,7 @@ def _document_warnings(runs: Sequence[Run], measure: Measure) -> list[str]:
             f"Only {min(counts)} held-out documents: intervals over documents are rough (raise evaluation.sequences)"
         )
     tag = "eval/bits_per_byte" if measure is BITS_PER_BYTE else "eval/loss"
-    for run in runs:
+    for run in () if told else runs:
         logged, found = run.final(tag), score(run, measure)
         if logged and found and abs(found / logged - 1) > DISAGREEMENT:
             warnings.append(
@@ -249,7 +264,7 @@ def _repeated(runs: Sequence[Run]) -> list[str]:
     seen: dict[str, str] = {}
     warnings = []
     for run in runs:
-        key = recipe(run) + str(run.seed)
+        key = recipe(run) + str(run.replicate)
         if key in seen:
             warnings.append(f"{run.name} repeats {seen[key]}: same config, same seed")
         seen.setdefault(key, run.name)

@@ -73,7 +73,7 @@ def sections(comparison: Comparison) -> list[Section]:
         plot.curve("perf/memory_gb", "tokens", "Peak memory", note="GB"),
     ]
     found = [
-        Section("Held-out loss", "Nats per token on text that no run has trained on. Lower is better.", held_out),
+        Section("Held-out loss", f"Nats per token on {_new(comparison)}. Lower is better.", held_out),
         Section(
             "Training loss",
             f"Language-model loss of the training batches, averaged over 1/{SMOOTHING} of the run; pale: each logged "
@@ -90,6 +90,13 @@ def sections(comparison: Comparison) -> list[Section]:
     ]
     filled = [Section(s.title, s.text, [chart for chart in s.charts if chart and chart.traces]) for s in found]
     return [section for section in filled if section.charts]
+
+
+def _new(comparison: Comparison) -> str:
+    """What is known of the text that is scored."""
+    if comparison.seen:
+        return "held-out text, not all of it new to the weights (see above)"
+    return "text that neither these runs nor the weights they start from have trained on"
 
 
 @dataclass

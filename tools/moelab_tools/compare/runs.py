@@ -59,6 +59,17 @@ class Run:
     def seed(self) -> int | None:
         return self.config.get("seed")
 
+    @property
+    def order_seed(self) -> int | None:
+        """What decided the order of reading; None in runs that don't say."""
+        data = self.config.get("data") or {}
+        return self.seed if data.get("order_seed") is None else data["order_seed"]
+
+    @property
+    def replicate(self) -> tuple[str, str]:
+        """What two runs of one recipe may differ in: the seed and the order of reading."""
+        return str(self.seed), str(self.order_seed)
+
     def curve(self, tag: str, against: str = "tokens") -> tuple[list[float], list[float]]:
         """(x, y) of the rows that have a finite `tag`."""
         points = [(row[against], row[tag]) for row in self.rows if math.isfinite(row.get(tag, math.nan))]

@@ -14,9 +14,11 @@ STYLES = {"better": "green", "best": "green", "worse": "red", "failed": "bold re
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Conflicts in bold first, then the table, the verdicts, what they rest on, and the warnings."""
+    """Conflicts and seen text in bold first, then the table, the verdicts, what they rest on, and the warnings."""
     for conflict in comparison.conflicts:
         console.print(f"[bold red]NOT COMPARABLE: {escape(conflict)}[/]", highlight=False, soft_wrap=True)
+    for line in comparison.seen:
+        console.print(f"[bold red]{escape(line)}[/]", highlight=False, soft_wrap=True)
     console.print(_table(comparison))
     for told in wording.headlines(comparison):
         console.print(escape(told), highlight=False, soft_wrap=True)

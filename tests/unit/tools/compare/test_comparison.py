@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,93 @@ def test_without_bytes_the_measure_is_nats_per_token(make_run: MakeRun) -> None:
     assert comparison.measure.name == "nats per token"
     expected = sum(row["nats"] for row in rows) / sum(row["tokens"] for row in rows)
     assert comparison.lines[0].score == pytest.approx(expected)
+
+
+def change_documents(path: Path, change: Callable[[int, dict[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
+    documents = path / "evaluation_documents.jsonl"
+    rows = [change(number, json.loads(line)) for number, line in enumerate(documents.read_text().splitlines())]
+    documents.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def test_a_document_of_which_only_the_end_was_scored_changes_no_unit(make_run: MakeRun) -> None:
+    """One token and no byte: that is a count, not a lack of one."""
+    paths = make_run("a"), make_run("b", quality=0.1)
+    for path in paths:
+        rows = change_documents(
+            path, lambda n, row: row | ({"tokens": 1, "bytes": 0, "domain": "end"} if n == 0 else {})
+        )
+    comparison = compared(*paths)
+    assert comparison.measure.name == "bits per byte"
+    assert comparison.lines[-1].score == pytest.approx(
+        sum(row["nats"] for row in rows) / sum(row["bytes"] for row in rows) / math.log(2)
+    )
+    assert comparison.lines[-1].difference is not None
+    assert math.isfinite(comparison.lines[-1].difference.low)
+    assert "end" not in comparison.domains
+
+
+def test_documents_whose_bytes_one_run_does_not_know_are_left_out_of_all_and_told(make_run: MakeRun) -> None:
+    paths = make_run("a"), make_run("b", quality=0.1)
+    whole = change_documents(paths[0], lambda n, row: row)
+    change_documents(paths[1], lambda n, row: row | ({"bytes": None} if n in (3, 5) else {}))
+    comparison = compared(*paths)
+    assert comparison.measure.name == "bits per byte"
+    kept = [row for number, row in enumerate(whole) if number not in (3, 5)]
+    names = [whole[number]["document"] for number in (3, 5)]
+    expected = sum(row["nats"] for row in kept) / sum(row["bytes"] for row in kept) / math.log(2)
+    assert comparison.lines[0].score == pytest.approx(expected)
+    (told,) = [warning for warning in comparison.warnings if "no count of bytes" in warning]
+    assert told.startswith(f"2 of {len(whole)} held-out documents (first '{min(names)}')")
+
+
+def test_a_run_without_bytes_takes_the_whole_comparison_to_nats_and_says_why(make_run: MakeRun) -> None:
+    paths = make_run("a"), make_run("b", quality=0.1)
+    change_documents(paths[1], lambda n, row: {key: value for key, value in row.items() if key != "bytes"})
+    comparison = compared(*paths)
+    assert comparison.measure.name == "nats per token"
+    assert any(
+        warning.endswith("nats per token, not bits per byte: no count of the text's bytes in b")
+        for warning in comparison.warnings
+    )
+    assert comparison.lines[-1].difference is not None
+
+
+def change_summary(path: Path, **data: Any) -> None:
+    summary = json.loads((path / "summary.json").read_text())
+    summary["data"] |= data
+    (path / "summary.json").write_text(json.dumps(summary))
+
+
+def test_seen_text_is_said_of_all_runs_it_holds_for(make_run: MakeRun) -> None:
+    paths = [make_run(name) for name in ("a", "b", "clean", "old", "public")]
+    seen = {"source": "runs/dense", "scored": 52, "scored_trained": 16, "scored_read": 9, "held_out": 64,
+            "held_out_trained": 21, "unknown": []}  # fmt: skip
+    for path in paths[:2]:
+        change_summary(path, seen=seen)
+    change_summary(paths[2], seen=seen | {"scored_trained": 0, "held_out_trained": 0})
+    change_config(paths[3], "train", {"init_from": "runs/older"})
+    change_summary(paths[4], seen={"source": "Qwen2-7B", "scored": 52, "held_out": 64, "unknown": ["Qwen2-7B"]})
+    comparison = compared(*paths)
+    assert len(comparison.seen) == 3
+    told = " | ".join(comparison.seen)
+    assert re.search(r"(a, b|b, a): 16 of 52 held-out documents that are scored \(21 of all 64\)", told)
+    assert "old: held-out text may have been seen" in told
+    assert "public: held-out text may have been seen: Qwen2-7B keeps no record" in told
+    assert "clean" not in told
+    assert comparison.to_json()["held_out_text_seen"] == comparison.seen
+
+
+def test_the_order_of_reading_counts_as_a_seed(make_run: MakeRun) -> None:
+    paths = [make_run(f"moe_{number}") for number in range(3)]
+    for order, path in enumerate(paths):
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        change_config(path, "data", config["data"] | {"order_seed": order or None})
+    comparison = compared(*paths)
+    assert [line.seeds for line in comparison.lines] == [[0, "0 (order 1)", "0 (order 2)"]]
+    assert not any("repeats" in warning for warning in comparison.warnings)
+    assert not any("different orders" in warning for warning in comparison.warnings)
+    assert any("different orders" in warning for warning in compared(*paths, make_run("x", quality=1.0)).warnings)
 
 
 def test_equal_tokens_are_read_from_the_evaluation_curve(make_run: MakeRun) -> None:
