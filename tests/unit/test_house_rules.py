@@ -33,7 +33,7 @@ FLOORS = (
     {"data"},
     {"moe"},
     {"nn", "initialisers"},
-    {"hookspecs", "plugin_modules"},
+    {"hookspecs", "plugin_modules", "installed"},
     {"registry"},
     {"layouts"},
     {"builder", "generate"},
