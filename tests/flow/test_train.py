@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,34 @@ TIMES = {"seconds", "perf/tokens_per_second", "perf/mfu", "perf/memory_gb"}
 
 def _run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*MOELAB, *arguments], cwd=root, capture_output=True, text=True, timeout=300, check=False)
+
+
+# The command with an observer in place of the progress bar, which sends the process a signal from within: a watcher
+# outside may look when it is too late.
+STOPPED = """
+import os, signal, sys
+import moelab
+from moelab_tools import cli, progress
+
+class Stopper:
+    def __init__(self, steps):
+        pass
+
+    @moelab.hookimpl
+    def {hook}(self, step):
+        if step == {step}:
+            os.kill(os.getpid(), signal.{sent})
+
+progress.TrainingProgress = Stopper
+sys.exit(cli.run(sys.argv[1:]))
+"""
+
+
+def _stopped(root: Path, hook: str, step: int, sent: str, *arguments: str) -> int:
+    """The exit code of a command that gets the signal `sent` in `hook` of `step`."""
+    code = STOPPED.format(hook=hook, step=step, sent=sent)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=root, capture_output=True, check=False)
+    return done.returncode
 
 
 def _metrics(run: Path) -> list[dict[str, float]]:
@@ -60,14 +87,7 @@ def test_a_run_folder_holds_all_that_was_promised(finished: Path) -> None:
 def test_a_killed_run_resumes_to_the_same_bits(root: Path, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed"
     arguments = ("train", CONFIG, *SMALL, f"run_dir={run}")
-    process = subprocess.Popen([*MOELAB, *arguments], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoints" / "step_00000006").is_dir():
-        assert time.monotonic() < deadline, "no checkpoint appeared"
-        assert process.poll() is None, "ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert _stopped(root, "on_save", 6, "SIGKILL", *arguments) == -signal.SIGKILL
     assert not (run / "checkpoints" / "step_00000012").exists()
     assert _run(root, *arguments).returncode == 2, "a run folder is never overwritten unasked"
     resumed = _run(root, *arguments, "--resume")
@@ -121,13 +141,7 @@ def test_an_interrupted_run_saves_at_its_step_and_resumes_to_the_same_bits(
 ) -> None:
     run = tmp_path / "interrupted"
     arguments = ("train", CONFIG, *SMALL, f"run_dir={run}", "train.save_every=0")
-    process = subprocess.Popen([*MOELAB, *arguments], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or '"step": 2' not in (run / "metrics.jsonl").read_text():
-        assert time.monotonic() < deadline, "no step was logged"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 130
+    assert _stopped(root, "on_log", 2, "SIGTERM", *arguments) == 130
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "interrupted"
     assert (run / "checkpoints" / f"step_{summary['steps']:08d}").is_dir()
