@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from omegaconf import MISSING
 
@@ -90,9 +91,22 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     observers: list[Part] = field(default_factory=lambda: [{"name": "tensorboard"}])
     resume: bool = False  # go on from the newest checkpoint in run_dir
+    store_environment: bool = False  # write into the run folder what ${oc.env:NAME} stood for, not the expression
+
+    # The keys whose ${oc.env:...} is stored as it was written; what is not here, a checkpoint needs to be opened.
+    STORED_AS_WRITTEN: ClassVar[frozenset[str]] = frozenset(
+        {"run_dir", "name", "seed", "data", "train", "optimizer", "schedule", "evaluation", "observers", "resume"}
+    )
+
+    def __post_init__(self) -> None:
+        self.as_written: dict[tuple[str, ...], str] = {}  # key path -> the expression that is stored there
 
     def check(self) -> None:
         """Raise ConfigError for values out of range, naming the key."""
+        if not self.run_dir:
+            raise ConfigError("run_dir: names no folder; write run_dir=runs/NAME")
+        _at_least_of("seed", self.seed, 0)
+        _at_least("data", self.data, "seed", 0)
         _check_train(self.train)
         _check_schedule(self.schedule)
         _check_optimizer(self.optimizer)
@@ -106,6 +120,9 @@ class RunConfig:
         for key in ("every", "sample_tokens"):
             _at_least("evaluation", self.evaluation, key, 0)
         _at_least("evaluation", self.evaluation, "sequences", 1)
+        if self.evaluation.batch_size is not None:
+            _at_least("evaluation", self.evaluation, "batch_size", 1)
+        _at_least("evaluation", self.evaluation, "temperature", 0)
         self.model.check()
 
 
@@ -142,6 +159,9 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
 
 
 def _at_least(section: str, holder: object, key: str, bound: int) -> None:
-    value = getattr(holder, key)
+    _at_least_of(f"{section}.{key}", getattr(holder, key), bound)
+
+
+def _at_least_of(where: str, value: float, bound: int) -> None:
     if value < bound:
-        raise ConfigError(f"{section}.{key}: must be at least {bound}, not {value}")
+        raise ConfigError(f"{where}: must be at least {bound}, not {value}")

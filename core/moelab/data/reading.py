@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moelab.errors import DataError
+from moelab.paths import unresolved_hint, user_path
 
 GLOB_CHARACTERS = "*?["
 
@@ -14,11 +15,13 @@ def resolve_path(path: str, base: Path) -> Path:
 
     Raises DataError with the places that were tried.
     """
-    tried = _candidates(Path(path).expanduser(), base)
+    tried = _candidates(user_path(path, "data.source"), base)
     for candidate in tried:
         if candidate.exists():
             return candidate
-    raise DataError(f"data.source: no file or folder '{path}' (looked for {', '.join(map(str, tried))})")
+    raise DataError(
+        f"data.source: no file or folder '{path}' (looked for {', '.join(map(str, tried))})" + unresolved_hint(path)
+    )
 
 
 def resolve_files(path: str, base: Path, pattern: str = "**/*") -> tuple[Path, list[Path]]:
@@ -29,7 +32,7 @@ def resolve_files(path: str, base: Path, pattern: str = "**/*") -> tuple[Path, l
     if not any(character in path for character in GLOB_CHARACTERS):
         root = resolve_path(path, base)
         return (root.parent, [root]) if root.is_file() else (root, _matches(root, pattern, path))
-    parts = Path(path).expanduser().parts
+    parts = user_path(path, "data.source").parts
     fixed = next(i for i, part in enumerate(parts) if any(character in part for character in GLOB_CHARACTERS))
     pattern = str(Path(*parts[fixed:]))
     tried = _candidates(Path(*parts[:fixed]), base)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shutil
 import time
@@ -13,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from moelab.checkpoint import CHECKPOINTS, CONFIG, newest_checkpoint
-from moelab.config.load import to_yaml
 from moelab.config.run import RunConfig
+from moelab.config.stored import seal, stored, to_yaml
 from moelab.errors import UserError
+from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab.train.checkpoint import TrainingState, restore_checkpoint, save_checkpoint
 from moelab.train.evaluate import evaluate, sample_texts
@@ -36,7 +36,7 @@ from moelab.train.run_folder import (
 )
 from moelab.train.run_lock import LOCK, RunLock, hold
 from moelab.train.schedule import learning_rate_factor
-from moelab.train.setup import Setup, check_same_run, checkpoint_files, prepare
+from moelab.train.setup import Setup, check_same_run, checkpoint_files, fixed_environment, prepare
 from moelab.train.step import Observe, StepResult, train_step
 from moelab.train.summary import Progress, backends, environment_facts, log_metrics, summary
 
@@ -64,8 +64,8 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
     Raises UserError before anything is written when the config, data, plugins or run folder are wrong;
     RunFailure when the loss stops being finite.
     """
-    run_dir = Path(config.run_dir)
-    registry = Registry(config.plugins, config.entry_points, [Path(p) for p in config.search_path])
+    run_dir = user_path(config.run_dir, "run_dir")
+    registry = Registry(config.plugins, config.entry_points, [user_path(p, "search_path") for p in config.search_path])
     setup = prepare(config, registry)
     with hold(run_dir) as lock:
         resumed = _find_resume(config, run_dir)
@@ -94,7 +94,7 @@ def _run(loop: Loop) -> None:
     interruption = Interruption()
     try:
         loop.observers.hook.on_train_begin(
-            run_dir=loop.run_dir, config=dataclasses.asdict(setup.config), facts=facts, step=progress.step
+            run_dir=loop.run_dir, config=stored(setup.config), facts=facts, step=progress.step
         )
         with interruption:
             while progress.step < setup.config.train.steps:
@@ -191,9 +191,12 @@ def _save(loop: Loop) -> None:
     loop.lock.check()
     folder = loop.run_dir / CHECKPOINTS / f"step_{progress.step:08d}"
     state = progress.state() | {"data_fingerprint": setup.corpus.fingerprint, "plugins": setup.registry.versions()}
+    outside = fixed_environment(setup.config)
+    if outside:
+        state["environment"] = seal(outside)
     save_checkpoint(folder, setup.model, _training_state(setup), state, checkpoint_files(setup))
     _prune(folder.parent, setup.config.train.keep_checkpoints)
-    logger.info("checkpoint: %s", folder)
+    logger.info("checkpoint: %s", folder.relative_to(loop.run_dir))
     loop.observers.hook.on_save(step=progress.step, path=folder)
 
 
