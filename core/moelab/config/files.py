@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moelab.config.scalars import Plain, meaning, quoted, scalar
+from moelab.config.scalars import Plain, meaning, quoted, scalar, settle
 from moelab.config.text import LARGEST_FILE, read_tree
 from moelab.errors import ConfigError
 from moelab.paths import user_path
@@ -149,7 +149,9 @@ def read_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
     tree = read_tree(text, str(path))
-    if tree is not None and not isinstance(tree, dict):
+    if settle(tree) is None:
+        return {}
+    if not isinstance(tree, dict):
         found = "a list" if isinstance(tree, list) else quoted(tree)
         raise ConfigError(f"{path}: must hold a mapping of keys, not {found}")
-    return tree or {}
+    return tree

@@ -76,6 +76,9 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
             return run_dir
         handler = open_log(run_dir / LOG)
         try:
+            if config.as_written:
+                keys = ", ".join(map(".".join, config.as_written))
+                logger.warning("stored as written, not as resolved: %s; store_environment=true stores the values", keys)
             write_atomically(run_dir / CONFIG, to_yaml(setup.config))
             manager = gather_observers(setup.config.observers, registry, run_dir, observers)
             with closing(MetricsLog(run_dir / METRICS, state.get("step", 0))) as metrics:
