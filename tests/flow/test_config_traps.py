@@ -130,8 +130,9 @@ def test_a_strangers_run_folder_asks_no_variable(
     monkeypatch.setenv("MOELAB_SECRET", SECRET)
     capsys.readouterr()
     commands = [
-        ["generate", "~/run", "--tokens", "2"], ["evaluate", "~/run"], ["export", "~/run", "~/hf"], ["explain", "~/run/config.yaml"],
-        ["train", "~/run/config.yaml", "run_dir=~/mine"], ["compare", "~/run", "~/mine", "--output", "~/report"],
+        ["generate", "~/run", "--tokens", "2"], ["evaluate", "~/run"], ["export", "~/run", "~/hf"],
+        ["explain", "~/run/config.yaml"], ["train", "~/run/config.yaml", "run_dir=~/mine"],
+        ["compare", "~/run", "~/mine", "--output", "~/report"],
     ]  # fmt: skip
     for command in commands:
         assert run(command) == 0, (command, capsys.readouterr().err)

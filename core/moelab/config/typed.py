@@ -53,7 +53,7 @@ class Typing:
         fields = {field.name: field for field in dataclasses.fields(schema) if field.init}  # type: ignore[arg-type]
         for key in tree:
             if key not in fields:
-                raise KeyProblem((*path, str(key)), f"no such key; here belong: {', '.join(fields)}")
+                raise KeyProblem((*path, str(key)), f"no such key; it takes: {', '.join(fields)}")
         values = {}
         for name, field in fields.items():
             standard = getattr(default, name) if default is not None else _default(field)

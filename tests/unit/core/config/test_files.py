@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +158,14 @@ def test_every_trap_is_one_line_with_key_and_origin(root: Path, override: str, w
 def test_an_item_of_a_default_list_is_overridden_by_its_index(root: Path) -> None:
     config = load_config([str(root / "configs/train/tiny_moe.yaml"), "optimizer.betas.1=0.5"], RunConfig).config
     assert config.optimizer.betas == [0.9, 0.5]
+
+
+def test_every_override_in_the_documentation_is_read(root: Path) -> None:
+    seen = 0
+    for page in [root / "README.md", root / "AGENTS.md", *root.glob("docs/*.md")]:
+        for command in re.findall(r"^    (moelab (?:\\\n|[^\n])*)", page.read_text(), flags=re.MULTILINE):
+            words = shlex.split(command.replace("\\\n", " "), comments=True)
+            for word in [word for word in words if re.match(r"[a-z_.0-9]+=", word)]:
+                assert override_layer(word).tree
+                seen += 1
+    assert seen > 10

@@ -109,7 +109,7 @@ def test_a_bool_takes_the_words_for_it(word: str) -> None:
         ("inner: 3", "inner: must be a mapping of keys, not '3'"),
         ("inner: {width: wide}", "inner.width: .*'wide'"),
         ("inner:\n  width: ???", r"inner.width: has no value yet; set it in a file or as inner.width=\.\.\."),
-        ("inner: {with: 1}", "inner.with: no such key; here belong: width, words"),
+        ("inner: {with: 1}", "inner.with: no such key; it takes: width, words"),
         ("kind: c", "kind: must be one of a, b, 3, not 'c'"),
         ("colour: green", "colour: must be one of red, blue, not 'green'"),
     ],
