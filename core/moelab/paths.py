@@ -7,12 +7,14 @@ from pathlib import Path
 
 from moelab.errors import ConfigError
 
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on every file system of Linux and macOS that matters
+
 
 def user_path(path: str | os.PathLike[str], where: str = "") -> Path:
     """A path that a config, a command line or a caller names; `~` and `~user` are home folders.
 
-    `where` is the config key or option, for the message. Raises ConfigError for a user who is not known, and for an
-    empty text, which would silently be the current folder.
+    `where` is the config key or option, for the message. Raises ConfigError for a user who is not known, for an
+    empty text, which would silently be the current folder, and for what no file system takes as a name.
     """
     text = os.fspath(path)
     key = f"{where}: " if where else ""
@@ -25,6 +27,11 @@ def user_path(path: str | os.PathLike[str], where: str = "") -> Path:
             "that begins with ~"
         )
     found = Path(expanded)
+    longest = max((len(os.fsencode(part)) for part in found.parts), default=0)
+    if longest > LONGEST_NAME or len(os.fsencode(expanded)) > LONGEST_PATH or "\0" in expanded:
+        raise ConfigError(
+            f"{key}'{text[:40]}...' is no path: a name has at most {LONGEST_NAME} bytes and no NUL, a path {LONGEST_PATH}"
+        )
     return found.absolute() if str(found).startswith("~") else found  # ./~x is a name, and stays one when asked again
 
 

@@ -90,6 +90,13 @@ def test_the_home_of_nobody_is_refused(here: Path, arguments: list[str], capsys:
     assert [path.name for path in here.iterdir()] == ["mine.yaml"]
 
 
+def test_names_that_look_like_markup_are_names(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", _config(here), *QUICK, "run_dir=x[/b]", "name='[/red]'"]) == 0
+    shown = capsys.readouterr().out
+    assert "[/red]: " in shown
+    assert "done: x[/b]" in shown
+
+
 def test_nothing_of_the_environment_lies_in_a_run_folder(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

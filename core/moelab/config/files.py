@@ -47,8 +47,7 @@ def find_config(name: str, near: Path | None = None, section: str = "") -> Path:
         if is_file(place):
             return place
     looked = ", ".join(dict.fromkeys(str(place) for place in places))
-    short = name if len(name) <= 200 else f"{name[:60]}... ({len(name)} characters)"
-    raise ConfigError(f"{short}: no such config file; looked for {looked if len(name) <= 200 else 'it in vain'}")
+    raise ConfigError(f"{name}: no such config file; looked for {looked}")
 
 
 def is_file(path: Path) -> bool:

@@ -10,6 +10,8 @@ from omegaconf import MISSING
 from moelab.config.model import ModelConfig, Part
 from moelab.errors import ConfigError
 
+MOST_THREADS = 1024  # torch dies of a number that the machine can't start
+
 
 @dataclass
 class DataConfig:
@@ -138,6 +140,8 @@ def _check_train(train: TrainConfig) -> None:
         raise ConfigError(f"train.dtype: must be float32 or bfloat16, not '{train.dtype}'")
     if train.threads is not None and train.threads < 1:
         raise ConfigError(f"train.threads: must be at least 1, not {train.threads}")
+    if train.threads is not None and train.threads > MOST_THREADS:
+        raise ConfigError(f"train.threads: must be at most {MOST_THREADS}, not {train.threads}")
 
 
 def _check_schedule(schedule: ScheduleConfig) -> None:

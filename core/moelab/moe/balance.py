@@ -92,9 +92,9 @@ def split_common(node: Mapping[str, Any], where: str) -> tuple[dict[str, Any], s
     own = {key: value for key, value in node.items() if key not in COMMON_KEYS}
     pattern, given = node.get("layers"), node.get("schedule")
     try:
-        schedule = OPTIONS.build(WeightSchedule, {} if settle(given) is None else given)
-    except KeyProblem as error:
-        raise ConfigError(f"{where}.schedule.{error}") from error
+        schedule = OPTIONS.build(WeightSchedule, {} if settle(given) is None else given, (where, "schedule"))
+    except KeyProblem:
+        raise
     except ValueError as error:
         raise ConfigError(f"{where}.schedule: {error}") from error
     return own, None if settle(pattern) is None else str(pattern), schedule

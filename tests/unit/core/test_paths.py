@@ -29,6 +29,12 @@ def test_an_unknown_user_and_no_path_at_all_are_refused_with_the_key() -> None:
         user_path("", "data.tokenizer")
 
 
+@pytest.mark.parametrize("path", ["x" * 256, "é" * 128, "a/" * 2100, "a\0b"])
+def test_what_no_file_system_takes_is_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match=r"^run_dir: .* is no path"):
+        user_path(path, "run_dir")
+
+
 def test_a_value_of_the_environment_is_explained() -> None:
     assert "pass that config again" in unresolved_hint("${oc.env:DATA}/a")
     assert unresolved_hint("data/a") == ""
