@@ -30,7 +30,7 @@ def user_path(path: str | os.PathLike[str], where: str = "") -> Path:
     longest = max((len(os.fsencode(part)) for part in found.parts), default=0)
     if longest > LONGEST_NAME or len(os.fsencode(expanded)) > LONGEST_PATH or "\0" in expanded:
         raise ConfigError(
-            f"{key}'{text[:40]}...' is no path: a name has at most {LONGEST_NAME} bytes and no NUL, a path {LONGEST_PATH}"
+            f"{key}'{text[:40]}' is no path: a name has {LONGEST_NAME} bytes at most and no NUL, a path {LONGEST_PATH}"
         )
     return found.absolute() if str(found).startswith("~") else found  # ./~x is a name, and stays one when asked again
 
