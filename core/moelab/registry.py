@@ -12,10 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import pluggy
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from moelab.components import Component
+from moelab.config.typed import OPTIONS, KeyProblem
 from moelab.errors import ConfigError, near
 from moelab.hookspecs import EXTENSION_POINTS, BuiltT, ContextT, ExtensionPoint, plugin_hooks
 from moelab.installed import installed_plugins, load_plugin, may_offer
@@ -169,11 +168,9 @@ def _options(chosen: Component[Any, Any], given: dict[str, Any], where: str) -> 
                 f"{near(key, legal)} It takes: {', '.join(legal) or 'nothing'}"
             )
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(chosen.options), given)
-        return OmegaConf.to_object(merged)  # also runs the dataclass's own __post_init__ checks
-    except OmegaConfBaseException as error:
-        key = f"{where}.{error.full_key}" if error.full_key else where
-        raise ConfigError(f"{key}: '{chosen.name}' ({chosen.owner}): {str(error).splitlines()[0]}") from error
+        return OPTIONS.build(chosen.options, given, (where,))  # also runs the dataclass's own __post_init__ checks
+    except KeyProblem as error:
+        raise ConfigError(f"{error.key}: '{chosen.name}' ({chosen.owner}): {error.problem}") from error
     except ValueError as error:
         raise ConfigError(f"{where}: '{chosen.name}' ({chosen.owner}): {error}") from error
 

@@ -30,6 +30,7 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 # The floors of core, lowest first: a room imports from its own and from lower floors, never from above or next door.
 FLOORS = (
     {"errors", "seeds", "components"},
+    {"paths"},
     {"config"},
     {"data"},
     {"moe"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moelab.checkpoint import is_moelab, read_run_config, resolve_checkpoint
+from moelab.config.files import is_override
 from moelab.config.load import load_config
 from moelab.config.run import RunConfig
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
@@ -32,9 +33,10 @@ def run_config_of(path: Path) -> RunConfig | None:
 def evaluation_config(path: Path, arguments: tuple[str, ...]) -> RunConfig:
     """The run config that says what to evaluate on: the checkpoint's own, under the given files and overrides."""
     own = resolve_checkpoint(path) / "config.yaml"
-    files = [str(own)] if own.is_file() and not any("=" not in argument for argument in arguments) else []
-    if not files and not arguments:
+    files = [argument for argument in arguments if not is_override(argument)]
+    below = own if own.is_file() and not files else None
+    if below is None and not arguments:
         raise CheckpointError(f"{path}: says nothing of its data; name a config, as in configs/train/tiny_moe.yaml")
-    loaded = load_config([*files, *arguments, *(() if files else ("run_dir=unused",))], RunConfig)
+    loaded = load_config([*arguments, *(() if below else ("run_dir=unused",))], RunConfig, below=below)
     loaded.config.search_path += [str(folder.resolve()) for folder in loaded.search_path]
     return loaded.config

@@ -21,6 +21,7 @@ from typing import Any
 import click
 
 from moelab.errors import DataError
+from moelab_tools.user_path import USER_PATH
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Digits one by one, contractions apart, and a blank belongs to the word after it.
@@ -122,8 +123,8 @@ def write_tokenizer(ranks_file: Path, folder: Path) -> Any:
 
 
 @click.command()
-@click.argument("ranks", type=click.Path(path_type=Path))
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("ranks", type=USER_PATH)
+@click.argument("folder", type=USER_PATH)
 def main(ranks: Path, folder: Path) -> None:
     """Write Qwen2's tokenizer.json and tokenizer_config.json to FOLDER.
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from moelab.data.account import Account
 from moelab.errors import DataError
+from moelab.paths import unresolved_hint, user_path
 
 GLOB_CHARACTERS = "*?["
 Key = TypeVar("Key")
@@ -25,7 +26,9 @@ def resolve_path(path: str, base: Path) -> Path:
     for candidate in tried:
         if _exists(candidate):
             return candidate
-    raise DataError(f"data.source: no file or folder '{path}' (looked for {', '.join(map(str, tried))})")
+    raise DataError(
+        f"data.source: no file or folder '{path}' (looked for {', '.join(map(str, tried))})" + unresolved_hint(path)
+    )
 
 
 def resolve_files(
@@ -70,7 +73,7 @@ def distinct_files(
 
 
 def _candidates(path: str, base: Path) -> list[Path]:
-    given = Path(path).expanduser()
+    given = user_path(path, "data.source")
     return list(dict.fromkeys([(base / given).absolute(), given.absolute()]))
 
 

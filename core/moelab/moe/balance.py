@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moelab.config.scalars import settle
+from moelab.config.typed import OPTIONS, KeyProblem
 from moelab.errors import ConfigError
 from moelab.moe.contracts import BalanceContext, BalanceLoss
 from moelab.moe.routing import LayerRecord
@@ -57,16 +59,14 @@ class NamedLoss:
 def split_common(node: Mapping[str, Any], where: str) -> tuple[dict[str, Any], str | None, WeightSchedule]:
     """An entry of `balance_losses` -> what is the plugin's own, its layer pattern, its schedule."""
     own = {key: value for key, value in node.items() if key not in COMMON_KEYS}
-    pattern, given = node.get("layers"), dict(node.get("schedule") or {})
-    legal = [f.name for f in fields(WeightSchedule)]
-    for key in given:
-        if key not in legal:
-            raise ConfigError(f"{where}.schedule.{key}: no such key; it takes: {', '.join(legal)}")
+    pattern, given = node.get("layers"), node.get("schedule")
     try:
-        schedule = WeightSchedule(**given)
-    except (TypeError, ValueError) as error:
+        schedule = OPTIONS.build(WeightSchedule, {} if settle(given) is None else given, (where, "schedule"))
+    except KeyProblem:
+        raise
+    except ValueError as error:
         raise ConfigError(f"{where}.schedule: {error}") from error
-    return own, None if pattern is None else str(pattern), schedule
+    return own, None if settle(pattern) is None else str(pattern), schedule
 
 
 def router_gradient_shares(terms: Mapping[str, Tensor], router_parameters: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from moelab.builder import build_model
 from moelab.config.model import ModelConfig
+from moelab.config.scalars import settle
 from moelab.errors import ConfigError, near
 from moelab.nn.count import count_parameters, flops_per_token
 from moelab.registry import Registry
@@ -70,7 +71,7 @@ def match_layout(
         changed.moe.layout = {**changed.moe.layout, option: value}
         return measure_model(changed, measure, sequence_length, registry)
 
-    start = int(config.moe.layout.get(option) or multiple_of)
+    start = int(settle(config.moe.layout.get(option)) or multiple_of)
     low = -(-start // multiple_of) * multiple_of
     slope = (at(low + multiple_of) - at(low)) / multiple_of
     if slope <= 0:

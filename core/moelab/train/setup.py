@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from moelab.builder import build_balance_losses, build_model, resolve_model
-from moelab.checkpoint import CONFIG, read_run_config, resolve_checkpoint
-from moelab.config.load import to_yaml
+from moelab.checkpoint import CONFIG, read_run_config, read_state, resolve_checkpoint
 from moelab.config.run import RunConfig
+from moelab.config.scalars import settle
+from moelab.config.stored import is_sealed, stored, to_yaml
 from moelab.data.batches import TrainBatches, ValidationBatches
 from moelab.data.corpus import Corpus, DataContext
 from moelab.data.seen import RECORD, DataRecord, SeenText, history_of, record_of_run, seen_text
@@ -27,13 +28,14 @@ from moelab.nn.allocator import keep_freed_memory
 from moelab.nn.checkpointing import apply_activation_checkpointing
 from moelab.nn.count import Parameters, ServedCosts, count_parameters, flops_per_token, served_costs
 from moelab.nn.transformer import Transformer
+from moelab.paths import unresolved_hint, user_path
 from moelab.registry import Registry
 from moelab.train.optimizer import build_adamw
 from moelab.train.precision import choose_precision, set_threads
 from moelab.train.step import StepSettings, probe_step
 
 # What may differ when a run is resumed: none of it changes the numbers of a step.
-FREE_ON_RESUME = {"run_dir", "resume", "name", "observers", "evaluation", "search_path"}
+FREE_ON_RESUME = {"run_dir", "resume", "name", "observers", "evaluation", "search_path", "store_environment"}
 FREE_TRAIN_KEYS = {"log_every", "save_every", "keep_checkpoints", "init_from"}
 
 
@@ -124,7 +126,7 @@ def resolve_run(config: RunConfig, registry: Registry) -> None:
 
 def build_corpus_of(config: RunConfig, registry: Registry, tokenizer: Tokenizer) -> Corpus:
     """The corpus that `data` describes; relative paths count from the config file's folder."""
-    base = Path(config.search_path[0]) if config.search_path else Path()
+    base = user_path(config.search_path[0], "search_path") if config.search_path else Path()
     data = config.data
     context = DataContext(tokenizer, data.validation_fraction, data.seed, base, data.split_seed)
     return registry.build(DATA_SOURCES, data.source, context, "data.source")
@@ -133,7 +135,11 @@ def build_corpus_of(config: RunConfig, registry: Registry, tokenizer: Tokenizer)
 def starting_history(config: RunConfig) -> DataRecord:
     """What the weights of `train.init_from` were trained on, as far as is recorded beside them."""
     source = config.train.init_from
-    return DataRecord() if source is None else history_of([resolve_checkpoint(Path(source))], [source])
+    return (
+        DataRecord()
+        if source is None
+        else history_of([resolve_checkpoint(user_path(source, "train.init_from"))], [source])
+    )
 
 
 def starting_model(config: RunConfig, registry: Registry, device: torch.device) -> Transformer:
@@ -146,8 +152,8 @@ def starting_model(config: RunConfig, registry: Registry, device: torch.device) 
         return model
     try:
         source = load(config.train.init_from, device=device).state_dict()
-    except CheckpointError as error:
-        raise CheckpointError(f"train.init_from: {error}") from error
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(f"train.init_from: {error}{unresolved_hint(config.train.init_from)}") from error
     wanted = dict(model.state_dict())
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     missing = sorted(parameters - source.keys())
@@ -172,24 +178,39 @@ def checkpoint_files(setup: Setup, step: int) -> dict[str, bytes]:
 
 def check_same_run(setup: Setup, checkpoint: Path) -> None:
     """Refuse to resume under another config. Raises ConfigError naming the keys that differ."""
-    stored = _fixed_part(read_run_config(checkpoint))
-    now = _fixed_part(setup.config)
-    different = sorted(key for key in stored.keys() | now.keys() if stored.get(key) != now.get(key))
+    then, now = _fixed_part(stored(read_run_config(checkpoint))), _fixed_part(stored(setup.config))
+    different = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
     if different:
-        lines = "; ".join(f"{key}: {stored.get(key)!r} then, {now.get(key)!r} now" for key in different[:5])
+        lines = "; ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in different[:5])
         raise ConfigError(
             f"{different[0]}: {checkpoint} was written under another config ({lines}); resume with the same, "
             "or start a new run from these weights with train.init_from"
         )
+    outside = fixed_environment(setup.config)
+    sealed = str(read_state(checkpoint).get("environment", ""))
+    if outside and not is_sealed(outside, sealed):
+        raise ConfigError(
+            f"{next(iter(outside))}: {checkpoint} was written in another environment: what {', '.join(outside)} took "
+            "from it then is something else now; set the variables as they were, or start a new run with "
+            "train.init_from"
+        )
 
 
-def _fixed_part(config: RunConfig) -> dict[str, Any]:
-    tree = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
+def fixed_environment(config: RunConfig) -> dict[str, Any]:
+    """{key: value} of what came from the environment and must be the same when the run goes on."""
+    values = _fixed_part(dataclasses.asdict(config))
+    return {key: values[key] for key in map(".".join, sorted(config.as_written)) if key in values}
+
+
+def _fixed_part(config: dict[str, Any]) -> dict[str, Any]:
+    tree = {k: settle(v) for k, v in config.items() if k not in FREE_ON_RESUME}
     tree["train"] = {k: v for k, v in tree["train"].items() if k not in FREE_TRAIN_KEYS}
     return dict(_flat(tree, ()))
 
 
 def _flat(tree: Any, key_path: tuple[str, ...]) -> list[tuple[str, Any]]:
+    if isinstance(tree, list) and tree:
+        tree = dict(enumerate(tree))
     if isinstance(tree, dict) and tree:
         return [leaf for key, value in tree.items() for leaf in _flat(value, (*key_path, str(key)))]
     return [(".".join(key_path), tree)]

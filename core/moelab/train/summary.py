@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import moelab
+from moelab.config.stored import stored
 from moelab.nn.count import expected_assignments
 from moelab.train.format import FORMAT_VERSION
 from moelab.train.peak import peak_flops
@@ -52,7 +53,7 @@ def memory_gb(device: torch.device) -> float:
 
 def environment_facts(setup: Setup) -> dict[str, Any]:
     """What is known before the first step; the constant part of summary.json."""
-    config = setup.config
+    config, written = setup.config, stored(setup.config)
     return {
         "name": run_name(setup),
         "parameters": asdict(setup.parameters),
@@ -65,11 +66,11 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
             "source": config.data.source["name"],
             "train_tokens": len(setup.corpus.train.tokens),
             "validation_tokens": len(setup.corpus.validation.tokens),
-            "sequence_length": config.train.sequence_length,
-            "batch_size": config.train.batch_size,
-            "seed": config.data.seed,
-            "split_seed": config.data.split_seed,
-            "order_seed": config.order_seed,
+            "sequence_length": written["train"]["sequence_length"],
+            "batch_size": written["train"]["batch_size"],
+            "seed": written["data"]["seed"],
+            "split_seed": written["data"]["split_seed"],
+            "order_seed": written["seed"] if written["data"]["order_seed"] is None else written["data"]["order_seed"],
             "manifest": setup.corpus.manifest,
             "left_out": setup.corpus.left_out,
             "seen": asdict(setup.seen),
@@ -83,17 +84,18 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
         },
         "device": _device_name(setup.step_settings.precision.device),
         "threads": setup.threads,
-        "dtype": config.train.dtype,
+        "dtype": written["train"]["dtype"],
         "git": _git_revision(),
-        "init_from": config.train.init_from,
-        "seed": config.seed,
+        "init_from": written["train"]["init_from"],
+        "seed": written["seed"],
         "backends": backends(setup),
     }
 
 
 def run_name(setup: Setup) -> str:
     """The config's name or the folder's; routing that is balanced by force is never compared unawares."""
-    name = setup.config.name or Path(setup.config.run_dir).name
+    written = stored(setup.config)  # not what a variable of the environment held: names are stored
+    name = written["name"] or Path(written["run_dir"]).name
     return f"{name} (FORCED BALANCE)" if any(getattr(b.router, "forced", False) for b in setup.blocks) else name
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moelab.checkpoint import CHECKPOINTS, CONFIG, newest_checkpoint
-from moelab.config.load import to_yaml
 from moelab.config.run import RunConfig
+from moelab.config.stored import seal, stored, to_yaml
 from moelab.data.seen import read_record
 from moelab.errors import CheckpointError, UserError
+from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab.train.checkpoint import TrainingState, restore_checkpoint, save_checkpoint
 from moelab.train.evaluate import evaluate, sample_texts
@@ -39,7 +39,7 @@ from moelab.train.run_folder import (
 )
 from moelab.train.run_lock import LOCK, RunLock, hold
 from moelab.train.schedule import learning_rate_factor
-from moelab.train.setup import Setup, check_same_run, checkpoint_files, prepare
+from moelab.train.setup import Setup, check_same_run, checkpoint_files, fixed_environment, prepare
 from moelab.train.step import Observe, StepResult, train_step
 from moelab.train.summary import backends, environment_facts, log_metrics, summary
 
@@ -67,17 +67,18 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
     Raises UserError before anything is written when the config, data, plugins or run folder are wrong;
     RunFailure when the loss stops being finite.
     """
-    run_dir = Path(config.run_dir)
+    run_dir = user_path(config.run_dir, "run_dir")
+    folders = [user_path(p, "search_path") for p in config.search_path]
     with ExitStack() as stack:
         with HeldLog() as held:
-            registry = Registry(config.plugins, config.entry_points, [Path(p) for p in config.search_path])
+            registry = Registry(config.plugins, config.entry_points, folders)
             setup = prepare(config, registry)
             lock = stack.enter_context(hold(run_dir))
             resumed = _find_resume(config, run_dir)
             prepare_run_folder(run_dir, resume=config.resume, force=force)
             state = _restore(setup, resumed) if resumed else {}
             if resumed and (history := read_record(resumed)):
-                setup = dataclasses.replace(setup, history=history)
+                setup = replace(setup, history=history)
             for line in setup.seen.lines():
                 logger.warning("train.init_from: %s", line)
             if state.get("step") == config.train.steps and is_finished(run_dir):
@@ -85,6 +86,9 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
                 return run_dir
         handler = open_log(run_dir / LOG, held.records)
         try:
+            if config.as_written:
+                keys = ", ".join(map(".".join, config.as_written))
+                logger.warning("stored as written, not as resolved: %s; store_environment=true stores the values", keys)
             write_atomically(run_dir / CONFIG, to_yaml(setup.config))
             manager = gather_observers(setup.config.observers, registry, run_dir, observers)
             with closing(MetricsLog(run_dir / METRICS, state.get("step", 0))) as metrics:
@@ -104,7 +108,7 @@ def _run(loop: Loop) -> None:
     interruption = Interruption()
     try:
         loop.observers.hook.on_train_begin(
-            run_dir=loop.run_dir, config=dataclasses.asdict(setup.config), facts=facts, step=progress.step
+            run_dir=loop.run_dir, config=stored(setup.config), facts=facts, step=progress.step
         )
         with interruption:
             while progress.step < setup.config.train.steps:
@@ -201,9 +205,12 @@ def _save(loop: Loop) -> None:
     loop.lock.check()
     folder = loop.run_dir / CHECKPOINTS / f"step_{progress.step:08d}"
     state = progress.state() | {"data_fingerprint": setup.corpus.fingerprint, "plugins": setup.registry.versions()}
+    outside = fixed_environment(setup.config)
+    if outside:
+        state["environment"] = seal(outside)
     save_checkpoint(folder, setup.model, _training_state(setup), state, checkpoint_files(setup, progress.step))
     _prune(folder.parent, setup.config.train.keep_checkpoints)
-    logger.info("checkpoint: %s", folder)
+    logger.info("checkpoint: %s", folder.relative_to(loop.run_dir))
     loop.observers.hook.on_save(step=progress.step, path=folder)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moelab import Component, ConfigError, MoEContext, Router, Routing, TokenInfo, component, hookimpl
+from moelab import Component, ConfigError, MoEContext, Router, Routing, TokenInfo, component, hookimpl, user_path
 from moelab.seeds import derive_seed
 
 
@@ -56,7 +56,7 @@ def hash_table(options: HashOptions, context: MoEContext) -> np.ndarray:
     if options.frequencies is None:
         first = random.permutation(vocabulary) % experts
     else:
-        first = _equal_mass(_read_counts(Path(options.frequencies), vocabulary), experts)
+        first = _equal_mass(_read_counts(user_path(options.frequencies, "frequencies"), vocabulary), experts)
     table = np.empty((vocabulary, context.num_experts_per_tok), dtype=np.int64)
     table[:, 0] = first
     if context.num_experts_per_tok > 1:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moelab.errors import UserError
+from moelab.paths import user_path
 from moelab_tools.compare.budgets import Budget, equal_budgets, flops_warnings
 from moelab_tools.compare.differences import Table, check_comparable, config_differences, facts, fairness_warnings
 from moelab_tools.compare.held_out import choose_measure, seen_before
@@ -144,7 +144,7 @@ def _named(variants: Sequence[Variant], name: str) -> Variant:
         runs = variant.runs
         if wanted in (variant.name, *(run.name for run in runs), *(run.path.name for run in runs)):
             return variant
-        if Path(wanted).resolve() in [run.path.resolve() for run in runs]:
+        if user_path(wanted).resolve() in [run.path.resolve() for run in runs]:
             return variant
     names = ", ".join(variant.name for variant in variants)
     raise UserError(f"--baseline {name}: is none of the runs compared; they are: {names}")

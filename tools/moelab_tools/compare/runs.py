@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moelab.errors import UserError
+from moelab.errors import ConfigError, UserError
 from moelab.train.format import FORMAT_VERSION
 
 Row = dict[str, float]
@@ -133,16 +133,16 @@ def _runs_inside(folder: Path) -> str:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
+    from moelab.config.scalars import settle
+    from moelab.config.stored import read_stored_tree
 
     try:
-        config = OmegaConf.to_container(OmegaConf.create(_text(path)))
-    except YAMLError as error:
-        raise UserError(f"{path}: broken YAML ({str(error).splitlines()[0]}); {_CURE}") from error
-    if not isinstance(config, dict) or "model" not in config:
+        config = settle(read_stored_tree(path))
+    except ConfigError as error:
+        raise UserError(f"{error}; {_CURE}") from error
+    if "model" not in config:
         raise UserError(f"{path}: holds no `model`; {_CURE}")
-    return {str(key): value for key, value in config.items()}
+    return dict(config)
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
