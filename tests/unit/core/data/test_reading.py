@@ -8,7 +8,7 @@ import pytest
 
 from moelab.data.account import Account
 from moelab.data.reading import distinct_files, read_text, resolve_files, resolve_path
-from moelab.errors import DataError
+from moelab.errors import DataError, UserError
 
 
 def test_a_path_is_looked_for_beside_the_config_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,8 +102,8 @@ def test_a_file_reached_twice_is_read_once_and_told(tmp_path: Path) -> None:
     assert {what: cause.count for what, cause in account.causes.items()} == {"files read once, reached twice": 2}
 
 
-def test_a_name_that_is_too_long_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no file or folder"):
+def test_a_name_that_is_too_long_is_said_to_be_no_path(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no path"):
         resolve_files("x" * 300, tmp_path)
 
 
