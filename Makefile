@@ -1,27 +1,28 @@
 # Set-up, tests and the demo. Every target installs what it needs into .venv first.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= requirements.lock
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUNS ?= runs/demo
 
 MEGABLOCKS := $(VENV)/.megablocks
 
-.PHONY: help setup setup-megablocks test lint types demo short-demo lock clean
+.PHONY: help setup setup-megablocks test test-elsewhere test-lowest lint types demo short-demo lock clean
 
 help:
 	@echo "make demo    dense Qwen2 -> upcycle -> train MoE variants -> compare, on real text (under 10 minutes)"
-	@echo "make test    all tests"
+	@echo "make test    all tests; make test-elsewhere: in another world, make test-lowest: with the lowest versions"
 	@echo "make setup-megablocks   MegaBlocks, stk and triton beside torch; without a GPU their tests run interpreted"
 	@echo "make lint    ruff; make types: mypy; make clean: remove runs/demo and the virtual environment"
 
 setup: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml requirements.lock
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@echo "Setting up $(VENV): takes a minute or two the first time"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock hatchling editables
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c requirements.lock -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) hatchling editables setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $(INSTALLED)
 
 # MegaBlocks pins a torch of its own, so it comes without its dependencies; it needs no compiled extension here.
@@ -37,6 +38,18 @@ $(MEGABLOCKS): $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+# Another processor's kernels (no AVX in torch, no AVX-512 in oneDNN, plain ones in MKL), three threads, another order
+# for each commit (SHUFFLE repeats one), and an installed package whose `moelab` entry point imports torch. Without what
+# compiles for GPUs, which none of that changes.
+SHUFFLE ?= $(or $(shell git rev-parse --short HEAD 2>/dev/null),0)
+test-elsewhere: $(INSTALLED)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=3 OMP_WAIT_POLICY=passive \
+		PYTHONPATH=$(CURDIR)/tests/elsewhere \
+		$(BIN)/python -m pytest -n 2 -q -m 'not interpreter' --shuffle=$(SHUFFLE)
+
+test-lowest:
+	$(MAKE) setup-megablocks test VENV=.venv-lowest CONSTRAINTS=requirements.lowest
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

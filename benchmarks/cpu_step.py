@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -88,6 +89,12 @@ HOPELESS = 1.5  # a side this many times slower than the best of its kind is lef
 
 def main() -> None:
     options = _options()
+    if int(transformers.__version__.split(".")[0]) < 5:
+        print(
+            f"transformers {transformers.__version__} computes experts in one way; the sides need 5.0 or later; "
+            "nothing was measured and nothing written"
+        )
+        sys.exit(2)
     torch.set_num_threads(options.threads)
     results = []
     for experts, top_k, width in options.shape:
@@ -111,6 +118,7 @@ def _measure(shape: Shape, options: argparse.Namespace) -> Iterator[dict[str, An
             target=_serve, args=(side, shape, options.backend, options.threads, theirs), daemon=True
         )
         process.start()
+        theirs.close()  # else a side that dies leaves us waiting for it
         processes.append(process)
         pipes[side.name] = ours
     ready = {name: pipe.recv() for name, pipe in pipes.items()}

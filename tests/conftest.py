@@ -1,8 +1,13 @@
-"""One thread, fixed seeds, and subprocesses that find the sources."""
+"""Fixed seeds, a thread count from outside, subprocesses that find the sources, and tests in another order.
+
+`--shuffle SEED` shuffles the files, and the tests within each: a file's tests stay together, so that what a module
+fixture makes is made once. No seed of a test depends on it.
+"""
 
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -10,16 +15,40 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = os.pathsep.join(str(ROOT / folder) for folder in ("core", "plugins", "upcycling", "tools"))
+THREADS = os.environ.get("OMP_NUM_THREADS", "1")
+INHERITED = os.environ.get("PYTHONPATH")  # `make test-elsewhere` has a package there
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", metavar="SEED", help="run files, and the tests of each, in an order of this seed")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed = config.getoption("shuffle")
+    if seed is None:
+        return
+    chance = random.Random(seed)
+    place = {path: chance.random() for path in dict.fromkeys(item.path for item in items)}
+    items.sort(key=lambda item: (place[item.path], chance.random()))
 
 
 @pytest.fixture(autouse=True)
 def _fixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     torch.manual_seed(0)
-    monkeypatch.setenv("PYTHONPATH", SOURCES)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (SOURCES, INHERITED))))
+    monkeypatch.setenv("OMP_NUM_THREADS", THREADS)
 
 
 @pytest.fixture
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture
+def heavy_stranger(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package with a `moelab` entry point that imports torch is installed, for subprocesses and here."""
+    site = ROOT / "tests" / "elsewhere"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((os.environ["PYTHONPATH"], str(site))))
+    monkeypatch.syspath_prepend(str(site))
+    return site

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         BalanceContext,
         BalanceLoss,
         BalanceLossContext,
+        ExpectedAssignments,
         ExpertBackend,
         MoEContext,
         Router,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     )
     from moelab.moe.layout import ExpertLayout, LayoutContext
     from moelab.moe.routing import LayerRecord, Routing, TokenInfo
+    from moelab.paths import user_path
     from moelab.registry import Registry
 
 __version__ = "0.1.0"
@@ -43,6 +45,7 @@ _HOMES = {
         "BalanceContext",
         "BalanceLoss",
         "BalanceLossContext",
+        "ExpectedAssignments",
         "ExpertBackend",
         "MoEContext",
         "Router",
@@ -50,6 +53,7 @@ _HOMES = {
     ),
     "moelab.moe.layout": ("ExpertLayout", "LayoutContext"),
     "moelab.moe.routing": ("LayerRecord", "Routing", "TokenInfo"),
+    "moelab.paths": ("user_path",),
     "moelab.registry": ("Registry",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -66,6 +70,7 @@ __all__ = [
     "DataContext",
     "DataError",
     "Document",
+    "ExpectedAssignments",
     "ExpertBackend",
     "ExpertLayout",
     "LayerRecord",
@@ -85,6 +90,7 @@ __all__ = [
     "component",
     "hookimpl",
     "load",
+    "user_path",
 ]
 
 

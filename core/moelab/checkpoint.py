@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moelab.config.load import to_schema
 from moelab.config.run import RunConfig
+from moelab.config.stored import read_stored
 from moelab.errors import CheckpointError, ConfigError
 from moelab.nn.transformer import Transformer
 
@@ -60,12 +59,10 @@ def is_moelab(folder: Path) -> bool:
 
 
 def read_run_config(folder: Path) -> RunConfig:
-    """The resolved config of a run folder or checkpoint."""
+    """The resolved config of a run folder or checkpoint: data, in which nothing is looked up."""
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
-        assert isinstance(tree, dict)
-        return to_schema({str(key): value for key, value in tree.items()}, RunConfig)
-    except (OSError, ConfigError) as error:
+        return read_stored(folder / CONFIG, RunConfig)
+    except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG}: can't be read: {error}") from error
 
 

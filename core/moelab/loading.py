@@ -10,6 +10,7 @@ from moelab.builder import build_model
 from moelab.checkpoint import is_moelab, load_model_tensors, read_run_config, resolve_checkpoint
 from moelab.hf.load import load_hf
 from moelab.nn.transformer import Transformer
+from moelab.paths import user_path
 from moelab.registry import Registry
 
 
@@ -21,11 +22,11 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.
 
     Raises CheckpointError naming the file and the cure.
     """
-    folder = resolve_checkpoint(Path(path))
+    folder = resolve_checkpoint(user_path(path))
     if not is_moelab(folder):
         return load_hf(folder, dtype=dtype, device=device)
     config = read_run_config(folder)
-    registry = Registry(config.plugins, config.entry_points, [Path(p) for p in config.search_path])
+    registry = Registry(config.plugins, config.entry_points, [user_path(p, "search_path") for p in config.search_path])
     model = build_model(config.model, registry, device=device, seed=None)
     load_model_tensors(folder, model)
     return model.to(dtype).eval()

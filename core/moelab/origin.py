@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moelab.checkpoint import is_moelab, newest_checkpoint, read_run_config, resolve_checkpoint
+from moelab.checkpoint import CONFIG, is_moelab, newest_checkpoint, read_run_config, resolve_checkpoint
 from moelab.config.files import Layer, subtree
 from moelab.config.model import ModelConfig
+from moelab.config.stored import read_stored_tree
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.carried import (
@@ -29,6 +30,7 @@ from moelab.hf.carried import (
 )
 from moelab.hf.config import CONFIG_FILE, read_config
 from moelab.hf.files import read_json
+from moelab.paths import unresolved_hint, user_path
 from moelab.registry import Registry
 
 FIELDS_FILE = "config_fields.json"  # in a moelab checkpoint: what of config.json goes along
@@ -50,11 +52,13 @@ class Origin:
         if not is_moelab(self.folder):
             return default
         config = read_run_config(self.folder)
-        return Registry(config.plugins, config.entry_points, [Path(p) for p in config.search_path])
+        return Registry(config.plugins, config.entry_points, [user_path(p, "search_path") for p in config.search_path])
 
     def layer(self) -> Layer:
         """What a config that starts from this folder need not say, as its lowest layer."""
         tree: dict[str, Any] = {"model": dataclasses.asdict(self.model)}
+        if is_moelab(self.folder):  # as text that is data: nothing in it is looked up
+            tree = {"model": read_stored_tree(self.folder / CONFIG)["model"]}
         if self.tokenizer is not None:
             tree["data"] = {"tokenizer": self.tokenizer}
         return Layer(f"the checkpoint {self.folder}", tree)
@@ -65,7 +69,7 @@ def read_origin(path: str | Path) -> Origin:
 
     Raises CheckpointError naming the file and the cure.
     """
-    folder = resolve_checkpoint(Path(path).expanduser())
+    folder = resolve_checkpoint(user_path(path))
     model = read_run_config(folder).model if is_moelab(folder) else read_config(folder)
     return Origin(folder, model, _tokenizer(folder))
 
@@ -73,16 +77,16 @@ def read_origin(path: str | Path) -> Origin:
 def origin_of(config: Mapping[str, Any]) -> Origin | None:
     """Where the weights of a run come from, by its plain config: its own newest checkpoint, or `train.init_from`."""
     if config.get("resume") and config.get("run_dir"):
-        newest = newest_checkpoint(Path(str(config["run_dir"])))
+        newest = newest_checkpoint(user_path(config["run_dir"], "run_dir"))
         if newest is not None:
             return dataclasses.replace(read_origin(newest), own=True)
     init_from = subtree(config, ("train", "init_from"))
     if init_from is None:
         return None
     try:
-        return read_origin(str(init_from))
+        return read_origin(user_path(init_from, "train.init_from"))
     except CheckpointError as error:
-        raise CheckpointError(f"train.init_from: {error}") from error
+        raise CheckpointError(f"train.init_from: {error}{unresolved_hint(init_from)}") from error
 
 
 def origin_layer(config: Mapping[str, Any]) -> Layer | None:
@@ -111,7 +115,7 @@ def tokenizer_files(spec: str) -> dict[str, bytes]:
     """What stands beside the tokenizer.json that `data.tokenizer` names."""
     if spec == BYTES:
         return {}
-    path = Path(spec).expanduser()
+    path = user_path(spec, "data.tokenizer")
     return tokenizer_side_files(path if path.is_dir() else path.parent)
 
 

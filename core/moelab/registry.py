@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, asdict, fields
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
@@ -12,12 +12,12 @@ from types import ModuleType
 from typing import Any
 
 import pluggy
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from moelab.components import Component
+from moelab.config.typed import OPTIONS, KeyProblem
 from moelab.errors import ConfigError, near
 from moelab.hookspecs import EXTENSION_POINTS, BuiltT, ContextT, ExtensionPoint, plugin_hooks
+from moelab.installed import installed_plugins, load_plugin, may_offer
 from moelab.plugin_modules import check_hooks, import_plugin
 
 
@@ -25,7 +25,8 @@ class Registry:
     """The plugins of one run, never a module global: two runs in one process can't see each other's.
 
     `plugins` are module names; `search_path` is where a config file's own modules lie. A run that needs only some
-    extension points names them as `points`, for their built-ins alone: upcycling's workers do without torch.
+    extension points names them as `points`: neither built-ins nor installed packages that offer none of them are
+    imported, so that upcycling's workers do without torch.
     """
 
     def __init__(
@@ -34,15 +35,16 @@ class Registry:
         entry_points: bool = True,
         search_path: Iterable[Path] = (),
         *,
-        points: Iterable[ExtensionPoint[Any, Any]] = EXTENSION_POINTS,
+        points: Collection[ExtensionPoint[Any, Any]] = EXTENSION_POINTS,
     ) -> None:
         self.manager = pluggy.PluginManager("moelab")
         self.manager.add_hookspecs(plugin_hooks())
+        self.left_out: list[str] = []  # entry points that offer nothing at `points`
         for point in points:
             for path in builtin_modules(point):
                 self._register(importlib.import_module(path), path)
         if entry_points:
-            self._load_entry_points()
+            self._load_entry_points(points)
         folders = list(search_path)
         for path in plugins:
             module = import_plugin(str(path), folders)
@@ -90,6 +92,8 @@ class Registry:
         """The component that `node` names, and its options, typed and range-checked."""
         known = self.components(point)
         listing = "Known: " + ", ".join(f"{c.name} ({c.owner})" for c in known.values())
+        if self.left_out:
+            listing += f". Not imported, as no hook for this command stands in its source: {', '.join(self.left_out)}"
         given = {str(key): value for key, value in node.items()}
         name = given.pop("name", None)
         if name is None:
@@ -111,14 +115,14 @@ class Registry:
                 found[name] = "no distribution"
         return dict(sorted(found.items()))
 
-    def _load_entry_points(self) -> None:
-        try:
-            self.manager.load_setuptools_entrypoints("moelab")
-        except Exception as error:  # whatever a stranger's package raises at import: it must be named
-            raise ConfigError(
-                f"plugins: an installed package's entry point of group 'moelab' can't be loaded: {error!r}; "
-                "mend or uninstall it, or set entry_points=false"
-            ) from error
+    def _load_entry_points(self, points: Collection[ExtensionPoint[Any, Any]]) -> None:
+        """Those that may offer one of `points`: a heavy package that offers others costs this run nothing."""
+        hooks = [point.hook for point in points]
+        for name, entry_point in installed_plugins().items():
+            if len(hooks) < len(EXTENSION_POINTS) and not may_offer(entry_point, hooks):
+                self.left_out.append(name)
+                continue
+            self._register(load_plugin(name, entry_point), name)
 
     def _register(self, module: ModuleType, name: str) -> None:
         if not self.manager.is_registered(module):
@@ -164,11 +168,9 @@ def _options(chosen: Component[Any, Any], given: dict[str, Any], where: str) -> 
                 f"{near(key, legal)} It takes: {', '.join(legal) or 'nothing'}"
             )
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(chosen.options), given)
-        return OmegaConf.to_object(merged)  # also runs the dataclass's own __post_init__ checks
-    except OmegaConfBaseException as error:
-        key = f"{where}.{error.full_key}" if error.full_key else where
-        raise ConfigError(f"{key}: '{chosen.name}' ({chosen.owner}): {str(error).splitlines()[0]}") from error
+        return OPTIONS.build(chosen.options, given, (where,))  # also runs the dataclass's own __post_init__ checks
+    except KeyProblem as error:
+        raise ConfigError(f"{error.key}: '{chosen.name}' ({chosen.owner}): {error.problem}") from error
     except ValueError as error:
         raise ConfigError(f"{where}: '{chosen.name}' ({chosen.owner}): {error}") from error
 

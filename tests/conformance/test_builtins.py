@@ -33,7 +33,11 @@ ROUTER_CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"capacity_factor": 1.0}, {}),
         ({"capacity_factor": 0.5, "drop_policy": "position", "norm_topk_prob": True}, {}),
     ],
-    "sigmoid_topk": [({}, {}), ({"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}, {})],
+    "sigmoid_topk": [
+        ({}, {}),
+        ({"balance": "quantile"}, {}),
+        ({"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}, {}),
+    ],
     "sqrtsoftplus_topk": [({}, {})],
     "switch": [({}, {"num_experts_per_tok": 1}), ({"capacity_factor": 1.25}, {"num_experts_per_tok": 1})],
     "gshard": [({}, {}), ({"capacity_factor": 2.0}, {})],
@@ -43,7 +47,7 @@ ROUTER_CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "top_p": [({}, {}), ({"k_max": 2, "norm_topk_prob": True, "top_p": 0.8}, {})],
     "remoe": [({}, {}), ({"k_max": 3}, {})],
     "null_experts": [({"num_null_experts": 8}, {})],
-    "moe_plus_plus": [({}, {}), ({"capacity_factor": 0.8}, {})],
+    "moe_plus_plus": [({}, {}), ({"capacity_factor": 0.8}, {}), ({"weights": "released", "gate_layers": 2}, {})],
     "expert_choice": [({}, {}), ({"max_experts_per_token": 3}, {})],
     "mixture_of_depths": [({"capacity": 0.5}, {})],
     "token_rounding": [({"tile": 2}, {}), ({"tile": 4, "rounding": "up", "norm_topk_prob": True}, {})],
@@ -58,6 +62,9 @@ LOSS_CASES: dict[str, list[tuple[dict[str, Any], str | None, dict[str, Any], flo
         ({"scope": "sequence"}, None, {}, 1.0),
         ({"scope": "device", "num_devices": 4}, None, {}, 1.0),
         ({"scope": "sequence"}, "expert_choice", {}, None),
+        ({"scope": "global"}, "sigmoid_topk", {"n_group": 4, "topk_group": 2}, None),
+        ({"scope": "global", "count": "choices"}, "sigmoid_topk", {"n_group": 4, "topk_group": 2}, None),
+        ({"scope": "sequence"}, "sigmoid_topk", {"n_group": 4, "topk_group": 2}, None),
     ],
     "hf_load_balance": [({}, None, {}, 2.0)],
     "router_z": [({}, None, {}, 4.324077125)],  # (ln 8)^2
@@ -74,6 +81,7 @@ LOSS_CASES: dict[str, list[tuple[dict[str, Any], str | None, dict[str, Any], flo
     "null_load_balance": [
         ({}, "moe_plus_plus", {"gating_residual": False}, 1.0),
         ({"kind": "average"}, "null_experts", {"num_null_experts": 8}, 1.0),
+        ({"convention": "moe_plus_plus"}, "moe_plus_plus", {}, 0.25),  # K / E, without null choices
     ],
     "depth_predictor": [({}, "mixture_of_depths", {"capacity": 0.5}, None)],
 }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moelab import ConfigError, ExpertLayout, MoEContext, Routing, TokenInfo, component, testing
+from moelab import ConfigError, ExpectedAssignments, ExpertLayout, MoEContext, Routing, TokenInfo, component, testing
 from moelab.initialisers import NeuronPlan
 from moelab.moe.experts import swiglu
 from moelab.nn.mlp import SwiGLU
@@ -71,6 +71,10 @@ class BFloat16Weights(Good):
 class DetachedWeights(Good):
     def weigh(self, scores: Tensor, expert: Tensor) -> Tensor:
         return scores.gather(1, expert).detach()
+
+
+class ImpossibleExpectation(Good):
+    expected_assignments = ExpectedAssignments(9.0, "more than there are")
 
 
 class DeafParameter(Good):
@@ -172,6 +176,11 @@ class Overflows(Good):
         return chosen.square().square().square() / chosen.square().square().square().sum(0, keepdim=True).square()
 
 
+class CountsTooMany(Good):
+    def forward(self, x: Tensor, info: TokenInfo) -> Routing:
+        return replace(super().forward(x, info), balance_top_k=self.experts + 1)
+
+
 class WrongTopK(Good):
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         routing = super().forward(x, info)
@@ -181,8 +190,10 @@ class WrongTopK(Good):
 
 ROUTER_FAULTS = [
     (SameExpertTwice, "gives_no_expert_twice_to_a_token"),
+    (ImpossibleExpectation, "declares_what_it_can_serve"),
     (BFloat16Weights, "returns_what_the_contract_says"),
     (WrongTopK, "returns_what_the_contract_says"),
+    (CountsTooMany, "returns_what_the_contract_says"),
     (DetachedWeights, "gradients_reach_the_router"),
     (DeafParameter, "gradients_reach_the_router"),
     (GlobalNoise, "does_the_same_again"),

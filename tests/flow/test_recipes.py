@@ -47,7 +47,7 @@ NEEDS: dict[str, list[str]] = {
     "noisy_topk": ["model.moe.balance_losses=[{name: importance}, {name: noisy_load}]"],
     "remoe": ["model.moe.balance_losses=[{name: remoe_l1}]"],
     "null_experts": ["model.moe.balance_losses=[{name: null_load_balance, kind: average}]"],
-    "moe_plus_plus": ["model.moe.balance_losses=[{name: null_load_balance, weight: 3.0}]"],
+    "moe_plus_plus": ["model.moe.balance_losses=[{name: null_load_balance}]"],
     "mixture_of_depths": [
         "model.moe.balance_losses=[{name: depth_predictor}, {name: load_balance, weight: 0.1}]",
         "model.moe.router.capacity=0.5",
@@ -59,6 +59,23 @@ NEEDS: dict[str, list[str]] = {
         for name in ("hash", "forced_random", "forced_round_robin", "expert_choice")
     },
 }
+
+# Even by construction, or (forced_random) but for chance: about 0.17 with 64 assignments an expert.
+EXACT = {"expert_choice": 0.01, "forced_round_robin": 0.01, "forced_random": 0.5}
+ROUTER_NAMES = sorted(Registry(entry_points=False).components(ROUTERS))
+# hash has the text's own load; remoe's loss steers how many experts serve, not how evenly.
+BALANCED = sorted(set(ROUTER_NAMES) - EXACT.keys() - {"hash", "remoe"})
+LOSS = "model.moe.balance_losses"
+# 50 steps must do what a run has thousands for: the first loss with weight 1, or
+PRESSED = {
+    "mixture_of_depths": [f"{LOSS}.1.weight=20"],
+    "top_p": [f"{LOSS}.1.weight=1"],
+    "moe_plus_plus": [f"{LOSS}.0.weight=100"],  # at 1, zero, copy and constant experts take what real ones leave
+    "sinkhorn": [f"{LOSS}=[]"],  # its plan balances
+}
+TWIN = {"sinkhorn": "softmax_topk"}  # the same scores without a plan
+UNBIASED = {name: ["model.moe.router.balance=none"] for name in ("sigmoid_topk", "sqrtsoftplus_topk")}
+QUIET = ["model.moe.allow_noncausal=true", "evaluation.sequences=1", "evaluation.sample_tokens=0"]
 
 
 def run(arguments: list[str], folder: Path, steps: int) -> list[dict[str, Any]]:
@@ -89,27 +106,36 @@ def test_a_recipe_trains(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(Registry(entry_points=False).components(ROUTERS)))
-def test_a_router_learns_and_keeps_its_promise(name: str, tmp_path: Path) -> None:
-    """50 steps on text: the loss falls by 1.5 nats, and no expert of a balanced router starves."""
-    # Ten times the usual coefficient: 50 steps must do what a run has thousands for.
-    stronger = "model.moe.balance_losses.0.weight=0.1"
-    router = [f"model.moe.router.name={name}", "model.moe.allow_noncausal=true", stronger]
+@pytest.mark.parametrize("name", ROUTER_NAMES)
+def test_a_router_learns(name: str, tmp_path: Path) -> None:
+    """50 steps on text take 1.5 nats off the loss; 2.1 in the worst of 800 runs, over seeds, weights and processors."""
+    router = [f"model.moe.router.name={name}", "model.moe.allow_noncausal=true"]
     rows = run([*TOY, *router, *NEEDS.get(name, [])], tmp_path, 50)
     losses = [row["train/lm_loss"] for row in rows if "train/lm_loss" in row]
     assert losses[-1] < losses[0] - 1.5
+    if name in EXACT:
+        assert violation(rows) < EXACT[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BALANCED)
+def test_a_balanced_router_is_far_more_even_than_the_same_run_unbalanced(name: str, tmp_path: Path) -> None:
+    """At most 0.65 of the unbalanced runs' MaxVio, over three seeds.
+
+    A single run is chaotic: its MaxVio changes by half with the seed and with the last bit of a sum. Of 3 out of 12
+    seeds, in all 220 ways and with two sets of kernels, the ratio was 0.16 to 0.38 at the median and 0.46 at worst.
+    """
+    balanced, unbalanced = 0.0, 0.0
+    for seed in range(3):
+        same = [*TOY, *QUIET, f"seed={seed}", f"data.seed={seed}", *NEEDS.get(name, [])]
+        on = [f"model.moe.router.name={name}", *PRESSED.get(name, [f"{LOSS}.0.weight=1"])]
+        off = [f"model.moe.router.name={TWIN.get(name, name)}", "model.moe.balance_losses=[]", *UNBIASED.get(name, [])]
+        balanced += violation(run([*same, *on], tmp_path / f"balanced{seed}", 50))
+        unbalanced += violation(run([*same, *off], tmp_path / f"unbalanced{seed}", 50))
+    assert balanced < 0.65 * unbalanced
+
+
+def violation(rows: list[dict[str, Any]]) -> float:
+    """MaxVio of the last ten steps, max load / mean load - 1: a single step of 256 tokens is noisy."""
     logged = [row["moe/mean/max_violation"] for row in rows if "moe/mean/max_violation" in row]
-    # The mean of the last steps: a batch has 256 tokens, so a single step is noisy.
-    assert sum(logged[-10:]) / 10 < MAX_VIOLATION.get(name, 1.5)
-
-
-# max load / mean load - 1 at the end; a collapsed router of 8 experts has 3 at K = 2 and 7 at K = 1, and the
-# bound is half of that unless the router promises more, or (ReMoE, whose lambda starts at 1e-8) asks for longer.
-MAX_VIOLATION = {
-    "expert_choice": 0.01,
-    "forced_round_robin": 0.01,
-    "forced_random": 0.5,
-    "remoe": 2.5,
-    "moe_plus_plus": 2.0,
-    "switch": 3.5,
-}
+    return sum(logged[-10:]) / 10

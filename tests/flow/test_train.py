@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,34 @@ TIMES = {"seconds", "perf/tokens_per_second", "perf/mfu", "perf/memory_gb"}
 
 def _run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*MOELAB, *arguments], cwd=root, capture_output=True, text=True, timeout=300, check=False)
+
+
+# The command with an observer in place of the progress bar, which sends the process a signal from within: a watcher
+# outside may look when it is too late.
+STOPPED = """
+import os, signal, sys
+import moelab
+from moelab_tools import cli, progress
+
+class Stopper:
+    def __init__(self, steps):
+        pass
+
+    @moelab.hookimpl
+    def {hook}(self, step):
+        if step == {step}:
+            os.kill(os.getpid(), signal.{sent})
+
+progress.TrainingProgress = Stopper
+sys.exit(cli.run(sys.argv[1:]))
+"""
+
+
+def _stopped(root: Path, hook: str, step: int, sent: str, *arguments: str) -> int:
+    """The exit code of a command that gets the signal `sent` in `hook` of `step`."""
+    code = STOPPED.format(hook=hook, step=step, sent=sent)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=root, capture_output=True, check=False)
+    return done.returncode
 
 
 def _metrics(run: Path) -> list[dict[str, float]]:
@@ -53,21 +80,14 @@ def test_a_run_folder_holds_all_that_was_promised(finished: Path) -> None:
     assert summary["steps"] == 12
     assert summary["tokens"] == 12 * 4 * 32
     assert summary["components"]["router"] == "sigmoid_topk"
-    assert summary["flops"] == pytest.approx(summary["tokens"] * summary["flops_per_token"])
+    assert summary["flops"] == summary["flops_declared"] == summary["tokens"] * summary["flops_per_token"]  # K a token
     assert {"eval/loss", "eval/bits_per_byte", "train/loss", "moe/mean/max_violation"} <= summary["final"].keys()
 
 
 def test_a_killed_run_resumes_to_the_same_bits(root: Path, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed"
     arguments = ("train", CONFIG, *SMALL, f"run_dir={run}")
-    process = subprocess.Popen([*MOELAB, *arguments], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoints" / "step_00000006").is_dir():
-        assert time.monotonic() < deadline, "no checkpoint appeared"
-        assert process.poll() is None, "ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert _stopped(root, "on_save", 6, "SIGKILL", *arguments) == -signal.SIGKILL
     assert not (run / "checkpoints" / "step_00000012").exists()
     assert _run(root, *arguments).returncode == 2, "a run folder is never overwritten unasked"
     resumed = _run(root, *arguments, "--resume")
@@ -78,18 +98,50 @@ def test_a_killed_run_resumes_to_the_same_bits(root: Path, finished: Path, tmp_p
     assert _metrics(run) == _metrics(finished)
 
 
+def test_flops_are_those_that_the_experts_served_and_go_on_after_a_resume(root: Path, tmp_path: Path) -> None:
+    """ReLU routing serves another number of experts at each step: the FLOPs are the sum, not a rate times steps."""
+    run = tmp_path / "remoe"
+    small = [argument for argument in SMALL if "router" not in argument]
+    arguments = ("train", CONFIG, *small, "train.micro_batch_size=2", "model.moe.router.name=remoe", f"run_dir={run}")
+    losses = "model.moe.balance_losses=[{name: remoe_l1}]"
+    assert _run(root, *arguments, losses).returncode == 0
+    rows, summary = _metrics(run), json.loads((run / "summary.json").read_text())
+    served = [row["compute/served_flops_per_token"] for row in rows if "train/loss" in row]
+    assert len(set(served)) > 1
+    assert summary["flops"] == round(sum(2 * 4 * 32 * flops for flops in served))  # logged every 2nd of 12 steps
+    assert summary["flops"] != summary["flops_declared"] == summary["tokens"] * summary["flops_per_token"]
+    assert summary["flops_per_token_served"] == summary["flops"] / summary["tokens"]
+    assert summary["parameters"]["active_served"] > summary["parameters"]["active"]  # about E / 2 of them at the start
+    assert summary["format_version"] == 2
+    last = [row for row in rows if "eval/loss" in row][-1]
+    assert (last["flops"], last["flops_declared"]) == (summary["flops"], summary["flops_declared"])
+    shutil.rmtree(run / "checkpoints" / "step_00000012")
+    (run / "summary.json").unlink()
+    assert _run(root, *arguments, losses, "--resume").returncode == 0
+    assert _metrics(run) == rows
+    assert json.loads((run / "summary.json").read_text())["flops"] == summary["flops"]
+
+
+def test_a_checkpoint_that_did_not_count_is_refused(root: Path, finished: Path, tmp_path: Path) -> None:
+    """Written by an earlier version: going on would add served FLOPs to those of the layout."""
+    run = tmp_path / "old"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoints" / "step_00000012")
+    path = run / "checkpoints" / "step_00000009" / "state.json"
+    state = json.loads(path.read_text())
+    del state["served_weights"], state["logged"]
+    path.write_text(json.dumps(state))
+    outcome = _run(root, "train", CONFIG, *SMALL, f"run_dir={run}", "--resume")
+    assert outcome.returncode == 2
+    assert "did not count what the experts served" in outcome.stderr
+
+
 def test_an_interrupted_run_saves_at_its_step_and_resumes_to_the_same_bits(
     root: Path, finished: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "interrupted"
     arguments = ("train", CONFIG, *SMALL, f"run_dir={run}", "train.save_every=0")
-    process = subprocess.Popen([*MOELAB, *arguments], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or '"step": 2' not in (run / "metrics.jsonl").read_text():
-        assert time.monotonic() < deadline, "no step was logged"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 130
+    assert _stopped(root, "on_log", 2, "SIGTERM", *arguments) == 130
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "interrupted"
     assert (run / "checkpoints" / f"step_{summary['steps']:08d}").is_dir()

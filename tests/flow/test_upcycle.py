@@ -173,7 +173,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(dense: Path, tmp_pat
     """Four kills with SIGKILL, one with SIGTERM, at random moments of many shards, by one or two workers."""
     size = "max_shard_size=80KB"
     assert run_here(capsys, *recipe(dense, tmp_path / "whole", size), "--no-receipt").returncode == 0
-    out, chance = tmp_path / "out", random.Random(0)
+    out, chance, stopped = tmp_path / "out", random.Random(0), 0
     for number in range(5):
         process = subprocess.Popen(
             command(*recipe(dense, out, size, workers=2 - number % 2), "--no-receipt"),
@@ -185,10 +185,13 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(dense: Path, tmp_pat
         while len(list(out.glob("model-*"))) < wanted and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         process.send_signal(signal.SIGTERM if number == 2 else signal.SIGKILL)
-        assert process.wait() != 0
+        if process.wait() == 0:  # on a busy machine the watcher may come too late
+            break
+        stopped += 1
         assert not (out / "model.safetensors.index.json").exists()
         if number == 2:
             assert not list(out.glob(".*partial"))
+    assert stopped
     done = run_here(capsys, *recipe(dense, out, size), "--no-receipt")
     assert done.returncode == 0, done.stderr
     kept = float(re.findall(r"([0-9.]+) GB verified and kept", done.stdout)[0])
@@ -201,13 +204,40 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(dense: Path, tmp_pat
     assert not list(out.glob(".*partial"))
 
 
-def _limit(nbytes: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (nbytes, nbytes))
+LIGHT = """
+import sys
+from moelab_tools import cli
+code = cli.run(sys.argv[1:])
+assert "torch" not in sys.modules
+sys.exit(code)
+"""
+PEAK = """
+import moelab_tools.upcycling
+for line in open("/proc/self/status"):
+    if line.startswith("VmPeak:"):
+        print(int(line.split()[1]) << 10)
+"""
 
 
-def test_it_works_under_a_hard_memory_limit_without_torch(dense: Path, tmp_path: Path):
-    """The address space that Python, numpy and the buffers take; torch alone would need more."""
-    done = run(*recipe(dense, tmp_path / "out"), "--no-receipt", preexec_fn=lambda: _limit(600 << 20))
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_it_works_under_a_hard_memory_limit_without_torch(
+    heavy_stranger: Path, dense: Path, tmp_path: Path, workers: int
+):
+    """The address space that Python and numpy take here, and 384 MB: 250 are used, torch would add 480 and more.
+
+    Also where an installed package's entry point imports torch, to offer what upcycling has no use for.
+    """
+    imported = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    limit = int(imported.stdout) + (384 << 20)
+    arguments = recipe(dense, tmp_path / "out", workers=workers)
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, *arguments, "--no-receipt"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/model.safetensors.index.json").exists()
 

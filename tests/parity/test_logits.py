@@ -17,6 +17,8 @@ from moelab.nn.transformer import Transformer
 from parity.reference import DENSE, MAJOR, MOE, gradients_by_our_name, reference_model, token_ids
 
 TOLERANCE = 1e-5
+# Of each parameter's largest gradient: sums over tokens, up to 6.4e-6 with two sets of kernels.
+GRADIENT_TOLERANCE = 4e-5
 
 GRID: dict[str, dict[str, Any]] = {
     "dense": DENSE,
@@ -69,7 +71,7 @@ def test_logits_equal_transformers(pair: Callable[[dict[str, Any]], Pair], field
 
 @pytest.mark.parametrize("fields", GRID.values(), ids=GRID.keys())
 def test_gradients_of_the_loss_equal_transformers(pair: Callable[[dict[str, Any]], Pair], fields: dict[str, Any]):
-    """Within 1e-5 of each parameter's largest gradient, targets given as transformers gives them."""
+    """Targets given as transformers gives them."""
     reference, ours = pair(fields)
     ids = token_ids(2, 40)
     loss = reference(ids, labels=ids).loss
@@ -83,7 +85,7 @@ def test_gradients_of_the_loss_equal_transformers(pair: Callable[[dict[str, Any]
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None, name
         scale = max(float(expected[name].abs().max()), 1e-12)
-        assert difference(parameter.grad, expected[name]) <= TOLERANCE * scale, name
+        assert difference(parameter.grad, expected[name]) <= GRADIENT_TOLERANCE * scale, name
 
 
 @pytest.mark.parametrize(("fields", "bound"), [(DENSE, 1e-12), (MOE, 3e-6)], ids=["dense", "moe"])
@@ -102,15 +104,18 @@ def test_in_float64_only_the_same_places_round_to_float32(
 
 @pytest.mark.parametrize("fields", [DENSE, MOE], ids=["dense", "moe"])
 @torch.no_grad()
-def test_in_bfloat16_the_likeliest_token_is_nearly_always_the_same(
-    pair: Callable[[dict[str, Any]], Pair], fields: dict[str, Any]
-):
-    """Rounding flips near-tied experts, between transformers' own implementations too: 96 to 99 % there."""
+def test_bfloat16_costs_us_no_more_than_transformers(pair: Callable[[dict[str, Any]], Pair], fields: dict[str, Any]):
+    """Root mean square error of the logits beside fp32: 0.8 to 1.14 of theirs over 10 models and two sets of kernels.
+
+    Rounding flips near-tied experts, so the two can't be compared with each other.
+    """
     reference, ours = pair(fields)
     ids = token_ids(4, 100)
-    ours_best = ours.bfloat16()(ids).logits.argmax(-1)
-    exact_best = reference(ids).logits.argmax(-1)
-    assert (ours_best == exact_best).float().mean() >= 0.93
+    exact = reference(ids).logits
+    error, theirs = (
+        (model.bfloat16()(ids).logits.float() - exact).square().mean().sqrt() for model in (ours, reference)
+    )
+    assert 0 < error < 1.5 * theirs
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -135,7 +140,7 @@ def test_padding_changes_neither_logits_nor_gradients(
     gradients = gradients_by_our_name(reference, ours)
     for name, parameter in ours.named_parameters():
         scale = float(gradients[name].abs().max())
-        assert difference(parameter.grad, gradients[name]) <= TOLERANCE * scale, name
+        assert difference(parameter.grad, gradients[name]) <= GRADIENT_TOLERANCE * scale, name
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "left-padded"])
@@ -163,17 +168,21 @@ def test_cached_decoding_equals_the_full_forward_pass(
 
 @torch.no_grad()
 def test_greedy_decoding_finds_the_tokens_of_transformers_generate(pair: Callable[[dict[str, Any]], Pair]):
+    """Each one's text is greedy in the other's whole forward pass; with near-ties there is more than one such text."""
     reference, ours = pair(MOE)
     prompt = token_ids(1, 9)
-    expected = reference.generate(
+    theirs = reference.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, eos_token_id=None
     )
     cache = KVCache(ours.config.num_hidden_layers)
-    tokens, latest = prompt, prompt
+    found, latest = prompt, prompt
     for _ in range(12):
         latest = ours(latest, cache=cache).logits[:, -1:].argmax(-1)
-        tokens = torch.cat([tokens, latest], dim=1)
-    assert tokens.tolist() == expected.tolist()
+        found = torch.cat([found, latest], dim=1)
+    assert theirs.shape == found.shape
+    for model, text in ((reference, found), (ours, theirs)):
+        logits, chosen = model(text).logits[0, 8:-1], text[0, 9:, None]
+        assert (logits.amax(-1) - logits.gather(1, chosen)[:, 0]).max() <= 2 * TOLERANCE
 
 
 def _swap_gate_and_up(model: Transformer) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 def _run(root: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(root / "benchmarks" / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -26,6 +26,7 @@ def test_the_gpu_benchmark_says_that_nothing_was_measured(root: Path, tmp_path: 
 
 
 def test_the_cpu_step_agrees_with_transformers_and_writes_its_table(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", minversion="5.0", reason="4.x computes experts in one way")
     small = "--shape 4:2:16 --hidden 32 --layers 1 --shared 32 --vocab 64 --batch 2 --sequence 16 --rounds 2"
     done = _run(
         root,
@@ -51,7 +52,7 @@ def test_a_recorded_run_is_replayed_as_it_was(root: Path, tmp_path: Path) -> Non
     train = "train.steps=3 data.source.name=embedded evaluation.sequences=8 model.moe.layout.num_experts=6"
     config, run, file = root / "configs/train/tiny_moe.yaml", tmp_path / "run", tmp_path / "routing.safetensors"
     moelab = [sys.executable, "-m", "moelab", "train", str(config), f"run_dir={run}", *train.split()]
-    subprocess.run(moelab, check=True, capture_output=True, timeout=120)
+    subprocess.run(moelab, check=True, capture_output=True, timeout=600)
     done = _run(root, "record_routing.py", str(run), "--tokens", "200", "--layer", "1", "--out", str(file))
     assert done.returncode == 0, done.stderr
     recorded = load_file(file)["expert"].long()
@@ -63,7 +64,9 @@ def test_a_recorded_run_is_replayed_as_it_was(root: Path, tmp_path: Path) -> Non
     )
     for experts in (6, 12):
         command = [sys.executable, "-c", replay, str(file), str(experts)]
-        shown = subprocess.run(command, cwd=root / "benchmarks", check=True, capture_output=True, text=True, timeout=60)
+        shown = subprocess.run(
+            command, cwd=root / "benchmarks", check=True, capture_output=True, text=True, timeout=600
+        )
         replayed = torch.tensor(json.loads(shown.stdout)).view(200, 2)
         if experts == 6:
             assert any(torch.equal(replayed, recorded.roll(-shift, 0)) for shift in range(200))

@@ -6,6 +6,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,11 +30,12 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 # The floors of core, lowest first: a room imports from its own and from lower floors, never from above or next door.
 FLOORS = (
     {"errors", "seeds", "components"},
+    {"paths"},
     {"config"},
     {"data"},
     {"moe"},
     {"nn", "initialisers"},
-    {"hookspecs", "plugin_modules"},
+    {"hookspecs", "plugin_modules", "installed"},
     {"registry"},
     {"layouts"},
     {"builder", "generate"},
@@ -162,6 +164,19 @@ def test_no_component_is_singled_out_in_core() -> None:
             if isinstance(node, ast.Compare) and isinstance(node.left, ast.Name) and node.left.id == "name":
                 constants = [c.value for c in node.comparators if isinstance(c, ast.Constant)]
                 assert not any(isinstance(value, str) and value != "__main__" for value in constants), path
+
+
+def test_the_lowest_versions_are_the_minima_of_pyproject() -> None:
+    """Those of all that moelab needs, and of what the tests compare it with."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    tools = ("pytest", "pytest-xdist", "transformers", "pillow")
+    minima = dict(entry.split(">=") for entry in project["dependencies"])
+    minima |= dict(e.split(">=") for e in project["optional-dependencies"]["dev"] if e.split(">=")[0] in tools)
+    lines = [line for line in (ROOT / "requirements.lowest").read_text().splitlines() if not line.startswith("#")]
+    pinned = dict(line.split("==") for line in lines)
+    assert pinned.keys() == minima.keys()
+    for name, version in pinned.items():
+        assert (version + ".").startswith(minima[name] + "."), f"{name}: {version}, {minima[name]}"
 
 
 def test_importing_a_builtin_plugin_is_cheap_of_heavy_libraries() -> None:

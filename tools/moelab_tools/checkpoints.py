@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from moelab.checkpoint import is_moelab, read_run_config
-from moelab.config.files import Layer
+from moelab.checkpoint import CONFIG, is_moelab
+from moelab.config.files import Layer, is_override
 from moelab.config.load import Loaded, load_config
 from moelab.config.overlay import overlay
 from moelab.config.run import RunConfig, TrainConfig
+from moelab.config.stored import read_stored_tree
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import CheckpointError, ConfigError
 from moelab.origin import Origin, origin_layer, read_origin
+from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab.train.setup import resolve_run
 from moelab.train.start import differences, refuse_others
@@ -39,7 +40,7 @@ def load_run(arguments: Sequence[str], needed: Sequence[str] = ()) -> Loaded[Run
 
     `needed`: overrides that stand for what a run must have and a command does not look at.
     """
-    folders = [a for a in arguments if "=" not in a and Path(a).is_dir()]
+    folders = [a for a in arguments if not is_override(a) and user_path(a).is_dir()]
     if len(folders) > 1:
         raise ConfigError(f"{folders[1]}: one checkpoint at a time, and {folders[0]} is one already")
     rest = [a for a in arguments if a not in folders]
@@ -55,8 +56,7 @@ def own_layer(origin: Origin) -> Layer:
     if not is_moelab(origin.folder):  # which has no run, and so no length of its own
         length = min(TrainConfig.sequence_length, origin.model.max_position_embeddings)
         return Layer(layer.origin, layer.tree | {"train": {"sequence_length": length}})
-    own = dataclasses.asdict(read_run_config(origin.folder))
-    return Layer(layer.origin, overlay(own, layer.tree, RunConfig))
+    return Layer(layer.origin, overlay(read_stored_tree(origin.folder / CONFIG), layer.tree, RunConfig))
 
 
 def evaluation_config(path: Path, arguments: tuple[str, ...]) -> RunConfig:
@@ -66,7 +66,7 @@ def evaluation_config(path: Path, arguments: tuple[str, ...]) -> RunConfig:
     `train.init_overrides` doesn't name it.
     """
     origin = read_origin(path)
-    own = is_moelab(origin.folder) and not any("=" not in argument for argument in arguments)
+    own = is_moelab(origin.folder) and all(map(is_override, arguments))
     if not own and not arguments:
         raise CheckpointError(f"{path}: says nothing of its data; name a config, as in configs/train/tiny_moe.yaml")
     layer = own_layer(origin) if own else origin.layer()
@@ -86,7 +86,7 @@ def evaluation_config(path: Path, arguments: tuple[str, ...]) -> RunConfig:
 
 
 def _check_origin(run: RunConfig, origin: Origin) -> None:
-    registry = Registry(run.plugins, run.entry_points, [Path(path) for path in run.search_path])
+    registry = Registry(run.plugins, run.entry_points, [user_path(path, "search_path") for path in run.search_path])
     said = copy.deepcopy(run)
     resolve_run(said, registry)
     found = list(differences(said, origin, registry, load_tokenizer(said.data.tokenizer)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from importlib import import_module
@@ -72,7 +73,9 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command line and return its exit code; errors go to stderr."""
+    """Run one command line and return its exit code; errors and warnings go to stderr."""
+    teller = _Warnings(logging.WARNING)
+    logging.getLogger("moelab").addHandler(teller)
     try:
         moelab.main(arguments, prog_name="moelab", standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -89,7 +92,16 @@ def run(arguments: list[str]) -> int:
         return EXIT_FAILED
     except Exception as error:
         return _explain(error)
+    finally:
+        logging.getLogger("moelab").removeHandler(teller)
     return 0
+
+
+class _Warnings(logging.Handler):
+    """Says what was skipped, cut or assumed in one line each, beside a command's own output."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
 
 
 def _explain(error: Exception) -> int:

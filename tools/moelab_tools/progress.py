@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 PARAMETER_UNIT = 1e6
@@ -23,7 +24,7 @@ class TrainingProgress:
         self._printed = 0
         self._told: set[str] = set()
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -38,9 +39,9 @@ class TrainingProgress:
         described = ", ".join(f"{key} {value}" for key, value in parts.items()) or "dense"
         self._run_dir = run_dir
         self.console.print(
-            f"[bold]{facts['name']}[/bold]: {parameters['total'] / PARAMETER_UNIT:.2f} M parameters, "
-            f"{parameters['active'] / PARAMETER_UNIT:.2f} M active; {described}; {facts['device']}, {facts['dtype']}, "
-            f"{facts['threads']} threads",
+            f"[bold]{escape(facts['name'])}[/bold]: {parameters['total'] / PARAMETER_UNIT:.2f} M parameters, "
+            f"{parameters['active'] / PARAMETER_UNIT:.2f} M active{' as declared' if parts else ''}; "
+            f"{escape(described)}; {facts['device']}, {facts['dtype']}, {facts['threads']} threads",
             highlight=False,
         )
         if step:
@@ -52,7 +53,7 @@ class TrainingProgress:
         for alarm in alarms:
             if alarm not in self._told:  # each is told once; log.txt has them all
                 self._told.add(alarm)
-                self.console.print(f"  [yellow]step {step}: {alarm}[/yellow]", highlight=False)
+                self.console.print(f"  [yellow]step {step}: {escape(alarm)}[/yellow]", highlight=False)
         numbers = f"loss {metrics['train/loss']:.4f}"
         if "perf/tokens_per_second" in metrics:
             numbers += f"  {metrics['perf/tokens_per_second']:,.0f} tokens/s"
@@ -69,4 +70,4 @@ class TrainingProgress:
     def on_train_end(self, step: int, error: BaseException | None) -> None:
         self._bar.stop()
         outcome = "done" if error is None else f"stopped at step {step}"
-        self.console.print(f"{outcome}: {self._run_dir}", highlight=False, soft_wrap=True)
+        self.console.print(f"{outcome}: {escape(str(self._run_dir))}", highlight=False, soft_wrap=True)

@@ -22,6 +22,7 @@ import click
 
 from moelab.errors import DataError
 from moelab.hf.tokenizer_config import QWEN2_WORDS
+from moelab_tools.user_path import USER_PATH
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CONFIG = {
@@ -119,8 +120,8 @@ def write_tokenizer(ranks_file: Path, folder: Path) -> Any:
 
 
 @click.command()
-@click.argument("ranks", type=click.Path(path_type=Path))
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("ranks", type=USER_PATH)
+@click.argument("folder", type=USER_PATH)
 def main(ranks: Path, folder: Path) -> None:
     """Write Qwen2's tokenizer.json and tokenizer_config.json to FOLDER.
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from moelab.config.load import load_config
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import ConfigError, RunFailure
+from moelab.paths import user_path
 from moelab_tools.upcycle_receipt import print_receipt, write_receipt
 from moelab_tools.upcycle_report import print_outcome, print_plan
 from moelab_upcycling.convert import convert, prepare, registry_of
@@ -49,7 +50,7 @@ def run_upcycle(request: UpcycleRequest) -> None:
         return
     if request.sink == "files" and config.output is None:
         raise ConfigError("output: has no value yet; write output=DIR, or --sink hash to keep nothing")
-    output = Path(config.output) if request.sink == "files" and config.output else None
+    output = user_path(config.output, "output") if request.sink == "files" and config.output else None
     with _terminable(), _bar(console) as bar:
         task = bar.add_task("upcycling", total=None)
         outcome = convert(

@@ -18,6 +18,7 @@ from moelab.hookspecs import (
     SHARED_INITIALISERS,
     ExtensionPoint,
 )
+from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab_upcycling.maker import build_parts
 from moelab_upcycling.output import OutputFolder, content_hash
@@ -54,7 +55,7 @@ def registry_of(config: UpcycleConfig, search_path: Sequence[Path] = ()) -> Regi
 
 def prepare(config: UpcycleConfig, registry: Registry, search_path: Sequence[Path] = ()) -> Plan:
     """The plan of a config; reads headers and samples of the sources, and writes nothing."""
-    sources = [DenseSource(Path(folder)) for folder in config.sources]
+    sources = [DenseSource(user_path(folder, "source")) for folder in config.sources]
     try:
         dense, target = resolve_target(config, sources[0].folder, registry)
         recipe = replace(config.recipe)

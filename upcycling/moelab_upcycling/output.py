@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from moelab.data.seen import carried_record
 from moelab.errors import CheckpointError
 from moelab.hf.carried import carried_files
 from moelab.hf.files import INDEX_FILE, SINGLE_FILE, read_json
@@ -30,7 +31,8 @@ class OutputFolder:
     def __init__(self, folder: Path, plan: Plan) -> None:
         """Nothing is written yet. CheckpointError also where what goes along with the source can't be read."""
         self.folder, self.plan = folder, plan
-        self.carried = carried_files(Path(plan.sources[0]))
+        sources = [Path(source) for source in plan.sources]
+        self.carried = carried_files(sources[0]) | carried_record(sources)
         if folder.exists() and not folder.is_dir():
             raise CheckpointError(f"{folder}: is a file; output=DIR names a folder to be made")
         for source in plan.sources:
@@ -139,7 +141,7 @@ class OutputFolder:
         (self.folder / INDEX_FILE).unlink(missing_ok=True)
 
     def finish(self, hashes: dict[str, str]) -> None:
-        """config.json, what is carried from the source, and last the index."""
+        """config.json, what is carried from the sources, and last the index."""
         write_text(self.folder / "config.json", json.dumps(self.plan.config_json(), indent=2, sort_keys=True) + "\n")
         for name, content in self.carried.items():
             try:

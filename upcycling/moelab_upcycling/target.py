@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from moelab.config.model import ModelConfig, MoEConfig
-from moelab.config.overlay import overlay
+from moelab.config.scalars import settle
+from moelab.config.typed import OPTIONS, SCHEMA
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import CheckpointError, ConfigError, near
 from moelab.hf.carried import check_vocabulary
@@ -57,11 +58,16 @@ def resolve_target(config: UpcycleConfig, folder: Path, registry: Registry) -> t
     dense = replace(source)
     given = dict(config.model)
     moe = given.pop("moe", None)
-    legal = [field.name for field in fields(ModelConfig)]
-    for key, value in given.items():
-        if key not in legal:
-            raise ConfigError(f"model.{key}: no such key{near(key, legal)} It takes: {', '.join(legal)}")
-        if value is None or key == "tie_word_embeddings":
+    hints = get_type_hints(ModelConfig)
+    for key, typed in given.items():
+        if key not in hints:
+            raise ConfigError(f"model.{key}: no such key{near(key, hints)} It takes: {', '.join(hints)}")
+        if settle(typed) is None:
+            continue
+        value = SCHEMA.convert(typed, hints[key], ("model", key))
+        if key == "tie_word_embeddings":
+            if value != source.tie_word_embeddings:
+                raise ConfigError("model.tie_word_embeddings: stays as in the source; to untie write untie=true")
             continue
         if key in _FIXED and value != getattr(dense, key):
             raise ConfigError(f"model.{key}: {value}, but the source's is {getattr(dense, key)} ({path}); leave it out")
@@ -72,8 +78,6 @@ def resolve_target(config: UpcycleConfig, folder: Path, registry: Registry) -> t
             f"write model.vocab_size={source.vocab_size} or fewer"
         )
     check_vocabulary(dense.vocab_size, folder)
-    if given.get("tie_word_embeddings") not in (None, source.tie_word_embeddings):
-        raise ConfigError("model.tie_word_embeddings: stays as in the source; to untie write untie=true")
     if not isinstance(moe, Mapping):
         raise ConfigError("model.moe: names no layout; write model.moe.layout, as configs/upcycle/*.yaml do")
     if config.untie:
@@ -87,7 +91,7 @@ def _moe(node: Mapping[str, Any]) -> MoEConfig:
     for key in node:
         if key not in legal:
             raise ConfigError(f"model.moe.{key}: no such key{near(key, legal)} It takes: {', '.join(legal)}")
-    return MoEConfig(**overlay({}, dict(node)))
+    return SCHEMA.build(MoEConfig, node, ("model", "moe"))
 
 
 def _with_experts(dense: ModelConfig, moe: MoEConfig, raw: Mapping[str, Any], registry: Registry) -> Target:
@@ -105,10 +109,11 @@ def _with_experts(dense: ModelConfig, moe: MoEConfig, raw: Mapping[str, Any], re
             f"model.moe.shared_expert.name: '{shared.get('name')}' can't be stored as Qwen2-MoE, which always has a "
             "gated one; write {name: gated, intermediate_size: ...}, with recipe.shared.name=zero to add nothing"
         )
-    width = shared.get("intermediate_size")
-    if not isinstance(width, int) or width < 1:
+    where = ("model", "moe")
+    width = OPTIONS.convert(shared.get("intermediate_size"), int, (*where, "shared_expert", "intermediate_size"))
+    if width < 1:
         raise ConfigError(f"model.moe.shared_expert.intermediate_size: must be at least 1, not {width}")
-    norm_topk_prob = bool(router.get("norm_topk_prob", False))
+    norm_topk_prob = OPTIONS.convert(router.get("norm_topk_prob", False), bool, (*where, "router", "norm_topk_prob"))
     step, dense_layers = _sparse_pattern(layouts, dense.num_hidden_layers)
     layout = layouts[min(layouts)]
     moe_fields = {

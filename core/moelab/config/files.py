@@ -1,17 +1,22 @@
-"""YAML files as layers: where they lie, what they build on, and who said what."""
+"""YAML files and `key=value` as layers: where they lie, what they build on, and who said what."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from moelab.config.scalars import Plain, meaning, quoted, scalar, settle
+from moelab.config.text import LARGEST_FILE, read_tree
 from moelab.errors import ConfigError
+from moelab.paths import user_path
+
+_SUFFIXES = (".yaml", ".yml")
+_KEY = re.compile(r'(?:"[^"]+"|[^.\[\]"]+)(?:\.(?:"[^"]+"|[^.\[\]"]+)|\[[0-9]+\])*')
+_KEY_PIECE = re.compile(r'"([^"]+)"|([^.\[\]"]+)')
+_OPENERS = ('"', "'", "[", "{")
 
 
 @dataclass(frozen=True)
@@ -34,15 +39,28 @@ def find_config(name: str, near: Path | None = None, section: str = "") -> Path:
 
     Raises ConfigError listing where it looked.
     """
-    file = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
+    file = name if name.endswith(_SUFFIXES) else f"{name}.yaml"
     shipped = config_folder()
-    places = [near / file] if near is not None else [Path(name), Path(file)]
+    places = [near / user_path(file)] if near is not None else [user_path(name), user_path(file)]
     places += [shipped / section / file, shipped / file, shipped / file.removeprefix("configs/")]
     for place in places:
-        if place.is_file():
+        if is_file(place):
             return place
     looked = ", ".join(dict.fromkeys(str(place) for place in places))
     raise ConfigError(f"{name}: no such config file; looked for {looked}")
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; a text that no file system takes as a name is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # longer than a name may be, or holding a NUL
+        return False
+
+
+def is_override(argument: str) -> bool:
+    """Whether a word of the command line is `key=value`, and not the name of a YAML file that holds a `=`."""
+    return "=" in argument and not (argument.endswith(_SUFFIXES) and is_file(user_path(argument)))
 
 
 def file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[Layer]:
@@ -54,30 +72,41 @@ def file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[Layer]:
     resolved = path.resolve()
     if resolved in seen:
         raise ConfigError(f"{path}: `base` goes round in a circle: {' -> '.join(str(p) for p in (*seen, resolved))}")
-    tree = _read(path)
+    tree = read_file(path)
     layers = [layer for key_path, name in _take_bases(tree, ()) for layer in _base(path, key_path, name, seen)]
     return [*layers, Layer(str(path), tree)]
 
 
 def override_layer(text: str) -> Layer:
-    """`key=value` as a layer; the value is YAML."""
-    key, separator, _ = text.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"{text}: neither a config file nor an override; write a path, or key=value")
+    """`key=value` as a layer.
+
+    The value is the characters after the first `=`, whatever they mean in YAML (`#`, `: `); one that opens with a
+    quote or a bracket is YAML. Space around key and value doesn't count.
+    """
+    key, separator, value = text.partition("=")
+    key, value = key.strip(), value.strip()
+    origin = text if len(text) <= 200 else f"{text[:160]}... ({len(text)} characters)"
+    if not separator or not _KEY.fullmatch(key):
+        raise ConfigError(f"{origin}: neither a config file nor an override; write a path, or key=value")
     try:
-        tree = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{text}: can't read this override: {str(error).splitlines()[0]}") from error
-    assert isinstance(tree, dict), tree
-    return Layer(text, {str(k): v for k, v in tree.items()})
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{key}: holds bytes that are no UTF-8 text: {ascii(value)[:100]}") from error
+    tree: Any = read_tree(value, origin) if value[:1] in _OPENERS else scalar(value)
+    for quoted_piece, piece in reversed(_KEY_PIECE.findall(key)):
+        tree = {quoted_piece or piece: tree}
+    return Layer(origin, tree)
 
 
-def subtree(tree: Any, key_path: tuple[str, ...]) -> Any:
-    """What stands at `key_path`, or None."""
+def subtree(tree: Any, key_path: tuple[str, ...], absent: Any = None) -> Any:
+    """What stands at `key_path`, or `absent`."""
     for key in key_path:
-        if not isinstance(tree, Mapping) or key not in tree:
-            return None
-        tree = tree[key]
+        if isinstance(tree, list) and key.isdecimal() and int(key) < len(tree):
+            tree = tree[int(key)]
+        elif isinstance(tree, Mapping) and key in tree:
+            tree = tree[key]
+        else:
+            return absent
     return tree
 
 
@@ -97,24 +126,31 @@ def _base(path: Path, key_path: tuple[str, ...], name: str, seen: tuple[Path, ..
 
 
 def _take_bases(tree: dict[str, Any], key_path: tuple[str, ...]) -> list[tuple[tuple[str, ...], str]]:
-    """Remove every `base:` from the tree; -> (where it stood, what it named), outermost first."""
+    """Remove every `base:` that names a file from the tree; -> (where it stood, what it named), outermost first."""
     found = []
-    if isinstance(tree.get("base"), str):
-        found.append((key_path, tree.pop("base")))
+    base = tree.get("base")
+    if isinstance(base, str) and (not isinstance(base, Plain) or isinstance(meaning(base), str)):  # 1e4 is no name
+        found.append((key_path, str(tree.pop("base"))))
     for key, value in tree.items():
         if isinstance(value, dict):
             found += _take_bases(value, (*key_path, str(key)))
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
+    """The tree of a YAML file, a mapping. Raises ConfigError naming the file and the line."""
     try:
-        loaded = OmegaConf.load(path)
-        tree = OmegaConf.to_container(loaded)
+        if path.stat().st_size > LARGEST_FILE:
+            raise ConfigError(f"{path}: is larger than {LARGEST_FILE >> 20} MiB, so it is no config")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file; a config is YAML in UTF-8") from error
-    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
-        raise ConfigError(f"{path}: can't be read as YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: not a text file (byte {error.start}); a config is YAML in UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
+    tree = read_tree(text, str(path))
+    if settle(tree) is None:
+        return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must hold a mapping of keys, not a {type(tree).__name__}")
-    return {str(key): value for key, value in tree.items()}
+        found = "a list" if isinstance(tree, list) else quoted(tree)
+        raise ConfigError(f"{path}: must hold a mapping of keys, not {found}")
+    return tree

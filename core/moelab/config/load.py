@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-
-from moelab.config.files import Layer, file_layers, find_config, override_layer, subtree
+from moelab.config.files import Layer, file_layers, find_config, is_override, override_layer, subtree
+from moelab.config.interpolation import KeyPath, resolve
 from moelab.config.overlay import overlay, section_schemas
+from moelab.config.scalars import settle
+from moelab.config.stored import is_stored, read_stored_tree
+from moelab.config.typed import SCHEMA
 from moelab.errors import ConfigError, near
 
 SchemaT = TypeVar("SchemaT")
@@ -36,24 +37,27 @@ class Loaded(Generic[SchemaT]):
 def load_config(
     arguments: Sequence[str],
     schema: type[SchemaT],
+    *,
     below: Callable[[Mapping[str, Any]], Layer | None] | None = None,
 ) -> Loaded[SchemaT]:
     """Files (left to right, each over its `base`), then `key=value` overrides -> an instance of `schema`.
 
-    `below` sees all that these say and may name a layer that lies below them: what a checkpoint says of itself.
+    `below` sees what these say and may answer with a layer that lies under them all: what a checkpoint says of
+    itself. That is data, so texts in it are `Literal` and nothing is resolved.
     Raises ConfigError for an unknown key, a wrong type, a missing value, or what `schema.check()` refuses.
     """
-    files = [a for a in arguments if "=" not in a or Path(a).is_file()]
-    overrides = [a for a in arguments if a not in files]
-    paths = [find_config(name) for name in files]
-    layers = [layer for path in paths for layer in file_layers(path)] + [override_layer(text) for text in overrides]
+    paths = [find_config(argument) for argument in arguments if not is_override(argument)]
+    layers = [layer for path in paths for layer in _layers_of(path)]
+    layers += [override_layer(argument) for argument in arguments if is_override(argument)]
     merged = _merge(layers, schema)
-    lowest = below(merged) if below is not None else None
+    lowest = below(_readable(merged, schema)) if below is not None else None
     if lowest is not None:
         layers.insert(0, lowest)
         merged = _merge(layers, schema)
     try:
+        merged, outside = resolve(merged, _defaults(schema, merged))
         config = to_schema(merged, schema)
+        _remember(config, merged, outside)
         check = getattr(config, "check", None)
         if check is not None:
             check()
@@ -71,21 +75,41 @@ def _merge(layers: Sequence[Layer], schema: Any) -> dict[str, Any]:
     return merged
 
 
+def _readable(merged: dict[str, Any], schema: Any) -> dict[str, Any]:
+    """What the layers say, resolved as far as that goes without what is still to be laid below them."""
+    with contextlib.suppress(
+        ConfigError
+    ):  # of what the lowest layer may have; else it is said when all layers are there
+        merged, _ = resolve(merged, _defaults(schema, merged))
+    return dict(settle(merged))
+
+
 def to_schema(tree: dict[str, Any], schema: type[SchemaT]) -> SchemaT:
-    """A plain mapping -> an instance of `schema`, types checked by OmegaConf."""
-    try:
-        typed = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(tree))
-        return typing.cast(SchemaT, OmegaConf.to_object(typed))
-    except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key}: has no value yet; set it in a file or as {error.full_key}=...") from error
-    except OmegaConfBaseException as error:
-        key = error.full_key or "config"
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+    """A plain mapping -> an instance of `schema`, every type checked. Raises ConfigError naming the key."""
+    return SCHEMA.build(schema, tree)
 
 
-def to_yaml(config: Any) -> str:
-    """The config as YAML that `load_config` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+def _layers_of(path: Path) -> list[Layer]:
+    return [Layer(str(path), read_stored_tree(path))] if is_stored(path) else file_layers(path)
+
+
+def _defaults(schema: Any, tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree over the schema's defaults: what an interpolation may name."""
+    return dict(overlay(dataclasses.asdict(schema()), tree, schema))
+
+
+def _remember(config: Any, tree: dict[str, Any], outside: dict[KeyPath, str]) -> None:
+    """Keep the expressions that are stored in place of their values; refuse those a reader of the folder would need."""
+    sections = getattr(config, "STORED_AS_WRITTEN", None)
+    if sections is None or config.store_environment:
+        return
+    for key_path, expression in outside.items():
+        if key_path[0] not in sections or isinstance(subtree(tree, key_path), dict | list):
+            raise ConfigError(
+                f"{'.'.join(key_path)}: {expression} would have to be stored as what it stands for, since what is made "
+                "here can't be opened without it; set store_environment=true to allow that, or write the value"
+            )
+    config.as_written = dict(outside)
 
 
 def _check_keys(tree: Any, schema: Any, key_path: tuple[str, ...], origin: str) -> None:
@@ -109,6 +133,6 @@ def _blame(error: ConfigError, layers: list[Layer]) -> ConfigError:
     key_path = tuple(message.split(":", maxsplit=1)[0].replace('"', "").split("."))
     for depth in range(len(key_path), 0, -1):
         for layer in reversed(layers):
-            if subtree(layer.tree, key_path[:depth]) is not None:
+            if subtree(layer.tree, key_path[:depth], _blame) is not _blame:  # null is said by someone, too
                 return ConfigError(f"{message} (set by {layer.origin})")
     return error

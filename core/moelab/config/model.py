@@ -25,7 +25,7 @@ class MoEConfig:
         None  # assignments a layer computes at once; more take longer, not more memory. None: all
     )
     allow_noncausal: bool = False  # let routers that look at later tokens into this decoder
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # {"0": {router: ...}, "20-27": {...}}
+    layers: dict[str, dict[str, Part]] = field(default_factory=dict)  # {"0": {router: ...}, "20-27": {...}}
 
 
 @dataclass
@@ -60,6 +60,12 @@ class ModelConfig:
             value = getattr(self, key)
             if value < 1:
                 raise ConfigError(f"{where}.{key}: must be at least 1, not {value}")
+        if self.head_dim is not None and self.head_dim < 1:
+            raise ConfigError(f"{where}.head_dim: must be at least 1, not {self.head_dim}")
+        if self.initializer_range < 0:
+            raise ConfigError(f"{where}.initializer_range: must not be negative, not {self.initializer_range}")
+        if self.moe is not None and self.moe.expert_chunk is not None and self.moe.expert_chunk < 1:
+            raise ConfigError(f"{where}.moe.expert_chunk: must be at least 1, not {self.moe.expert_chunk}")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"{where}.num_attention_heads: {self.num_attention_heads} does not divide hidden_size "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 
@@ -29,7 +29,8 @@ def section_schemas(schema: Any) -> dict[str, Any]:
     """{field: its dataclass, or None} of a dataclass; nothing for anything else. `X | None` counts as X."""
     if not (isinstance(schema, type) and is_dataclass(schema)):
         return {}
-    return {name: _dataclass_in(hint) for name, hint in typing.get_type_hints(schema).items()}
+    hints = typing.get_type_hints(schema)
+    return {field.name: _dataclass_in(hints[field.name]) for field in fields(schema)}
 
 
 def _dataclass_in(hint: Any) -> Any:

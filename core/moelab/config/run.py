@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from omegaconf import MISSING
 
 from moelab.config.model import ModelConfig, Part
 from moelab.errors import ConfigError
+
+MOST_THREADS = 1024  # torch dies of a number that the machine can't start
 
 
 @dataclass
@@ -16,8 +19,10 @@ class DataConfig:
 
     source: Part = field(default_factory=lambda: {"name": "embedded"})
     tokenizer: str = "bytes"  # "bytes", or the path of a tokenizer.json
-    validation_fraction: float = 0.1  # of the documents, chosen by a seeded shuffle
-    seed: int = 0  # of the split and of the order of reading; apart from `seed`, so that seeds share their batches
+    validation_fraction: float = 0.1  # of the documents: those whose text hashes below it are held out
+    seed: int = 0  # of the choice of text, where a source chooses (embedded: which files)
+    split_seed: int = 0  # of the split into training and held-out text; keep it between runs that share weights
+    order_seed: int | None = None  # of the order of reading; null: `seed`, so that seeds differ in order too
 
 
 @dataclass
@@ -93,9 +98,27 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     observers: list[Part] = field(default_factory=lambda: [{"name": "tensorboard"}])
     resume: bool = False  # go on from the newest checkpoint in run_dir
+    store_environment: bool = False  # write into the run folder what ${oc.env:NAME} stood for, not the expression
+
+    # The keys whose ${oc.env:...} is stored as it was written; what is not here, a checkpoint needs to be opened.
+    STORED_AS_WRITTEN: ClassVar[frozenset[str]] = frozenset(
+        {"run_dir", "name", "seed", "data", "train", "optimizer", "schedule", "evaluation", "observers", "resume"}
+    )
+
+    def __post_init__(self) -> None:
+        self.as_written: dict[tuple[str, ...], str] = {}  # key path -> the expression that is stored there
+
+    @property
+    def order_seed(self) -> int:
+        """What decides the order of reading."""
+        return self.seed if self.data.order_seed is None else self.data.order_seed
 
     def check(self) -> None:
         """Raise ConfigError for values out of range, naming the key."""
+        if not self.run_dir:
+            raise ConfigError("run_dir: names no folder; write run_dir=runs/NAME")
+        _at_least_of("seed", self.seed, 0)
+        _at_least("data", self.data, "seed", 0)
         _check_train(self.train)
         _check_schedule(self.schedule)
         _check_optimizer(self.optimizer)
@@ -109,6 +132,9 @@ class RunConfig:
         for key in ("every", "sample_tokens"):
             _at_least("evaluation", self.evaluation, key, 0)
         _at_least("evaluation", self.evaluation, "sequences", 1)
+        if self.evaluation.batch_size is not None:
+            _at_least("evaluation", self.evaluation, "batch_size", 1)
+        _at_least("evaluation", self.evaluation, "temperature", 0)
         self.model.check()
 
 
@@ -127,6 +153,8 @@ def _check_train(train: TrainConfig) -> None:
         raise ConfigError(f"train.dtype: must be float32 or bfloat16, not '{train.dtype}'")
     if train.threads is not None and train.threads < 1:
         raise ConfigError(f"train.threads: must be at least 1, not {train.threads}")
+    if train.threads is not None and train.threads > MOST_THREADS:
+        raise ConfigError(f"train.threads: must be at most {MOST_THREADS}, not {train.threads}")
 
 
 def _check_schedule(schedule: ScheduleConfig) -> None:
@@ -148,6 +176,9 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
 
 
 def _at_least(section: str, holder: object, key: str, bound: int) -> None:
-    value = getattr(holder, key)
+    _at_least_of(f"{section}.{key}", getattr(holder, key), bound)
+
+
+def _at_least_of(where: str, value: float, bound: int) -> None:
     if value < bound:
-        raise ConfigError(f"{section}.{key}: must be at least {bound}, not {value}")
+        raise ConfigError(f"{where}: must be at least {bound}, not {value}")

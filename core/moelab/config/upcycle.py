@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -30,7 +30,7 @@ class RecipeConfig:
 class UpcycleConfig:
     """All of a `moelab upcycle` run. What `model` does not name comes from the source's config.json."""
 
-    source: Any = MISSING  # folder of a dense Qwen2 checkpoint, or a list of them to mix
+    source: str | list[str] = MISSING  # folder of a dense Qwen2 checkpoint, or a list of them to mix
     output: str | None = None  # folder that is made; not needed with --sink hash
     model: dict[str, Any] = field(default_factory=dict)  # a partial ModelConfig
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
@@ -41,11 +41,15 @@ class UpcycleConfig:
     max_shard_size: str = "5GB"
     plugins: list[str] = field(default_factory=list)  # modules beside the config file, or on the path
     entry_points: bool = True  # False: ignore installed packages' plugins
+    store_environment: bool = False  # write into the output what ${oc.env:NAME} stood for; otherwise it is refused
+
+    # The keys that leave no trace in the output, so that ${oc.env:...} may stand there unasked.
+    STORED_AS_WRITTEN: ClassVar[frozenset[str]] = frozenset({"source", "output", "workers"})
 
     @property
     def sources(self) -> list[str]:
         """The folders of the dense checkpoints."""
-        return [str(s) for s in self.source] if isinstance(self.source, list | tuple) else [str(self.source)]
+        return list(self.source) if isinstance(self.source, list | tuple) else [self.source]
 
     @property
     def shard_bytes(self) -> int:

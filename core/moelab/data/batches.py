@@ -19,6 +19,8 @@ from moelab.data.permutation import Permutation
 from moelab.errors import DataError
 from moelab.seeds import derive_seed
 
+_TOGETHER = 1 << 20  # windows whose places in the order are computed at once
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -82,6 +84,15 @@ class TrainBatches:
             chosen[epoch == number] = order(place[epoch == number])
         return chosen
 
+    def documents_read(self, steps: int) -> np.ndarray:
+        """[n] bool: the documents of which the batches before `steps` held a token."""
+        samples = min(steps * self.batch_size, self.windows)  # the first epoch reads all that later ones do
+        read = np.zeros(self.windows, bool)
+        order = Permutation(self.windows, derive_seed(self.seed, "epoch", 0))
+        for begin in range(0, samples, _TOGETHER):
+            read[order(np.arange(begin, min(begin + _TOGETHER, samples)))] = True
+        return _documents_in(self.stream, np.flatnonzero(read), self.sequence_length, first=0)
+
     def batch(self, step: int) -> Batch:
         """The batch of `step`, counted from 0."""
         return read_windows(self.stream, self.window_ids(step), self.sequence_length)
@@ -103,6 +114,10 @@ class ValidationBatches:
         middles = np.arange(available, dtype=np.int64) * sequence_length + sequence_length // 2
         domain = stream.document_domain[stream.document_of(middles)]
         self.windows = _fair_choice(domain, min(sequences, available))  # [windows] int64, in reading order
+
+    def documents_scored(self) -> np.ndarray:
+        """[n] bool: the documents of which a target lies in a chosen window."""
+        return _documents_in(self.stream, self.windows, self.sequence_length, first=1)
 
     def __len__(self) -> int:
         return ceil(len(self.windows) / self.batch_size)
@@ -144,6 +159,16 @@ def read_windows(stream: TokenStream, windows: np.ndarray, sequence_length: int,
         target_document_id=torch.from_numpy(document[:, 1:].copy()) if measure else None,
         target_bytes=target_bytes,
     )
+
+
+def _documents_in(stream: TokenStream, windows: np.ndarray, sequence_length: int, first: int) -> np.ndarray:
+    """[n] bool: the documents of the windows' tokens from the `first` to the last target, which stands behind them."""
+    begins = stream.document_of(windows * sequence_length + first)
+    ends = stream.document_of((windows + 1) * sequence_length)
+    change = np.zeros(len(stream.document_names) + 1, np.int64)  # how many windows begin less how many have ended
+    np.add.at(change, begins, 1)
+    np.add.at(change, ends + 1, -1)
+    return np.cumsum(change)[:-1] > 0
 
 
 def _fair_choice(domain: np.ndarray, wanted: int) -> np.ndarray:

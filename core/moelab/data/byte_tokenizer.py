@@ -18,6 +18,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     eos_token_id = 256
+    special_tokens = (EOS_TOKEN,)
 
     @property
     def fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""Documents -> a tokenised corpus, split by document into training and held-out streams.
+"""Documents -> a tokenised corpus, split by what they say into training and held-out streams.
 
 N tokens, n documents. A stream is all its documents end to end, each followed by the end-of-document token.
 """
@@ -6,16 +6,25 @@ N tokens, n documents. A stream is all its documents end to end, each followed b
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moelab.data.deduplicate import novel
+from moelab.data.account import Account
+from moelab.data.deduplicate import LEAK, LEAKED, sort_out
+from moelab.data.identity import TEXT, text_identity
+from moelab.data.special_tokens import spelling
+from moelab.data.split import split
 from moelab.data.tokenizer import Tokenizer
 from moelab.errors import DataError
+
+_KEEP = "where the source has the option, deduplicate: false keeps them"
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,11 @@ class Document:
     text: str
     domain: str
     name: str
+
+    @cached_property
+    def identity(self) -> int:
+        """64 bits of the text's content, the same for texts that differ in case or white space only."""
+        return text_identity(self.text)
 
     @property
     def digest(self) -> bytes:
@@ -41,7 +55,8 @@ class TokenStream:
     document_domain: np.ndarray  # [n] int64, into Corpus.domains
     document_names: Sequence[str]  # n
     token_bytes: np.ndarray | None = None  # [N], UTF-8 bytes each token stands for; 0 for the end of a document
-    id_bytes: np.ndarray | None = None  # [V], the same by token id, where it does not depend on the context
+    id_bytes: np.ndarray | None = None  # [V], the same by token id; integers, or an average's fractions
+    identities: np.ndarray | None = None  # [n] uint64, `data.identity`; None: of the token ids, when asked for
 
     def __post_init__(self) -> None:
         starts = self.document_starts
@@ -59,6 +74,12 @@ class TokenStream:
             return np.asarray(self.id_bytes[np.asarray(self.tokens[begin:end])])
         return None
 
+    @property
+    def exact_bytes(self) -> bool:
+        """Whether `bytes_of` counts bytes; an average number of bytes a token does not say what one document has."""
+        known = self.token_bytes if self.token_bytes is not None else self.id_bytes
+        return known is not None and known.dtype.kind in "iu"
+
     def document_of(self, position: np.ndarray) -> np.ndarray:
         """position [...] int64 in 0 .. N-1 -> which document it lies in [...] int64."""
         return np.searchsorted(self.document_starts, position, side="right").astype(np.int64) - 1
@@ -66,13 +87,15 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a data source builds. Equal fingerprints: the same text, split and tokens."""
+    """What a data source builds. Equal fingerprints: the same text, split and tokens, in whatever order read."""
 
     train: TokenStream
     validation: TokenStream
     domains: list[str]
     fingerprint: str
     manifest: dict[str, Any] = field(default_factory=dict)  # {domain: documents, bytes, tokens, ..., sources}
+    left_out: dict[str, Any] = field(default_factory=dict)  # {what: count, example, cure}, as `Account` tells it
+    identity_kind: str = TEXT  # what the streams' `identities` can be compared with
 
 
 @dataclass(frozen=True)
@@ -80,9 +103,11 @@ class DataContext:
     """What a data source is told beside its options."""
 
     tokenizer: Tokenizer
-    validation_fraction: float = 0.05  # of each domain's documents
-    seed: int = 0  # of the split and the order
+    validation_fraction: float = 0.1  # of all documents, by a hash of their text
+    seed: int = 0  # of the choice of text, where a source chooses
     base: Path = Path()  # the config file's folder
+    split_seed: int = 0  # of the split
+    account: Account = field(default_factory=Account)  # what a source leaves out, it adds here
 
 
 def build_corpus(
@@ -92,64 +117,97 @@ def build_corpus(
     sources: Mapping[str, Mapping[str, str]] | None = None,
     deduplicate: bool = True,
 ) -> Corpus:
-    """Deduplicate, split by a seeded shuffle within each domain, tokenise.
+    """Split by content, drop what repeats, tokenise; the order in which documents are given changes nothing.
 
-    `sources`: {domain: {package: version}} for the manifest. Raises DataError for a NUL, or when too little is left.
+    A document is held out iff `identity.split_value` of its text and `context.split_seed` is below
+    `context.validation_fraction`, whatever its domain and whatever else is there. `sources`: {domain: {package:
+    version}} for the manifest. What is left out is told once a cause. Raises DataError for a NUL, or when too little
+    is left.
     """
-    given = list(documents)
-    for document in given:
-        if "\0" in document.text:
-            raise DataError(f"data.source: document {document.name} is binary, not text (it has a NUL); leave it out")
-    given = [document for document in given if document.text.strip()]
-    if not given:
-        raise DataError(
-            "data.source: no document with any text in it; check the paths, and that the files are not empty"
-        )
-    kept = list(novel(given)) if deduplicate else given
-    train, validation = _split(kept, context)
-    if not validation:
-        raise DataError(
-            f"data.source: nothing to hold out: without duplicates no domain has two documents ({len(given)} given, "
-            f"{len(kept)} kept); give more files, or cut a long one into documents (the text source's `separator`)"
-        )
-    domains = sorted({document.domain for document in kept})
-    streams = [_tokenise(part, domains, context.tokenizer) for part in (train, validation)]
+    try:
+        given = [document for document in documents if _has_text(document, context.account)]
+        if not given:
+            raise DataError(
+                "data.source: no document with any text in it; check the paths, and that the files are not empty"
+            )
+        given.sort(key=lambda document: (document.identity, document.domain, document.name, document.text))
+        parts = _keep(given, context, deduplicate)
+        domains = sorted({document.domain for part in parts for document in part})
+        streams = [_tokenise(part, domains, context) for part in parts]
+    finally:
+        left_out = context.account.close()
     return Corpus(
         train=streams[0],
         validation=streams[1],
         domains=domains,
-        fingerprint=_fingerprint(train, validation, context.tokenizer),
-        manifest=_manifest(given, [train, validation], streams, sources or {}),
+        fingerprint=_fingerprint(parts, context.tokenizer),
+        manifest=_manifest(given, parts, streams, sources or {}),
+        left_out=left_out,
     )
 
 
-def _split(documents: list[Document], context: DataContext) -> tuple[list[Document], list[Document]]:
-    """-> training documents in shuffled order, held-out ones by domain.
-
-    The order is by a keyed hash, so that a document added to a corpus leaves the others nearly where they were.
-    """
-
-    def key(document: Document) -> bytes:
-        return hashlib.sha256(f"split/{context.seed}/".encode() + document.digest).digest()
-
-    train = sorted(documents, key=key)
-    validation: list[Document] = []
-    for domain in sorted({document.domain for document in documents}):
-        places = [place for place, document in enumerate(train) if document.domain == domain]
-        wanted = max(1, round(context.validation_fraction * len(places)))
-        chosen = places[: min(wanted, len(places) - 1)]
-        validation += [train[place] for place in chosen]
-        for place in reversed(chosen):
-            del train[place]
-    return train, validation
+def _has_text(document: Document, account: Account) -> bool:
+    if "\0" in document.text:
+        raise DataError(f"data.source: document {document.name} is binary, not text (it has a NUL); leave it out")
+    if document.text.strip():
+        if re.search("[\ud800-\udfff]", document.text):  # UTF-8 has no bytes for them
+            account.add("documents with half of a UTF-16 pair, read as '?'", document.name, "write them in UTF-8")
+        return True
+    account.add("documents left out, empty", document.name, "nothing is lost")
+    return False
 
 
-def _tokenise(documents: list[Document], domains: list[str], tokenizer: Tokenizer) -> TokenStream:
+def _keep(given: list[Document], context: DataContext, deduplicate: bool) -> list[list[Document]]:
+    """-> [training documents, held-out ones by domain], with names that tell them apart."""
+    train, held_out = split(given, context.validation_fraction, context.split_seed, context.account)
+    kept = sort_out(held_out, train, deduplicate=deduplicate)
+    count = len(kept.held_out) + len(kept.train)
+    if not kept.held_out or not kept.train:
+        what = "train on" if kept.held_out and count > 1 else "hold out"
+        raise DataError(
+            f"data.source: nothing to {what}: two documents that are no copies of each other are needed ({len(given)} "
+            f"given, {count} kept); give more files, or cut a long one into documents (the text source's `separator`)"
+        )
+    for cause, document in kept.dropped:
+        cure = "else held-out text would be trained on" if cause in (LEAK, LEAKED) else _KEEP
+        context.account.add(
+            f"documents left out of {len(given):,}, {cause}", f"{document.domain}/{document.name}", cure
+        )
+    return _named_apart([kept.train, sorted(kept.held_out, key=lambda document: document.domain)])
+
+
+def _named_apart(parts: list[list[Document]]) -> list[list[Document]]:
+    """A name that several documents have gets the document's identity behind it, and a number between equal ones."""
+    taken = Counter(document.name for part in parts for document in part)
+    seen: Counter[str] = Counter()
+    named: list[list[Document]] = []
+    for part in parts:
+        named.append([])
+        for document in part:
+            name = document.name
+            if taken[name] > 1:
+                name = f"{name}~{document.identity:016x}"
+                seen[name] += 1
+                name += f"~{seen[name]}" if seen[name] > 1 else ""
+            named[-1].append(document if name == document.name else replace(document, name=name))
+    return named
+
+
+def _tokenise(documents: list[Document], domains: list[str], context: DataContext) -> TokenStream:
     """Documents -> one stream, in the smallest integer types that hold it."""
+    tokenizer = context.tokenizer
+    special = spelling(tokenizer.special_tokens)
     token_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     end, no_bytes = np.array([tokenizer.eos_token_id], token_type), np.zeros(1, np.uint16)
     tokens, counts, lengths = [], [], [0]
     for document in documents:
+        if spelled := special.findall(document.text):
+            context.account.add(
+                "special tokens spelled in texts, read as text and not as control tokens",
+                f"{document.domain}/{document.name}: '{spelled[0]}'",
+                "where they were meant to end a document, cut there (the text source's `separator`), or take them out",
+                len(spelled),
+            )
         ids, byte_counts = tokenizer.encode_with_bytes(document.text)
         # A token of 64 KB is possible: a tokenizer that drops white space leaves it to the next token.
         count_type = np.uint16 if byte_counts.max(initial=0) < 1 << 16 else np.uint32
@@ -162,12 +220,13 @@ def _tokenise(documents: list[Document], domains: list[str], tokenizer: Tokenize
         document_domain=np.array([domains.index(document.domain) for document in documents], np.int64),
         document_names=[document.name for document in documents],
         token_bytes=np.concatenate(counts),
+        identities=np.array([document.identity for document in documents], np.uint64),
     )
 
 
-def _fingerprint(train: list[Document], validation: list[Document], tokenizer: Tokenizer) -> str:
+def _fingerprint(parts: list[list[Document]], tokenizer: Tokenizer) -> str:
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
-    for part in (train, validation):
+    for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
         for document in part:
             digest.update(document.digest)

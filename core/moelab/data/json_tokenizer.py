@@ -1,10 +1,16 @@
-"""A user's `tokenizer.json`, through the `tokenizers` library, with the bytes of text each token stands for."""
+"""A user's `tokenizer.json`, through the `tokenizers` library, with the bytes of text each token stands for.
+
+One text has one sequence of ids: what a file says of sampling (BPE dropout, Provilkov et al. 2020; unigram sampling,
+Kudo 2018), of cutting and of padding is taken out of it, told, and left out of what a checkpoint carries.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,10 +18,15 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from moelab.data.byte_tokenizer import byte_alphabet
+from moelab.data.special_tokens import spelling
 from moelab.errors import DataError
 
 # What ends a document in published vocabularies: Qwen and GPT-2, Llama 3, Llama 2 and T5, Gemma, DeepSeek.
 EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "<|eos|>", "[EOS]")
+# Fields of a tokenizer.json by which one text could become other ids: of its model, and of the file itself.
+SAMPLING, CUTTING = ("dropout", "alpha", "nbest_size"), ("truncation", "padding")
+
+logger = logging.getLogger("moelab")
 
 
 class JsonTokenizer:
@@ -23,6 +34,7 @@ class JsonTokenizer:
 
     def __init__(self, content: bytes, where: str, config: bytes | None = None) -> None:
         try:
+            content = _deterministic(content, where)
             self._tokenizer: Any = FastTokenizer.from_str(content.decode("utf-8"))
             self._definition = json.loads(content)
             self._config = json.loads(config) if config is not None else {}
@@ -31,8 +43,6 @@ class JsonTokenizer:
                 f"data.tokenizer: {where} is no tokenizer.json of the `tokenizers` library ({error}); "
                 "transformers' `AutoTokenizer.from_pretrained(...).save_pretrained(folder)` writes one"
             ) from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         # A special token spelled out in a document is text: it must not end the document.
         self._tokenizer.encode_special_tokens = True
         self._content = content
@@ -43,23 +53,27 @@ class JsonTokenizer:
         self._eos_token = self._find_eos(where)
         self.eos_token_id = self._vocab[self._eos_token]
         self._id_bytes = self._byte_level_lengths()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = tuple(sorted(token.content for token in added.values() if token.special))
+        self._control = np.array([i for i, token in added.items() if token.special and i != self._unknown()], np.int64)
+        self._spelled = spelling(self.special_tokens)
 
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(self._content).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._encode(text).ids, np.int32)
+        return np.concatenate([np.array(encoding.ids, np.int32) for _, encoding in self._encode(text)])
 
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        encoding = self._encode(text)
-        ids = np.array(encoding.ids, np.int32)
-        total = len(text.encode("utf-8", "replace"))
+        pieces = self._encode(text)
+        ids = np.concatenate([np.array(encoding.ids, np.int32) for _, encoding in pieces])
         if self._id_bytes is not None:
             counts = self._id_bytes[ids]
-            if counts.sum() == total:
+            if counts.sum() == len(text.encode("utf-8", "replace")):
                 return ids, counts
-        return ids, _bytes_by_offset(text, encoding, total)  # a normaliser has changed the text's length
+        # A normaliser has changed the text's length, or this vocabulary has no bytes of its own.
+        return ids, np.concatenate([_bytes_by_offset(piece, encoding) for piece, encoding in pieces])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         array = np.asarray(ids, np.int64).reshape(-1)
@@ -70,7 +84,7 @@ class JsonTokenizer:
         return self._id_bytes
 
     def files(self) -> dict[str, bytes]:
-        """The file as it was given, and a tokenizer_config.json, made up if there was none."""
+        """The file (without what made it random or cut texts), and a tokenizer_config.json, made up if need be."""
         config = self._config or {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self._eos_token,
@@ -78,10 +92,25 @@ class JsonTokenizer:
         }
         return {"tokenizer.json": self._content, "tokenizer_config.json": json.dumps(config, indent=1).encode()}
 
-    def _encode(self, text: str) -> Encoding:
+    def _encode(self, text: str) -> list[tuple[str, Encoding]]:
+        """[(piece of the text, its encoding)]: one piece, unless the whole would hold a control token.
+
+        A unigram model has `</s>` among its pieces and finds it in a text, whatever is said of special tokens; cut
+        inside the spelling it does not.
+        """
         clean = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate would raise in Rust
-        encoding: Encoding = self._tokenizer.encode(clean, add_special_tokens=False)
-        return encoding
+        whole: Encoding = self._tokenizer.encode(clean, add_special_tokens=False)
+        if not np.isin(self._control, whole.ids).any():
+            return [(clean, whole)]
+        cuts = [0, *(match.start() + 1 for match in self._spelled.finditer(clean)), len(clean)]
+        pieces = [clean[begin:end] for begin, end in pairwise(cuts)]
+        return [(piece, self._tokenizer.encode(piece, add_special_tokens=False)) for piece in pieces]
+
+    def _unknown(self) -> int | None:
+        """The id of what the vocabulary has no token for: it may stand anywhere."""
+        model = self._definition["model"]
+        by_name = self._vocab.get(str(model.get("unk_token")))
+        return by_name if by_name is not None else model.get("unk_id")
 
     def _find_eos(self, where: str) -> str:
         named = self._config.get("eos_token")
@@ -117,6 +146,25 @@ class JsonTokenizer:
         return lengths
 
 
+def _deterministic(content: bytes, where: str) -> bytes:
+    """The file without what samples, cuts or pads; the same bytes where there is nothing of it."""
+    definition = json.loads(content)
+    model = definition.get("model") or {}
+    found = {f"model.{key}": model.get(key) for key in SAMPLING} | {key: definition.get(key) for key in CUTTING}
+    found = {key: value for key, value in found.items() if value}
+    if not found:
+        return content
+    for key in found:
+        owner, _, name = key.rpartition(".")
+        (model if owner else definition)[name] = None
+    said = ", ".join(f"{key} {json.dumps(value)}" for key, value in found.items())
+    logger.warning(
+        "data.tokenizer: %s says %s; it is turned off here and in what checkpoints carry, so that a text always has "
+        "the same ids, and all of them", where, said,
+    )  # fmt: skip
+    return json.dumps(definition, ensure_ascii=False).encode()
+
+
 def _types(node: Any) -> set[str]:
     """The `type` of a decoder and of those inside a Sequence of them."""
     if not isinstance(node, dict):
@@ -124,8 +172,8 @@ def _types(node: Any) -> set[str]:
     return {str(node.get("type"))}.union(*(_types(inner) for inner in node.get("decoders", [])))
 
 
-def _bytes_by_offset(text: str, encoding: Encoding, total: int) -> np.ndarray:
-    """[n] uint32 summing to `total`: each token takes the bytes since the last one's end, the last takes the rest.
+def _bytes_by_offset(text: str, encoding: Encoding) -> np.ndarray:
+    """[n] uint32 summing to the text's: each token takes the bytes since the last one's end, the last takes the rest.
 
     Tokens that share a character: the first takes its bytes.
     """
@@ -137,6 +185,6 @@ def _bytes_by_offset(text: str, encoding: Encoding, total: int) -> np.ndarray:
     byte_of_character = np.concatenate([[0], np.cumsum(widths)])  # [characters + 1]
     ends = byte_of_character[np.array([end for _, end in encoding.offsets], np.int64)]
     ends = np.maximum.accumulate(ends)
-    ends[-1] = total
+    ends[-1] = byte_of_character[-1]
     counts[:] = np.diff(ends, prepend=0)
     return counts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from moelab.data.identity import mix
 from moelab.seeds import derive_seed
 
 ROUNDS = 6  # four are proven enough for a random round function; ours is only well mixed
@@ -35,12 +36,5 @@ class Permutation:
         mask = np.uint64((1 << self.half_bits) - 1)
         left, right = value >> shift, value & mask
         for key in self.keys:
-            left, right = right, left ^ (_mix(right + key) & mask)
+            left, right = right, left ^ (mix(right + key) & mask)
         return (left << shift) | right
-
-
-def _mix(value: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea & Flood 2014): every output bit depends on every input bit."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import fnmatch
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
+from moelab.data.account import Account
 from moelab.errors import DataError
+from moelab.paths import unresolved_hint, user_path
 
 GLOB_CHARACTERS = "*?["
+Key = TypeVar("Key")
 
 
 def resolve_path(path: str, base: Path) -> Path:
@@ -14,41 +22,139 @@ def resolve_path(path: str, base: Path) -> Path:
 
     Raises DataError with the places that were tried.
     """
-    tried = _candidates(Path(path).expanduser(), base)
+    tried = _candidates(path, base)
     for candidate in tried:
-        if candidate.exists():
+        if _exists(candidate):
             return candidate
-    raise DataError(f"data.source: no file or folder '{path}' (looked for {', '.join(map(str, tried))})")
+    raise DataError(
+        f"data.source: no file or folder '{path}' (looked for {', '.join(map(str, tried))})" + unresolved_hint(path)
+    )
 
 
-def resolve_files(path: str, base: Path, pattern: str = "**/*") -> tuple[Path, list[Path]]:
-    """A file, a glob, or a folder searched by `pattern` -> (the folder searched, its files in order).
+def resolve_files(
+    path: str, base: Path, patterns: Sequence[str] = ("**/*",), account: Account | None = None
+) -> tuple[Path, list[Path]]:
+    """A file, a glob, or a folder searched by `patterns` -> (the folder searched, its files in order).
 
-    Files whose path below that folder has a part starting with a dot are left out. Raises DataError when none is found.
+    A name that exists is taken literally, brackets and all. Links keep their own names. What a folder holds and is not
+    read (other names than the patterns', names that start with a dot, broken links, unreadable folders) goes into the
+    account. Raises DataError when nothing is found.
     """
-    if not any(character in path for character in GLOB_CHARACTERS):
-        root = resolve_path(path, base)
-        return (root.parent, [root]) if root.is_file() else (root, _matches(root, pattern, path))
-    parts = Path(path).expanduser().parts
-    fixed = next(i for i, part in enumerate(parts) if any(character in part for character in GLOB_CHARACTERS))
-    pattern = str(Path(*parts[fixed:]))
-    tried = _candidates(Path(*parts[:fixed]), base)
-    for root in tried[:-1]:
-        if any(root.glob(pattern)):
-            return root, _matches(root, pattern, path)
-    return tried[-1], _matches(tried[-1], pattern, path)
+    account = account or Account()
+    places = [_fixed_part(candidate) for candidate in _candidates(path, base)]
+    for root, rest in places:
+        if rest or not _exists(root):
+            continue
+        if root.is_file():
+            return root.parent, [root]
+        return root, _matches(root, patterns, path, account, tell=True)
+    if not any(rest for _, rest in places):
+        resolve_path(path, base)  # raises, naming the places that were looked at
+    for root, rest in places[:-1]:
+        if rest and any(_matching(rest, below) for _, below in _walk(root, rest, Account())):
+            return root, _matches(root, [rest], path, account)
+    root, rest = places[-1]
+    return root, _matches(root, [rest], path, account)
 
 
-def _candidates(path: Path, base: Path) -> list[Path]:
-    return [path] if path.is_absolute() else list(dict.fromkeys([base / path, Path.cwd() / path]))
+def distinct_files(
+    paths: Iterable[tuple[Key, str]], base: Path, patterns: Sequence[str], account: Account
+) -> Iterator[tuple[Key, Path, Path]]:
+    """(key, folder searched, file) of all paths; a file reached by two names is read under the first, and told."""
+    seen: dict[Path, Path] = {}
+    for key, path in paths:
+        root, files = resolve_files(path, base, patterns, account)
+        for file in files:
+            first = seen.setdefault(file.resolve(), file)
+            if first is not file:
+                account.add("files read once, reached twice", f"{file}, also {first}", "name each file once")
+                continue
+            yield key, root, file
 
 
-def _matches(root: Path, pattern: str, path: str) -> list[Path]:
-    inside = ((file, file.relative_to(root)) for file in root.glob(pattern) if file.is_file())
-    files = sorted(file for file, below in inside if not any(part.startswith(".") for part in below.parts))
+def _candidates(path: str, base: Path) -> list[Path]:
+    given = user_path(path, "data.source")
+    return list(dict.fromkeys([(base / given).absolute(), given.absolute()]))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
+
+
+def _fixed_part(path: Path) -> tuple[Path, str]:
+    """(what exists as it is spelled, or has no glob characters; the glob that is left)."""
+    fixed = Path(path.parts[0])
+    for number, part in enumerate(path.parts[1:], 1):
+        if any(character in part for character in GLOB_CHARACTERS) and not _exists(fixed / part):
+            return fixed, str(PurePosixPath(*path.parts[number:]))
+        fixed /= part
+    return fixed, ""
+
+
+def _matches(root: Path, patterns: Sequence[str], path: str, account: Account, *, tell: bool = False) -> list[Path]:
+    """`tell`: files of other names go into the account; of a glob's they don't, it says itself what it leaves out."""
+    files, names = [], "' or '".join(patterns)
+    deepest = "**/*" if len(patterns) > 1 else patterns[0]
+    for file, below in sorted(_walk(root, deepest, account)):
+        if any(_matching(pattern, below) for pattern in patterns):
+            files.append(file)
+        elif tell:
+            account.add(f"files left out, not '{names}'", below, "name them in data.source if they are wanted")
     if not files:
-        raise DataError(f"data.source: no file matches '{path}' (searched {root} for '{pattern}'); mend the path")
+        raise DataError(f"data.source: no file matches '{path}' (searched {root} for '{names}'); mend the path")
     return files
+
+
+def _walk(root: Path, pattern: str, account: Account) -> Iterator[tuple[Path, str]]:
+    """(file, its path below `root`) of the files that `pattern` may reach; links to folders are followed once."""
+
+    def unreadable(error: OSError) -> None:
+        account.add(f"folders left out, {error.strerror}", str(error.filename), "make them readable, or name others")
+
+    parts = PurePosixPath(pattern).parts
+    entered: set[Path] = set()
+    for here, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
+        above = Path(here).relative_to(root)
+        if Path(here).resolve() in entered:  # a link back up, or a second link to the same folder
+            folders.clear()
+            continue
+        entered.add(Path(here).resolve())
+        for name in sorted(n for n in (*folders, *names) if n.startswith(".")):
+            account.add("files left out, hidden by a dot", (above / name).as_posix(), "rename them if they are wanted")
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if "**" not in parts and len(above.parts) + 1 >= len(parts):
+            for name in folders:
+                if _matching(pattern, (above / name).as_posix()):
+                    account.add(f"folders left out, '{pattern}' names files", name, f"write {pattern}/**/* for theirs")
+            folders.clear()
+        for name in sorted(name for name in names if not name.startswith(".")):
+            file, below = Path(here) / name, (above / name).as_posix()
+            if file.is_file():
+                yield file, below
+            else:
+                what = "links to nowhere" if file.is_symlink() else "no regular files"
+                account.add(f"files left out, {what}", below, "mend them, or take them out")
+
+
+def _matching(pattern: str, below: str) -> bool:
+    """Whether a path below the folder searched fits a glob, part by part; `**` stands for any number of folders."""
+    return _parts_match(PurePosixPath(pattern).parts, PurePosixPath(below).parts)
+
+
+def _parts_match(patterns: tuple[str, ...], parts: tuple[str, ...]) -> bool:
+    if not patterns:
+        return not parts
+    if patterns[0] == "**":
+        return any(_parts_match(patterns[1:], parts[skipped:]) for skipped in range(len(parts) + 1))
+    if not parts:
+        return False
+    spelled = patterns[0].replace("[", "[[]")  # brackets are a choice of characters, or stand in the name
+    if not any(re.match(fnmatch.translate(pattern), parts[0]) for pattern in (patterns[0], spelled)):
+        return False
+    return _parts_match(patterns[1:], parts[1:])
 
 
 def read_text(path: Path) -> str:

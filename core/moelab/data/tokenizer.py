@@ -7,12 +7,12 @@ with different vocabularies exactly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from moelab.errors import DataError
+from moelab.paths import unresolved_hint, user_path
 
 
 class Tokenizer(Protocol):
@@ -29,6 +29,10 @@ class Tokenizer(Protocol):
     @property
     def fingerprint(self) -> str:
         """sha256 of what defines it: equal fingerprints give equal ids."""
+
+    @property
+    def special_tokens(self) -> Sequence[str]:
+        """How the control tokens are spelled; `encode` reads these spellings as text."""
 
     def encode(self, text: str) -> np.ndarray:
         """-> ids [n] int32. No token is added, and no special token is found inside the text."""
@@ -57,12 +61,13 @@ def load_tokenizer(spec: str) -> Tokenizer:
     byte_tokenizer = ByteTokenizer()
     if spec == "bytes":
         return byte_tokenizer
-    path = Path(spec).expanduser()
+    path = user_path(spec, "data.tokenizer")
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.is_file():
         raise DataError(
             f"data.tokenizer: no file {path}; give 'bytes', or the path of a tokenizer.json or of a folder holding one"
+            + unresolved_hint(spec)
         )
     try:
         content = path.read_bytes()

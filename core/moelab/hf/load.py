@@ -12,6 +12,7 @@ from moelab.hf.config import read_config
 from moelab.hf.files import TensorFolder
 from moelab.hf.names import EMBEDDING, LM_HEAD, Piece, Shape, pieces
 from moelab.nn.transformer import Transformer
+from moelab.paths import user_path
 from moelab.registry import Registry
 
 
@@ -25,7 +26,7 @@ def load_hf(
 
     Raises CheckpointError naming file, tensor and cure, before any weight is read.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     config = read_config(folder)
     try:
         model = build_model(config, registry, device="meta", seed=None)

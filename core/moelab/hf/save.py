@@ -24,6 +24,7 @@ from moelab.hf.files import INDEX_FILE, SINGLE_FILE
 from moelab.hf.names import LM_HEAD, Piece, pieces
 from moelab.hf.write_config import write_config
 from moelab.nn.transformer import Transformer
+from moelab.paths import user_path
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -46,7 +47,7 @@ def save_hf(
     """
     config = write_config(model, dtype=dtype, extra=config_extra)
     shards = _shards(_tensors(model), dtype.itemsize, parse_size(max_shard_size))
-    with new_folder(Path(folder), force=force) as temporary:
+    with new_folder(user_path(folder), force=force) as temporary:
         _write_json(temporary / CONFIG_FILE, config)
         ids = {key: config[key] for key in ID_FIELDS if config.get(key) is not None}
         if ids and GENERATION_FILE not in (extra_files or {}):

@@ -14,6 +14,7 @@ import torch
 
 from moelab.errors import CheckpointError
 from moelab.hf.config import ARCHITECTURES
+from moelab.hf.loss_coefficient import aux_loss_fields
 from moelab.hf.names import LM_HEAD, SparseShape, parameter_shapes, qwen2_moe_fields
 from moelab.moe.block import MoEBlock
 from moelab.nn.transformer import Transformer
@@ -38,15 +39,16 @@ def write_config(
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     _check_parameters(model, blocks, fields)
+    constants = _constants() | ({"output_router_logits": False} | aux_loss_fields(model.config) if blocks else {})
     for key in extra or {}:
-        if key in fields and key not in _constants():
+        if key in fields and key not in constants:
             raise ValueError(f"config_extra: {key} is decided by the model, so it can't be given")
-    return dict(sorted((_constants(bool(blocks)) | fields | dict(extra or {})).items()))
+    return dict(sorted((constants | fields | dict(extra or {})).items()))
 
 
-def _constants(moe: bool = True) -> dict[str, Any]:
+def _constants() -> dict[str, Any]:
     """Fields that no model of ours changes, with the values of the published Qwen2 configs."""
-    fields: dict[str, Any] = {
+    return {
         "attention_dropout": 0.0,
         "hidden_act": "silu",
         "rope_scaling": None,
@@ -54,7 +56,6 @@ def _constants(moe: bool = True) -> dict[str, Any]:
         "use_sliding_window": False,
         "sliding_window": None,
     }
-    return fields | ({"output_router_logits": False, "router_aux_loss_coef": 0.001} if moe else {})
 
 
 def _dense_fields(model: Transformer) -> dict[str, Any]:

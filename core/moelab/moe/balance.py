@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moelab.config.scalars import settle
+from moelab.config.typed import OPTIONS, KeyProblem
 from moelab.errors import ConfigError
 from moelab.moe.contracts import BalanceContext, BalanceLoss
 from moelab.moe.routing import LayerRecord
+from moelab.moe.schedule import WeightSchedule
 
-SHAPES = ("linear", "cosine")
 COMMON_KEYS = ("layers", "schedule")  # of every entry of `balance_losses`, beside the plugin's own options
-
-
-@dataclass(frozen=True)
-class WeightSchedule:
-    """A factor on a loss' coefficient over optimizer steps: rise from 0, stay at 1, fall to `final`."""
-
-    warmup_steps: int = 0  # steps of the rise
-    decay_from: int | None = None  # first step of the fall; null: none
-    decay_to: int | None = None  # the step from which on it is `final`; null: at once
-    final: float = 0.0
-    shape: str = "linear"  # of the fall: linear or cosine
-
-    def __post_init__(self) -> None:
-        if self.warmup_steps < 0 or self.final < 0:
-            raise ValueError("warmup_steps and final must not be negative")
-        if self.shape not in SHAPES:
-            raise ValueError(f"shape must be one of {', '.join(SHAPES)}, not '{self.shape}'")
-        if self.decay_to is not None and (self.decay_from is None or self.decay_to < self.decay_from):
-            raise ValueError(f"decay_to {self.decay_to} needs a decay_from that is not after it")
-
-    def factor(self, step: int) -> float:
-        """The factor at `step`, which counts from 0."""
-        rise = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        if self.decay_from is None or step < self.decay_from:
-            return rise
-        length = (self.decay_to if self.decay_to is not None else self.decay_from) - self.decay_from
-        done = min(1.0, (step - self.decay_from) / length) if length else 1.0
-        if self.shape == "cosine":
-            done = (1 - math.cos(math.pi * done)) / 2
-        return rise * (1 + (self.final - 1) * done)
 
 
 @dataclass(frozen=True)
@@ -88,16 +59,14 @@ class NamedLoss:
 def split_common(node: Mapping[str, Any], where: str) -> tuple[dict[str, Any], str | None, WeightSchedule]:
     """An entry of `balance_losses` -> what is the plugin's own, its layer pattern, its schedule."""
     own = {key: value for key, value in node.items() if key not in COMMON_KEYS}
-    pattern, given = node.get("layers"), dict(node.get("schedule") or {})
-    legal = [f.name for f in fields(WeightSchedule)]
-    for key in given:
-        if key not in legal:
-            raise ConfigError(f"{where}.schedule.{key}: no such key; it takes: {', '.join(legal)}")
+    pattern, given = node.get("layers"), node.get("schedule")
     try:
-        schedule = WeightSchedule(**given)
-    except (TypeError, ValueError) as error:
+        schedule = OPTIONS.build(WeightSchedule, {} if settle(given) is None else given, (where, "schedule"))
+    except KeyProblem:
+        raise
+    except ValueError as error:
         raise ConfigError(f"{where}.schedule: {error}") from error
-    return own, None if pattern is None else str(pattern), schedule
+    return own, None if settle(pattern) is None else str(pattern), schedule
 
 
 def router_gradient_shares(terms: Mapping[str, Tensor], router_parameters: Sequence[Tensor]) -> dict[str, Tensor]:

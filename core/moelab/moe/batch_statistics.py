@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -13,10 +14,15 @@ from moelab.moe.routing import LayerRecord
 
 
 class BatchStatistics:
-    """Sums over micro-batches, on the device; `add` each one's records, then `reduce` over ranks."""
+    """Sums over micro-batches, on the device; `add` each one's records, then `reduce` over ranks.
 
-    def __init__(self) -> None:
+    `for_losses`: False where no balance loss will ask, which saves counting for them.
+    """
+
+    def __init__(self, *, for_losses: bool = True) -> None:
+        self.for_losses = for_losses
         self.wanted: dict[int, Tensor] = {}  # layer -> [E'] int64
+        self._balance: dict[int, Tensor] = {}  # layer -> [E'] int64, where balance losses count something else
         self._statistics: dict[int, Tensor] = {}  # layer -> [M], times tokens
         self.tokens: Tensor | None = None  # scalar int64, not padding
 
@@ -33,6 +39,8 @@ class BatchStatistics:
             if index == 0:
                 self.tokens = tokens if self.tokens is None else self.tokens + tokens
             _add(self.wanted, record.layer_id, record.wanted)
+            if self.for_losses and routing.counted_top_k:
+                _add(self._balance, record.layer_id, record.balance_counts)
             if routing.statistics is not None:
                 _add(self._statistics, record.layer_id, routing.statistics.double() * tokens)
 
@@ -41,13 +49,15 @@ class BatchStatistics:
         if self.tokens is None:
             return
         self.tokens = all_reduce(self.tokens)
-        for sums in (self.wanted, self._statistics):
+        for sums in (self.wanted, self._balance, self._statistics):
             for layer_id in sorted(sums):
                 sums[layer_id] = all_reduce(sums[layer_id])
 
     def context(self) -> BalanceContext:
         """What the balance losses are told."""
-        return BalanceContext(self.wanted or None, self.tokens)
+        if not self.for_losses or not self.wanted:
+            return BalanceContext(None, self.tokens)
+        return BalanceContext(self.wanted | self._balance, self.tokens, self.wanted)
 
     def mean_statistics(self, layer_id: int) -> Tensor | None:
         """The mean of `Routing.statistics` over the batch's tokens, [M] fp32; None when the router gives none."""
@@ -56,17 +66,19 @@ class BatchStatistics:
             return None
         return (found / self.tokens.clamp_min(1)).float()
 
-    def after_step(self, blocks: Iterable[MoEBlock]) -> None:
-        """Hand every router that asks for it its counts and statistics; once, after the optimizer step."""
+    def after_step(self, blocks: Iterable[MoEBlock], step: int = 0) -> None:
+        """Hand every router that asks for it its counts and statistics; once, after optimizer step `step` (from 0)."""
         for block in blocks:
             after_step = getattr(block.router, "after_step", None)
             if after_step is None or block.layer_id not in self.wanted:
                 continue
-            statistics = self.mean_statistics(block.layer_id)
-            if statistics is None:
-                after_step(self.wanted[block.layer_id])  # a router without statistics may take counts alone
-            else:
-                after_step(self.wanted[block.layer_id], statistics)
+            call_after_step(after_step, self.wanted[block.layer_id], self.mean_statistics(block.layer_id), step)
+
+
+def call_after_step(after_step: Callable[..., None], counts: Tensor, statistics: Tensor | None, step: int) -> None:
+    """`Router.after_step` with what it takes: a router without statistics or schedule may take counts alone."""
+    told = {"step": step} if "step" in inspect.signature(after_step).parameters else {}
+    after_step(counts, *([] if statistics is None else [statistics]), **told)
 
 
 def _add(sums: dict[int, Tensor], layer_id: int, value: Tensor) -> None:

@@ -1,15 +1,20 @@
 """A bias on the selection of experts, moved after each optimizer step so that their loads even out.
 
 It decides who is chosen and never enters the weights, so the language model's loss does not feel it.
-T tokens, E experts, K experts per token.
+T tokens, E experts, K experts per token, M histogram bins.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 METHODS = ("none", "bias", "quantile")
+BINS = 1000  # of a histogram of margins, K3's number
+FINEST, WIDEST = 1e-4, 16.0  # margins: bins are even below the first and geometric up to the second
+_REACH = math.asinh(WIDEST / FINEST)  # bins are even in asinh(margin / FINEST), from -_REACH to _REACH
 
 
 def sign_update(bias: Tensor, counts: Tensor, rate: float, centred: bool) -> Tensor:
@@ -24,28 +29,41 @@ def sign_update(bias: Tensor, counts: Tensor, rate: float, centred: bool) -> Ten
     return bias + rate * step
 
 
-def quantile_bias(scores: Tensor, bias: Tensor, top_k: int, mask: Tensor | None) -> Tensor:
-    """The bias under which this batch would have been balanced, one pass of quantile balancing (Megatron 33706f9).
+def margin_histogram(scores: Tensor, bias: Tensor, top_k: int, mask: Tensor | None) -> Tensor:
+    """How far each expert is from being chosen: the share of tokens in each bin, [E * M] fp32, every M summing to one.
 
-    With beta = -bias: alpha_t is the (K+1)-th largest of s_t - beta, beta_i the (T K / E + 1)-th largest over t of
-    s_ti - alpha_t. scores [T, E], bias [E], mask [T] -> [E] fp32.
+    The margin of token t for expert i is s_ti + b_i less the (K + 1)-th largest of s_t + b: positive for who is
+    chosen. Shares average over micro-batches and ranks to those of the whole batch, which quantiles do not.
+    scores [T, E], bias [E], mask [T].
     """
     tokens, experts = scores.shape
-    scores = scores.detach().float()
-    if tokens == 0:
-        return bias.clone()
-    alpha = (scores + bias).topk(min(top_k + 1, experts), dim=-1).values[:, -1:]  # [T, 1]
-    margin = scores - alpha
-    real = torch.full((), tokens, dtype=torch.int64, device=scores.device)
-    if mask is not None:
-        margin = margin.masked_fill(~mask.unsqueeze(-1), float("-inf"))
-        real = mask.sum()
-    place = (real * top_k // experts).clamp(max=tokens - 1)
-    beta = margin.sort(dim=0, descending=True).values.gather(0, place.expand(1, experts)).squeeze(0)
-    return torch.where(torch.isfinite(beta), -beta, bias)
+    biased = scores.detach().float() + bias
+    cutoff = biased.topk(min(top_k + 1, experts), dim=-1).values[:, -1:]  # [T, 1]
+    place = (torch.asinh((biased - cutoff) / FINEST) / _REACH + 1) * (BINS / 2)
+    place = place.long().clamp(0, BINS - 1) + BINS * torch.arange(experts, device=scores.device)
+    real = torch.ones(tokens, device=scores.device) if mask is None else mask.float()
+    counted = torch.zeros(experts * BINS, device=scores.device)
+    counted.index_add_(0, place.reshape(-1), real.repeat_interleave(experts, output_size=tokens * experts))
+    return counted / real.sum().clamp_min(1)
 
 
-def quantile_update(bias: Tensor, found: Tensor, ema: float) -> Tensor:
-    """Blend the batch's bias [E] into the old one and centre it."""
-    blended = ema * bias + (1 - ema) * found.to(bias.device, torch.float32)
+def quantile_update(bias: Tensor, shares: Tensor, top_k: int, ema: float) -> Tensor:
+    """The bias [E] under which the batch would have been balanced, from `margin_histogram`'s shares [E * M].
+
+    Quantile balancing, Kimi K3 (2607.24653) 2.3.3: b_i = -quantile_{1 - K/E} over t of (s_ti - cutoff_t), read off a
+    histogram that is pooled over the whole batch, linear within a bin; then centred. `ema` of the old bias stays.
+    Theirs are 1,000 even bins of sigmoid margins; here they lie around the bias in use and are finest there, so that
+    scores of any scale, a softmax over many experts say, settle to 2.5 % of what is left to correct.
+    Megatron-Core does the same to logits, and takes the mean of the micro-batches' quantiles.
+    """
+    from_top = shares.to(bias.device, torch.float64).view(len(bias), BINS).flip(1)
+    passed = from_top.cumsum(1)
+    wanted = top_k / len(bias) - 2e-7  # shares are fp32: one exactly at the quantile has reached it
+    index = (passed < wanted).sum(1, keepdim=True).clamp_max(BINS - 1)
+    inside = from_top.gather(1, index)
+    part = ((wanted - (passed.gather(1, index) - inside)) / inside.clamp_min(1e-12)).clamp(0, 1)
+    place = _REACH * (1 - (index + part) * (2 / BINS))
+    margin = (FINEST * torch.sinh(place)).squeeze(1).float()
+    found = torch.where(passed[:, -1] > 0, bias - margin, bias)  # no token: nothing was learnt
+    blended = ema * bias + (1 - ema) * found
     return blended - blended.mean()

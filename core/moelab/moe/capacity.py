@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moelab.errors import ConfigError
-from moelab.moe.contracts import MoEContext
+from moelab.moe.contracts import ExpectedAssignments, MoEContext
 from moelab.moe.routing import Routing
 
 POLICIES = ("probs", "position")
@@ -19,7 +19,9 @@ POLICIES = ("probs", "position")
 
 @dataclass(frozen=True)
 class Capacity:
-    """At most ceil(factor * K * T / E) tokens an expert, T counting no padding (GShard 2006.16668, Switch 2101.03961).
+    """At most ceil(factor * K * T / E) tokens an expert, T counting no padding (GShard 2006.16668, Megatron-Core).
+
+    The programs of Switch (mesh, flaxformer) round down or to the nearest and serve at least 4; here it is always up.
 
     `probs`: the heaviest assignments of an expert stay. `position`: first choices of all tokens in order, then second
     choices, as GShard does. What is dropped keeps no weight, and the rest is not renormalised.
@@ -28,6 +30,12 @@ class Capacity:
     training: float | None
     evaluation: float | None
     policy: str
+
+    def expected(self, wanted: float, top_k: int, because: str) -> ExpectedAssignments:
+        """What is served of `wanted` experts a token at perfect balance; an uneven load loses more."""
+        if self.training is None or self.training * top_k >= wanted:
+            return ExpectedAssignments(wanted, because)
+        return ExpectedAssignments(self.training * top_k, "capacity_factor K, at perfect balance")
 
     def apply(self, routing: Routing, training: bool) -> Routing:
         """Serve what fits. routing must have `top_k` and gets `choices`, `served` and `dropped`."""
@@ -49,7 +57,8 @@ class Capacity:
         served = (rank_in_expert(routing.expert, asked, order, routing.num_experts) < limit) & asked
         dropped = (asked & ~served).sum()
         choices = routing.choice_map() if routing.choices is None else routing.choices
-        return replace(routing.serve(served), choices=choices, dropped=dropped)
+        counted = routing.counted_top_k  # decided before `choices` is set: what is dropped changes no scores
+        return replace(routing.serve(served), choices=choices, dropped=dropped, balance_top_k=counted)
 
 
 def rank_in_expert(expert: Tensor, valid: Tensor, order: Tensor, num_experts: int) -> Tensor:

@@ -35,6 +35,18 @@ class MoEContext:
     allow_noncausal: bool = False  # a router that looks at later tokens must refuse to be built without it
 
 
+@dataclass(frozen=True)
+class ExpectedAssignments:
+    """How many real experts a router expects to serve to a token in training: what is known before a run.
+
+    Null, copy and constant experts are none. A run counts what it served, from its records alone.
+    """
+
+    per_token: float  # 0 .. E, the mean over tokens
+    because: str  # the formula and what it rests on, as `moelab explain` tells it
+    settled: bool = True  # False: training decides, and `because` says what the number is then
+
+
 @runtime_checkable
 class Router(Protocol):
     """An nn.Module. `forward(x [T, D], info) -> Routing`.
@@ -44,7 +56,11 @@ class Router(Protocol):
     - `initialise(generator)`: fill its parameters in place; without it N(0, initializer_range) for every matrix.
     - `after_step(counts [E'] int64, statistics [M] fp32 or None)`: called once after each optimizer step. counts: what
       was asked for in the whole batch, over micro-batches and ranks, padding excluded (`LayerRecord.wanted`);
-      statistics: the mean of `Routing.statistics` over the batch's tokens, for a router that returns some.
+      statistics: the mean of `Routing.statistics` over the batch's tokens, for a router that returns some. One that
+      also takes `step: int` is told which step it was, counted from 0: what follows a schedule needs no state.
+    - `expected_assignments`: ExpectedAssignments, where that is not the layout's num_experts_per_tok. FLOPs and active
+      parameters that are told before a run rest on it. What the router itself multiplies, every token pays: each of
+      its parameters with two or more axes counts as a matmul.
     - `forced`: True for a router that ignores its input and balances by force; marked FORCED wherever a run is named.
     - `qwen2_moe_fields() -> dict | str`: the fields of a Qwen2-MoE config.json that describe this router, or
       why there are none; without it a checkpoint can't be exported to that format.
@@ -69,9 +85,10 @@ class SharedExpert(Protocol):
 class BalanceContext:
     """What a balance loss is told about the batch that its micro-batch belongs to."""
 
-    batch_counts: Mapping[int, Tensor] | None  # layer -> [E'] int64 wanted over all micro-batches and ranks; None: the
-    # records are the whole batch
+    # layer -> [E'] int64 over all micro-batches and ranks. None: the records are the whole batch; or the same as counts
+    batch_counts: Mapping[int, Tensor] | None  # `LayerRecord.balance_counts`
     batch_tokens: Tensor | None = None  # scalar: unmasked tokens of the whole batch
+    batch_choices: Mapping[int, Tensor] | None = None  # `LayerRecord.wanted`
 
 
 @runtime_checkable
@@ -86,6 +103,7 @@ class BalanceLoss(Protocol):
     - `after_step(context)`: called once after each optimizer step with the whole batch's counts, to adapt `weight`.
     - `split_invariant`: False for a loss whose total depends on how the batch is split into micro-batches.
     - `state_dict()` and `load_state_dict(state)`: what it must remember over a restart.
+    - `qwen2_moe_fields() -> dict | str`: its `router_aux_loss_coef` in a Qwen2-MoE config.json, or why it has none.
     """
 
     weight: float  # the coefficient; applied by the trainer, never by the loss itself

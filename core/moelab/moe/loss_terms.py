@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moelab.errors import ConfigError
+from moelab.moe.contracts import BalanceContext
 from moelab.moe.routing import LayerRecord
 
 
@@ -53,6 +54,19 @@ def shares(counts: Tensor) -> Tensor:
     """Counts [..., E'] -> float shares that sum to one over E'; all zeros stay zeros."""
     counts = counts.to(torch.float64 if counts.dtype == torch.float64 else torch.float32)
     return counts / counts.sum(-1, keepdim=True).clamp_min(1)
+
+
+def batch_counts(record: LayerRecord, context: BalanceContext) -> Tensor:
+    """[E'] int64 on the record's device: what balance losses count of its layer, over the whole batch if known."""
+    if context.batch_counts is None:
+        return record.balance_counts
+    return context.batch_counts[record.layer_id].to(record.counts.device)
+
+
+def batch_choices(record: LayerRecord, context: BalanceContext) -> Tensor:
+    """[E'] int64 on the record's device: what was asked for in its layer, over the whole batch if it is known."""
+    known = context.batch_counts if context.batch_choices is None else context.batch_choices
+    return record.wanted if known is None else known[record.layer_id].to(record.counts.device)
 
 
 def layer_mean(records: Sequence[LayerRecord], term: Callable[[LayerRecord], Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ E' choices: the E experts, followed by whatever a router offers beside them (nul
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ class Routing:
     dropped: Tensor | None = None  # scalar int64: assignments wanted but not served, e.g. over capacity
     served: Tensor | None = None  # [N] bool, False: a placeholder of weight 0 that keeps N static; it counts nowhere
     choices: Tensor | None = None  # [T, E'] bool, what was asked for before drops; None: what is served
+    balance_top_k: int | None = None  # balance losses count so many of the best scores; see `balance_map`
     bypass: Tensor | None = None  # [T, D] added to the output: what tokens get without an expert (copy, constant)
     statistics: Tensor | None = None  # [M] fp32, detached: its mean over the batch goes to `Router.after_step`
     extras: dict[str, Tensor] = field(default_factory=dict)  # what a router and a loss of one plugin share
@@ -148,6 +150,33 @@ class Routing:
             choices = choices.index_put_((self.token, self.expert), served.long(), accumulate=True) > 0
         return choices if self.token_mask is None else choices & self.token_mask.unsqueeze(-1)
 
+    @property
+    def counted_top_k(self) -> int:
+        """How many of a token's best scores balance losses count; 0: they count `choice_map`.
+
+        Undecided (`balance_top_k` None), it is `top_k` where the router gives scores and says nothing of its choices:
+        what else moved them, a bias or limits to groups, is not the balance of the scores.
+        """
+        if self.balance_top_k is not None:
+            return self.balance_top_k
+        undecided = self.scores is not None and self.choices is None and self.served is None
+        return self.top_k if undecided and self.top_k is not None else 0
+
+    @cached_property
+    def balance_map(self) -> Tensor:
+        """[T, E'] bool: which choices of each token balance losses count; none for padding. Computed when first asked.
+
+        The best `counted_top_k` scores without bias and groups (DeepSeek-V3 2412.19437 eq. 18; Megatron-Core's
+        compute_routing_scores_for_aux_loss): once a bias evens out who is chosen, the choices are balanced, and a loss
+        that counts them teaches the scores nothing.
+        """
+        top_k = self.counted_top_k
+        if top_k == 0 or self.scores is None:
+            return self.choice_map()
+        best = self.scores.detach().topk(top_k, dim=-1).indices
+        found = torch.zeros_like(self.scores, dtype=torch.bool).scatter_(1, best, True)
+        return found if self.token_mask is None else found & self.token_mask.unsqueeze(-1)
+
 
 @dataclass(frozen=True)
 class LayerRecord:
@@ -164,5 +193,10 @@ class LayerRecord:
 
     @property
     def wanted(self) -> Tensor:
-        """[E'] int64: what balance losses and `Router.after_step` count."""
+        """[E'] int64: what was asked for, before drops; what `Router.after_step` is told."""
         return self.counts if self.demand is None else self.demand
+
+    @property
+    def balance_counts(self) -> Tensor:
+        """[E'] int64: what balance losses count, `Routing.balance_map` over tokens; the same as `wanted` for most."""
+        return self.routing.balance_map.sum(0) if self.routing.counted_top_k else self.wanted

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from moelab.errors import ConfigError
-from moelab.moe.bias import METHODS, quantile_bias, quantile_update, sign_update
+from moelab.moe.bias import METHODS, margin_histogram, quantile_update, sign_update
 from moelab.moe.capacity import Capacity, check_capacity, refuse_noncausal
-from moelab.moe.contracts import MoEContext
+from moelab.moe.contracts import ExpectedAssignments, MoEContext
 from moelab.moe.gate import GateOptions, LinearRouter, noise_generator
 from moelab.moe.routing import Routing, TokenInfo
+from moelab.moe.schedule import WeightSchedule
 from moelab.moe.selection import GROUP_SCORES, check_groups, group_limit, normalise
 
 
@@ -31,8 +32,9 @@ class TopKOptions(GateOptions):
     n_group: int = 1  # groups of experts; 1: no groups
     topk_group: int = 1  # groups that a token may choose from
     group_score: str = "max"  # max (DeepSeek-V2), top2 (V3: sum of the two best), topk (Megatron)
-    balance: str = "none"  # none, bias (aux-loss-free, 2408.15664) or quantile; moves only the selection
+    balance: str = "none"  # none, bias (aux-loss-free, 2408.15664) or quantile (Kimi K3); moves only the selection
     bias_update_rate: float = 1e-3  # balance=bias: step towards the under-used experts
+    bias_schedule: WeightSchedule | None = None  # of how far a step moves the bias; DeepSeek-V3 ends with 0: decay_from
     bias_centred: bool = True  # balance=bias: keep the bias' mean where it is
     quantile_ema: float = 0.0  # balance=quantile: share of the old bias that stays
     capacity_factor: float | None = None  # in training; null: dropless
@@ -55,7 +57,11 @@ class TopKOptions(GateOptions):
 
 
 class TopKRouter(LinearRouter):
-    """s = score(W x); the K largest of s + bias within the allowed groups; weights from s, never from the bias."""
+    """s = score(W x); the K largest of s + bias within the allowed groups; weights from s, never from the bias.
+
+    Balance losses count the K largest of s alone (`Routing.balance_map`); where neither bias nor groups move the
+    choice, that is the choice.
+    """
 
     def __init__(self, options: TopKOptions, context: MoEContext, score: Callable[[Tensor], Tensor]) -> None:
         super().__init__(options, context)
@@ -68,8 +74,15 @@ class TopKRouter(LinearRouter):
         self.score_function = score
         self.norm_topk_prob = options.norm_topk_prob
         self.capacity = Capacity(options.capacity_factor, options.eval_capacity_factor, options.drop_policy)
+        # 0: the choices are the best scores already, and counting them again would cost a top-K.
+        self.balance_top_k = self.top_k if options.balance != "none" or options.n_group > 1 else 0
         if options.balance != "none":
             self.register_buffer("bias", torch.zeros(context.num_experts, dtype=torch.float32))
+
+    @property
+    def expected_assignments(self) -> ExpectedAssignments:
+        """K, or capacity_factor K where that is less."""
+        return self.capacity.expected(self.top_k, self.top_k, "K of the layout")
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> K experts for each token."""
@@ -83,8 +96,9 @@ class TopKRouter(LinearRouter):
         routing = Routing.from_topk(
             expert, weight, self.num_experts, scores=scores, logits=logits, token_mask=info.mask
         )
+        routing = replace(routing, balance_top_k=self.balance_top_k)
         if self.options.balance == "quantile" and info.training:
-            routing = replace(routing, statistics=quantile_bias(scores, self.bias, self.top_k, info.mask))
+            routing = replace(routing, statistics=margin_histogram(scores, self.bias, self.top_k, info.mask))
         return self.capacity.apply(self.thin(routing, info), info.training)
 
     def jitter(self, x: Tensor, info: TokenInfo) -> Tensor:
@@ -111,12 +125,17 @@ class TopKRouter(LinearRouter):
         return torch.topk(chosen_by, self.top_k).indices
 
     @torch.no_grad()
-    def after_step(self, counts: Tensor, statistics: Tensor | None = None) -> None:
-        """Move the bias by the loads of the whole batch: counts [E] int64, statistics [E] (quantile) fp32."""
-        if self.options.balance == "bias":
-            self.bias.copy_(sign_update(self.bias, counts, self.options.bias_update_rate, self.options.bias_centred))
-        elif self.options.balance == "quantile" and statistics is not None:
-            self.bias.copy_(quantile_update(self.bias, statistics, self.options.quantile_ema))
+    def after_step(self, counts: Tensor, statistics: Tensor | None = None, step: int = 0) -> None:
+        """Move the bias by the loads of the whole batch: counts [E] int64, statistics [E * M] fp32 (quantile)."""
+        options = self.options
+        far = 1.0 if options.bias_schedule is None else options.bias_schedule.factor(step)
+        if far == 0:
+            return
+        if options.balance == "bias":
+            self.bias.copy_(sign_update(self.bias, counts, far * options.bias_update_rate, options.bias_centred))
+        elif options.balance == "quantile" and statistics is not None:
+            stays = 1 - (1 - options.quantile_ema) * min(far, 1.0)
+            self.bias.copy_(quantile_update(self.bias, statistics, self.top_k, stays))
 
     def plain_topk_differs(self) -> str | None:
         """Why this router is not softmax-free plain top-K, for formats that know nothing else; None when it is."""

@@ -1,19 +1,24 @@
 """Parameters and FLOPs of a built model, on the meta device too, whatever plugins it is made of.
 
-D hidden size, E experts, K experts per token, H heads, S sequence length.
+Two counts of the routed experts: what the routers declare (`Router.expected_assignments`), known from the config,
+and what a run served, counted from its records (`served_costs`). Everything else a token passes through either way.
+D hidden size, E experts, F expert width, K experts per token, H heads, S sequence length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from moelab.errors import ConfigError
 from moelab.moe.block import MoEBlock
+from moelab.moe.contracts import ExpectedAssignments
 from moelab.nn.transformer import DecoderLayer, Transformer
 
 BACKWARD = 2  # the backward pass of a matmul is two of its size: for the input and for the weight
+FLOPS_PER_WEIGHT = 2 * (1 + BACKWARD)  # of training: a multiplication and an addition, forward and backward
 
 
 @dataclass(frozen=True)
@@ -21,20 +26,70 @@ class Parameters:
     """Counts; a tied head and embedding count once."""
 
     total: int
-    active: int  # all that one token passes through: total minus the routed experts it does not choose
+    active: int  # all that one token passes through, as declared: total minus what is not expected to serve it
     embedding: int  # input table and head
     non_embedding: int  # total - embedding
     active_non_embedding: int  # active - embedding
     routed: int  # all experts' weights
 
 
+@dataclass(frozen=True)
+class ServedCosts:
+    """What training costs by what was served: so much for each token, so much for each assignment."""
+
+    token_flops: int  # forward and backward, of all that every token passes through: everything but routed experts
+    token_parameters: int  # that every token passes through
+    expert_weights: tuple[int, ...]  # 3 D F of each expert, the MoE layers one after the other: [sum of E]
+
+    def weights(self, served: Sequence[int]) -> int:
+        """served [sum of E], assignments to each expert -> weights multiplied with a token, summed over assignments."""
+        return sum(count * weights for count, weights in zip(served, self.expert_weights, strict=True))
+
+    def flops(self, tokens: int, weights: int) -> int:
+        """Forward and backward, of `tokens` tokens whose assignments met `weights` expert weights in all."""
+        return tokens * self.token_flops + FLOPS_PER_WEIGHT * weights
+
+    def active_parameters(self, tokens: int, weights: int) -> float:
+        """That a token passed through, on average; a token served twice by a layer passes through both experts."""
+        return self.token_parameters + weights / max(tokens, 1)
+
+
+def served_costs(model: Transformer, sequence_length: int) -> ServedCosts:
+    """The costs by which a run's served assignments are counted; widths count expert by expert.
+
+    Zero neurons that even out widths, padding rows, placeholders of weight 0, and whatever is computed twice
+    (activation checkpointing, chunks, the routing pass of losses that need a whole batch's counts) are work of the
+    machine, not of the model.
+    """
+    parameters = count_parameters(model)
+    forward = sum(_layer_token_flops(layer, sequence_length) for layer in model.layers)
+    forward += 2 * model.lm_head.weight.numel()
+    weights = [width for block in moe_blocks(model) for width in _expert_weights(block)]
+    return ServedCosts((1 + BACKWARD) * forward, parameters.total - parameters.routed, tuple(weights))
+
+
+def expected_assignments(block: MoEBlock) -> ExpectedAssignments:
+    """What the layer's router declares, else the layout's K. Raises ConfigError for a declaration that can't be."""
+    declared = getattr(block.router, "expected_assignments", None)
+    if declared is None:
+        return ExpectedAssignments(block.layout.num_experts_per_tok, "num_experts_per_tok of the layout")
+    experts = block.layout.num_experts
+    if not isinstance(declared, ExpectedAssignments) or not 0 <= declared.per_token <= experts:
+        kind = type(block.router)
+        raise ConfigError(
+            f"model.moe.router, layer {block.layer_id}: {kind.__name__} of {kind.__module__} declares "
+            f"expected_assignments {declared!r}; it must be ExpectedAssignments with per_token in 0 .. {experts}"
+        )
+    return declared
+
+
 def count_parameters(model: Transformer) -> Parameters:
-    """active = total - sum over MoE layers of routed * (E - K) / E."""
+    """active = total - sum over MoE layers of routed * (E - A) / E, A the declared assignments per token."""
     stored = sum(parameter.numel() for parameter in model.parameters())  # torch yields a shared one once
-    banks = [(_size(block), block.layout) for block in _blocks(model)]
-    padding = sum(parameter.numel() for b in _blocks(model) for parameter in b.experts.parameters())
-    total = stored - (padding - sum(size for size, _ in banks))  # zero neurons that even out widths are no parameters
-    idle = sum(size - size * layout.num_experts_per_tok // layout.num_experts for size, layout in banks)
+    routed = sum(_size(block) for block in moe_blocks(model))
+    padding = sum(parameter.numel() for b in moe_blocks(model) for parameter in b.experts.parameters())
+    total = stored - (padding - routed)  # zero neurons that even out widths are no parameters
+    idle = sum(_size(block) - _declared_weights(block) for block in moe_blocks(model))
     tables = {id(weight): weight.numel() for weight in (model.embed_tokens.weight, model.lm_head.weight)}
     embedding = sum(tables.values())
     return Parameters(
@@ -43,22 +98,22 @@ def count_parameters(model: Transformer) -> Parameters:
         embedding=embedding,
         non_embedding=total - embedding,
         active_non_embedding=total - idle - embedding,
-        routed=sum(size for size, _ in banks),
+        routed=routed,
     )
 
 
 def flops_per_token(model: Transformer, sequence_length: int) -> float:
-    """Training: forward and backward, 3 x forward. What activation checkpointing computes again is not counted."""
+    """Training, as declared: forward and backward, 3 x forward. What checkpointing computes again is not counted."""
     return (1 + BACKWARD) * forward_flops_per_token(model, sequence_length)
 
 
 def forward_flops_per_token(model: Transformer, sequence_length: int) -> float:
     """2 * (matmul weights that a token passes through) + sum over layers of 2 * S * H * head_dim.
 
-    Weights: q, k, v, o; the dense FFN; or router, K experts and the shared expert with its gate; and the head,
-    tied or not. The embedding is a lookup. Attention is two products (q k^T and p v) of 2 * head_dim FLOPs a head
-    and key; a causal token sees S / 2 keys on average, half the square. Norms, RoPE, softmax and biases are left
-    out, as PaLM (2204.02311, appendix B) does; PaLM counts the whole square.
+    Weights: q, k, v, o; the dense FFN; or router, the experts declared to serve a token, and the shared expert with
+    its gate; and the head, tied or not. The embedding is a lookup. Attention is two products (q k^T and p v) of
+    2 * head_dim FLOPs a head and key; a causal token sees S / 2 keys on average, half the square. Norms, RoPE,
+    softmax and biases are left out, as PaLM (2204.02311, appendix B) does; PaLM counts the whole square.
     """
     layers = sum(layer_forward_flops(layer, sequence_length) for layer in model.layers)
     return 2.0 * model.lm_head.weight.numel() + layers
@@ -67,29 +122,34 @@ def forward_flops_per_token(model: Transformer, sequence_length: int) -> float:
 def layer_forward_flops(layer: nn.Module, sequence_length: int) -> float:
     """One decoder layer's part of `forward_flops_per_token`."""
     assert isinstance(layer, DecoderLayer)
-    weights = _matmul_weights(layer.self_attn) + _mlp_weights(layer.mlp)
-    width = layer.self_attn.o_proj.in_features  # H * head_dim
-    return float(2 * weights + 2 * sequence_length * width)
+    routed = _declared_weights(layer.mlp) if isinstance(layer.mlp, MoEBlock) else 0
+    return float(_layer_token_flops(layer, sequence_length) + 2 * routed)
 
 
 def layer_parameters(layer: nn.Module) -> tuple[int, int]:
-    """(all, active) parameters of one decoder layer."""
+    """(all, active as declared) parameters of one decoder layer."""
     assert isinstance(layer, DecoderLayer)
     stored = sum(parameter.numel() for parameter in layer.parameters())
     if not isinstance(layer.mlp, MoEBlock):
         return stored, stored
-    layout, routed = layer.mlp.layout, _size(layer.mlp)
+    routed = _size(layer.mlp)
     total = stored - sum(parameter.numel() for parameter in layer.mlp.experts.parameters()) + routed
-    return total, total - (routed - routed * layout.num_experts_per_tok // layout.num_experts)
+    return total, total - (routed - _declared_weights(layer.mlp))
 
 
-def _mlp_weights(mlp: nn.Module) -> int:
-    if not isinstance(mlp, MoEBlock):
-        return _matmul_weights(mlp)
-    layout = mlp.layout
-    chosen = _size(mlp) * layout.num_experts_per_tok // layout.num_experts
-    beside = [part for part in (mlp.router, mlp.shared_expert) if isinstance(part, nn.Module)]
-    return chosen + sum(_matmul_weights(part) for part in beside)
+def moe_blocks(model: Transformer) -> Iterator[MoEBlock]:
+    """The sparse layers' blocks, in order: that of the records."""
+    return (layer.mlp for layer in model.layers if isinstance(layer.mlp, MoEBlock))
+
+
+def _layer_token_flops(layer: nn.Module, sequence_length: int) -> int:
+    """Forward, of what every token passes through in this layer: all but its routed experts."""
+    assert isinstance(layer, DecoderLayer)
+    mlp = layer.mlp
+    parts = (mlp.router, mlp.shared_expert) if isinstance(mlp, MoEBlock) else (mlp,)
+    weights = sum(_matmul_weights(part) for part in (layer.self_attn, *parts) if isinstance(part, nn.Module))
+    width = layer.self_attn.o_proj.in_features  # H * head_dim
+    return 2 * weights + 2 * sequence_length * width
 
 
 def _matmul_weights(module: nn.Module) -> int:
@@ -103,10 +163,16 @@ def _matmul_weights(module: nn.Module) -> int:
     )
 
 
-def _blocks(model: Transformer) -> Iterator[MoEBlock]:
-    return (layer.mlp for layer in model.layers if isinstance(layer.mlp, MoEBlock))
+def _declared_weights(block: MoEBlock) -> int:
+    """Expert weights that a token is declared to pass through; at balance where the experts' widths differ."""
+    return round(_size(block) * expected_assignments(block).per_token / block.layout.num_experts)
 
 
 def _size(block: MoEBlock) -> int:
     """Weights of all experts of a layer: gate, up and down of each neuron."""
-    return 3 * block.layout.total_width * block.experts.down.shape[-1]
+    return sum(_expert_weights(block))
+
+
+def _expert_weights(block: MoEBlock) -> list[int]:
+    layout, hidden = block.layout, block.experts.down.shape[-1]
+    return [3 * width * hidden for width in layout.expert_widths or [layout.moe_intermediate_size] * layout.num_experts]

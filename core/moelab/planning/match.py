@@ -1,4 +1,7 @@
-"""Which layout costs what another model does: iso-parameter and iso-FLOP comparisons without arithmetic by hand."""
+"""Which layout costs what another model does: iso-parameter and iso-FLOP comparisons without arithmetic by hand.
+
+Active parameters and FLOPs are those that the routers declare; what a run serves is known when it has run.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 
 from moelab.builder import build_model
 from moelab.config.model import ModelConfig
+from moelab.config.scalars import settle
 from moelab.errors import ConfigError, near
 from moelab.nn.count import count_parameters, flops_per_token
 from moelab.registry import Registry
@@ -31,7 +35,7 @@ class Match:
 
 
 def measure_model(config: ModelConfig, measure: str, sequence_length: int, registry: Registry) -> float:
-    """Total parameters, active parameters, or training FLOPs per token; no memory is used for weights."""
+    """Total parameters, declared active parameters, or declared training FLOPs per token; no memory for weights."""
     if measure not in MEASURES:
         raise ConfigError(f"measure: no '{measure}'{near(measure, MEASURES)} Known: {', '.join(MEASURES)}")
     model = build_model(config, registry, device="meta", seed=None)
@@ -54,7 +58,8 @@ def match_layout(
     """The multiple of `multiple_of` for which `config` measures as near to `baseline` as it can.
 
     `option` is one of the layout's numbers in which the measure is linear: moe_intermediate_size, num_experts (of
-    total), num_experts_per_tok (of active and flops). Raises ConfigError when it has no influence or can't get there.
+    total), num_experts_per_tok (of active and flops, for routers that declare by it).
+    Raises ConfigError when it has no influence or can't get there.
     """
     wanted = measure_model(baseline, measure, sequence_length, registry)
     if config.moe is None:
@@ -66,7 +71,7 @@ def match_layout(
         changed.moe.layout = {**changed.moe.layout, option: value}
         return measure_model(changed, measure, sequence_length, registry)
 
-    start = int(config.moe.layout.get(option) or multiple_of)
+    start = int(settle(config.moe.layout.get(option)) or multiple_of)
     low = -(-start // multiple_of) * multiple_of
     slope = (at(low + multiple_of) - at(low)) / multiple_of
     if slope <= 0:

@@ -22,8 +22,9 @@ from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
 from moelab.moe.experts import ExpertBank, compute_dtype, swiglu
 from moelab.moe.routing import Routing
 from moelab.nn.attention import Attention, torch_attention
+from moelab.nn.count import moe_blocks
 from moelab.nn.transformer import Transformer
-from moelab.planning.traffic import CommunicationPlan, Problem, communication, model_sizes, moe_blocks
+from moelab.planning.traffic import CommunicationPlan, Problem, communication, model_sizes
 from moelab.registry import Registry
 
 FP32 = 4

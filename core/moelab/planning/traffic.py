@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from moelab.moe.block import MoEBlock
+from moelab.nn.count import expected_assignments, moe_blocks
 from moelab.nn.transformer import Transformer
 
 
@@ -50,7 +49,10 @@ class ModelSizes:
 
 
 def communication(model: Transformer, sizes: ModelSizes, problem: Problem) -> CommunicationPlan:
-    """Bytes of one step. Ring collectives: each device sends (n - 1) / n of what is gathered or reduced."""
+    """Bytes of one step. Ring collectives: each device sends (n - 1) / n of what is gathered or reduced.
+
+    Tokens go to as many experts as the routers declare (`Router.expected_assignments`).
+    """
     width, groups = problem.dtype.itemsize, problem.expert_parallel
     shared, routed = sizes.total - sizes.routed, sizes.routed // groups
     copies = problem.devices // groups  # devices that hold the same experts
@@ -59,9 +61,8 @@ def communication(model: Transformer, sizes: ModelSizes, problem: Problem) -> Co
         return elements * width * (count - 1) // count
 
     once = ring(shared, problem.devices) + ring(routed, copies)
-    exchanged = sum(
-        problem.tokens * block.layout.num_experts_per_tok * model.config.hidden_size for block in moe_blocks(model)
-    )
+    assignments = sum(expected_assignments(block).per_token for block in moe_blocks(model))
+    exchanged = round(problem.tokens * assignments * model.config.hidden_size)
     passes = 4  # to the experts and back, forward and backward
     return CommunicationPlan(2 * once, once, passes * ring(exchanged, groups))
 
@@ -69,7 +70,3 @@ def communication(model: Transformer, sizes: ModelSizes, problem: Problem) -> Co
 def model_sizes(model: Transformer) -> ModelSizes:
     total = sum(parameter.numel() for parameter in model.parameters())
     return ModelSizes(total, sum(p.numel() for block in moe_blocks(model) for p in block.experts.parameters()))
-
-
-def moe_blocks(model: Transformer) -> Iterator[MoEBlock]:
-    return (layer.mlp for layer in model.layers if isinstance(layer.mlp, MoEBlock))

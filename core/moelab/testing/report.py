@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
-
 from moelab.components import Component
+from moelab.config.typed import OPTIONS
 
 CaseT = TypeVar("CaseT")
 
@@ -38,6 +37,5 @@ def run_checks(
 def make_options(component: Component[Any, Any], given: Any) -> Any:
     """The component's options: an instance, a mapping of some of them, or None for the defaults."""
     if given is None or isinstance(given, Mapping):
-        merged = OmegaConf.merge(OmegaConf.structured(component.options), dict(given or {}))
-        return OmegaConf.to_object(merged)
+        return OPTIONS.build(component.options, dict(given or {}))
     return given

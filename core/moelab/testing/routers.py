@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from moelab.components import Component
 from moelab.errors import ConfigError
-from moelab.moe.batch_statistics import BatchStatistics
-from moelab.moe.contracts import MoEContext, Router
+from moelab.moe.batch_statistics import BatchStatistics, call_after_step
+from moelab.moe.contracts import ExpectedAssignments, MoEContext, Router
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
 from moelab.testing.report import make_options, run_checks
 from moelab.testing.tensors import (
@@ -121,6 +121,10 @@ def returns_what_the_contract_says(case: RouterCase) -> None:
             assert routing.choices.dtype == torch.bool, "choices must be bool"
         if routing.served is not None:
             assert bool((routing.weight[~routing.served] == 0).all()), "a placeholder has a weight"
+        most = experts if routing.scores is None else routing.scores.shape[1]
+        assert 0 <= routing.counted_top_k <= most, (
+            f"balance_top_k is {routing.balance_top_k}, and there are {most} scores"
+        )
 
 
 def gives_no_expert_twice_to_a_token(case: RouterCase) -> None:
@@ -331,6 +335,16 @@ def extremes_stay_finite(case: RouterCase) -> None:
                 assert_finite(buffer, f"buffer '{name}' after a step without tokens")
 
 
+def declares_what_it_can_serve(case: RouterCase) -> None:
+    """`expected_assignments`, where there is one, lies in 0 .. E and says why."""
+    declared = getattr(case.build(), "expected_assignments", None)
+    if declared is None:
+        return
+    assert isinstance(declared, ExpectedAssignments), f"expected_assignments is {declared!r}, no ExpectedAssignments"
+    assert 0 <= declared.per_token <= case.context.num_experts, f"expects {declared.per_token} experts a token"
+    assert declared.because, "expected_assignments does not say why"
+
+
 ROUTER_CHECKS: tuple[Callable[[RouterCase], None], ...] = (
     returns_what_the_contract_says,
     gives_no_expert_twice_to_a_token,
@@ -347,6 +361,7 @@ ROUTER_CHECKS: tuple[Callable[[RouterCase], None], ...] = (
     nothing_waits_for_the_device,
     few_tokens_are_routed,
     extremes_stay_finite,
+    declares_what_it_can_serve,
 )
 
 
@@ -370,4 +385,4 @@ def _steps(case: RouterCase, router: Any, count: int) -> None:
         statistics.add([LayerRecord(case.context.layer_id, routing, routing.counts(), demand=routing.demand())])
         mean = statistics.mean_statistics(case.context.layer_id)
         counts = statistics.wanted[case.context.layer_id]
-        router.after_step(*([counts] if mean is None else [counts, mean]))
+        call_after_step(router.after_step, counts, mean, step)

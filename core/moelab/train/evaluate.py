@@ -25,22 +25,26 @@ class Evaluation:
     nats: np.ndarray
     tokens: np.ndarray
     bytes: np.ndarray | None  # None where the tokenizer's bytes are not known
+    exact_bytes: bool = True  # False: tokens times an average, which holds for all documents together only
 
     def metrics(self) -> dict[str, float]:
         """`eval/loss` in nats a token, `eval/perplexity`, and `eval/bits_per_byte`, which any tokenizers share."""
         loss = float(self.nats.sum() / self.tokens.sum())
         found = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
-        if self.bytes is not None:
+        if self.bytes is not None and self.bytes.sum() > 0:
             found["eval/bits_per_byte"] = float(self.nats.sum() / self.bytes.sum() / math.log(2))
         return found
 
     def document_rows(self, documents: tuple[Sequence[str], Sequence[str]]) -> list[str]:
-        """One line of JSON for each document that was read; `documents`: names, and the domain of each."""
+        """One line of JSON for each document that was read; `documents`: names, and the domain of each.
+
+        `bytes` are those of the tokens that were scored: a count, or absent where they are not known to the byte.
+        """
         rows = []
         for index in np.flatnonzero(self.tokens).tolist():
             row = {"document": documents[0][index], "domain": documents[1][index], "nats": float(self.nats[index])}
             row["tokens"] = int(self.tokens[index])
-            if self.bytes is not None:
+            if self.bytes is not None and self.exact_bytes:
                 row["bytes"] = int(self.bytes[index])
             rows.append(json.dumps(row))
         return rows
@@ -68,7 +72,8 @@ def evaluate(model: Transformer, batches: ValidationBatches, precision: Precisio
             sizes = torch.zeros_like(nats) if sizes is None else sizes
             sizes.index_add_(0, document, batch.target_bytes.reshape(-1))
     model.train(was_training)
-    return Evaluation(nats.numpy(), tokens.numpy(), None if sizes is None else sizes.numpy())
+    exact = batches.stream.exact_bytes
+    return Evaluation(nats.numpy(), tokens.numpy(), None if sizes is None else sizes.numpy(), exact)
 
 
 def sample_texts(model: Transformer, tokenizer: Tokenizer, config: EvaluationConfig, seed: int) -> list[str]:

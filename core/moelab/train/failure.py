@@ -12,6 +12,8 @@ from moelab.data.batches import Batch
 from moelab.nn.transformer import DecoderLayer, Transformer
 from moelab.train.precision import Precision
 
+SUMS = {"loss"}  # of the terms, so never guilty itself
+
 
 @torch.no_grad()
 def describe_failure(
@@ -67,7 +69,8 @@ def _first_bad_output(model: Transformer, parts: list[Batch], precision: Precisi
 
 def _bad_loss(losses: Mapping[str, Tensor]) -> str | None:
     """A term that is not finite though every layer's output is: its own fault."""
-    guilty = [name for name, value in losses.items() if name != "loss" and not bool(torch.isfinite(value).all())]
+    terms = {key: value for key, value in losses.items() if key not in SUMS}
+    guilty = [key for key, value in terms.items() if not bool(torch.isfinite(value).all())]
     return f"the value of {' and '.join(guilty)}" if guilty else None
 
 

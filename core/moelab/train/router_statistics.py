@@ -25,7 +25,7 @@ class _Layer:
     num_experts: int
     has_distribution: bool  # the router offers scores or logits, so an entropy exists
     has_drops: bool  # the router reports dropped assignments, be it zero
-    is_ragged: bool  # the number of experts differs from token to token
+    is_ragged: bool  # the number of experts differs from token to token, or some were asked for and not served
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class RouterStatistics:
                     routing.num_experts,
                     has_distribution=probability is not None,
                     has_drops=routing.dropped is not None,
-                    is_ragged=routing.top_k is None,
+                    is_ragged=routing.top_k is None or routing.served is not None,
                 )
             else:
                 layer.sums = layer.sums + sums

@@ -6,12 +6,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moelab.checkpoint import CONFIG
-from moelab.errors import UserError
+from moelab.errors import DataError, UserError
 from moelab.train.run_lock import LOCK
 
 METRICS, SUMMARY, LOG, DOCUMENTS = "metrics.jsonl", "summary.json", "log.txt", "evaluation_documents.jsonl"
@@ -114,10 +114,38 @@ def _kind(row: Mapping[str, Any]) -> tuple[int, frozenset[str]]:
     return row["step"], frozenset(row)
 
 
-def open_log(path: Path) -> logging.Handler:
-    """Everything that `moelab` logs also goes to log.txt; -> the handler, to be closed by `close_log`."""
+class HeldLog(logging.Handler):
+    """Keeps what is said while a run is built, until it has a folder and a log.
+
+    Where nobody has set logging up, warnings reach the terminal at the end: with another error than the data's they are
+    beside the point, and that error is the one line to be read.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.records: list[logging.LogRecord] = []
+
+    def __enter__(self) -> HeldLog:
+        logging.getLogger("moelab").addHandler(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        logging.getLogger("moelab").removeHandler(self)
+        wanted = kind is None or issubclass(kind, DataError)
+        if wanted and logging.lastResort is not None and not logging.getLogger().handlers:
+            for record in self.records:
+                logging.lastResort.handle(record)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+def open_log(path: Path, held: Iterable[logging.LogRecord] = ()) -> logging.Handler:
+    """What was `held` and everything that `moelab` logs from here go to log.txt; -> a handler for `close_log`."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for record in held:
+        handler.handle(record)
     logger = logging.getLogger("moelab")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)

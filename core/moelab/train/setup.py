@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from moelab.builder import build_balance_losses, build_model, resolve_model
-from moelab.checkpoint import CONFIG, read_run_config
-from moelab.config.load import to_yaml
+from moelab.checkpoint import CONFIG, read_run_config, read_state
 from moelab.config.run import RunConfig
+from moelab.config.scalars import settle
+from moelab.config.stored import is_sealed, stored, to_yaml
 from moelab.data.batches import TrainBatches, ValidationBatches
 from moelab.data.corpus import Corpus, DataContext
+from moelab.data.seen import RECORD, DataRecord, SeenText, history_of, record_of_run, seen_text
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import ConfigError
 from moelab.hookspecs import DATA_SOURCES, OBSERVERS
@@ -24,9 +26,10 @@ from moelab.moe.balance import NamedLoss
 from moelab.moe.block import MoEBlock
 from moelab.nn.allocator import keep_freed_memory
 from moelab.nn.checkpointing import apply_activation_checkpointing
-from moelab.nn.count import Parameters, count_parameters, flops_per_token
+from moelab.nn.count import Parameters, ServedCosts, count_parameters, flops_per_token, served_costs
 from moelab.nn.transformer import Transformer
 from moelab.origin import check_vocabulary
+from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab.train.optimizer import build_adamw
 from moelab.train.precision import choose_precision, set_threads
@@ -36,7 +39,7 @@ from moelab.train.step import StepSettings, probe_step
 logger = logging.getLogger("moelab")
 
 # What may differ when a run is resumed: none of it changes the numbers of a step.
-FREE_ON_RESUME = {"run_dir", "resume", "name", "observers", "evaluation", "search_path"}
+FREE_ON_RESUME = {"run_dir", "resume", "name", "observers", "evaluation", "search_path", "store_environment"}
 FREE_TRAIN_KEYS = {"log_every", "save_every", "keep_checkpoints", "init_from", "init_overrides"}
 
 
@@ -48,6 +51,7 @@ class Setup:
     registry: Registry
     tokenizer: Tokenizer
     corpus: Corpus
+    history: DataRecord  # the text that the starting weights have met
     batches: TrainBatches
     validation: ValidationBatches
     model: Transformer
@@ -57,7 +61,14 @@ class Setup:
     threads: int
     parameters: Parameters
     start: Start
-    flops_per_token: float  # forward and backward, active parameters
+    flops_per_token: float  # forward and backward, as the routers declare
+    costs: ServedCosts  # by which the run counts what its experts served
+
+    @property
+    def seen(self) -> SeenText:
+        """How much of the held-out text the starting weights have met."""
+        source, scored = self.config.train.init_from, self.validation.documents_scored()
+        return seen_text(self.history, source, self.corpus, self.tokenizer, scored)
 
     @property
     def blocks(self) -> list[MoEBlock]:
@@ -81,11 +92,12 @@ def prepare(config: RunConfig, registry: Registry) -> Setup:
         logger.warning(line)
     corpus = build_corpus_of(config, registry, tokenizer)
     train, micro = config.train, config.train.micro_batch_size or config.train.batch_size
-    batches = TrainBatches(corpus.train, train.batch_size, train.sequence_length, config.data.seed)
+    batches = TrainBatches(corpus.train, train.batch_size, train.sequence_length, config.order_seed)
     validation = ValidationBatches(
         corpus.validation, config.evaluation.sequences, train.sequence_length, config.evaluation.batch_size or micro
     )
     model = starting_model(config, registry, precision.device, start)
+    history = starting_history(config, start)
     settings = StepSettings(micro, train.grad_clip, config.seed, precision)
     probe_step(model, losses, batches.batch(0), settings)
     if train.activation_checkpointing:
@@ -95,6 +107,7 @@ def prepare(config: RunConfig, registry: Registry) -> Setup:
         registry=registry,
         tokenizer=tokenizer,
         corpus=corpus,
+        history=history,
         batches=batches,
         validation=validation,
         model=model,
@@ -105,6 +118,7 @@ def prepare(config: RunConfig, registry: Registry) -> Setup:
         parameters=count_parameters(model),
         start=start,
         flops_per_token=flops_per_token(model, train.sequence_length),
+        costs=served_costs(model, train.sequence_length),
     )
 
 
@@ -117,36 +131,64 @@ def resolve_run(config: RunConfig, registry: Registry) -> None:
 
 def build_corpus_of(config: RunConfig, registry: Registry, tokenizer: Tokenizer) -> Corpus:
     """The corpus that `data` describes; relative paths count from the config file's folder."""
-    base = Path(config.search_path[0]) if config.search_path else Path()
-    context = DataContext(tokenizer, config.data.validation_fraction, config.data.seed, base)
-    return registry.build(DATA_SOURCES, config.data.source, context, "data.source")
+    base = user_path(config.search_path[0], "search_path") if config.search_path else Path()
+    data = config.data
+    context = DataContext(tokenizer, data.validation_fraction, data.seed, base, data.split_seed)
+    return registry.build(DATA_SOURCES, data.source, context, "data.source")
 
 
-def checkpoint_files(setup: Setup) -> dict[str, bytes]:
-    """What goes into a checkpoint beside its tensors."""
-    return {CONFIG: to_yaml(setup.config).encode()} | setup.tokenizer.files() | setup.start.files
+def starting_history(config: RunConfig, start: Start) -> DataRecord:
+    """What the weights that the run starts from were trained on, as far as is recorded beside them.
+
+    Nothing of a run that goes on: its own checkpoint brings the record.
+    """
+    if start.origin is None or start.origin.own or config.train.init_from is None:
+        return DataRecord()
+    return history_of([start.origin.folder], [config.train.init_from])
+
+
+def checkpoint_files(setup: Setup, step: int) -> dict[str, bytes]:
+    """What goes into the checkpoint of this step beside its tensors."""
+    record = setup.history | record_of_run(setup.corpus, setup.tokenizer, setup.batches.documents_read(step))
+    own = {CONFIG: to_yaml(setup.config).encode(), RECORD: record.to_bytes()}
+    return own | setup.tokenizer.files() | setup.start.files
 
 
 def check_same_run(setup: Setup, checkpoint: Path) -> None:
     """Refuse to resume under another config. Raises ConfigError naming the keys that differ."""
-    stored = _fixed_part(read_run_config(checkpoint))
-    now = _fixed_part(setup.config)
-    different = sorted(key for key in stored.keys() | now.keys() if stored.get(key) != now.get(key))
+    then, now = _fixed_part(stored(read_run_config(checkpoint))), _fixed_part(stored(setup.config))
+    different = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
     if different:
-        lines = "; ".join(f"{key}: {stored.get(key)!r} then, {now.get(key)!r} now" for key in different[:5])
+        lines = "; ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in different[:5])
         raise ConfigError(
             f"{different[0]}: {checkpoint} was written under another config ({lines}); resume with the same, "
             "or start a new run from these weights with train.init_from"
         )
+    outside = fixed_environment(setup.config)
+    sealed = str(read_state(checkpoint).get("environment", ""))
+    if outside and not is_sealed(outside, sealed):
+        raise ConfigError(
+            f"{next(iter(outside))}: {checkpoint} was written in another environment: what {', '.join(outside)} took "
+            "from it then is something else now; set the variables as they were, or start a new run with "
+            "train.init_from"
+        )
 
 
-def _fixed_part(config: RunConfig) -> dict[str, Any]:
-    tree = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE_ON_RESUME}
+def fixed_environment(config: RunConfig) -> dict[str, Any]:
+    """{key: value} of what came from the environment and must be the same when the run goes on."""
+    values = _fixed_part(dataclasses.asdict(config))
+    return {key: values[key] for key in map(".".join, sorted(config.as_written)) if key in values}
+
+
+def _fixed_part(config: dict[str, Any]) -> dict[str, Any]:
+    tree = {k: settle(v) for k, v in config.items() if k not in FREE_ON_RESUME}
     tree["train"] = {k: v for k, v in tree["train"].items() if k not in FREE_TRAIN_KEYS}
     return dict(_flat(tree, ()))
 
 
 def _flat(tree: Any, key_path: tuple[str, ...]) -> list[tuple[str, Any]]:
+    if isinstance(tree, list) and tree:
+        tree = dict(enumerate(tree))
     if isinstance(tree, dict) and tree:
         return [leaf for key, value in tree.items() for leaf in _flat(value, (*key_path, str(key)))]
     return [(".".join(key_path), tree)]

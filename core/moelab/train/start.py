@@ -191,7 +191,7 @@ def starting_model(config: RunConfig, registry: Registry, device: torch.device, 
         return model
     try:
         source = load(start.origin.folder, device=device).state_dict()
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"train.init_from: {error}") from error
     wanted = dict(model.state_dict())
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}

@@ -23,6 +23,7 @@ from moelab.nn.transformer import TokenContext, Transformer
 from moelab.seeds import derive_seed, generator
 from moelab.train.failure import describe_failure
 from moelab.train.precision import Precision
+from moelab.train.router_gradient import warn_of_untaught_routers, watch_routers
 from moelab.train.router_statistics import RouterStatistics
 
 PROBE_TOKENS = 16
@@ -57,6 +58,7 @@ class StepResult:
     grad_norm: Tensor
     statistics: RouterStatistics  # empty unless observed
     gradient_shares: dict[str, Tensor]  # {loss: share}, of the first micro-batch; empty unless observed
+    served: Tensor | None  # [sum of E] int64: assignments served, layer after layer, without padding; None: dense
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,11 @@ def train_step(
     torch.manual_seed(derive_seed(settings.seed, "step", step))
 
     before = _routing_pass(model, balance_losses, parts, step, settings)
-    seen = BatchStatistics()
+    seen = BatchStatistics(for_losses=bool(balance_losses))
     losses: dict[str, Tensor] = {}
     shares: dict[str, Tensor] = {}
     statistics = RouterStatistics()
+    served: list[Tensor] = []  # of each micro-batch
     sizes = [part.token_count / batch.token_count for part in batch.split(settings.micro_batch_size)]
     for index, (part, size) in enumerate(zip(parts, sizes, strict=True)):
         terms, records = _forward(model, balance_losses, part, before, _Place(step, index, size, targets), settings)
@@ -106,6 +109,8 @@ def train_step(
         loss = torch.stack(list(weighted.values())).sum()
         loss.backward()
         seen.add(records)
+        if records:
+            served.append(torch.cat([record.counts for record in records]))
         if observe.routing:
             statistics.add(records)
         found = {name: value.detach() for name, (value, _) in terms.items()} | {"loss": loss.detach()}
@@ -118,24 +123,27 @@ def train_step(
     if settings.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, settings.grad_clip, norm)
     optimizer.step()
-    seen.after_step(_blocks(model))
+    seen.after_step(_blocks(model), step)
     for named in balance_losses:
         named.after_step(seen.context())
-    return StepResult(losses, norm, statistics, shares)
+    return StepResult(losses, norm, statistics, shares, torch.stack(served).sum(0) if served else None)
 
 
 @torch.no_grad()
 def probe_step(model: Transformer, balance_losses: Sequence[NamedLoss], batch: Batch, settings: StepSettings) -> None:
     """Forward one short sequence and every loss, and leave no trace: plugins that don't fit fail here, before a run.
 
-    Raises ConfigError naming the layer or loss, the plugin and its owner.
+    Raises ConfigError naming the layer or loss, the plugin and its owner. Warns of routers that the text can't teach.
     """
     device = next(model.parameters()).device
     part = batch.split(1)[0].narrow(PROBE_TOKENS).to(device)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()
     with torch.random.fork_rng(devices=[]):
-        _forward(model, balance_losses, part, None, _Place(0, 0, 1.0, PROBE_TOKENS), settings)
+        with watch_routers(_blocks(model)) as calls:
+            _forward(model, balance_losses, part, None, _Place(0, 0, 1.0, PROBE_TOKENS), settings)
+        with settings.precision.autocast():
+            warn_of_untaught_routers(model.config, _blocks(model), calls)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
 
@@ -159,7 +167,7 @@ def _forward(
     assert output.token_loss is not None
     terms: dict[str, tuple[Tensor, float]] = {"lm_loss": (output.token_loss.sum() / place.targets, 1.0)}
     if before is None:
-        before = BatchStatistics()
+        before = BatchStatistics(for_losses=bool(balance_losses))
         before.add(output.records)
     for named in balance_losses:
         value = named(output.records, before.context())

@@ -1,4 +1,4 @@
-"""How far a run is, what it ran on, and what it ended with: the rows of metrics.jsonl and summary.json."""
+"""What a run ran on and what it ended with: the numbers of a logged step, and summary.json."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import platform
 import resource
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import moelab
-from moelab.train.evaluate import Evaluation
+from moelab.config.stored import stored
+from moelab.nn.count import expected_assignments
+from moelab.train.format import FORMAT_VERSION
 from moelab.train.peak import peak_flops
+from moelab.train.progress import Progress
 from moelab.train.router_statistics import RouterReport
 from moelab.train.start import OVERRIDES
 from moelab.train.step import StepResult
@@ -23,52 +26,19 @@ if TYPE_CHECKING:
     from moelab.train.setup import Setup
 
 
-@dataclass
-class Progress:
-    """Counters that a resumed run continues."""
-
-    step: int = 0
-    tokens: int = 0
-    flops: float = 0.0
-    seconds: float = 0.0  # of training steps alone
-    seconds_logged: float = 0.0
-    tokens_logged: int = 0
-    evaluation: Evaluation | None = None
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Progress:
-        known = {key: state[key] for key in ("step", "tokens", "flops", "seconds") if key in state}
-        progress = cls(**known)
-        progress.seconds_logged, progress.tokens_logged = progress.seconds, progress.tokens
-        return progress
-
-    def advance(self, tokens: int, flops_per_token: float, seconds: float) -> None:
-        self.step += 1
-        self.tokens += tokens
-        self.flops += tokens * flops_per_token
-        self.seconds += seconds
-
-    def rate(self) -> float:
-        """Tokens a second since the last call."""
-        seconds, tokens = self.seconds - self.seconds_logged, self.tokens - self.tokens_logged
-        self.seconds_logged, self.tokens_logged = self.seconds, self.tokens
-        return tokens / seconds
-
-    def row(self) -> dict[str, Any]:
-        return {"step": self.step, "tokens": self.tokens, "flops": self.flops, "seconds": round(self.seconds, 4)}
-
-    def state(self) -> dict[str, Any]:
-        return {"step": self.step, "tokens": self.tokens, "flops": self.flops, "seconds": self.seconds}
-
-
 def log_metrics(result: StepResult, rate: float, progress: Progress, setup: Setup) -> RouterReport:
     """All scalars of one logged step, loads and alarms. This is where the host waits for the device."""
     router = result.statistics.reduce()
-    speed = progress.rate()
+    since = progress.interval()
     metrics = {f"train/{name}": float(value) for name, value in result.losses.items()}
     metrics |= {"train/grad_norm": float(result.grad_norm), "train/lr": rate}
     peak = peak_flops(setup.step_settings.precision)
-    metrics |= {"perf/tokens_per_second": speed, "perf/mfu": speed * setup.flops_per_token / peak}
+    metrics |= {"perf/tokens_per_second": since.tokens / since.seconds, "perf/mfu": since.flops / since.seconds / peak}
+    metrics |= {
+        "compute/served_flops_per_token": since.flops / since.tokens,
+        "compute/declared_flops_per_token": setup.flops_per_token,
+        "compute/served_active_parameters": since.active_parameters,
+    }
     metrics |= {f"train/router_gradient_share/{name}": float(v) for name, v in result.gradient_shares.items()}
     metrics["perf/memory_gb"] = memory_gb(setup.step_settings.precision.device)
     return replace(router, metrics=metrics | router.metrics)
@@ -84,11 +54,12 @@ def memory_gb(device: torch.device) -> float:
 
 def environment_facts(setup: Setup) -> dict[str, Any]:
     """What is known before the first step; the constant part of summary.json."""
-    config = setup.config
+    config, written = setup.config, stored(setup.config)
     return {
         "name": run_name(setup),
         "parameters": asdict(setup.parameters),
-        "flops_per_token": setup.flops_per_token,
+        "flops_per_token": setup.flops_per_token,  # declared
+        "expected_assignments": {str(b.layer_id): asdict(expected_assignments(b)) for b in setup.blocks},
         "peak_flops": peak_flops(setup.step_settings.precision),  # what MFU is a share of
         "data": {
             "fingerprint": setup.corpus.fingerprint,
@@ -96,10 +67,14 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
             "source": config.data.source["name"],
             "train_tokens": len(setup.corpus.train.tokens),
             "validation_tokens": len(setup.corpus.validation.tokens),
-            "sequence_length": config.train.sequence_length,
-            "batch_size": config.train.batch_size,
-            "seed": config.data.seed,
+            "sequence_length": written["train"]["sequence_length"],
+            "batch_size": written["train"]["batch_size"],
+            "seed": written["data"]["seed"],
+            "split_seed": written["data"]["split_seed"],
+            "order_seed": written["seed"] if written["data"]["order_seed"] is None else written["data"]["order_seed"],
             "manifest": setup.corpus.manifest,
+            "left_out": setup.corpus.left_out,
+            "seen": asdict(setup.seen),
         },
         "components": components(config.model.moe),
         "plugins": setup.registry.versions(),
@@ -110,18 +85,19 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
         },
         "device": _device_name(setup.step_settings.precision.device),
         "threads": setup.threads,
-        "dtype": config.train.dtype,
+        "dtype": written["train"]["dtype"],
         "git": _git_revision(),
-        "init_from": config.train.init_from,
+        "init_from": written["train"]["init_from"],
         OVERRIDES: setup.start.overrides,  # {key: {config, checkpoint}}: where the model is not the checkpoint's
-        "seed": config.seed,
+        "seed": written["seed"],
         "backends": backends(setup),
     }
 
 
 def run_name(setup: Setup) -> str:
     """The config's name or the folder's; routing that is balanced by force is never compared unawares."""
-    name = setup.config.name or Path(setup.config.run_dir).name
+    written = stored(setup.config)  # not what a variable of the environment held: names are stored
+    name = written["name"] or Path(written["run_dir"]).name
     return f"{name} (FORCED BALANCE)" if any(getattr(b.router, "forced", False) for b in setup.blocks) else name
 
 
@@ -156,12 +132,17 @@ def summary(
     loads: Mapping[int, list[float]],
 ) -> dict[str, Any]:
     """summary.json."""
+    served = {"active_served": round(progress.active_parameters())} if progress.tokens else {}
     return {
+        "format_version": FORMAT_VERSION,
         **facts,
+        "parameters": {**facts["parameters"], **served},
         "status": status,
         "steps": progress.step,
         "tokens": progress.tokens,
-        "flops": progress.flops,
+        "flops": progress.flops(),  # served
+        "flops_declared": progress.flops_declared(),
+        "flops_per_token_served": progress.flops() / progress.tokens if progress.tokens else None,
         "seconds": round(progress.seconds, 3),
         "final": dict(final),
         "expert_load": {str(layer): shares for layer, shares in loads.items()},

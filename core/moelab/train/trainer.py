@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moelab.checkpoint import CHECKPOINTS, CONFIG, newest_checkpoint
-from moelab.config.load import to_yaml
 from moelab.config.run import RunConfig
-from moelab.errors import UserError
+from moelab.config.stored import seal, stored, to_yaml
+from moelab.data.seen import read_record
+from moelab.errors import CheckpointError, UserError
+from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab.train.checkpoint import TrainingState, restore_checkpoint, save_checkpoint
 from moelab.train.evaluate import evaluate, sample_texts
 from moelab.train.interruption import Interruption
 from moelab.train.observers import ObserverManager, gather_observers
+from moelab.train.progress import Progress, can_continue
 from moelab.train.run_folder import (
     DOCUMENTS,
     LOG,
     METRICS,
     SUMMARY,
+    HeldLog,
     MetricsLog,
     close_log,
     is_finished,
@@ -36,10 +39,10 @@ from moelab.train.run_folder import (
 )
 from moelab.train.run_lock import LOCK, RunLock, hold
 from moelab.train.schedule import learning_rate_factor
-from moelab.train.setup import Setup, check_same_run, checkpoint_files, prepare
+from moelab.train.setup import Setup, check_same_run, checkpoint_files, fixed_environment, prepare
 from moelab.train.start import OVERRIDES
 from moelab.train.step import Observe, StepResult, train_step
-from moelab.train.summary import Progress, backends, environment_facts, log_metrics, summary
+from moelab.train.summary import backends, environment_facts, log_metrics, summary
 
 logger = logging.getLogger("moelab")
 
@@ -65,24 +68,35 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
     Raises UserError before anything is written when the config, data, plugins or run folder are wrong;
     RunFailure when the loss stops being finite.
     """
-    run_dir = Path(config.run_dir)
-    registry = Registry(config.plugins, config.entry_points, [Path(p) for p in config.search_path])
-    setup = prepare(config, registry)
-    with hold(run_dir) as lock:
-        resumed = _find_resume(config, run_dir)
-        if resumed is None and setup.start.origin is not None and setup.start.origin.own:
-            raise UserError(f"{run_dir}: its checkpoint {setup.start.origin.folder} went away meanwhile; start again")
-        prepare_run_folder(run_dir, resume=config.resume, force=force)
-        state = _restore(setup, resumed) if resumed else {}
-        if state.get("step") == config.train.steps and is_finished(run_dir):
-            logger.warning("%s is finished: nothing is left to do", run_dir)
-            return run_dir
-        handler = open_log(run_dir / LOG)
+    run_dir = user_path(config.run_dir, "run_dir")
+    folders = [user_path(p, "search_path") for p in config.search_path]
+    with ExitStack() as stack:
+        with HeldLog() as held:
+            registry = Registry(config.plugins, config.entry_points, folders)
+            setup = prepare(config, registry)
+            lock = stack.enter_context(hold(run_dir))
+            resumed = _find_resume(config, run_dir)
+            if resumed is None and setup.start.origin is not None and setup.start.origin.own:
+                raise UserError(f"{run_dir}: its checkpoint {setup.start.origin.folder} went away meanwhile")
+            prepare_run_folder(run_dir, resume=config.resume, force=force)
+            state = _restore(setup, resumed) if resumed else {}
+            if resumed and (history := read_record(resumed)):
+                setup = replace(setup, history=history)
+            for line in setup.seen.lines():
+                logger.warning("train.init_from: %s", line)
+            if state.get("step") == config.train.steps and is_finished(run_dir):
+                logger.warning("%s is finished: nothing is left to do", run_dir)
+                return run_dir
+        handler = open_log(run_dir / LOG, held.records)
         try:
+            if config.as_written:
+                keys = ", ".join(map(".".join, config.as_written))
+                logger.warning("stored as written, not as resolved: %s; store_environment=true stores the values", keys)
             write_atomically(run_dir / CONFIG, to_yaml(setup.config))
             manager = gather_observers(setup.config.observers, registry, run_dir, observers)
             with closing(MetricsLog(run_dir / METRICS, state.get("step", 0))) as metrics:
-                _run(Loop(setup, run_dir, lock, manager, metrics, Progress.of(state)))
+                progress = Progress.of(state, setup.costs, setup.flops_per_token)
+                _run(Loop(setup, run_dir, lock, manager, metrics, progress))
         finally:
             close_log(handler)
     return run_dir
@@ -92,14 +106,12 @@ def _run(loop: Loop) -> None:
     """All remaining steps, then the summary, also when something went wrong on the way."""
     setup, progress = loop.setup, loop.progress
     facts = environment_facts(setup)
-    for line in setup.start.told:  # on the terminal since `prepare`; here for log.txt
-        logger.info(line)
     logger.info("%s: %s", facts["name"], {key: facts[key] for key in ("components", "parameters")})
     error: BaseException | None = None
     interruption = Interruption()
     try:
         loop.observers.hook.on_train_begin(
-            run_dir=loop.run_dir, config=dataclasses.asdict(setup.config), facts=facts, step=progress.step
+            run_dir=loop.run_dir, config=stored(setup.config), facts=facts, step=progress.step
         )
         with interruption:
             while progress.step < setup.config.train.steps:
@@ -137,7 +149,7 @@ def _one_step(loop: Loop) -> None:
     result = train_step(
         setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings, observe=look
     )
-    progress.advance(batch.input_ids.numel(), setup.flops_per_token, time.perf_counter() - started)
+    progress.advance(batch.token_count, result.served, time.perf_counter() - started)
     if observe:
         _log(loop, result, rate)
     if _due(progress.step, config.evaluation.every):
@@ -200,9 +212,12 @@ def _save(loop: Loop) -> None:
         "plugins": setup.registry.versions(),
         OVERRIDES: setup.start.overrides,
     }
-    save_checkpoint(folder, setup.model, _training_state(setup), state, checkpoint_files(setup))
+    outside = fixed_environment(setup.config)
+    if outside:
+        state["environment"] = seal(outside)
+    save_checkpoint(folder, setup.model, _training_state(setup), state, checkpoint_files(setup, progress.step))
     _prune(folder.parent, setup.config.train.keep_checkpoints)
-    logger.info("checkpoint: %s", folder)
+    logger.info("checkpoint: %s", folder.relative_to(loop.run_dir))
     loop.observers.hook.on_save(step=progress.step, path=folder)
 
 
@@ -229,6 +244,11 @@ def _restore(setup: Setup, checkpoint: Path) -> dict[str, Any]:
         raise UserError(
             f"{checkpoint}: was trained on another corpus (fingerprint {state['data_fingerprint'][:12]}, now "
             f"{setup.corpus.fingerprint[:12]}): the data or the installed packages changed; restore them, or start anew"
+        )
+    if not can_continue(state):
+        raise CheckpointError(
+            f"{checkpoint}: was written by a version that did not count what the experts served, so its FLOPs can't be "
+            "continued; start a new run from these weights with train.init_from"
         )
     return state
 

@@ -22,7 +22,7 @@ class DepthPredictor:
 
     Formula: mean over tokens of BCE(sigmoid(predictor(x_t)), chosen_t). Its input is detached: only the predictor's own
     weights learn from it. With all logits 0: ln 2.
-    Source: Mixture-of-Depths (2404.02258) 3.5, the auxiliary predictor.
+    Source: Mixture-of-Depths (2404.02258) 3.5, the auxiliary predictor: a small MLP there, one linear row here.
     Use: always with the router mixture_of_depths; without it generation would route by an untrained predictor.
     Cost: nothing to speak of.
     """

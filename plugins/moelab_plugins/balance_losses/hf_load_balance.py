@@ -18,7 +18,7 @@ from moelab import (
     component,
     hookimpl,
 )
-from moelab.moe.loss_terms import logits_of, token_mean
+from moelab.moe.loss_terms import batch_counts, logits_of, token_mean
 
 
 @dataclass
@@ -30,7 +30,8 @@ class HFLoadBalance:
     """transformers' load_balancing_loss_func: all layers pooled, and not divided by K.
 
     Formula: E * sum_i f_i P_i with f_i = (choices of i over all layers and tokens) / (L T), P_i the mean of
-    softmax(W x)_i over all layers and tokens. Balanced: K; in load_balance's units divide by K.
+    softmax(W x)_i over all layers and tokens; a choice is one of a token's K largest scores, as there, whatever a bias
+    chose. Balanced: K; in load_balance's units divide by K.
     Source: transformers, modeling_qwen2_moe.py. Counted over the whole batch, so that micro-batches change nothing.
     Use: to reproduce a Hugging Face run. Pooling hides imbalances that are opposite in two layers; prefer
     load_balance.
@@ -51,16 +52,13 @@ class HFLoadBalance:
         probability = torch.stack(
             [token_mean(logits_of(record).softmax(-1), record.routing.token_mask) for record in records]
         ).mean(0)  # [E]: every layer has the same tokens
-        counts = [
-            record.wanted
-            if context.batch_counts is None
-            else context.batch_counts[record.layer_id].to(probability.device)
-            for record in records
-        ]
-        pooled = torch.stack(counts).sum(0).to(probability.dtype)
+        pooled = torch.stack([batch_counts(record, context) for record in records]).sum(0).to(probability.dtype)
         # Every token has K choices in each layer, so sum(pooled) = K L T.
         load = self.top_k * pooled / pooled.sum().clamp_min(1)
         return probability.numel() * (load * probability).sum()
+
+    def qwen2_moe_fields(self) -> dict[str, float]:
+        return {"router_aux_loss_coef": self.weight}
 
 
 @hookimpl

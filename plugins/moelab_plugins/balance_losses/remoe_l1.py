@@ -29,7 +29,7 @@ class ReMoEL1:
     Formula: sum_i (E c_i / (K T)) * mean over tokens of relu(z_ti), meaned over layers; c_i the tokens of expert i
     in the whole batch. After each step the coefficient is multiplied by factor while the share of inactive pairs of
     token and expert is below 1 - K / E, and divided by it otherwise.
-    Source: ReMoE (2412.14711) eq. 7-9, with load balancing.
+    Source: ReMoE (2412.14711) eq. 7-9, with load balancing. The tokens counted are those that an expert serves.
     Use: with the router remoe, which without it stays dense. The coefficient is state: it is in every checkpoint.
     Cost: the whole batch's counts before the first backward pass.
     """

@@ -38,8 +38,8 @@ class RouterOrthogonality:
 
     Formula: ernie: mean over the E x E entries of (U U^T - I)^2, U the rows of W scaled to length one; simbal:
     sum of |W W^T - I|. Both 0 for orthonormal rows, which needs E <= D. Meaned over layers.
-    Source: ERNIE 4.5 technical report; SimBal (2506.14038). ERNIE applies it after the optimizer step with its own
-    rate, here it is a term of the loss.
+    Source: ERNIE 4.5 technical report; SimBal (2506.14038); neither could be opened to check the formula. ERNIE applies
+    it after the optimizer step with its own rate, here it is a term of the loss.
     Use: routers that collapse onto few directions. Pulls against weight decay in the kind simbal.
     Cost: E^2 D, once for each micro-batch.
     """

@@ -11,49 +11,59 @@ from pathlib import Path
 from typing import Any
 
 from moelab import Component, ConfigError, Corpus, DataContext, DataError, Document, build_corpus, component, hookimpl
-from moelab.data.reading import decode_text, resolve_files
+from moelab.data.reading import decode_text, distinct_files
+
+PATTERNS = ("**/*.jsonl", "**/*.jsonl.gz")  # of a folder
+GZIP = b"\x1f\x8b"  # how a gzip file begins (RFC 1952, section 2.3.1)
 
 
 @dataclass
 class JsonlOptions:
     paths: list[str] = field(default_factory=list)  # files, globs or folders (of which *.jsonl and *.jsonl.gz are read)
     text_key: str = "text"
-    domain_key: str | None = None  # null: the domain is the file's name
+    domain_key: str | None = None  # null: the domain is the file's name up to its first dot
     deduplicate: bool = True  # drop exact and near copies before the split
 
 
 def jsonl(options: JsonlOptions, context: DataContext) -> Corpus:
-    """One JSON object a line (*.jsonl, *.jsonl.gz), its text under `text_key`."""
+    """One JSON object a line, its text under `text_key`; gzipped or not, as the content says.
+
+    A file named outright is read whatever it is called; of a folder, what ends in .jsonl or .jsonl.gz. A link has the
+    name it is seen under, not that of what it points to.
+    """
     if not options.paths:
         raise ConfigError("paths: nothing to read; give `paths: [...]`")
-    return build_corpus(_documents(options, context.base), context, deduplicate=options.deduplicate)
+    return build_corpus(_documents(options, context), context, deduplicate=options.deduplicate)
 
 
-def _documents(options: JsonlOptions, base: Path) -> Iterator[Document]:
-    files = [file for path in options.paths for file in resolve_files(path, base, "**/*.jsonl*")[1]]
-    for file in dict.fromkeys(file.resolve() for file in files):
+def _documents(options: JsonlOptions, context: DataContext) -> Iterator[Document]:
+    for _, root, file in distinct_files(
+        [(None, path) for path in options.paths], context.base, PATTERNS, context.account
+    ):
+        name, domain = file.relative_to(root).as_posix(), file.name.split(".", maxsplit=1)[0] or file.name
         for number, line in enumerate(_lines(file), 1):
             if line.strip():
-                yield _document(line, f"{file}:{number}", f"{file.name}:{number}", options)
+                text, own = _text(line, f"{file}:{number}", options)
+                yield Document(text, own or domain, f"{name}:{number}")
 
 
 def _lines(file: Path) -> Iterator[bytes]:
     try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-            yield from stream
+        with file.open("rb") as stream:
+            zipped = stream.peek(2)[:2] == GZIP or file.suffix == ".gz"
+            yield from gzip.GzipFile(fileobj=stream) if zipped else stream
     except (OSError, EOFError, zlib.error) as error:  # what gzip raises for a truncated or false archive
         raise DataError(f"data.source: {file} can't be read: {error}; download or write it again") from error
 
 
-def _document(line: bytes, where: str, name: str, options: JsonlOptions) -> Document:
+def _text(line: bytes, where: str, options: JsonlOptions) -> tuple[str, str | None]:
+    """(text, domain where a key names it)."""
     try:
         record: Any = json.loads(decode_text(line, where))
     except json.JSONDecodeError as error:
         raise DataError(f"data.source: {where} is no JSON: {error}; each line must be one whole object") from error
-    domain = name.split(".", maxsplit=1)[0]
-    if options.domain_key is not None:
-        domain = _string(record, options.domain_key, "domain_key", where)
-    return Document(_string(record, options.text_key, "text_key", where), domain, name)
+    own = None if options.domain_key is None else _string(record, options.domain_key, "domain_key", where)
+    return _string(record, options.text_key, "text_key", where), own
 
 
 def _string(record: Any, key: str, option: str, where: str) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from moelab import Component, ConfigError, Corpus, DataContext, Document, build_corpus, component, hookimpl
-from moelab.data.reading import read_text, resolve_files
+from moelab.data.reading import distinct_files, read_text
 
 
 @dataclass
@@ -31,22 +30,16 @@ def text(options: TextOptions, context: DataContext) -> Corpus:
     """
     if not options.paths and not options.domains:
         raise ConfigError("paths: nothing to read; give `paths: [...]` or `domains: {name: [...]}`")
-    return build_corpus(_documents(options, context.base), context, deduplicate=options.deduplicate)
+    return build_corpus(_documents(options, context), context, deduplicate=options.deduplicate)
 
 
-def _documents(options: TextOptions, base: Path) -> Iterator[Document]:
-    wanted: list[tuple[str | None, str]] = [(None, path) for path in options.paths]
-    wanted += [(domain, path) for domain, paths in options.domains.items() for path in paths]
-    seen: set[Path] = set()  # a file that two paths name is read once, for the first
-    for domain, path in wanted:
-        root, files = resolve_files(path, base, options.pattern)
-        for file in files:
-            if file.resolve() in seen:
-                continue
-            seen.add(file.resolve())
-            below = file.relative_to(root)
-            of_file = domain or (below.parts[0] if len(below.parts) > 1 else root.resolve().name) or "text"
-            yield from _cut(read_text(file), of_file, f"{root.resolve().name}/{below.as_posix()}", options.separator)
+def _documents(options: TextOptions, context: DataContext) -> Iterator[Document]:
+    paths: list[tuple[str | None, str]] = [(None, path) for path in options.paths]
+    paths += [(domain, path) for domain, several in options.domains.items() for path in several]
+    for domain, root, file in distinct_files(paths, context.base, (options.pattern,), context.account):
+        below = file.relative_to(root)
+        of_file = domain or (below.parts[0] if len(below.parts) > 1 else root.resolve().name) or "text"
+        yield from _cut(read_text(file), of_file, f"{root.resolve().name}/{below.as_posix()}", options.separator)
 
 
 def _cut(content: str, domain: str, name: str, separator: str | None) -> Iterator[Document]:

@@ -12,6 +12,8 @@ import numpy as np
 from omegaconf import MISSING
 
 from moelab import Component, ConfigError, Corpus, DataContext, DataError, TokenStream, component, hookimpl
+from moelab.data.account import Account
+from moelab.data.identity import token_identities, token_kind
 from moelab.data.reading import resolve_path
 
 CHUNK = 1 << 24  # tokens looked at together
@@ -24,7 +26,7 @@ class TokensOptions:
     validation: str | None = None  # null: the last data.validation_fraction of the documents in `train`
     dtype: str | None = None  # of raw files: uint16, int32, uint32 or int64
     eos_token_id: int | None = None  # ends a document; null: the tokenizer's
-    bytes_per_token: float | None = None  # of text; null: from the tokenizer, where its tokens are byte strings
+    bytes_per_token: float | None = None  # of text, on average; null: the tokenizer's, where its tokens are bytes
     domain: str = "tokens"
 
     def __post_init__(self) -> None:
@@ -57,7 +59,8 @@ class Numbered(Sequence[str]):
 def tokens(options: TokensOptions, context: DataContext) -> Corpus:
     """Pre-tokenised .npy or raw memmaps, documents separated by the end-of-document id.
 
-    The order of documents is the file's, and the split takes its tail: shuffle when tokenising. Ids are checked once.
+    The order of documents is the file's, and the split takes its tail: shuffle when tokenising. Every token is looked
+    at once: ids must fit the vocabulary, and a held-out document whose ids stand in the training text too is dropped.
     """
     eos = context.tokenizer.eos_token_id if options.eos_token_id is None else options.eos_token_id
     train = _stream(options.train, options, context, eos)
@@ -65,6 +68,7 @@ def tokens(options: TokensOptions, context: DataContext) -> Corpus:
         train, validation = _split(train, context.validation_fraction, options.train)
     else:
         validation = _stream(options.validation, options, context, eos)
+    validation = _unseen(train, validation, context.account)
     digest = hashlib.sha256(f"{context.tokenizer.fingerprint}/{eos}".encode())
     for stream in (train, validation):
         digest.update(_content_digest(stream.tokens))
@@ -76,21 +80,70 @@ def tokens(options: TokensOptions, context: DataContext) -> Corpus:
         "validation_tokens": len(validation),
         "sources": {},
     }
-    return Corpus(train, validation, [options.domain], digest.hexdigest(), {options.domain: manifest})
+    return Corpus(
+        train,
+        validation,
+        [options.domain],
+        digest.hexdigest(),
+        {options.domain: manifest},
+        left_out=context.account.close(),
+        identity_kind=token_kind(context.tokenizer.fingerprint, eos),
+    )
 
 
 def _stream(path: str, options: TokensOptions, context: DataContext, eos: int) -> TokenStream:
     file = resolve_path(path, context.base)
     array = _map(file, options.dtype)
-    vocab_size = context.tokenizer.vocab_size
-    starts = _document_starts(array, eos, vocab_size, file)
+    starts = _document_starts(array, eos, context.tokenizer.vocab_size, file)
     count = len(starts) - 1
-    id_bytes = context.tokenizer.id_bytes()
-    if options.bytes_per_token is not None:
-        id_bytes = np.full(vocab_size, options.bytes_per_token)
-        id_bytes[eos] = 0.0
     return TokenStream(
-        array, starts, np.zeros(count, np.int64), Numbered(file.name, 0, count), token_bytes=None, id_bytes=id_bytes
+        array,
+        starts,
+        np.zeros(count, np.int64),
+        Numbered(file.name, 0, count),
+        id_bytes=_id_bytes(options, context, eos),
+        identities=token_identities(array, starts, eos),
+    )
+
+
+def _id_bytes(options: TokensOptions, context: DataContext, eos: int) -> np.ndarray | None:
+    """[V]: whole numbers from the tokenizer, or the user's average as fractions; the end of a document has none."""
+    if options.bytes_per_token is not None:
+        id_bytes = np.full(context.tokenizer.vocab_size, options.bytes_per_token, np.float64)
+    else:
+        known = context.tokenizer.id_bytes()
+        if known is None:
+            return None
+        id_bytes = known.copy()
+    id_bytes[eos] = 0
+    return id_bytes
+
+
+def _unseen(train: TokenStream, validation: TokenStream, account: Account) -> TokenStream:
+    """The held-out documents that are none of the training ones; copied only where some are dropped."""
+    assert train.identities is not None
+    assert validation.identities is not None
+    seen = np.isin(validation.identities, train.identities)
+    if not seen.any():
+        return validation
+    names, kept = validation.document_names, np.flatnonzero(~seen).tolist()
+    account.add(
+        f"held-out documents left out of {len(seen):,}, copies of training documents",
+        names[int(np.argmax(seen))], "else held-out text would be trained on", int(seen.sum()),
+    )  # fmt: skip
+    if not kept:
+        raise DataError(
+            "data.source: every held-out document is a copy of a training document; give other text as "
+            "data.source.validation"
+        )
+    starts = validation.document_starts
+    return TokenStream(
+        np.concatenate([validation.tokens[starts[place] : starts[place + 1]] for place in kept]),
+        np.cumsum([0, *np.diff(starts)[~seen]]),
+        validation.document_domain[~seen],
+        [names[place] for place in kept],
+        id_bytes=validation.id_bytes,
+        identities=validation.identities[~seen],
     )
 
 
@@ -138,6 +191,7 @@ def _document_starts(array: np.ndarray, eos: int, vocab_size: int, file: Path) -
 
 def _split(stream: TokenStream, fraction: float, path: str) -> tuple[TokenStream, TokenStream]:
     """The last `fraction` of the tokens, in whole documents, is held out; views, no copies."""
+    assert stream.identities is not None
     starts = stream.document_starts
     count = len(starts) - 1
     if count < 2:
@@ -149,10 +203,12 @@ def _split(stream: TokenStream, fraction: float, path: str) -> tuple[TokenStream
     cut = int(starts[first])
     prefix = Path(path).name
     parts = [
-        TokenStream(part, own - own[0], np.zeros(len(own) - 1, np.int64), names, id_bytes=stream.id_bytes)
-        for part, own, names in (
-            (stream.tokens[:cut], starts[: first + 1], Numbered(prefix, 0, first)),
-            (stream.tokens[cut:], starts[first:], Numbered(prefix, first, count - first)),
+        TokenStream(
+            part, own - own[0], np.zeros(len(own) - 1, np.int64), names, id_bytes=stream.id_bytes, identities=identities
+        )
+        for part, own, names, identities in (
+            (stream.tokens[:cut], starts[: first + 1], Numbered(prefix, 0, first), stream.identities[:first]),
+            (stream.tokens[cut:], starts[first:], Numbered(prefix, first, count - first), stream.identities[first:]),
         )
     ]
     return parts[0], parts[1]

@@ -27,7 +27,7 @@ class EveryNOptions:
 def every_n(options: EveryNOptions, context: LayoutContext) -> ExpertLayout | None:
     """Layers offset, offset + every, ... sparse, the others dense.
 
-    Source: GShard (2006.16668) 3.1 and Switch (2101.03961) 2: every other feed-forward layer.
+    Source: GShard (2006.16668) 2.1 and Switch (2101.03961) 2: every other feed-forward layer.
     Use: fewer experts at the same depth; mixture_of_depths, which the paper puts into every other layer.
     Cost: 1 / every of uniform's experts.
     """

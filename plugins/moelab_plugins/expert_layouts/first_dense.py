@@ -24,7 +24,7 @@ class FirstDenseOptions:
 def first_dense(options: FirstDenseOptions, context: LayoutContext) -> ExpertLayout | None:
     """Dense up to layer `first_k_dense_replace`, the same experts above.
 
-    Source: DeepSeekMoE (2401.06066) 4.1.2: load balance converges slowest in the first layer.
+    Source: DeepSeekMoE (2401.06066) 5.1.2: load balance converges slowest in the first layer.
     Use: deep models whose first router does not settle.
     Cost: none beside the experts that are left out.
     """

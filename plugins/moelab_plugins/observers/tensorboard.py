@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from moelab import Component, component, hookimpl
 from moelab_plugins.observers._load_image import LEGEND, load_image, png
@@ -31,7 +31,8 @@ FACTS = ("parameters.total", "parameters.active", "flops_per_token")
 SHOWN_FIRST = ("layout", "router", "shared_expert", "balance_losses", "optimizer.lr")
 FINAL_METRICS = (
     "eval/loss", "eval/bits_per_byte", "eval/perplexity", "train/lm_loss", "moe/mean/max_violation",
-    "moe/mean/dead_fraction", "moe/mean/load_entropy", "perf/tokens_per_second", "perf/mfu",
+    "moe/mean/dead_fraction", "moe/mean/load_entropy", "compute/served_flops_per_token", "perf/tokens_per_second",
+    "perf/mfu",
 )  # fmt: skip
 
 
@@ -67,8 +68,8 @@ class TensorBoardObserver:
         self.writer = SummaryWriter(str(run_dir), flush_secs=self.options.flush_secs)
         if earlier:
             self._forget_what_follows(step)
-        self._text("config", _verbatim(OmegaConf.to_yaml(OmegaConf.create(_plain(config)))), step)
-        self._text("facts", _verbatim(OmegaConf.to_yaml(OmegaConf.create(_plain(facts)))), step)
+        self._text("config", _verbatim(_yaml(config)), step)
+        self._text("facts", _verbatim(_yaml(facts)), step)
         if self.options.images:
             self._text("expert_load_legend", LEGEND, step)
         self._begin_hparams(hparams(config, facts))
@@ -232,7 +233,11 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+
+
+def _yaml(tree: Any) -> str:
+    return str(yaml.safe_dump(_plain(tree), sort_keys=False, allow_unicode=True))
 
 
 def _verbatim(text: str) -> str:

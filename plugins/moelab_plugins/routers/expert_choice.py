@@ -7,7 +7,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moelab import Component, ConfigError, MoEContext, Router, Routing, TokenInfo, component, hookimpl
+from moelab import (
+    Component,
+    ConfigError,
+    ExpectedAssignments,
+    MoEContext,
+    Router,
+    Routing,
+    TokenInfo,
+    component,
+    hookimpl,
+)
 from moelab.moe.capacity import refuse_noncausal
 from moelab.moe.gate import GateOptions, LinearRouter
 from moelab.moe.per_sequence import choose_tokens
@@ -58,6 +68,11 @@ class ExpertChoice(LinearRouter):
         self.limit = min(options.max_experts_per_token or self.num_experts, self.num_experts)
         self.register_buffer("threshold", torch.full((self.num_experts,), 1.0 / self.num_experts))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def expected_assignments(self) -> ExpectedAssignments:
+        """Each expert takes a share c K / E of the tokens (2202.09368, k = n c / e with c = capacity_factor K)."""
+        return ExpectedAssignments(self.share * self.num_experts, "capacity_factor K, rounded up in each sequence")
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> any number of experts for each token."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moelab import Component, ConfigError, MoEContext, Router, Routing, TokenInfo, component, hookimpl
+from moelab import Component, ConfigError, MoEContext, Router, Routing, TokenInfo, component, hookimpl, user_path
 from moelab.seeds import derive_seed
 
 
@@ -26,7 +26,7 @@ class Hash(nn.Module):
 
     Formula: S_t = table[id_t], w = 1 / K. The table deals ids to experts evenly at random, or, with `frequencies`,
     the most frequent id first to the expert with the least mass so far; further choices are distinct.
-    Source: hash layers (2106.04426) 3, random balanced and frequency-balanced hashing.
+    Source: hash layers (2106.04426) 3 (section not opened), random balanced and frequency-balanced hashing.
     Use: a baseline that learned routers must beat; the first layers of deep models.
     Cost: a table of V x K int64; the loads are those of the text. Gives no scores, so most losses refuse it.
     """
@@ -56,7 +56,7 @@ def hash_table(options: HashOptions, context: MoEContext) -> np.ndarray:
     if options.frequencies is None:
         first = random.permutation(vocabulary) % experts
     else:
-        first = _equal_mass(_read_counts(Path(options.frequencies), vocabulary), experts)
+        first = _equal_mass(_read_counts(user_path(options.frequencies, "frequencies"), vocabulary), experts)
     table = np.empty((vocabulary, context.num_experts_per_tok), dtype=np.int64)
     table[:, 0] = first
     if context.num_experts_per_tok > 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from moelab import Component, MoEContext, Router, Routing, TokenInfo, component, hookimpl
+from moelab import Component, ExpectedAssignments, MoEContext, Router, Routing, TokenInfo, component, hookimpl
 from moelab.moe.capacity import refuse_noncausal
 from moelab.moe.gate import GateOptions, LinearRouter, project
 from moelab.moe.per_sequence import choose_tokens
@@ -30,7 +30,8 @@ class MixtureOfDepths(LinearRouter):
 
     Formula: r = w_r x; in training the ceil(capacity S) tokens of largest r of each sequence have weights
     sigmoid(r) * softmax(W x)_S. With one expert this is Mixture-of-Depths on the feed-forward layer.
-    Source: Mixture-of-Depths (2404.02258) 3, staged MoDE; sigmoid, as r may be negative.
+    Source: Mixture-of-Depths (2404.02258) 3, staged MoDE; sigmoid, as r may be negative, and the predictor is one
+    linear row where 3.5 has a small MLP.
     Inference: a predictor on the detached x, trained by the loss depth_predictor to tell who was chosen, decides for
     each token alone, and so is causal.
     Use: every other layer, by model.moe.layers. Non-causal in training, hence `allow_noncausal`.
@@ -43,6 +44,11 @@ class MixtureOfDepths(LinearRouter):
         self.options = options
         self.depth_weight = nn.Parameter(torch.empty(1, context.hidden_size))
         self.predictor_weight = nn.Parameter(torch.empty(1, context.hidden_size))
+
+    @property
+    def expected_assignments(self) -> ExpectedAssignments:
+        """K experts for `capacity` of the tokens (2404.02258)."""
+        return ExpectedAssignments(self.options.capacity * self.top_k, "capacity K, rounded up in each sequence")
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> K experts for the chosen tokens, none for the others."""

@@ -61,7 +61,8 @@ class NoisyTopK(LinearRouter):
         routing = Routing.from_topk(
             expert, weight, self.num_experts, scores=clean.softmax(-1), logits=clean, token_mask=info.mask
         )
-        return replace(routing, extras=extras)
+        # A loss of counts sees the noisy choices, as DeepSpeed's RSample does: noise evens out on its own.
+        return replace(routing, extras=extras, balance_top_k=0)
 
     def qwen2_moe_fields(self) -> str:
         return "its noise matrix has no place there"

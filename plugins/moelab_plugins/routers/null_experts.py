@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moelab import Component, MoEContext, Router, Routing, TokenInfo, component, hookimpl
+from moelab import Component, ExpectedAssignments, MoEContext, Router, Routing, TokenInfo, component, hookimpl
 from moelab.moe.gate import GateOptions, LinearRouter
 from moelab.moe.selection import normalise, softmax_score
 
@@ -27,14 +27,20 @@ class NullExperts(LinearRouter):
 
     Formula: p = softmax(W x) over E + m, S = top-K(p); w_i = p_i / sum of p over the real experts in S. All K null:
     the routed output is zero.
-    Source: AdaMoE (2406.13233) 3.2. With the loss null_load_balance of kind average, which leaves tokens free to
-    differ in their number of nulls.
+    Source: AdaMoE (2406.13233) 3.2 (section not opened). With the loss null_load_balance of kind average, which leaves
+    tokens free to differ in their number of nulls.
     Use: adaptive compute at a bounded maximum; raise num_experts_per_tok accordingly.
     Cost: m more router rows; on average K E / (E + m) experts a token at balance.
     """
 
     def __init__(self, options: NullExpertsOptions, context: MoEContext) -> None:
         super().__init__(options, context, context.num_experts + options.num_null_experts)
+
+    @property
+    def expected_assignments(self) -> ExpectedAssignments:
+        """K E / (E + m), what an even load of all choices leaves to the real ones (AdaMoE 2406.13233, 3.2)."""
+        share = self.num_experts / self.weight.shape[0]
+        return ExpectedAssignments(self.top_k * share, "K E / (E + num_null_experts), at an even load of all choices")
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> up to K real experts for each token."""

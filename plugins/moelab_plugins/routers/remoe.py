@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moelab import Component, MoEContext, Router, Routing, TokenInfo, component, hookimpl
+from moelab import Component, ExpectedAssignments, MoEContext, Router, Routing, TokenInfo, component, hookimpl
 from moelab.moe.gate import GateOptions, LinearRouter
 
 
@@ -25,8 +25,8 @@ class ReMoE(LinearRouter):
     """Every expert whose logit is positive, weighted by that logit.
 
     Formula: w = max(0, W x); S = {i: w_i > 0}, so a token may have no expert, or all.
-    Source: ReMoE (2412.14711) 3.1. Needs the loss remoe_l1, which drives the mean number of experts to the layout's
-    num_experts_per_tok.
+    Source: ReMoE (2412.14711) 3.1 (section not opened). Needs the loss remoe_l1, which drives the mean number of
+    experts to the layout's num_experts_per_tok.
     Use: routing without the discontinuity of top K.
     Cost: near E / 2 experts a token at the start, some hundred steps later K; k_max bounds the memory.
     """
@@ -34,6 +34,12 @@ class ReMoE(LinearRouter):
     def __init__(self, options: ReMoEOptions, context: MoEContext) -> None:
         super().__init__(options, context)
         self.k_max = min(options.k_max or context.num_experts, context.num_experts)
+
+    @property
+    def expected_assignments(self) -> ExpectedAssignments:
+        """K, where remoe_l1 leads in some hundred steps (ReMoE 2412.14711); about E / 2 at the start."""
+        why = "K of the layout, where the loss remoe_l1 leads; about E / 2 at the start"
+        return ExpectedAssignments(min(self.top_k, self.k_max), why, settled=False)
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> up to k_max experts for each token."""

@@ -28,9 +28,11 @@ class Sinkhorn(LinearRouter):
 
     Formula: Pi = diag(a) exp(W x) diag(b) with rows summing to 1/T and columns to 1/E; S = top-K(Pi) without
     gradient; w = sigmoid(W x) at K = 1, softmax(W x) otherwise.
-    Source: S-BASE (2202.01169) 3.2, Megatron-Core's sinkhorn; in the log domain here, where exp can't overflow.
+    Source: S-BASE (2202.01169) 3.2 (section not opened), Megatron-Core's sinkhorn; in the log domain here, where exp
+    can't overflow.
     Use: balance without a loss. Non-causal in training: the plan looks at all tokens of the micro-batch, hence
-    `allow_noncausal` and a balance that depends on the micro-batch.
+    `allow_noncausal` and a balance that depends on the micro-batch. A balance loss beside it (Megatron allows none)
+    counts the K best scores, not the plan's choices.
     Cost: `iterations` passes over [T, E].
     """
 

@@ -28,7 +28,7 @@ class SoftmaxTopK(TopKRouter):
 
     Formula: p = softmax(W x), S = top-K(p), w_i = p_i, or p_i / sum_S p with norm_topk_prob. With topk_first
     w = softmax of the chosen logits, which equals the normalised form in exact arithmetic.
-    Source: Qwen2 report (2407.10671) 2.2.1; topk_first: Mixtral (2401.04088) 2.1.
+    Source: Qwen2 report (2407.10671) 2.2.2; topk_first: Mixtral (2401.04088) 2.1 (section not opened).
     Use: the default, and what Qwen2-MoE checkpoints need. Add a balance loss, or `balance: bias`.
     Cost: one [T, D] x [D, E] product. With K = 1 and normalised weights the router gets no gradient from the
     language model's loss: the weight is always one.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from moelab import Component, MoEContext, Router, Routing, TokenInfo, component, hookimpl
+from moelab import Component, ExpectedAssignments, MoEContext, Router, Routing, TokenInfo, component, hookimpl
 from moelab.moe.gate import GateOptions, LinearRouter
 from moelab.moe.selection import normalise, softmax_score
 
@@ -30,8 +31,8 @@ class TopP(LinearRouter):
     """The fewest experts whose probabilities sum to top_p, the one that crosses it included.
 
     Formula: p = softmax(W x), sorted; S = the smallest prefix with sum >= top_p, at least one, at most k_max; w = p_S.
-    Source: Huang et al. (2403.07652) 3.2; with their dynamic loss, `entropy` of kind token at weight 1e-4, without
-    which the router flattens p and uses ever more experts.
+    Source: Huang et al. (2403.07652) 3.2 (section not opened); with their dynamic loss, `entropy` of kind token at
+    weight 1e-4, without which the router flattens p and uses ever more experts.
     Use: compute that follows a token's difficulty. num_experts_per_tok of the layout is not used.
     Cost: a sort over E, and as many experts as it chooses: watch moe/mean/top_k_mass and the counts.
     """
@@ -40,6 +41,13 @@ class TopP(LinearRouter):
         super().__init__(options, context)
         self.options = options
         self.k_max = min(options.k_max or context.num_experts, context.num_experts)
+
+    @property
+    def expected_assignments(self) -> ExpectedAssignments:
+        """At most ceil(top_p E): no distribution needs more of its largest than the even one."""
+        most = min(math.ceil(self.options.top_p * self.num_experts - 1e-9), self.k_max)
+        why = "at most: ceil(top_p E), what a router without a preference serves; fewer the surer it is"
+        return ExpectedAssignments(most, why, settled=False)
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> one to k_max experts for each token."""

@@ -1,4 +1,4 @@
-"""The dense layer kept in parallel to the experts: Arctic's hybrid."""
+"""The dense layer kept in parallel to the experts: residual MoE."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class DenseResidual(SwiGLU):
     """A full dense feed-forward layer beside the experts.
 
     Formula: y = SwiGLU(x) of the dense width, added to the routed output.
-    Source: Snowflake Arctic's dense-MoE hybrid; PR-MoE's residual (2201.05596) 4.1.
+    Source: PR-MoE's residual (2201.05596) 4.1 (section not opened). Snowflake Arctic's hybrid is another: its experts
+    read the layer's input before attention and its dense layer what follows it; here both read the same.
     Use: upcycling that keeps the dense model whole, with experts as a correction.
     Cost: 3 D F parameters of the dense F, all of them active.
     """

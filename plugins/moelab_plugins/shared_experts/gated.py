@@ -26,7 +26,7 @@ class GatedSharedExpert(SwiGLU):
 
     Formula: y = sigmoid(g x) * W_down (silu(W_gate x) * W_up x), with g [1, D]; not normalised together with the
     routed weights.
-    Source: Qwen1.5-MoE, Qwen2 report (2407.10671) 2.2.1.
+    Source: Qwen1.5-MoE, Qwen2 report (2407.10671) 2.2.2.
     Use: Qwen2-MoE checkpoints; upcycling, where a gate of zero halves the shared output exactly.
     Cost: 3 D F + D parameters, all of them active.
     """

@@ -21,11 +21,12 @@ def _tokens(**settings: float) -> list[int]:
     return list(generate(moelab.build(MODEL), [1, 2, 3], Sampling(**settings)))  # type: ignore[arg-type]
 
 
-def test_greedy_equals_the_argmax_of_full_forward_passes() -> None:
-    model, ids = moelab.build(MODEL), [1, 2, 3]
-    for _ in range(10):
-        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    assert _tokens(max_new_tokens=10, temperature=0.0) == ids[3:]
+def test_greedy_takes_the_likeliest_token_of_a_full_forward_pass() -> None:
+    """Within 1e-4 of logits that spread over several units: a cache and a whole pass round differently."""
+    found = _tokens(max_new_tokens=10, temperature=0.0)
+    logits = moelab.build(MODEL)(torch.tensor([[1, 2, 3, *found]])).logits[0, 2:-1]  # [10, V]
+    assert logits.std() > 0.5
+    assert (logits.amax(-1) - logits[range(10), found]).max() < 1e-4
 
 
 def test_the_same_seed_gives_the_same_text_and_another_another() -> None:

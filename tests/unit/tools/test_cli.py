@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,25 @@ def test_an_unknown_option_is_the_users_mistake(capsys: pytest.CaptureFixture[st
 def test_no_arguments_show_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train"]) == 2
     assert "CONFIG" in capsys.readouterr().err
+
+
+def test_a_warning_is_one_marked_line_on_stderr(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here a router that one normalised expert a token cuts off from the text."""
+    single = "model.moe.layout.num_experts_per_tok=1"
+    sizes = [
+        "train.steps=1",
+        "train.batch_size=2",
+        "train.sequence_length=32",
+        "evaluation.sequences=2",
+        "observers=[]",
+    ]
+    source = f'data.source={{name: text, paths: [{root / "LICENSE"}], separator: "\\n\\n"}}'
+    config = ["configs/train/tiny_moe.yaml", *sizes, source, single, "data.validation_fraction=0.1"]
+    base = [str(root / config[0]), *config[1:]]
+    for index, (norm, expected) in enumerate((("true", 1), ("false", 0))):
+        run_dir = f"run_dir={tmp_path / str(index)}"
+        assert run(["train", *base, run_dir, f"model.moe.router.norm_topk_prob={norm}"]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        found = [line for line in lines if line.startswith("warning: ") and "gradient" in line]
+        assert len(found) == expected, lines
+    assert not any(type(handler).__name__ == "_Warnings" for handler in logging.getLogger("moelab").handlers)

@@ -45,7 +45,8 @@ class ModelFile:
 def command(config: tuple[str, ...], as_json: bool) -> None:
     """Dimensions and exact parameter counts of the shipped model configs, or of the CONFIGs given.
 
-    The counts are taken from models built on the meta device, which holds no weights.
+    The counts are taken from models built on the meta device, which holds no weights. Active parameters are as the
+    routers declare.
 
     \b
     Example:

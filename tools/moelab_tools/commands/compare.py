@@ -6,13 +6,15 @@ from pathlib import Path
 
 import click
 
+from moelab_tools.user_path import USER_PATH
+
 
 @click.command("compare")
-@click.argument("run", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option("--output", type=click.Path(path_type=Path), default=Path("comparison"), show_default=True,
+@click.argument("run", nargs=-1, required=True, type=USER_PATH, metavar="RUN...")
+@click.option("--output", type=USER_PATH, default=Path("comparison"), show_default=True,
               help="Folder for report.html and comparison.json; an older report there is replaced.")  # fmt: skip
 @click.option("--baseline", metavar="RUN", help="What the others are compared with. Default: the best run.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write comparison.json to this file too.")
+@click.option("--json", "json_file", type=USER_PATH, help="Write comparison.json to this file too.")
 @click.option("--allow-different-data", is_flag=True, help="Go on though data, tokenizer or held-out text differ.")
 def command(
     run: tuple[Path, ...], output: Path, baseline: str | None, json_file: Path | None, allow_different_data: bool

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import click
 
+from moelab_tools.user_path import USER_PATH
+
 
 @click.command("evaluate")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=USER_PATH)
 @click.argument("config", nargs=-1, metavar="[CONFIG...] [KEY=VALUE...]")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 def command(checkpoint: Path, config: tuple[str, ...], as_json: bool) -> None:
@@ -25,8 +27,11 @@ def command(checkpoint: Path, config: tuple[str, ...], as_json: bool) -> None:
       moelab evaluate exported/tiny_moe configs/train/tiny_moe.yaml evaluation.sequences=128
     """
     import moelab
+    from moelab.checkpoint import resolve_checkpoint
     from moelab.data.batches import ValidationBatches
+    from moelab.data.seen import history_of, seen_text
     from moelab.origin import check_vocabulary
+    from moelab.paths import user_path
     from moelab.registry import Registry
     from moelab.train.evaluate import evaluate
     from moelab.train.precision import choose_precision, set_threads
@@ -36,7 +41,7 @@ def command(checkpoint: Path, config: tuple[str, ...], as_json: bool) -> None:
     run = evaluation_config(checkpoint, config)
     set_threads(run.train)
     precision = choose_precision(run.train)
-    registry = Registry(run.plugins, run.entry_points, [Path(path) for path in run.search_path])
+    registry = Registry(run.plugins, run.entry_points, [user_path(path, "search_path") for path in run.search_path])
     resolve_run(run, registry)
     tokenizer = tokenizer_of(checkpoint, run.data.tokenizer)
     check_vocabulary(run.model.vocab_size, tokenizer, run.data.tokenizer)
@@ -47,6 +52,9 @@ def command(checkpoint: Path, config: tuple[str, ...], as_json: bool) -> None:
         run.train.sequence_length,
         run.evaluation.batch_size or run.train.batch_size,
     )
+    history = history_of([resolve_checkpoint(checkpoint)], [str(checkpoint)])
+    for line in seen_text(history, str(checkpoint), corpus, tokenizer, batches.documents_scored()).lines():
+        click.echo(f"warning: {line}", err=True)
     metrics = evaluate(moelab.load(checkpoint, device=precision.device), batches, precision).metrics()
     if as_json:
         click.echo(json.dumps(metrics, indent=2))

@@ -29,7 +29,8 @@ def command(
     """Print every layer with each resolved part, its owner, parameters and FLOPs.
 
     FOLDER is a run folder, a moelab checkpoint or a Hugging Face folder: what the configs and overrides don't say of
-    the model is that one's.
+    the model is that one's. Active parameters and FLOPs are those that the routers declare they will serve; a run
+    counts what it served (`flops` in metrics.jsonl). --match compares declared with declared.
 
     \b
     Example:
@@ -61,10 +62,19 @@ def command(
 
 
 def explain(config: RunConfig, registry: Registry) -> dict[str, Any]:
-    """Layers, parts, losses and totals of a run's model, as plain data."""
+    """Layers, parts, losses and totals of a run's model, as plain data. Active and FLOPs: as declared."""
+    from dataclasses import asdict
+
     from moelab.builder import build_balance_losses, build_model
     from moelab.hookspecs import BALANCE_LOSSES
-    from moelab.nn.count import count_parameters, flops_per_token, layer_forward_flops, layer_parameters
+    from moelab.moe.block import MoEBlock
+    from moelab.nn.count import (
+        count_parameters,
+        expected_assignments,
+        flops_per_token,
+        layer_forward_flops,
+        layer_parameters,
+    )
 
     model = build_model(config.model, registry, device="meta", seed=None)
     losses = build_balance_losses(config.model, registry)
@@ -73,7 +83,9 @@ def explain(config: RunConfig, registry: Registry) -> dict[str, Any]:
     for layer_id, layer in enumerate(model.layers):
         total, active = layer_parameters(layer)
         flops = layer_forward_flops(layer, length)
-        costs = {"parameters": total, "active_parameters": active, "forward_flops_per_token": flops}
+        costs: dict[str, Any] = {"parameters": total, "active_parameters": active, "forward_flops_per_token": flops}
+        if isinstance(layer.mlp, MoEBlock):
+            costs["expected_assignments"] = asdict(expected_assignments(layer.mlp))
         layers.append({"layer": layer_id, **costs, "parts": _parts(config, registry, layer_id)})
     nodes = config.model.moe.balance_losses if config.model.moe else []
     return {
@@ -145,7 +157,7 @@ def _print(table: dict[str, Any]) -> None:
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("layer", "experts", "router", "shared expert", "backend"):
         shown.add_column(column, overflow="fold")
-    for column in ("parameters", "active", "MFLOP/token"):
+    for column in ("parameters", "declared\nactive", "declared\nMFLOP/token"):
         shown.add_column(column, justify="right", no_wrap=True)
     for layer in table["layers"]:
         parts = layer["parts"]
@@ -165,11 +177,13 @@ def _print(table: dict[str, Any]) -> None:
         f"{table['embedding_parameters']:,} embeddings; {table['training_flops_per_token'] / 1e6:,.3f} MFLOP a token "
         f"forward and backward at {table['sequence_length']} tokens"
     )
+    if table["active_parameters"] < table["parameters"]:
+        console.print("active and FLOP are as the routers declare; a run counts what it served", soft_wrap=True)
     if "match" in table:
         m = table["match"]
         console.print(
             f"model.moe.layout.{m['option']}={m['value']} gives {m['found']:,.0f} {m['measure']} for the baseline's "
-            f"{m['wanted']:,.0f} ({m['error']:+.3%})"
+            f"{m['wanted']:,.0f} ({m['error']:+.3%})" + ("" if m["measure"] == "total" else ", as the routers declare")
         )
 
 
@@ -181,6 +195,11 @@ def _part_lines(table: dict[str, Any]) -> list[str]:
             if key != "experts":
                 options = ", ".join(f"{name}: {value}" for name, value in part["options"].items())
                 found.setdefault(f"{key} {part['name']} ({part['owner']}) {{{options}}}", []).append(layer["layer"])
+    for layer in table["layers"]:
+        if expected := layer.get("expected_assignments"):
+            unsettled = "" if expected["settled"] else "; training decides"
+            text = f"expects {expected['per_token']:.4g} experts a token in training ({expected['because']}{unsettled})"
+            found.setdefault(text, []).append(layer["layer"])
     lines = [f"{text}  layers {_ranges(layers)}" for text, layers in found.items()]
     for loss in table["balance_losses"]:
         options = ", ".join(f"{name}: {value}" for name, value in loss["options"].items() if name != "name")

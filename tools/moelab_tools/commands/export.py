@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
+from moelab_tools.user_path import USER_PATH
+
 
 @click.command("export")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=USER_PATH)
+@click.argument("output", type=USER_PATH)
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float32", "float16"]),

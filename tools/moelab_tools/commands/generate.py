@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from moelab_tools.user_path import USER_PATH
+
 
 @click.command("generate")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=USER_PATH)
 @click.option("--prompt", default="def ", show_default=True)
 @click.option("--tokens", default=200, show_default=True, help="At most so many new tokens.")
 @click.option("--temperature", default=0.8, show_default=True, help="0 is greedy.")

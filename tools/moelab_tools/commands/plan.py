@@ -32,8 +32,8 @@ def command(
     """Predict memory and communication of a config per device, for one micro-batch. Nothing is allocated.
 
     Parameters, gradients and AdamW's moments are fp32, and sharded over the devices. Activations are counted
-    by running the model on tensors without data. On a CPU the peak is the resident set of the process; measured ones
-    were within 12 % (docs/compute.md). On a GPU: not measured.
+    by running the model on tensors without data; tokens go to as many experts as the routers declare. On a CPU the
+    peak is the resident set of the process; measured ones were within 12 % (docs/compute.md). On a GPU: not measured.
 
     \b
     Example:
@@ -97,7 +97,7 @@ def _print(plan: Plan, device_memory: float | None) -> None:
         rows = {
             "all-gather of parameters": sent.gather_parameters,
             "reduce-scatter of gradients": sent.reduce_gradients,
-            "all-to-all of tokens": sent.exchange_tokens,
+            "all-to-all, as declared": sent.exchange_tokens,
             "total": sent.total,
         }
         _section("sent by each device in a step", rows)

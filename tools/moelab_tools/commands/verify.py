@@ -6,11 +6,13 @@ from pathlib import Path
 
 import click
 
+from moelab_tools.user_path import USER_PATH
+
 
 @click.command("verify")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=USER_PATH)
 @click.option(
-    "--source", "sources", multiple=True, required=True, type=click.Path(path_type=Path), metavar="DIR",
+    "--source", "sources", multiple=True, required=True, type=USER_PATH, metavar="DIR",
     help="The dense checkpoint that OUTPUT was made from; once for each, where several were mixed.",
 )  # fmt: skip
 @click.option("--full", is_flag=True, help="All tensors; otherwise 1% of the experts and all that is no expert.")

@@ -1,4 +1,4 @@
-"""The loss of each run at the same number of tokens, and at the same number of FLOPs."""
+"""The loss of each run at equal tokens and at equal FLOPs served, both in the comparison's unit."""
 
 from __future__ import annotations
 
@@ -8,66 +8,81 @@ from dataclasses import dataclass
 import numpy as np
 
 from moelab_tools.compare.runs import Run
+from moelab_tools.compare.statistics import Measure
 
-WINDOW = 0.1  # of the budget: the stretch before it over which a training loss is averaged
 TOLERANCE = 1e-6  # relative: two runs of the same number of steps have the same budget
+FAR = 0.1  # of the budget: an evaluation further off makes an interpolated loss a rough one
+OFF = 0.02  # relative: from which on a run's FLOPs are told to differ from what its routers declared
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the runs had reached when each had spent `amount`."""
+    """What the runs had reached when each had spent `amount`. A run is in `losses` or in `missing`."""
 
     axis: str  # "tokens" or "flops"
     amount: float
-    source: str  # a sentence that says which curve was read, and how
-    losses: dict[str, float]  # by run name
+    unit: str  # of the losses: the comparison's measure, whatever the axis
+    spent_by: str  # the run that spent just this in all
+    losses: dict[str, float]  # held-out, by run name
+    between: dict[str, tuple[float, float]]  # run -> the two evaluations that its loss is interpolated between
+    missing: dict[str, str]  # run -> why it has no loss here
     cut_short: tuple[str, ...]  # runs that went on, so that their learning rate had not decayed yet
 
+    @property
+    def rough(self) -> tuple[str, ...]:
+        """Runs whose nearest evaluation is more than FAR of the budget away."""
+        gap = {run: min(self.amount - low, high - self.amount) for run, (low, high) in self.between.items()}
+        return tuple(run for run, distance in gap.items() if distance > FAR * self.amount)
 
-def equal_budgets(runs: Sequence[Run]) -> list[Budget]:
-    """At the smallest common tokens and the smallest common FLOPs; none for a single run."""
+
+def equal_budgets(runs: Sequence[Run], measure: Measure) -> list[Budget]:
+    """At the smallest common tokens and, where every run counted them, FLOPs; none for a single run."""
     if len(runs) < 2:
         return []
-    budgets = [_budget(runs, axis) for axis in ("tokens", "flops")]
+    axes = ["tokens"] + ["flops"] * all(run.counts_flops for run in runs)
+    budgets = [_budget(runs, axis, measure) for axis in axes]
     return [budget for budget in budgets if budget is not None]
 
 
-def _budget(runs: Sequence[Run], axis: str) -> Budget | None:
-    """The evaluation curve where it brackets the amount in every run, else everywhere the training loss."""
+def flops_warnings(runs: Sequence[Run]) -> list[str]:
+    """What a reader of the FLOPs must know: runs that did not count them, and those that served other than declared."""
+    told = [
+        f"{run.name} was written before runs counted what their experts served: its FLOPs are not known, so there is "
+        "no equal-FLOP budget; train it again"
+        for run in runs
+        if not run.counts_flops
+    ]
+    for run in runs:
+        declared = run.summary.get("flops_declared")
+        if run.counts_flops and declared and abs(run.amount("flops") / declared - 1) > OFF:
+            told.append(
+                f"{run.name} served {run.amount('flops') / declared:.2f} times the FLOPs that its routers declare; "
+                "`explain`, `plan` and --match go by the declared ones, this comparison by the served ones"
+            )
+    return told
+
+
+def _budget(runs: Sequence[Run], axis: str, measure: Measure) -> Budget | None:
+    """The evaluation curve where it brackets the amount."""
     ends = {run.name: run.amount(axis) for run in runs}
-    amount = min(ends.values())
+    cheapest = min(ends, key=lambda name: ends[name])
+    amount = ends[cheapest]
     if amount <= 0:
         return None
+    losses: dict[str, float] = {}
+    between: dict[str, tuple[float, float]] = {}
+    missing: dict[str, str] = {}
+    for run in runs:
+        x, y = run.curve(measure.tag, axis)
+        if not x or x[-1] < amount * (1 - TOLERANCE):
+            missing[run.name] = f"logged no {measure.tag} at or after this point"
+        elif x[0] > amount * (1 + TOLERANCE):
+            missing[run.name] = "was not evaluated before this point (set evaluation.every)"
+        else:
+            losses[run.name] = float(np.interp(amount, x, y))
+            low = max(at for at in x if at <= amount * (1 + TOLERANCE))
+            high = min(at for at in x if at >= amount * (1 - TOLERANCE))
+            if high > low:
+                between[run.name] = (low, high)
     cut_short = tuple(name for name, end in ends.items() if end > amount * (1 + TOLERANCE))
-    held_out = {run.name: _interpolate(*run.curve("eval/loss", axis), amount) for run in runs}
-    losses = {name: loss for name, loss in held_out.items() if loss is not None}
-    source = "held-out loss (eval/loss), interpolated linearly between evaluations"
-    if len(losses) < len(runs):
-        losses = {}
-        for run in runs:
-            loss = _average_before(*_training_curve(run, axis), amount)
-            if loss is not None:
-                losses[run.name] = loss
-        source = (
-            f"training loss (train/lm_loss), averaged over the {WINDOW:.0%} before this point, because not every run "
-            "was evaluated on both sides of it (set evaluation.every)"
-        )
-    return Budget(axis, amount, source, losses, cut_short) if losses else None
-
-
-def _training_curve(run: Run, axis: str) -> tuple[list[float], list[float]]:
-    """Without the balance losses where they are logged apart."""
-    curve = run.curve("train/lm_loss", axis)
-    return curve if curve[0] else run.curve("train/loss", axis)
-
-
-def _interpolate(x: list[float], y: list[float], amount: float) -> float | None:
-    if not x or x[0] > amount * (1 + TOLERANCE) or x[-1] < amount * (1 - TOLERANCE):
-        return None
-    return float(np.interp(amount, x, y))
-
-
-def _average_before(x: list[float], y: list[float], amount: float) -> float | None:
-    """Mean of y over (1 - WINDOW) * amount .. amount."""
-    inside = [value for at, value in zip(x, y, strict=True) if (1 - WINDOW) * amount < at <= amount * (1 + TOLERANCE)]
-    return float(np.mean(inside)) if inside else None
+    return Budget(axis, amount, measure.name, cheapest, losses, between, missing, cut_short)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moelab.errors import UserError
-from moelab_tools.compare.budgets import Budget, equal_budgets
+from moelab.paths import user_path
+from moelab_tools.compare.budgets import Budget, equal_budgets, flops_warnings
 from moelab_tools.compare.differences import Table, check_comparable, config_differences, facts, fairness_warnings
+from moelab_tools.compare.held_out import choose_measure, seen_before
 from moelab_tools.compare.runs import Run
 from moelab_tools.compare.statistics import BITS_PER_BYTE, Interval, Measure
-from moelab_tools.compare.variants import Variant, choose_measure, difference, group_by_seed, loss_of, recipe, score
+from moelab_tools.compare.variants import Variant, difference, group_by_seed, loss_of, recipe, score
 
-FORMAT_VERSION = 1  # of comparison.json
+FORMAT_VERSION = 2  # of comparison.json
 LAST_PART = 0.25  # of the logged steps: over which throughput and balance are averaged
 ROUGH_BELOW = 20  # documents: an interval from fewer is rough
 DISAGREEMENT = 0.01  # relative, between the logged loss and that of the documents
@@ -29,13 +30,16 @@ class Line:
 
     name: str
     runs: list[str]
-    seeds: list[int | None]
+    seeds: list[int | str | None]
     status: str
     components: dict[str, str]
     parameters_total: float | None
-    parameters_active: float | None
+    parameters_active: float | None  # as the routers declare
+    parameters_active_served: float | None  # that a token passed through, on average; None: not counted
     tokens: float
-    flops: float
+    flops: float | None  # served; None: not counted
+    at_equal_tokens: float | None  # loss in the comparison's measure; None: no evaluation on both sides of that point
+    at_equal_flops: float | None
     seconds: float
     eval_loss: float | None
     perplexity: float | None
@@ -58,6 +62,7 @@ class Comparison:
     baseline: str | None  # the variant that differences are taken to
     baseline_is_best: bool  # it was not asked for by name
     conflicts: list[str]  # why the losses can't be compared, when the user insisted
+    seen: list[str]  # which runs score text that their starting weights had met, or may have
     warnings: list[str]
     budgets: list[Budget]
     domains: dict[str, dict[str, float]]  # domain -> run -> held-out loss
@@ -72,6 +77,7 @@ class Comparison:
             "runs": {run.name: {"path": str(run.path), "status": run.status} for run in self.runs},
             "baseline": self.baseline,
             "not_comparable": self.conflicts,
+            "held_out_text_seen": self.seen,
             "warnings": self.warnings,
             "variants": [asdict(line) for line in self.lines],
             "equal_budgets": [asdict(budget) for budget in self.budgets],
@@ -89,16 +95,18 @@ class Comparison:
 def compare(runs: Sequence[Run], baseline: str | None = None, allow_different_data: bool = False) -> Comparison:
     """Raises UserError when the runs can't be compared, or when `baseline` names none of them."""
     conflicts = check_comparable(runs, allow_different_data)
+    measure, runs, why = choose_measure(runs)
     variants = group_by_seed(runs)
-    measure = choose_measure(runs)
     chosen = _named(variants, baseline) if baseline else _best(variants, measure)
     by_name = baseline is not None
-    lines = [_line(variant, chosen, measure, by_name=by_name) for variant in variants]
+    budgets = equal_budgets([run for run in runs if run.finished], measure)
+    lines = [_line(variant, chosen, measure, budgets, by_name=by_name) for variant in variants]
     lines.sort(key=lambda line: (line.status != "finished", math.inf if line.score is None else line.score))
     by_name_of_run = {run.name: run for run in runs}
     runs = [by_name_of_run[name] for line in lines for name in line.runs]
     domains, domain_documents = _domains(runs, measure)
-    warnings = fairness_warnings(runs) + _document_warnings(runs, measure) + _repeated(runs)
+    warnings = why + fairness_warnings(runs) + flops_warnings(runs) + _orders(variants)
+    warnings += _document_warnings(runs, measure, told=bool(why)) + _repeated(runs)
     return Comparison(
         runs=runs,
         lines=lines,
@@ -106,8 +114,9 @@ def compare(runs: Sequence[Run], baseline: str | None = None, allow_different_da
         baseline=chosen.name if chosen else None,
         baseline_is_best=baseline is None,
         conflicts=conflicts,
+        seen=seen_before(runs),
         warnings=warnings,
-        budgets=equal_budgets([run for run in runs if run.finished]),
+        budgets=budgets,
         domains=domains,
         domain_documents=domain_documents,
         config=config_differences(runs),
@@ -135,7 +144,7 @@ def _named(variants: Sequence[Variant], name: str) -> Variant:
         runs = variant.runs
         if wanted in (variant.name, *(run.name for run in runs), *(run.path.name for run in runs)):
             return variant
-        if Path(wanted).resolve() in [run.path.resolve() for run in runs]:
+        if user_path(wanted).resolve() in [run.path.resolve() for run in runs]:
             return variant
     names = ", ".join(variant.name for variant in variants)
     raise UserError(f"--baseline {name}: is none of the runs compared; they are: {names}")
@@ -148,7 +157,9 @@ def _best(variants: Sequence[Variant], measure: Measure) -> Variant | None:
     return variants[min(scored)[1]] if scored else None
 
 
-def _line(variant: Variant, baseline: Variant | None, measure: Measure, *, by_name: bool) -> Line:
+def _line(
+    variant: Variant, baseline: Variant | None, measure: Measure, budgets: Sequence[Budget], *, by_name: bool
+) -> Line:
     first, values = variant.runs[0], variant.scores(measure)
     gap = difference(variant, baseline, measure) if baseline is not None and baseline is not variant else None
     parameters = first.summary.get("parameters", {})
@@ -160,8 +171,11 @@ def _line(variant: Variant, baseline: Variant | None, measure: Measure, *, by_na
         components=describe_components(first.summary.get("components") or first.config["model"].get("moe") or {}),
         parameters_total=parameters.get("total"),
         parameters_active=parameters.get("active"),
+        parameters_active_served=_mean([run.active_served for run in variant.runs]),
         tokens=float(np.mean([run.amount("tokens") for run in variant.runs])),
-        flops=float(np.mean([run.amount("flops") for run in variant.runs])),
+        flops=_mean([run.amount("flops") if run.counts_flops else None for run in variant.runs]),
+        at_equal_tokens=_at_budget(variant, budgets, "tokens"),
+        at_equal_flops=_at_budget(variant, budgets, "flops"),
         seconds=float(np.mean([run.amount("seconds") for run in variant.runs])),
         eval_loss=variant.mean("eval/loss"),
         perplexity=variant.mean("eval/perplexity"),
@@ -183,6 +197,18 @@ def _verdict(variant: Variant, baseline: Variant | None, gap: Interval | None, b
     return gap.verdict if gap else "no interval"
 
 
+def _at_budget(variant: Variant, budgets: Sequence[Budget], axis: str) -> float | None:
+    """Mean over the variant's runs; None where one of them has no loss there."""
+    losses = next((budget.losses for budget in budgets if budget.axis == axis), {})
+    return _mean([losses.get(run.name) for run in variant.runs])
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None as soon as one is not known: a mean of the others would be of another set."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None
+
+
 def _recent(variant: Variant, tag: str) -> float | None:
     """Mean over the last part of the logged steps, and over the variant's runs."""
     means = []
@@ -200,12 +226,22 @@ def _domains(runs: Sequence[Run], measure: Measure) -> tuple[dict[str, dict[str,
     for run in runs:
         for domain in sorted({document.domain for document in run.documents.values()}):
             documents = [document for document in run.documents.values() if document.domain == domain]
-            table.setdefault(domain, {})[run.name] = loss_of(documents, measure)
+            if sum(getattr(document, measure.per) for document in documents):
+                table.setdefault(domain, {})[run.name] = loss_of(documents, measure)
             counts.setdefault(domain, len(documents))
     return table, counts
 
 
-def _document_warnings(runs: Sequence[Run], measure: Measure) -> list[str]:
+def _orders(variants: Sequence[Variant]) -> list[str]:
+    """Runs of other seeds read in another order, which pairs of equal seeds don't."""
+    orders = {variant.name: ", ".join(sorted(str(run.order_seed) for run in variant.runs)) for variant in variants}
+    if len(set(orders.values())) < 2:
+        return []
+    listing = "; ".join(f"{name} {order}" for name, order in orders.items())
+    return [f"The variants read the data in different orders (data.order_seed, or seed): {listing}"]
+
+
+def _document_warnings(runs: Sequence[Run], measure: Measure, *, told: bool) -> list[str]:
     counts = [len(run.documents) for run in runs if run.documents]
     warnings = []
     if counts and min(counts) < ROUGH_BELOW:
@@ -213,7 +249,7 @@ def _document_warnings(runs: Sequence[Run], measure: Measure) -> list[str]:
             f"Only {min(counts)} held-out documents: intervals over documents are rough (raise evaluation.sequences)"
         )
     tag = "eval/bits_per_byte" if measure is BITS_PER_BYTE else "eval/loss"
-    for run in runs:
+    for run in () if told else runs:
         logged, found = run.final(tag), score(run, measure)
         if logged and found and abs(found / logged - 1) > DISAGREEMENT:
             warnings.append(
@@ -228,7 +264,7 @@ def _repeated(runs: Sequence[Run]) -> list[str]:
     seen: dict[str, str] = {}
     warnings = []
     for run in runs:
-        key = recipe(run) + str(run.seed)
+        key = recipe(run) + str(run.replicate)
         if key in seen:
             warnings.append(f"{run.name} repeats {seen[key]}: same config, same seed")
         seen.setdefault(key, run.name)

@@ -12,7 +12,7 @@ Table = dict[str, list[Any]]  # key -> one value for each run
 
 # How a run is stored and watched changes nothing of what it learns.
 BOOKKEEPING = (
-    "run_dir", "name", "resume", "search_path", "observers", "train.log_every", "train.save_every",
+    "run_dir", "name", "resume", "search_path", "store_environment", "observers", "train.log_every", "train.save_every",
     "train.keep_checkpoints", "train.gradient_shares_every",
 )  # fmt: skip
 FACTS = ("device", "threads", "dtype", "git", "init_from")
@@ -85,9 +85,9 @@ def _document_conflicts(runs: Sequence[Run]) -> list[str]:
     conflicts = []
     for run in others:
         mine, theirs = _sizes(run.documents), _sizes(first.documents)
-        if mine == theirs:
+        apart = sorted(name for name in mine.keys() | theirs.keys() if _apart(mine.get(name), theirs.get(name)))
+        if not apart:
             continue
-        apart = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
         conflicts.append(
             f"the evaluation documents differ ({first.name}: {len(theirs)} documents; {run.name}: {len(mine)} "
             f"documents; {len(apart)} differ, first '{apart[0]}': {_describe(theirs.get(apart[0]))} and "
@@ -99,6 +99,13 @@ def _document_conflicts(runs: Sequence[Run]) -> list[str]:
 def _sizes(documents: Mapping[str, Document]) -> dict[str, tuple[int, int | None]]:
     """The tokens and bytes that were read of each."""
     return {name: (document.tokens, document.bytes) for name, document in documents.items()}
+
+
+def _apart(first: tuple[int, int | None] | None, second: tuple[int, int | None] | None) -> bool:
+    """Bytes that one side does not know are not other bytes."""
+    if first is None or second is None:
+        return True
+    return first[0] != second[0] or (None not in (first[1], second[1]) and first[1] != second[1])
 
 
 def _describe(size: tuple[int, int | None] | None) -> str:
@@ -127,7 +134,7 @@ def _unequal(runs: Sequence[Run]) -> Iterator[tuple[str, dict[str, Any]]]:
         "The runs saw different numbers of tokens, see 'Equal budgets'",
         {run.name: f"{run.amount('tokens'):,.0f}" for run in runs},
     )
-    for key in ("seed", "batch_size", "sequence_length"):
+    for key in ("batch_size", "sequence_length"):
         yield (
             f"The runs read the data in different batches (data.{key})",
             {run.name: run.summary["data"].get(key) for run in ended},

@@ -18,7 +18,7 @@ DASHES = ("solid", "dash", "dot", "dashdot")  # the seeds of one variant
 MOST_POINTS = 600  # of a curve
 SMOOTHING = 40  # a training curve is averaged over this part of its points
 WARM_UP = 0.1  # of a curve: left out of the first view, where the loss falls from its start
-AXIS_TITLES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
+AXIS_TITLES = {"tokens": "tokens", "flops": "FLOPs served", "seconds": "seconds of training"}
 FAIR_SHARES = 4.0  # the end of the heatmaps' scale, as in TensorBoard
 HEAT = [
     [0.0, "#000000"], [0.001, "#1c327d"], [0.125, "#78a0d7"], [0.25, "#e8e8e4"], [0.5, "#f0963c"], [1.0, "#8c0a19"],
@@ -69,11 +69,11 @@ def sections(comparison: Comparison) -> list[Section]:
     ]  # fmt: skip
     speed = [
         plot.curve("perf/tokens_per_second", "tokens", "Tokens per second"),
-        plot.curve("perf/mfu", "tokens", "Model FLOPs utilisation", note="of the machine's peak, active parameters"),
+        plot.curve("perf/mfu", "tokens", "Model FLOPs utilisation", note="of the machine's peak, FLOPs served"),
         plot.curve("perf/memory_gb", "tokens", "Peak memory", note="GB"),
     ]
     found = [
-        Section("Held-out loss", "Nats per token on text that no run has trained on. Lower is better.", held_out),
+        Section("Held-out loss", f"Nats per token on {_new(comparison)}. Lower is better.", held_out),
         Section(
             "Training loss",
             f"Language-model loss of the training batches, averaged over 1/{SMOOTHING} of the run; pale: each logged "
@@ -90,6 +90,13 @@ def sections(comparison: Comparison) -> list[Section]:
     ]
     filled = [Section(s.title, s.text, [chart for chart in s.charts if chart and chart.traces]) for s in found]
     return [section for section in filled if section.charts]
+
+
+def _new(comparison: Comparison) -> str:
+    """What is known of the text that is scored."""
+    if comparison.seen:
+        return "held-out text, not all of it new to the weights (see above)"
+    return "text that neither these runs nor the weights they start from have trained on"
 
 
 @dataclass

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moelab.errors import UserError
+from moelab.errors import ConfigError, UserError
+from moelab.train.format import FORMAT_VERSION
 
 Row = dict[str, float]
 AXES = ("step", "tokens", "flops", "seconds")  # in every line of metrics.jsonl, beside its tags
@@ -43,8 +44,31 @@ class Run:
         return self.status == "finished"
 
     @property
+    def counts_flops(self) -> bool:
+        """Whether `flops` is what the run served. Without experts it always is; a run before format 2 did not count."""
+        return not self.config["model"].get("moe") or all("flops_declared" in row for row in self.rows)
+
+    @property
+    def active_served(self) -> float | None:
+        """Parameters that a token passed through, on average; all of them without experts."""
+        parameters = self.summary.get("parameters", {})
+        found = parameters.get("active_served") if self.config["model"].get("moe") else parameters.get("active")
+        return None if found is None else float(found)
+
+    @property
     def seed(self) -> int | None:
         return self.config.get("seed")
+
+    @property
+    def order_seed(self) -> int | None:
+        """What decided the order of reading; None in runs that don't say."""
+        data = self.config.get("data") or {}
+        return self.seed if data.get("order_seed") is None else data["order_seed"]
+
+    @property
+    def replicate(self) -> tuple[str, str]:
+        """What two runs of one recipe may differ in: the seed and the order of reading."""
+        return str(self.seed), str(self.order_seed)
 
     def curve(self, tag: str, against: str = "tokens") -> tuple[list[float], list[float]]:
         """(x, y) of the rows that have a finite `tag`."""
@@ -109,16 +133,16 @@ def _runs_inside(folder: Path) -> str:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
+    from moelab.config.scalars import settle
+    from moelab.config.stored import read_stored_tree
 
     try:
-        config = OmegaConf.to_container(OmegaConf.create(_text(path)))
-    except YAMLError as error:
-        raise UserError(f"{path}: broken YAML ({str(error).splitlines()[0]}); {_CURE}") from error
-    if not isinstance(config, dict) or "model" not in config:
+        config = settle(read_stored_tree(path))
+    except ConfigError as error:
+        raise UserError(f"{error}; {_CURE}") from error
+    if "model" not in config:
         raise UserError(f"{path}: holds no `model`; {_CURE}")
-    return {str(key): value for key, value in config.items()}
+    return dict(config)
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -129,6 +153,12 @@ def _read_summary(path: Path) -> dict[str, Any]:
         summary = json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: broken JSON at line {error.lineno} ({error.msg}); {_CURE}") from error
+    version = summary.get("format_version", 1)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: has format_version {version}, and this moelab reads up to {FORMAT_VERSION}: its names may mean "
+            "something else; compare with the version that wrote it"
+        )
     missing = [key for key in ("status", "final", "data", "parameters") if key not in summary]
     if missing:
         raise UserError(f"{path}: lacks {', '.join(missing)}; {_CURE}")

@@ -25,10 +25,11 @@ class Measure:
     name: str
     per: str  # the attribute of a document that the nats are divided by
     per_nat: float
+    tag: str  # what a run logs in this unit
 
 
-BITS_PER_BYTE = Measure("bits per byte", "bytes", 1 / math.log(2))  # the same for every tokenizer
-NATS_PER_TOKEN = Measure("nats per token", "tokens", 1.0)  # for data whose bytes are not known
+BITS_PER_BYTE = Measure("bits per byte", "bytes", 1 / math.log(2), "eval/bits_per_byte")  # the same for every tokenizer
+NATS_PER_TOKEN = Measure("nats per token", "tokens", 1.0, "eval/loss")  # for data whose bytes are not known
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def over_documents(loss: Floats, baseline: Floats, size: Floats) -> Interval:
     for start in range(0, RESAMPLES, CHUNK):
         count = min(CHUNK, RESAMPLES - start)
         times = generator.multinomial(documents, np.full(documents, 1 / documents), size=count)  # [CHUNK, N]
-        draws.append((times @ gap) / (times @ size))
+        total = times @ size
+        draws.append((times @ gap)[total > 0] / total[total > 0])  # a document may have no bytes
     widened = math.sqrt(documents / (documents - 1)) * stats.t.ppf((1 + CONFIDENCE) / 2, documents - 1)
     tail = stats.norm.cdf(-widened)
     low, high = np.quantile(np.concatenate(draws), [tail, 1 - tail])

@@ -14,11 +14,15 @@ STYLES = {"better": "green", "best": "green", "worse": "red", "failed": "bold re
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Conflicts in bold first, then the table, the verdicts, what they rest on, and the warnings."""
+    """Conflicts and seen text in bold first, then the table, the verdicts, what they rest on, and the warnings."""
     for conflict in comparison.conflicts:
         console.print(f"[bold red]NOT COMPARABLE: {escape(conflict)}[/]", highlight=False, soft_wrap=True)
+    for line in comparison.seen:
+        console.print(f"[bold red]{escape(line)}[/]", highlight=False, soft_wrap=True)
     console.print(_table(comparison))
     for told in wording.headlines(comparison):
+        console.print(escape(told), highlight=False, soft_wrap=True)
+    for told in wording.budgets(comparison):
         console.print(escape(told), highlight=False, soft_wrap=True)
     for told in wording.what_intervals_cover(comparison):
         console.print(f"[dim]{escape(told)}[/]", highlight=False, soft_wrap=True)
@@ -35,16 +39,16 @@ def _table(comparison: Comparison) -> Table:
         title=f"difference in {comparison.measure.name} against {escape(comparison.baseline or wording.MISSING)}",
     )
     table.add_column("run\nlayout · router · balance", overflow="fold")
-    for heading in ("total\nactive", "tokens\nFLOPs", f"loss\n{unit}"):
+    for heading in ("total\nactive\ntokens\nFLOPs", f"loss\n{unit}", "at equal\ntokens\nFLOPs"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("difference\n95 % interval", no_wrap=True)
     table.add_column("tokens/s\nMaxVio", justify="right", no_wrap=True)
     for line in comparison.lines:
-        table.add_row(*_cells(line))
+        table.add_row(*_cells(comparison, line))
     return table
 
 
-def _cells(line: Line) -> tuple[str, ...]:
+def _cells(comparison: Comparison, line: Line) -> tuple[str, ...]:
     gap = line.difference
     seeds = f" ({len(line.runs)} seeds)" if len(line.runs) > 1 else ""
     unfinished = "" if line.status == "finished" else f"\n[bold red]{escape(line.status.upper())}[/]"
@@ -56,9 +60,10 @@ def _cells(line: Line) -> tuple[str, ...]:
         against = f"{escape(numbers)}\n{against}"
     return (
         f"[bold]{escape(line.name)}[/]{seeds}\n[dim]{escape(wording.components(line))}[/]{unfinished}",
-        f"{wording.amount(line.parameters_total)}\n[dim]{wording.amount(line.parameters_active)}[/]",
+        f"{wording.amount(line.parameters_total)}\n[dim]{wording.active(line)}[/]\n"
         f"{wording.amount(line.tokens)}\n[dim]{wording.flops(line.flops)}[/]",
         f"{wording.loss(line.eval_loss)}\n[bold]{wording.loss(line.score)}[/]{spread}",
+        f"{wording.at_budget(comparison, line, 'tokens')}\n{wording.at_budget(comparison, line, 'flops')}",
         against,
         f"{wording.amount(line.tokens_per_second)}\n{wording.decimal(line.max_violation)}",
     )

@@ -1,4 +1,4 @@
-"""Runs that differ only in `seed` are one variant, trained several times."""
+"""Runs that differ only in `seed` or the order of reading are one variant, trained several times."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from moelab_tools.compare.differences import flatten, is_bookkeeping
 from moelab_tools.compare.runs import Document, Run
 from moelab_tools.compare.statistics import (
     BITS_PER_BYTE,
-    NATS_PER_TOKEN,
     Floats,
     Interval,
     Measure,
@@ -36,8 +35,9 @@ class Variant:
         return all(run.finished for run in self.runs)
 
     @property
-    def seeds(self) -> list[int | None]:
-        return [run.seed for run in self.runs]
+    def seeds(self) -> list[int | str | None]:
+        """Of each run; with the order of reading where that does not follow."""
+        return [run.seed if run.order_seed == run.seed else f"{run.seed} (order {run.order_seed})" for run in self.runs]
 
     def scores(self, measure: Measure) -> list[float]:
         """Held-out loss of each run that knows it."""
@@ -54,7 +54,7 @@ def group_by_seed(runs: Sequence[Run]) -> list[Variant]:
     groups: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
         text, copy = recipe(run), 0
-        while run.seed in [other.seed for other in groups.get((text, copy), [])]:
+        while run.replicate in [other.replicate for other in groups.get((text, copy), [])]:
             copy += 1
         groups.setdefault((text, copy), []).append(run)
     names = [_common_name(group) for group in groups.values()]
@@ -69,19 +69,13 @@ def difference(variant: Variant, baseline: Variant, measure: Measure) -> Interva
     if not all(run.documents for run in (*variant.runs, *baseline.runs)):
         return None
     if len(variant.runs) > 1 and len(baseline.runs) > 1:
-        paired = sorted(map(str, variant.seeds)) == sorted(map(str, baseline.seeds))
+        paired = sorted(run.replicate for run in variant.runs) == sorted(run.replicate for run in baseline.runs)
         return over_seeds(_in_seed_order(variant, measure), _in_seed_order(baseline, measure), paired)
     shared = sorted(set.intersection(*(set(run.documents) for run in (*variant.runs, *baseline.runs))))
     if len(shared) < FEW_DOCUMENTS:
         return None
     size = np.array([getattr(variant.runs[0].documents[name], measure.per) for name in shared], dtype=np.float64)
     return over_documents(_losses(variant, shared, measure), _losses(baseline, shared, measure), size)
-
-
-def choose_measure(runs: Sequence[Run]) -> Measure:
-    """Bits per byte, unless some run does not know its bytes."""
-    documents = [document for run in runs for document in run.documents.values()]
-    return BITS_PER_BYTE if all(document.bytes for document in documents) else NATS_PER_TOKEN
 
 
 def score(run: Run, measure: Measure) -> float | None:
@@ -98,7 +92,7 @@ def loss_of(documents: Sequence[Document], measure: Measure) -> float:
 
 
 def _in_seed_order(variant: Variant, measure: Measure) -> list[float]:
-    ordered = Variant(variant.name, tuple(sorted(variant.runs, key=lambda run: str(run.seed))))
+    ordered = Variant(variant.name, tuple(sorted(variant.runs, key=lambda run: run.replicate)))
     return ordered.scores(measure)
 
 
@@ -109,8 +103,9 @@ def _losses(variant: Variant, names: Sequence[str], measure: Measure) -> Floats:
 
 
 def recipe(run: Run) -> str:
-    """The config without its seed and without what changes nothing of the result, as one text."""
-    keys = {key: value for key, value in flatten(run.config) if key != "seed" and not is_bookkeeping(key)}
+    """The config without its seeds and without what changes nothing of the result, as one text."""
+    seeds = ("seed", "data.order_seed")
+    keys = {key: value for key, value in flatten(run.config) if key not in seeds and not is_bookkeeping(key)}
     return json.dumps(keys, sort_keys=True, default=str)
 
 

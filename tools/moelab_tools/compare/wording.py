@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moelab_tools.compare.budgets import Budget
 from moelab_tools.compare.comparison import Comparison, Line
 
 MISSING = "–"
@@ -42,6 +43,56 @@ def components(line: Line) -> str:
         return "no experts"
     parts = [known.get("layout", ""), known["router"], known.get("balance_losses") or known.get("loss", "")]
     return " · ".join(part if part != "none" else "no balance loss" for part in parts if part)
+
+
+def active(line: Line) -> str:
+    """Parameters that a token passed through, as served; as declared, and said so, where the run did not count."""
+    if line.parameters_active_served is not None:
+        return amount(line.parameters_active_served)
+    return f"{amount(line.parameters_active)} declared" if line.parameters_active is not None else MISSING
+
+
+def at_budget(comparison: Comparison, line: Line, axis: str) -> str:
+    """The loss at the equal budget, with * for a run that went on and ~ for a roughly interpolated one."""
+    value = line.at_equal_tokens if axis == "tokens" else line.at_equal_flops
+    budget = next((one for one in comparison.budgets if one.axis == axis), None)
+    if value is None or budget is None:
+        return MISSING
+    rough = "~" if set(line.runs) & set(budget.rough) else ""
+    return f"{rough}{loss(value)}{'*' if set(line.runs) & set(budget.cut_short) else ''}"
+
+
+def budgets(comparison: Comparison) -> list[str]:
+    """One sentence for each equal budget, then what its marks mean."""
+    told = [_budget(comparison, budget) for budget in comparison.budgets]
+    if any(budget.cut_short for budget in comparison.budgets):
+        told.append(
+            "* went on after that point: its learning rate had not come down there yet, so a run of that length would "
+            "have ended lower."
+        )
+    if any(budget.rough for budget in comparison.budgets):
+        told.append("~ its nearest evaluation is more than 10 % of the budget away: set evaluation.every lower.")
+    return told
+
+
+def _budget(comparison: Comparison, budget: Budget) -> str:
+    what = amount(budget.amount) if budget.axis == "tokens" else f"{flops(budget.amount)} served"
+    field = "at_equal_tokens" if budget.axis == "tokens" else "at_equal_flops"
+    known = [line for line in comparison.lines if getattr(line, field) is not None]
+    known.sort(key=lambda line: float(getattr(line, field)))
+    listing = ", ".join(f"{line.name} {at_budget(comparison, line, budget.axis)}" for line in known) or "none known"
+    spent = f"all that {budget.spent_by} spent" if budget.cut_short else "what each spent"
+    text = f"At equal {'FLOPs' if budget.axis == 'flops' else 'tokens'} ({what}, {spent}), "
+    text += f"{budget.unit}: {listing}."
+    if budget.between:
+        spans = ", ".join(
+            f"{run} between {low / budget.amount:.2f} and {high / budget.amount:.2f} of it"
+            for run, (low, high) in budget.between.items()
+        )
+        text += f" Interpolated linearly from the evaluations around it: {spans}."
+    for run, why in budget.missing.items():
+        text += f" {run} {why}."
+    return text
 
 
 def headlines(comparison: Comparison) -> list[str]:

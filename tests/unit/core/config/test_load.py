@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from moelab.config.load import load_config, to_schema, to_yaml
+from moelab.config.load import load_config, to_schema
 from moelab.config.run import RunConfig
+from moelab.config.stored import to_yaml
 from moelab.errors import ConfigError
 
 TINY = "configs/train/tiny_moe.yaml"

@@ -37,12 +37,6 @@ def test_every_document_comes_back_whole_in_exactly_one_part() -> None:
         ]
 
 
-def test_each_domain_holds_out_its_fraction_and_at_least_one() -> None:
-    corpus = build_corpus([*documents(), *documents(2, ("small",)), *documents(1, ("single",))], CONTEXT)
-    held_out = {d: corpus.manifest[d]["validation_documents"] for d in corpus.domains}
-    assert held_out == {"a": 2, "b": 2, "small": 1, "single": 0}
-
-
 def test_training_documents_are_shuffled_across_domains() -> None:
     corpus = build_corpus(documents(50), CONTEXT)
     changes = (np.diff(corpus.train.document_domain) != 0).sum()
@@ -62,11 +56,12 @@ def test_the_fingerprint_follows_text_split_and_tokenizer_but_not_the_order_give
     changed = [
         build_corpus([*given[:-1], replace(given[-1], text="other")], CONTEXT),
         build_corpus([replace(document, domain=f"z{document.domain}") for document in given], CONTEXT),
-        build_corpus(given, replace(CONTEXT, seed=1)),
+        build_corpus(given, replace(CONTEXT, split_seed=1)),
         build_corpus(given, replace(CONTEXT, validation_fraction=0.5)),
         build_corpus(given, replace(CONTEXT, tokenizer=Other())),
     ]
     assert len({first.fingerprint, *(corpus.fingerprint for corpus in changed)}) == 6
+    assert build_corpus(given, replace(CONTEXT, seed=1)).fingerprint == first.fingerprint  # given is what was chosen
 
 
 def test_the_manifest_counts_what_the_streams_hold() -> None:
@@ -111,6 +106,48 @@ def test_a_binary_document_is_named() -> None:
         build_corpus([*documents(), Document("PNG\0\1", "a", "picture.png")], CONTEXT)
 
 
-def test_copies_may_be_kept() -> None:
-    corpus: Corpus = build_corpus([Document("same", "a", "1")] * 4, CONTEXT, deduplicate=False)
-    assert len(corpus.train.document_names) == 3
+def test_copies_may_be_kept_but_on_one_side() -> None:
+    given = [*documents(), *[Document("same", "a", "copy")] * 4, Document(" SAME", "b", "copy")]
+    corpus: Corpus = build_corpus(given, CONTEXT, deduplicate=False)
+    parts = [[name for name in s.document_names if "copy" in name] for s in (corpus.train, corpus.validation)]
+    assert sorted(map(len, parts)) == [0, 5]
+    assert len(set(parts[0] + parts[1])) == 5
+
+
+def test_names_that_several_documents_have_are_told_apart_by_content() -> None:
+    given = [*documents(4), Document("one more", "a", "a/1"), Document("and another", "b", "a/1")]
+    corpora = [build_corpus(order, CONTEXT) for order in (given, given[::-1])]
+    names = [{*corpus.train.document_names, *corpus.validation.document_names} for corpus in corpora]
+    assert names[0] == names[1]
+    assert len(names[0]) == 10
+    assert {"a/0", "b/1"} < names[0]
+
+
+def test_what_is_left_out_is_told_once_a_cause_with_an_example(caplog: pytest.LogCaptureFixture) -> None:
+    given = [*documents(), Document(" \n", "a", "blank"), Document(documents()[0].text.upper(), "b", "again")]
+    given.append(Document(documents()[1].text.upper(), "b", "once more"))
+    corpus = build_corpus(given, CONTEXT)
+    told = {what: cause["count"] for what, cause in corpus.left_out.items()}
+    assert told == {"documents left out, empty": 1, "documents left out of 22, copies": 2}
+    assert caplog.text.count("data: ") == 2
+    assert "(first b/" in caplog.text
+    assert "deduplicate: false keeps them" in caplog.text
+    assert build_corpus(documents(), CONTEXT).left_out == {}  # a context may be used again
+
+
+def test_what_utf_8_cannot_hold_is_told() -> None:
+    corpus = build_corpus([*documents(), Document("half \ud83d of a face", "a", "x")], CONTEXT)
+    assert [what for what in corpus.left_out if "UTF-16" in what]
+    assert "half ? of a face" in texts_spelled(corpus)
+
+
+def test_special_tokens_spelled_in_text_are_told_and_stay_text() -> None:
+    corpus = build_corpus([*documents(), Document("a<|endoftext|>b, a<|endoftext|>", "a", "x")], CONTEXT)
+    ((what, cause),) = corpus.left_out.items()
+    assert "read as text and not as control tokens" in what
+    assert (cause["count"], cause["example"]) == (2, "a/x: '<|endoftext|>'")
+    assert "a<|endoftext|>b, a<|endoftext|>" in texts_spelled(corpus)
+
+
+def texts_spelled(corpus: Corpus) -> str:
+    return "".join(bytes(s.tokens[s.tokens < 256].astype(np.uint8)).decode() for s in (corpus.train, corpus.validation))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,7 +82,7 @@ def test_words_take_the_white_space_before_them(tmp_path: Path) -> None:
 def test_offsets_that_go_back_take_nothing_away() -> None:
     """A post-processor gives the tokens it adds the place (0, 0)."""
     encoding: Any = SimpleNamespace(ids=[5, 6, 7], offsets=[(0, 3), (0, 0), (3, 4)])
-    assert _bytes_by_offset("caf\xe9 ", encoding, 6).tolist() == [3, 0, 3]
+    assert _bytes_by_offset("caf\xe9 ", encoding).tolist() == [3, 0, 3]
 
 
 def test_a_special_token_spelled_in_a_text_does_not_end_the_document(tmp_path: Path) -> None:
@@ -89,6 +90,24 @@ def test_a_special_token_spelled_in_a_text_does_not_end_the_document(tmp_path: P
     ids = tokenizer.encode("a<|endoftext|>b")
     assert tokenizer.eos_token_id not in ids
     assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+def test_a_unigram_vocabulary_finds_no_control_token_in_a_text(tmp_path: Path) -> None:
+    """It has </s> among its pieces with score 0, the best there is."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("\u2581a", -2.0), ("b", -3.0), *((c, -9.0) for c in "</s>\u2581")]
+    made: Any = Tokenizer(models.Unigram(pieces, unk_id=0))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    made.add_special_tokens(["<unk>", "</s>"])
+    made.encode_special_tokens = True
+    text = "a</s>b é</s>"
+    assert 1 in made.encode(text).ids  # what the library alone makes of it
+    tokenizer = load_tokenizer(saved(made, tmp_path))
+    ids, counts = tokenizer.encode_with_bytes(text)
+    assert tokenizer.eos_token_id == 1
+    assert 1 not in ids
+    assert 0 in ids  # nobody has a token for the accent
+    assert tokenizer.encode(text).tolist() == ids.tolist()
+    assert counts.sum() == len(text.encode())
 
 
 def test_vocab_size_is_one_more_than_the_largest_id(tmp_path: Path) -> None:
@@ -107,6 +126,49 @@ def test_a_tokenizer_may_cut_texts_short_in_its_file_but_not_here(tmp_path: Path
     made = byte_level()
     made.enable_truncation(2)
     assert len(load_tokenizer(saved(made, tmp_path)).encode("the cat sat on the mat")) > 2
+
+
+def sampling(definition: dict[str, Any]) -> None:
+    definition["model"]["dropout"] = 0.5
+
+
+def cutting(definition: dict[str, Any]) -> None:
+    definition["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    definition["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                             "pad_type_id": 0, "pad_token": "!"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "named"), [(sampling, "model.dropout 0.5"), (cutting, "truncation.*padding")])
+def test_a_text_has_the_same_ids_each_time_and_all_of_them(
+    change: Any, named: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    definition = json.loads(byte_level().to_str())
+    expected = byte_level().encode(TRAINING[0]).ids
+    change(definition)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    tokenizer = load_tokenizer(str(tmp_path))
+    (message,) = caplog.messages
+    assert re.search(named, message)
+    carried = Tokenizer.from_buffer(tokenizer.files()["tokenizer.json"])  # what a checkpoint's readers get
+    for _ in range(5):
+        assert tokenizer.encode(TRAINING[0]).tolist() == carried.encode(TRAINING[0]).ids == expected
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "tokenizer.json").write_bytes(tokenizer.files()["tokenizer.json"])
+    assert load_tokenizer(str(again)).fingerprint == tokenizer.fingerprint
+    assert len(caplog.messages) == 1
+
+
+def test_a_file_without_chance_in_it_is_carried_byte_for_byte(tmp_path: Path) -> None:
+    path = saved(byte_level(), tmp_path)
+    assert load_tokenizer(path).files()["tokenizer.json"] == Path(path).read_bytes()
+
+
+def test_special_tokens_are_known_by_their_spelling(tmp_path: Path) -> None:
+    made = byte_level()
+    made.add_special_tokens(["<|im_start|>"])
+    made.add_tokens(["ordinary"])
+    assert set(load_tokenizer(saved(made, tmp_path)).special_tokens) == {"<|endoftext|>", "<|im_start|>"}
 
 
 def test_the_saved_files_load_in_transformers(tmp_path: Path) -> None:

@@ -6,11 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from moelab import ConfigError, ExpectedAssignments
 from moelab.builder import build_model
 from moelab.config.files import config_folder
 from moelab.config.load import to_schema
 from moelab.config.model import ModelConfig, MoEConfig
-from moelab.nn.count import Parameters, count_parameters, flops_per_token, forward_flops_per_token
+from moelab.moe.block import MoEBlock
+from moelab.nn.count import (
+    Parameters,
+    count_parameters,
+    expected_assignments,
+    flops_per_token,
+    forward_flops_per_token,
+    layer_parameters,
+    served_costs,
+)
 from moelab.nn.transformer import Transformer
 
 
@@ -115,3 +125,51 @@ def test_layers_of_different_layouts_are_counted_each_by_its_own():
     active = expert_0 + 2 * expert_1 + beside_0 + beside_1 - 2 * ffn
     assert after.active - before.active == active
     assert forward_flops_per_token(sparse, 9) - forward_flops_per_token(plain, 9) == 2 * active
+
+
+def sparse(router: dict[str, object], **layout: object) -> Transformer:
+    moe = MoEConfig(
+        layout={"name": "uniform", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 5, **layout},
+        router=router,
+        allow_noncausal=True,
+    )
+    return build_model(ModelConfig(**{**vars(dense(False).config), "moe": moe}), device="meta", seed=None)
+
+
+@pytest.mark.parametrize(
+    ("router", "experts"),
+    [
+        ({"name": "softmax_topk"}, 2),
+        ({"name": "softmax_topk", "capacity_factor": 1.25}, 2),
+        ({"name": "softmax_topk", "capacity_factor": 0.5}, 1),
+        ({"name": "mixture_of_depths"}, 0.25),
+        ({"name": "null_experts", "num_null_experts": 8}, 1),
+        ({"name": "moe_plus_plus"}, 2 * 0.75 * 8 / (0.75 * 8 + 4)),
+        ({"name": "expert_choice", "capacity_factor": 0.5}, 1),
+        ({"name": "top_p"}, 4),
+        ({"name": "remoe"}, 2),
+        ({"name": "hash"}, 2),
+    ],
+)
+def test_what_is_told_before_a_run_rests_on_what_the_router_declares(router: dict[str, object], experts: float):
+    """Against the same model with its declared experts idle: three layers of experts of 3 * 5 * 8 weights."""
+    model = sparse(router)
+    blocks = [layer.mlp for layer in model.layers if isinstance(layer.mlp, MoEBlock)]
+    assert [expected_assignments(block).per_token for block in blocks] == pytest.approx([experts] * 3)
+    counts, costs = count_parameters(model), served_costs(model, 16)
+    assert counts.active == counts.total - counts.routed + 3 * round(experts * 120)
+    assert counts.active == costs.token_parameters + 3 * round(experts * 120)
+    assert flops_per_token(model, 16) == costs.token_flops + 6 * 3 * round(experts * 120)
+    assert [layer_parameters(layer)[1] for layer in model.layers] == [
+        layer_parameters(layer)[0] - 8 * 120 + round(experts * 120) for layer in model.layers
+    ]
+
+
+@pytest.mark.parametrize("declared", [ExpectedAssignments(8.5, "too many"), ExpectedAssignments(-1, "too few"), 2.0])
+def test_a_declaration_that_can_not_be_is_refused(declared: object):
+    model = sparse({"name": "hash"})
+    block = model.layers[1].mlp
+    assert isinstance(block, MoEBlock)
+    block.router.expected_assignments = declared
+    with pytest.raises(ConfigError, match=r"model.moe.router, layer 1: Hash of .* declares .* in 0 \.\. 8"):
+        count_parameters(model)

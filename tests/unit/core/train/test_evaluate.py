@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,3 +62,31 @@ def test_bits_per_byte_follow_from_nats_and_bytes() -> None:
 def test_documents_that_were_not_read_have_no_row() -> None:
     rows = Evaluation(np.array([2.0, 0.0]), np.array([3.0, 0.0]), None).document_rows((["x", "y"], ["d", "d"]))
     assert [json.loads(row) for row in rows] == [{"document": "x", "domain": "d", "nats": 2.0, "tokens": 3}]
+
+
+def test_bytes_of_a_document_are_counts_or_absent() -> None:
+    """Of an average number of bytes a token only the whole has bits per byte."""
+    counted = Evaluation(np.array([2.0]), np.array([3.0]), np.array([4.0]))
+    assert json.loads(counted.document_rows((["x"], ["d"]))[0])["bytes"] == 4
+    average = Evaluation(np.array([2.0]), np.array([3.0]), np.array([10.5]), exact_bytes=False)
+    assert "bytes" not in json.loads(average.document_rows((["x"], ["d"]))[0])
+    assert average.metrics()["eval/bits_per_byte"] == pytest.approx(2 / 10.5 / math.log(2))
+
+
+@pytest.mark.parametrize("id_bytes", [np.full(40, 3, np.uint32), np.full(40, 3.0)])
+def test_an_evaluation_knows_whether_its_bytes_are_counted(id_bytes: np.ndarray) -> None:
+    stream = replace(_stream(), token_bytes=None, id_bytes=id_bytes)
+    found = evaluate(moelab.build(MODEL), ValidationBatches(stream, 10, 16, 3), PRECISION)
+    assert found.bytes is not None
+    assert found.bytes.tolist() == [3 * 29, 3 * 70, 3 * 61]
+    assert found.exact_bytes == (id_bytes.dtype.kind == "u")
+
+
+def test_the_bytes_of_a_document_that_windows_cut_are_those_of_its_scored_tokens() -> None:
+    stream = replace(_stream(), token_bytes=np.arange(161, dtype=np.uint16))
+    found = evaluate(moelab.build(MODEL), ValidationBatches(stream, 2, 16, 1), PRECISION)
+    scored = np.concatenate(
+        [np.arange(begin * 16 + 1, begin * 16 + 17) for begin in ValidationBatches(stream, 2, 16, 1).windows]
+    )
+    assert found.bytes is not None
+    assert found.bytes.tolist() == [scored[stream.document_of(scored) == n].sum() for n in range(3)]

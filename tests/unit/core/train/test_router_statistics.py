@@ -154,3 +154,13 @@ def test_adding_and_reducing_transfer_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert not transfers
     statistics.reduce()
     assert len(transfers) == 1
+
+
+def test_a_router_that_serves_fewer_than_it_chose_tells_how_many() -> None:
+    """Placeholders keep the shape of K experts a token; what is served is less."""
+    expert = balanced()
+    routing = Routing.from_topk(expert, torch.ones(expert.shape), E).serve(torch.arange(expert.numel()) % 4 < 3)
+    metrics = reduce(LayerRecord(3, routing, routing.counts()))
+    assert metrics["moe/layer_03/experts_per_token"] == 1.5
+    plain = Routing.from_topk(expert, torch.ones(expert.shape), E)
+    assert "moe/layer_03/experts_per_token" not in reduce(LayerRecord(3, plain, plain.counts()))

@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from pathlib import Path
 
 import pytest
 
-from moelab.errors import UserError
-from moelab.train.run_folder import MetricsLog, is_finished, prepare_run_folder, write_atomically
+from moelab.errors import DataError, UserError
+from moelab.train.run_folder import (
+    HeldLog,
+    MetricsLog,
+    close_log,
+    is_finished,
+    open_log,
+    prepare_run_folder,
+    write_atomically,
+)
+
+
+def test_what_is_said_before_there_is_a_folder_reaches_the_terminal_and_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `moelab train`: nobody has set logging up, so warnings go to what logging calls its last resort."""
+    shown: list[str] = []
+    last = logging.Handler(logging.WARNING)
+    last.emit = lambda record: shown.append(record.getMessage())  # type: ignore[method-assign]
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(logging, "lastResort", last)
+    logger = logging.getLogger("moelab")
+    with HeldLog() as held:
+        logger.warning("early")
+    close_log(open_log(tmp_path / "log.txt", held.records))
+    assert shown == ["early"]
+    for error, told in ((UserError("x"), ["early"]), (DataError("x"), ["early", "why"])):
+        with contextlib.suppress(UserError), HeldLog():
+            logger.warning("why")
+            raise error
+        assert shown == told
+    assert "WARNING early" in (tmp_path / "log.txt").read_text()
+    assert held not in logger.handlers
 
 
 def test_an_empty_or_absent_folder_is_taken(tmp_path: Path) -> None:

@@ -43,6 +43,13 @@ SOFTMAX = _config(
 )
 HF_LOSS = _config({"name": "softmax_topk"}, [{"name": "hf_load_balance", "weight": 0.5}])
 LOSS_FREE = _config({"name": "sigmoid_topk"}, [])
+# What losses count, and what the quantile bias is read off, are the whole batch's too.
+GROUPED = _config(
+    {"name": "sigmoid_topk", "n_group": 4, "topk_group": 2},
+    [{"name": "load_balance", "weight": 0.5, "scope": scope} for scope in ("global", "sequence")],
+)
+QUANTILE = _config({"name": "sigmoid_topk", "balance": "quantile"}, [{"name": "hf_load_balance", "weight": 0.5}])
+CONFIGS = {"softmax": SOFTMAX, "hf": HF_LOSS, "loss_free": LOSS_FREE, "grouped": GROUPED, "quantile": QUANTILE}
 
 
 def _parts(config: ModelConfig) -> tuple[Transformer, list[NamedLoss], torch.optim.Optimizer]:
@@ -67,7 +74,7 @@ def _after(
     return copy.deepcopy(dict(model.state_dict())), {k: float(v) for k, v in result.losses.items()}
 
 
-@pytest.mark.parametrize("config", [SOFTMAX, HF_LOSS, LOSS_FREE], ids=["softmax", "hf_loss", "loss_free"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
 def test_the_split_into_micro_batches_does_not_change_the_update(config: ModelConfig, micro_batch_size: int) -> None:
     whole, whole_losses = _after(config, _batch(), 8)
@@ -78,7 +85,7 @@ def test_the_split_into_micro_batches_does_not_change_the_update(config: ModelCo
         assert value == pytest.approx(split_losses[name], abs=1e-5), name
 
 
-@pytest.mark.parametrize("config", [SOFTMAX, HF_LOSS, LOSS_FREE], ids=["softmax", "hf_loss", "loss_free"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("micro_batch_size", [2, 8])
 def test_padding_on_the_right_does_not_change_the_update(config: ModelConfig, micro_batch_size: int) -> None:
     plain, (pad, length) = _batch(), (9, 24)
@@ -167,3 +174,25 @@ def test_an_adamw_step_lowers_the_loss_of_its_batch() -> None:
         float(train_step(model, optimizer, losses, _batch(), s, settings).losses["loss"]) for s in range(8)
     ]
     assert last < first - 0.5
+
+
+def test_a_step_without_a_balance_loss_counts_nothing_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A biased router's best scores are searched for when a loss asks, and not before."""
+
+    def refuse(routing: object) -> None:
+        raise AssertionError("counted for nobody")
+
+    monkeypatch.setattr(moelab.Routing, "balance_map", property(refuse))
+    model, losses, optimizer = _parts(LOSS_FREE)
+    train_step(model, optimizer, losses, _batch(), 0, StepSettings(4, 0.0, 0, PRECISION))
+
+
+def test_a_router_is_told_the_step_if_it_asks() -> None:
+    """So a schedule needs no state: step 5 of a resumed run is step 5."""
+    router = {"name": "sigmoid_topk", "bias_centred": False, "bias_schedule": {"decay_from": 4, "decay_to": 8}}
+    scheduled = _config(router, [])
+    for step, rate in ((0, 1e-3), (5, 0.75e-3), (8, 0.0)):
+        model, losses, optimizer = _parts(scheduled)
+        train_step(model, optimizer, losses, _batch(), step, StepSettings(8, 0.0, 0, PRECISION))
+        moved = model.get_submodule("layers.0.mlp.router").bias.abs().max()
+        assert float(moved) == pytest.approx(rate)

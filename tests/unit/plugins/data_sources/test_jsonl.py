@@ -82,3 +82,36 @@ def test_a_truncated_or_false_archive_is_named(cut: slice, tmp_path: Path) -> No
 def test_no_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to read"):
         build(tmp_path)
+
+
+def test_content_says_whether_a_file_is_zipped_and_links_have_their_own_names(tmp_path: Path) -> None:
+    """As the Hugging Face hub's cache holds files: names are links to blobs named by a hash."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for name in ("english.jsonl.gz", "german.jsonl"):
+        write(tmp_path / name, [{"text": f"{name} {n}"} for n in range(6)])
+        blob = (tmp_path / name).rename(tmp_path / "blobs" / f"blob{len(name)}")
+        (tmp_path / "snapshot" / name).symlink_to(blob)
+    assert build(tmp_path, paths=["snapshot"]).domains == ["english", "german"]
+    direct = build(tmp_path, paths=["blobs/blob16", "blobs/blob12"])
+    assert direct.domains == ["blob12", "blob16"]
+    assert "english.jsonl.gz 3" in decoded(direct)
+
+
+def test_files_of_one_stem_give_names_of_their_own(tmp_path: Path) -> None:
+    for number, name in enumerate(("a/x.jsonl", "b/x.jsonl", "b/x.jsonl.gz")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, [{"text": f"{number} has {n}"} for n in range(6)])
+    for paths in (["."], ["a", "b"], ["a/x.jsonl", "b/*"]):
+        corpus = build(tmp_path, paths=paths)
+        names = [*corpus.train.document_names, *corpus.validation.document_names]
+        assert len(set(names)) == len(names) == 18
+        assert corpus.domains == ["x"]
+
+
+def test_other_files_of_a_folder_are_told(tmp_path: Path) -> None:
+    write(tmp_path / "some.jsonl", LINES)
+    for name in ("README.md", "some.jsonl.zst", "other.json"):
+        (tmp_path / name).write_text("x")
+    ((what, cause),) = build(tmp_path, paths=["."]).left_out.items()
+    assert (what, cause["count"]) == ("files left out, not '**/*.jsonl' or '**/*.jsonl.gz'", 3)

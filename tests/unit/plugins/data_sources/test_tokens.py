@@ -47,12 +47,48 @@ def test_raw_and_npy_files_of_the_same_ids_are_the_same_corpus(folder: Path) -> 
 
 
 def test_a_validation_file_is_taken_as_it_is(folder: Path) -> None:
-    np.save(folder / "held_out.npy", TOKENS[:25])
+    np.save(folder / "held_out.npy", TOKENS[:25] + 100 * (TOKENS[:25] < 256))
     corpus = build(folder, train="all.npy", validation="held_out.npy", domain="web")
     assert len(corpus.train) == 100
     assert corpus.validation.document_starts.tolist() == [0, 10, 20, 25]  # the last need not be ended
     assert corpus.domains == ["web"]
+    assert corpus.left_out == {}
     assert corpus.fingerprint != build(folder, train="all.npy").fingerprint
+
+
+def test_held_out_documents_that_are_trained_on_are_dropped_and_told(folder: Path) -> None:
+    own = np.array([200, 201, 256, 202], np.uint16)
+    np.save(folder / "held_out.npy", np.concatenate([TOKENS[10:20], own[:3], TOKENS[50:59], [256], own[3:]]))
+    corpus = build(folder, train="all.npy", validation="held_out.npy")
+    assert corpus.validation.tokens.tolist() == own.tolist()
+    assert corpus.validation.document_starts.tolist() == [0, 3, 4]
+    assert list(corpus.validation.document_names) == ["held_out.npy#1", "held_out.npy#3"]
+    ((what, cause),) = corpus.left_out.items()
+    assert (what, cause["count"]) == ("held-out documents left out of 4, copies of training documents", 2)
+    np.save(folder / "held_out.npy", TOKENS[:20])
+    with pytest.raises(DataError, match="every held-out document is a copy"):
+        build(folder, train="all.npy", validation="held_out.npy")
+
+
+def test_documents_that_stand_at_both_ends_of_a_file_are_not_scored(tmp_path: Path) -> None:
+    own = [*range(90, 99), 256]
+    np.save(tmp_path / "all.npy", np.concatenate([*DOCUMENTS, own, DOCUMENTS[0]]).astype(np.uint16))
+    corpus = build(tmp_path, train="all.npy")  # the last two of twelve would be held out
+    assert len(corpus.train.document_names) == 10
+    assert corpus.validation.tokens.tolist() == own
+    assert list(corpus.validation.document_names) == ["all.npy#10"]
+
+
+def test_an_average_gives_no_document_its_bytes_and_a_vocabulary_does(folder: Path) -> None:
+    assert build(folder, train="all.npy").validation.exact_bytes
+    assert not build(folder, train="all.npy", bytes_per_token=4.0).validation.exact_bytes
+
+
+def test_an_end_of_document_of_ones_own_stands_for_no_bytes(folder: Path) -> None:
+    np.save(folder / "nul.npy", np.where(TOKENS == 256, 0, TOKENS + 1))
+    (batch,) = ValidationBatches(build(folder, train="nul.npy", eos_token_id=0).validation, 1, 19, 1)
+    assert batch.target_bytes is not None
+    assert batch.target_bytes.sum() == 17
 
 
 def test_documents_are_found_across_chunks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def test_bf16_autocast_stays_within_bf16_rounding(name: str, case: str, threads:
     ):
         assert ours.dtype == torch.float32
         scale = float(theirs.detach().abs().max()) if theirs.numel() else 1.0
-        torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=2e-2 * scale)  # bf16 has 8 bits; three products
+        torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=4e-2 * scale)  # bf16 has 8 bits; three products
 
 
 @pytest.mark.parametrize("name", ["loop", "batched"])

@@ -130,6 +130,22 @@ def test_explain_prints_every_layer_with_parts_owners_and_costs(root: Any, capsy
     assert layers_total + table["embedding_parameters"] + 64 == table["parameters"]
 
 
+def test_explain_tells_what_routers_declare_and_matches_by_it(root: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(root / "configs/train/tiny_moe.yaml")
+    half = "model.moe.router={name: null_experts, num_null_experts: 8}"
+    assert run(["explain", config, half, "--json", "--match", config]) == 0
+    table = json.loads(capsys.readouterr().out)
+    expected = [layer["expected_assignments"] for layer in table["layers"]]
+    assert [(one["per_token"], one["settled"]) for one in expected] == [(1.0, True)] * 2
+    extra = 8 * 64  # the rows of eight null experts, for which 2.67 neurons less are active
+    assert table["match"]["value"] == round(128 - extra / (3 * 64))
+    assert run(["explain", config, half, "--match", config]) == 0
+    out = capsys.readouterr().out
+    assert "expects 1 experts a token in training (K E / (E + num_null_experts), at an even load of all choices)" in out
+    assert "active and FLOP are as the routers declare; a run counts what it served\n" in out
+    assert out.rstrip().endswith(", as the routers declare")
+
+
 def test_explain_names_a_wrong_key(root: Any, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(root / "configs/train/tiny_moe.yaml")
     assert run(["explain", config, "model.moe.router.norm_topk=true"]) == 2

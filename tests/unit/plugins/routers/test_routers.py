@@ -116,7 +116,8 @@ FORMULAS: list[tuple[str, dict[str, Any], Callable[[np.ndarray], dict[int, float
     ("softmax_topk", {"norm_topk_prob": True}, _plain(True)),
     ("softmax_topk", {"topk_first": True}, lambda z: dict(zip(top(z, 2), softmax(z[top(z, 2)]), strict=True))),
     ("gshard", {}, _plain(True)),
-    ("token_rounding", {}, _plain(False)),
+    ("token_rounding", {}, _plain(True)),
+    ("token_rounding", {"norm_topk_prob": False}, _plain(False)),
     ("sinkhorn", {}, _plain(False)),
     ("noisy_topk", {}, lambda z: dict(zip(top(z, 2), softmax(z[top(z, 2)]), strict=True))),
     ("sigmoid_topk", {"routed_scaling_factor": 2.5}, _scored(lambda z: 1 / (1 + np.exp(-z)), 2.5)),
@@ -175,14 +176,15 @@ def test_negative_biased_scores_stay_within_their_groups() -> None:
 
 
 def test_quantile_balancing_finds_the_balanced_bias_in_one_step() -> None:
-    """Scores [[.9, .1], [.8, .2], [.7, .3], [.6, .4]]: beta [.4, 0], centred [.2, -.2] (Megatron 33706f9)."""
+    """Scores [[.9, .1], [.8, .2], [.7, .3], [.6, .4]]: any bias that takes .4 to .6 off expert 0 serves two each."""
     scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
     router, x = logits_router("softmax_topk", scores.log(), 1, balance="quantile")
     routing = router(x, info(1, 4, training=True))
     assert routing.statistics is not None
     router.after_step(routing.demand(), routing.statistics)
-    torch.testing.assert_close(router.bias, torch.tensor([-0.2, 0.2]))
-    assert router(x, info(1, 4)).demand().tolist() == [3, 1]  # .5 against .5 is a tie that goes to the first
+    assert 0.4 < float(router.bias[1] - router.bias[0]) < 0.6
+    assert float(router.bias.sum()) == pytest.approx(0.0, abs=1e-7)
+    assert router(x, info(1, 4)).demand().tolist() == [2, 2]
 
 
 def test_capacity_keeps_the_heaviest_or_the_first() -> None:
@@ -286,19 +288,25 @@ def test_all_null_choices_give_exactly_nothing() -> None:
     assert routing.demand()[8:].sum() == 6
 
 
-def test_moe_plus_plus_adds_copies_and_constants() -> None:
-    """Against a float64 loop over tokens and choices, gating residual included."""
-    router, x = build("moe_plus_plus"), tokens()
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("released", [False, True])
+def test_moe_plus_plus_adds_copies_and_constants(released: bool, layers: int) -> None:
+    """Against a float64 loop over tokens and choices, gating residual included, as the paper and as its code."""
+    router = build("moe_plus_plus", weights="released" if released else "paper", gate_layers=layers)
+    x = tokens()
     below = torch.randn(24, 12)
     previous = Routing.from_topk(torch.zeros(24, 1, dtype=torch.int64), torch.ones(24, 1), 8, logits=below)
     routing = router(x, replace(info(), previous=previous))
     w = {key: value.detach().double().numpy() for key, value in router.named_parameters()}
     dense, bypass = np.zeros((24, 8)), np.zeros((24, 16))
     for t, row in enumerate(x.double().numpy()):
-        p = softmax(w["weight"] @ row + w["residual"] @ below[t].double().numpy())
+        hidden = row if layers == 1 else np.tanh(w["hidden"] @ row)
+        p = softmax(w["weight"] @ hidden + w["residual"] @ below[t].double().numpy())
         chosen = top(p, 2)
         for i in chosen:
-            weight = p[i] / p[chosen].sum()
+            weight = 0.0 if i == 8 and released else p[i]
+            if released:
+                weight /= p[[j for j in chosen if j != 8]].sum()
             if i < 8:
                 dense[t, i] = weight
             elif i == 9:  # after one zero expert: the copy

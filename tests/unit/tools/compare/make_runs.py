@@ -31,7 +31,8 @@ class FakeRun:
     seed: int = 0
     steps: int = 300
     eval_every: int = 60  # 0: only at the end
-    flops_per_token: float = 2.0e6
+    flops_per_token: float = 2.0e6  # served
+    declared: float = 1.0  # FLOPs that the routers declare, by those served
     documents: int = 60
     noise: float = 0.02  # of a document's difference between runs, nats a token
     fingerprint: str = "sha256:aaaa"
@@ -90,7 +91,8 @@ def _rows(fake: FakeRun) -> list[dict[str, Any]]:
     rows = []
     for step in range(1, fake.steps + 1):
         tokens = step * TOKENS_PER_STEP
-        base = {"step": step, "tokens": tokens, "flops": tokens * fake.flops_per_token, "seconds": step * 0.25}
+        base = {"step": step, "tokens": tokens, "flops": tokens * fake.flops_per_token}
+        base |= {"flops_declared": tokens * fake.flops_per_token * fake.declared, "seconds": step * 0.25}
         if step % 5 == 0:
             lm_loss = _loss(fake, step) + generator.normal(0, 0.03)
             row = base | {"train/lm_loss": lm_loss, "train/loss": lm_loss + 0.01, "train/grad_norm": 0.8}
@@ -148,12 +150,15 @@ def _summary(fake: FakeRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
     shares[0, 3] = 0.0
     moe = _moe(fake)
     return {
+        "format_version": 2,
         "name": fake.name,
         "status": fake.status,
         "steps": fake.steps,
-        **{key: rows[-1][key] for key in ("tokens", "flops", "seconds")},
-        "parameters": {"total": 3_500_000, "active": 1_200_000} if moe else {"total": 1_100_000, "active": 1_100_000},
-        "flops_per_token": fake.flops_per_token,
+        **{key: rows[-1][key] for key in ("tokens", "flops", "flops_declared", "seconds")},
+        "parameters": {"total": 3_500_000, "active": 1_200_000, "active_served": 1_150_000}
+        if moe
+        else {"total": 1_100_000, "active": 1_100_000, "active_served": 1_100_000},
+        "flops_per_token": fake.flops_per_token * fake.declared,
         "final": final,
         "data": {
             "fingerprint": fake.fingerprint, "tokenizer": fake.tokenizer, "source": "embedded",

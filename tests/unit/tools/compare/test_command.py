@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from moelab_tools.cli import run as moelab
+from moelab_tools.compare.comparison import compare
+from moelab_tools.compare.runs import read_runs
+from moelab_tools.compare.table import print_comparison
 
 MakeRun = Callable[..., Path]
 
@@ -40,6 +45,27 @@ def test_the_report_needs_no_network_and_shows_every_part(make_run: MakeRun, tmp
                     "Training loss against seconds", "MaxVio", "Expert load at the end", "Throughput",
                     "Config differences", "Data and machine", "FAILED"):  # fmt: skip
         assert heading in own, heading
+
+
+def test_seen_text_is_said_in_bold_and_no_chart_claims_the_contrary(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_run("plain")
+    claim = "have trained on"
+    assert moelab(["compare", str(path), "--output", str(tmp_path / "clean")]) == 0
+    assert claim in (tmp_path / "clean" / "report.html").read_text()
+    summary = json.loads((path / "summary.json").read_text())
+    summary["data"]["seen"] = {"source": "runs/dense", "scored": 52, "scored_trained": 16, "unknown": []}
+    (path / "summary.json").write_text(json.dumps(summary))
+    capsys.readouterr()
+    assert moelab(["compare", str(path), "--output", str(tmp_path / "seen")]) == 0
+    assert "plain: 16 of 52 held-out documents" in capsys.readouterr().out
+    page = (tmp_path / "seen" / "report.html").read_text()
+    assert "<li>plain: 16 of 52 held-out documents" in page
+    assert claim not in page
+    console = Console(force_terminal=True, width=300, file=io.StringIO())
+    print_comparison(compare(read_runs([path])), console)
+    assert "\x1b[1;31mplain: 16 of 52" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_names_are_escaped(make_run: MakeRun, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 import yaml
 
 from moelab.errors import UserError
+from moelab_tools.compare import wording
 from moelab_tools.compare.budgets import equal_budgets
 from moelab_tools.compare.comparison import Comparison, compare
 from moelab_tools.compare.runs import read_runs
+from moelab_tools.compare.statistics import BITS_PER_BYTE, NATS_PER_TOKEN
 
 MakeRun = Callable[..., Path]
 
@@ -154,29 +157,181 @@ def test_without_bytes_the_measure_is_nats_per_token(make_run: MakeRun) -> None:
     assert comparison.lines[0].score == pytest.approx(expected)
 
 
+def change_documents(path: Path, change: Callable[[int, dict[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
+    documents = path / "evaluation_documents.jsonl"
+    rows = [change(number, json.loads(line)) for number, line in enumerate(documents.read_text().splitlines())]
+    documents.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def test_a_document_of_which_only_the_end_was_scored_changes_no_unit(make_run: MakeRun) -> None:
+    """One token and no byte: that is a count, not a lack of one."""
+    paths = make_run("a"), make_run("b", quality=0.1)
+    for path in paths:
+        rows = change_documents(
+            path, lambda n, row: row | ({"tokens": 1, "bytes": 0, "domain": "end"} if n == 0 else {})
+        )
+    comparison = compared(*paths)
+    assert comparison.measure.name == "bits per byte"
+    assert comparison.lines[-1].score == pytest.approx(
+        sum(row["nats"] for row in rows) / sum(row["bytes"] for row in rows) / math.log(2)
+    )
+    assert comparison.lines[-1].difference is not None
+    assert math.isfinite(comparison.lines[-1].difference.low)
+    assert "end" not in comparison.domains
+
+
+def test_documents_whose_bytes_one_run_does_not_know_are_left_out_of_all_and_told(make_run: MakeRun) -> None:
+    paths = make_run("a"), make_run("b", quality=0.1)
+    whole = change_documents(paths[0], lambda n, row: row)
+    change_documents(paths[1], lambda n, row: row | ({"bytes": None} if n in (3, 5) else {}))
+    comparison = compared(*paths)
+    assert comparison.measure.name == "bits per byte"
+    kept = [row for number, row in enumerate(whole) if number not in (3, 5)]
+    names = [whole[number]["document"] for number in (3, 5)]
+    expected = sum(row["nats"] for row in kept) / sum(row["bytes"] for row in kept) / math.log(2)
+    assert comparison.lines[0].score == pytest.approx(expected)
+    (told,) = [warning for warning in comparison.warnings if "no count of bytes" in warning]
+    assert told.startswith(f"2 of {len(whole)} held-out documents (first '{min(names)}')")
+
+
+def test_a_run_without_bytes_takes_the_whole_comparison_to_nats_and_says_why(make_run: MakeRun) -> None:
+    paths = make_run("a"), make_run("b", quality=0.1)
+    change_documents(paths[1], lambda n, row: {key: value for key, value in row.items() if key != "bytes"})
+    comparison = compared(*paths)
+    assert comparison.measure.name == "nats per token"
+    assert any(
+        warning.endswith("nats per token, not bits per byte: no count of the text's bytes in b")
+        for warning in comparison.warnings
+    )
+    assert comparison.lines[-1].difference is not None
+
+
+def change_summary(path: Path, **data: Any) -> None:
+    summary = json.loads((path / "summary.json").read_text())
+    summary["data"] |= data
+    (path / "summary.json").write_text(json.dumps(summary))
+
+
+def test_seen_text_is_said_of_all_runs_it_holds_for(make_run: MakeRun) -> None:
+    paths = [make_run(name) for name in ("a", "b", "clean", "old", "public")]
+    seen = {"source": "runs/dense", "scored": 52, "scored_trained": 16, "scored_read": 9, "held_out": 64,
+            "held_out_trained": 21, "unknown": []}  # fmt: skip
+    for path in paths[:2]:
+        change_summary(path, seen=seen)
+    change_summary(paths[2], seen=seen | {"scored_trained": 0, "held_out_trained": 0})
+    change_config(paths[3], "train", {"init_from": "runs/older"})
+    change_summary(paths[4], seen={"source": "Qwen2-7B", "scored": 52, "held_out": 64, "unknown": ["Qwen2-7B"]})
+    comparison = compared(*paths)
+    assert len(comparison.seen) == 3
+    told = " | ".join(comparison.seen)
+    assert re.search(r"(a, b|b, a): 16 of 52 held-out documents that are scored \(21 of all 64\)", told)
+    assert "old: held-out text may have been seen" in told
+    assert "public: held-out text may have been seen: Qwen2-7B keeps no record" in told
+    assert "clean" not in told
+    assert comparison.to_json()["held_out_text_seen"] == comparison.seen
+
+
+def test_the_order_of_reading_counts_as_a_seed(make_run: MakeRun) -> None:
+    paths = [make_run(f"moe_{number}") for number in range(3)]
+    for order, path in enumerate(paths):
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        change_config(path, "data", config["data"] | {"order_seed": order or None})
+    comparison = compared(*paths)
+    assert [line.seeds for line in comparison.lines] == [[0, "0 (order 1)", "0 (order 2)"]]
+    assert not any("repeats" in warning for warning in comparison.warnings)
+    assert not any("different orders" in warning for warning in comparison.warnings)
+    assert any("different orders" in warning for warning in compared(*paths, make_run("x", quality=1.0)).warnings)
+
+
 def test_equal_tokens_are_read_from_the_evaluation_curve(make_run: MakeRun) -> None:
     long, short = read_runs([make_run("long", steps=100, eval_every=20), make_run("short", steps=70, eval_every=10)])
-    tokens = equal_budgets([long, short])[0]
+    tokens = equal_budgets([long, short], BITS_PER_BYTE)[0]
     assert (tokens.axis, tokens.amount, tokens.cut_short) == ("tokens", 70 * 4096, ("long",))
-    assert tokens.source.startswith("held-out loss")
-    known = dict(zip(*long.curve("eval/loss"), strict=True))
+    assert (tokens.unit, tokens.spent_by) == ("bits per byte", "short")
+    known = dict(zip(*long.curve("eval/bits_per_byte"), strict=True))
     between = (known[60 * 4096] + known[80 * 4096]) / 2
     assert tokens.losses["long"] == pytest.approx(between)
-    assert tokens.losses["short"] == pytest.approx(short.curve("eval/loss")[1][-1])
+    assert tokens.losses["short"] == pytest.approx(short.curve("eval/bits_per_byte")[1][-1])
+    assert tokens.between == {"long": (60 * 4096, 80 * 4096)}
+    assert tokens.rough == ("long",)  # 10 of 70 steps to the nearest evaluation
 
 
-def test_equal_flops_fall_back_to_the_training_loss_and_say_so(make_run: MakeRun) -> None:
+def test_both_budgets_have_one_unit_and_one_kind_of_loss(make_run: MakeRun) -> None:
+    """A run without an evaluation on both sides has no number there, and is said to have none."""
     cheap, dear = read_runs(
         [make_run("cheap", flops_per_token=1e6, eval_every=0), make_run("dear", flops_per_token=2e6, eval_every=0)]
     )
-    tokens, flops = equal_budgets([cheap, dear])
-    assert tokens.source.startswith("held-out loss")  # both end there
-    assert tokens.cut_short == ()
-    assert flops.source.startswith("training loss")
-    assert flops.cut_short == ("dear",)
-    x, y = dear.curve("train/lm_loss", "flops")
-    last = [loss for at, loss in zip(x, y, strict=True) if 0.9 * flops.amount < at <= flops.amount]
-    assert flops.losses["dear"] == pytest.approx(sum(last) / len(last))
+    for measure in (BITS_PER_BYTE, NATS_PER_TOKEN):
+        tokens, flops = equal_budgets([cheap, dear], measure)
+        assert tokens.unit == flops.unit == measure.name
+        assert (tokens.cut_short, flops.cut_short) == ((), ("dear",))
+        assert tokens.losses == {run.name: pytest.approx(run.curve(measure.tag)[1][-1]) for run in (cheap, dear)}
+        assert flops.losses == {"cheap": tokens.losses["cheap"]}
+        assert "evaluation.every" in flops.missing["dear"]
+    told = " ".join(wording.budgets(compared(cheap.path, dear.path)))
+    assert "dear was not evaluated before this point (set evaluation.every)" in told
+
+
+def test_flops_that_rise_along_a_run_are_read_where_they_were_spent(make_run: MakeRun) -> None:
+    """A run that serves more and more: its budget is what it had spent, not its last rate times its steps."""
+    path = make_run("grows", steps=100, eval_every=10)
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["flops"] = row["step"] ** 2 * 1e6
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = json.loads((path / "summary.json").read_text())
+    (path / "summary.json").write_text(json.dumps(summary | {"flops": 1e10}))
+    steady = make_run("steady", steps=100, flops_per_token=4.9e9 / (100 * 4096))
+    runs = read_runs([path, steady])
+    flops = equal_budgets(runs, BITS_PER_BYTE)[1]
+    assert (flops.amount, flops.spent_by) == (pytest.approx(4.9e9), "steady")
+    known = dict(zip(*runs[0].curve("eval/bits_per_byte", "step"), strict=True))
+    assert flops.losses["grows"] == pytest.approx(known[70])  # 70^2 = 4900
+
+
+def test_a_run_that_did_not_count_has_no_equal_flops(make_run: MakeRun) -> None:
+    """Written before format 2: its `flops` are those of the layout, whatever its router did."""
+    old, dense = make_run("old"), make_run("dense", router=None)
+    for path in (old, dense):
+        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for row in rows:
+            del row["flops_declared"]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        summary = json.loads((path / "summary.json").read_text())
+        for key in ("format_version", "flops_declared"):
+            del summary[key]
+        (path / "summary.json").write_text(json.dumps(summary))
+    comparison = compared(old, dense)
+    assert [budget.axis for budget in comparison.budgets] == ["tokens"]
+    by_name = {line.name: line for line in comparison.lines}
+    assert by_name["old"].flops is None
+    assert by_name["old"].at_equal_flops is None
+    assert by_name["dense"].flops == pytest.approx(300 * 4096 * 2e6)  # without experts there is nothing to count
+    assert [w for w in comparison.warnings if "FLOPs" in w] == [
+        "old was written before runs counted what their experts served: its FLOPs are not known, so there is no "
+        "equal-FLOP budget; train it again"
+    ]
+
+
+def test_serving_other_than_declared_is_told(make_run: MakeRun) -> None:
+    comparison = compared(make_run("as_said"), make_run("sparser", declared=1.25))
+    assert [warning for warning in comparison.warnings if "declare" in warning] == [
+        "sparser served 0.80 times the FLOPs that its routers declare; `explain`, `plan` and --match go by the "
+        "declared ones, this comparison by the served ones"
+    ]
+
+
+def test_a_table_row_has_equal_tokens_and_equal_flops_in_its_own_unit(make_run: MakeRun) -> None:
+    comparison = compared(make_run("cheap", flops_per_token=1e6), make_run("dear", steps=240, flops_per_token=2e6))
+    cheap, dear = (next(line for line in comparison.lines if line.name == name) for name in ("cheap", "dear"))
+    curve = dict(zip(*comparison.runs[[r.name for r in comparison.runs].index("dear")].curve(
+        "eval/bits_per_byte", "step"), strict=True))  # fmt: skip
+    assert dear.at_equal_tokens == pytest.approx(curve[240])
+    assert dear.at_equal_flops == pytest.approx((curve[120] + curve[180]) / 2)  # 300 cheap steps are 150 dear ones
+    assert wording.at_budget(comparison, dear, "flops") == f"~{dear.at_equal_flops:.4f}*"
+    assert wording.at_budget(comparison, cheap, "flops") == f"{cheap.at_equal_flops:.4f}"
+    assert "dear between 0.80 and 1.20 of it" in " ".join(wording.budgets(comparison))
 
 
 def test_config_differences_are_only_the_keys_that_differ(make_run: MakeRun) -> None:

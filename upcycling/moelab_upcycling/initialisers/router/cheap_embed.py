@@ -1,4 +1,4 @@
-"""A router from prompts, as mergekit's `cheap_embed`: an expert is chosen by what its prompts' words mean."""
+"""A router from prompts, after mergekit's `cheap_embed`: an expert is chosen by what its prompts' words mean."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ class CheapEmbedOptions:
 
 
 class CheapEmbedRouter:
-    """Row e = mean embedding of e's positive prompts minus that of its negative ones, at unit norm; in all layers."""
+    """Row e = mean embedding of e's positive prompts minus that of its negative ones, at unit norm; in all layers.
+
+    mergekit (a6e4028) sums the tokens of all prompts, each begun with BOS, and scales positives and negatives to unit
+    length apart before it subtracts them. Here the mean of each prompt's mean is subtracted as it is, so the two differ
+    where there are negatives, or prompts of unequal length.
+    """
 
     def __init__(self, options: CheapEmbedOptions, context: UpcycleContext) -> None:
         self.options, experts = options, context.layout.num_experts

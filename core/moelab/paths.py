@@ -1,0 +1,45 @@
+"""Paths as a person writes them: the one place where a leading `~` becomes the home folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from moelab.errors import ConfigError
+
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on every file system of Linux and macOS that matters
+
+
+def user_path(path: str | os.PathLike[str], where: str = "") -> Path:
+    """A path that a config, a command line or a caller names; `~` and `~user` are home folders.
+
+    `where` is the config key or option, for the message. Raises ConfigError for a user who is not known, for an
+    empty text, which would silently be the current folder, and for what no file system takes as a name.
+    """
+    text = os.fspath(path)
+    key = f"{where}: " if where else ""
+    if not text:
+        raise ConfigError(f"{key}names no path; write . for the current folder")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise ConfigError(
+            f"{key}'{text}': no home folder is known for this user; write the path in full, or ./{text} for a name "
+            "that begins with ~"
+        )
+    found = Path(expanded)
+    longest = max((len(os.fsencode(part)) for part in found.parts), default=0)
+    if longest > LONGEST_NAME or len(os.fsencode(expanded)) > LONGEST_PATH or "\0" in expanded:
+        raise ConfigError(
+            f"{key}'{text[:40]}' is no path: a name has {LONGEST_NAME} bytes at most and no NUL, a path {LONGEST_PATH}"
+        )
+    return found.absolute() if str(found).startswith("~") else found  # ./~x is a name, and stays one when asked again
+
+
+def unresolved_hint(value: object) -> str:
+    """What to add to a complaint about a value of a stored config that came from the environment."""
+    if not (isinstance(value, str) and "${" in value):
+        return ""
+    return (
+        "; ${...} is looked up only in a config that you pass, never in one that a run stored: pass that "
+        "config again, or the value as key=value"
+    )

@@ -1,0 +1,7 @@
+"""The version of a run folder: what its readers, torch not needed, must know before they believe its names."""
+
+from __future__ import annotations
+
+# 2: `flops` of summary.json, metrics.jsonl and state.json are those that the experts served; before, those of the
+# layout's num_experts_per_tok. Readers refuse what is newer than they are.
+FORMAT_VERSION = 2
