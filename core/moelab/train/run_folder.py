@@ -115,26 +115,31 @@ def _kind(row: Mapping[str, Any]) -> tuple[int, frozenset[str]]:
 
 
 class HeldLog(logging.Handler):
-    """Keeps what is said while a run is built, until it has a folder and a log.
+    """Keeps what is said while a run is built, until it has a folder and a log, in the place of who would tell it.
 
-    Where nobody has set logging up, warnings reach the terminal at the end: with another error than the data's they are
+    They, or the terminal where nobody has set logging up, hear it at the end: with another error than the data's it is
     beside the point, and that error is the one line to be read.
     """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.records: list[logging.LogRecord] = []
+        self._tellers: list[logging.Handler] = []
 
     def __enter__(self) -> HeldLog:
-        logging.getLogger("moelab").addHandler(self)
+        logger = logging.getLogger("moelab")
+        self._tellers, logger.handlers = logger.handlers, [self]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        logging.getLogger("moelab").removeHandler(self)
-        wanted = kind is None or issubclass(kind, DataError)
-        if wanted and logging.lastResort is not None and not logging.getLogger().handlers:
+        logging.getLogger("moelab").handlers = self._tellers
+        if kind is not None and not issubclass(kind, DataError):
+            return
+        last_resort = [] if logging.getLogger().handlers else [logging.lastResort]  # the root's have heard it already
+        for teller in self._tellers or last_resort:
             for record in self.records:
-                logging.lastResort.handle(record)
+                if teller is not None and record.levelno >= teller.level:
+                    teller.handle(record)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.records.append(record)
