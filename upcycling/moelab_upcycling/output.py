@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from moelab.data.lineage import LINEAGE, Lineage, converted, lineage_of
 from moelab.data.seen import carried_record
 from moelab.errors import CheckpointError
 from moelab_upcycling.plan import Plan, Shard
@@ -155,6 +156,7 @@ class OutputFolder:
                     raise explain(error, self.folder / name) from error
         for name, content in carried_record([Path(folder) for folder in self.plan.sources]).items():
             write_text(self.folder / name, content.decode())
+        write_text(self.folder / LINEAGE, self._lineage().to_bytes().decode())
         index = {
             "metadata": {"total_size": self.plan.total_size, "upcycle_hash": content_hash(self.plan, hashes)},
             "weight_map": {t.name: shard.file for shard in self.plan.shards for t in shard.tensors},
@@ -162,6 +164,13 @@ class OutputFolder:
         with contextlib.suppress(FileNotFoundError):
             (self.folder / SINGLE).unlink()
         write_text(self.folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def _lineage(self) -> Lineage:
+        """Sources that say nothing of themselves are told apart by their weights, wherever they lie."""
+        seeds = {"seed", "fingerprints", "max_shard_size"}
+        identity = {key: value for key, value in self.plan.identity().items() if key not in seeds}
+        sources = zip(self.plan.sources, self.plan.fingerprints, strict=True)
+        return converted(identity, self.plan.seed, [lineage_of(Path(folder), name) for folder, name in sources])
 
 
 def content_hash(plan: Plan, hashes: dict[str, str]) -> str:

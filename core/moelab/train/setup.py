@@ -17,6 +17,7 @@ from moelab.config.scalars import settle
 from moelab.config.stored import is_sealed, stored, to_yaml
 from moelab.data.batches import TrainBatches, ValidationBatches
 from moelab.data.corpus import Corpus, DataContext
+from moelab.data.lineage import LINEAGE, Lineage, lineage_of, trained
 from moelab.data.seen import RECORD, DataRecord, SeenText, history_of, record_of_run, seen_text
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import CheckpointError, ConfigError
@@ -48,6 +49,7 @@ class Setup:
     tokenizer: Tokenizer
     corpus: Corpus
     history: DataRecord  # the text that the starting weights have met
+    lineage: Lineage | None  # how they were made; None: random weights
     batches: TrainBatches
     validation: ValidationBatches
     model: Transformer
@@ -104,6 +106,7 @@ def prepare(config: RunConfig, registry: Registry) -> Setup:
         tokenizer=tokenizer,
         corpus=corpus,
         history=history,
+        lineage=starting_lineage(config),
         batches=batches,
         validation=validation,
         model=model,
@@ -130,6 +133,12 @@ def build_corpus_of(config: RunConfig, registry: Registry, tokenizer: Tokenizer)
     data = config.data
     context = DataContext(tokenizer, data.validation_fraction, data.seed, base, data.split_seed)
     return registry.build(DATA_SOURCES, data.source, context, "data.source")
+
+
+def starting_lineage(config: RunConfig) -> Lineage | None:
+    """How the weights of `train.init_from` were made; None where a run starts from random ones."""
+    source = config.train.init_from
+    return None if source is None else lineage_of(resolve_checkpoint(Path(source)), source)
 
 
 def starting_history(config: RunConfig) -> DataRecord:
@@ -173,7 +182,9 @@ def starting_model(config: RunConfig, registry: Registry, device: torch.device) 
 def checkpoint_files(setup: Setup, step: int) -> dict[str, bytes]:
     """What goes into the checkpoint of this step beside its tensors."""
     record = setup.history | record_of_run(setup.corpus, setup.tokenizer, setup.batches.documents_read(step))
-    return {CONFIG: to_yaml(setup.config).encode(), RECORD: record.to_bytes()} | setup.tokenizer.files()
+    lineage = trained(setup.config, setup.lineage)
+    records = {RECORD: record.to_bytes(), LINEAGE: lineage.to_bytes()}
+    return {CONFIG: to_yaml(setup.config).encode(), **records} | setup.tokenizer.files()
 
 
 def check_same_run(setup: Setup, checkpoint: Path) -> None:

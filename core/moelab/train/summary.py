@@ -87,6 +87,7 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
         "dtype": written["train"]["dtype"],
         "git": _git_revision(),
         "init_from": written["train"]["init_from"],
+        "lineage": setup.lineage.to_json() if setup.lineage else None,  # of the weights it starts from
         "seed": written["seed"],
         "backends": backends(setup),
     }

@@ -29,11 +29,12 @@ def command(checkpoint: Path, output: Path, dtype: str, max_shard_size: str, for
 
     import moelab
     from moelab.checkpoint import resolve_checkpoint
+    from moelab.data.lineage import carried_lineage
     from moelab.data.seen import carried_record
     from moelab.hf.save import save_hf
     from moelab_tools.checkpoints import tokenizer_of
 
-    tokenizer = tokenizer_of(checkpoint, None)
+    tokenizer, folder = tokenizer_of(checkpoint, None), resolve_checkpoint(checkpoint)
     model = moelab.load(checkpoint)
     ids = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     save_hf(
@@ -41,7 +42,7 @@ def command(checkpoint: Path, output: Path, dtype: str, max_shard_size: str, for
         output,
         dtype=getattr(torch, dtype),
         max_shard_size=max_shard_size,
-        extra_files=tokenizer.files() | carried_record([resolve_checkpoint(checkpoint)]),
+        extra_files=tokenizer.files() | carried_record([folder]) | carried_lineage(folder),
         config_extra=ids,
         force=force,
     )
