@@ -47,6 +47,16 @@ def test_the_cpu_step_agrees_with_transformers_and_writes_its_table(root: Path, 
     assert "(as shipped), median of 2 rounds" in (tmp_path / "cpu_step.md").read_text()
 
 
+def test_the_verdicts_simulation_writes_its_tables(root: Path, tmp_path: Path) -> None:
+    done = _run(root, "verdict_coverage.py", "--replicates", "30", "--judged", "2", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "verdict_coverage.json").read_text())["results"]
+    assert sorted(results) == ["coverage", "families", "judged", "planted"]
+    single = [row for row in results["judged"] if row["shape"].startswith(("1 :", "2 :"))]
+    assert single
+    assert all(row["named"] == row["lowest"] == 0 for row in single)
+
+
 def test_a_recorded_run_is_replayed_as_it_was(root: Path, tmp_path: Path) -> None:
     """The recorded tokens are those of the run; a layer of the run's E and K gets them one by one."""
     train = "train.steps=3 data.source.name=embedded evaluation.sequences=8 model.moe.layout.num_experts=6"

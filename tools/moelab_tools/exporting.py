@@ -11,6 +11,7 @@ import torch
 
 import moelab
 from moelab.checkpoint import is_moelab
+from moelab.data.lineage import carried_lineage
 from moelab.data.seen import carried_record
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.hf.carried import TOKENIZER_FILE, carried_files
@@ -72,7 +73,7 @@ def _dtype(origin: Origin, asked: str | None) -> tuple[torch.dtype, str]:
 
 
 def _files(origin: Origin, tokenizer: Tokenizer | None, *, dense: bool) -> dict[str, bytes]:
-    files = carried_files(origin.folder) | carried_record([origin.folder])
+    files = carried_files(origin.folder) | carried_record([origin.folder]) | carried_lineage(origin.folder)
     if tokenizer is None:
         return files
     return as_it_is({**tokenizer.files(), **files}, dense=dense)

@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from moelab.data.lineage import LINEAGE, Lineage, converted, lineage_of
 from moelab.data.seen import carried_record
 from moelab.errors import CheckpointError
 from moelab.hf.carried import carried_files
@@ -148,6 +149,7 @@ class OutputFolder:
                 (self.folder / name).write_bytes(content)
             except OSError as error:
                 raise explain(error, self.folder / name) from error
+        write_text(self.folder / LINEAGE, self._lineage().to_bytes().decode())
         index = {
             "metadata": {"total_size": self.plan.total_size, "upcycle_hash": content_hash(self.plan, hashes)},
             "weight_map": {t.name: shard.file for shard in self.plan.shards for t in shard.tensors},
@@ -155,6 +157,13 @@ class OutputFolder:
         with contextlib.suppress(FileNotFoundError):
             (self.folder / SINGLE_FILE).unlink()
         write_text(self.folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def _lineage(self) -> Lineage:
+        """Sources that say nothing of themselves are told apart by their weights, wherever they lie."""
+        seeds = {"seed", "fingerprints", "max_shard_size"}
+        identity = {key: value for key, value in self.plan.identity().items() if key not in seeds}
+        sources = zip(self.plan.sources, self.plan.fingerprints, strict=True)
+        return converted(identity, self.plan.seed, [lineage_of(Path(folder), name) for folder, name in sources])
 
 
 def content_hash(plan: Plan, hashes: dict[str, str]) -> str:

@@ -18,6 +18,7 @@ from moelab.config.scalars import settle
 from moelab.config.stored import is_sealed, stored, to_yaml
 from moelab.data.batches import TrainBatches, ValidationBatches
 from moelab.data.corpus import Corpus, DataContext
+from moelab.data.lineage import LINEAGE, Lineage, lineage_of, trained
 from moelab.data.seen import RECORD, DataRecord, SeenText, history_of, record_of_run, seen_text
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import ConfigError
@@ -52,6 +53,7 @@ class Setup:
     tokenizer: Tokenizer
     corpus: Corpus
     history: DataRecord  # the text that the starting weights have met
+    lineage: Lineage | None  # how they were made; None: random weights
     batches: TrainBatches
     validation: ValidationBatches
     model: Transformer
@@ -108,6 +110,7 @@ def prepare(config: RunConfig, registry: Registry) -> Setup:
         tokenizer=tokenizer,
         corpus=corpus,
         history=history,
+        lineage=starting_lineage(config, start),
         batches=batches,
         validation=validation,
         model=model,
@@ -137,6 +140,19 @@ def build_corpus_of(config: RunConfig, registry: Registry, tokenizer: Tokenizer)
     return registry.build(DATA_SOURCES, data.source, context, "data.source")
 
 
+def starting_lineage(config: RunConfig, start: Start) -> Lineage | None:
+    """How the weights of `train.init_from` were made; None where a run starts from random ones.
+
+    A run that goes on knows it from its own checkpoint: the folder it once started from may be gone.
+    """
+    source = config.train.init_from
+    if source is None or start.origin is None:
+        return None
+    if not start.origin.own:
+        return lineage_of(start.origin.folder, source)
+    return Lineage.from_json(read_state(start.origin.folder).get("lineage"), source)
+
+
 def starting_history(config: RunConfig, start: Start) -> DataRecord:
     """What the weights that the run starts from were trained on, as far as is recorded beside them.
 
@@ -150,7 +166,8 @@ def starting_history(config: RunConfig, start: Start) -> DataRecord:
 def checkpoint_files(setup: Setup, step: int) -> dict[str, bytes]:
     """What goes into the checkpoint of this step beside its tensors."""
     record = setup.history | record_of_run(setup.corpus, setup.tokenizer, setup.batches.documents_read(step))
-    own = {CONFIG: to_yaml(setup.config).encode(), RECORD: record.to_bytes()}
+    lineage = trained(setup.config, setup.lineage)
+    own = {CONFIG: to_yaml(setup.config).encode(), RECORD: record.to_bytes(), LINEAGE: lineage.to_bytes()}
     return own | setup.tokenizer.files() | setup.start.files
 
 

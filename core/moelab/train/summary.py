@@ -89,6 +89,7 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
         "git": _git_revision(),
         "init_from": written["train"]["init_from"],
         OVERRIDES: setup.start.overrides,  # {key: {config, checkpoint}}: where the model is not the checkpoint's
+        "lineage": setup.lineage.to_json() if setup.lineage else None,  # of the weights it starts from
         "seed": written["seed"],
         "backends": backends(setup),
     }

@@ -211,6 +211,7 @@ def _save(loop: Loop) -> None:
         "data_fingerprint": setup.corpus.fingerprint,
         "plugins": setup.registry.versions(),
         OVERRIDES: setup.start.overrides,
+        "lineage": setup.lineage.to_json() if setup.lineage else None,
     }
     outside = fixed_environment(setup.config)
     if outside:

@@ -13,16 +13,32 @@ from moelab_tools.user_path import USER_PATH
 @click.argument("run", nargs=-1, required=True, type=USER_PATH, metavar="RUN...")
 @click.option("--output", type=USER_PATH, default=Path("comparison"), show_default=True,
               help="Folder for report.html and comparison.json; an older report there is replaced.")  # fmt: skip
-@click.option("--baseline", metavar="RUN", help="What the others are compared with. Default: the best run.")
+@click.option(
+    "--baseline", metavar="RUN", help="What the others are compared with. Default: the lowest, picked by looking."
+)
 @click.option("--json", "json_file", type=USER_PATH, help="Write comparison.json to this file too.")
+@click.option("--practical", type=click.FloatRange(0, 100), default=0.1, show_default=True, metavar="PERCENT",
+              help="Of the loss: a smaller difference is called negligible.")  # fmt: skip
+@click.option(
+    "--screening",
+    is_flag=True,
+    help="Pool the noise of three or more variants: finer with two or three seeds, but it assumes like noise.",
+)
 @click.option("--allow-different-data", is_flag=True, help="Go on though data, tokenizer or held-out text differ.")
 def command(
-    run: tuple[Path, ...], output: Path, baseline: str | None, json_file: Path | None, allow_different_data: bool
+    run: tuple[Path, ...],
+    output: Path,
+    baseline: str | None,
+    json_file: Path | None,
+    practical: float,
+    screening: bool,
+    allow_different_data: bool,
 ) -> None:
     """Compare runs: which is better, by how much, and how sure.
 
-    Prints a table and writes a report with curves. Runs that differ only in `seed` are taken together. Refuses
-    runs with different data, tokenizer or held-out documents.
+    Prints a table and writes a report with curves. Runs that differ only in their seeds are taken together; better
+    and worse take three pairs of equal seeds, whichever runs they are. Refuses runs with different data, tokenizer or
+    held-out documents.
 
     \b
     Example:
@@ -36,7 +52,7 @@ def command(
     from moelab_tools.compare.runs import read_runs
     from moelab_tools.compare.table import print_comparison
 
-    comparison = compare(read_runs(run), baseline, allow_different_data)
+    comparison = compare(read_runs(run), baseline, allow_different_data, practical=practical / 100, screening=screening)
     print_comparison(comparison, Console())
     report = write_report(comparison, output)
     if json_file is not None:

@@ -1,4 +1,4 @@
-"""The loss of each run at equal tokens and at equal FLOPs served, both in the comparison's unit."""
+"""The loss of each run at equal tokens, at equal FLOPs served and after equal seconds, in the comparison's unit."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moelab_tools.compare.measure import Measure
 from moelab_tools.compare.runs import Run
-from moelab_tools.compare.statistics import Measure
 
+AXES = ("tokens", "flops", "seconds")
 TOLERANCE = 1e-6  # relative: two runs of the same number of steps have the same budget
 FAR = 0.1  # of the budget: an evaluation further off makes an interpolated loss a rough one
 OFF = 0.02  # relative: from which on a run's FLOPs are told to differ from what its routers declared
@@ -19,7 +20,7 @@ OFF = 0.02  # relative: from which on a run's FLOPs are told to differ from what
 class Budget:
     """What the runs had reached when each had spent `amount`. A run is in `losses` or in `missing`."""
 
-    axis: str  # "tokens" or "flops"
+    axis: str  # of AXES
     amount: float
     unit: str  # of the losses: the comparison's measure, whatever the axis
     spent_by: str  # the run that spent just this in all
@@ -36,10 +37,10 @@ class Budget:
 
 
 def equal_budgets(runs: Sequence[Run], measure: Measure) -> list[Budget]:
-    """At the smallest common tokens and, where every run counted them, FLOPs; none for a single run."""
+    """At the smallest common tokens, seconds and, where every run counted them, FLOPs; none for a single run."""
     if len(runs) < 2:
         return []
-    axes = ["tokens"] + ["flops"] * all(run.counts_flops for run in runs)
+    axes = [axis for axis in AXES if axis != "flops" or all(run.counts_flops for run in runs)]
     budgets = [_budget(runs, axis, measure) for axis in axes]
     return [budget for budget in budgets if budget is not None]
 

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from moelab.errors import UserError
 from moelab.paths import user_path
+from moelab_tools.compare import remarks
 from moelab_tools.compare.budgets import Budget, equal_budgets, flops_warnings
 from moelab_tools.compare.differences import Table, check_comparable, config_differences, facts, fairness_warnings
 from moelab_tools.compare.held_out import choose_measure, seen_before
+from moelab_tools.compare.judging import Judged, judge_variants
+from moelab_tools.compare.measure import Measure
+from moelab_tools.compare.multipliers import Multiplier
+from moelab_tools.compare.pairing import LEAST_PAIRS
 from moelab_tools.compare.runs import Run
-from moelab_tools.compare.statistics import BITS_PER_BYTE, Interval, Measure
-from moelab_tools.compare.variants import Variant, difference, group_by_seed, loss_of, recipe, score
+from moelab_tools.compare.variants import Variant, group_by_seed, loss_of
+from moelab_tools.compare.verdict import BEST, LOWEST, PRACTICAL, WORSE, Rules, Verdict
 
-FORMAT_VERSION = 2  # of comparison.json
+FORMAT_VERSION = 3  # of comparison.json
 LAST_PART = 0.25  # of the logged steps: over which throughput and balance are averaged
-ROUGH_BELOW = 20  # documents: an interval from fewer is rough
-DISAGREEMENT = 0.01  # relative, between the logged loss and that of the documents
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Line:
     name: str
     runs: list[str]
     seeds: list[int | str | None]
+    counted: int  # runs that its figures are of: those that finished, if any did
     status: str
     components: dict[str, str]
     parameters_total: float | None
@@ -40,13 +44,17 @@ class Line:
     flops: float | None  # served; None: not counted
     at_equal_tokens: float | None  # loss in the comparison's measure; None: no evaluation on both sides of that point
     at_equal_flops: float | None
+    at_equal_seconds: float | None
     seconds: float
     eval_loss: float | None
     perplexity: float | None
     score: float | None  # held-out loss in the comparison's measure
     score_sd: float | None  # over training seeds; None for a single run
-    difference: Interval | None  # to the baseline
-    verdict: str  # best, baseline, better, worse, not resolved, no interval, or the status of an unfinished run
+    verdict: str  # a word of `verdict`, baseline, best, lowest, or the status of a variant of which no run finished
+    difference: Verdict | None  # to the baseline, at the end of each run
+    at_equal: dict[str, Verdict]  # to the baseline, by axis: tokens, flops, seconds
+    multipliers: list[Multiplier]  # how many times that the baseline needs for the same loss
+    remarks: list[str]  # what has to be known of its runs
     tokens_per_second: float | None
     max_violation: float | None
     dead_fraction: float | None
@@ -60,7 +68,7 @@ class Comparison:
     lines: list[Line]  # best first, unfinished ones last
     measure: Measure
     baseline: str | None  # the variant that differences are taken to
-    baseline_is_best: bool  # it was not asked for by name
+    rules: Rules
     conflicts: list[str]  # why the losses can't be compared, when the user insisted
     seen: list[str]  # which runs score text that their starting weights had met, or may have
     warnings: list[str]
@@ -76,6 +84,7 @@ class Comparison:
             "format_version": FORMAT_VERSION,
             "runs": {run.name: {"path": str(run.path), "status": run.status} for run in self.runs},
             "baseline": self.baseline,
+            "rules": asdict(self.rules),
             "not_comparable": self.conflicts,
             "held_out_text_seen": self.seen,
             "warnings": self.warnings,
@@ -92,27 +101,37 @@ class Comparison:
         return [run.name for run in self.runs]
 
 
-def compare(runs: Sequence[Run], baseline: str | None = None, allow_different_data: bool = False) -> Comparison:
+def compare(
+    runs: Sequence[Run],
+    baseline: str | None = None,
+    allow_different_data: bool = False,
+    *,
+    practical: float = PRACTICAL,
+    screening: bool = False,
+) -> Comparison:
     """Raises UserError when the runs can't be compared, or when `baseline` names none of them."""
+    rules = Rules(baseline is not None, practical, screening)
     conflicts = check_comparable(runs, allow_different_data)
     measure, runs, why = choose_measure(runs)
     variants = group_by_seed(runs)
-    chosen = _named(variants, baseline) if baseline else _best(variants, measure)
-    by_name = baseline is not None
+    chosen = _named(variants, baseline) if baseline else _lowest(variants, measure)
     budgets = equal_budgets([run for run in runs if run.finished], measure)
-    lines = [_line(variant, chosen, measure, budgets, by_name=by_name) for variant in variants]
+    judged = judge_variants(variants, chosen, measure, budgets, rules)
+    lines = [_line(variant, measure, budgets, judged) for variant in variants]
     lines.sort(key=lambda line: (line.status != "finished", math.inf if line.score is None else line.score))
+    lines = [replace(line, verdict=_word(line, lines, chosen, judged, rules)) for line in lines]
     by_name_of_run = {run.name: run for run in runs}
     runs = [by_name_of_run[name] for line in lines for name in line.runs]
     domains, domain_documents = _domains(runs, measure)
-    warnings = why + fairness_warnings(runs) + flops_warnings(runs) + _orders(variants)
-    warnings += _document_warnings(runs, measure, told=bool(why)) + _repeated(runs)
+    warnings = why + fairness_warnings(runs) + remarks.orders(variants) + remarks.sources(variants)
+    warnings += remarks.documents(runs, measure, told=bool(why)) + flops_warnings(runs) + remarks.steep(runs)
+    warnings += remarks.repeated(runs)
     return Comparison(
         runs=runs,
         lines=lines,
         measure=measure,
         baseline=chosen.name if chosen else None,
-        baseline_is_best=baseline is None,
+        rules=rules,
         conflicts=conflicts,
         seen=seen_before(runs),
         warnings=warnings,
@@ -150,57 +169,67 @@ def _named(variants: Sequence[Variant], name: str) -> Variant:
     raise UserError(f"--baseline {name}: is none of the runs compared; they are: {names}")
 
 
-def _best(variants: Sequence[Variant], measure: Measure) -> Variant | None:
-    """The lowest held-out loss among those that finished."""
-    finished = [(index, variant.scores(measure)) for index, variant in enumerate(variants) if variant.finished]
-    scored = [(float(np.mean(scores)), index) for index, scores in finished if scores]
-    return variants[min(scored)[1]] if scored else None
+def _lowest(variants: Sequence[Variant], measure: Measure) -> Variant | None:
+    """Of those that finished, the one with the lowest loss; with seeds enough for a verdict, if any has them."""
+    scored = [(variant.scores(measure), variant) for variant in variants if variant.finished]
+    scored = [(scores, variant) for scores, variant in scored if scores]
+    enough = [(scores, variant) for scores, variant in scored if len(scores) >= LEAST_PAIRS]
+    return min(enough or scored, key=lambda one: np.mean(one[0]), default=(None, None))[1]
 
 
-def _line(
-    variant: Variant, baseline: Variant | None, measure: Measure, budgets: Sequence[Budget], *, by_name: bool
-) -> Line:
-    first, values = variant.runs[0], variant.scores(measure)
-    gap = difference(variant, baseline, measure) if baseline is not None and baseline is not variant else None
+def _line(variant: Variant, measure: Measure, budgets: Sequence[Budget], judged: Judged) -> Line:
+    first, values = variant.counted[0], variant.scores(measure)
     parameters = first.summary.get("parameters", {})
+    verdict = judged.final.get(variant.name)
     return Line(
         name=variant.name,
         runs=[run.name for run in variant.runs],
         seeds=variant.seeds,
-        status=" and ".join(dict.fromkeys(run.status for run in variant.runs)),
+        counted=len(variant.counted),
+        status=" and ".join(dict.fromkeys(run.status for run in variant.counted)),
         components=describe_components(first.summary.get("components") or first.config["model"].get("moe") or {}),
         parameters_total=parameters.get("total"),
         parameters_active=parameters.get("active"),
-        parameters_active_served=_mean([run.active_served for run in variant.runs]),
-        tokens=float(np.mean([run.amount("tokens") for run in variant.runs])),
-        flops=_mean([run.amount("flops") if run.counts_flops else None for run in variant.runs]),
+        parameters_active_served=_mean([run.active_served for run in variant.counted]),
+        tokens=float(np.mean([run.amount("tokens") for run in variant.counted])),
+        flops=_mean([run.amount("flops") if run.counts_flops else None for run in variant.counted]),
         at_equal_tokens=_at_budget(variant, budgets, "tokens"),
         at_equal_flops=_at_budget(variant, budgets, "flops"),
-        seconds=float(np.mean([run.amount("seconds") for run in variant.runs])),
+        at_equal_seconds=_at_budget(variant, budgets, "seconds"),
+        seconds=float(np.mean([run.amount("seconds") for run in variant.counted])),
         eval_loss=variant.mean("eval/loss"),
         perplexity=variant.mean("eval/perplexity"),
         score=float(np.mean(values)) if values else None,
         score_sd=float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        difference=gap,
-        verdict=_verdict(variant, baseline, gap, by_name),
+        verdict=verdict.verdict if verdict else "",
+        difference=verdict,
+        at_equal={axis: found[variant.name] for axis, found in judged.at_equal.items() if variant.name in found},
+        multipliers=judged.multipliers.get(variant.name, []),
+        remarks=list(dict.fromkeys(verdict.remarks)) if verdict else [],
         tokens_per_second=_recent(variant, "perf/tokens_per_second"),
         max_violation=_recent(variant, "moe/mean/max_violation"),
         dead_fraction=_recent(variant, "moe/mean/dead_fraction"),
     )
 
 
-def _verdict(variant: Variant, baseline: Variant | None, gap: Interval | None, by_name: bool) -> str:
-    if not variant.finished:
-        return next(run.status for run in variant.runs if not run.finished)
-    if variant is baseline:
-        return "baseline" if by_name else "best"
-    return gap.verdict if gap else "no interval"
+def _word(line: Line, lines: Sequence[Line], baseline: Variant | None, judged: Judged, rules: Rules) -> str:
+    """The baseline is best only where every other variant is worse, and none was left unjudged."""
+    if line.status != "finished":
+        return next(status for status in line.status.split(" and "))
+    if baseline is None or line.name != baseline.name:
+        return line.verdict or "no interval"
+    if rules.named:
+        return "baseline"
+    others = [one for one in lines if one.status == "finished" and one is not line]
+    if others and all(one.verdict == WORSE for one in others):
+        return BEST
+    return LOWEST if line is lines[0] else "baseline"
 
 
 def _at_budget(variant: Variant, budgets: Sequence[Budget], axis: str) -> float | None:
     """Mean over the variant's runs; None where one of them has no loss there."""
     losses = next((budget.losses for budget in budgets if budget.axis == axis), {})
-    return _mean([losses.get(run.name) for run in variant.runs])
+    return _mean([losses.get(run.name) for run in variant.counted])
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -212,7 +241,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _recent(variant: Variant, tag: str) -> float | None:
     """Mean over the last part of the logged steps, and over the variant's runs."""
     means = []
-    for run in variant.runs:
+    for run in variant.counted:
         _, values = run.curve(tag)
         if values:
             means.append(np.mean(values[-max(1, round(len(values) * LAST_PART)) :]))
@@ -230,42 +259,3 @@ def _domains(runs: Sequence[Run], measure: Measure) -> tuple[dict[str, dict[str,
                 table.setdefault(domain, {})[run.name] = loss_of(documents, measure)
             counts.setdefault(domain, len(documents))
     return table, counts
-
-
-def _orders(variants: Sequence[Variant]) -> list[str]:
-    """Runs of other seeds read in another order, which pairs of equal seeds don't."""
-    orders = {variant.name: ", ".join(sorted(str(run.order_seed) for run in variant.runs)) for variant in variants}
-    if len(set(orders.values())) < 2:
-        return []
-    listing = "; ".join(f"{name} {order}" for name, order in orders.items())
-    return [f"The variants read the data in different orders (data.order_seed, or seed): {listing}"]
-
-
-def _document_warnings(runs: Sequence[Run], measure: Measure, *, told: bool) -> list[str]:
-    counts = [len(run.documents) for run in runs if run.documents]
-    warnings = []
-    if counts and min(counts) < ROUGH_BELOW:
-        warnings.append(
-            f"Only {min(counts)} held-out documents: intervals over documents are rough (raise evaluation.sequences)"
-        )
-    tag = "eval/bits_per_byte" if measure is BITS_PER_BYTE else "eval/loss"
-    for run in () if told else runs:
-        logged, found = run.final(tag), score(run, measure)
-        if logged and found and abs(found / logged - 1) > DISAGREEMENT:
-            warnings.append(
-                f"{run.name}: its documents give {found:.4f} {measure.name}, its log says {logged:.4f}; "
-                "the comparison uses the documents"
-            )
-    return warnings
-
-
-def _repeated(runs: Sequence[Run]) -> list[str]:
-    """Runs of one config and one seed: a repetition, not a second sample."""
-    seen: dict[str, str] = {}
-    warnings = []
-    for run in runs:
-        key = recipe(run) + str(run.replicate)
-        if key in seen:
-            warnings.append(f"{run.name} repeats {seen[key]}: same config, same seed")
-        seen.setdefault(key, run.name)
-    return warnings

@@ -7,8 +7,8 @@ from dataclasses import fields, replace
 from typing import Any
 
 from moelab.data.seen import SeenText
+from moelab_tools.compare.measure import BITS_PER_BYTE, NATS_PER_TOKEN, Measure
 from moelab_tools.compare.runs import Document, Run
-from moelab_tools.compare.statistics import BITS_PER_BYTE, NATS_PER_TOKEN, Measure
 
 
 def seen_before(runs: Sequence[Run]) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.errors import UserError
-from moelab_tools.compare import wording
+from moelab_tools.compare import sentences, wording
 from moelab_tools.compare.comparison import Comparison
 from moelab_tools.compare.figures import run_styles, sections
 
@@ -29,7 +29,8 @@ def write_report(comparison: Comparison, folder: Path) -> Path:
 
 def write_json(comparison: Comparison, path: Path) -> None:
     """Valid JSON for every reader: what is not a finite number becomes null."""
-    _write(path, json.dumps(_finite(comparison.to_json()), indent=2, allow_nan=False) + "\n")
+    told = {"sentences": sentences.headlines(comparison) + sentences.what_intervals_cover(comparison)}
+    _write(path, json.dumps(_finite(comparison.to_json() | told), indent=2, allow_nan=False) + "\n")
 
 
 def render(comparison: Comparison) -> str:
@@ -50,8 +51,9 @@ def render(comparison: Comparison) -> str:
         styles=run_styles(comparison),
         variant_colours={line.name: run_styles(comparison)[line.runs[0]][0] for line in comparison.lines},
         wording=wording,
-        headlines=wording.headlines(comparison),
-        covers=wording.what_intervals_cover(comparison),
+        sentences=sentences,
+        headlines=sentences.headlines(comparison),
+        covers=sentences.what_intervals_cover(comparison),
         plotly=Markup(get_plotlyjs()),
     )
 

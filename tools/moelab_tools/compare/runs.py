@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moelab.data.lineage import CONVERSION, TRAINING
 from moelab.errors import ConfigError, UserError
 from moelab.train.format import FORMAT_VERSION
 
@@ -24,6 +25,27 @@ class Document:
     nats: float
     tokens: int
     bytes: int | None  # None for data whose bytes are not known
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """The seeds of a run. Two runs of one recipe with equal ones are one sample; of two recipes, they are a pair."""
+
+    seed: str  # of weights and noise
+    order: str = ""  # of reading
+    source: str | None = None  # of the training of the weights it starts from
+    conversion: str | None = None  # of their upcycling
+
+    def without(self, part: str) -> Replicate:
+        """`part`: "source" or "conversion"."""
+        return replace(self, source=None) if part == "source" else replace(self, conversion=None)
+
+    def __str__(self) -> str:
+        told = [self.seed if self.order in ("", self.seed) else f"{self.seed} (order {self.order})"]
+        told += [f"source {self.source}"] * bool(self.source) + [f"conversion {self.conversion}"] * bool(
+            self.conversion
+        )
+        return ", ".join(told)
 
 
 @dataclass
@@ -66,9 +88,13 @@ class Run:
         return self.seed if data.get("order_seed") is None else data["order_seed"]
 
     @property
-    def replicate(self) -> tuple[str, str]:
-        """What two runs of one recipe may differ in: the seed and the order of reading."""
-        return str(self.seed), str(self.order_seed)
+    def replicate(self) -> Replicate:
+        """What two runs of one recipe may differ in."""
+        stages = (self.summary.get("lineage") or {}).get("stages") or []
+        source, conversion = (
+            ", ".join(str(seeds) for stage, seeds in stages if stage == kind) or None for kind in (TRAINING, CONVERSION)
+        )
+        return Replicate(str(self.seed), str(self.order_seed), source, conversion)
 
     def curve(self, tag: str, against: str = "tokens") -> tuple[list[float], list[float]]:
         """(x, y) of the rows that have a finite `tag`."""

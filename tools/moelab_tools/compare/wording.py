@@ -54,7 +54,7 @@ def active(line: Line) -> str:
 
 def at_budget(comparison: Comparison, line: Line, axis: str) -> str:
     """The loss at the equal budget, with * for a run that went on and ~ for a roughly interpolated one."""
-    value = line.at_equal_tokens if axis == "tokens" else line.at_equal_flops
+    value = _at(line, axis)
     budget = next((one for one in comparison.budgets if one.axis == axis), None)
     if value is None or budget is None:
         return MISSING
@@ -76,14 +76,14 @@ def budgets(comparison: Comparison) -> list[str]:
 
 
 def _budget(comparison: Comparison, budget: Budget) -> str:
-    what = amount(budget.amount) if budget.axis == "tokens" else f"{flops(budget.amount)} served"
-    field = "at_equal_tokens" if budget.axis == "tokens" else "at_equal_flops"
-    known = [line for line in comparison.lines if getattr(line, field) is not None]
-    known.sort(key=lambda line: float(getattr(line, field)))
-    listing = ", ".join(f"{line.name} {at_budget(comparison, line, budget.axis)}" for line in known) or "none known"
+    names = {"tokens": "equal tokens", "flops": "equal FLOPs", "seconds": "equal seconds of training"}
+    known = [(value, line) for line in comparison.lines if (value := _at(line, budget.axis)) is not None]
+    listing = ", ".join(
+        f"{line.name} {at_budget(comparison, line, budget.axis)}{_verdict_at(line, budget.axis)}"
+        for _, line in sorted(known, key=lambda one: one[0])
+    )
     spent = f"all that {budget.spent_by} spent" if budget.cut_short else "what each spent"
-    text = f"At equal {'FLOPs' if budget.axis == 'flops' else 'tokens'} ({what}, {spent}), "
-    text += f"{budget.unit}: {listing}."
+    text = f"At {names[budget.axis]} ({spend(budget)}, {spent}), {budget.unit}: {listing or 'none known'}."
     if budget.between:
         spans = ", ".join(
             f"{run} between {low / budget.amount:.2f} and {high / budget.amount:.2f} of it"
@@ -95,55 +95,22 @@ def _budget(comparison: Comparison, budget: Budget) -> str:
     return text
 
 
-def headlines(comparison: Comparison) -> list[str]:
-    """The answer first: who is best, then each other variant against the baseline."""
-    scored = [line for line in comparison.lines if line.score is not None]
-    if not scored:
-        return ["No run has been evaluated on held-out text, so there is nothing to rank."]
-    finished = [line for line in scored if line.status == "finished"]
-    told = []
-    if finished:
-        best = finished[0]
-        told.append(f"{best.name} has the lowest held-out loss: {loss(best.score)} {comparison.measure.name}.")
-    for line in scored:
-        if line.name != comparison.baseline:
-            told.append(_against_baseline(line, comparison))
-    if len(scored) == 1:
-        told.append("It is the only run: give more to compare.")
-    return told
+def spend(budget: Budget) -> str:
+    """The amount of an equal budget, with its unit where the axis does not say it."""
+    if budget.axis == "tokens":
+        return amount(budget.amount)
+    return f"{flops(budget.amount)} served" if budget.axis == "flops" else f"{budget.amount:.0f} s"
 
 
-def _against_baseline(line: Line, comparison: Comparison) -> str:
-    other, unit, gap = comparison.baseline, comparison.measure.name, line.difference
-    unfinished = "" if line.status == "finished" else f" ({line.status}, so this is not its final state)"
-    if other is None or gap is None:
-        return f"{line.name}: {loss(line.score)} {unit}, no interval{unfinished}."
-    if gap.verdict == "not resolved":
-        return (
-            f"{line.name} and {other} can't be told apart: the difference is {signed(gap.difference)} {unit} and its "
-            f"95 % interval, {signed(gap.low)} to {signed(gap.high)}, contains 0{unfinished}."
-        )
-    base = next(one.score for one in comparison.lines if one.name == other)
-    share = f" ({100 * abs(gap.difference) / base:.1f} %)" if base else ""
-    low, high = sorted((abs(gap.low), abs(gap.high)))
-    return (
-        f"{line.name} is {gap.verdict} than {other} by {abs(gap.difference):.4f} {unit}{share}; "
-        f"95 % interval {low:.4f} to {high:.4f}{unfinished}."
+def _at(line: Line, axis: str) -> float | None:
+    return {"tokens": line.at_equal_tokens, "flops": line.at_equal_flops, "seconds": line.at_equal_seconds}[axis]
+
+
+def _verdict_at(line: Line, axis: str) -> str:
+    found = line.at_equal.get(axis)
+    if found is None or found.difference is None:
+        return ""
+    interval = (
+        f" [{signed(found.low)}, {signed(found.high)}]" if found.low is not None and found.high is not None else ""
     )
-
-
-def what_intervals_cover(comparison: Comparison) -> list[str]:
-    """The sentence that keeps a reader from concluding too much."""
-    gaps = [line.difference for line in comparison.lines if line.difference]
-    told = []
-    for method in dict.fromkeys(gap.method for gap in gaps if gap.covers == "held-out text"):
-        told.append(
-            f"Interval: {method}. It covers the choice of held-out text, not of the training seed: training the same "
-            "recipe again would move the result too. Train each with several values of seed and give all the runs to "
-            "`moelab compare`; it groups them and takes the interval over seeds."
-        )
-    for method in dict.fromkeys(gap.method for gap in gaps if gap.covers == "training seeds"):
-        told.append(f"Interval: {method}. It covers what another training seed would do, on this held-out text.")
-    if len(gaps) > 1:
-        told.append(f"Each of the {len(gaps)} intervals holds alone at 95 %; they are not corrected for being several.")
-    return told
+    return f" ({found.verdict}: {signed(found.difference)}{interval})"

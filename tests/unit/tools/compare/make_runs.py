@@ -35,6 +35,8 @@ class FakeRun:
     declared: float = 1.0  # FLOPs that the routers declare, by those served
     documents: int = 60
     noise: float = 0.02  # of a document's difference between runs, nats a token
+    wobble: float = 0.003  # of another seed, nats a token
+    taste: float = 0.0  # of a document's difference between recipes, nats a token
     fingerprint: str = "sha256:aaaa"
     tokenizer: str = "bytes"
     status: str = "finished"
@@ -83,7 +85,12 @@ def _config(path: Path, fake: FakeRun) -> dict[str, Any]:
 
 
 def _loss(fake: FakeRun, step: float) -> float:
-    return 1.6 + 3.9 * (1 + step / 8) ** -0.75 + fake.quality * min(1.0, step / 100)
+    luck = fake.wobble * float(_own(fake, 7).normal())
+    return 1.6 + 3.9 * (1 + step / 8) ** -0.75 + (fake.quality + luck) * min(1.0, step / 100)
+
+
+def _own(fake: FakeRun, purpose: int) -> np.random.Generator:
+    return np.random.default_rng([fake.seed, purpose, *fake.name.encode()])
 
 
 def _rows(fake: FakeRun) -> list[dict[str, Any]]:
@@ -127,11 +134,12 @@ def _balance_tags(fake: FakeRun, step: int, generator: np.random.Generator) -> d
 def _documents(fake: FakeRun) -> list[dict[str, Any]]:
     """Difficulty is shared by all runs; what a run makes of a document differs by `noise`."""
     shared, own = np.random.default_rng(1), np.random.default_rng([fake.seed, *fake.name.encode()])
+    tastes = np.random.default_rng([11, *fake.name.split("_seed")[0].encode()])
     rows = []
     for index in range(fake.documents):
         tokens = int(shared.integers(40, 600))
         difficulty = shared.normal(0, 0.4)
-        loss = _loss(fake, fake.steps) + difficulty + own.normal(0, fake.noise)
+        loss = _loss(fake, fake.steps) + difficulty + own.normal(0, fake.noise) + fake.taste * tastes.normal()
         domain = DOMAINS[index % len(DOMAINS)]
         name = f"{domain}/{index:03d}"
         nats = max(0.1, loss) * tokens

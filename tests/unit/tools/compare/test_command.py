@@ -22,12 +22,15 @@ MakeRun = Callable[..., Path]
 def test_it_prints_a_table_and_writes_a_report(
     make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = [str(make_run("moe")), str(make_run("dense", router=None, quality=0.1))]
+    runs = [str(make_run(f"moe_seed{seed}", seed=seed)) for seed in range(3)]
+    runs += [str(make_run(f"dense_seed{seed}", seed=seed, router=None, quality=0.1)) for seed in range(3)]
     report, extra = tmp_path / "report", tmp_path / "numbers.json"
     assert moelab(["compare", *runs, "--output", str(report), "--json", str(extra), "--baseline", "dense"]) == 0
     printed = capsys.readouterr().out
-    assert "moe is better than dense by" in printed
-    assert "not of the training seed" in printed
+    assert "moe is better than dense: −" in printed
+    assert "it covers training seeds and held-out text" in printed
+    assert "With 3 pairs it could have seen" in printed
+    assert "dense needs" in printed
     assert f"report: {report / 'report.html'}" in printed.replace("\n", "")
     assert json.loads(extra.read_text()) == json.loads((report / "comparison.json").read_text())
     assert sorted(path.name for path in report.iterdir()) == ["comparison.json", "report.html"]

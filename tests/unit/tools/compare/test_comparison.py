@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from moelab.errors import UserError
-from moelab_tools.compare import wording
+from moelab_tools.compare import sentences, wording
 from moelab_tools.compare.budgets import equal_budgets
 from moelab_tools.compare.comparison import Comparison, compare
+from moelab_tools.compare.measure import BITS_PER_BYTE, NATS_PER_TOKEN
 from moelab_tools.compare.runs import read_runs
-from moelab_tools.compare.statistics import BITS_PER_BYTE, NATS_PER_TOKEN
 
 MakeRun = Callable[..., Path]
 
@@ -67,17 +67,47 @@ def test_documents_read_to_another_length_are_refused(make_run: MakeRun) -> None
         compared(*paths)
 
 
-def test_a_clear_difference_is_resolved_and_a_tiny_one_is_not(make_run: MakeRun) -> None:
-    comparison = compared(make_run("good"), make_run("twin", quality=0.0001), make_run("bad", quality=0.1))
+def seeds_of(make_run: MakeRun, name: str, seeds: tuple[int, ...] = (0, 1, 2), **fields: Any) -> list[Path]:
+    return [make_run(f"{name}_seed{seed}", seed=seed, **fields) for seed in seeds]
+
+
+def test_a_clear_difference_over_three_seeds_is_resolved_and_a_tiny_one_is_not(make_run: MakeRun) -> None:
+    paths = [*seeds_of(make_run, "good"), *seeds_of(make_run, "twin", router="top", quality=0.0001)]
+    comparison = compared(*paths, *seeds_of(make_run, "bad", router=None, quality=0.1))
     found = verdicts(comparison)
-    best = next(name for name, verdict in found.items() if verdict == "best")
     assert found["bad"] == "worse"
-    assert {best, next(n for n, v in found.items() if v == "not resolved")} == {"good", "twin"}
+    assert {found["good"], found["twin"]} == {"lowest", "not resolved"}
     assert comparison.lines[-1].name == "bad"
     gap = comparison.lines[-1].difference
-    assert gap is not None
+    assert gap is not None and gap.low is not None and gap.high is not None
     assert gap.low <= 0.1 / math.log(2) <= gap.high  # the quality it was made with
-    assert gap.covers == "held-out text"
+    assert (gap.covers, gap.corrected_for) == ("training seeds and held-out text", 3)
+
+
+def test_the_lowest_is_best_only_where_every_other_is_worse(make_run: MakeRun) -> None:
+    good, bad = seeds_of(make_run, "good"), seeds_of(make_run, "bad", router=None, quality=0.1)
+    assert verdicts(compared(*good, *bad)) == {"good": "best", "bad": "worse"}
+    assert verdicts(compared(*good, *bad, baseline="good")) == {"good": "baseline", "bad": "worse"}
+    assert verdicts(compared(*good, *bad, make_run("one", router="x", quality=0.2)))["good"] == "lowest"
+
+
+def test_a_lower_single_run_takes_no_verdict_from_variants_that_have_seeds(make_run: MakeRun) -> None:
+    paths = [*seeds_of(make_run, "good"), *seeds_of(make_run, "bad", router=None, quality=0.1)]
+    comparison = compared(*paths, make_run("lucky", router="x", quality=-0.1))
+    assert comparison.baseline == "good"
+    assert verdicts(comparison) == {"lucky": "one seed", "good": "baseline", "bad": "worse"}
+    assert "Differences are to good, the lowest of those with three seeds" in sentences.headlines(comparison)[0]
+
+
+def test_one_seed_gets_no_word_however_large_the_difference(make_run: MakeRun) -> None:
+    comparison = compared(make_run("good"), make_run("bad", quality=0.5, router=None))
+    assert verdicts(comparison) == {"good": "lowest", "bad": "one seed"}
+    gap = comparison.lines[-1].difference
+    assert gap is not None
+    assert (gap.covers, gap.p, gap.could_have_seen) == ("held-out text", None, None)
+    told = " ".join(sentences.headlines(comparison))
+    assert "With one seed that can be luck: no verdict" in told
+    assert not re.search("better|worse|best", told)
 
 
 def test_the_score_is_all_nats_over_all_bytes(make_run: MakeRun) -> None:
@@ -91,35 +121,134 @@ def test_the_baseline_can_be_named_by_run_variant_or_folder(make_run: MakeRun) -
     paths = make_run("good"), make_run("bad", quality=0.1)
     for name in ("bad", str(paths[1]), f"{paths[1]}/"):
         comparison = compared(*paths, baseline=name)
-        assert verdicts(comparison) == {"good": "better", "bad": "baseline"}
+        assert verdicts(comparison) == {"good": "one seed", "bad": "baseline"}
     with pytest.raises(UserError, match=r"--baseline nobody.*good, bad"):
         compared(*paths, baseline="nobody")
 
 
 def test_runs_that_differ_only_in_seed_are_one_variant(make_run: MakeRun) -> None:
-    paths = [make_run(f"moe_seed{seed}", seed=seed) for seed in (0, 1, 2)]
-    paths += [make_run(f"dense_seed{seed}", seed=seed, router=None, quality=0.1) for seed in (0, 1, 2)]
-    moe, dense = compared(*paths).lines
+    moe, dense = compared(*seeds_of(make_run, "moe"), *seeds_of(make_run, "dense", router=None, quality=0.1)).lines
     assert (moe.name, moe.seeds, dense.name) == ("moe", [0, 1, 2], "dense")
     assert moe.score_sd is not None
     assert dense.difference is not None
-    assert dense.difference.method == "paired t over 3 training seeds"
-    assert dense.verdict == "worse"
+    assert dense.difference.method.startswith("paired t over 3 pairs of seeds")
 
 
 def test_different_seeds_are_not_paired(make_run: MakeRun) -> None:
-    paths = [make_run(f"moe_seed{seed}", seed=seed) for seed in (0, 1)]
-    paths += [make_run(f"dense_seed{seed}", seed=seed, router=None, quality=0.1) for seed in (2, 3, 4)]
+    paths = [*seeds_of(make_run, "moe"), *seeds_of(make_run, "dense", (3, 4, 5), router=None, quality=0.1)]
     dense = compared(*paths).lines[-1]
     assert dense.difference is not None
-    assert dense.difference.method == "Welch's t over 3 and 2 training seeds"
+    assert not dense.difference.paired
+    assert dense.difference.method.startswith("Welch's t")
+    assert dense.multipliers == []
 
 
-def test_a_single_seed_falls_back_to_documents(make_run: MakeRun) -> None:
-    paths = [make_run(f"moe_seed{seed}", seed=seed) for seed in (0, 1)]
-    line = compared(*paths, make_run("dense", router=None, quality=0.1)).lines[-1]
-    assert line.difference is not None
-    assert line.difference.covers == "held-out text"
+def test_one_run_against_several_is_the_pair_of_its_seed(make_run: MakeRun) -> None:
+    """The mean of several runs is never subtracted from a single one."""
+    several, single = seeds_of(make_run, "moe"), make_run("dense", router=None, quality=0.1, seed=1)
+    line = compared(*several, single, baseline="moe").lines[-1]
+    pair = compared(several[1], single, baseline="moe_seed1").lines[-1]
+    assert line.difference is not None and pair.difference is not None
+    assert (line.verdict, line.difference.pairs) == ("one seed", 1)
+    assert line.difference.difference == pytest.approx(pair.difference.difference)
+    alone = compared(*several, make_run("other", router=None, quality=0.1, seed=9), baseline="moe").lines[-1]
+    assert alone.difference is not None
+    assert (alone.verdict, alone.difference.difference) == ("no common seed", None)
+
+
+def test_seeds_that_change_nothing_are_one_run(make_run: MakeRun) -> None:
+    """As from one checkpoint with a router that draws no noise: no interval over three copies."""
+    copies = seeds_of(make_run, "upcycled", quality=-0.1)
+    for path in copies[1:]:
+        documents = (copies[0] / "evaluation_documents.jsonl").read_text()
+        (path / "evaluation_documents.jsonl").write_text(documents)
+    comparison = compared(*copies, *seeds_of(make_run, "dense", router=None), baseline="dense")
+    assert verdicts(comparison)["upcycled"] == "one seed"
+    assert any("gave the same result to the last bit" in told for told in sentences.remarks(comparison))
+
+
+def test_a_seed_that_failed_is_told_and_the_others_count(make_run: MakeRun) -> None:
+    paths = [*seeds_of(make_run, "dense", (0, 1, 2, 3), router=None, quality=0.1), *seeds_of(make_run, "moe")]
+    comparison = compared(*paths, make_run("moe_seed3", seed=3, status="failed"))
+    moe = comparison.lines[0]
+    assert (moe.name, moe.status, moe.counted, len(moe.runs)) == ("moe", "finished", 3, 4)
+    assert comparison.lines[1].verdict == "worse"
+    assert comparison.lines[1].difference is not None and comparison.lines[1].difference.pairs == 3
+    assert any("1 of 4 runs did not finish (moe_seed3 failed)" in told for told in sentences.remarks(comparison))
+
+
+def start_from(path: Path, recipe: str, *stages: tuple[str, str]) -> None:
+    """As a run whose starting weights were made so."""
+    change_config(path, "train", {"steps": 300, "init_from": str(path) + "_start"})
+    summary = json.loads((path / "summary.json").read_text())
+    summary["lineage"] = {"recipe": recipe, "stages": stages}
+    (path / "summary.json").write_text(json.dumps(summary))
+
+
+def test_runs_from_other_seeds_of_one_conversion_are_one_variant_and_pair_with_the_dense_model(
+    make_run: MakeRun,
+) -> None:
+    upcycled = seeds_of(make_run, "upcycled", quality=-0.1)
+    dense = seeds_of(make_run, "dense", router=None)
+    for seed, (mine, theirs) in enumerate(zip(upcycled, dense, strict=True)):
+        start_from(mine, "conversion of a", ("training", "seed 0"), ("conversion", f"seed {seed}"))
+        start_from(theirs, "a", ("training", "seed 0"))
+    comparison = compared(*upcycled, *dense, baseline="dense")
+    assert verdicts(comparison) == {"upcycled": "better", "dense": "baseline"}
+    assert comparison.lines[0].seeds[1] == "1, source seed 0, conversion seed 1"
+    assert comparison.lines[0].difference is not None and comparison.lines[0].difference.paired
+
+
+def test_runs_from_other_recipes_of_weights_are_other_variants(make_run: MakeRun) -> None:
+    paths = seeds_of(make_run, "moe")
+    for recipe, path in zip("aab", paths, strict=True):
+        start_from(path, recipe)
+    assert sorted(line.counted for line in compared(*paths).lines) == [1, 2]
+
+
+def test_runs_of_one_dense_source_are_averaged_where_sources_are_the_sample(make_run: MakeRun) -> None:
+    """Six runs of three sources are three pairs: runs of one source share its luck."""
+    paths = []
+    for name, fields in (("moe", {"quality": -0.1}), ("dense", {"router": None})):
+        for seed in range(6):
+            path = make_run(f"{name}_seed{seed}", seed=seed, **fields)
+            start_from(path, "a", ("training", f"seed {seed // 2}"))
+            paths.append(path)
+    comparison = compared(*paths, baseline="dense")
+    gap = comparison.lines[0].difference
+    assert gap is not None and gap.difference is not None
+    assert (gap.pairs, comparison.lines[0].verdict) == (3, "better")
+    scores = {line.name: line.score for line in comparison.lines}
+    assert gap.difference == pytest.approx(scores["moe"] - scores["dense"])  # type: ignore[operator]
+    assert any("3 dense sources of one recipe" in warning for warning in comparison.warnings)
+
+
+def test_at_equal_budgets_a_run_that_went_on_is_not_called_worse(make_run: MakeRun) -> None:
+    """Its learning rate had not come down there: the schedule explains the difference."""
+    short = seeds_of(make_run, "short", steps=150, flops_per_token=2e6)
+    long = seeds_of(make_run, "long", steps=300, quality=0.1, router=None, flops_per_token=2e6)
+    lines = {line.name: line for line in compared(*short, *long, baseline="short").lines}
+    assert lines["long"].at_equal["tokens"].verdict == "cut short"
+    same = {line.name: line for line in compared(*short, *long, baseline="long").lines}
+    assert same["short"].at_equal["tokens"].verdict == "cut short"
+
+
+def test_equal_budgets_have_verdicts_of_their_own(make_run: MakeRun) -> None:
+    """Better by token, worse by FLOP: a MoE that costs four times as much."""
+    moe = seeds_of(make_run, "moe", quality=-0.1, flops_per_token=8e6)
+    dense = seeds_of(make_run, "dense", router=None, flops_per_token=2e6)
+    line = compared(*moe, *dense, baseline="dense").lines[0]
+    assert line.at_equal["tokens"].verdict == line.verdict == "better"
+    assert line.at_equal["flops"].verdict == "cut short"  # the dense model's whole budget is a quarter of its own
+    assert {one.axis for one in line.multipliers} == {"tokens", "flops", "seconds"}
+    by_axis = {one.axis: one for one in line.multipliers}
+    assert by_axis["tokens"].factor > 1 > by_axis["flops"].factor
+    assert by_axis["flops"].factor == pytest.approx(by_axis["tokens"].factor / 4)
+
+
+def test_a_loss_that_still_falls_fast_is_warned_of(make_run: MakeRun) -> None:
+    assert any("still falling fast" in warning for warning in compared(make_run("a", steps=60)).warnings)
+    assert not any("still falling fast" in warning for warning in compared(make_run("b", steps=2000)).warnings)
 
 
 def test_a_repetition_of_a_seed_is_no_second_sample(make_run: MakeRun) -> None:
@@ -134,7 +263,7 @@ def test_unfinished_runs_are_shown_last_and_never_best(make_run: MakeRun) -> Non
         make_run("stopped", status="failed", steps=120),
         make_run("killed", status="killed", steps=90),
     )
-    assert verdicts(comparison) == {"fine": "best", "stopped": "failed", "killed": "unfinished"}
+    assert verdicts(comparison) == {"fine": "lowest", "stopped": "failed", "killed": "unfinished"}
     assert comparison.lines[0].name == "fine"
     assert any("stopped is failed" in warning for warning in comparison.warnings)
     assert any("killed has no summary.json" in warning for warning in comparison.warnings)
@@ -142,7 +271,7 @@ def test_unfinished_runs_are_shown_last_and_never_best(make_run: MakeRun) -> Non
 
 def test_one_run_alone_is_shown_without_a_verdict(make_run: MakeRun) -> None:
     comparison = compared(make_run("alone"))
-    assert verdicts(comparison) == {"alone": "best"}
+    assert verdicts(comparison) == {"alone": "lowest"}
     assert comparison.budgets == []
 
 
@@ -241,7 +370,9 @@ def test_the_order_of_reading_counts_as_a_seed(make_run: MakeRun) -> None:
     assert [line.seeds for line in comparison.lines] == [[0, "0 (order 1)", "0 (order 2)"]]
     assert not any("repeats" in warning for warning in comparison.warnings)
     assert not any("different orders" in warning for warning in comparison.warnings)
-    assert any("different orders" in warning for warning in compared(*paths, make_run("x", quality=1.0)).warnings)
+    other = make_run("x", router="other")
+    change_config(other, "data", config["data"] | {"order_seed": 7})
+    assert any("different orders" in warning for warning in compared(*paths, other).warnings)
 
 
 def test_equal_tokens_are_read_from_the_evaluation_curve(make_run: MakeRun) -> None:
@@ -263,7 +394,7 @@ def test_both_budgets_have_one_unit_and_one_kind_of_loss(make_run: MakeRun) -> N
         [make_run("cheap", flops_per_token=1e6, eval_every=0), make_run("dear", flops_per_token=2e6, eval_every=0)]
     )
     for measure in (BITS_PER_BYTE, NATS_PER_TOKEN):
-        tokens, flops = equal_budgets([cheap, dear], measure)
+        tokens, flops, _ = equal_budgets([cheap, dear], measure)
         assert tokens.unit == flops.unit == measure.name
         assert (tokens.cut_short, flops.cut_short) == ((), ("dear",))
         assert tokens.losses == {run.name: pytest.approx(run.curve(measure.tag)[1][-1]) for run in (cheap, dear)}
@@ -303,7 +434,7 @@ def test_a_run_that_did_not_count_has_no_equal_flops(make_run: MakeRun) -> None:
             del summary[key]
         (path / "summary.json").write_text(json.dumps(summary))
     comparison = compared(old, dense)
-    assert [budget.axis for budget in comparison.budgets] == ["tokens"]
+    assert [budget.axis for budget in comparison.budgets] == ["tokens", "seconds"]
     by_name = {line.name: line for line in comparison.lines}
     assert by_name["old"].flops is None
     assert by_name["old"].at_equal_flops is None

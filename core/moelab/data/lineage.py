@@ -1,0 +1,89 @@
+"""How weights were made, and with which seeds: what tells repetitions of one recipe from another recipe.
+
+`moelab_lineage.json` stands in every checkpoint beside `moelab_data.json` and is carried by `moelab export` and
+`moelab upcycle`: a hash of everything that made the weights but the seeds, and the seeds of each stage (training,
+conversion). Two runs that start from weights of one recipe and other seeds are repetitions, wherever those lie.
+Weights without the file are their own recipe, named by their folder: nothing says what they have in common.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moelab.config.run import RunConfig
+from moelab.errors import CheckpointError
+
+LINEAGE = "moelab_lineage.json"
+FORMAT_VERSION = 1
+TRAINING, CONVERSION = "training", "conversion"
+# Of a run's config, what changes no weight.
+_FREE = {"run_dir", "name", "resume", "observers", "evaluation", "search_path", "seed"}
+_FREE_TRAIN = {"init_from", "log_every", "save_every", "keep_checkpoints", "gradient_shares_every"}
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Of some weights. `stages`: (training or conversion, its seeds in words), oldest first."""
+
+    recipe: str
+    stages: tuple[tuple[str, str], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"recipe": self.recipe, "stages": [list(stage) for stage in self.stages]}
+
+    @classmethod
+    def from_json(cls, content: Any, name: str) -> Lineage:
+        """What `to_json` gave; `name` stands for weights of which nothing is known (None)."""
+        if content is None:
+            return cls(f"the weights {name}")
+        return cls(str(content["recipe"]), tuple((str(stage), str(seeds)) for stage, seeds in content["stages"]))
+
+    def to_bytes(self) -> bytes:
+        """The content of moelab_lineage.json."""
+        return (json.dumps({"format_version": FORMAT_VERSION, **self.to_json()}, indent=1) + "\n").encode()
+
+
+def lineage_of(folder: Path, name: str) -> Lineage:
+    """What a folder of weights says; `name` stands for weights that say nothing. Raises CheckpointError if broken."""
+    path = folder / LINEAGE
+    if not path.is_file():
+        return Lineage.from_json(None, name)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format_version"] > FORMAT_VERSION:
+            raise CheckpointError(f"{path}: has format_version {content['format_version']}, newer than this moelab")
+        return Lineage.from_json(content, name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: can't be read ({error!r}); copy it again, or delete it") from error
+
+
+def carried_lineage(folder: Path) -> dict[str, bytes]:
+    """{file name: content} of what a copy of these weights carries."""
+    return {LINEAGE: lineage_of(folder, folder.name).to_bytes()} if (folder / LINEAGE).is_file() else {}
+
+
+def trained(config: RunConfig, start: Lineage | None) -> Lineage:
+    """Of the weights that a run makes from `start`, or from random ones."""
+    tree = {key: value for key, value in asdict(config).items() if key not in _FREE}
+    tree["train"] = {key: value for key, value in tree["train"].items() if key not in _FREE_TRAIN}
+    tree["data"] = {key: value for key, value in tree["data"].items() if key != "order_seed"}
+    seeds = f"seed {config.seed}"
+    if config.order_seed != config.seed:
+        seeds += f", order {config.order_seed}"
+    return _after([start] if start else [], tree, (TRAINING, seeds))
+
+
+def converted(identity: Mapping[str, Any], seed: int, sources: Sequence[Lineage]) -> Lineage:
+    """Of what an upcycling made; `identity` is all that its bytes depend on but the seed and the sources."""
+    return _after(sources, identity, (CONVERSION, f"seed {seed}"))
+
+
+def _after(before: Sequence[Lineage], made_by: Mapping[str, Any], stage: tuple[str, str]) -> Lineage:
+    text = json.dumps([[one.recipe for one in before], made_by], sort_keys=True, default=str)
+    recipe = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return Lineage(recipe, (*(known for one in before for known in one.stages), stage))
