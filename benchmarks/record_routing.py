@@ -22,7 +22,6 @@ from layer import RECORDED
 from moelab.data.batches import ValidationBatches
 from moelab.errors import UserError
 from moelab.moe.routing import LayerRecord
-from moelab.registry import Registry
 from moelab.train.setup import build_corpus_of
 from moelab_tools.checkpoints import evaluation_config, tokenizer_of
 
@@ -52,12 +51,11 @@ def main() -> None:
 @torch.no_grad()
 def record(run_dir: Path, tokens: int) -> dict[int, tuple[Tensor, int]]:
     """{layer: (experts [tokens, K], E)} of held-out text."""
-    run = evaluation_config(run_dir, ())
-    registry = Registry(run.plugins, run.entry_points, [Path(path) for path in run.search_path])
+    run, registry = evaluation_config(run_dir, ())
     corpus = build_corpus_of(run, registry, tokenizer_of(run_dir, run.data.tokenizer))
     length = run.train.sequence_length
     batches = ValidationBatches(corpus.validation, -(-tokens // length), length, run.train.batch_size)
-    model = moelab.load(run_dir).eval()
+    model = moelab.load(run_dir, registry=registry)
     found: dict[int, list[LayerRecord]] = {}
     for batch in batches:
         for layer in model.hidden_states(batch.input_ids)[1]:

@@ -12,21 +12,30 @@ from moelab.hf.load import load_hf
 from moelab.nn.transformer import Transformer
 from moelab.paths import user_path
 from moelab.registry import Registry
+from moelab.trust import stored_registry
 
 
-def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Transformer:
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    registry: Registry | None = None,
+    trust: bool = False,
+) -> Transformer:
     """The model of a checkpoint, in evaluation mode: a Hugging Face folder, a moelab checkpoint, or a run folder.
 
     Of a run folder the newest checkpoint. Routers that drop, add noise or look ahead while training do so only after
     `model.train()`.
 
-    Raises CheckpointError naming the file and the cure.
+    `registry`: the plugins that you name, `Registry(["my_router"])`; None: the installed ones. Other code that the
+    folder names is imported only with `trust`. Raises CheckpointError naming the file and the cure.
     """
     folder = resolve_checkpoint(user_path(path))
     if not is_moelab(folder):
         return load_hf(folder, dtype=dtype, device=device)
     config = read_run_config(folder)
-    registry = Registry(config.plugins, config.entry_points, [user_path(p, "search_path") for p in config.search_path])
-    model = build_model(config.model, registry, device=device, seed=None)
+    plugins = stored_registry(config, folder, registry=registry, trust=trust)
+    model = build_model(config.model, plugins, device=device, seed=None)
     load_model_tensors(folder, model)
     return model.to(dtype).eval()

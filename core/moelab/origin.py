@@ -32,6 +32,7 @@ from moelab.hf.config import CONFIG_FILE, read_config
 from moelab.hf.files import read_json
 from moelab.paths import unresolved_hint, user_path
 from moelab.registry import Registry
+from moelab.trust import stored_registry
 
 FIELDS_FILE = "config_fields.json"  # in a moelab checkpoint: what of config.json goes along
 BYTES = "bytes"
@@ -47,12 +48,14 @@ class Origin:
     tokenizer: str | None  # as data.tokenizer names it; None where the folder has none
     own: bool = False  # the newest checkpoint of the very run that goes on from it
 
-    def registry(self, default: Registry) -> Registry:
-        """The plugins that `model` was built with: a moelab checkpoint's own."""
-        if not is_moelab(self.folder):
-            return default
-        config = read_run_config(self.folder)
-        return Registry(config.plugins, config.entry_points, [user_path(p, "search_path") for p in config.search_path])
+    def registry(self, named: Registry) -> Registry:
+        """The plugins that `model` is built with: those that the user named. CheckpointError where it needs others."""
+        return stored_registry(read_run_config(self.folder), self.folder, registry=named) if self.is_run else named
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is a moelab checkpoint, which has the config of its run."""
+        return is_moelab(self.folder)
 
     def layer(self) -> Layer:
         """What a config that starts from this folder need not say, as its lowest layer."""
@@ -61,7 +64,7 @@ class Origin:
             tree = {"model": read_stored_tree(self.folder / CONFIG)["model"]}
         if self.tokenizer is not None:
             tree["data"] = {"tokenizer": self.tokenizer}
-        return Layer(f"the checkpoint {self.folder}", tree)
+        return Layer(f"the checkpoint {self.folder}", tree, data=True)
 
 
 def read_origin(path: str | Path) -> Origin:

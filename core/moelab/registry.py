@@ -39,6 +39,7 @@ class Registry:
     ) -> None:
         self.manager = pluggy.PluginManager("moelab")
         self.manager.add_hookspecs(plugin_hooks())
+        self.modules: set[str] = set()  # whose code is in: built-in, installed or named
         self.left_out: list[str] = []  # entry points that offer nothing at `points`
         for point in points:
             for path in builtin_modules(point):
@@ -125,6 +126,7 @@ class Registry:
             self._register(load_plugin(name, entry_point), name)
 
     def _register(self, module: ModuleType, name: str) -> None:
+        self.modules |= {name, module.__name__} if isinstance(module, ModuleType) else {name}
         if not self.manager.is_registered(module):
             self.manager.register(module, name=name)
 

@@ -111,7 +111,7 @@ def test_a_plain_module_beside_the_config_is_enough(root: Path, tmp_path: Path) 
     run = tmp_path / "run"
     outcome = _moelab(root, None, "train", str(config), f"run_dir={run}", *OVERRIDES)
     assert outcome.returncode == 0, outcome.stderr
-    loaded = _moelab(root, None, "generate", str(run), "--tokens", "4")
+    loaded = _moelab(root, None, "generate", str(run), "--tokens", "4", "--trust-plugins")
     assert loaded.returncode == 0, loaded.stderr
 
 

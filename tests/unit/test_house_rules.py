@@ -37,7 +37,7 @@ FLOORS = (
     {"nn", "initialisers"},
     {"hookspecs", "plugin_modules", "installed"},
     {"registry"},
-    {"layouts"},
+    {"layouts", "trust"},
     {"builder", "generate"},
     {"hf", "planning"},
     {"checkpoint"},

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from moelab.checkpoint import CONFIG, is_moelab
+from moelab.checkpoint import CONFIG, is_moelab, read_run_config
 from moelab.config.files import Layer, is_override
 from moelab.config.load import Loaded, load_config
 from moelab.config.overlay import overlay
@@ -16,7 +17,7 @@ from moelab.config.run import RunConfig, TrainConfig
 from moelab.config.stored import read_stored_tree
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import CheckpointError, ConfigError
-from moelab.origin import Origin, origin_layer, read_origin
+from moelab.origin import Origin, origin_layer, origin_of, read_origin
 from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab.train.setup import resolve_run
@@ -35,7 +36,7 @@ def tokenizer_of(path: Path, given: str | None) -> Tokenizer:
     return load_tokenizer(origin.tokenizer)
 
 
-def load_run(arguments: Sequence[str], needed: Sequence[str] = ()) -> Loaded[RunConfig]:
+def load_run(arguments: Sequence[str], needed: Sequence[str] = (), *, trust: bool = False) -> Loaded[RunConfig]:
     """Config files, overrides and at most one checkpoint folder, whose own config then lies below them all.
 
     `needed`: overrides that stand for what a run must have and a command does not look at.
@@ -45,9 +46,9 @@ def load_run(arguments: Sequence[str], needed: Sequence[str] = ()) -> Loaded[Run
         raise ConfigError(f"{folders[1]}: one checkpoint at a time, and {folders[0]} is one already")
     rest = [a for a in arguments if a not in folders]
     if not folders:
-        return load_config([*rest, *needed], RunConfig, below=origin_layer)
+        return load_config([*rest, *needed], RunConfig, below=origin_layer, trust=trust)
     layer = own_layer(read_origin(folders[0]))
-    return load_config([*rest, *needed], RunConfig, below=lambda config: layer)
+    return load_config([*rest, *needed], RunConfig, below=lambda config: layer, trust=trust)
 
 
 def own_layer(origin: Origin) -> Layer:
@@ -55,12 +56,13 @@ def own_layer(origin: Origin) -> Layer:
     layer = origin.layer()
     if not is_moelab(origin.folder):  # which has no run, and so no length of its own
         length = min(TrainConfig.sequence_length, origin.model.max_position_embeddings)
-        return Layer(layer.origin, layer.tree | {"train": {"sequence_length": length}})
-    return Layer(layer.origin, overlay(read_stored_tree(origin.folder / CONFIG), layer.tree, RunConfig))
+        return Layer(layer.origin, layer.tree | {"train": {"sequence_length": length}}, data=True)
+    tree = overlay(read_stored_tree(origin.folder / CONFIG), layer.tree, RunConfig)
+    return Layer(layer.origin, tree, data=True)
 
 
-def evaluation_config(path: Path, arguments: tuple[str, ...]) -> RunConfig:
-    """What to evaluate on: the data of the checkpoint's own run, or those of the given files and overrides.
+def evaluation_config(path: Path, arguments: tuple[str, ...], *, trust: bool = False) -> tuple[RunConfig, Registry]:
+    """What to evaluate on, and with which plugins: the data of its own run, or those of the given files and overrides.
 
     Model and tokenizer are the checkpoint's. Raises ConfigError where the arguments say another one and
     `train.init_overrides` doesn't name it.
@@ -71,22 +73,42 @@ def evaluation_config(path: Path, arguments: tuple[str, ...]) -> RunConfig:
         raise CheckpointError(f"{path}: says nothing of its data; name a config, as in configs/train/tiny_moe.yaml")
     layer = own_layer(origin) if own else origin.layer()
     needed = () if own else ("run_dir=unused",)
-    loaded = load_config([*arguments, *needed], RunConfig, below=lambda config: layer)
+    loaded = load_config([*arguments, *needed], RunConfig, below=lambda config: layer, trust=trust)
     run = loaded.config
     run.search_path += [str(folder.resolve()) for folder in loaded.search_path]
+    registry = Registry(run.plugins, run.entry_points, plugin_folders(loaded, trust=trust))
     try:
-        _check_origin(run, origin)
+        _check_origin(run, origin, registry)
     except ConfigError as error:
         raise loaded.blame(error) from error
     tell_origin(loaded)
     if origin.tokenizer is None:
         click.echo(f"{origin.folder}: holds no tokenizer.json: whether it knows these ids can't be told", err=True)
     run.model = origin.model
-    return run
+    return run, registry
 
 
-def _check_origin(run: RunConfig, origin: Origin) -> None:
-    registry = Registry(run.plugins, run.entry_points, [user_path(path, "search_path") for path in run.search_path])
+def plugin_folders(loaded: Loaded[RunConfig], *, trust: bool = False) -> list[Path]:
+    """Where the modules that a config names are looked for: in the user's search_path, beside their files, and here.
+
+    What a stored config says of places is data, unless `trust`.
+    """
+    saying = [layer for layer in loaded.layers if "search_path" in layer.tree]
+    own = loaded.config.search_path if saying and (trust or not saying[-1].data) else []
+    return [*(user_path(path, "search_path") for path in own), *loaded.search_path, Path()]
+
+
+def take_up_plugins(run: RunConfig) -> None:
+    """Name in a run's config what the checkpoint that it starts from names, with the places where that was found."""
+    origin = origin_of(asdict(run))
+    if origin is None or not origin.is_run:
+        return
+    stored = read_run_config(origin.folder)
+    run.plugins = list(dict.fromkeys([*run.plugins, *stored.plugins]))
+    run.search_path = list(dict.fromkeys([*run.search_path, *stored.search_path]))
+
+
+def _check_origin(run: RunConfig, origin: Origin, registry: Registry) -> None:
     said = copy.deepcopy(run)
     resolve_run(said, registry)
     found = list(differences(said, origin, registry, load_tokenizer(said.data.tokenizer)))

@@ -27,7 +27,13 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def export(
-    checkpoint: Path, output: Path, *, dtype: str | None = None, max_shard_size: str = "5GB", force: bool = False
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    force: bool = False,
+    trust: bool = False,
 ) -> list[str]:
     """Write `output`; -> lines that say what was written, why so, and who reads it.
 
@@ -35,7 +41,7 @@ def export(
     CheckpointError or ConfigError for what can't be read, or can't be said in that format, before anything is written.
     """
     origin = read_origin(checkpoint)
-    model = moelab.load(origin.folder)
+    model = moelab.load(origin.folder, trust=trust)
     tokenizer = load_tokenizer(origin.tokenizer) if origin.tokenizer is not None else None
     if tokenizer is not None:
         check_vocabulary(model.config.vocab_size, tokenizer, str(origin.tokenizer))

@@ -67,10 +67,10 @@ def run_upcycle(request: UpcycleRequest) -> None:
         print_receipt(console, write_receipt(plan, registry, output))
 
 
-def run_verify(output: Path, sources: Sequence[Path], full: bool, layers: str | None) -> None:
+def run_verify(output: Path, sources: Sequence[Path], full: bool, layers: str | None, *, trust: bool = False) -> None:
     """All of `moelab verify`; raises RunFailure where bytes differ."""
     console = make_console()
-    plan = plan_of_output(output, sources, [Path.cwd()])
+    plan = plan_of_output(output, sources, [Path.cwd()], trust=trust)
     chosen = parse_layers(layers, plan.target.num_hidden_layers)
     with _terminable(), _bar(console) as bar:
         task = bar.add_task("verifying", total=None)

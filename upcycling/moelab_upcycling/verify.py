@@ -16,6 +16,7 @@ import numpy.typing as npt
 from moelab.config.upcycle import RecipeConfig, UpcycleConfig
 from moelab.errors import CheckpointError
 from moelab.hf.files import INDEX_FILE, read_json, refuse_two_readings
+from moelab.trust import refuse_unknown
 from moelab_upcycling.convert import prepare, registry_of
 from moelab_upcycling.dtypes import STORAGE, TORCH_NAMES, raw_bytes
 from moelab_upcycling.maker import Maker
@@ -37,11 +38,18 @@ class Verdict:
     differences: list[str] = field(default_factory=list)
 
 
-def plan_of_output(output: Path, sources: Sequence[Path], search_path: Sequence[Path] = ()) -> Plan:
-    """The plan that `output` says it was made by, over the given sources. CheckpointError where they don't fit."""
+def plan_of_output(
+    output: Path, sources: Sequence[Path], search_path: Sequence[Path] = (), *, trust: bool = False
+) -> Plan:
+    """The plan that `output` says it was made by, over the given sources. CheckpointError where they don't fit.
+
+    The initialisers of a plugin that it names are imported with `trust` alone, from `search_path` or where it says.
+    """
     stored = read_json(output / PLAN_FILE)
     identity = stored["identity"]
     described = identity["config"]
+    if not trust:
+        refuse_unknown(list(identity["plugins"]), output / PLAN_FILE, stored.get("search_path", []))
     config = UpcycleConfig(
         source=[str(source) for source in sources],
         model=_model_node(described),
@@ -53,7 +61,7 @@ def plan_of_output(output: Path, sources: Sequence[Path], search_path: Sequence[
         plugins=list(identity["plugins"]),
         entry_points=bool(stored.get("entry_points", True)),
     )
-    paths = [*search_path, *(Path(p) for p in stored.get("search_path", []))]
+    paths = [*search_path, *(Path(p) for p in (stored.get("search_path", []) if trust else []))]
     plan = prepare(config, registry_of(config, paths), paths)
     if list(plan.fingerprints) != identity["fingerprints"]:
         raise CheckpointError(

@@ -25,6 +25,7 @@ class Layer:
 
     origin: str  # the file's path, or the override as it was typed
     tree: dict[str, Any]
+    data: bool = False  # of a folder of weights or results, so nothing of it is run unasked
 
 
 def config_folder() -> Path:

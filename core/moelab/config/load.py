@@ -39,11 +39,13 @@ def load_config(
     schema: type[SchemaT],
     *,
     below: Callable[[Mapping[str, Any]], Layer | None] | None = None,
+    trust: bool = False,
 ) -> Loaded[SchemaT]:
     """Files (left to right, each over its `base`), then `key=value` overrides -> an instance of `schema`.
 
     `below` sees what these say and may answer with a layer that lies under them all: what a checkpoint says of
-    itself. That is data, so texts in it are `Literal` and nothing is resolved.
+    itself. That is data, so texts in it are `Literal` and nothing is resolved; nor are plugins that only data names
+    taken up, unless `trust`.
     Raises ConfigError for an unknown key, a wrong type, a missing value, or what `schema.check()` refuses.
     """
     paths = [find_config(argument) for argument in arguments if not is_override(argument)]
@@ -54,6 +56,8 @@ def load_config(
     if lowest is not None:
         layers.insert(0, lowest)
         merged = _merge(layers, schema)
+    if not trust:
+        _refuse_plugins_of_data(layers)
     try:
         merged, outside = resolve(merged, _defaults(schema, merged))
         config = to_schema(merged, schema)
@@ -89,8 +93,19 @@ def to_schema(tree: dict[str, Any], schema: type[SchemaT]) -> SchemaT:
     return SCHEMA.build(schema, tree)
 
 
+def _refuse_plugins_of_data(layers: Sequence[Layer]) -> None:
+    """Code that a folder's config names runs if the user names it too."""
+    naming = [layer for layer in layers if "plugins" in layer.tree]
+    if naming and naming[-1].data and naming[-1].tree["plugins"]:
+        names = ", ".join(map(str, naming[-1].tree["plugins"]))
+        raise ConfigError(
+            f"plugins: {naming[-1].origin} names {names}, and code that a folder names is not run unasked. If they are "
+            f"yours, name them: plugins=[{names}]; if you have read and trust them, give --trust-plugins"
+        )
+
+
 def _layers_of(path: Path) -> list[Layer]:
-    return [Layer(str(path), read_stored_tree(path))] if is_stored(path) else file_layers(path)
+    return [Layer(str(path), read_stored_tree(path), data=True)] if is_stored(path) else file_layers(path)
 
 
 def _defaults(schema: Any, tree: dict[str, Any]) -> dict[str, Any]:

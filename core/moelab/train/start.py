@@ -190,7 +190,7 @@ def starting_model(config: RunConfig, registry: Registry, device: torch.device, 
     if start.origin is None or start.origin.own:
         return model
     try:
-        source = load(start.origin.folder, device=device).state_dict()
+        source = load(start.origin.folder, device=device, registry=registry).state_dict()
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"train.init_from: {error}") from error
     wanted = dict(model.state_dict())

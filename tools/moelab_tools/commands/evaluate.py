@@ -14,7 +14,13 @@ from moelab_tools.user_path import USER_PATH
 @click.argument("checkpoint", type=USER_PATH)
 @click.argument("config", nargs=-1, metavar="[CONFIG...] [KEY=VALUE...]")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
-def command(checkpoint: Path, config: tuple[str, ...], as_json: bool) -> None:
+@click.option(
+    "--trust-plugins",
+    "trust",
+    is_flag=True,
+    help="Import the plugin modules that the checkpoint names; they run as you.",
+)
+def command(checkpoint: Path, config: tuple[str, ...], as_json: bool, trust: bool) -> None:
     """Loss, perplexity and bits per byte on held-out text.
 
     CHECKPOINT is a run folder, a moelab checkpoint or a Hugging Face folder; model and tokenizer are its own. The data
@@ -31,17 +37,14 @@ def command(checkpoint: Path, config: tuple[str, ...], as_json: bool) -> None:
     from moelab.data.batches import ValidationBatches
     from moelab.data.seen import history_of, seen_text
     from moelab.origin import check_vocabulary
-    from moelab.paths import user_path
-    from moelab.registry import Registry
     from moelab.train.evaluate import evaluate
     from moelab.train.precision import choose_precision, set_threads
     from moelab.train.setup import build_corpus_of, resolve_run
     from moelab_tools.checkpoints import evaluation_config, tokenizer_of
 
-    run = evaluation_config(checkpoint, config)
+    run, registry = evaluation_config(checkpoint, config, trust=trust)
     set_threads(run.train)
     precision = choose_precision(run.train)
-    registry = Registry(run.plugins, run.entry_points, [user_path(path, "search_path") for path in run.search_path])
     resolve_run(run, registry)
     tokenizer = tokenizer_of(checkpoint, run.data.tokenizer)
     check_vocabulary(run.model.vocab_size, tokenizer, run.data.tokenizer)
@@ -55,7 +58,8 @@ def command(checkpoint: Path, config: tuple[str, ...], as_json: bool) -> None:
     history = history_of([resolve_checkpoint(checkpoint)], [str(checkpoint)])
     for line in seen_text(history, str(checkpoint), corpus, tokenizer, batches.documents_scored()).lines():
         click.echo(f"warning: {line}", err=True)
-    metrics = evaluate(moelab.load(checkpoint, device=precision.device), batches, precision).metrics()
+    model = moelab.load(checkpoint, device=precision.device, registry=registry)
+    metrics = evaluate(model, batches, precision).metrics()
     if as_json:
         click.echo(json.dumps(metrics, indent=2))
     else:

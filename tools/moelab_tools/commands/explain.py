@@ -23,8 +23,11 @@ UNUSED = ("run_dir=unused", "train.steps=1", "schedule.warmup_steps=0")
 @click.option("--measure", default="active", show_default=True, help="What to match: total, active or flops.")
 @click.option("--vary", default="moe_intermediate_size", show_default=True, help="The layout's option to change.")
 @click.option("--multiple-of", default=1, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--trust-plugins", "trust", is_flag=True, help="Import the plugin modules that a folder names; they run as you."
+)
 def command(
-    config: tuple[str, ...], as_json: bool, baseline: str | None, measure: str, vary: str, multiple_of: int
+    config: tuple[str, ...], as_json: bool, baseline: str | None, measure: str, vary: str, multiple_of: int, trust: bool
 ) -> None:
     """Print every layer with each resolved part, its owner, parameters and FLOPs.
 
@@ -39,16 +42,13 @@ def command(
       moelab explain model/qwen2-7b moe/deepseek_moe model.moe.layers.0.router.name=hash
       moelab explain model/qwen2-7b moe/mixtral --match model/qwen2-7b --multiple-of 128
     """
-    from pathlib import Path
-
     from moelab.errors import ConfigError
     from moelab.registry import Registry
-    from moelab_tools.checkpoints import load_run, tell_origin
+    from moelab_tools.checkpoints import load_run, plugin_folders, tell_origin
 
-    loaded = load_run(config, UNUSED)
+    loaded = load_run(config, UNUSED, trust=trust)
     tell_origin(loaded)
-    folders = [*loaded.search_path, *map(Path, loaded.config.search_path), Path()]
-    registry = Registry(loaded.config.plugins, loaded.config.entry_points, folders)
+    registry = Registry(loaded.config.plugins, loaded.config.entry_points, plugin_folders(loaded, trust=trust))
     try:
         table = explain(loaded.config, registry)
         if baseline is not None:

@@ -19,7 +19,13 @@ from moelab_tools.user_path import USER_PATH
 )
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option("--force", is_flag=True, help="Replace what OUTPUT holds.")
-def command(checkpoint: Path, output: Path, dtype: str | None, max_shard_size: str, force: bool) -> None:
+@click.option(
+    "--trust-plugins",
+    "trust",
+    is_flag=True,
+    help="Import the plugin modules that the checkpoint names; they run as you.",
+)
+def command(checkpoint: Path, output: Path, dtype: str | None, max_shard_size: str, force: bool, trust: bool) -> None:
     """Write a checkpoint as a Hugging Face folder, as transformers, vLLM and llama.cpp read it.
 
     CHECKPOINT is a run folder, a moelab checkpoint or a Hugging Face folder. What the model was goes along: begin, end
@@ -35,5 +41,5 @@ def command(checkpoint: Path, output: Path, dtype: str | None, max_shard_size: s
     """
     from moelab_tools.exporting import export
 
-    for line in export(checkpoint, output, dtype=dtype, max_shard_size=max_shard_size, force=force):
+    for line in export(checkpoint, output, dtype=dtype, max_shard_size=max_shard_size, force=force, trust=trust):
         click.echo(line)

@@ -17,8 +17,21 @@ from moelab_tools.user_path import USER_PATH
 @click.option("--top-p", default=1.0, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--tokenizer", default=None, help='"bytes" or a tokenizer.json; default: the checkpoint\'s own.')
+@click.option(
+    "--trust-plugins",
+    "trust",
+    is_flag=True,
+    help="Import the plugin modules that the checkpoint names; they run as you.",
+)
 def command(
-    checkpoint: Path, prompt: str, tokens: int, temperature: float, top_p: float, seed: int, tokenizer: str | None
+    checkpoint: Path,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    tokenizer: str | None,
+    trust: bool,
 ) -> None:
     """Continue a prompt.
 
@@ -38,7 +51,7 @@ def command(
     origin = read_origin(checkpoint)
     chosen = tokenizer_of(checkpoint, tokenizer)
     check_vocabulary(origin.model.vocab_size, chosen, tokenizer or str(origin.tokenizer))
-    model = moelab.load(origin.folder)
+    model = moelab.load(origin.folder, trust=trust)
     ends = (
         end_token_ids(origin.folder) if tokenizer is None else None
     )  # ids mean something to their own tokenizer alone

@@ -21,6 +21,9 @@ GB, MB = 1e9, 1e6
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: train.device; auto is cuda beyond one.")
 @click.option("--checkpointing", is_flag=True, help="Keep each layer's input only, and compute it again.")
 @click.option("--device-memory", type=float, metavar="GB", help="Say whether it fits, e.g. 141 for an H200.")
+@click.option(
+    "--trust-plugins", "trust", is_flag=True, help="Import the plugin modules that a folder names; they run as you."
+)
 def command(
     config: tuple[str, ...],
     devices: int,
@@ -28,6 +31,7 @@ def command(
     device: str | None,
     checkpointing: bool,
     device_memory: float | None,
+    trust: bool,
 ) -> None:
     """Predict memory and communication of a config per device, for one micro-batch. Nothing is allocated.
 
@@ -46,11 +50,11 @@ def command(
     from moelab.errors import ConfigError
     from moelab.planning.memory import Problem, predict
     from moelab.registry import Registry
-    from moelab_tools.checkpoints import load_run, tell_origin
+    from moelab_tools.checkpoints import load_run, plugin_folders, tell_origin
 
     if min(devices, expert_parallel) < 1:
         raise ConfigError(f"--devices and --expert-parallel: at least 1, not {min(devices, expert_parallel)}")
-    loaded = load_run(config, ANY)
+    loaded = load_run(config, ANY, trust=trust)
     tell_origin(loaded)
     run = loaded.config
     problem = Problem(
@@ -62,7 +66,7 @@ def command(
         expert_parallel=expert_parallel,
         checkpointing=checkpointing,
     )
-    registry = Registry(run.plugins, run.entry_points, loaded.search_path)
+    registry = Registry(run.plugins, run.entry_points, plugin_folders(loaded, trust=trust))
     _print(predict(run.model, problem, registry), device_memory)
 
 

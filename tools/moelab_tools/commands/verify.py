@@ -17,7 +17,10 @@ from moelab_tools.user_path import USER_PATH
 )  # fmt: skip
 @click.option("--full", is_flag=True, help="All tensors; otherwise 1% of the experts and all that is no expert.")
 @click.option("--layers", metavar="A:B", help="Only layers A to B-1.")
-def command(output: Path, sources: tuple[Path, ...], full: bool, layers: str | None) -> None:
+@click.option(
+    "--trust-plugins", "trust", is_flag=True, help="Import the plugin modules that OUTPUT names; they run as you."
+)
+def command(output: Path, sources: tuple[Path, ...], full: bool, layers: str | None, trust: bool) -> None:
     """Recompute an upcycled checkpoint from its source and compare bytes.
 
     Source and output are read as every command reads them: what could be read in two ways is refused.
@@ -28,4 +31,4 @@ def command(output: Path, sources: tuple[Path, ...], full: bool, layers: str | N
     """
     from moelab_tools.upcycling import run_verify
 
-    run_verify(output, sources, full, layers)
+    run_verify(output, sources, full, layers, trust=trust)
