@@ -43,6 +43,7 @@ class TrainingProgress:
             f"{parameters['active'] / PARAMETER_UNIT:.2f} M active{' as declared' if parts else ''}; "
             f"{escape(described)}; {facts['device']}, {facts['dtype']}, {facts['threads']} threads",
             highlight=False,
+            soft_wrap=True,
         )
         if step:
             self.console.print(f"resumed at step {step}")

@@ -1,4 +1,4 @@
-"""What was left out, cut or taken in another way than one may think, from files to corpus: one line a cause."""
+"""What was left out, cut or taken in another way than one may think, from files to corpus, counted by cause."""
 
 from __future__ import annotations
 
@@ -36,9 +36,15 @@ class Account:
         ]
 
     def close(self) -> dict[str, dict[str, Any]]:
-        """Log every line, forget all, and return {what: {count, example, cure}} for the summary."""
-        for line in self.lines():
-            logger.warning("%s", line)
+        """Tell, forget all, and return {what: {count, example, cure}} for the summary.
+
+        One cause is told with its example and cure; of several the counts in one line, the rest is in the summary.
+        """
         found = {what: vars(cause) for what, cause in self.causes.items()}
+        if len(found) > 1:
+            counts = "; ".join(f"{what}: {cause.count:,}" for what, cause in self.causes.items())
+            logger.warning("data: %s (examples and cures: data.left_out in summary.json)", counts)
+        for line in self.lines() if len(found) == 1 else ():
+            logger.warning("%s", line)
         self.causes = {}
         return found

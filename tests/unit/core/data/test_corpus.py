@@ -123,13 +123,20 @@ def test_names_that_several_documents_have_are_told_apart_by_content() -> None:
     assert {"a/0", "b/1"} < names[0]
 
 
-def test_what_is_left_out_is_told_once_a_cause_with_an_example(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_left_out_is_told_in_a_line_with_an_example_where_it_is_one_cause(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     given = [*documents(), Document(" \n", "a", "blank"), Document(documents()[0].text.upper(), "b", "again")]
     given.append(Document(documents()[1].text.upper(), "b", "once more"))
     corpus = build_corpus(given, CONTEXT)
     told = {what: cause["count"] for what, cause in corpus.left_out.items()}
     assert told == {"documents left out, empty": 1, "documents left out of 22, copies": 2}
-    assert caplog.text.count("data: ") == 2
+    assert caplog.text.count("data: ") == 1
+    assert "empty: 1; documents left out of 22, copies: 2 (examples" in caplog.text
+    assert corpus.left_out["documents left out of 22, copies"]["example"].startswith("b/")
+    caplog.clear()
+    build_corpus(given[:-3] + given[-2:], CONTEXT)
+    assert caplog.text.count("data: ") == 1
     assert "(first b/" in caplog.text
     assert "deduplicate: false keeps them" in caplog.text
     assert build_corpus(documents(), CONTEXT).left_out == {}  # a context may be used again
