@@ -283,7 +283,7 @@ def test_a_strangers_initialiser_runs_in_every_worker(dense: Path, tmp_path: Pat
     made, source = read_all(tmp_path / "out"), read_all(dense)
     name = "model.layers.1.mlp.experts.9.down_proj.weight"
     assert torch.equal(made[name], -0.5 * source["model.layers.1.mlp.down_proj.weight"][:, :80])
-    assert run("verify", tmp_path / "out", "--source", dense, cwd=tmp_path).returncode == 0
+    assert run("verify", tmp_path / "out", "--source", dense, "--trust-plugins", cwd=tmp_path).returncode == 0
 
 
 MEASURE = """

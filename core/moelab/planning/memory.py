@@ -6,21 +6,21 @@ counted. So a plugin's router, loss or attention is counted as it is, not by a f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from moelab.builder import build_model
 from moelab.config.model import ModelConfig
 from moelab.errors import ConfigError
 from moelab.moe.block import MoEBlock
-from moelab.moe.contracts import ExpertProblem
+from moelab.moe.contracts import ExpertProblem, Router
 from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
 from moelab.moe.experts import ExpertBank, compute_dtype, swiglu
-from moelab.moe.routing import Routing
+from moelab.moe.routing import Routing, TokenInfo
 from moelab.nn.attention import Attention, torch_attention
 from moelab.nn.count import moe_blocks
 from moelab.nn.transformer import Transformer
@@ -143,6 +143,18 @@ class _CountedExperts:
         return combine_rows(out, routing.weight, plan).to(x.dtype)
 
 
+class _Placeholders(nn.Module):
+    """Keeps an assignment that is not served as a row: how many there are would depend on the data."""
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, x: Tensor, info: TokenInfo) -> Routing:
+        """x [T, D] -> the router's own routing, all of whose assignments count."""
+        return replace(self.router(x, info), served=None)
+
+
 class _KeepFused(torch.autograd.Function):
     """x, the routing weights, the banks and the gate_up rows."""
 
@@ -162,8 +174,10 @@ def _saved(model: Transformer, problem: Problem) -> _Saved:
             kept[storage._cdata] = (storage, _is_cast_weight(tensor))
         return tensor
 
+    routers = [block.router for block in moe_blocks(model)]
     for block in moe_blocks(model):
         block.looked_at = True  # its look at the first routing's values needs values
+        block.router = _Placeholders(block.router)
         block.backend, block.chunk = _CountedExperts(problem.device == "cpu"), None
     if problem.device != "cpu":  # the fake tensors are the CPU's
         for attention in (module for module in model.modules() if isinstance(module, Attention)):
@@ -181,6 +195,9 @@ def _saved(model: Transformer, problem: Problem) -> _Saved:
             f"model.moe.router: its shapes depend on the data ({error.func}), so nothing can be counted without any; "
             "plan with one that has a fixed number of experts per token, such as softmax_topk"
         ) from error
+    finally:
+        for block, router in zip(moe_blocks(model), routers, strict=True):
+            block.router = router
     sizes = [(storage.nbytes(), is_weight) for storage, is_weight in kept.values()]
     return _Saved(sum(n for n, is_weight in sizes if not is_weight), sum(n for n, is_weight in sizes if is_weight))
 

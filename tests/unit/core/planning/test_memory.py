@@ -13,7 +13,9 @@ import torch
 from moelab import build
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.errors import ConfigError
+from moelab.hookspecs import ROUTERS
 from moelab.planning.memory import Problem, predict
+from moelab.registry import Registry
 
 PROBLEM = Problem(sequences=4, sequence_length=128, device="cpu")
 
@@ -85,6 +87,7 @@ from moelab import build
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.nn.allocator import keep_freed_memory
 from moelab.planning.memory import Problem, predict
+from moelab.registry import Registry
 
 def resident(key):
     return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
@@ -166,3 +169,14 @@ def test_the_published_57b_model_is_planned_without_its_memory():
 def test_devices_must_form_whole_groups():
     with pytest.raises(ConfigError, match="expert_parallel 3 does not divide devices 8"):
         predict(_config(), replace(PROBLEM, devices=8, expert_parallel=3))
+
+
+@pytest.mark.parametrize("router", sorted(Registry(entry_points=False).components(ROUTERS)))
+def test_every_router_can_be_planned_with(router: str) -> None:
+    """Also those that leave assignments unserved: how many is known from data alone, so they count as rows."""
+    config = _config(layers=1, router=router)
+    assert config.moe is not None
+    config.moe.allow_noncausal = True
+    config.moe.router |= {"num_null_experts": 4} if router == "null_experts" else {}
+    config.moe.layout["num_experts_per_tok"] = {"switch": 1, "gshard": 2}.get(router, 4)
+    assert predict(config, PROBLEM).memory.activations > 0
