@@ -82,3 +82,12 @@ def test_a_recorded_run_is_replayed_as_it_was(root: Path, tmp_path: Path) -> Non
             assert any(torch.equal(replayed, recorded.roll(-shift, 0)) for shift in range(200))
         assert 0 <= int(replayed.min()) <= int(replayed.max()) < experts
         assert bool((replayed[:, 0] != replayed[:, 1]).all())
+
+
+def test_two_checkouts_are_measured_in_pairs(root: Path, tmp_path: Path) -> None:
+    done = _run(root, "two_checkouts.py", str(root), str(root), "--pairs", "1", "--steps", "1", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("new / old") == 2
+    nothing = _run(root, "two_checkouts.py", str(tmp_path), str(root), "--pairs", "1")
+    assert nothing.returncode == 2
+    assert f"{tmp_path}: is no checkout" in nothing.stderr
