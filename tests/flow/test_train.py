@@ -75,6 +75,8 @@ def test_a_run_folder_holds_all_that_was_promised(finished: Path) -> None:
     assert {"config.yaml", "metrics.jsonl", "summary.json", "log.txt", "evaluation_documents.jsonl"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step_00000009", "step_00000012"]
+    saved = [line for line in (finished / "log.txt").read_text().splitlines() if "checkpoint: " in line]
+    assert len(saved) == 4, "each step once: to write one again it would first be removed"
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert summary["steps"] == 12

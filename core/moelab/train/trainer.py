@@ -60,6 +60,7 @@ class Loop:
     final: dict[str, float] = field(default_factory=dict)  # the newest value of each tag
     loads: dict[int, list[float]] = field(default_factory=dict)
     backends: list[str] = field(default_factory=list)  # as last logged
+    saved: int | None = None  # the step of the last checkpoint that this process wrote
 
 
 def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = False) -> Path:
@@ -206,6 +207,8 @@ def _held_out_documents(setup: Setup) -> tuple[list[str], list[str]]:
 def _save(loop: Loop) -> None:
     setup, progress = loop.setup, loop.progress
     loop.lock.check()
+    if loop.saved == progress.step:  # nothing has changed since, and writing it again would first remove it
+        return
     folder = loop.run_dir / CHECKPOINTS / f"step_{progress.step:08d}"
     state = progress.state() | {
         "data_fingerprint": setup.corpus.fingerprint,
@@ -219,6 +222,7 @@ def _save(loop: Loop) -> None:
     save_checkpoint(folder, setup.model, _training_state(setup), state, checkpoint_files(setup, progress.step))
     _prune(folder.parent, setup.config.train.keep_checkpoints)
     logger.info("checkpoint: %s", folder.relative_to(loop.run_dir))
+    loop.saved = progress.step
     loop.observers.hook.on_save(step=progress.step, path=folder)
 
 
