@@ -169,7 +169,7 @@ def test_no_component_is_singled_out_in_core() -> None:
 def test_the_lowest_versions_are_the_minima_of_pyproject() -> None:
     """Those of all that moelab needs, and of what the tests compare it with."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    tools = ("pytest", "pytest-xdist", "transformers", "pillow")
+    tools = ("pytest", "pytest-xdist", "hypothesis", "submitit", "transformers", "pillow")
     minima = dict(entry.split(">=") for entry in project["dependencies"])
     minima |= dict(e.split(">=") for e in project["optional-dependencies"]["dev"] if e.split(">=")[0] in tools)
     lines = [line for line in (ROOT / "requirements.lowest").read_text().splitlines() if not line.startswith("#")]
