@@ -5,9 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from moelab.printable import LONGEST_MESSAGE, printable
+
 
 class UserError(ValueError):
-    """The input is wrong. The message says what, where, and what to do; the command line exits with 2."""
+    """The input is wrong. The message says what, where, and what to do; the command line exits with 2.
+
+    Whatever it quotes of a stranger's is spelled out and cut here, for the terminal and for who calls from Python.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(message, LONGEST_MESSAGE, keep="\n"))
 
 
 class ConfigError(UserError):
@@ -24,6 +32,9 @@ class DataError(UserError):
 
 class RunFailure(RuntimeError):
     """A run stopped through no fault of its input, say on a NaN loss; the command line exits with 1."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(message, LONGEST_MESSAGE, keep="\n"))
 
 
 def near(name: object, known: Iterable[str]) -> str:
