@@ -19,6 +19,7 @@ from moelab.config.files import Layer, subtree
 from moelab.config.model import ModelConfig
 from moelab.config.stored import read_stored_tree
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
+from moelab.data.tokenizer_file import definition_of
 from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.carried import (
     GENERATION_FILE,
@@ -29,9 +30,10 @@ from moelab.hf.carried import (
     tokenizer_side_files,
 )
 from moelab.hf.config import CONFIG_FILE, read_config
-from moelab.hf.files import read_json
+from moelab.hf.files import READING, read_json
 from moelab.paths import unresolved_hint, user_path
 from moelab.registry import Registry
+from moelab.safe_files import read_bytes
 from moelab.trust import stored_registry
 
 FIELDS_FILE = "config_fields.json"  # in a moelab checkpoint: what of config.json goes along
@@ -100,7 +102,7 @@ def origin_layer(config: Mapping[str, Any]) -> Layer | None:
 
 def same_tokenizer(tokenizer: Tokenizer, folder: Path) -> bool:
     """Whether `folder` has this tokenizer: equal but for what leaves ids alone."""
-    ours, theirs = json.loads(tokenizer.files()[TOKENIZER_FILE]), read_json(folder / TOKENIZER_FILE)
+    ours, theirs = definition_of(tokenizer.files()[TOKENIZER_FILE], TOKENIZER_FILE), read_json(folder / TOKENIZER_FILE)
     return all(ours.get(key) == theirs.get(key) for key in (ours.keys() | theirs.keys()) - set(_NOT_IDS))
 
 
@@ -158,6 +160,6 @@ def _tokenizer(folder: Path) -> str | None:
     path = folder / TOKENIZER_FILE
     if not path.is_file():
         return BYTES if is_moelab(folder) and read_run_config(folder).data.tokenizer == BYTES else None
-    if path.read_bytes() == load_tokenizer(BYTES).files()[TOKENIZER_FILE]:
+    if read_bytes(path, READING) == load_tokenizer(BYTES).files()[TOKENIZER_FILE]:
         return BYTES
     return str(folder)

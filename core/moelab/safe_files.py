@@ -166,8 +166,8 @@ def read_tensor_header(path: Path, reading: Reading) -> tuple[dict[str, Any], in
         if size < 8 or length > min(size - 8, LARGEST_HEADER):
             reading.refuse(path, f"is no whole safetensors file ({size} bytes): truncated or damaged")
         content = file.read(length)
-    header = parse_json(content, f"{path}, its header", reading)
-    return an_object(header, f"{path}, its header", reading), 8 + length, size
+    where = f"{path}: is no whole safetensors file: its header"
+    return an_object(parse_json(content, where, reading), where, reading), 8 + length, size
 
 
 def map_array(path: Path, reading: Reading) -> np.ndarray:

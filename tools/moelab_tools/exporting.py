@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from moelab.checkpoint import is_moelab
 from moelab.data.lineage import carried_lineage
 from moelab.data.seen import carried_record
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
+from moelab.data.tokenizer_file import definition_of
 from moelab.hf.carried import TOKENIZER_FILE, carried_files
 from moelab.hf.config import CONFIG_FILE
-from moelab.hf.files import TensorFolder
+from moelab.hf.files import TensorFolder, read_json
 from moelab.hf.save import save_hf
 from moelab.hf.tokenizer_config import as_it_is, llama_cpp_remark, named_token_ids
 from moelab.nn.transformer import Transformer
@@ -112,12 +112,12 @@ def _tokenizer_lines(
         )
     else:
         checked = verdict.line(output) if verdict.right else f"warning: {verdict.line(output)}"
-    return [checked, llama_cpp_remark(json.loads(files[TOKENIZER_FILE]))]
+    return [checked, llama_cpp_remark(definition_of(files[TOKENIZER_FILE], TOKENIZER_FILE))]
 
 
 def _llama_cpp_limits(output: Path) -> list[str]:
     """What llama.cpp (as in llama-cpp-python 0.3.36) does not compute of a Qwen2-MoE."""
-    config = json.loads((output / CONFIG_FILE).read_text())
+    config = read_json(output / CONFIG_FILE)
     if config["model_type"] != "qwen2_moe":
         return []
     limits = {

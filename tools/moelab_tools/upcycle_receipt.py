@@ -137,9 +137,10 @@ def _compare(source: Path, output: Path, layers: int, plan: Plan, by_layer: dict
 def _probe(source: Path, vocab_size: int, seed: int) -> tuple[list[int], str]:
     """Token ids of a text where the source has a tokenizer, else random ones."""
     if (source / "tokenizer.json").exists():
-        from tokenizers import Tokenizer
+        from moelab.data.tokenizer_file import guarded, load_fast
 
-        tokens = Tokenizer.from_file(str(source / "tokenizer.json")).encode(_PROBE).ids[:SEQUENCE]
+        path = source / "tokenizer.json"
+        tokens = guarded(lambda: load_fast(path).encode(_PROBE).ids, path)[:SEQUENCE]
         if len(tokens) > 1 and max(tokens) < vocab_size:
             return tokens, "text"
     raw = stream(seed, "receipt/1", 0, "probe").random_raw(SEQUENCE)

@@ -16,7 +16,9 @@ from moelab.data.lineage import LINEAGE, Lineage, converted, lineage_of
 from moelab.data.seen import carried_record
 from moelab.errors import CheckpointError
 from moelab.hf.carried import carried_files
-from moelab.hf.files import INDEX_FILE, SINGLE_FILE, read_json
+from moelab.hf.files import INDEX_FILE, READING, SINGLE_FILE, read_json
+from moelab.records import Record
+from moelab.safe_files import an_object, parse_json, read_bytes
 from moelab_upcycling.plan import Plan, Shard
 from moelab_upcycling.worker import ShardResult
 from moelab_upcycling.writer import PARTIAL, explain, write_text
@@ -48,7 +50,8 @@ class OutputFolder:
     def _check_same_plan(self, stored: dict[str, Any]) -> None:
         if stored.get("plan") == self.plan.hash:
             return
-        ours, theirs = json.loads(json.dumps(self.plan.identity())), stored.get("identity", {})
+        ours = json.loads(json.dumps(self.plan.identity()))
+        theirs = Record(str(self.folder / PLAN_FILE), stored, READING).record("identity", optional=True).values
         differing = [
             f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in ours if ours[key] != theirs.get(key)
         ]
@@ -112,12 +115,13 @@ class OutputFolder:
     def recorded(self) -> dict[str, dict[str, str]]:
         """{shard file: {tensor: xxh3-128}} of the finished shards, as the manifest says."""
         found: dict[str, dict[str, str]] = {}
-        with contextlib.suppress(FileNotFoundError):
-            for line in (self.folder / MANIFEST).read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut off by a kill
-                    entry = json.loads(line)
-                    if entry["plan"] == self.plan.hash:
-                        found[entry["shard"]] = entry["tensors"]
+        path = self.folder / MANIFEST
+        lines = read_bytes(path, READING).split(b"\n") if path.exists() else []
+        for number, line in enumerate(lines, 1):
+            with contextlib.suppress(CheckpointError):  # a line that was cut off by a kill: its shard is made again
+                entry = Record(f"{path}:{number}", an_object(parse_json(line, path, READING), path, READING), READING)
+                if entry.text("plan") == self.plan.hash:
+                    found[entry.text("shard")] = dict(entry.record("tensors").values)
         return found
 
     def record(self, result: ShardResult) -> None:
@@ -128,7 +132,7 @@ class OutputFolder:
         }  # fmt: skip
         path = self.folder / MANIFEST
         try:
-            with open(path, "a+b") as file:
+            with open(path, "a+b", opener=_no_link) as file:
                 if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
                     file.write(b"\n")  # after a line that was cut off
                 file.write((json.dumps(entry) + "\n").encode())
@@ -145,10 +149,7 @@ class OutputFolder:
         """config.json, what is carried from the sources, and last the index."""
         write_text(self.folder / "config.json", json.dumps(self.plan.config_json(), indent=2, sort_keys=True) + "\n")
         for name, content in self.carried.items():
-            try:
-                (self.folder / name).write_bytes(content)
-            except OSError as error:
-                raise explain(error, self.folder / name) from error
+            write_text(self.folder / name, content)
         write_text(self.folder / LINEAGE, self._lineage().to_bytes().decode())
         index = {
             "metadata": {"total_size": self.plan.total_size, "upcycle_hash": content_hash(self.plan, hashes)},
@@ -164,6 +165,11 @@ class OutputFolder:
         identity = {key: value for key, value in self.plan.identity().items() if key not in seeds}
         sources = zip(self.plan.sources, self.plan.fingerprints, strict=True)
         return converted(identity, self.plan.seed, [lineage_of(Path(folder), name) for folder, name in sources])
+
+
+def _no_link(path: str, flags: int) -> int:
+    """A link that lies there leads elsewhere."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def content_hash(plan: Plan, hashes: dict[str, str]) -> str:

@@ -18,12 +18,12 @@ def prompt_reader(source: DenseSource) -> PromptReader:
     """Reads nothing until it is asked."""
 
     def encode(text: str) -> list[int]:
-        from tokenizers import Tokenizer  # noqa: PLC0415  (only routers made from prompts need it)
+        from moelab.data.tokenizer_file import guarded, load_fast  # noqa: PLC0415  (only this router needs it)
 
         path = source.folder / "tokenizer.json"
         if not path.exists():
             raise CheckpointError(f"{path}: no such file; a router made from prompts needs the source's tokenizer")
-        return list(Tokenizer.from_file(str(path)).encode(text).ids)
+        return list(guarded(lambda: load_fast(path).encode(text).ids, path))
 
     def embed(tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         tensor = source.tensors[names.EMBEDDING]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moelab.config.upcycle import RecipeConfig, UpcycleConfig
-from moelab.errors import CheckpointError
-from moelab.hf.files import INDEX_FILE, read_json, refuse_two_readings
+from moelab.config.typed import OPTIONS
+from moelab.config.upcycle import UpcycleConfig
+from moelab.errors import CheckpointError, ConfigError
+from moelab.hf.files import INDEX_FILE, READING, read_json, refuse_two_readings
+from moelab.paths import user_path
+from moelab.records import Record, read_record
 from moelab.trust import refuse_unknown
 from moelab_upcycling.convert import prepare, registry_of
 from moelab_upcycling.dtypes import STORAGE, TORCH_NAMES, raw_bytes
@@ -45,50 +48,69 @@ def plan_of_output(
 
     The initialisers of a plugin that it names are imported with `trust` alone, from `search_path` or where it says.
     """
-    stored = read_json(output / PLAN_FILE)
-    identity = stored["identity"]
-    described = identity["config"]
+    stored = read_record(output / PLAN_FILE, READING)
+    config = _config_of(stored, sources)
+    named = stored.listed("search_path", str, optional=True)
     if not trust:
-        refuse_unknown(list(identity["plugins"]), output / PLAN_FILE, stored.get("search_path", []))
-    config = UpcycleConfig(
-        source=[str(source) for source in sources],
-        model=_model_node(described),
-        recipe=RecipeConfig(**identity["recipe"]),
-        seed=identity["seed"],
-        dtype=TORCH_NAMES[identity["dtype"]],
-        untie=not described["tie_word_embeddings"],
-        max_shard_size=str(identity["max_shard_size"]),
-        plugins=list(identity["plugins"]),
-        entry_points=bool(stored.get("entry_points", True)),
-    )
-    paths = [*search_path, *(Path(p) for p in (stored.get("search_path", []) if trust else []))]
+        refuse_unknown(config.plugins, output / PLAN_FILE, named)
+    paths = [*search_path, *(user_path(path, f"{PLAN_FILE}: search_path") for path in named if trust)]
     plan = prepare(config, registry_of(config, paths), paths)
-    if list(plan.fingerprints) != identity["fingerprints"]:
+    if list(plan.fingerprints) != stored.record("identity").listed("fingerprints", str):
         raise CheckpointError(
             f"{output / PLAN_FILE}: was made from other sources than {', '.join(map(str, sources))} (other "
-            "fingerprints); name the ones it was made from: " + ", ".join(stored.get("sources", []))
+            "fingerprints); name the ones it was made from: " + ", ".join(stored.listed("sources", str, optional=True))
         )
-    if plan.hash != stored["plan"]:
+    if plan.hash != stored.text("plan"):
         raise CheckpointError(
             f"{output / PLAN_FILE}: this version of moelab makes another plan of the same recipe; verify with the "
-            f"version that made it: {json.dumps(stored.get('versions', {}))}"
+            f"version that made it: {json.dumps(dict(stored.record('versions', optional=True).values))}"
         )
     return plan
 
 
-def _model_node(described: Mapping[str, Any]) -> dict[str, Any]:
+def _config_of(stored: Record, sources: Sequence[Path]) -> UpcycleConfig:
+    """The recipe that upcycle.json describes, over these sources."""
+    identity = stored.record("identity")
+    described, recipe = identity.record("config"), identity.record("recipe")
+    dtype = identity.text("dtype")
+    if dtype not in TORCH_NAMES:
+        identity.refuse("dtype", f"one of {', '.join(TORCH_NAMES)}")
+    tree = {
+        "source": [str(source) for source in sources],
+        "model": _model_node(described),
+        "recipe": dict(recipe.values),
+        "seed": identity.integer("seed"),
+        "dtype": TORCH_NAMES[dtype],
+        "untie": not described.flag("tie_word_embeddings"),
+        "max_shard_size": str(identity.integer("max_shard_size", least=1)),
+        "plugins": identity.listed("plugins", str),
+        "entry_points": stored.flag("entry_points", True),
+    }
+    try:
+        config = OPTIONS.build(UpcycleConfig, tree)
+        config.check()
+    except ConfigError as error:
+        raise CheckpointError(f"{stored.where}: can't be used: {error}; {READING.cure}") from error
+    return config
+
+
+def _model_node(described: Record) -> dict[str, Any]:
     """The recipe's `model`, from the config.json that it led to."""
     layout = (
         "num_experts", "num_experts_per_tok", "moe_intermediate_size",
         "decoder_sparse_step", "mlp_only_layers",
     )  # fmt: skip
     free = ("vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "initializer_range")
+    found = described.values
+    for key in (*layout, *free, "norm_topk_prob", "shared_expert_intermediate_size"):
+        if key not in described:
+            described.refuse(key, "there")
     return {
-        **{key: described[key] for key in free},
+        **{key: found[key] for key in free},
         "moe": {
-            "layout": {"name": "uniform", **{key: described[key] for key in layout}},
-            "router": {"name": "softmax_topk", "norm_topk_prob": described["norm_topk_prob"]},
-            "shared_expert": {"name": "gated", "intermediate_size": described["shared_expert_intermediate_size"]},
+            "layout": {"name": "uniform", **{key: found[key] for key in layout}},
+            "router": {"name": "softmax_topk", "norm_topk_prob": found["norm_topk_prob"]},
+            "shared_expert": {"name": "gated", "intermediate_size": found["shared_expert_intermediate_size"]},
         },
     }
 
@@ -159,7 +181,7 @@ def _compare_shard(
     progress: Callable[[int], None],
 ) -> None:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         verdict.differences.append(f"{path}: can't be opened: {error.strerror}")
         return

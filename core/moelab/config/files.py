@@ -12,6 +12,7 @@ from moelab.config.scalars import Plain, meaning, quoted, scalar, settle
 from moelab.config.text import LARGEST_FILE, read_tree
 from moelab.errors import ConfigError
 from moelab.paths import user_path
+from moelab.safe_files import Reading, read_text
 
 _SUFFIXES = (".yaml", ".yml")
 _KEY = re.compile(r'(?:"[^"]+"|[^.\[\]"]+)(?:\.(?:"[^"]+"|[^.\[\]"]+)|\[[0-9]+\])*')
@@ -140,15 +141,8 @@ def _take_bases(tree: dict[str, Any], key_path: tuple[str, ...]) -> list[tuple[t
 
 def read_file(path: Path) -> dict[str, Any]:
     """The tree of a YAML file, a mapping. Raises ConfigError naming the file and the line."""
-    try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise ConfigError(f"{path}: is larger than {LARGEST_FILE >> 20} MiB, so it is no config")
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file (byte {error.start}); a config is YAML in UTF-8") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
-    tree = read_tree(text, str(path))
+    reading = Reading(ConfigError, "a config is a text file, YAML in UTF-8")
+    tree = read_tree(read_text(path, reading, LARGEST_FILE), str(path))
     if settle(tree) is None:
         return {}
     if not isinstance(tree, dict):

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Encoding
-from tokenizers import Tokenizer as FastTokenizer
 
 from moelab.data.byte_tokenizer import byte_alphabet
 from moelab.data.special_tokens import spelling
+from moelab.data.tokenizer_file import check_definition, definition_of, fast_tokenizer, guarded
 from moelab.errors import DataError
 
 # What ends a document in published vocabularies: Qwen and GPT-2, Llama 3, Llama 2 and T5, Gemma, DeepSeek.
@@ -33,20 +33,16 @@ class JsonTokenizer:
     """`content` is the tokenizer.json, `config` its tokenizer_config.json if there is one."""
 
     def __init__(self, content: bytes, where: str, config: bytes | None = None) -> None:
-        try:
-            content = _deterministic(content, where)
-            self._tokenizer: Any = FastTokenizer.from_str(content.decode("utf-8"))
-            self._definition = json.loads(content)
-            self._config = json.loads(config) if config is not None else {}
-        except Exception as error:  # the library raises plain Exception for any malformed file
-            raise DataError(
-                f"data.tokenizer: {where} is no tokenizer.json of the `tokenizers` library ({error}); "
-                "transformers' `AutoTokenizer.from_pretrained(...).save_pretrained(folder)` writes one"
-            ) from error
+        self._where = where
+        self._definition = definition_of(content, where)
+        check_definition(self._definition, where)
+        content = _deterministic(content, self._definition, where)
+        self._tokenizer: Any = fast_tokenizer(content, where)
+        self._config = {} if config is None else definition_of(config, f"tokenizer_config.json beside {where}")
         # A special token spelled out in a document is text: it must not end the document.
         self._tokenizer.encode_special_tokens = True
         self._content = content
-        self._vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self._vocab: dict[str, int] = guarded(self._tokenizer.get_vocab, where)
         if not self._vocab:
             raise DataError(f"data.tokenizer: {where} has an empty vocabulary; give a trained tokenizer")
         self.vocab_size = max(self._vocab.values()) + 1
@@ -99,12 +95,15 @@ class JsonTokenizer:
         inside the spelling it does not.
         """
         clean = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate would raise in Rust
-        whole: Encoding = self._tokenizer.encode(clean, add_special_tokens=False)
+        whole = self._encoding(clean)
         if not np.isin(self._control, whole.ids).any():
             return [(clean, whole)]
         cuts = [0, *(match.start() + 1 for match in self._spelled.finditer(clean)), len(clean)]
         pieces = [clean[begin:end] for begin, end in pairwise(cuts)]
-        return [(piece, self._tokenizer.encode(piece, add_special_tokens=False)) for piece in pieces]
+        return [(piece, self._encoding(piece)) for piece in pieces]
+
+    def _encoding(self, text: str) -> Encoding:
+        return guarded(lambda: self._tokenizer.encode(text, add_special_tokens=False), self._where)
 
     def _unknown(self) -> int | None:
         """The id of what the vocabulary has no token for: it may stand anywhere."""
@@ -146,10 +145,9 @@ class JsonTokenizer:
         return lengths
 
 
-def _deterministic(content: bytes, where: str) -> bytes:
-    """The file without what samples, cuts or pads; the same bytes where there is nothing of it."""
-    definition = json.loads(content)
-    model = definition.get("model") or {}
+def _deterministic(content: bytes, definition: dict[str, Any], where: str) -> bytes:
+    """The file without what samples, cuts or pads (`definition` too); the same bytes where there is nothing of it."""
+    model = definition["model"]
     found = {f"model.{key}": model.get(key) for key in SAMPLING} | {key: definition.get(key) for key in CUTTING}
     found = {key: value for key, value in found.items() if value}
     if not found:

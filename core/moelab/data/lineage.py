@@ -17,9 +17,12 @@ from typing import Any
 
 from moelab.config.run import RunConfig
 from moelab.errors import CheckpointError
+from moelab.records import Record, read_record
+from moelab.safe_files import Reading
 
 LINEAGE = "moelab_lineage.json"
 FORMAT_VERSION = 1
+READING = Reading(CheckpointError, "copy it again, with the version of moelab that wrote it, or delete it")
 TRAINING, CONVERSION = "training", "conversion"
 # Of a run's config, what changes no weight.
 _FREE = {"run_dir", "name", "resume", "observers", "evaluation", "search_path", "seed"}
@@ -37,11 +40,17 @@ class Lineage:
         return {"recipe": self.recipe, "stages": [list(stage) for stage in self.stages]}
 
     @classmethod
-    def from_json(cls, content: Any, name: str) -> Lineage:
-        """What `to_json` gave; `name` stands for weights of which nothing is known (None)."""
-        if content is None:
-            return cls(f"the weights {name}")
-        return cls(str(content["recipe"]), tuple((str(stage), str(seeds)) for stage, seeds in content["stages"]))
+    def unknown(cls, name: str) -> Lineage:
+        """Of weights of which nothing is known but their name."""
+        return cls(f"the weights {name}")
+
+    @classmethod
+    def from_record(cls, content: Record) -> Lineage:
+        """What `to_json` gave."""
+        stages = content.listed("stages", list, most=1000)
+        if not all(len(stage) == 2 and all(isinstance(part, str) for part in stage) for stage in stages):
+            content.refuse("stages", "a list of [stage, seeds]")
+        return cls(content.text("recipe"), tuple((stage, seeds) for stage, seeds in stages))
 
     def to_bytes(self) -> bytes:
         """The content of moelab_lineage.json."""
@@ -52,14 +61,10 @@ def lineage_of(folder: Path, name: str) -> Lineage:
     """What a folder of weights says; `name` stands for weights that say nothing. Raises CheckpointError if broken."""
     path = folder / LINEAGE
     if not path.is_file():
-        return Lineage.from_json(None, name)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format_version"] > FORMAT_VERSION:
-            raise CheckpointError(f"{path}: has format_version {content['format_version']}, newer than this moelab")
-        return Lineage.from_json(content, name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: can't be read ({error!r}); copy it again, or delete it") from error
+        return Lineage.unknown(name)
+    content = read_record(path, READING)
+    content.integer("format_version", most=FORMAT_VERSION)
+    return Lineage.from_record(content)
 
 
 def carried_lineage(folder: Path) -> dict[str, bytes]:

@@ -12,8 +12,11 @@ from typing import TypeVar
 from moelab.data.account import Account
 from moelab.errors import DataError
 from moelab.paths import unresolved_hint, user_path
+from moelab.safe_files import Reading, read_bytes
 
 GLOB_CHARACTERS = "*?["
+LARGEST = 4 << 30  # bytes of one text, which is held whole
+READING = Reading(DataError, "mend it, or leave it out of data.source")
 Key = TypeVar("Key")
 
 
@@ -159,11 +162,7 @@ def _parts_match(patterns: tuple[str, ...], parts: tuple[str, ...]) -> bool:
 
 def read_text(path: Path) -> str:
     """A file's text, which must be UTF-8; its byte-order mark is left out. Raises DataError naming the file."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"data.source: {path} can't be read: {error.strerror}") from error
-    return decode_text(data, str(path))
+    return decode_text(read_bytes(path, READING, LARGEST), str(path))
 
 
 def decode_text(data: bytes, where: str) -> str:

@@ -20,9 +20,14 @@ from moelab.data.corpus import Corpus, TokenStream
 from moelab.data.identity import token_identities, token_kind
 from moelab.data.tokenizer import Tokenizer
 from moelab.errors import CheckpointError
+from moelab.records import Record
+from moelab.records import read_record as read_json_record
+from moelab.safe_files import Reading
 
 RECORD = "moelab_data.json"
 FORMAT_VERSION = 1
+LARGEST = 2 << 30  # bytes: of some 180 million documents
+READING = Reading(CheckpointError, "take it from the checkpoint again, with a moelab as new as the one that wrote it")
 BEGAN = "the weights it began with"  # for a run that goes on without its train.init_from
 Hashes = Mapping[str, np.ndarray]  # {kind of identity: [n] uint64, rising, each once}
 
@@ -130,19 +135,13 @@ def read_record(folder: Path) -> DataRecord | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_bytes())
-        if content["format_version"] > FORMAT_VERSION:
-            raise CheckpointError(f"{path}: is of format {content['format_version']}, newer than this moelab reads")
-        training = {kind: _hashes(packed) for kind, packed in content["training"].items()}
-        read = {kind: hashes[_bits(content["read"][kind], len(hashes))] for kind, hashes in training.items()}
-        held_out = {kind: _hashes(packed) for kind, packed in content["held_out"].items()}
-        names = [tuple(map(str, content[key])) for key in ("fingerprints", "unknown")]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: can't be read ({error}); take it from the checkpoint again") from error
-    return DataRecord(training, read, held_out, *names)
+    content = read_json_record(path, READING, limit=LARGEST)
+    content.integer("format_version", most=FORMAT_VERSION)
+    training, held_out = (_hashes(content.record(part)) for part in ("training", "held_out"))
+    bits = content.record("read")
+    read = {kind: hashes[_bits(bits, kind, len(hashes))] for kind, hashes in training.items()}
+    fingerprints, unknown = (tuple(content.listed(key, str)) for key in ("fingerprints", "unknown"))
+    return DataRecord(training, read, held_out, fingerprints, unknown)
 
 
 def carried_record(folders: Sequence[Path]) -> dict[str, bytes]:
@@ -183,16 +182,19 @@ def _packed(values: np.ndarray) -> str:
     return base64.b64encode(values.tobytes()).decode()
 
 
-def _unpacked(text: str, dtype: Any) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text, validate=True), dtype)
+def _unpacked(record: Record, kind: str, dtype: Any) -> np.ndarray:
+    try:
+        return np.frombuffer(base64.b64decode(record.text(kind, longest=LARGEST), validate=True), dtype)
+    except ValueError:  # no base64, or no whole number of items
+        return record.refuse(kind, f"base64 of {np.dtype(dtype).itemsize} bytes a document")
 
 
-def _bits(text: str, count: int) -> np.ndarray:
-    packed = _unpacked(text, np.uint8)
+def _bits(record: Record, kind: str, count: int) -> np.ndarray:
+    packed = _unpacked(record, kind, np.uint8)
     if len(packed) != -(-count // 8):
-        raise ValueError(f"{len(packed)} bytes of bits for {count} documents")
+        record.refuse(kind, f"a bit for each of {count} documents")
     return np.unpackbits(packed, count=count).astype(bool)
 
 
-def _hashes(text: str) -> np.ndarray:
-    return np.unique(_unpacked(text, "<u8").astype(np.uint64))
+def _hashes(record: Record) -> dict[str, np.ndarray]:
+    return {kind: np.unique(_unpacked(record, kind, "<u8").astype(np.uint64)) for kind in record.values}

@@ -13,6 +13,9 @@ import numpy as np
 
 from moelab.errors import DataError
 from moelab.paths import unresolved_hint, user_path
+from moelab.safe_files import Reading, read_bytes
+
+READING = Reading(DataError, "data.tokenizer names it: write it again, or name another")
 
 
 class Tokenizer(Protocol):
@@ -69,11 +72,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
             f"data.tokenizer: no file {path}; give 'bytes', or the path of a tokenizer.json or of a folder holding one"
             + unresolved_hint(spec)
         )
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"data.tokenizer: {path} can't be read: {error.strerror}") from error
+    content = read_bytes(path, READING)
     if content == byte_tokenizer.files()["tokenizer.json"]:
         return byte_tokenizer  # one of our own checkpoints: the same ids, hundreds of times as fast
     config = path.with_name("tokenizer_config.json")
-    return JsonTokenizer(content, str(path), config.read_bytes() if config.is_file() else None)
+    return JsonTokenizer(content, str(path), read_bytes(config, READING) if config.is_file() else None)

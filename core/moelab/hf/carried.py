@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from moelab.errors import CheckpointError, ConfigError
-from moelab.hf.files import read_json
+from moelab.hf.files import READING, read_json
+from moelab.safe_files import read_bytes
 
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 GENERATION_FILE = "generation_config.json"
@@ -23,7 +24,6 @@ SIDE_FILES = (
 TERMS = ("license*", "licence*", "notice*", "copying*", "use_policy*")  # in any case of letters
 README, SOURCE_README = "README.md", "README.source.md"  # a copy's own card would say what only the source is
 ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json
-_LARGEST = 256 << 20  # bytes; the largest tokenizer.json in use has about 35 MB
 
 
 def carried_files(folder: Path) -> dict[str, bytes]:
@@ -116,9 +116,4 @@ _VOCABULARIES = {
 
 
 def _read(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, too many for a file of its name")
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
+    return read_bytes(path, READING)

@@ -6,7 +6,7 @@ folder in two ways. Never unpickles.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from moelab.errors import CheckpointError
+from moelab.records import Record
+from moelab.safe_files import Reading, read_object, read_tensor_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +27,7 @@ INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
 FLOATS = ("F64", "F32", "BF16", "F16")
 SHOWN = 5  # names in a message
+READING = Reading(CheckpointError)
 _PIECE = 8 << 20  # bytes compared at a time
 
 
@@ -142,44 +145,32 @@ def refuse_two_readings(folder: Path) -> None:
 
 def read_json(path: Path, missing: str = "a checkpoint folder needs it") -> dict[str, Any]:
     """A JSON object; CheckpointError naming the file otherwise. `missing`: what to say where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file; {missing}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, a number or a nesting beyond all bounds
-        raise CheckpointError(f"{path}: is not JSON ({error}); download or write it again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds a {type(found).__name__}, not a JSON object")
-    return found
+    return read_object(path, READING if os.path.lexists(path) else Reading(CheckpointError, missing))
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The library checks the header, and that the file has all the bytes it speaks of; we add where they lie."""
+    header, begin, size = read_tensor_header(path, READING)
     try:
         with safe_open(str(path), framework="np"):
             pass
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: is no whole safetensors file ({error}; {_size(path)}): truncated or damaged; "
-            "download or write it again"
-        ) from error
+    except (OSError, SafetensorError, ValueError) as error:
+        READING.refuse(path, f"is no whole safetensors file ({error}; {size} bytes): truncated or damaged", error)
     header.pop("__metadata__", None)
-    return {
-        name: StoredTensor(
-            name=name,
-            path=path,
-            shape=tuple(entry["shape"]),
-            dtype=entry["dtype"],
-            offset=8 + length + entry["data_offsets"][0],
-            nbytes=entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-    }
+    entries = Record(str(path), header, READING).records()
+    return {name: _stored(name, entry, path, begin) for name, entry in entries}
+
+
+def _stored(name: str, entry: Record, path: Path, begin: int) -> StoredTensor:
+    first, last = entry.listed("data_offsets", int, most=2)
+    return StoredTensor(
+        name=name,
+        path=path,
+        shape=tuple(entry.listed("shape", int)),
+        dtype=entry.text("dtype"),
+        offset=begin + first,
+        nbytes=last - first,
+    )
 
 
 def _read_shards(index: Path) -> dict[str, StoredTensor]:
@@ -208,10 +199,10 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map: must be an object, tensor name -> file, not {weight_map!r}")
+def _weight_map(index: Path) -> Mapping[str, str]:
+    weight_map = Record(str(index), read_json(index), READING).record("weight_map").values
+    if not weight_map:
+        raise CheckpointError(f"{index}: weight_map: names no tensor; download or write it again")
     for name, shard in weight_map.items():
         # Only files of this folder: an index could otherwise point anywhere.
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
@@ -229,13 +220,6 @@ def _nothing_to_read(folder: Path) -> str:
             "convert it where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
     return f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; download or write the checkpoint again"
-
-
-def _size(path: Path) -> str:
-    try:
-        return f"{path.stat().st_size} bytes"
-    except OSError:
-        return "size unknown"
 
 
 def _some(names: list[str]) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from moelab.hf.carried import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from moelab.hf.files import READING
+from moelab.safe_files import an_object, parse_json
 
 # Digits one by one, contractions apart, and a blank belongs to the word after it.
 QWEN2_WORDS = (
@@ -29,8 +31,7 @@ def as_it_is(files: Mapping[str, bytes], *, dense: bool) -> dict[str, bytes]:
 
     `dense`: the folder's model_type is qwen2. Qwen2's own tokenizer stays as it was given.
     """
-    definition = json.loads(files[TOKENIZER_FILE])
-    config = json.loads(files[TOKENIZER_CONFIG_FILE])
+    definition, config = _object(files, TOKENIZER_FILE), _object(files, TOKENIZER_CONFIG_FILE)
     config.pop("auto_map", None)  # its code stays behind
     if not is_qwen2_pipeline(definition):
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -43,7 +44,7 @@ def as_it_is(files: Mapping[str, bytes], *, dense: bool) -> dict[str, bytes]:
 
 def named_token_ids(files: Mapping[str, bytes]) -> dict[str, int]:
     """{"pad_token_id": ..., "bos_token_id": ...} of the tokens that tokenizer_config.json names, where they exist."""
-    definition, config = json.loads(files[TOKENIZER_FILE]), json.loads(files[TOKENIZER_CONFIG_FILE])
+    definition, config = _object(files, TOKENIZER_FILE), _object(files, TOKENIZER_CONFIG_FILE)
     vocabulary = definition.get("model", {}).get("vocab", {})
     ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
     ids |= {token["content"]: token["id"] for token in definition.get("added_tokens", [])}
@@ -51,9 +52,13 @@ def named_token_ids(files: Mapping[str, bytes]) -> dict[str, int]:
     for name in ("bos", "pad"):
         token = config.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token  # older files write the whole added token
-        if token in ids:
+        if isinstance(token, str) and token in ids:
             found[f"{name}_token_id"] = int(ids[token])
     return found
+
+
+def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    return an_object(parse_json(files[name], name, READING, whole=False), name, READING)
 
 
 def is_qwen2_pipeline(definition: Mapping[str, Any]) -> bool:

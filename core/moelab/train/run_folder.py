@@ -12,8 +12,14 @@ from typing import Any
 
 from moelab.checkpoint import CONFIG
 from moelab.errors import DataError, UserError
+from moelab.printable import printable
+from moelab.records import Record
+from moelab.safe_files import Reading, an_object, parse_json, read_bytes, read_object
 from moelab.train.run_lock import LOCK
 
+READING = Reading(UserError, "mend it, or begin anew with --force")
+LONGEST_LOGGED = 10_000  # characters of one entry of log.txt: a traceback fits
+logger = logging.getLogger("moelab")
 METRICS, SUMMARY, LOG, DOCUMENTS = "metrics.jsonl", "summary.json", "log.txt", "evaluation_documents.jsonl"
 
 
@@ -58,7 +64,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     """Written beside, synced, renamed: a reader sees the old file or the new one, never half of one."""
     data = content.encode() if isinstance(content, str) else content
     beside = path.with_name(f".{path.name}.partial")
-    with beside.open("wb") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW  # a link that lies there leads elsewhere
+    with os.fdopen(os.open(beside, flags, 0o666), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -72,8 +79,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def is_finished(path: Path) -> bool:
     """Whether the run came to its end: its summary, written last, says so."""
     try:
-        return bool(json.loads((path / SUMMARY).read_text())["status"] == "finished")
-    except (OSError, ValueError, KeyError):
+        return bool(read_object(path / SUMMARY, READING, finite=False).get("status") == "finished")
+    except UserError:
         return False
 
 
@@ -86,18 +93,12 @@ class MetricsLog:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         self.path = path
-        kept = []
+        kept: list[dict[str, Any]] = []
         self._seen: set[tuple[int, frozenset[str]]] = set()
         if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # a line cut short by a kill: it and all after it come again
-                if row["step"] <= resumed_step:
-                    kept.append(line)
-                    self._seen.add(_kind(row))
-        write_atomically(path, "".join(line + "\n" for line in kept))
+            kept = [row for row in _readable(path) if row["step"] <= resumed_step]
+            self._seen = {_kind(row) for row in kept}
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -108,6 +109,26 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _readable(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; of a damaged one those that can be read, and a word of the others.
+
+    A last line cut short by a kill goes without a word: it comes again.
+    """
+    rows, lost = [], []
+    *lines, torn = read_bytes(path, READING).split(b"\n")
+    for number, line in enumerate([*lines, torn], 1):
+        where = f"{path}:{number}"
+        try:
+            row = an_object(parse_json(line, where, READING, finite=False), where, READING)
+            Record(where, row, READING).integer("step")
+            rows.append(row)
+        except UserError as error:
+            lost += [error] if number <= len(lines) else []
+    if lost:
+        logger.warning("%d lines of %s can't be read and are left out: %s", len(lost), path, lost[0])
+    return rows
 
 
 def _kind(row: Mapping[str, Any]) -> tuple[int, frozenset[str]]:
@@ -145,13 +166,21 @@ class HeldLog(logging.Handler):
         self.records.append(record)
 
 
+class PrintableFormatter(logging.Formatter):
+    """What is logged may quote names of strangers; tracebacks keep their lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), LONGEST_LOGGED, keep="\n")
+
+
 def open_log(path: Path, held: Iterable[logging.LogRecord] = ()) -> logging.Handler:
     """What was `held` and everything that `moelab` logs from here go to log.txt; -> a handler for `close_log`."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(f"{path}: is no regular file of this folder; remove it, and what the run says is written there")
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
     for record in held:
         handler.handle(record)
-    logger = logging.getLogger("moelab")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     return handler

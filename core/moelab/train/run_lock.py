@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.errors import RunFailure, UserError
+from moelab.safe_files import Reading, an_object, parse_json
 
 LOCK = ".lock"
 BEAT_SECONDS = 600.0  # a holder touches the file at least at each log, evaluation and checkpoint
@@ -66,7 +68,7 @@ def _open(folder: Path) -> int:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         except OSError as error:
             raise UserError(f"run_dir: {folder} can't be written: {error.strerror}; choose another run_dir") from error
         try:
@@ -104,11 +106,12 @@ def _take(folder: Path, descriptor: int) -> None:
 
 
 def _read(descriptor: int) -> dict[str, Any]:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise UserError(f"run_dir: {LOCK} in it is no regular file; remove it, or choose another run_dir")
     try:
-        found = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:  # empty: just made, or its maker was killed before it wrote
+        return an_object(parse_json(os.pread(descriptor, 4096, 0), LOCK, Reading()), LOCK, Reading())
+    except UserError:  # empty: just made, or its maker was killed before it wrote
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _self() -> dict[str, Any]:

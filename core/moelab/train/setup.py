@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from moelab.builder import build_balance_losses, build_model, resolve_model
-from moelab.checkpoint import CONFIG, read_run_config, read_state
+from moelab.checkpoint import CONFIG, STATE, read_run_config, read_state
 from moelab.config.run import RunConfig
 from moelab.config.scalars import settle
 from moelab.config.stored import is_sealed, stored, to_yaml
 from moelab.data.batches import TrainBatches, ValidationBatches
 from moelab.data.corpus import Corpus, DataContext
-from moelab.data.lineage import LINEAGE, Lineage, lineage_of, trained
+from moelab.data.lineage import LINEAGE, READING, Lineage, lineage_of, trained
 from moelab.data.seen import RECORD, DataRecord, SeenText, history_of, record_of_run, seen_text
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import ConfigError
@@ -31,6 +31,7 @@ from moelab.nn.count import Parameters, ServedCosts, count_parameters, flops_per
 from moelab.nn.transformer import Transformer
 from moelab.origin import check_vocabulary
 from moelab.paths import user_path
+from moelab.records import Record
 from moelab.registry import Registry
 from moelab.train.optimizer import build_adamw
 from moelab.train.precision import choose_precision, set_threads
@@ -150,7 +151,8 @@ def starting_lineage(config: RunConfig, start: Start) -> Lineage | None:
         return None
     if not start.origin.own:
         return lineage_of(start.origin.folder, source)
-    return Lineage.from_json(read_state(start.origin.folder).get("lineage"), source)
+    state = Record(str(start.origin.folder / STATE), read_state(start.origin.folder), READING)
+    return Lineage.from_record(state.record("lineage")) if "lineage" in state else Lineage.unknown(source)
 
 
 def starting_history(config: RunConfig, start: Start) -> DataRecord:

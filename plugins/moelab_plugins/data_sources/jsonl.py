@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +11,9 @@ from typing import Any
 
 from moelab import Component, ConfigError, Corpus, DataContext, DataError, Document, build_corpus, component, hookimpl
 from moelab.data.reading import decode_text, distinct_files
+from moelab.safe_files import LARGEST_LINE, Reading, parse_json
 
+READING = Reading(DataError, "each line of data.source must be one whole object")
 PATTERNS = ("**/*.jsonl", "**/*.jsonl.gz")  # of a folder
 GZIP = b"\x1f\x8b"  # how a gzip file begins (RFC 1952, section 2.3.1)
 
@@ -51,17 +52,18 @@ def _lines(file: Path) -> Iterator[bytes]:
     try:
         with file.open("rb") as stream:
             zipped = stream.peek(2)[:2] == GZIP or file.suffix == ".gz"
-            yield from gzip.GzipFile(fileobj=stream) if zipped else stream
+            lines = gzip.GzipFile(fileobj=stream) if zipped else stream
+            while line := lines.readline(LARGEST_LINE + 1):
+                if len(line) > LARGEST_LINE:
+                    raise DataError(f"data.source: {file} has a line of more than {LARGEST_LINE >> 20} MiB; cut it")
+                yield line
     except (OSError, EOFError, zlib.error) as error:  # what gzip raises for a truncated or false archive
         raise DataError(f"data.source: {file} can't be read: {error}; download or write it again") from error
 
 
 def _text(line: bytes, where: str, options: JsonlOptions) -> tuple[str, str | None]:
     """(text, domain where a key names it)."""
-    try:
-        record: Any = json.loads(decode_text(line, where))
-    except json.JSONDecodeError as error:
-        raise DataError(f"data.source: {where} is no JSON: {error}; each line must be one whole object") from error
+    record = parse_json(decode_text(line, where), where, READING, finite=False, whole=False)
     own = None if options.domain_key is None else _string(record, options.domain_key, "domain_key", where)
     return _string(record, options.text_key, "text_key", where), own
 

@@ -15,8 +15,10 @@ from moelab import Component, ConfigError, Corpus, DataContext, DataError, Token
 from moelab.data.account import Account
 from moelab.data.identity import token_identities, token_kind
 from moelab.data.reading import resolve_path
+from moelab.safe_files import Reading, check_regular, map_array
 
 CHUNK = 1 << 24  # tokens looked at together
+READING = Reading(DataError, "data.source names it: write it with numpy.save, or mend the path")
 SAMPLES, SAMPLE_BYTES = 256, 1 << 16  # of a file that is too long to hash whole
 
 
@@ -149,23 +151,7 @@ def _unseen(train: TokenStream, validation: TokenStream, account: Account) -> To
 
 def _map(file: Path, dtype: str | None) -> np.ndarray:
     """file -> [N] integers on disk."""
-    try:
-        if file.suffix == ".npy":
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-        elif dtype is None:
-            raise ConfigError(f"dtype: {file} is raw binary; say what it holds: uint16, int32, uint32 or int64")
-        elif file.stat().st_size % np.dtype(dtype).itemsize:
-            raise DataError(f"data.source: {file} has {file.stat().st_size} bytes, no whole number of {dtype}s")
-        elif file.stat().st_size == 0:
-            array = np.zeros(0, dtype)  # an empty file can't be mapped
-        else:
-            array = np.memmap(file, np.dtype(dtype).newbyteorder("<"), "r")
-    except (OSError, EOFError) as error:
-        raise DataError(f"data.source: {file} can't be read: {error}") from error
-    except ValueError as error:
-        if isinstance(error, DataError | ConfigError):
-            raise
-        raise DataError(f"data.source: {file} is no .npy array ({error}); write it with numpy.save") from error
+    array = map_array(file, READING) if file.suffix == ".npy" else _map_raw(file, dtype)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise DataError(
             f"data.source: {file} holds {array.dtype} of shape {list(array.shape)}; it must be one row of integers"
@@ -173,6 +159,20 @@ def _map(file: Path, dtype: str | None) -> np.ndarray:
     if not len(array):
         raise DataError(f"data.source: {file} has no tokens; give a file that is not empty")
     return array
+
+
+def _map_raw(file: Path, dtype: str | None) -> np.ndarray:
+    if dtype is None:
+        raise ConfigError(f"dtype: {file} is raw binary; say what it holds: uint16, int32, uint32 or int64")
+    size = check_regular(file, READING)
+    if size % np.dtype(dtype).itemsize:
+        READING.refuse(file, f"has {size} bytes, no whole number of {dtype}s")
+    if not size:
+        return np.zeros(0, dtype)  # an empty file can't be mapped
+    try:
+        return np.memmap(file, np.dtype(dtype).newbyteorder("<"), "r")
+    except (OSError, ValueError) as error:
+        READING.refuse(file, f"can't be mapped: {error}", error)
 
 
 def _document_starts(array: np.ndarray, eos: int, vocab_size: int, file: Path) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moelab import Component, ConfigError, MoEContext, Router, Routing, TokenInfo, component, hookimpl, user_path
+from moelab.safe_files import Reading, map_array, read_json
 from moelab.seeds import derive_seed
 
 
@@ -78,11 +78,14 @@ def _equal_mass(counts: np.ndarray, experts: int) -> np.ndarray:
 
 
 def _read_counts(path: Path, vocabulary: int) -> np.ndarray:
+    reading = Reading(ConfigError, "`frequencies` names a .npy or .json list of counts")
     try:
-        counts = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.array(json.loads(path.read_text()))
+        counts = map_array(path, reading) if path.suffix == ".npy" else np.array(read_json(path, reading))
         counts = counts.astype(np.float64)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"frequencies: can't read {path}: {error}; give a .npy or .json list of counts") from error
+    except (ValueError, TypeError, OverflowError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reading.refuse(path, f"is no list of numbers ({error})", error)
     if counts.shape != (vocabulary,) or not np.isfinite(counts).all() or (counts < 0).any():
         raise ConfigError(f"frequencies: {path} must hold {vocabulary} counts, one a token id; it has {counts.shape}")
     return counts

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moelab.data.lineage import CONVERSION, TRAINING
 from moelab.errors import ConfigError, UserError
+from moelab.printable import printable
+from moelab.records import Record, read_record
+from moelab.safe_files import Reading, json_lines, read_bytes
 from moelab.train.format import FORMAT_VERSION
+from moelab_tools.compare.run_shapes import check_config, check_summary
 
+_CURE = "leave this run out, or train it again"
+READING = Reading(UserError, _CURE)
+LONGEST_NAME = 120  # characters of a run's name in tables and sentences
 Row = dict[str, float]
 AXES = ("step", "tokens", "flops", "seconds")  # in every line of metrics.jsonl, beside its tags
 
@@ -132,7 +138,7 @@ def _rename_twins(runs: Sequence[Run], longer: Callable[[Run], str]) -> None:
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
-            run.name = longer(run)
+            run.name = printable(longer(run), LONGEST_NAME)
 
 
 def read_run(folder: Path) -> Run:
@@ -144,11 +150,11 @@ def read_run(folder: Path) -> Run:
     config = _read_config(folder / "config.yaml")
     warnings: list[str] = []
     summary = _read_summary(folder / "summary.json")
-    status = str(summary.get("status", "unfinished"))
+    status = summary.get("status", "unfinished")
     rows = _read_metrics(folder / "metrics.jsonl", status == "finished", warnings)
     documents = _read_documents(folder / "evaluation_documents.jsonl", status == "finished")
     name = summary.get("name") or config.get("name") or folder.resolve().name
-    return Run(folder, str(name), status, config, summary, rows, documents, warnings)
+    return Run(folder, printable(name, LONGEST_NAME), status, config, summary, rows, documents, warnings)
 
 
 def _runs_inside(folder: Path) -> str:
@@ -168,6 +174,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{error}; {_CURE}") from error
     if "model" not in config:
         raise UserError(f"{path}: holds no `model`; {_CURE}")
+    check_config(Record(str(path), config, READING))
     return dict(config)
 
 
@@ -175,12 +182,9 @@ def _read_summary(path: Path) -> dict[str, Any]:
     """Empty when the run has not ended: it is written last."""
     if not path.exists():
         return {}
-    try:
-        summary = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: broken JSON at line {error.lineno} ({error.msg}); {_CURE}") from error
-    version = summary.get("format_version", 1)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    summary = read_record(path, READING, finite=False)
+    version = summary.integer("format_version", 1)
+    if version > FORMAT_VERSION:
         raise UserError(
             f"{path}: has format_version {version}, and this moelab reads up to {FORMAT_VERSION}: its names may mean "
             "something else; compare with the version that wrote it"
@@ -188,7 +192,8 @@ def _read_summary(path: Path) -> dict[str, Any]:
     missing = [key for key in ("status", "final", "data", "parameters") if key not in summary]
     if missing:
         raise UserError(f"{path}: lacks {', '.join(missing)}; {_CURE}")
-    return summary
+    check_summary(summary)
+    return dict(summary.values)
 
 
 def _read_metrics(path: Path, finished: bool, warnings: list[str]) -> list[Row]:
@@ -196,15 +201,17 @@ def _read_metrics(path: Path, finished: bool, warnings: list[str]) -> list[Row]:
     if not path.exists():
         raise UserError(f"{path}: missing, so there are no curves; {_CURE}")
     rows: dict[float, Row] = {}
-    for number, line in _lines(path, finished, warnings):
+    for line in _lines(path, finished, warnings):
         absent = [axis for axis in AXES if axis not in line]
         if absent:
-            raise UserError(f"{path}:{number}: lacks {', '.join(absent)}; {_CURE}")
-        step = line["step"]
+            raise UserError(f"{line.where}: lacks {', '.join(absent)}; {_CURE}")
+        for axis in AXES:
+            line.number(axis, least=0)
+        step = line.number("step")
         for later in [known for known in rows if known > step]:  # written again after a resume
             del rows[later]
         row = rows.setdefault(step, {})
-        row.update({key: float(value) for key, value in line.items() if isinstance(value, (int, float))})
+        row.update({key: float(value) for key, value in line.values.items() if isinstance(value, (int, float))})
     if finished and not rows:
         raise UserError(f"{path}: empty although the run finished; {_CURE}")
     return list(rows.values())
@@ -217,46 +224,25 @@ def _read_documents(path: Path, finished: bool) -> dict[str, Document]:
             raise UserError(f"{path}: missing, so the run can't be compared document by document; {_CURE}")
         return {}
     documents: dict[str, Document] = {}
-    for number, line in _lines(path, finished, []):
-        try:
-            name = str(line["document"])
-            size = None if line.get("bytes") is None else int(line["bytes"])
-            document = Document(str(line["domain"]), float(line["nats"]), int(line["tokens"]), size)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}:{number}: needs document, domain, nats, tokens, bytes; {_CURE}") from error
-        if document.tokens < 1 or not math.isfinite(document.nats):
-            raise UserError(f"{path}:{number}: {document.nats} nats in {document.tokens} tokens; {_CURE}")
+    for line in _lines(path, finished, []):
+        name = line.text("document")
+        document = Document(
+            line.text("domain"),
+            line.number("nats"),
+            line.integer("tokens", least=1),
+            line.integer("bytes", None, least=0),
+        )
         if name in documents:
-            raise UserError(f"{path}:{number}: document '{name}' stands here twice; {_CURE}")
+            raise UserError(f"{line.where}: document '{name}' stands here twice; {_CURE}")
         documents[name] = document
     if finished and not documents:
         raise UserError(f"{path}: holds no held-out text; {_CURE}")
     return documents
 
 
-def _lines(path: Path, finished: bool, warnings: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(line number, object). A torn last line is forgiven in a run that was killed while writing it."""
-    lines = _text(path).splitlines()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines) and not finished:
-                warnings.append(f"{path.name}: the last line is torn and was left out")
-                return
-            raise UserError(f"{path}:{number}: broken JSON ({error.msg}); {_CURE}") from error
-        if not isinstance(value, dict):
-            raise UserError(f"{path}:{number}: must be a JSON object; {_CURE}")
-        yield number, value
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read ({error}); {_CURE}") from error
-
-
-_CURE = "leave this run out, or train it again"
+def _lines(path: Path, finished: bool, warnings: list[str]) -> list[Record]:
+    """A torn last line is forgiven in a run that was killed while writing it."""
+    lines = [Record(where, line, READING) for where, line in json_lines(path, READING, torn=not finished)]
+    if lines and not finished and not read_bytes(path, READING).endswith(b"\n"):
+        warnings.append(f"{path.name}: the last line is torn and was left out")
+    return lines

@@ -111,7 +111,7 @@ def test_a_byte_order_mark_windows_lines_and_nothing_are_read(
         ("name: x\n".encode("utf-16"), "UTF-8"),
         (b"- 1\n", "must hold a mapping of keys, not a list"),
         (b"hello\n", "not 'hello'"),
-        (b"a: " + b"x" * 2**22, "larger than 4 MiB"),
+        (b"a: " + b"x" * 2**22, "more than the 4194304"),
     ],
 )
 def test_a_file_that_holds_no_config_is_refused_by_name(tmp_path: Path, content: bytes, words: str) -> None:

@@ -193,9 +193,9 @@ def test_bad_moe_fields_are_refused_by_name(tmp_path: Path, change: dict[str, An
     [
         (None, "no such file"),
         (b"{", "is not JSON"),
-        (b"\xff\xfe", "is not JSON"),
-        (b"[1]", "not a JSON object"),
-        (b"[" * 30000, "is not JSON"),
+        (b"\xff\xfe", "is no UTF-8 text"),
+        (b"[1]", "holds a list, not an object"),
+        (b"[" * 30000, "nested too deeply"),
     ],
 )
 def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes | None, message: str):

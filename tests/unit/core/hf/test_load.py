@@ -145,7 +145,7 @@ def test_a_shard_of_another_checkpoint(sharded: Path):
     ("content", "word"),
     [
         ("{", "is not JSON"),
-        ("[]", "not a JSON object"),
+        ("[]", "not an object"),
         ('{"weight_map": {}}', "weight_map"),
         (json.dumps({"weight_map": {NORM: "../../model.safetensors"}}), "beside it"),
         (json.dumps({"weight_map": {NORM: 3}}), "beside it"),

@@ -57,7 +57,7 @@ def test_gzip_and_folders_give_the_same_corpus(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "cut o', "no JSON"),
+        (b'{"text": "cut o', "is not JSON"),
         (b'{"content": "x"}', r"no string 'text' \(it has: content\); set data.source.text_key"),
         (b'{"text": 5}', "no string 'text'"),
         (b"[1]", "it has: a list"),

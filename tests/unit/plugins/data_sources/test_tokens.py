@@ -155,7 +155,7 @@ def test_raw_files_need_a_type_that_fits(folder: Path) -> None:
     with pytest.raises(ConfigError, match="dtype: must be uint16"):
         build(folder, train="all.bin", dtype="float32")
     (folder / "odd.bin").write_bytes(b"\1\0\2")
-    with pytest.raises(DataError, match=r"odd\.bin has 3 bytes"):
+    with pytest.raises(DataError, match=r"odd\.bin: has 3 bytes"):
         build(folder, train="odd.bin", dtype="uint16")
     (folder / "none.bin").write_bytes(b"")
     with pytest.raises(DataError, match=r"none\.bin has no tokens"):

@@ -1,0 +1,52 @@
+"""What comparing relies on in a run's config.yaml and summary.json, checked once: other keys are free."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from moelab.data.seen import SeenText
+from moelab.records import Record
+
+_COUNTS = [field.name for field in fields(SeenText) if field.name not in ("source", "unknown")]
+
+
+def check_config(config: Record) -> None:
+    """Sections are mappings, seeds whole numbers. Raises the record's error naming file and key."""
+    config.record("model").record("moe", optional=True)
+    config.text("name", None)
+    config.integer("seed", None)
+    config.record("data", optional=True).integer("order_seed", None)
+    config.record("train", optional=True).text("init_from", None)
+
+
+def check_summary(summary: Record) -> None:
+    """Numbers, texts and mappings where they belong. Raises the record's error naming file and key."""
+    for key in ("name", "status", "device", "dtype", "init_from"):
+        summary.text(key, None)
+    for key in ("tokens", "flops", "flops_declared", "seconds"):
+        summary.number(key, None, least=0)
+    for key, number in summary.record("parameters").values.items():
+        if number is not None:
+            summary.record("parameters").number(key, least=0)
+    summary.record("final").numbers(finite=False)
+    for key in ("versions", "plugins", "components"):
+        summary.record(key, optional=True)
+    summary.listed("backends", str, optional=True)
+    loads = summary.record("expert_load", optional=True)
+    for layer in loads.values:
+        if not layer.isdecimal() or len(layer) > 9:
+            loads.refuse(layer, "under the number of a layer")
+        loads.listed(layer, float)
+    _check_lineage(summary.record("lineage", optional=True))
+    seen = summary.record("data").record("seen", optional=True)
+    seen.text("source", None)
+    seen.listed("unknown", str, optional=True)
+    for key in _COUNTS:
+        seen.integer(key, 0, least=0)
+
+
+def _check_lineage(lineage: Record) -> None:
+    lineage.text("recipe", None)
+    for stage in lineage.listed("stages", list, optional=True):
+        if len(stage) != 2:
+            lineage.refuse("stages", "a list of [stage, seeds]")
