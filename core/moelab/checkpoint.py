@@ -7,7 +7,6 @@ Safetensors and JSON, complete or absent, never pickled. What writes them is tra
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ from moelab.config.run import RunConfig
 from moelab.config.stored import read_stored
 from moelab.errors import CheckpointError, ConfigError
 from moelab.nn.transformer import Transformer
+from moelab.safe_files import Reading, check_regular, read_object
 
+READING = Reading(CheckpointError, "the checkpoint is damaged or not complete: use an earlier one")
 CHECKPOINTS = "checkpoints"  # of a run folder
 MODEL, TRAINING, STATE, CONFIG = "model.safetensors", "training.safetensors", "state.json", "config.yaml"
 
@@ -68,12 +69,7 @@ def read_run_config(folder: Path) -> RunConfig:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """What state.json says: step, tokens, fingerprints. Raises CheckpointError when it can't be read."""
-    try:
-        state = json.loads((folder / STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder / STATE}: can't be read ({error}); use an earlier checkpoint") from error
-    assert isinstance(state, dict)
-    return state
+    return read_object(folder / STATE, READING, finite=False)
 
 
 def load_model_tensors(folder: Path, model: Transformer) -> None:
@@ -102,10 +98,9 @@ def model_tensors(model: Transformer) -> dict[str, Tensor]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """{name: tensor} of a safetensors file. Raises CheckpointError when it is missing or damaged."""
+    check_regular(path, READING)
     try:
         return load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: is missing; the checkpoint is not complete, use an earlier one") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path}: can't be read ({error}); it is cut short or damaged, use an earlier one"

@@ -226,12 +226,8 @@ def _read_documents(path: Path, finished: bool) -> dict[str, Document]:
     documents: dict[str, Document] = {}
     for line in _lines(path, finished, []):
         name = line.text("document")
-        document = Document(
-            line.text("domain"),
-            line.number("nats"),
-            line.integer("tokens", least=1),
-            line.integer("bytes", None, least=0),
-        )
+        tokens, size = line.integer("tokens", least=1), line.integer("bytes", None, least=0)
+        document = Document(line.text("domain"), line.number("nats"), tokens, size)
         if name in documents:
             raise UserError(f"{line.where}: document '{name}' stands here twice; {_CURE}")
         documents[name] = document
