@@ -41,7 +41,7 @@ def build_model(
     registry = registry or Registry()
     device = torch.device(device)
     with _seeded(derive_seed(seed or 0, "build")), device:
-        model = Transformer(config, [_mlp(config, registry, layer_id) for layer_id in range(config.num_hidden_layers)])
+        model = Transformer(config, _mlps(config, registry))
     if seed is not None and device.type != "meta":
         initialise(model, config.initializer_range, seed)
     return model
@@ -105,10 +105,15 @@ def moe_context(config: ModelConfig, layout: ExpertLayout, layer_id: int) -> MoE
     )
 
 
-def _mlp(config: ModelConfig, registry: Registry, layer_id: int) -> SwiGLU | MoEBlock:
+def _mlps(config: ModelConfig, registry: Registry) -> list[SwiGLU | MoEBlock]:
     if config.moe is None:
-        return SwiGLU(config.hidden_size, config.intermediate_size)
-    parts = layer_parts(config.moe, config.num_hidden_layers)[layer_id]
+        return [SwiGLU(config.hidden_size, config.intermediate_size) for _ in range(config.num_hidden_layers)]
+    every = layer_parts(config.moe, config.num_hidden_layers)
+    return [_mlp(config, registry, parts, layer_id) for layer_id, parts in enumerate(every)]
+
+
+def _mlp(config: ModelConfig, registry: Registry, parts: LayerParts, layer_id: int) -> SwiGLU | MoEBlock:
+    assert config.moe is not None
     layout = build_layout(config, registry, parts, layer_id)
     if layout is None:
         return SwiGLU(config.hidden_size, config.intermediate_size)

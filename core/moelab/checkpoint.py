@@ -7,6 +7,7 @@ Safetensors and JSON, complete or absent, never pickled. What writes them is tra
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from moelab.errors import CheckpointError, ConfigError
 from moelab.nn.transformer import Transformer
 from moelab.safe_files import Reading, check_regular, read_object
 
+Shape = tuple[int, ...]
 READING = Reading(CheckpointError, "the checkpoint is damaged or not complete: use an earlier one")
 CHECKPOINTS = "checkpoints"  # of a run folder
 MODEL, TRAINING, STATE, CONFIG = "model.safetensors", "training.safetensors", "state.json", "config.yaml"
@@ -76,16 +78,21 @@ def load_model_tensors(folder: Path, model: Transformer) -> None:
     """Fill the model from model.safetensors; every tensor must be there, fit, and be asked for."""
     found = read_tensors(folder / MODEL)
     wanted = model_tensors(model)
-    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    misfits = [name for name in wanted.keys() & found.keys() if wanted[name].shape != found[name].shape]
-    if missing or unexpected or misfits:
-        raise CheckpointError(
-            f"{folder / MODEL}: does not fit the model of its config: missing {missing[:3]}, "
-            f"unexpected {unexpected[:3]}, of another shape {misfits[:3]}"
-        )
+    refuse_misfits(folder / MODEL, *({name: tuple(t.shape) for name, t in side.items()} for side in (found, wanted)))
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(found[name])
+
+
+def refuse_misfits(path: Path, found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> None:
+    """Raises CheckpointError where a file has other tensors than the model of its config, or of other shapes."""
+    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    misfits = [name for name in wanted.keys() & found.keys() if wanted[name] != found[name]]
+    if missing or unexpected or misfits:
+        raise CheckpointError(
+            f"{path}: does not fit the model of its config: missing {missing[:3]}, "
+            f"unexpected {unexpected[:3]}, of another shape {misfits[:3]}"
+        )
 
 
 def model_tensors(model: Transformer) -> dict[str, Tensor]:

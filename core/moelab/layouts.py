@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from moelab.config.model import ModelConfig
+from moelab.config.model import LARGEST_MATRIX, ModelConfig
 from moelab.errors import ConfigError
 from moelab.hookspecs import EXPERT_LAYOUTS
 from moelab.moe.layout import ExpertLayout, LayoutContext
 from moelab.moe.per_layer import LayerParts, layer_parts
 from moelab.registry import Registry
+
+MOST_EXPERTS = 1 << 20  # of one layer; the most published are "a million" (PEER, 2407.04153, abstract)
 
 
 def build_layouts(config: ModelConfig, registry: Registry) -> dict[int, ExpertLayout]:
@@ -32,6 +34,14 @@ def build_layout(config: ModelConfig, registry: Registry, parts: LayerParts, lay
     for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
         if getattr(layout, key) < 1:
             raise ConfigError(f"{where}.{key}: must be at least 1, not {getattr(layout, key)} (layer {layer_id})")
+    if layout.num_experts > MOST_EXPERTS:
+        raise ConfigError(f"{where}.num_experts: must be {MOST_EXPERTS} at most, not {layout.num_experts}")
+    numbers = 2 * layout.num_experts * layout.moe_intermediate_size * config.hidden_size
+    if numbers > LARGEST_MATRIX:
+        raise ConfigError(
+            f"{where}: {layout.num_experts} experts of moe_intermediate_size {layout.moe_intermediate_size} have "
+            f"{numbers} numbers in one bank, more than any machine has (layer {layer_id})"
+        )
     if layout.num_experts_per_tok > layout.num_experts:
         raise ConfigError(
             f"{where}.num_experts_per_tok: {layout.num_experts_per_tok} exceeds num_experts {layout.num_experts} "

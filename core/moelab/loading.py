@@ -7,7 +7,16 @@ from pathlib import Path
 import torch
 
 from moelab.builder import build_model
-from moelab.checkpoint import is_moelab, load_model_tensors, read_run_config, resolve_checkpoint
+from moelab.checkpoint import (
+    MODEL,
+    is_moelab,
+    load_model_tensors,
+    model_tensors,
+    read_run_config,
+    refuse_misfits,
+    resolve_checkpoint,
+)
+from moelab.hf.files import read_header
 from moelab.hf.load import load_hf
 from moelab.nn.transformer import Transformer
 from moelab.paths import user_path
@@ -36,6 +45,16 @@ def load(
         return load_hf(folder, dtype=dtype, device=device)
     config = read_run_config(folder)
     plugins = stored_registry(config, folder, registry=registry, trust=trust)
+    check_shapes(folder, build_model(config.model, plugins, device="meta", seed=None))
     model = build_model(config.model, plugins, device=device, seed=None)
     load_model_tensors(folder, model)
     return model.to(dtype).eval()
+
+
+def check_shapes(folder: Path, model: Transformer) -> None:
+    """Whether the file holds what `model`, on the meta device, is made of: before memory is asked for.
+
+    Raises CheckpointError naming what is missing, or of another shape.
+    """
+    found = {name: tensor.shape for name, tensor in read_header(folder / MODEL).items()}
+    refuse_misfits(folder / MODEL, found, {name: tuple(t.shape) for name, t in model_tensors(model).items()})

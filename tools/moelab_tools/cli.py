@@ -9,6 +9,8 @@ from importlib import import_module
 
 import click
 
+from moelab.printable import LONGEST_MESSAGE, printable
+
 # Name -> what `moelab --help` says. The file commands/NAME.py holds `command`, imported when it is run.
 COMMANDS = {
     "train": "Train a model from a config; writes a run folder.",
@@ -74,6 +76,13 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors and warnings go to stderr."""
+    from moelab_tools.terminal import guarded
+
+    with guarded():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     teller = _Warnings(logging.WARNING)
     logging.getLogger("moelab").addHandler(teller)
     try:
@@ -83,6 +92,7 @@ def run(arguments: list[str]) -> int:
     except click.Abort:
         return EXIT_INTERRUPTED
     except click.ClickException as error:
+        vars(error)["message"] = printable(error.message, LONGEST_MESSAGE, keep="\n")  # it quotes what was typed
         error.show()
         return error.exit_code
     except KeyboardInterrupt:
@@ -101,7 +111,8 @@ class _Warnings(logging.Handler):
     """Says what was skipped, cut or assumed in one line each, beside a command's own output."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+        message = printable(record.getMessage(), LONGEST_MESSAGE, keep="\n")
+        click.echo(f"{record.levelname.lower()}: {message}", err=True)
 
 
 def _explain(error: Exception) -> int:

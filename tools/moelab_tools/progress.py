@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from moelab.printable import printable
+from moelab_tools.terminal import make_console
+
 PARAMETER_UNIT = 1e6
+LONGEST_NAME = 60  # characters before the bar
 LINES = 10  # about so many lines are printed where no bar can be drawn, as in a log
 
 
@@ -18,7 +21,7 @@ class TrainingProgress:
     """An observer for the terminal."""
 
     def __init__(self, steps: int) -> None:
-        self.console = Console()
+        self.console = make_console()
         self._steps = steps
         self._run_dir = Path()
         self._printed = 0
@@ -48,7 +51,8 @@ class TrainingProgress:
         if step:
             self.console.print(f"resumed at step {step}")
         self._bar.start()
-        self._task = self._bar.add_task(facts["name"], total=self._steps, completed=step, numbers="")
+        name = printable(facts["name"], LONGEST_NAME)  # the bar is drawn past the console's hook
+        self._task = self._bar.add_task(name, total=self._steps, completed=step, numbers="")
 
     def on_log(self, step: int, metrics: Mapping[str, float], alarms: list[str]) -> None:
         for alarm in alarms:

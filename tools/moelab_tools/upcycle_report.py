@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moelab.config.upcycle import UpcycleConfig
@@ -36,8 +37,9 @@ def print_plan(console: Console, plan: Plan, config: UpcycleConfig, *, ledger: b
         part = dict(getattr(plan.recipe, axis))
         name = part.pop("name")
         console.print(
-            f"  {axis}: {name}", ", ".join(f"{k}={v}" for k, v in part.items()), highlight=False, soft_wrap=True
-        )
+            f"  {axis}: {name}", ", ".join(f"{k}={v}" for k, v in part.items()),
+            highlight=False, soft_wrap=True, markup=False,
+        )  # fmt: skip
     console.print(f"  seed {plan.seed}, plan {plan.hash}", highlight=False, soft_wrap=True)
     seconds = plan.total_size / 1e9 * _SECONDS_PER_GB / config.workers
     console.print(
@@ -47,7 +49,7 @@ def print_plan(console: Console, plan: Plan, config: UpcycleConfig, *, ledger: b
         soft_wrap=True,
     )
     for warning in warnings(plan, config):
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     if ledger:
         print_ledger(console, plan)
 
@@ -63,7 +65,7 @@ def print_ledger(console: Console, plan: Plan) -> None:
         grouped[pattern, fate] += 1
     table = Table("source tensor", "number", "becomes", title=f"{len(fates)} source tensors")
     for (pattern, fate), count in grouped.items():
-        table.add_row(pattern, str(count), fate)
+        table.add_row(escape(pattern), str(count), escape(fate))
     console.print(table)
     table = Table("shard", "layer", "tensors", "bytes", title="output")
     for shard in plan.shards:
@@ -111,4 +113,4 @@ def print_outcome(console: Console, plan: Plan, outcome: Outcome, output: Path |
     )
     if output is not None:
         rest = "" if outcome.complete else " (not complete: the index waits for the other layers)"
-        console.print(f"written: {output}{rest}", highlight=False, soft_wrap=True)
+        console.print(f"written: {output}{rest}", highlight=False, soft_wrap=True, markup=False)

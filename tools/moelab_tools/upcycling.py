@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +16,13 @@ from moelab.config.load import load_config
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import ConfigError, RunFailure
 from moelab.paths import user_path
+from moelab_tools.terminal import make_console
 from moelab_tools.upcycle_receipt import print_receipt, write_receipt
 from moelab_tools.upcycle_report import print_outcome, print_plan
 from moelab_upcycling.convert import convert, prepare, registry_of
 from moelab_upcycling.verify import plan_of_output, verify
+
+WIDE = 140  # characters of the tables where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class UpcycleRequest:
 
 def run_upcycle(request: UpcycleRequest) -> None:
     """All of `moelab upcycle`."""
-    console = make_console()
+    console = make_console(WIDE)
     loaded = load_config(request.arguments, UpcycleConfig)
     config = loaded.config
     try:
@@ -69,7 +71,7 @@ def run_upcycle(request: UpcycleRequest) -> None:
 
 def run_verify(output: Path, sources: Sequence[Path], full: bool, layers: str | None, *, trust: bool = False) -> None:
     """All of `moelab verify`; raises RunFailure where bytes differ."""
-    console = make_console()
+    console = make_console(WIDE)
     plan = plan_of_output(output, sources, [Path.cwd()], trust=trust)
     chosen = parse_layers(layers, plan.target.num_hidden_layers)
     with _terminable(), _bar(console) as bar:
@@ -86,11 +88,6 @@ def run_verify(output: Path, sources: Sequence[Path], full: bool, layers: str | 
     if verdict.differences:
         raise RunFailure(f"{compared} compared:\n" + "\n".join(verdict.differences[:20]))
     console.print(f"equal, byte for byte: {compared}")
-
-
-def make_console() -> Console:
-    """As wide as the terminal; wide enough for the tables where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def parse_layers(text: str | None, count: int) -> range | None:

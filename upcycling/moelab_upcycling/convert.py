@@ -57,7 +57,7 @@ def prepare(config: UpcycleConfig, registry: Registry, search_path: Sequence[Pat
     """The plan of a config; reads headers and samples of the sources, and writes nothing."""
     sources = [DenseSource(user_path(folder, "source")) for folder in config.sources]
     try:
-        dense, target = resolve_target(config, sources[0].folder, registry)
+        dense, target = resolve_target(config, sources[0].stored, registry)
         recipe = replace(config.recipe)
         for axis, point in AXES.items():
             setattr(recipe, axis, registry.resolve(point, getattr(recipe, axis), f"recipe.{axis}"))

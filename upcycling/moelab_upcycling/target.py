@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from moelab.config.model import ModelConfig, MoEConfig
@@ -14,7 +13,8 @@ from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import CheckpointError, ConfigError, near
 from moelab.hf.carried import check_vocabulary
 from moelab.hf.config import CONFIG_FILE, read_config
-from moelab.hf.files import read_json
+from moelab.hf.files import TensorFolder, read_json
+from moelab.hf.sizes import check_sizes
 from moelab.layouts import build_layouts
 from moelab.moe.layout import ExpertLayout
 from moelab.registry import Registry
@@ -49,10 +49,11 @@ class Target:
     config: Mapping[str, Any]  # the output's config.json, without its dtype
 
 
-def resolve_target(config: UpcycleConfig, folder: Path, registry: Registry) -> tuple[ModelConfig, Target]:
+def resolve_target(config: UpcycleConfig, stored: TensorFolder, registry: Registry) -> tuple[ModelConfig, Target]:
     """The source's model and the output's. ConfigError where the recipe's `model` does not fit the source."""
-    path = folder / CONFIG_FILE
+    folder, path = stored.folder, stored.folder / CONFIG_FILE
     source, raw = read_config(folder), read_json(path)
+    check_sizes(source, stored)
     if source.moe is not None:
         raise CheckpointError(f"{path}: is a Qwen2-MoE already; only a dense Qwen2 can be upcycled")
     dense = replace(source)

@@ -49,10 +49,10 @@ def plan_of_output(
     The initialisers of a plugin that it names are imported with `trust` alone, from `search_path` or where it says.
     """
     stored = read_record(output / PLAN_FILE, READING)
-    config = _config_of(stored, sources)
     named = stored.listed("search_path", str, optional=True)
     if not trust:
-        refuse_unknown(config.plugins, output / PLAN_FILE, named)
+        refuse_unknown(stored.record("identity").listed("plugins", str), output / PLAN_FILE, named)
+    config = _config_of(stored, sources)
     paths = [*search_path, *(user_path(path, f"{PLAN_FILE}: search_path") for path in named if trust)]
     plan = prepare(config, registry_of(config, paths), paths)
     if list(plan.fingerprints) != stored.record("identity").listed("fingerprints", str):

@@ -9,6 +9,9 @@ from omegaconf import MISSING
 
 from moelab.errors import ConfigError
 
+# So few that what is counted layer by layer ends, and that the bytes of one matrix are a number of 64 bits. The deepest
+# published transformer has 1,000 layers (DeepNet, 2203.00555, abstract).
+MOST_LAYERS, LARGEST_SIZE, LARGEST_MATRIX = 1024, 2**31 - 1, 2**48
 Part = dict[str, Any]  # {name: ..., options}: what selects a plugin
 
 
@@ -58,10 +61,12 @@ class ModelConfig:
         )  # fmt: skip
         for key in sizes:
             value = getattr(self, key)
-            if value < 1:
-                raise ConfigError(f"{where}.{key}: must be at least 1, not {value}")
-        if self.head_dim is not None and self.head_dim < 1:
-            raise ConfigError(f"{where}.head_dim: must be at least 1, not {self.head_dim}")
+            most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST_SIZE
+            if not 1 <= value <= most:
+                limit = "at least 1" if value < 1 else f"{most} at most"
+                raise ConfigError(f"{where}.{key}: must be {limit}, not {value}")
+        if self.head_dim is not None and not 1 <= self.head_dim <= LARGEST_SIZE:
+            raise ConfigError(f"{where}.head_dim: must be in 1 .. {LARGEST_SIZE}, not {self.head_dim}")
         if self.initializer_range < 0:
             raise ConfigError(f"{where}.initializer_range: must not be negative, not {self.initializer_range}")
         if self.moe is not None and self.moe.expert_chunk is not None and self.moe.expert_chunk < 1:
@@ -78,5 +83,10 @@ class ModelConfig:
             )
         if self.attention_head_dim % 2:
             raise ConfigError(f"{where}.head_dim: rotary embedding needs an even one, not {self.attention_head_dim}")
+        widest = max(self.vocab_size, self.intermediate_size, self.num_attention_heads * self.attention_head_dim)
+        if widest * self.hidden_size > LARGEST_MATRIX:
+            raise ConfigError(
+                f"{where}.hidden_size: {self.hidden_size} x {widest} numbers in one matrix are too many for any machine"
+            )
         if self.rms_norm_eps <= 0 or self.rope_theta <= 1:
             raise ConfigError(f"{where}: rms_norm_eps must be positive and rope_theta greater than 1")

@@ -54,7 +54,7 @@ class UpcycleConfig:
     @property
     def shard_bytes(self) -> int:
         """`max_shard_size` as a number of bytes."""
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(self.max_shard_size))
+        match = re.fullmatch(r"\s*([0-9]{0,18}\.?[0-9]{1,18})\s*([A-Za-z]*)\s*", str(self.max_shard_size))
         if not match or match[2].upper() not in _UNITS:
             raise ConfigError(f"max_shard_size: '{self.max_shard_size}' is no size; write 5GB, 500MB or 2GiB")
         return int(float(match[1]) * _UNITS[match[2].upper()])

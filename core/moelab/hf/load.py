@@ -11,6 +11,8 @@ from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.config import read_config
 from moelab.hf.files import TensorFolder
 from moelab.hf.names import EMBEDDING, LM_HEAD, Piece, Shape, pieces
+from moelab.hf.sizes import check_sizes
+from moelab.nn.room import check_room
 from moelab.nn.transformer import Transformer
 from moelab.paths import user_path
 from moelab.registry import Registry
@@ -28,16 +30,18 @@ def load_hf(
     """
     folder = user_path(folder)
     config = read_config(folder)
+    stored = TensorFolder(folder)
+    check_sizes(config, stored)
     try:
         model = build_model(config, registry, device="meta", seed=None)
     except ConfigError as error:
         raise CheckpointError(f"{folder / 'config.json'}: can't be built: {error}") from error
-    stored = TensorFolder(folder)
     wanted = _wanted(model, stored)
     stored.check(
         {piece.name: piece.shape(shape) for shape, found in wanted.values() for piece in found},
         tied=(LM_HEAD, EMBEDDING) if config.tie_word_embeddings else None,
     )
+    check_room(model, device)
     if _unsaved_buffers(model):
         # Only the constructor knows their values, so it must run for real.
         model = build_model(config, registry, device=device, seed=None).to(dtype)

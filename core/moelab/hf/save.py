@@ -62,7 +62,7 @@ def save_hf(
 
 def parse_size(size: int | str) -> int:
     """Bytes of 5000000000, "5GB" or "4.5GiB"; as Hugging Face counts, GB is 10^9 and GiB 2^30."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?\s*", str(size).upper())
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?I?B)?\s*", str(size).upper())
     unit = _UNITS.get(found[2] or "B") if found else None
     if found is None or unit is None or float(found[1]) * unit < 1:
         raise CheckpointError(f"max_shard_size: '{size}' is no size; write 5GB, 500MB or a number of bytes")

@@ -10,7 +10,7 @@ from moelab.config.model import MoEConfig, Part
 from moelab.config.overlay import overlay
 from moelab.errors import ConfigError, near
 
-_PIECE = re.compile(r"(\d+)(?:(-)(\d+)?)?(?:/(\d+))?")
+_PIECE = re.compile(r"(\d{1,9})(?:(-)(\d{1,9})?)?(?:/(\d{1,9}))?")
 LAYER_KEYS = ("layout", "router", "shared_expert", "backend")
 
 

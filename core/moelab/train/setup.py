@@ -28,6 +28,7 @@ from moelab.moe.block import MoEBlock
 from moelab.nn.allocator import keep_freed_memory
 from moelab.nn.checkpointing import apply_activation_checkpointing
 from moelab.nn.count import Parameters, ServedCosts, count_parameters, flops_per_token, served_costs
+from moelab.nn.room import TRAINING, check_room
 from moelab.nn.transformer import Transformer
 from moelab.origin import check_vocabulary
 from moelab.paths import user_path
@@ -87,7 +88,8 @@ def prepare(config: RunConfig, registry: Registry) -> Setup:
         keep_freed_memory()
     resolve_run(config, registry)
     losses = build_balance_losses(config.model, registry)
-    build_model(config.model, registry, device="meta", seed=None)  # before the data: a wrong shape fails at once
+    # Before the data: a wrong shape, or one that no memory holds, fails at once.
+    check_room(build_model(config.model, registry, device="meta", seed=None), precision.device, TRAINING)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config.model.vocab_size, tokenizer, config.data.tokenizer)
     start = find_start(config, tokenizer, registry)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from moelab import Component, component, hookimpl
+from moelab.printable import printable
 from moelab_plugins.observers._load_image import LEGEND, load_image, png
 
 # The columns of TensorBoard's HParams tab. It reads them from whichever run it meets first, so they are the
@@ -96,7 +97,7 @@ class TensorBoardObserver:
         if self.writer is None:  # the run failed before it began
             return
         if error is not None:
-            self._text("alarms", f"step {step}: the run stopped: {type(error).__name__}: {error}", step)
+            self._text("alarms", _verbatim(f"step {step}: the run stopped: {type(error).__name__}: {error}"), step)
         self._end_hparams(error)
         self.writer.close()
 
@@ -112,7 +113,7 @@ class TensorBoardObserver:
         self.writer.file_writer.event_writer.add_event(Event(step=step + 1, session_log=start))
 
     def _text(self, tag: str, markdown: str, step: int) -> None:
-        self.writer.add_text(tag, markdown, step)
+        self.writer.add_text(tag, printable(markdown, keep="\n\t"), step)
 
     def _image(self, tag: str, pixels: Any, step: int) -> None:
         """pixels [height, width, 3] uint8."""
@@ -201,7 +202,7 @@ def hparams(config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, st
         row[key] = str(_at(config, key) or "")
     for key in FACTS:
         row[key] = _number(_at(facts, key))
-    return row
+    return {key: printable(value) if isinstance(value, str) else value for key, value in row.items()}
 
 
 def describe_part(part: Any) -> str:

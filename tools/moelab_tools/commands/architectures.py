@@ -88,9 +88,10 @@ def _describe(name: str) -> dict[str, Any]:
 
 def _print(table: dict[str, dict[str, Any]]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.measure import Measurement
     from rich.table import Table
+
+    from moelab_tools.terminal import make_console
 
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     grid.add_column("", no_wrap=True)
@@ -99,8 +100,10 @@ def _print(table: dict[str, dict[str, Any]]) -> None:
     for key, label in ROWS.items():
         grid.add_row(label, *(_cell(row[key]) for row in table.values()))
     # An exact count must not be cut short: on a narrow terminal the lines wrap instead.
-    needed = Measurement.get(wide := Console(width=WIDE), wide.options, grid).maximum
-    Console(width=max(needed, Console().width)).print(grid)
+    console = make_console()
+    needed = Measurement.get(console, console.options.update_width(WIDE), grid).maximum
+    console.width = max(needed, console.width)
+    console.print(grid)
 
 
 def _cell(value: object) -> str:

@@ -45,15 +45,14 @@ def command(
       moelab compare runs/dense runs/moe --baseline runs/dense --output runs/report
       moelab compare runs/moe_seed0 runs/moe_seed1 runs/dense_seed0 runs/dense_seed1
     """
-    from rich.console import Console
-
     from moelab_tools.compare.comparison import compare
     from moelab_tools.compare.report import write_json, write_report
     from moelab_tools.compare.runs import read_runs
     from moelab_tools.compare.table import print_comparison
+    from moelab_tools.terminal import make_console
 
     comparison = compare(read_runs(run), baseline, allow_different_data, practical=practical / 100, screening=screening)
-    print_comparison(comparison, Console())
+    print_comparison(comparison, make_console())
     report = write_report(comparison, output)
     if json_file is not None:
         write_json(comparison, json_file)

@@ -149,11 +149,12 @@ def _match(loaded: Loaded[RunConfig], baseline: str, registry: Registry, how: tu
 
 def _print(table: dict[str, Any]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else 160)
+    from moelab_tools.terminal import make_console
+
+    console = make_console(160)
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("layer", "experts", "router", "shared expert", "backend"):
         shown.add_column(column, overflow="fold")

@@ -41,11 +41,12 @@ def command(overrides: tuple[str, ...], as_json: bool) -> None:
         click.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
         return
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else 160)
+    from moelab_tools.terminal import make_console
+
+    console = make_console(160)
     for key in dict.fromkeys(entry.key for entry in entries):
         mine = [entry for entry in entries if entry.key == key]
         table = Table(

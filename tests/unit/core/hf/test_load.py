@@ -200,7 +200,7 @@ def test_all_is_checked_before_anything_is_read(whole: Path, monkeypatch: pytest
 
 
 def test_many_problems_are_cut_to_a_readable_message(whole: Path):
-    edit(whole, lambda tensors: [tensors.update({name: torch.zeros(1)}) for name in tensors])
+    edit(whole, lambda tensors: [tensors.update({name: torch.zeros(4096)}) for name in tensors])
     with pytest.raises(CheckpointError, match=r"\.\.\. and \d+ more") as caught:
         load_hf(whole)
     assert len(str(caught.value).splitlines()) == 6

@@ -1,0 +1,79 @@
+"""The one way to the terminal: whatever a command prints, names of strangers act on nothing there.
+
+`guarded()` stands around a whole command, so that print, click and logging go through it; rich writes past it what it
+composed of styles and text, and `make_console()` has the texts spelled out before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook, RenderResult
+from rich.segment import Segment
+
+from moelab.printable import printable
+
+KEPT = "\n\t"  # of the controls, what lays a text out
+
+
+class Guard:
+    """A text stream that spells out what would act, and what its encoding has no character for."""
+
+    encoding, errors = "utf-8", "backslashreplace"
+
+    def __init__(self, stream: TextIO) -> None:
+        self.rich_proxied_file = stream  # rich's own name: it writes there, control sequences of its own included
+
+    def write(self, text: str) -> int:
+        if not isinstance(text, str):  # click tries, to learn what kind of stream this is
+            raise TypeError(f"a text stream takes no {type(text).__name__}")
+        stream = self.rich_proxied_file
+        encoding = stream.encoding or "utf-8"
+        stream.write(printable(text, keep=KEPT).encode(encoding, self.errors).decode(encoding))
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """sys.stdout and sys.stderr go through a Guard."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (Guard(stream) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def make_console(width: int | None = None) -> Console:
+    """A rich console for texts of anybody; `width` where there is no terminal."""
+    console = Console()
+    if width is not None and not console.is_terminal:
+        console = Console(width=width)
+    console.push_render_hook(_SpeltOut())
+    return console
+
+
+class _SpeltOut(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Spelt(renderable) for renderable in renderables]
+
+
+class _Spelt:
+    """What is drawn, its texts printable; rich's own controls stay."""
+
+    def __init__(self, drawn: RenderableType) -> None:
+        self.drawn = drawn
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.drawn, options):
+            yield segment if segment.control else Segment(printable(segment.text, keep=KEPT), segment.style)
