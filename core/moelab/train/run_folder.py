@@ -15,6 +15,7 @@ from moelab.errors import DataError, UserError
 from moelab.train.run_lock import LOCK
 
 METRICS, SUMMARY, LOG, DOCUMENTS = "metrics.jsonl", "summary.json", "log.txt", "evaluation_documents.jsonl"
+SAMPLES = "evaluation_samples.jsonl"
 
 
 def prepare_run_folder(path: Path, *, resume: bool, force: bool) -> None:
