@@ -1,4 +1,4 @@
-"""The HTML report: one file that needs no network, and comparison.json beside it."""
+"""The HTML report, which needs no network, comparison.json beside it, and the verdicts for TensorBoard's Text tab."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from typing import Any
 
 from moelab.errors import UserError
 from moelab_tools.compare import sentences, wording
+from moelab_tools.compare.board import write_board
 from moelab_tools.compare.comparison import Comparison
 from moelab_tools.compare.figures import run_styles, sections
+from moelab_tools.compare.forest import forest
+from moelab_tools.compare.sample_texts import samples_by_prompt
 
-REPORT, NUMBERS = "report.html", "comparison.json"
+REPORT, NUMBERS, BOARD = "report.html", "comparison.json", "tensorboard"
 
 
 def write_report(comparison: Comparison, folder: Path) -> Path:
-    """report.html and comparison.json in `folder`; -> the report's path."""
+    """report.html, comparison.json and a folder for TensorBoard in `folder`; -> the report's path."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {folder}: can't be made ({error.strerror}); choose another folder") from error
     write_json(comparison, folder / NUMBERS)
     _write(folder / REPORT, render(comparison))
+    write_board(comparison, folder / BOARD)
     return folder / REPORT
 
 
@@ -43,11 +47,14 @@ def render(comparison: Comparison) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    charts = sections(comparison)
+    charts, first = sections(comparison), forest(comparison)
+    shown = [chart for section in charts for chart in section.charts] + ([first] if first else [])
     return environment.get_template("report.html.jinja").render(
         comparison=comparison,
         sections=charts,
-        figures=_finite({chart.id: asdict(chart) for section in charts for chart in section.charts}),
+        forest=first,
+        figures=_finite({chart.id: asdict(chart) for chart in shown}),
+        samples=samples_by_prompt(comparison.runs),
         styles=run_styles(comparison),
         variant_colours={line.name: run_styles(comparison)[line.runs[0]][0] for line in comparison.lines},
         wording=wording,
