@@ -22,15 +22,16 @@ def write_board(comparison: Comparison, folder: Path) -> None:
 
 
 def board_text(comparison: Comparison) -> str:
-    """Markdown: what can't be compared, the sentences, and a row for each variant."""
+    """Markdown: a row for each variant, what can't be compared, the sentences and the warnings."""
     told = [f"**Not comparable: {_plain(one)}**" for one in comparison.conflicts]
     told += [f"**{_plain(one)}**" for one in comparison.seen]
-    told += [_plain(one) for one in sentences.headlines(comparison) + sentences.remarks(comparison)]
+    told += [_plain(one) for one in sentences.everything(comparison)]
     heading = ["variant", comparison.measure.name, f"against {comparison.baseline}", "verdict"]
     heading += [f"at equal {sentences.AXIS_NAMES[axis]}" for axis in AXES]
     rows = [_row(heading), "|" + " --- |" * len(heading)]
     rows += [_row(_cells(comparison, line)) for line in comparison.lines]
-    return "\n\n".join([*told, "\n".join(rows)])
+    warned = [f"- {_plain(one)}" for one in comparison.warnings]
+    return "\n\n".join(["\n".join(rows), *told, "\n".join(warned)])
 
 
 def _cells(comparison: Comparison, line: Line) -> list[str]:

@@ -15,7 +15,8 @@ from moelab_tools.compare.runs import Run
 # Okabe & Ito's palette: told apart by people who see colours differently, on light and on dark ground.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c6bb1", "#7f7f7f", "#b8a500")
 DASHES = ("solid", "dash", "dot", "dashdot")  # the seeds of one variant
-MOST_POINTS = 600  # of a curve
+MOST_POINTS, ALL_POINTS = 600, 12_000  # of a curve, and of all curves of a chart where there are many runs
+LEAST_POINTS = 2 * 40
 SMOOTHING = 40  # a training curve is averaged over this part of its points
 WARM_UP = 0.1  # of a curve: left out of the first view, where the loss falls from its start
 AXIS_TITLES = {"tokens": "tokens", "flops": "FLOPs served", "seconds": "seconds of training"}
@@ -121,7 +122,7 @@ class _Plot:
         seen: list[float] = []  # y values that the first view must show
         before: list[float] = []  # those before the first step
         for run in self.runs:
-            x, y = _thin(*run.curve(tag, axis))
+            x, y = _thin(*run.curve(tag, axis), most=min(MOST_POINTS, max(ALL_POINTS // len(self.runs), LEAST_POINTS)))
             if not x:
                 continue
             colour, dash = self.styles[run.name]
@@ -193,13 +194,15 @@ def _heatmap(run: Run) -> Chart | None:
     return Chart(f"load-{run.name}", run.name, note, [trace], layout, wide=most > 32)
 
 
-def _thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
-    """At most MOST_POINTS points, each the mean of those it stands for."""
-    if len(x) <= MOST_POINTS:
+def _thin(x: list[float], y: list[float], most: int) -> tuple[list[float], list[float]]:
+    """At most `most` points, each the mean of those it stands for; the first stays what it is."""
+    if len(x) <= most:
         return x, y
-    size = math.ceil(len(x) / MOST_POINTS)
-    pieces = range(0, len(x), size)
-    return [float(np.mean(x[i : i + size])) for i in pieces], [float(np.mean(y[i : i + size])) for i in pieces]
+    size = math.ceil((len(x) - 1) / (most - 1))
+    starts = np.concatenate([[0], np.arange(1, len(x), size)])
+    counts = np.diff(np.append(starts, len(x)))
+    first, second = ((np.add.reduceat(values, starts) / counts).tolist() for values in (x, y))
+    return first, second
 
 
 def _running_mean(values: list[float], window: int) -> list[float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,14 @@ def write_report(comparison: Comparison, folder: Path) -> Path:
 
 def write_json(comparison: Comparison, path: Path) -> None:
     """Valid JSON for every reader: what is not a finite number becomes null."""
-    told = {"sentences": sentences.headlines(comparison) + sentences.what_intervals_cover(comparison)}
+    told = {"sentences": sentences.everything(comparison)}
     _write(path, json.dumps(_finite(comparison.to_json() | told), indent=2, allow_nan=False) + "\n")
 
 
 def render(comparison: Comparison) -> str:
     """The page, with plotly.js inside."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from jinja2.utils import htmlsafe_json_dumps
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
@@ -53,7 +53,7 @@ def render(comparison: Comparison) -> str:
         comparison=comparison,
         sections=charts,
         forest=first,
-        figures=_finite({chart.id: asdict(chart) for chart in shown}),
+        figures=htmlsafe_json_dumps({chart.id: vars(chart) for chart in shown}, dumps=_dumps),
         samples=samples_by_prompt(comparison.runs),
         styles=run_styles(comparison),
         variant_colours={line.name: run_styles(comparison)[line.runs[0]][0] for line in comparison.lines},
@@ -63,6 +63,14 @@ def render(comparison: Comparison) -> str:
         covers=sentences.what_intervals_cover(comparison),
         plotly=Markup(get_plotlyjs()),
     )
+
+
+def _dumps(value: Any, **_: Any) -> str:
+    """Of a hundred runs' curves: they hold finite numbers, so the slow way is for the one case where something does not."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (ValueError, TypeError):
+        return json.dumps(_finite(value), allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

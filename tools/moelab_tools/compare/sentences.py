@@ -16,6 +16,14 @@ APART = {"tokens": 0.02, "flops": 0.02, "seconds": 0.1}  # relative: from which 
 RESOLVED = {words.BETTER, words.WORSE, words.BEST}
 
 
+def everything(comparison: Comparison) -> list[str]:
+    """All that is said in sentences, in this order: what each form of a comparison must hold."""
+    return [
+        *headlines(comparison), *wording.budgets(comparison), *multipliers(comparison), *remarks(comparison),
+        *what_intervals_cover(comparison),
+    ]  # fmt: skip
+
+
 def headlines(comparison: Comparison) -> list[str]:
     """The answer first: which is lowest, then each other variant against the baseline."""
     scored = [line for line in comparison.lines if line.score is not None]

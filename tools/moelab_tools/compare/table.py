@@ -28,9 +28,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(f"[bold red]{escape(told)}[/]", highlight=False, soft_wrap=True)
     for table in _tables(comparison, console.width):
         console.print(table)
-    for told in sentences.headlines(comparison):
-        console.print(escape(told), highlight=False, soft_wrap=True)
-    for told in (*wording.budgets(comparison), *sentences.multipliers(comparison)):
+    for told in (*sentences.headlines(comparison), *wording.budgets(comparison), *sentences.multipliers(comparison)):
         console.print(escape(told), highlight=False, soft_wrap=True)
     for told in sentences.remarks(comparison):
         console.print(f"[bold]{escape(told)}[/]", highlight=False, soft_wrap=True)

@@ -86,11 +86,16 @@ def test_every_form_has_the_same_word_for_each_variant(
 
 def test_every_form_has_the_same_sentences(comparison: Comparison, page: str, numbers: dict[str, Any]) -> None:
     board, text, told = board_text(comparison), printed(comparison, 80), numbers["sentences"]
-    for sentence in sentences.headlines(comparison):
+    assert told == sentences.everything(comparison)
+    for sentence in told:
         assert sentence in text
         assert sentence in html.unescape(page)
-        assert sentence in told
         assert sentence in re.sub(r"\\(.)", r"\1", board)
+    for warning in comparison.warnings:
+        assert warning in text
+        assert warning in html.unescape(page)
+        assert warning in re.sub(r"\\(.)", r"\1", board)
+    assert comparison.warnings == numbers["warnings"]
     assert any("lower is better than base" in sentence for sentence in told)
     assert any("higher is worse than base" in sentence for sentence in told)
 
