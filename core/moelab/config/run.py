@@ -70,11 +70,11 @@ class ScheduleConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Held-out loss and samples."""
+    """Held-out loss and samples, before the first step and at the end, and in between."""
 
-    every: int = 0  # steps; 0: only at the end
+    every: int = 0  # steps; 0: only before the first and at the end
     sequences: int = 64  # of train.sequence_length tokens
-    batch_size: int | None = None  # None: train.micro_batch_size
+    batch_size: int | None = None  # sequences at once; None: as many as are not slower, at least a micro-batch
     prompts: list[str] = field(default_factory=lambda: ["def ", "The "])
     sample_tokens: int = 64  # 0: no samples
     temperature: float = 0.8

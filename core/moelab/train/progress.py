@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from moelab.nn.count import ServedCosts
-from moelab.train.evaluate import Evaluation
+from moelab.train.evaluation import Evaluation
 
 COUNTERS = ("step", "tokens", "seconds", "served_weights", "logged")  # what state.json carries to a resumed run
 

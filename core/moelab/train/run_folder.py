@@ -21,6 +21,7 @@ READING = Reading(UserError, "mend it, or begin anew with --force")
 LONGEST_LOGGED = 10_000  # characters of one entry of log.txt: a traceback fits
 logger = logging.getLogger("moelab")
 METRICS, SUMMARY, LOG, DOCUMENTS = "metrics.jsonl", "summary.json", "log.txt", "evaluation_documents.jsonl"
+SAMPLES = "evaluation_samples.jsonl"
 
 
 def prepare_run_folder(path: Path, *, resume: bool, force: bool) -> None:

@@ -34,6 +34,7 @@ from moelab.origin import check_vocabulary
 from moelab.paths import user_path
 from moelab.records import Record
 from moelab.registry import Registry
+from moelab.train.evaluate import evaluation_batch_size
 from moelab.train.optimizer import build_adamw
 from moelab.train.precision import choose_precision, set_threads
 from moelab.train.start import Start, find_start, starting_model
@@ -99,7 +100,7 @@ def prepare(config: RunConfig, registry: Registry) -> Setup:
     train, micro = config.train, config.train.micro_batch_size or config.train.batch_size
     batches = TrainBatches(corpus.train, train.batch_size, train.sequence_length, config.order_seed)
     validation = ValidationBatches(
-        corpus.validation, config.evaluation.sequences, train.sequence_length, config.evaluation.batch_size or micro
+        corpus.validation, config.evaluation.sequences, train.sequence_length, evaluation_batch_size(config)
     )
     model = starting_model(config, registry, precision.device, start)
     history = starting_history(config, start)

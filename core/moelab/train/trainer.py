@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import time
@@ -27,6 +28,7 @@ from moelab.train.run_folder import (
     DOCUMENTS,
     LOG,
     METRICS,
+    SAMPLES,
     SUMMARY,
     HeldLog,
     MetricsLog,
@@ -60,6 +62,7 @@ class Loop:
     final: dict[str, float] = field(default_factory=dict)  # the newest value of each tag
     loads: dict[int, list[float]] = field(default_factory=dict)
     backends: list[str] = field(default_factory=list)  # as last logged
+    samples: list[str] = field(default_factory=list)  # of the last evaluation
     saved: int | None = None  # the step of the last checkpoint that this process wrote
 
 
@@ -115,12 +118,14 @@ def _run(loop: Loop) -> None:
             run_dir=loop.run_dir, config=stored(setup.config), facts=facts, step=progress.step
         )
         with interruption:
+            if progress.step == 0:
+                _evaluate(loop)
             while progress.step < setup.config.train.steps:
                 _one_step(loop)
                 interruption.check()
         if not _due(progress.step, setup.config.evaluation.every) or progress.evaluation is None:
             _evaluate(loop)
-        _write_documents(loop)
+        _write_evaluation(loop)
         _save(loop)
     except BaseException as problem:
         error = problem
@@ -183,19 +188,26 @@ def _log(loop: Loop, result: StepResult, rate: float) -> None:
 def _evaluate(loop: Loop) -> None:
     setup = loop.setup
     loop.lock.check()
-    loop.progress.evaluation = evaluate(setup.model, setup.validation, setup.step_settings.precision)
-    metrics = loop.progress.evaluation.metrics()
-    samples = sample_texts(setup.model, setup.tokenizer, setup.config.evaluation, setup.config.seed)
-    loop.final |= metrics
+    evaluation = loop.progress.evaluation = evaluate(setup.model, setup.validation, setup.step_settings.precision)
+    metrics = evaluation.metrics() | evaluation.detail(_held_out_documents(setup))
+    begun = loop.progress.step > 0
+    if begun or setup.config.train.init_from is not None:  # random weights have nothing to say
+        loop.samples = sample_texts(setup.model, setup.tokenizer, setup.config.evaluation, setup.config.seed)
+    loop.final |= metrics if begun else {}
     loop.metrics.write(loop.progress.row() | metrics)
-    loop.observers.hook.on_evaluate(step=loop.progress.step, metrics=metrics, samples=samples)
+    loop.observers.hook.on_evaluate(step=loop.progress.step, metrics=metrics, samples=loop.samples)
 
 
-def _write_documents(loop: Loop) -> None:
-    """What each held-out document cost: comparisons pair runs over documents."""
+def _write_evaluation(loop: Loop) -> None:
+    """What each held-out document cost, since comparisons pair runs over documents; and the last samples."""
     assert loop.progress.evaluation is not None
     rows = loop.progress.evaluation.document_rows(_held_out_documents(loop.setup))
     write_atomically(loop.run_dir / DOCUMENTS, "".join(row + "\n" for row in rows))
+    config = loop.setup.config
+    about = {"step": loop.progress.step, "seed": config.seed, "temperature": config.evaluation.temperature}
+    samples = zip(config.evaluation.prompts, loop.samples, strict=False)  # none where evaluation.sample_tokens is 0
+    rows = [json.dumps({"prompt": prompt, "text": text, **about}) for prompt, text in samples]
+    write_atomically(loop.run_dir / SAMPLES, "".join(row + "\n" for row in rows))
 
 
 def _held_out_documents(setup: Setup) -> tuple[list[str], list[str]]:

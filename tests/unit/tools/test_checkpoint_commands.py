@@ -50,6 +50,21 @@ def test_evaluate_takes_model_and_tokenizer_from_the_folder(folder: Path, data: 
     assert "tokenizer: bytes" in err
 
 
+def test_evaluate_gives_intervals_by_domain_and_by_place(folder: Path, data: Path, capsys):
+    assert run(["evaluate", str(folder), str(data), "evaluation.sequences=99", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["unit"] == "bits per byte"
+    assert found["all"]["value"] == pytest.approx(found["eval/bits_per_byte"])
+    assert found["all"]["low"] < found["all"]["value"] < found["all"]["high"]
+    assert list(found["by_domain"]) == ["a"]
+    assert list(found["by_position"]) == ["01", "02-03", "04-07", "08-15", "16"]
+    assert sum(one["tokens"] for one in found["by_context"].values()) == found["all"]["tokens"]
+    assert run(["evaluate", str(folder), str(data), "evaluation.batch_size=1", "evaluation.sequences=99"]) == 0
+    printed = capsys.readouterr().out
+    assert "by tokens before the target in its sequence:" in printed
+    assert f"{found['all']['value']:.4f}" in printed
+
+
 @pytest.mark.parametrize("override", ["model.rope_theta=1e6", "model.rms_norm_eps=1e-6", "model.num_attention_heads=8"])
 def test_evaluate_refuses_another_model_unless_it_is_named(folder: Path, data: Path, override: str, capsys):
     assert run(["evaluate", str(folder), str(data), override]) == 2

@@ -1,4 +1,4 @@
-"""`moelab generate`: continue a prompt with a checkpoint."""
+"""`moelab generate`: continue prompts with one checkpoint, or with several side by side."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from moelab_tools.user_path import USER_PATH
 
 
 @click.command("generate")
-@click.argument("checkpoint", type=USER_PATH)
-@click.option("--prompt", default="def ", show_default=True)
+@click.argument("checkpoint", nargs=-1, required=True, type=USER_PATH, metavar="CHECKPOINT...")
+@click.option("--prompt", multiple=True, default=["def "], show_default=True, help="Several: one --prompt each.")
 @click.option("--tokens", default=200, show_default=True, help="At most so many new tokens.")
 @click.option("--temperature", default=0.8, show_default=True, help="0 is greedy.")
 @click.option("--top-p", default=1.0, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--tokenizer", default=None, help='"bytes" or a tokenizer.json; default: the checkpoint\'s own.')
+@click.option("--json", "as_json", is_flag=True, help="Print the texts as JSON, to the last character.")
 @click.option(
     "--trust-plugins",
     "trust",
@@ -24,44 +25,46 @@ from moelab_tools.user_path import USER_PATH
     help="Import the plugin modules that the checkpoint names; they run as you.",
 )
 def command(
-    checkpoint: Path,
-    prompt: str,
+    checkpoint: tuple[Path, ...],
+    prompt: tuple[str, ...],
     tokens: int,
     temperature: float,
     top_p: float,
     seed: int,
     tokenizer: str | None,
+    as_json: bool,
     trust: bool,
 ) -> None:
-    """Continue a prompt.
+    """Continue a prompt; with several checkpoints, the same prompts side by side, drawn with the same random numbers.
 
     CHECKPOINT is a run folder, a moelab checkpoint or a Hugging Face folder. The text ends at any of the end tokens
     that its generation_config.json names, else its config.json, else at the token that ended documents in training;
-    which one ended it is said on stderr.
+    which one ended it is said on stderr. Control characters are spelled out; --json gives the texts as they are.
 
     \b
     Example:
       moelab generate runs/tiny_moe --prompt "import "
+      moelab generate runs/dense runs/moe --prompt "def " --prompt "The " --temperature 0
     """
-    import moelab
-    from moelab.generate import Sampling, generate
-    from moelab.origin import check_vocabulary, end_token_ids, read_origin
-    from moelab_tools.checkpoints import tokenizer_of
+    import json
+    import shutil
+    from dataclasses import asdict
 
-    origin = read_origin(checkpoint)
-    chosen = tokenizer_of(checkpoint, tokenizer)
-    check_vocabulary(origin.model.vocab_size, chosen, tokenizer or str(origin.tokenizer))
-    model = moelab.load(origin.folder, trust=trust)
-    ends = (
-        end_token_ids(origin.folder) if tokenizer is None else None
-    )  # ids mean something to their own tokenizer alone
-    end_ids, said_by = ends or ((chosen.eos_token_id,), "the tokenizer")
-    sampling = Sampling(tokens, temperature, top_p, seed, end_ids)
-    ids = chosen.encode(prompt).tolist() or [chosen.eos_token_id]
-    continuation = list(generate(model, ids, sampling))
-    ended = continuation[-1:] if continuation[-1:] and continuation[-1] in end_ids else []
-    click.echo(prompt + chosen.decode(continuation[: len(continuation) - len(ended)]))
-    names = ", ".join(f"{chosen.decode([i])} ({i})" for i in (ended or end_ids))
-    click.echo(
-        f"ended at {names}, as {said_by} says" if ended else f"{tokens} tokens without {names} of {said_by}", err=True
-    )
+    from moelab.generate import Sampling
+    from moelab.printable import printable
+    from moelab_tools.samples import continue_prompts, show
+
+    sampling = Sampling(tokens, temperature, top_p, seed)
+    samples = [
+        sample
+        for folder in checkpoint
+        for sample in continue_prompts(folder, prompt, sampling, tokenizer=tokenizer, trust=trust)
+    ]
+    samples.sort(key=lambda sample: prompt.index(sample.prompt))  # stable: checkpoints stay in the order given
+    if as_json:
+        click.echo(json.dumps([asdict(sample) for sample in samples], indent=2))
+    else:
+        show(samples, shutil.get_terminal_size().columns)
+    for sample in samples:
+        whose = printable(f"{sample.checkpoint}, {sample.prompt!r}: ") if len(samples) > 1 else ""
+        click.echo(f"{whose}{printable(sample.ended)}", err=True)

@@ -12,6 +12,7 @@ from moelab_tools.compare.runs import Run
 
 AXES = ("tokens", "flops", "seconds")
 TOLERANCE = 1e-6  # relative: two runs of the same number of steps have the same budget
+CLOSE = 0.01  # relative: a run read so near its end had brought its learning rate down; steps can't match FLOPs closer
 FAR = 0.1  # of the budget: an evaluation further off makes an interpolated loss a rough one
 OFF = 0.02  # relative: from which on a run's FLOPs are told to differ from what its routers declared
 
@@ -37,19 +38,17 @@ class Budget:
 
 
 def equal_budgets(runs: Sequence[Run], measure: Measure) -> list[Budget]:
-    """At the smallest common tokens, seconds and, where every run counted them, FLOPs; none for a single run."""
+    """At the smallest common tokens, FLOPs and seconds, among the runs that counted them; none for a single run."""
     if len(runs) < 2:
         return []
-    axes = [axis for axis in AXES if axis != "flops" or all(run.counts_flops for run in runs)]
-    budgets = [_budget(runs, axis, measure) for axis in axes]
-    return [budget for budget in budgets if budget is not None]
+    return [budget for axis in AXES if (budget := _budget(runs, axis, measure)) is not None]
 
 
 def flops_warnings(runs: Sequence[Run]) -> list[str]:
     """What a reader of the FLOPs must know: runs that did not count them, and those that served other than declared."""
     told = [
-        f"{run.name} was written before runs counted what their experts served: its FLOPs are not known, so there is "
-        "no equal-FLOP budget; train it again"
+        f"{run.name} was written before runs counted what their experts served: its FLOPs are not known, so it is left "
+        "out at equal FLOPs; train it again"
         for run in runs
         if not run.counts_flops
     ]
@@ -64,17 +63,18 @@ def flops_warnings(runs: Sequence[Run]) -> list[str]:
 
 
 def _budget(runs: Sequence[Run], axis: str, measure: Measure) -> Budget | None:
-    """The evaluation curve where it brackets the amount."""
-    ends = {run.name: run.amount(axis) for run in runs}
-    cheapest = min(ends, key=lambda name: ends[name])
-    amount = ends[cheapest]
-    if amount <= 0:
+    """The evaluation curve where it brackets the amount; None where no run counted it."""
+    counted = [run for run in runs if axis != "flops" or run.counts_flops]
+    ends = {run.name: run.amount(axis) for run in counted}
+    cheapest = min(ends, key=lambda name: ends[name], default=None)
+    if cheapest is None or ends[cheapest] <= 0:
         return None
+    amount = ends[cheapest]
     losses: dict[str, float] = {}
     between: dict[str, tuple[float, float]] = {}
-    missing: dict[str, str] = {}
-    for run in runs:
-        x, y = run.curve(measure.tag, axis)
+    missing = {run.name: "did not count what its experts served" for run in runs if run not in counted}
+    for run in counted:
+        x, y = _trained(*run.curve(measure.tag, axis))
         if not x or x[-1] < amount * (1 - TOLERANCE):
             missing[run.name] = f"logged no {measure.tag} at or after this point"
         elif x[0] > amount * (1 + TOLERANCE):
@@ -85,5 +85,11 @@ def _budget(runs: Sequence[Run], axis: str, measure: Measure) -> Budget | None:
             high = min(at for at in x if at >= amount * (1 - TOLERANCE))
             if high > low:
                 between[run.name] = (low, high)
-    cut_short = tuple(name for name, end in ends.items() if end > amount * (1 + TOLERANCE))
+    cut_short = tuple(name for name, end in ends.items() if end > amount * (1 + CLOSE))
     return Budget(axis, amount, measure.name, cheapest, losses, between, missing, cut_short)
+
+
+def _trained(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Without the evaluation before the first step: from there to the next one no straight line leads."""
+    points = [(spent, loss) for spent, loss in zip(x, y, strict=True) if spent > 0]
+    return [spent for spent, _ in points], [loss for _, loss in points]

@@ -99,7 +99,7 @@ def over_groups(variant: Floats, baseline: Floats, size: Floats) -> Contrast:
 
 def _residuals(nats: Floats, size: Floats) -> Floats:
     """[..., n, m]: what each run's ratio would lose, times all bytes, were this document left out."""
-    if len(size) < 2:
+    if np.count_nonzero(size) < 2:  # without the one document that counts nothing is left
         return np.zeros_like(nats)
     score = nats.sum(-1, keepdims=True) / size.sum()
     return (nats - score * size) / (1 - size / size.sum())

@@ -15,7 +15,8 @@ from moelab_tools.compare.runs import Run
 # Okabe & Ito's palette: told apart by people who see colours differently, on light and on dark ground.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c6bb1", "#7f7f7f", "#b8a500")
 DASHES = ("solid", "dash", "dot", "dashdot")  # the seeds of one variant
-MOST_POINTS = 600  # of a curve
+MOST_POINTS, ALL_POINTS = 600, 12_000  # of a curve, and of all curves of a chart where there are many runs
+LEAST_POINTS = 2 * 40
 SMOOTHING = 40  # a training curve is averaged over this part of its points
 WARM_UP = 0.1  # of a curve: left out of the first view, where the loss falls from its start
 AXIS_TITLES = {"tokens": "tokens", "flops": "FLOPs served", "seconds": "seconds of training"}
@@ -75,6 +76,15 @@ def sections(comparison: Comparison) -> list[Section]:
     found = [
         Section("Held-out loss", f"Nats per token on {_new(comparison)}. Lower is better.", held_out),
         Section(
+            "Held-out loss by place",
+            f"{comparison.measure.name.capitalize()} of the final evaluation, by how many tokens stand before the "
+            "target: in its sequence, and of its own document.",
+            [
+                plot.places("position", comparison, "Tokens before it in its sequence"),
+                plot.places("context", comparison, "Tokens of its own document before it"),
+            ],
+        ),
+        Section(
             "Training loss",
             f"Language-model loss of the training batches, averaged over 1/{SMOOTHING} of the run; pale: each logged "
             "step. Double-click a chart to see all of it.",
@@ -110,8 +120,9 @@ class _Plot:
         """`tag` of every run that has it, against `axis`."""
         traces: list[dict[str, Any]] = []
         seen: list[float] = []  # y values that the first view must show
+        before: list[float] = []  # those before the first step
         for run in self.runs:
-            x, y = _thin(*run.curve(tag, axis))
+            x, y = _thin(*run.curve(tag, axis), most=min(MOST_POINTS, max(ALL_POINTS // len(self.runs), LEAST_POINTS)))
             if not x:
                 continue
             colour, dash = self.styles[run.name]
@@ -122,15 +133,37 @@ class _Plot:
                 y = _running_mean(y, max(1, len(y) // SMOOTHING))
             marks = {"mode": "lines+markers", "marker": {"size": 7, "color": colour}} if markers else {}
             traces.append(common | {"y": [round(value, 6) for value in y], "line": line} | marks)
-            seen += y[int(len(y) * WARM_UP) :] if smooth else y
+            seen += y[int(len(y) * WARM_UP) :] if smooth else [one for at, one in zip(x, y, strict=True) if at > 0]
+            before += [one for at, one in zip(x, y, strict=True) if at == 0]
         layout: dict[str, Any] = {"xaxis": {"title": {"text": AXIS_TITLES[axis]}}, "yaxis": {}}
         if tag.startswith("perf/"):
             layout["yaxis"]["rangemode"] = "tozero"
-        if smooth and seen:
+        far = bool(markers and seen and before) and max(before) > 2 * max(seen) - min(seen)
+        if far:
+            note = "untrained at 0, above this view: double-click to see it"
+        if seen and (smooth or far):
             low, high = min(seen), max(seen)
-            layout["yaxis"]["range"] = [low - 0.05 * (high - low), high + 0.05 * (high - low)]
+            room = 0.05 * (high - low) or 0.05 * abs(high)
+            layout["yaxis"]["range"] = [low - room, high + room]
         against = f" against {AXIS_TITLES[axis]}" if axis != "tokens" or "loss" in title else ""
         return Chart(f"{tag}-{axis}".replace("/", "-"), title + against, note, traces, layout)
+
+    def places(self, kind: str, comparison: Comparison, title: str) -> Chart:
+        """The final loss of each run by bins of places, where it was logged in the comparison's unit."""
+        prefix = f"eval_{kind}/{comparison.measure.tag.removeprefix('eval/')}/"
+        traces: list[dict[str, Any]] = []
+        for run in self.runs:
+            final = run.summary.get("final") or {}
+            found = {tag.removeprefix(prefix): float(final[tag]) for tag in sorted(final) if tag.startswith(prefix)}
+            if found:
+                colour, dash = self.styles[run.name]
+                traces.append({
+                    "x": list(found), "y": [round(value, 6) for value in found.values()], "name": run.name,
+                    "legendgroup": run.name, "type": "scatter", "mode": "lines+markers",
+                    "line": {"color": colour, "width": 2, "dash": dash}, "marker": {"size": 6, "color": colour},
+                })  # fmt: skip
+        layout = {"xaxis": {"type": "category", "title": {"text": "tokens before the target"}}, "yaxis": {}}
+        return Chart(f"places-{kind}", title, "", traces, layout)
 
 
 def _heatmap(run: Run) -> Chart | None:
@@ -161,13 +194,15 @@ def _heatmap(run: Run) -> Chart | None:
     return Chart(f"load-{run.name}", run.name, note, [trace], layout, wide=most > 32)
 
 
-def _thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
-    """At most MOST_POINTS points, each the mean of those it stands for."""
-    if len(x) <= MOST_POINTS:
+def _thin(x: list[float], y: list[float], most: int) -> tuple[list[float], list[float]]:
+    """At most `most` points, each the mean of those it stands for; the first stays what it is."""
+    if len(x) <= most:
         return x, y
-    size = math.ceil(len(x) / MOST_POINTS)
-    pieces = range(0, len(x), size)
-    return [float(np.mean(x[i : i + size])) for i in pieces], [float(np.mean(y[i : i + size])) for i in pieces]
+    size = math.ceil((len(x) - 1) / (most - 1))
+    starts = np.concatenate([[0], np.arange(1, len(x), size)])
+    counts = np.diff(np.append(starts, len(x)))
+    first, second = ((np.add.reduceat(values, starts) / counts).tolist() for values in (x, y))
+    return first, second
 
 
 def _running_mean(values: list[float], window: int) -> list[float]:

@@ -208,8 +208,8 @@ def _read_metrics(path: Path, finished: bool, warnings: list[str]) -> list[Row]:
         for axis in AXES:
             line.number(axis, least=0)
         step = line.number("step")
-        for later in [known for known in rows if known > step]:  # written again after a resume
-            del rows[later]
+        while rows and next(reversed(rows)) > step:  # written again after a resume; what stays rises
+            rows.popitem()
         row = rows.setdefault(step, {})
         row.update({key: float(value) for key, value in line.values.items() if isinstance(value, (int, float))})
     if finished and not rows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moelab_tools.compare import verdict as words
 from moelab_tools.compare import wording
 from moelab_tools.compare.comparison import Comparison, Line
@@ -10,6 +12,16 @@ from moelab_tools.compare.verdict import Verdict
 
 AXIS_NAMES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
 NO_VERDICT = "no verdict below three pairs of seeds"
+APART = {"tokens": 0.02, "flops": 0.02, "seconds": 0.1}  # relative: from which on two variants' spendings differ
+RESOLVED = {words.BETTER, words.WORSE, words.BEST}
+
+
+def everything(comparison: Comparison) -> list[str]:
+    """All that is said in sentences, in this order: what each form of a comparison must hold."""
+    return [
+        *headlines(comparison), *wording.budgets(comparison), *multipliers(comparison), *remarks(comparison),
+        *what_intervals_cover(comparison),
+    ]  # fmt: skip
 
 
 def headlines(comparison: Comparison) -> list[str]:
@@ -48,10 +60,42 @@ def against_baseline(line: Line, comparison: Comparison) -> str:
             f"{line.name} and {other} share no seed, and one run is never compared with the mean of several: no "
             f"difference. Train {line.name} with the seeds of {other}."
         )
-    base = next(one.score for one in comparison.lines if one.name == other)
-    text = _difference(line.name, other, found, unit, base)
-    seen = could_have_seen(found, base)
-    return f"{text} {seen}" if seen else text
+    base = next(one for one in comparison.lines if one.name == other)
+    told = [
+        _difference(line.name, other, found, unit, base.score),
+        footing(line, base),
+        could_have_seen(found, base.score),
+    ]
+    return " ".join(sentence for sentence in told if sentence)
+
+
+def footing(line: Line, base: Line) -> str:
+    """What the difference took, where the two did not spend alike, and what is left of it where they had."""
+    spent = {axis: (getattr(line, axis), getattr(base, axis)) for axis in APART}
+    ratios = {axis: mine / theirs for axis, (mine, theirs) in spent.items() if mine and theirs}
+    apart = [axis for axis, ratio in ratios.items() if abs(ratio - 1) > APART[axis]]
+    if not apart:
+        return ""
+    text = f"It took {_listed([f'{ratios[axis]:.2f} × the {AXIS_NAMES[axis]}' for axis in apart])} of {base.name}"
+    left = [
+        f"at equal {AXIS_NAMES[axis]} it is {abs(found.difference):.4f} {_side(found.difference)} ({found.verdict})"
+        for axis in apart
+        if (found := line.at_equal.get(axis)) is not None and found.difference is not None
+    ]
+    return f"{text}; {_listed(left)}." if left else f"{text}."
+
+
+def resolved(comparison: Comparison) -> bool:
+    """Whether any comparison got one of the words better, worse and best."""
+    return any(line.verdict in RESOLVED for line in comparison.lines)
+
+
+def _side(difference: float) -> str:
+    return "lower" if difference < 0 else "higher"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
 
 
 def _difference(name: str, other: str, found: Verdict, unit: str, base: float | None) -> str:
@@ -59,7 +103,7 @@ def _difference(name: str, other: str, found: Verdict, unit: str, base: float | 
     how_much = f"{wording.signed(found.difference)} {unit}{share(found.difference, base)}"
     amount = f"{abs(found.difference):.4f} {unit}{share(found.difference, base)}"
     interval = f"interval {between(found)}{parts(found)}"
-    lower = "lower" if found.difference < 0 else "higher"
+    lower = _side(found.difference)
     if found.verdict == words.IDENTICAL:
         return f"{name} and {other} gave the same result to the last bit."
     if found.verdict == words.ONE_SEED:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from moelab_tools.compare import sentences, wording
@@ -12,6 +16,8 @@ from moelab_tools.compare.budgets import AXES
 from moelab_tools.compare.comparison import Comparison, Line
 
 STYLES = {"better": "green", "best": "green", "worse": "red", "failed": "bold red"}
+LONGEST_NAME = 32  # characters: a longer one is folded
+ROOM = 1000  # characters: enough for any table, to measure it in
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
@@ -20,10 +26,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(f"[bold red]NOT COMPARABLE: {escape(conflict)}[/]", highlight=False, soft_wrap=True)
     for told in comparison.seen:
         console.print(f"[bold red]{escape(told)}[/]", highlight=False, soft_wrap=True)
-    console.print(_table(comparison))
-    for told in sentences.headlines(comparison):
-        console.print(escape(told), highlight=False, soft_wrap=True)
-    for told in (*wording.budgets(comparison), *sentences.multipliers(comparison)):
+    for table in _tables(comparison, console.width):
+        console.print(table)
+    for told in (*sentences.headlines(comparison), *wording.budgets(comparison), *sentences.multipliers(comparison)):
         console.print(escape(told), highlight=False, soft_wrap=True)
     for told in sentences.remarks(comparison):
         console.print(f"[bold]{escape(told)}[/]", highlight=False, soft_wrap=True)
@@ -33,55 +38,98 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
 
 
-def _table(comparison: Comparison) -> Table:
-    unit = comparison.measure.name.replace(" per ", "/")
-    table = Table(
-        box=box.HORIZONTALS,
-        show_lines=True,
-        pad_edge=False,
-        title=f"difference in {comparison.measure.name} against {escape(comparison.baseline or wording.MISSING)}",
-    )
-    table.add_column("run\nlayout · router · balance", overflow="fold")
-    for heading in ("total\nactive\ntokens\nFLOPs", f"loss\n{unit}", "at equal\ntokens\nFLOPs\nseconds"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("difference\n95 % interval", no_wrap=True)
-    table.add_column("tokens/s\nMaxVio", justify="right", no_wrap=True)
+@dataclass(frozen=True)
+class _Column:
+    """A heading and what it says of each variant."""
+
+    heading: str
+    cell: Callable[[Comparison, Line], str]
+    right: bool = True
+    fold: bool = False
+
+
+def _tables(comparison: Comparison, width: int) -> list[Table]:
+    """One table, or two below each other where one would break names and numbers."""
+    what = f"difference in {comparison.measure.name} against {escape(comparison.baseline or wording.MISSING)}"
+    whole = _table(comparison, [*VERDICT, *COST], what)
+    if _width(whole) <= width:
+        return [whole]
+    return [_table(comparison, VERDICT, what), _table(comparison, COST, "what they are and what they took")]
+
+
+def _width(table: Table) -> int:
+    wide = Console(width=ROOM)
+    return Measurement.get(wide, wide.options, table).minimum
+
+
+def _table(comparison: Comparison, columns: Sequence[_Column], title: str) -> Table:
+    table = Table(box=box.HORIZONTALS, show_lines=True, pad_edge=False, title=title)
+    longest = max(len(line.name) for line in comparison.lines)
+    table.add_column("run", overflow="fold", no_wrap=longest <= LONGEST_NAME)
+    for column in columns:
+        heading = column.heading.format(unit=comparison.measure.name.replace(" per ", "/"))
+        justify: JustifyMethod = "right" if column.right else "left"
+        table.add_column(heading, justify=justify, no_wrap=not column.fold, overflow="fold")
     for line in comparison.lines:
-        table.add_row(*_cells(comparison, line))
+        table.add_row(_name(line), *(column.cell(comparison, line) for column in columns))
     return table
 
 
-def _cells(comparison: Comparison, line: Line) -> tuple[str, ...]:
-    gap = line.difference
+def _name(line: Line) -> str:
     unfinished = "" if line.status == "finished" else f"\n[bold red]{escape(line.status.upper())}[/]"
+    seeds = f"\n[dim]{escape(told)}[/]" if (told := _seeds(line)) else ""
+    return f"[bold]{escape(line.name)}[/]{seeds}{unfinished}"
+
+
+def _loss(comparison: Comparison, line: Line) -> str:
     spread = f"\n[dim]± {line.score_sd:.4f}[/]" if line.score_sd is not None else ""
-    style = STYLES.get(line.verdict, "bold")
-    against = f"[{style}]{escape(line.verdict)}[/]"
-    if gap and gap.difference is not None:
-        interval = (
-            f"\n[{wording.signed(gap.low)}, {wording.signed(gap.high)}]"
-            if gap.low is not None and gap.high is not None
-            else ""
-        )
-        pairs = f"\n[dim]{gap.pairs} pairs[/]" if gap.paired and gap.pairs > 1 else ""
-        against = f"{escape(wording.signed(gap.difference) + interval)}\n{against}{pairs}"
-    return (
-        f"[bold]{escape(line.name)}[/]{escape(_seeds(line))}\n[dim]{escape(wording.components(line))}[/]{unfinished}",
-        f"{wording.amount(line.parameters_total)}\n[dim]{wording.active(line)}[/]\n"
-        f"{wording.amount(line.tokens)}\n[dim]{wording.flops(line.flops)}[/]",
-        f"{wording.loss(line.eval_loss)}\n[bold]{wording.loss(line.score)}[/]{spread}",
-        "\n".join(wording.at_budget(comparison, line, axis) for axis in AXES),
-        against,
-        f"{wording.amount(line.tokens_per_second)}\n{wording.decimal(line.max_violation)}",
-    )
+    return f"[bold]{wording.loss(line.score)}[/]{spread}"
+
+
+def _difference(comparison: Comparison, line: Line) -> str:
+    gap, word = line.difference, f"[{STYLES.get(line.verdict, 'bold')}]{escape(line.verdict)}[/]"
+    if gap is None or gap.difference is None:
+        return word
+    interval = ""
+    if gap.low is not None and gap.high is not None:
+        interval = f"\n[{wording.signed(gap.low)}, {wording.signed(gap.high)}]"
+    pairs = f", {gap.pairs} {'pairs' if gap.paired else 'seeds each'}" if gap.pairs > 1 else ""
+    return f"{escape(wording.signed(gap.difference) + interval)}\n{word}[dim]{pairs}[/]"
+
+
+def _at_equal(comparison: Comparison, line: Line) -> str:
+    return "\n".join(escape(wording.at_equal(comparison, line, axis)) for axis in AXES)
+
+
+def _size(comparison: Comparison, line: Line) -> str:
+    return f"{wording.amount(line.parameters_total)}\n[dim]{wording.active(line)}[/]"
+
+
+def _spent(comparison: Comparison, line: Line) -> str:
+    return f"{wording.amount(line.tokens)}\n[dim]{wording.flops(line.flops)}[/]\n{line.seconds:,.0f} s"
+
+
+def _speed(comparison: Comparison, line: Line) -> str:
+    return f"{wording.amount(line.tokens_per_second)}\n{wording.decimal(line.max_violation)}"
+
+
+VERDICT = (
+    _Column("{unit}", _loss),
+    _Column("difference\n95 % interval\nverdict", _difference, right=False),
+    _Column("at equal tokens\nFLOPs\nseconds", _at_equal, right=False),
+)
+COST = (
+    _Column("layout · router · balance", lambda _, line: escape(wording.components(line)), right=False, fold=True),
+    _Column("parameters\nactive", _size),
+    _Column("tokens\nFLOPs\nseconds", _spent),
+    _Column("tokens/s\nMaxVio", _speed),
+    _Column("nats/\ntoken", lambda _, line: wording.loss(line.eval_loss)),
+)
 
 
 def _seeds(line: Line) -> str:
     """How many of its runs count."""
     if len(line.runs) == 1:
         return ""
-    return (
-        f" ({len(line.runs)} seeds)"
-        if line.counted == len(line.runs)
-        else f" ({line.counted} of {len(line.runs)} seeds)"
-    )
+    counted = f"{line.counted} of " if line.counted != len(line.runs) else ""
+    return f"{counted}{len(line.runs)} seeds"

@@ -62,6 +62,25 @@ def at_budget(comparison: Comparison, line: Line, axis: str) -> str:
     return f"{rough}{loss(value)}{'*' if set(line.runs) & set(budget.cut_short) else ''}"
 
 
+def at_equal(comparison: Comparison, line: Line, axis: str) -> str:
+    """The same with the word that the difference there got."""
+    found = line.at_equal.get(axis)
+    value = at_budget(comparison, line, axis)
+    return f"{value} {found.verdict}" if found is not None else value
+
+
+def in_domain(comparison: Comparison, line: Line, domain: str) -> float | None:
+    """Held-out loss of a domain, averaged over the variant's runs that know it."""
+    known = [value for run in line.runs if (value := comparison.domains[domain].get(run)) is not None]
+    return sum(known) / len(known) if known else None
+
+
+def lowest_in_domain(comparison: Comparison, domain: str) -> float | None:
+    """Of all variants."""
+    known = [in_domain(comparison, line, domain) for line in comparison.lines]
+    return min((value for value in known if value is not None), default=None)
+
+
 def budgets(comparison: Comparison) -> list[str]:
     """One sentence for each equal budget, then what its marks mean."""
     told = [_budget(comparison, budget) for budget in comparison.budgets]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +12,14 @@ import pytest
 import torch
 
 import moelab
-from moelab.config.model import ModelConfig
+from moelab.config.model import ModelConfig, MoEConfig
+from moelab.config.run import EvaluationConfig, RunConfig, TrainConfig
 from moelab.data.batches import ValidationBatches
 from moelab.data.corpus import TokenStream
-from moelab.train.evaluate import Evaluation, evaluate
+from moelab.hookspecs import ROUTERS
+from moelab.registry import Registry
+from moelab.train.evaluate import TOKENS_AT_ONCE, evaluate, evaluation_batch_size
+from moelab.train.evaluation import MOST_DOMAINS, Evaluation, Sums, bin_names, bin_of, tokens_before
 from moelab.train.precision import Precision
 
 PRECISION = Precision(torch.device("cpu"), torch.float32)
@@ -49,7 +54,98 @@ def test_the_sums_are_those_of_a_loop_over_tokens() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10])
 def test_the_batch_size_does_not_matter(batch_size: int) -> None:
-    assert _evaluation(batch_size).nats == pytest.approx(_evaluation(3).nats, rel=1e-6)
+    found, reference = _evaluation(batch_size), _evaluation(3)
+    assert found.nats == pytest.approx(reference.nats, rel=1e-6)
+    for axis, bins in reference.places.items():
+        assert list(found.places[axis]) == list(bins)
+        for name, sums in bins.items():
+            assert found.places[axis][name].nats == pytest.approx(sums.nats, rel=1e-6)
+            assert found.places[axis][name].tokens.tolist() == sums.tokens.tolist()
+
+
+@pytest.mark.parametrize("router", sorted(Registry(entry_points=False).components(ROUTERS)))
+def test_sequences_of_a_batch_do_not_touch_each_other_whatever_the_router(router: str) -> None:
+    """In float64, where rounding turns no near-tie of a router."""
+    top_k = 1 if router in ("switch", "mixture_of_depths") else 2
+    moe = MoEConfig(
+        layout={"name": "uniform", "num_experts": 4, "num_experts_per_tok": top_k, "moe_intermediate_size": 8},
+        router={"name": router}, allow_noncausal=True,
+    )  # fmt: skip
+    model = moelab.build(replace(MODEL, moe=moe)).double()
+    nats = [evaluate(model, ValidationBatches(_stream(), 10, 16, size), PRECISION).nats for size in (1, 7)]
+    assert nats[0] == pytest.approx(nats[1], rel=1e-9)
+
+
+def test_places_are_those_of_a_loop_over_tokens() -> None:
+    """Ten windows of 16 targets; documents begin at tokens 0, 30 and 100."""
+    found, stream = _evaluation(3), _stream()
+    position, context = Counter[str](), Counter[str]()
+    names = bin_names(16)
+    for window in range(10):
+        for place in range(1, 17):
+            target = window * 16 + place
+            document = int(stream.document_of(np.array(target)))
+            own = min(place, target - int(stream.document_starts[document]))
+            position[names[place.bit_length()]] += 1
+            context[names[own.bit_length()]] += 1
+    for axis, counts in (("position", position), ("context", context)):
+        sums = found.places[axis]
+        assert {name: one.tokens.sum() for name, one in sums.items()} == dict(counts)
+        assert sum(one.nats.sum() for one in sums.values()) == pytest.approx(found.nats.sum(), rel=1e-12)
+        assert sum(one.bytes.sum() for one in sums.values()) == found.bytes.sum()
+        assert {one.nats.shape for one in sums.values()} == {(3,)}
+
+
+def test_bins_are_powers_of_two_whose_names_sort_as_numbers() -> None:
+    assert bin_names(16) == ["00", "01", "02-03", "04-07", "08-15", "16"]
+    assert bin_names(9) == ["0", "1", "2-3", "4-7", "8-9"]
+    counts = np.arange(600)
+    assert bin_of(counts).tolist() == [int(count).bit_length() for count in counts]
+
+
+def test_a_target_counts_what_stands_before_it_in_its_window_and_its_document() -> None:
+    position, context = tokens_before(np.array([[4, 4, 4, 5, 5, 7], [1, 1, 1, 1, 1, 1]]))
+    assert position.tolist() == [[1, 2, 3, 4, 5]] * 2
+    assert context.tolist() == [[1, 2, 0, 1, 0], [1, 2, 3, 4, 5]]
+
+
+def test_detail_is_bits_per_byte_where_bytes_are_counted_and_else_nats() -> None:
+    documents = (["x", "y", "z"], ["code", "text", "code"])
+    nats, tokens = np.array([2.0, 4.0, 4.0]), np.array([3.0, 4.0, 3.0])
+    first = {"position": {"1": Sums(np.array([1.0]), np.array([2.0]), np.array([4.0]))}}
+    counted = Evaluation(nats, tokens, np.array([4.0, 8.0, 2.0]), places=first).detail(documents)
+    assert counted == {
+        "eval_domain/bits_per_byte/code": pytest.approx(1 / math.log(2)),
+        "eval_domain/bits_per_byte/text": pytest.approx(0.5 / math.log(2)),
+        "eval_position/bits_per_byte/1": pytest.approx(0.25 / math.log(2)),
+    }
+    average = Evaluation(nats, tokens, 3 * tokens, exact_bytes=False, places=first).detail(documents)
+    assert average == {
+        "eval_domain/loss/code": 1.0, "eval_domain/loss/text": 1.0, "eval_position/loss/1": 0.5,
+    }  # fmt: skip
+
+
+def test_of_many_domains_the_largest_are_logged() -> None:
+    count = MOST_DOMAINS + 5
+    tokens = np.arange(1.0, count + 1)
+    found = Evaluation(tokens, tokens, None).detail(([str(n) for n in range(count)], [f"d{n}" for n in range(count)]))
+    assert len(found) == MOST_DOMAINS
+    assert f"eval_domain/loss/d{count - 1}" in found
+    assert "eval_domain/loss/d0" not in found
+
+
+def test_an_evaluation_reads_as_many_sequences_at_once_as_are_not_slower_and_at_least_a_micro_batch() -> None:
+    def of(**keys: int) -> int:
+        sizes = {"batch_size": 8, "sequence_length": 128} | keys
+        evaluation = EvaluationConfig(batch_size=sizes.pop("evaluation", None))
+        return evaluation_batch_size(RunConfig(train=TrainConfig(**sizes), evaluation=evaluation))
+
+    assert of() == TOKENS_AT_ONCE / 128
+    assert of(micro_batch_size=2) == of()
+    assert of(batch_size=4096) == 4096
+    assert of(batch_size=4096, micro_batch_size=512) == 512
+    assert of(sequence_length=2 * TOKENS_AT_ONCE, micro_batch_size=1) == 1
+    assert of(evaluation=3) == 3
 
 
 def test_bits_per_byte_follow_from_nats_and_bytes() -> None:

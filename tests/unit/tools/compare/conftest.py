@@ -16,6 +16,16 @@ MakeRun = Callable[..., Path]
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
     """make_run("name", quality=..., ...) -> a run folder; the fields are those of make_runs.FakeRun."""
+    return _maker(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def make_shared_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
+    """The same for runs that all tests of a file only read."""
+    return _maker(tmp_path_factory.mktemp("shared"))
+
+
+def _maker(folder: Path) -> MakeRun:
     path = Path(__file__).with_name("make_runs.py")
     spec = importlib.util.spec_from_file_location("moelab_make_runs", path)
     assert spec is not None
@@ -25,7 +35,7 @@ def make_run(tmp_path: Path) -> MakeRun:
     spec.loader.exec_module(module)
 
     def make(name: str, **fields: Any) -> Path:
-        folder: Path = module.write_run(tmp_path / "runs", module.FakeRun(name, **fields))
-        return folder
+        made: Path = module.write_run(folder / "runs", module.FakeRun(name, **fields))
+        return made
 
     return make

@@ -18,6 +18,8 @@ import yaml
 DOMAINS = ("code_py", "docs_en", "code_cpp", "legal", "maths")
 TOKENS_PER_STEP = 16 * 256
 LAYERS, EXPERTS = 4, 16
+AXES = ("step", "tokens", "flops", "flops_declared", "seconds")
+UNTRAINED = math.log(257)  # nats a token, before the first step
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class FakeRun:
     balance: float = 1.0  # MaxVio at the end
     seed: int = 0
     steps: int = 300
+    planned: int | None = None  # steps of the config, where the run stopped before
     eval_every: int = 60  # 0: only at the end
     flops_per_token: float = 2.0e6  # served
     declared: float = 1.0  # FLOPs that the routers declare, by those served
@@ -55,6 +58,9 @@ def write_run(folder: Path, fake: FakeRun) -> Path:
     if documents:
         (path / "evaluation_documents.jsonl").write_text("".join(json.dumps(one) + "\n" for one in documents))
     (path / "summary.json").write_text(json.dumps(_summary(fake, rows)))
+    about = {"step": fake.steps, "seed": fake.seed, "temperature": 0.8}
+    samples = [{"prompt": one, "text": f"{one}{fake.name}", **about} for one in ("def ", "The ")]
+    (path / "evaluation_samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples))
     return path
 
 
@@ -78,7 +84,7 @@ def _config(path: Path, fake: FakeRun) -> dict[str, Any]:
         "seed": fake.seed,
         "model": {"hidden_size": 128, "num_hidden_layers": LAYERS, "moe": _moe(fake)},
         "data": {"source": {"name": "embedded"}, "tokenizer": fake.tokenizer, "seed": 0},
-        "train": {"steps": fake.steps, "batch_size": 16, "sequence_length": 256, "init_from": None},
+        "train": {"steps": fake.planned or fake.steps, "batch_size": 16, "sequence_length": 256, "init_from": None},
         "optimizer": {"lr": 1e-3},
         "observers": [{"name": "tensorboard"}],
     }
@@ -95,7 +101,9 @@ def _own(fake: FakeRun, purpose: int) -> np.random.Generator:
 
 def _rows(fake: FakeRun) -> list[dict[str, Any]]:
     generator = np.random.default_rng([fake.seed, *fake.name.encode()])
-    rows = []
+    untrained = {"eval/loss": UNTRAINED, "eval/perplexity": math.exp(UNTRAINED)}
+    untrained |= {"eval/bits_per_byte": UNTRAINED / math.log(2)}
+    rows: list[dict[str, Any]] = [dict.fromkeys(AXES, 0) | untrained]
     for step in range(1, fake.steps + 1):
         tokens = step * TOKENS_PER_STEP
         base = {"step": step, "tokens": tokens, "flops": tokens * fake.flops_per_token}
@@ -154,6 +162,9 @@ def _summary(fake: FakeRun, rows: list[dict[str, Any]]) -> dict[str, Any]:
     if (documents := _documents(fake)) and fake.status == "finished":
         final["eval/loss"] = sum(d["nats"] for d in documents) / sum(d["tokens"] for d in documents)
         final["eval/bits_per_byte"] = final["eval/loss"] / math.log(2)
+        for number, place in enumerate(("000", "001", "002-003", "004-007")):
+            for kind in ("position", "context"):
+                final[f"eval_{kind}/bits_per_byte/{place}"] = final["eval/bits_per_byte"] * (1.5 - number / 10)
     shares = np.random.default_rng(fake.seed).dirichlet(np.full(EXPERTS, 4 / fake.balance**2), LAYERS)
     shares[0, 3] = 0.0
     moe = _moe(fake)

@@ -33,7 +33,7 @@ def test_it_prints_a_table_and_writes_a_report(
     assert "dense needs" in printed
     assert f"report: {report / 'report.html'}" in printed.replace("\n", "")
     assert json.loads(extra.read_text()) == json.loads((report / "comparison.json").read_text())
-    assert sorted(path.name for path in report.iterdir()) == ["comparison.json", "report.html"]
+    assert sorted(path.name for path in report.iterdir()) == ["comparison.json", "report.html", "tensorboard"]
 
 
 def test_the_report_needs_no_network_and_shows_every_part(make_run: MakeRun, tmp_path: Path) -> None:

@@ -404,6 +404,14 @@ def test_both_budgets_have_one_unit_and_one_kind_of_loss(make_run: MakeRun) -> N
     assert "dear was not evaluated before this point (set evaluation.every)" in told
 
 
+def test_a_run_read_just_before_its_end_is_not_cut_short(make_run: MakeRun) -> None:
+    """FLOPs of two recipes can be matched to a step, not to the last FLOP."""
+    runs = read_runs([make_run("short", steps=199, eval_every=0), make_run("long", steps=200, eval_every=10)])
+    tokens = equal_budgets(runs, BITS_PER_BYTE)[0]
+    assert (tokens.amount, tokens.cut_short) == (199 * 4096, ())
+    assert sorted(tokens.losses) == ["long", "short"]
+
+
 def test_flops_that_rise_along_a_run_are_read_where_they_were_spent(make_run: MakeRun) -> None:
     """A run that serves more and more: its budget is what it had spent, not its last rate times its steps."""
     path = make_run("grows", steps=100, eval_every=10)
@@ -421,9 +429,9 @@ def test_flops_that_rise_along_a_run_are_read_where_they_were_spent(make_run: Ma
     assert flops.losses["grows"] == pytest.approx(known[70])  # 70^2 = 4900
 
 
-def test_a_run_that_did_not_count_has_no_equal_flops(make_run: MakeRun) -> None:
+def test_a_run_that_did_not_count_is_left_out_at_equal_flops_and_told(make_run: MakeRun) -> None:
     """Written before format 2: its `flops` are those of the layout, whatever its router did."""
-    old, dense = make_run("old"), make_run("dense", router=None)
+    old, dense, other = make_run("old"), make_run("dense", router=None), make_run("other", flops_per_token=4e6)
     for path in (old, dense):
         rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         for row in rows:
@@ -433,15 +441,19 @@ def test_a_run_that_did_not_count_has_no_equal_flops(make_run: MakeRun) -> None:
         for key in ("format_version", "flops_declared"):
             del summary[key]
         (path / "summary.json").write_text(json.dumps(summary))
-    comparison = compared(old, dense)
-    assert [budget.axis for budget in comparison.budgets] == ["tokens", "seconds"]
+    comparison = compared(old, dense, other, baseline="dense")
+    assert [budget.axis for budget in comparison.budgets] == ["tokens", "flops", "seconds"]
+    assert comparison.budgets[1].missing == {"old": "did not count what its experts served"}
+    assert "old did not count what its experts served" in " ".join(wording.budgets(comparison))
     by_name = {line.name: line for line in comparison.lines}
+    assert sorted(by_name["other"].at_equal) == ["flops", "seconds", "tokens"]
+    assert sorted(by_name["old"].at_equal) == ["seconds", "tokens"]
     assert by_name["old"].flops is None
     assert by_name["old"].at_equal_flops is None
     assert by_name["dense"].flops == pytest.approx(300 * 4096 * 2e6)  # without experts there is nothing to count
     assert [w for w in comparison.warnings if "FLOPs" in w] == [
-        "old was written before runs counted what their experts served: its FLOPs are not known, so there is no "
-        "equal-FLOP budget; train it again"
+        "old was written before runs counted what their experts served: its FLOPs are not known, so it is left "
+        "out at equal FLOPs; train it again"
     ]
 
 

@@ -22,7 +22,7 @@ def test_a_finished_run_is_read_whole(make_run: MakeRun) -> None:
     run = read_run(make_run("a", steps=60, eval_every=20))
     assert run.finished
     assert run.name == "a"
-    assert run.curve("eval/loss")[0] == [20 * 4096, 40 * 4096, 60 * 4096]
+    assert run.curve("eval/loss")[0] == [0, 20 * 4096, 40 * 4096, 60 * 4096]
     assert len(run.curve("train/lm_loss", "flops")[0]) == 12
     assert len(run.documents) == 60
     assert run.amount("tokens") == 60 * 4096
