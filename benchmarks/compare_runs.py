@@ -4,7 +4,8 @@
                                       [--folder SCRATCH] [--output benchmarks/results] [--profile]
 
 Nothing is trained: curves, expert loads and documents are drawn, as many and as long as a run of that many steps logs
-every 10 (at 8 layers 74 tags a line). Times are of a fresh process, wall and processor; `--profile` shows where they go.
+every 10 (at 8 layers 74 tags a line). Times are of a fresh process, wall and processor;
+`--profile` shows where they go.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def _write_summary(path: Path, options: argparse.Namespace, seed: int, final: di
     summary = {
         "format_version": 2, "name": path.name, "status": "finished", "steps": options.steps,
         **{key: value for key, value in _axes(options.steps).items() if key != "step"},
-        "parameters": {"total": 9_000_000, "active": 2_000_000, "active_served": 2_000_000}, "final": final, "data": data,
+        "parameters": {"total": 9_000_000, "active": 2_000_000, "active_served": 2_000_000}, "final": final,
+        "data": data,
         "components": {"layout": "uniform", "router": "softmax_topk", "balance_losses": "load_balance"},
         "device": "cpu", "threads": 2, "dtype": "float32", "init_from": None, "seed": seed, "expert_load": load,
         "plugins": {f"moelab_plugins.routers.r{n}": "0.1.0" for n in range(70)},
