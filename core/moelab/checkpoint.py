@@ -1,8 +1,9 @@
 """Checkpoints of moelab's own as they lie on disk: where they are, under which config they were written, their tensors.
 
 checkpoints/step_00000100/ holds model.safetensors (parameters and plugin buffers under the model's names),
-training.safetensors (optimizer moments, state of the balance losses), state.json, config.yaml and the tokenizer.
-Safetensors and JSON, complete or absent, never pickled. What writes them is train/checkpoint.py.
+training.safetensors (optimizer moments, state of the balance losses), state.json, config.yaml, the tokenizer, and
+manifest.json with the checksums of all of them. Safetensors and JSON, complete or absent, never pickled. What writes
+them is train/checkpoint.py, what compares them with their checksums integrity.py.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ MODEL, TRAINING, STATE, CONFIG = "model.safetensors", "training.safetensors", "s
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The last complete checkpoint of a run folder: a partial one has another name."""
+    """The last checkpoint of a run folder, damaged or not."""
     return max(checkpoints(run_dir), default=None)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run folder, oldest first."""
-    return sorted(path for path in (run_dir / CHECKPOINTS).glob("step_*") if (path / STATE).is_file())
+    """The checkpoints of a run folder, oldest first. They were written whole: a partial one has another name."""
+    return sorted(path for path in (run_dir / CHECKPOINTS).glob("step_*") if path.is_dir())
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -45,7 +46,10 @@ def resolve_checkpoint(path: Path) -> Path:
     if (path / CHECKPOINTS).is_dir():
         newest = newest_checkpoint(path)
         if newest is None:
-            raise CheckpointError(f"{path}: this run has no complete checkpoint")
+            raise CheckpointError(f"{path}: this run has no checkpoint")
+        for name in (STATE, CONFIG):
+            if not (newest / name).is_file():
+                raise CheckpointError(f"{newest / name}: is missing; use an earlier checkpoint, or restore it")
         return newest
     if is_moelab(path) and (path / "config.json").is_file():
         raise CheckpointError(

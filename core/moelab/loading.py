@@ -14,10 +14,10 @@ from moelab.checkpoint import (
     model_tensors,
     read_run_config,
     refuse_misfits,
-    resolve_checkpoint,
 )
 from moelab.hf.files import read_header
 from moelab.hf.load import load_hf
+from moelab.integrity import verified
 from moelab.nn.transformer import Transformer
 from moelab.paths import user_path
 from moelab.registry import Registry
@@ -31,16 +31,30 @@ def load(
     device: torch.device | str = "cpu",
     registry: Registry | None = None,
     trust: bool = False,
+    verify: bool = True,
 ) -> Transformer:
     """The model of a checkpoint, in evaluation mode: a Hugging Face folder, a moelab checkpoint, or a run folder.
 
-    Of a run folder the newest checkpoint. Routers that drop, add noise or look ahead while training do so only after
-    `model.train()`.
+    Of a run folder the newest checkpoint, compared with its checksums: where it is damaged, the error names the one
+    before it that is whole (`verify=False` takes it as it is). Routers that drop, add noise or look ahead while
+    training do so only after `model.train()`.
 
     `registry`: the plugins that you name, `Registry(["my_router"])`; None: the installed ones. Other code that the
     folder names is imported only with `trust`. Raises CheckpointError naming the file and the cure.
     """
-    folder = resolve_checkpoint(user_path(path))
+    folder = verified(user_path(path), verify=verify)
+    return read_model(folder, dtype=dtype, device=device, registry=registry, trust=trust)
+
+
+def read_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    registry: Registry | None = None,
+    trust: bool = False,
+) -> Transformer:
+    """`load` of a folder that `verified` gave."""
     if not is_moelab(folder):
         return load_hf(folder, dtype=dtype, device=device)
     config = read_run_config(folder)

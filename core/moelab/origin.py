@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moelab.checkpoint import CONFIG, is_moelab, newest_checkpoint, read_run_config, resolve_checkpoint
+from moelab.checkpoint import CONFIG, is_moelab, read_run_config, resolve_checkpoint
 from moelab.config.files import Layer, subtree
 from moelab.config.model import ModelConfig
 from moelab.config.stored import read_stored_tree
@@ -31,6 +31,7 @@ from moelab.hf.carried import (
 )
 from moelab.hf.config import CONFIG_FILE, read_config
 from moelab.hf.files import READING, read_json
+from moelab.integrity import Choice, newest_whole
 from moelab.paths import unresolved_hint, user_path
 from moelab.registry import Registry
 from moelab.safe_files import read_bytes
@@ -48,7 +49,7 @@ class Origin:
     folder: Path
     model: ModelConfig
     tokenizer: str | None  # as data.tokenizer names it; None where the folder has none
-    own: bool = False  # the newest checkpoint of the very run that goes on from it
+    own: Choice | None = None  # where the very run that wrote it goes on from it
 
     def registry(self, named: Registry) -> Registry:
         """The plugins that `model` is built with: those that the user named. CheckpointError where it needs others."""
@@ -79,12 +80,15 @@ def read_origin(path: str | Path) -> Origin:
     return Origin(folder, model, _tokenizer(folder))
 
 
-def origin_of(config: Mapping[str, Any]) -> Origin | None:
-    """Where the weights of a run come from, by its plain config: its own newest checkpoint, or `train.init_from`."""
+def origin_of(config: Mapping[str, Any], *, verify: bool = True) -> Origin | None:
+    """Where the weights of a run come from, by its plain config: its own newest checkpoint, or `train.init_from`.
+
+    Of its own the newest that is as it was written (not `verify`: the newest), CheckpointError where all are damaged.
+    """
     if config.get("resume") and config.get("run_dir"):
-        newest = newest_checkpoint(user_path(config["run_dir"], "run_dir"))
-        if newest is not None:
-            return dataclasses.replace(read_origin(newest), own=True)
+        choice = newest_whole(user_path(config["run_dir"], "run_dir"), verify=verify)
+        if choice.folder is not None:
+            return dataclasses.replace(read_origin(choice.folder), own=choice)
     init_from = subtree(config, ("train", "init_from"))
     if init_from is None:
         return None
@@ -94,9 +98,9 @@ def origin_of(config: Mapping[str, Any]) -> Origin | None:
         raise CheckpointError(f"train.init_from: {error}{unresolved_hint(init_from)}") from error
 
 
-def origin_layer(config: Mapping[str, Any]) -> Layer | None:
+def origin_layer(config: Mapping[str, Any], *, verify: bool = True) -> Layer | None:
     """For `load_config(below=...)`: what `origin_of` a config says."""
-    origin = origin_of(config)
+    origin = origin_of(config, verify=verify)
     return None if origin is None else origin.layer()
 
 

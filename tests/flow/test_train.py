@@ -131,8 +131,9 @@ def test_a_checkpoint_that_did_not_count_is_refused(root: Path, finished: Path, 
     shutil.rmtree(run / "checkpoints" / "step_00000012")
     path = run / "checkpoints" / "step_00000009" / "state.json"
     state = json.loads(path.read_text())
-    del state["served_weights"], state["logged"]
+    del state["served_weights"], state["logged"], state["manifest"]
     path.write_text(json.dumps(state))
+    (path.parent / "manifest.json").unlink()
     outcome = _run(root, "train", CONFIG, *SMALL, f"run_dir={run}", "--resume")
     assert outcome.returncode == 2
     assert "did not count what the experts served" in outcome.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import click
@@ -36,7 +37,9 @@ def tokenizer_of(path: Path, given: str | None) -> Tokenizer:
     return load_tokenizer(origin.tokenizer)
 
 
-def load_run(arguments: Sequence[str], needed: Sequence[str] = (), *, trust: bool = False) -> Loaded[RunConfig]:
+def load_run(
+    arguments: Sequence[str], needed: Sequence[str] = (), *, trust: bool = False, verify: bool = True
+) -> Loaded[RunConfig]:
     """Config files, overrides and at most one checkpoint folder, whose own config then lies below them all.
 
     `needed`: overrides that stand for what a run must have and a command does not look at.
@@ -46,7 +49,7 @@ def load_run(arguments: Sequence[str], needed: Sequence[str] = (), *, trust: boo
         raise ConfigError(f"{folders[1]}: one checkpoint at a time, and {folders[0]} is one already")
     rest = [a for a in arguments if a not in folders]
     if not folders:
-        return load_config([*rest, *needed], RunConfig, below=origin_layer, trust=trust)
+        return load_config([*rest, *needed], RunConfig, below=partial(origin_layer, verify=verify), trust=trust)
     layer = own_layer(read_origin(folders[0]))
     return load_config([*rest, *needed], RunConfig, below=lambda config: layer, trust=trust)
 
@@ -98,9 +101,9 @@ def plugin_folders(loaded: Loaded[RunConfig], *, trust: bool = False) -> list[Pa
     return [*(user_path(path, "search_path") for path in own), *loaded.search_path, Path()]
 
 
-def take_up_plugins(run: RunConfig) -> None:
+def take_up_plugins(run: RunConfig, *, verify: bool = True) -> None:
     """Name in a run's config what the checkpoint that it starts from names, with the places where that was found."""
-    origin = origin_of(asdict(run))
+    origin = origin_of(asdict(run), verify=verify)
     if origin is None or not origin.is_run:
         return
     stored = read_run_config(origin.folder)

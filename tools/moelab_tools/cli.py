@@ -17,7 +17,7 @@ COMMANDS = {
     "evaluate": "Held-out loss of a checkpoint.",
     "generate": "Continue a prompt with a checkpoint.",
     "upcycle": "Turn a dense Qwen2 checkpoint into a Qwen2-MoE one.",
-    "verify": "Recompute an upcycled checkpoint from its source and compare bytes.",
+    "verify": "Compare checkpoints with their checksums, or an upcycled one with its source.",
     "export": "Write a moelab checkpoint as a Hugging Face one.",
     "compare": "Compare runs: a table and an HTML report.",
     "plugins": "List every plugin with its options.",

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-import moelab
 from moelab.checkpoint import is_moelab
 from moelab.data.lineage import carried_lineage
 from moelab.data.seen import carried_record
@@ -19,6 +18,8 @@ from moelab.hf.config import CONFIG_FILE
 from moelab.hf.files import TensorFolder, read_json
 from moelab.hf.save import save_hf
 from moelab.hf.tokenizer_config import as_it_is, llama_cpp_remark, named_token_ids
+from moelab.integrity import verified
+from moelab.loading import read_model
 from moelab.nn.transformer import Transformer
 from moelab.origin import Origin, carried_ids, check_vocabulary, end_token_ids, read_origin
 from moelab_tools.tokenizer_check import check_auto_tokenizer
@@ -34,14 +35,15 @@ def export(
     max_shard_size: str = "5GB",
     force: bool = False,
     trust: bool = False,
+    verify: bool = True,
 ) -> list[str]:
     """Write `output`; -> lines that say what was written, why so, and who reads it.
 
     `dtype`: bfloat16, float32 or float16; None: the one in which the checkpoint stores its matrices. Raises
     CheckpointError or ConfigError for what can't be read, or can't be said in that format, before anything is written.
     """
-    origin = read_origin(checkpoint)
-    model = moelab.load(origin.folder, trust=trust)
+    origin = read_origin(verified(checkpoint, verify=verify))
+    model = read_model(origin.folder, trust=trust)
     tokenizer = load_tokenizer(origin.tokenizer) if origin.tokenizer is not None else None
     if tokenizer is not None:
         check_vocabulary(model.config.vocab_size, tokenizer, str(origin.tokenizer))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-import moelab
 from moelab.generate import Sampling, generate
+from moelab.integrity import verified
+from moelab.loading import read_model
 from moelab.origin import check_vocabulary, end_token_ids, read_origin
 from moelab.printable import printable
 from moelab_tools.checkpoints import tokenizer_of
@@ -28,16 +29,22 @@ class Sample:
 
 
 def continue_prompts(
-    checkpoint: Path, prompts: Sequence[str], sampling: Sampling, *, tokenizer: str | None = None, trust: bool = False
+    checkpoint: Path,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    tokenizer: str | None = None,
+    trust: bool = False,
+    verify: bool = True,
 ) -> list[Sample]:
     """Each prompt on its own, all with `sampling.seed`; its end tokens are replaced by the checkpoint's.
 
     Raises CheckpointError or ConfigError for a folder that can't be loaded, or a tokenizer that isn't the model's.
     """
-    origin = read_origin(checkpoint)
-    chosen = tokenizer_of(checkpoint, tokenizer)
+    origin = read_origin(verified(checkpoint, verify=verify))
+    chosen = tokenizer_of(origin.folder, tokenizer)
     check_vocabulary(origin.model.vocab_size, chosen, tokenizer or str(origin.tokenizer))
-    model = moelab.load(origin.folder, trust=trust)
+    model = read_model(origin.folder, trust=trust)
     # Ids mean something to their own tokenizer alone.
     ends = end_token_ids(origin.folder) if tokenizer is None else None
     end_ids, said_by = ends or ((chosen.eos_token_id,), "the tokenizer")

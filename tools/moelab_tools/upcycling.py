@@ -53,7 +53,7 @@ def run_upcycle(request: UpcycleRequest) -> None:
     if request.sink == "files" and config.output is None:
         raise ConfigError("output: has no value yet; write output=DIR, or --sink hash to keep nothing")
     output = user_path(config.output, "output") if request.sink == "files" and config.output else None
-    with _terminable(), _bar(console) as bar:
+    with _terminable(), bytes_bar(console) as bar:
         task = bar.add_task("upcycling", total=None)
         outcome = convert(
             plan,
@@ -74,7 +74,7 @@ def run_verify(output: Path, sources: Sequence[Path], full: bool, layers: str | 
     console = make_console(WIDE)
     plan = plan_of_output(output, sources, [Path.cwd()], trust=trust)
     chosen = parse_layers(layers, plan.target.num_hidden_layers)
-    with _terminable(), _bar(console) as bar:
+    with _terminable(), bytes_bar(console) as bar:
         task = bar.add_task("verifying", total=None)
         verdict = verify(
             output,
@@ -103,7 +103,8 @@ def parse_layers(text: str | None, count: int) -> range | None:
     return chosen
 
 
-def _bar(console: Console) -> Progress:
+def bytes_bar(console: Console) -> Progress:
+    """Progress in bytes."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

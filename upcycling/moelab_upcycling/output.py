@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from moelab.checksums import ALGORITHM
 from moelab.data.lineage import LINEAGE, Lineage, converted, lineage_of
 from moelab.data.seen import carried_record
 from moelab.errors import CheckpointError
@@ -128,7 +129,7 @@ class OutputFolder:
         """Append a finished shard to the manifest, synced."""
         entry = {
             "shard": result.file, "bytes": result.nbytes, "seconds": result.seconds,
-            "plan": self.plan.hash, "hash": "xxh3-128", "tensors": result.hashes,
+            "plan": self.plan.hash, "hash": ALGORITHM, "tensors": result.hashes,
         }  # fmt: skip
         path = self.folder / MANIFEST
         try:

@@ -15,8 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from xxhash import xxh3_128
-
+from moelab.checksums import checksum_of_span, running
 from moelab.errors import RunFailure
 from moelab.hookspecs import (
     EXPERT_INITIALISERS,
@@ -84,7 +83,7 @@ class ShardMaker:
         try:
             writer.write(shard.header)
             for tensor in shard.tensors:
-                digest = xxh3_128()
+                digest = running()
                 for piece in self.maker.make(tensor):
                     digest.update(raw_bytes(piece))
                     writer.write(piece)
@@ -108,28 +107,13 @@ class ShardMaker:
             if os.pread(descriptor, len(shard.header), 0) != shard.header:
                 return result
             for tensor, offset in zip(shard.tensors, shard.offsets, strict=True):
-                digest = xxh3_128()
-                for piece in read_pieces(descriptor, len(shard.header) + offset, tensor.nbytes):
-                    digest.update(piece)
-                result.hashes[tensor.name] = digest.hexdigest()
+                begin = len(shard.header) + offset
+                result.hashes[tensor.name] = checksum_of_span(descriptor, begin, tensor.nbytes, keep_cached=False)
                 progress(tensor.nbytes)
         finally:
             os.close(descriptor)
         result.nbytes = shard.nbytes
         return result
-
-
-def read_pieces(descriptor: int, offset: int, size: int) -> Iterator[bytes]:
-    """A span of a file, some MB at a time, left out of the page cache."""
-    end = offset + size
-    while offset < end:
-        piece = os.pread(descriptor, min(8 << 20, end - offset), offset)
-        if not piece:
-            return
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, offset, len(piece), os.POSIX_FADV_DONTNEED)
-        offset += len(piece)
-        yield piece
 
 
 def do_all(

@@ -185,13 +185,13 @@ def _open(path: Path) -> tuple[int, bool]:
     try:
         if hasattr(os, "O_DIRECT"):
             try:
-                return os.open(path, flags | os.O_DIRECT, 0o644), True
+                return os.open(path, flags | os.O_DIRECT, 0o666), True
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
                 with contextlib.suppress(FileNotFoundError):  # created before it was refused
                     path.unlink()
-        return os.open(path, flags, 0o644), False
+        return os.open(path, flags, 0o666), False
     except OSError as error:
         raise explain(error, path) from error
 

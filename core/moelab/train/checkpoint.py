@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moelab.checkpoint import MODEL, STATE, TRAINING, load_model_tensors, model_tensors, read_state, read_tensors
 from moelab.errors import CheckpointError
+from moelab.manifest import MANIFEST, manifest_bytes, plain_entry
 from moelab.moe.balance import NamedLoss
 from moelab.nn.transformer import Transformer
+from moelab.tensor_file import write_tensors
 from moelab.train.optimizer import optimizer_tensors, restore_optimizer
 
 
@@ -33,25 +33,24 @@ class TrainingState:
 def save_checkpoint(
     folder: Path, model: Transformer, training: TrainingState, state: Mapping[str, Any], files: Mapping[str, bytes]
 ) -> None:
-    """Write `folder` beside, sync it, rename it. `files`: config.yaml and the tokenizer's."""
+    """Write `folder` beside, its manifest last, sync it, rename it. `files`: config.yaml and the tokenizer's."""
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
+    small = {STATE: (json.dumps({**state, "manifest": MANIFEST}, indent=2) + "\n").encode(), **files}
     try:
-        save_file(model_tensors(model), beside / MODEL)
-        save_file(_training_tensors(model, training), beside / TRAINING)
-        (beside / STATE).write_text(json.dumps(dict(state), indent=2) + "\n")
-        for name, content in files.items():
+        entries = {name: plain_entry(content) for name, content in small.items()}
+        entries[MODEL] = write_tensors(beside / MODEL, model_tensors(model)).entry()
+        entries[TRAINING] = write_tensors(beside / TRAINING, _training_tensors(model, training)).entry()
+        for name, content in {**small, MANIFEST: manifest_bytes(entries)}.items():
             (beside / name).write_bytes(content)
-        for name in (MODEL, TRAINING):
-            shutil.copymode(beside / STATE, beside / name)  # the library's 0600 would shut out whoever else reads it
-        for path in (*beside.iterdir(), beside):
-            _sync(path)
+            _sync(beside / name)
+        _sync(beside)
         if folder.exists():
             shutil.rmtree(folder)
         beside.rename(folder)
         _sync(folder.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise CheckpointError(
             f"{folder}: can't be written: {error}; free some space and go on with --resume"
@@ -59,27 +58,59 @@ def save_checkpoint(
 
 
 def restore_checkpoint(folder: Path, model: Transformer, training: TrainingState) -> dict[str, Any]:
-    """Fill model, optimizer and balance losses from `folder`; -> what state.json says."""
+    """Fill model, optimizer and balance losses from `folder`; -> what state.json says.
+
+    Raises CheckpointError where tensors are missing, foreign or of another shape, before anything on disk is touched.
+    """
     load_model_tensors(folder, model)
-    tensors = read_tensors(folder / TRAINING)
+    path = folder / TRAINING
+    tensors = read_tensors(path)
     device = next(model.parameters()).device
     moments = {
         key.removeprefix("optimizer/"): v.to(device) for key, v in tensors.items() if key.startswith("optimizer/")
     }
-    restore_optimizer(model, training.optimizer, moments)
+    losses: dict[str, dict[str, Tensor]] = {named.name: {} for named in training.balance_losses if _state_dict(named)}
+    try:
+        restore_optimizer(model, training.optimizer, moments)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    for key in sorted(tensors.keys() - {f"optimizer/{key}" for key in moments}):
+        kind, _, rest = key.partition("/")
+        name, _, part = rest.partition("/")
+        if kind != "balance_losses" or name not in losses:
+            raise CheckpointError(f"{path}: holds '{key}', which nothing of this run keeps; use an earlier checkpoint")
+        losses[name][part] = tensors[key]
     for named in training.balance_losses:
-        own = f"balance_losses/{named.name}/"
-        state = {key.removeprefix(own): value for key, value in tensors.items() if key.startswith(own)}
-        if state:
-            named.loss.load_state_dict(state)  # type: ignore[attr-defined]
+        if named.name in losses:
+            _restore_loss(named, losses[named.name], path)
     return read_state(folder)
+
+
+def _restore_loss(named: NamedLoss, state: dict[str, Tensor], path: Path) -> None:
+    if missing := sorted(_state_dict(named).keys() - state.keys()):
+        raise CheckpointError(
+            f"{path}: lacks balance_losses/{named.name}/{missing[0]}, which the balance loss goes on from; use an "
+            "earlier checkpoint, or restore it"
+        )
+    try:
+        named.loss.load_state_dict(state)  # type: ignore[attr-defined]
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:  # whatever its plugin makes of it
+        raise CheckpointError(
+            f"{path}: balance loss '{named.name}' can't go on from its state there ({type(error).__name__}: {error}); "
+            "use an earlier checkpoint, or restore it"
+        ) from error
+
+
+def _state_dict(named: NamedLoss) -> Mapping[str, Tensor]:
+    """What a balance loss carries from step to step; most carry nothing."""
+    found: Mapping[str, Tensor] = getattr(named.loss, "state_dict", dict)()
+    return found
 
 
 def _training_tensors(model: Transformer, training: TrainingState) -> dict[str, Tensor]:
     tensors = {f"optimizer/{key}": value for key, value in optimizer_tensors(model, training.optimizer).items()}
     for named in training.balance_losses:
-        state_dict = getattr(named.loss, "state_dict", dict)
-        tensors |= {f"balance_losses/{named.name}/{key}": value for key, value in state_dict().items()}
+        tensors |= {f"balance_losses/{named.name}/{key}": value for key, value in _state_dict(named).items()}
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 

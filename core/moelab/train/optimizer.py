@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -9,6 +10,11 @@ from torch import Tensor, nn
 
 from moelab.config.run import OptimizerConfig
 from moelab.errors import CheckpointError
+
+logger = logging.getLogger("moelab")
+
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # torch.optim.AdamW's state of a parameter, without amsgrad
+_CURE = "; use an earlier checkpoint, or restore it"
 
 
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -34,15 +40,30 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave. Raises CheckpointError for a parameter that is not the model's."""
-    parameters = dict(model.named_parameters())
+    """Put back what `optimizer_tensors` gave.
+
+    Raises CheckpointError for a parameter that is not the model's, and for moments of one that are not all, and only,
+    AdamW's. A parameter without any is told: AdamW begins anew with it, as with one that never had a gradient.
+    """
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found: dict[str, dict[str, Tensor]] = {}
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")
         if name not in parameters:
-            raise CheckpointError(f"the checkpoint holds optimizer state of '{name}', which this model does not have")
-        parameter = parameters[name]
-        fits = value.shape in (parameter.shape, torch.Size([]))
-        if not fits:
-            raise CheckpointError(f"optimizer state '{path}' is {tuple(value.shape)}, not {tuple(parameter.shape)}")
-        # AdamW's step count stays a scalar on the CPU unless fused on an accelerator wants it there.
-        optimizer.state[parameter][key] = value.to(parameter.device).clone()
+            raise CheckpointError(f"holds optimizer state of '{name}', which this model does not train{_CURE}")
+        wanted = torch.Size([]) if key == "step" else parameters[name].shape
+        if value.shape != wanted:
+            raise CheckpointError(f"'{path}' is {list(value.shape)}, not {list(wanted)}{_CURE}")
+        found.setdefault(name, {})[key] = value
+    for name, moments in found.items():
+        if moments.keys() != MOMENTS:
+            missing, foreign = sorted(MOMENTS - moments.keys()), sorted(moments.keys() - MOMENTS)
+            raise CheckpointError(f"optimizer state of '{name}' lacks {missing} and holds {foreign} beside{_CURE}")
+    without = sorted(parameters.keys() - found.keys()) if found else []
+    if without:
+        shown = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
+        logger.warning("the checkpoint holds no optimizer state of %s: AdamW begins anew with it", shown)
+    for name, moments in found.items():
+        for key, value in moments.items():
+            # AdamW's step count stays a scalar on the CPU unless fused on an accelerator wants it there.
+            optimizer.state[parameters[name]][key] = value.to(parameters[name].device).clone()

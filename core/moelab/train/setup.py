@@ -80,8 +80,11 @@ class Setup:
         return [module for module in self.model.modules() if isinstance(module, MoEBlock)]
 
 
-def prepare(config: RunConfig, registry: Registry) -> Setup:
-    """Build everything; nothing is written. Raises UserError for whatever is wrong, naming key, file or plugin."""
+def prepare(config: RunConfig, registry: Registry, *, verify: bool = True) -> Setup:
+    """Build everything; nothing is written. Raises UserError for whatever is wrong, naming key, file or plugin.
+
+    `verify`: a checkpoint that it starts from is compared with its checksums.
+    """
     config = copy.deepcopy(config)
     threads = set_threads(config.train)
     precision = choose_precision(config.train)
@@ -93,7 +96,7 @@ def prepare(config: RunConfig, registry: Registry) -> Setup:
     check_room(build_model(config.model, registry, device="meta", seed=None), precision.device, TRAINING)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config.model.vocab_size, tokenizer, config.data.tokenizer)
-    start = find_start(config, tokenizer, registry)
+    start = find_start(config, tokenizer, registry, verify=verify)
     for line in start.told:
         logger.warning(line)
     corpus = build_corpus_of(config, registry, tokenizer)

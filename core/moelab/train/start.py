@@ -22,8 +22,9 @@ from moelab.data.tokenizer import Tokenizer
 from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.carried import tokenizer_side_files
 from moelab.hookspecs import ROUTERS, SHARED_EXPERTS, ExtensionPoint
+from moelab.integrity import verified
 from moelab.layouts import build_layouts
-from moelab.loading import load
+from moelab.loading import read_model
 from moelab.moe.per_layer import layer_parts
 from moelab.nn.transformer import Transformer
 from moelab.origin import Origin, model_files, origin_of, same_tokenizer, tokenizer_files
@@ -64,13 +65,14 @@ class Start:
     files: dict[str, bytes] = field(default_factory=dict)  # go along into checkpoints and exports
 
 
-def find_start(config: RunConfig, tokenizer: Tokenizer, registry: Registry) -> Start:
+def find_start(config: RunConfig, tokenizer: Tokenizer, registry: Registry, *, verify: bool = True) -> Start:
     """Compare the config with what it starts from, before anything is built.
 
-    Raises ConfigError naming the key that differs, both values and the cure.
+    Raises ConfigError naming the key that differs, both values and the cure; CheckpointError, where it is to `verify`,
+    for a checkpoint that was changed after it was written.
     """
     names = config.train.init_overrides
-    origin = origin_of(dataclasses.asdict(config))
+    origin = origin_of(dataclasses.asdict(config), verify=verify)
     if origin is None:
         idle = "train.init_overrides: there is no train.init_from, so there is nothing to override"
         return Start(told=(idle,) if names else (), files=tokenizer_files(config.data.tokenizer))
@@ -79,6 +81,7 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, registry: Registry) -> S
         return Start(
             origin, overrides, files=tokenizer_side_files(origin.folder) | model_files(origin.folder, ids=True)
         )
+    verified(origin.folder, verify=verify)
     found = list(differences(config, origin, registry, tokenizer))
     refuse_others(found, origin, names)
     told = [f"train.init_overrides: {d.key} is {d.config!r}, where {origin.folder} has {d.checkpoint!r}" for d in found]
@@ -190,7 +193,7 @@ def starting_model(config: RunConfig, registry: Registry, device: torch.device, 
     if start.origin is None or start.origin.own:
         return model
     try:
-        source = load(start.origin.folder, device=device, registry=registry).state_dict()
+        source = read_model(start.origin.folder, device=device, registry=registry).state_dict()
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"train.init_from: {error}") from error
     wanted = dict(model.state_dict())

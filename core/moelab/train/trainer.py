@@ -12,18 +12,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moelab.checkpoint import CHECKPOINTS, CONFIG, newest_checkpoint
+from moelab.checkpoint import CHECKPOINTS, CONFIG
 from moelab.config.run import RunConfig
 from moelab.config.stored import seal, stored, to_yaml
 from moelab.data.seen import read_record
-from moelab.errors import CheckpointError, UserError
+from moelab.errors import UserError
+from moelab.integrity import Choice
 from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab.train.checkpoint import TrainingState, restore_checkpoint, save_checkpoint
 from moelab.train.evaluate import evaluate, sample_texts
 from moelab.train.interruption import Interruption
 from moelab.train.observers import ObserverManager, gather_observers
-from moelab.train.progress import Progress, can_continue
+from moelab.train.progress import Progress
+from moelab.train.resume import PLUGINS, VERSIONS, check_state, other_versions, tell_choice
 from moelab.train.run_folder import (
     DOCUMENTS,
     LOG,
@@ -44,7 +46,7 @@ from moelab.train.schedule import learning_rate_factor
 from moelab.train.setup import Setup, check_same_run, checkpoint_files, fixed_environment, prepare
 from moelab.train.start import OVERRIDES
 from moelab.train.step import Observe, StepResult, train_step
-from moelab.train.summary import backends, environment_facts, log_metrics, summary
+from moelab.train.summary import backends, environment_facts, log_metrics, summary, versions
 
 logger = logging.getLogger("moelab")
 
@@ -64,10 +66,13 @@ class Loop:
     backends: list[str] = field(default_factory=list)  # as last logged
     samples: list[str] = field(default_factory=list)  # of the last evaluation
     saved: int | None = None  # the step of the last checkpoint that this process wrote
+    damaged: set[str] = field(default_factory=set)  # names of checkpoints that were passed over
 
 
-def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = False) -> Path:
+def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = False, verify: bool = True) -> Path:
     """Run `config` to its end and return its folder. `observers` are added to the config's own.
+
+    A run is resumed from its newest checkpoint that is as it was written; not `verify`: from the newest.
 
     Raises UserError before anything is written when the config, data, plugins or run folder are wrong;
     RunFailure when the loss stops being finite.
@@ -77,13 +82,12 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
     with ExitStack() as stack:
         with HeldLog() as held:
             registry = Registry(config.plugins, config.entry_points, folders)
-            setup = prepare(config, registry)
+            setup = prepare(config, registry, verify=verify)
             lock = stack.enter_context(hold(run_dir))
-            resumed = _find_resume(config, run_dir)
-            if resumed is None and setup.start.origin is not None and setup.start.origin.own:
-                raise UserError(f"{run_dir}: its checkpoint {setup.start.origin.folder} went away meanwhile")
-            prepare_run_folder(run_dir, resume=config.resume, force=force)
+            choice = _own_choice(setup)
+            resumed = _find_resume(setup, choice, run_dir)
             state = _restore(setup, resumed) if resumed else {}
+            prepare_run_folder(run_dir, resume=config.resume, force=force)
             if resumed and (history := read_record(resumed)):
                 setup = replace(setup, history=history)
             for line in setup.seen.lines():
@@ -100,7 +104,9 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
             manager = gather_observers(setup.config.observers, registry, run_dir, observers)
             with closing(MetricsLog(run_dir / METRICS, state.get("step", 0))) as metrics:
                 progress = Progress.of(state, setup.costs, setup.flops_per_token)
-                _run(Loop(setup, run_dir, lock, manager, metrics, progress))
+                loop = Loop(setup, run_dir, lock, manager, metrics, progress)
+                loop.damaged = {finding.folder.name for finding in choice.skipped} if choice else set()
+                _run(loop)
         finally:
             close_log(handler)
     return run_dir
@@ -224,7 +230,8 @@ def _save(loop: Loop) -> None:
     folder = loop.run_dir / CHECKPOINTS / f"step_{progress.step:08d}"
     state = progress.state() | {
         "data_fingerprint": setup.corpus.fingerprint,
-        "plugins": setup.registry.versions(),
+        PLUGINS: setup.registry.versions(),
+        VERSIONS: versions(),
         OVERRIDES: setup.start.overrides,
         "lineage": setup.lineage.to_json() if setup.lineage else None,
     }
@@ -232,42 +239,49 @@ def _save(loop: Loop) -> None:
     if outside:
         state["environment"] = seal(outside)
     save_checkpoint(folder, setup.model, _training_state(setup), state, checkpoint_files(setup, progress.step))
-    _prune(folder.parent, setup.config.train.keep_checkpoints)
+    _prune(loop, folder)
     logger.info("checkpoint: %s", folder.relative_to(loop.run_dir))
     loop.saved = progress.step
     loop.observers.hook.on_save(step=progress.step, path=folder)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    if keep:
-        for old in sorted(folder.glob("step_*"))[:-keep]:
-            shutil.rmtree(old)
+def _prune(loop: Loop, newest: Path) -> None:
+    """Keep `newest`, which is whole, and those before it that the config asks for; the damaged ones aren't counted.
+
+    What lies after it is damaged: it stays until it is written anew.
+    """
+    loop.damaged.discard(newest.name)
+    keep = loop.setup.config.train.keep_checkpoints
+    found = [path for path in sorted(newest.parent.glob("step_*")) if keep and path.name <= newest.name]
+    whole = [path for path in found if path.name not in loop.damaged]
+    for old in sorted(set(found) - set(whole[-keep:])):
+        shutil.rmtree(old)
 
 
-def _find_resume(config: RunConfig, run_dir: Path) -> Path | None:
-    if not config.resume:
-        return None
-    newest = newest_checkpoint(run_dir)
-    if newest is None and any(item.name != LOCK for item in run_dir.iterdir()):
+def _find_resume(setup: Setup, choice: Choice | None, run_dir: Path) -> Path | None:
+    """The checkpoint that the setup was built from, told."""
+    if choice is not None:
+        if choice.folder is None or not choice.folder.is_dir():
+            raise UserError(f"{run_dir}: its checkpoint {choice.folder} went away meanwhile")
+        tell_choice(choice)
+        return choice.folder
+    if setup.config.resume and any(item.name != LOCK for item in run_dir.iterdir()):
         # Killed before its first checkpoint: the run begins again, in the same folder.
         logger.warning("%s has no complete checkpoint yet: starting from step 0", run_dir)
-    return newest
+    return None
 
 
 def _restore(setup: Setup, checkpoint: Path) -> dict[str, Any]:
     check_same_run(setup, checkpoint)
     state = restore_checkpoint(checkpoint, setup.model, _training_state(setup))
-    if state["data_fingerprint"] != setup.corpus.fingerprint:
-        raise UserError(
-            f"{checkpoint}: was trained on another corpus (fingerprint {state['data_fingerprint'][:12]}, now "
-            f"{setup.corpus.fingerprint[:12]}): the data or the installed packages changed; restore them, or start anew"
-        )
-    if not can_continue(state):
-        raise CheckpointError(
-            f"{checkpoint}: was written by a version that did not count what the experts served, so its FLOPs can't be "
-            "continued; start a new run from these weights with train.init_from"
-        )
+    check_state(state, checkpoint, setup.corpus.fingerprint)
+    for line in other_versions(state, setup.registry.versions(), versions()):
+        logger.warning(line)
     return state
+
+
+def _own_choice(setup: Setup) -> Choice | None:
+    return setup.start.origin.own if setup.start.origin is not None else None
 
 
 def _training_state(setup: Setup) -> TrainingState:

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from moelab_tools.user_path import USER_PATH
+from moelab_tools.verify_option import NO_VERIFY
 
 
 @click.command("evaluate")
@@ -21,7 +22,8 @@ from moelab_tools.user_path import USER_PATH
     is_flag=True,
     help="Import the plugin modules that the checkpoint names; they run as you.",
 )
-def command(checkpoint: Path, config: tuple[str, ...], as_json: bool, trust: bool) -> None:
+@NO_VERIFY
+def command(checkpoint: Path, config: tuple[str, ...], as_json: bool, trust: bool, verify: bool) -> None:
     """Loss, perplexity and bits per byte on held-out text: of all of it, by domain, and by place in the sequence.
 
     Each with a 95 % interval over documents: how it would move with other text of these kinds. What another training
@@ -36,10 +38,10 @@ def command(checkpoint: Path, config: tuple[str, ...], as_json: bool, trust: boo
       moelab evaluate runs/tiny_moe
       moelab evaluate exported/tiny_moe configs/train/tiny_moe.yaml evaluation.sequences=128
     """
-    import moelab
-    from moelab.checkpoint import resolve_checkpoint
     from moelab.data.batches import ValidationBatches
     from moelab.data.seen import history_of, seen_text
+    from moelab.integrity import verified
+    from moelab.loading import read_model
     from moelab.origin import check_vocabulary
     from moelab.train.evaluate import evaluate, evaluation_batch_size
     from moelab.train.precision import choose_precision, set_threads
@@ -47,20 +49,21 @@ def command(checkpoint: Path, config: tuple[str, ...], as_json: bool, trust: boo
     from moelab_tools.checkpoints import evaluation_config, tokenizer_of
     from moelab_tools.levels import WHOLE, levels, lines, measure_of
 
-    run, registry = evaluation_config(checkpoint, config, trust=trust)
+    folder = verified(checkpoint, verify=verify)
+    run, registry = evaluation_config(folder, config, trust=trust)
     set_threads(run.train)
     precision = choose_precision(run.train)
     resolve_run(run, registry)
-    tokenizer = tokenizer_of(checkpoint, run.data.tokenizer)
+    tokenizer = tokenizer_of(folder, run.data.tokenizer)
     check_vocabulary(run.model.vocab_size, tokenizer, run.data.tokenizer)
     corpus = build_corpus_of(run, registry, tokenizer)
     batches = ValidationBatches(
         corpus.validation, run.evaluation.sequences, run.train.sequence_length, evaluation_batch_size(run)
     )
-    history = history_of([resolve_checkpoint(checkpoint)], [str(checkpoint)])
+    history = history_of([folder], [str(checkpoint)])
     for line in seen_text(history, str(checkpoint), corpus, tokenizer, batches.documents_scored()).lines():
         click.echo(f"warning: {line}", err=True)
-    model = moelab.load(checkpoint, device=precision.device, registry=registry)
+    model = read_model(folder, device=precision.device, registry=registry)
     evaluation = evaluate(model, batches, precision)
     metrics = evaluation.metrics()
     unit, found = (

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from moelab_tools.user_path import USER_PATH
+from moelab_tools.verify_option import NO_VERIFY
 
 
 @click.command("export")
@@ -25,7 +26,10 @@ from moelab_tools.user_path import USER_PATH
     is_flag=True,
     help="Import the plugin modules that the checkpoint names; they run as you.",
 )
-def command(checkpoint: Path, output: Path, dtype: str | None, max_shard_size: str, force: bool, trust: bool) -> None:
+@NO_VERIFY
+def command(
+    checkpoint: Path, output: Path, dtype: str | None, max_shard_size: str, force: bool, trust: bool, verify: bool
+) -> None:
     """Write a checkpoint as a Hugging Face folder, as transformers, vLLM and llama.cpp read it.
 
     CHECKPOINT is a run folder, a moelab checkpoint or a Hugging Face folder. What the model was goes along: begin, end
@@ -41,5 +45,8 @@ def command(checkpoint: Path, output: Path, dtype: str | None, max_shard_size: s
     """
     from moelab_tools.exporting import export
 
-    for line in export(checkpoint, output, dtype=dtype, max_shard_size=max_shard_size, force=force, trust=trust):
+    lines = export(
+        checkpoint, output, dtype=dtype, max_shard_size=max_shard_size, force=force, trust=trust, verify=verify
+    )
+    for line in lines:
         click.echo(line)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from moelab_tools.user_path import USER_PATH
+from moelab_tools.verify_option import NO_VERIFY
 
 
 @click.command("generate")
@@ -24,6 +25,7 @@ from moelab_tools.user_path import USER_PATH
     is_flag=True,
     help="Import the plugin modules that the checkpoint names; they run as you.",
 )
+@NO_VERIFY
 def command(
     checkpoint: tuple[Path, ...],
     prompt: tuple[str, ...],
@@ -34,6 +36,7 @@ def command(
     tokenizer: str | None,
     as_json: bool,
     trust: bool,
+    verify: bool,
 ) -> None:
     """Continue a prompt; with several checkpoints, the same prompts side by side, drawn with the same random numbers.
 
@@ -58,7 +61,7 @@ def command(
     samples = [
         sample
         for folder in checkpoint
-        for sample in continue_prompts(folder, prompt, sampling, tokenizer=tokenizer, trust=trust)
+        for sample in continue_prompts(folder, prompt, sampling, tokenizer=tokenizer, trust=trust, verify=verify)
     ]
     samples.sort(key=lambda sample: prompt.index(sample.prompt))  # stable: checkpoints stay in the order given
     if as_json:

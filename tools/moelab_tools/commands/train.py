@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import click
 
+from moelab_tools.verify_option import NO_VERIFY
+
 
 @click.command("train")
 @click.argument("config", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in run_dir (also: resume=true).")
+@click.option(
+    "--resume", is_flag=True, help="Go on from run_dir's newest checkpoint that is undamaged (also: resume=true)."
+)
 @click.option("--force", is_flag=True, help="Delete the run that run_dir holds, and start anew.")
 @click.option(
     "--trust-plugins", "trust", is_flag=True, help="Import the plugin modules that a folder names; they run as you."
 )
-def command(config: tuple[str, ...], resume: bool, force: bool, trust: bool) -> None:
+@NO_VERIFY
+def command(config: tuple[str, ...], resume: bool, force: bool, trust: bool, verify: bool) -> None:
     """Train a model.
 
     CONFIG files merge left to right; KEY=VALUE overrides come last. With train.init_from the run starts from a
@@ -31,15 +36,15 @@ def command(config: tuple[str, ...], resume: bool, force: bool, trust: bool) -> 
     from moelab_tools.checkpoints import load_run, take_up_plugins, tell_origin
     from moelab_tools.progress import TrainingProgress
 
-    loaded = load_run([*config, *(["resume=true"] if resume else [])], trust=trust)
+    loaded = load_run([*config, *(["resume=true"] if resume else [])], trust=trust, verify=verify)
     run = loaded.config
     tell_origin(loaded)
     if run.resume and force:
         raise ConfigError("--resume and --force: one goes on, the other deletes; give one of them")
     run.search_path = list(dict.fromkeys([*run.search_path, *(str(path.resolve()) for path in loaded.search_path)]))
     if trust:
-        take_up_plugins(run)
+        take_up_plugins(run, verify=verify)
     try:
-        train(run, observers=[TrainingProgress(run.train.steps)], force=force)
+        train(run, observers=[TrainingProgress(run.train.steps)], force=force, verify=verify)
     except ConfigError as error:
         raise loaded.blame(error) from error

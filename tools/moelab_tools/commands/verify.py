@@ -1,4 +1,4 @@
-"""`moelab verify`: is an upcycled checkpoint, byte for byte, what its recipe makes of its source?"""
+"""`moelab verify`: are checkpoints as they were written; is an upcycled one what its recipe makes of its source?"""
 
 from __future__ import annotations
 
@@ -10,25 +10,41 @@ from moelab_tools.user_path import USER_PATH
 
 
 @click.command("verify")
-@click.argument("output", type=USER_PATH)
+@click.argument("folder", type=USER_PATH)
 @click.option(
-    "--source", "sources", multiple=True, required=True, type=USER_PATH, metavar="DIR",
-    help="The dense checkpoint that OUTPUT was made from; once for each, where several were mixed.",
+    "--source", "sources", multiple=True, type=USER_PATH, metavar="DIR",
+    help="Of an upcycled checkpoint: the dense one that it was made from; once for each, where several were mixed.",
 )  # fmt: skip
-@click.option("--full", is_flag=True, help="All tensors; otherwise 1% of the experts and all that is no expert.")
-@click.option("--layers", metavar="A:B", help="Only layers A to B-1.")
+@click.option("--full", is_flag=True, help="Upcycled: all tensors; else 1% of the experts and all that is no expert.")
+@click.option("--layers", metavar="A:B", help="Upcycled: only layers A to B-1.")
 @click.option(
-    "--trust-plugins", "trust", is_flag=True, help="Import the plugin modules that OUTPUT names; they run as you."
+    "--trust-plugins", "trust", is_flag=True, help="Import the plugin modules that FOLDER names; they run as you."
 )
-def command(output: Path, sources: tuple[Path, ...], full: bool, layers: str | None, trust: bool) -> None:
-    """Recompute an upcycled checkpoint from its source and compare bytes.
+def command(folder: Path, sources: tuple[Path, ...], full: bool, layers: str | None, trust: bool) -> None:
+    """Compare checkpoints with their checksums, or an upcycled one with its source.
 
-    Source and output are read as every command reads them: what could be read in two ways is refused.
+    Of a run folder every checkpoint, of a checkpoint every file and tensor is hashed and compared with its
+    manifest.json; what differs is named. An upcycled checkpoint is computed again from its --source, and its bytes
+    compared; both are read as every command reads them: what could be read in two ways is refused. Exit code 1:
+    damaged; 2: there is nothing to compare with.
 
     \b
     Example:
+      moelab verify runs/tiny_moe
+      moelab verify runs/tiny_moe/checkpoints/step_00000200
       moelab verify Qwen2-57B-A14B-upcycled --source Qwen2-7B
     """
+    from moelab.errors import ConfigError
     from moelab_tools.upcycling import run_verify
+    from moelab_tools.verifying import verify_checkpoints
+    from moelab_upcycling.output import PLAN_FILE
 
-    run_verify(output, sources, full, layers, trust=trust)
+    if (folder / PLAN_FILE).is_file():
+        if not sources:
+            raise ConfigError(f"--source: {folder} is an upcycled checkpoint; name the dense one that it was made from")
+        run_verify(folder, sources, full, layers, trust=trust)
+        return
+    given = [name for name, value in (("--source", sources), ("--full", full), ("--layers", layers)) if value]
+    if given:
+        raise ConfigError(f"{given[0]}: is for an upcycled checkpoint, which has {PLAN_FILE}; {folder} has none")
+    verify_checkpoints(folder)

@@ -1,0 +1,170 @@
+"""Is a checkpoint as it was written, and which of a run's is the newest that is?
+
+Whoever reads a checkpoint's weights asks `verified`, whoever resumes a run `newest_whole`. All of the folder is read
+and hashed, also what the reader has no use for: a disk that changed one file is not to be trusted with another.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from moelab.checkpoint import (
+    CHECKPOINTS,
+    CONFIG,
+    MODEL,
+    READING,
+    STATE,
+    TRAINING,
+    checkpoints,
+    newest_checkpoint,
+    read_state,
+    resolve_checkpoint,
+)
+from moelab.errors import CheckpointError
+from moelab.hf.files import READING as HF_READING
+from moelab.hf.files import read_header
+from moelab.manifest import MANIFEST, Progress, differences, read_manifest, unlisted
+
+logger = logging.getLogger("moelab")
+
+_NEEDED = (MODEL, TRAINING, STATE, CONFIG)
+_SETTLED = 1_000_000_000  # ns: a change as recent as this could leave the times that the system keeps as they are
+_CURES = ("; use an earlier checkpoint, or restore it", f"; {READING.cure}", f"; {HF_READING.cure}")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one checkpoint."""
+
+    folder: Path
+    problems: tuple[str, ...] = ()  # "FILE: what is wrong with it"; none: it can be used
+    remarks: tuple[str, ...] = ()  # what should be known besides, a line each
+    verifiable: bool = True  # False: an earlier version wrote it, so only its outlines were looked at
+    files: int = 0
+    tensors: int = 0
+    nbytes: int = 0
+
+    def summary(self) -> str:
+        """The first problem, and how many more there are."""
+        more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+        return self.problems[0] + more
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which checkpoint a run goes on from."""
+
+    folder: Path | None = None  # None: it has none yet
+    skipped: tuple[Finding, ...] = ()  # newer ones, which are damaged
+    remarks: tuple[str, ...] = ()
+
+
+def inspect(folder: Path, progress: Progress = lambda nbytes: None) -> Finding:
+    """Compare all of a checkpoint with its manifest. `progress` hears of the bytes that were read."""
+    try:
+        manifest = read_manifest(folder)
+        if manifest is None:
+            return _outlines(folder)
+        problems = [f"{MANIFEST}: lists no {name}" for name in _NEEDED if name not in manifest.files]
+        problems += differences(folder, manifest, progress)
+        added = unlisted(folder, manifest)
+    except CheckpointError as error:
+        return Finding(folder, (_short(error, folder),))
+    except OSError as error:
+        return Finding(folder, (f"can't be read: {error.strerror}",))
+    remarks: tuple[str, ...] = ()
+    if added:
+        names = ", ".join(added[:5]) + (f" and {len(added) - 5} more" if len(added) > 5 else "")
+        remarks = (f"{folder}: holds {names}, added after it was written: {MANIFEST} does not list it",)
+    return Finding(folder, tuple(problems), remarks, True, len(manifest.files), manifest.tensors, manifest.nbytes)
+
+
+def verified(path: Path, *, verify: bool = True) -> Path:
+    """The folder that holds the weights, as `resolve_checkpoint` says, when it is as it was written.
+
+    Raises CheckpointError naming the file and the tensor that differ, and the checkpoint before it that is whole: no
+    other is taken in its place. Not `verify`: nothing is compared, and that is said. A Hugging Face folder has no
+    manifest to compare it with.
+    """
+    folder = (newest_checkpoint(path) if (path / CHECKPOINTS).is_dir() else None) or path
+    if not any((folder / name).is_file() for name in (STATE, CONFIG, TRAINING)):
+        return resolve_checkpoint(path)
+    if not verify:
+        logger.warning("%s: not verified, as asked", folder)
+        return resolve_checkpoint(folder)
+    finding = _finding(folder)
+    if finding.problems:
+        raise CheckpointError(f"{folder}/{finding.summary()}; {_cure(folder)}")
+    for remark in finding.remarks:
+        logger.warning(remark)
+    return resolve_checkpoint(folder)
+
+
+def newest_whole(run_dir: Path, *, verify: bool = True) -> Choice:
+    """The newest checkpoint of a run that is as it was written. Raises CheckpointError where all are damaged."""
+    skipped: list[Finding] = []
+    for folder in reversed(checkpoints(run_dir)):
+        finding = _finding(folder) if verify else Finding(folder, remarks=(f"{folder}: not verified, as asked",))
+        if not finding.problems:
+            return Choice(folder, tuple(skipped), finding.remarks)
+        skipped.append(finding)
+    if skipped:
+        reasons = "; ".join(f"{finding.folder.name}/{finding.summary()}" for finding in skipped)
+        raise CheckpointError(
+            f"{run_dir}: none of its {len(skipped)} checkpoints is as it was written: {reasons}; restore one from a "
+            "copy, or begin anew with --force"
+        )
+    return Choice()
+
+
+def _outlines(folder: Path) -> Finding:
+    """Of a checkpoint without checksums: whether its files are there and whole as far as they say themselves."""
+    problems = [f"{name}: is missing" for name in _NEEDED if not (folder / name).is_file()]
+    if not problems:
+        try:
+            if read_state(folder).get("manifest"):
+                problems.append(f"{MANIFEST}: is missing")
+            read_header(folder / MODEL)
+            read_header(folder / TRAINING)
+        except CheckpointError as error:
+            problems.append(_short(error, folder))
+    remark = f"{folder}: can't be verified: it has no {MANIFEST}, as an earlier version of moelab wrote it"
+    return Finding(folder, tuple(problems), () if problems else (remark,), verifiable=False)
+
+
+def _cure(folder: Path) -> str:
+    """Names the checkpoint to take instead, if there is one."""
+    siblings = checkpoints(folder.parent.parent) if folder.parent.name == CHECKPOINTS else []
+    for other in reversed([sibling for sibling in siblings if sibling.name < folder.name]):
+        found = _finding(other)
+        if not found.problems:
+            return f"use {other}, which is {'whole' if found.verifiable else 'older'}, or restore it"
+    return "use an earlier checkpoint, or restore it"
+
+
+def _short(error: CheckpointError, folder: Path) -> str:
+    """A reader's complaint without the folder and the cure, which the caller has."""
+    said = str(error).removeprefix(f"{folder}/")
+    for cure in _CURES:
+        said = said.removesuffix(cure)
+    return said
+
+
+def _finding(folder: Path) -> Finding:
+    """`inspect`, or what it found a moment ago, if no file has been touched since: a command asks several times."""
+    try:
+        states = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    except OSError as error:
+        return Finding(folder, (f"can't be read: {error.strerror}",))
+    if not states or time.time_ns() - max(state.st_ctime_ns for _, state in states) < _SETTLED:
+        return inspect(folder)
+    return _known(folder, tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in states))
+
+
+@lru_cache(maxsize=64)
+def _known(folder: Path, stamps: tuple[tuple[str, int, int, int, int], ...]) -> Finding:
+    return inspect(folder)

@@ -1,0 +1,121 @@
+"""Writes one safetensors file from memory, tensor by tensor, and says the checksum of each.
+
+The format: 8 bytes of header length, little endian, as much JSON, then the tensors' little-endian bytes in C order,
+contiguous (huggingface/safetensors README, "Format"). The library's own writer gives the same bytes, but mode 600
+whatever the umask, and no checksums. Here a thread hashes a tensor while it is written, so that the checksums cost
+next to nothing; a tensor of an accelerator is copied to the host one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moelab.checksums import checksum
+
+# In the order in which the library lays tensors out (its enum Dtype is to rise in alignment, the file falls): what is
+# aligned most comes first, then by name.
+_NAMES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3", torch.int16: "I16", torch.uint16: "U16", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int32: "I32", torch.uint32: "U32", torch.float32: "F32",
+    torch.float64: "F64", torch.int64: "I64", torch.uint64: "U64",
+}  # fmt: skip
+_RANK = {dtype: rank for rank, dtype in enumerate(_NAMES)}
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """A tensor as it lies in its file."""
+
+    dtype: str  # as safetensors spells it
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+    nbytes: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A safetensors file: its header, and behind it the tensors without a gap, so that no byte is left out."""
+
+    header_bytes: int  # with the 8 of its length
+    header_checksum: str
+    tensors: Mapping[str, WrittenTensor]
+
+    def entry(self) -> dict[str, Any]:
+        """What a manifest says of it (`moelab.manifest`)."""
+        tensors = {
+            name: {
+                "dtype": t.dtype,
+                "shape": list(t.shape),
+                "offset": t.offset,
+                "bytes": t.nbytes,
+                "checksum": t.checksum,
+            }
+            for name, t in self.tensors.items()
+        }
+        total = self.header_bytes + sum(tensor.nbytes for tensor in self.tensors.values())
+        header = {"bytes": self.header_bytes, "checksum": self.header_checksum}
+        return {"bytes": total, "header": header, "tensors": tensors}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> WrittenFile:
+    """A new file with the mode that the umask gives, synced. Raises OSError; ValueError for a dtype without a name.
+
+    The tensors may lie in any strides, on any device, and share memory: each is written in full.
+    """
+    unknown = sorted(f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in _NAMES)
+    if unknown:
+        raise ValueError(f"safetensors has no such type: {', '.join(unknown[:3])}")
+    order = sorted(tensors, key=lambda name: (-_RANK[tensors[name].dtype], name))
+    header = _header(order, tensors, metadata)
+    written: dict[str, WrittenTensor] = {}
+    offset = len(header)
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+        _write_all(file.fileno(), memoryview(header))
+        for name in order:
+            tensor = tensors[name]
+            data = _little_endian_bytes(tensor)
+            digest = hasher.submit(checksum, data)
+            _write_all(file.fileno(), data)
+            shape = tuple(tensor.shape)
+            written[name] = WrittenTensor(_NAMES[tensor.dtype], shape, offset, len(data), digest.result())
+            offset += len(data)
+        os.fsync(file.fileno())
+    return WrittenFile(len(header), checksum(header), written)
+
+
+def _header(order: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def _little_endian_bytes(tensor: Tensor) -> memoryview:
+    """The memory of the tensor itself where it lies contiguous on the host of a little-endian machine."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    if sys.byteorder == "big":
+        flat = flat.reshape(-1, tensor.element_size()).flip(1).reshape(-1)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while len(data):
+        data = data[os.write(descriptor, data) :]
