@@ -70,7 +70,7 @@ class WrittenFile:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> WrittenFile:
-    """A new file with the mode that the umask gives, synced. Raises OSError; ValueError for a dtype without a name.
+    """A new file with the mode that the umask gives; not synced. Raises OSError; ValueError for a dtype without a name.
 
     The tensors may lie in any strides, on any device, and share memory: each is written in full.
     """
@@ -91,7 +91,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             shape = tuple(tensor.shape)
             written[name] = WrittenTensor(_NAMES[tensor.dtype], shape, offset, len(data), digest.result())
             offset += len(data)
-        os.fsync(file.fileno())
     return WrittenFile(len(header), checksum(header), written)
 
 

@@ -136,7 +136,7 @@ def test_a_checkpoint_that_did_not_count_is_refused(root: Path, finished: Path, 
     (path.parent / "manifest.json").unlink()
     outcome = _run(root, "train", CONFIG, *SMALL, f"run_dir={run}", "--resume")
     assert outcome.returncode == 2
-    assert "did not count what the experts served" in outcome.stderr
+    assert "count what the experts served" in outcome.stderr
 
 
 def test_an_interrupted_run_saves_at_its_step_and_resumes_to_the_same_bits(

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moelab.errors import CheckpointError
@@ -25,6 +23,7 @@ from moelab.hf.names import LM_HEAD, Piece, pieces
 from moelab.hf.write_config import write_config
 from moelab.nn.transformer import Transformer
 from moelab.paths import user_path
+from moelab.tensor_file import write_tensors
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -79,11 +78,11 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         _check_target(target, force)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent))
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.writing")
+        temporary.mkdir()
     except OSError as error:
         raise CheckpointError(f"{target}: can't be written: {error.strerror}; choose another folder") from error
     try:
-        temporary.chmod(0o755)  # mkdtemp's 0700 would shut out whoever the checkpoint is shared with
         yield temporary
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
@@ -161,11 +160,7 @@ def _write_shards(folder: Path, shards: list[list[tuple[Piece, Tensor]]], dtype:
     for number, shard in enumerate(shards, start=1):
         name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {piece.name: _copy(piece.view(parameter), dtype) for piece, parameter in shard}
-        try:
-            save_file(tensors, str(folder / name), metadata={"format": "pt"})
-        except SafetensorError as error:  # its only way to say that the disk is full
-            raise OSError(str(error)) from error
-        shutil.copymode(folder / CONFIG_FILE, folder / name)  # the library's 0600 would shut out whoever else reads it
+        write_tensors(folder / name, tensors, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:

@@ -44,8 +44,8 @@ def save_checkpoint(
         entries[TRAINING] = write_tensors(beside / TRAINING, _training_tensors(model, training)).entry()
         for name, content in {**small, MANIFEST: manifest_bytes(entries)}.items():
             (beside / name).write_bytes(content)
-            _sync(beside / name)
-        _sync(beside)
+        for path in (*beside.iterdir(), beside):
+            _sync(path)
         if folder.exists():
             shutil.rmtree(folder)
         beside.rename(folder)

@@ -36,8 +36,8 @@ def check_state(state: Mapping[str, Any], checkpoint: Path, fingerprint: str) ->
     path = checkpoint / STATE
     if not can_continue(state):
         raise CheckpointError(
-            f"{checkpoint}: its {STATE} lacks counters: it was changed, or an earlier version, which did not count what "
-            "the experts served, wrote it. So its FLOPs can't be continued; start a new run from these weights with "
+            f"{checkpoint}: its {STATE} lacks counters: it was changed, or an earlier version wrote it, which did not "
+            "count what the experts served, so its FLOPs can't be continued; start a new run from these weights with "
             "train.init_from"
         )
     record = Record(str(path), state, Reading(CheckpointError, "use an earlier checkpoint, or restore it"))

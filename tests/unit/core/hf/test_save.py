@@ -104,15 +104,15 @@ def test_a_failure_half_way_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     """Disk full at the second shard: no new folder, no temporary one, the old checkpoint as it was."""
     if existing:
         save_hf(small_model(seed=0), tmp_path / "out", dtype=torch.float32)
-    calls, write = [], save.save_file
+    calls, write = [], save.write_tensors
 
-    def full(*arguments: object, **options: object) -> None:
+    def full(*arguments: object, **options: object) -> object:
         calls.append(1)
         if len(calls) == 2:
-            raise save.SafetensorError("I/O error: No space left on device")
-        write(*arguments, **options)
+            raise OSError(28, "No space left on device")
+        return write(*arguments, **options)
 
-    monkeypatch.setattr(save, "save_file", full)
+    monkeypatch.setattr(save, "write_tensors", full)
     with pytest.raises(CheckpointError, match=r"out: can't be written: .*No space left"):
         save_hf(small_model(seed=1), tmp_path / "out", max_shard_size=4000, force=True)
     assert names(tmp_path) == (["out"] if existing else [])
