@@ -2,8 +2,9 @@
 
 The format: 8 bytes of header length, little endian, as much JSON, then the tensors' little-endian bytes in C order,
 contiguous (huggingface/safetensors README, "Format"). The library's own writer gives the same bytes, but mode 600
-whatever the umask, and no checksums. Here a thread hashes a tensor while it is written, so that the checksums cost
-next to nothing; a tensor of an accelerator is copied to the host one at a time.
+whatever the umask, and no checksums. Here each piece is hashed and then written while it still lies in the
+processor's cache: the hash fetches what the write would have to fetch, so that it costs next to nothing
+(benchmarks/checksums.py). Tensors of an accelerator come to the host one at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelab.checksums import checksum
+from moelab.checksums import running
 
 # In the order in which the library lays tensors out (its enum Dtype is to rise in alignment, the file falls): what is
 # aligned most comes first, then by name.
@@ -30,6 +30,7 @@ _NAMES = {
     torch.bfloat16: "BF16", torch.int32: "I32", torch.uint32: "U32", torch.float32: "F32",
     torch.float64: "F64", torch.int64: "I64", torch.uint64: "U64",
 }  # fmt: skip
+_PIECE = 512 << 10  # bytes: stays in the second-level cache between the hash and the write
 _RANK = {dtype: rank for rank, dtype in enumerate(_NAMES)}
 
 
@@ -81,17 +82,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     header = _header(order, tensors, metadata)
     written: dict[str, WrittenTensor] = {}
     offset = len(header)
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
-        _write_all(file.fileno(), memoryview(header))
+    with path.open("wb", buffering=0) as file:
+        header_checksum = _write(file.fileno(), memoryview(header))
         for name in order:
             tensor = tensors[name]
             data = _little_endian_bytes(tensor)
-            digest = hasher.submit(checksum, data)
-            _write_all(file.fileno(), data)
-            shape = tuple(tensor.shape)
-            written[name] = WrittenTensor(_NAMES[tensor.dtype], shape, offset, len(data), digest.result())
+            digest = _write(file.fileno(), data)
+            written[name] = WrittenTensor(_NAMES[tensor.dtype], tuple(tensor.shape), offset, len(data), digest)
             offset += len(data)
-    return WrittenFile(len(header), checksum(header), written)
+    return WrittenFile(len(header), header_checksum, written)
 
 
 def _header(order: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
@@ -115,6 +114,12 @@ def _little_endian_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while len(data):
-        data = data[os.write(descriptor, data) :]
+def _write(descriptor: int, data: memoryview) -> str:
+    """All of it; -> its checksum."""
+    digest = running()
+    for start in range(0, len(data), _PIECE):
+        piece = data[start : start + _PIECE]
+        digest.update(piece)
+        while len(piece):
+            piece = piece[os.write(descriptor, piece) :]
+    return digest.hexdigest()
