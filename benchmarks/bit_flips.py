@@ -2,10 +2,10 @@
 
     python benchmarks/bit_flips.py --flips 200 --seed 0
 
-A tiny run is trained; then each flip hits a random bit of a random file, of a file of tensors a random bit of its header
-or of a random tensor. `generate`, `evaluate`, `export`, `verify` and `train --resume` are run as from a terminal, in this
-process. Noticed means: exit code 2 (verify: 1), the file named, the tensor named if the bit lies in one, and nothing
-written. The run has one checkpoint, so there is no earlier one to go on from.
+A tiny run is trained; then each flip hits a random bit of a random file, of a file of tensors a random bit of its
+header or of a random tensor. `generate`, `evaluate`, `export`, `verify` and `train --resume` are run as from a
+terminal, in this process. Noticed means: exit code 2 (verify: 1), the file named, the tensor named if the bit lies in
+one, and nothing written. The run has one checkpoint, so there is no earlier one to go on from.
 """
 
 from __future__ import annotations

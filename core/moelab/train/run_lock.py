@@ -2,7 +2,8 @@
 
 The kernel's lock on RUN/.lock decides; it ends with its process, whatever became of it, and is seen from other
 containers of this machine. Where a file system has no such lock, the file's text does: a process of this boot is
-asked for, one of another machine counts as alive while it has touched the file within BEAT_SECONDS.
+asked for, one of another machine, or of another container of this one, whose processes can't be seen from here,
+counts as alive while it has touched the file within BEAT_SECONDS.
 """
 
 from __future__ import annotations
@@ -117,13 +118,16 @@ def _read(descriptor: int) -> dict[str, Any]:
 def _self() -> dict[str, Any]:
     started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     pid = os.getpid()
-    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "born": _born(pid), "started": started}
+    return {
+        "host": socket.gethostname(), "boot": _boot(), "namespace": _namespace(), "pid": pid, "born": _born(pid),
+        "started": started,
+    }  # fmt: skip
 
 
 def _alive(holder: dict[str, Any], touched: float) -> bool:
     if not holder:
         return False
-    if holder.get("boot") and holder.get("boot") == _boot():
+    if holder.get("boot") and holder.get("boot") == _boot() and holder.get("namespace") == _namespace():
         return _born(holder.get("pid")) == holder.get("born") is not None
     return time.time() - touched < BEAT_SECONDS
 
@@ -132,6 +136,14 @@ def _boot() -> str | None:
     """This start of this machine; None where there is no /proc."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def _namespace() -> str | None:
+    """In which this process has its number (pid_namespaces(7)); None where there is no /proc."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
     except OSError:
         return None
 

@@ -66,6 +66,46 @@ def test_a_folder_made_for_nothing_vanishes_again(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_holder_in_another_pid_namespace_is_seen_and_its_death_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    """As in another container of this machine: there it is process 1, and ours of that number is another. With the
+    kernel's locks its death is seen at once, without them by its silence.
+    """
+    apart = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*apart, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this system lets nobody make a pid namespace")
+
+    def unsupported(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    without = "" if locks else "import fcntl\ndef no(*_): raise OSError(37, '')\nfcntl.flock = no\n"
+    process = subprocess.Popen(
+        [*apart, sys.executable, "-c", without + HOLDER, tmp_path], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        if not locks:
+            monkeypatch.setattr(fcntl, "flock", unsupported)
+        with pytest.raises(UserError, match="is being written by process 1 on "), hold(tmp_path):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    if not locks:
+        os.utime(tmp_path / LOCK, (time.time() - 2 * run_lock.BEAT_SECONDS,) * 2)
+    for _ in range(100):  # the namespace's processes are gone a moment after its first
+        try:
+            with hold(tmp_path) as lock:
+                lock.check()
+            return
+        except UserError:
+            time.sleep(0.1)
+    raise AssertionError("a dead process still holds the folder")
+
+
 @pytest.mark.parametrize("how", ["deleted", "moved", "replaced"])
 def test_a_folder_that_is_taken_away_ends_the_run(tmp_path: Path, how: str) -> None:
     run = tmp_path / "run"
@@ -88,6 +128,8 @@ def test_a_folder_that_is_taken_away_ends_the_run(tmp_path: Path, how: str) -> N
         ({}, 0.0, True),  # this very process, of this boot
         ({"born": "1"}, 0.0, False),  # its number was used again
         ({"pid": 2**22 + 1, "born": "7"}, 0.0, False),  # no such process
+        ({"namespace": "pid:[7]", "born": "1"}, 5.0, True),  # another container of this machine: its numbers are others
+        ({"namespace": "pid:[7]"}, 2 * run_lock.BEAT_SECONDS, False),  # and silent since
         ({"boot": "another", "host": "node7"}, 5.0, True),  # another machine, a moment ago
         ({"boot": "another", "host": "node7"}, 2 * run_lock.BEAT_SECONDS, False),  # and silent since
     ],
