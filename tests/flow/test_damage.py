@@ -326,19 +326,3 @@ def test_other_versions_than_the_checkpoints_are_told_old_and_new(
         assert f"torch: 2.11.0 wrote the checkpoint, {state['versions']['torch']} goes on from it" in said
         assert "moelab_ghost: 1.0 wrote the checkpoint, not there goes on" in said
         assert "python: " not in said
-
-
-@pytest.mark.parametrize(("line", "said"), [("[]", "holds a list"), ('{"a": 1}', "step"), ("{{", "is not JSON")])
-def test_a_line_of_metrics_that_is_none_of_a_runs_is_refused_before_anything_is_touched(
-    run: Path, config: str, line: str, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = (run / "metrics.jsonl").read_text().splitlines()
-    (run / "metrics.jsonl").write_text("\n".join([*rows[:1], line, *rows[1:]]) + "\n")
-    shutil.rmtree(step(run, 6))
-    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
-    code, _, told = command(capsys, "train", config, "--resume")
-    assert code == 2
-    assert "metrics.jsonl:2" in told
-    assert said in told
-    assert "remove that line" in told
-    assert {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()} == before
