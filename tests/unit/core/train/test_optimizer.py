@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+
+import pytest
 import torch
 
 import moelab
 from moelab.config.model import ModelConfig
 from moelab.config.run import OptimizerConfig
+from moelab.errors import CheckpointError
 from moelab.train.optimizer import build_adamw, optimizer_tensors, restore_optimizer
 
 SMALL = ModelConfig(
@@ -43,3 +48,61 @@ def test_state_survives_the_way_through_named_tensors() -> None:
         o.step()
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def _stepped() -> tuple[moelab.nn.transformer.Transformer, dict[str, torch.Tensor]]:
+    model = moelab.build(SMALL)
+    optimizer = build_adamw(model, OptimizerConfig())
+    ids = torch.arange(8)[None]
+    model(ids, targets=ids).token_loss.sum().backward()
+    optimizer.step()
+    return model, optimizer_tensors(model, optimizer)
+
+
+def _rename(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["norm.weight/exp_avf"] = tensors.pop("norm.weight/exp_avg")
+
+
+def _foreign(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["nprm.weight/exp_avg"] = tensors.pop("norm.weight/exp_avg")
+
+
+def _lack(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["norm.weight/step"]
+
+
+def _beside(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["norm.weight/max_exp_avg_sq"] = tensors["norm.weight/exp_avg"]
+
+
+def _scalar(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["norm.weight/exp_avg"] = torch.tensor(0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_rename, r"'norm.weight' lacks \['exp_avg'\] and holds \['exp_avf'\]"),
+        (_foreign, "'nprm.weight', which this model does not train"),
+        (_lack, r"'norm.weight' lacks \['step'\]"),
+        (_beside, r"lacks \[\] and holds \['max_exp_avg_sq'\] beside"),
+        (_scalar, r"'norm.weight/exp_avg' is \[\], not \["),
+    ],
+)
+def test_moments_under_other_names_are_refused_and_the_parameter_named(
+    change: Callable[[dict[str, torch.Tensor]], None], said: str
+) -> None:
+    model, tensors = _stepped()
+    change(tensors)
+    optimizer = build_adamw(model, OptimizerConfig())
+    with pytest.raises(CheckpointError, match=said):
+        restore_optimizer(model, optimizer, tensors)
+    assert not optimizer.state
+
+
+def test_a_parameter_without_moments_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model, tensors = _stepped()
+    kept = {name: value for name, value in tensors.items() if not name.startswith("norm.weight/")}
+    with caplog.at_level(logging.WARNING, logger="moelab"):
+        restore_optimizer(model, build_adamw(model, OptimizerConfig()), kept)
+    assert "no optimizer state of norm.weight" in caplog.text
