@@ -199,8 +199,14 @@ def test_where_no_checkpoint_is_whole_nothing_is_touched_and_each_reason_is_name
     assert {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()} == before
 
 
-def test_pruning_never_takes_a_whole_checkpoint_for_a_damaged_one(run: Path) -> None:
-    """keep_checkpoints=1, and the damaged ones have the higher steps."""
+@pytest.mark.parametrize(
+    ("save_every", "keep", "left"),
+    [(3, 1, [["3", "4", "6"], ["6"]]), (5, 2, [["2", "5", "6"], ["5", "6"]])],
+)
+def test_pruning_never_takes_a_whole_checkpoint_for_a_damaged_one(
+    run: Path, save_every: int, keep: int, left: list[list[str]]
+) -> None:
+    """Of steps 2, 4 and 6 the later two are damaged: what lies ahead stays until a whole one supersedes it."""
     for number in (4, 6):
         flip(step(run, number) / "model.safetensors", 5000)
     seen: list[list[str]] = []
@@ -212,10 +218,10 @@ def test_pruning_never_takes_a_whole_checkpoint_for_a_damaged_one(run: Path) -> 
             assert path in whole
             seen.append([folder.name[-1] for folder in checkpoints(run)])
 
-    settings = run_config(run, save_every=3, keep_checkpoints=1)
+    settings = run_config(run, save_every=save_every, keep_checkpoints=keep)
     settings.resume = True
     train(settings, observers=[Watch()])
-    assert seen == [["3", "4", "6"], ["6"]], "what lies ahead stays until a whole one supersedes it"
+    assert seen == left
     assert not inspect(step(run, 6)).problems
 
 
