@@ -7,6 +7,7 @@ and hashed, also what the reader has no use for: a disk that changed one file is
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +29,7 @@ from moelab.errors import CheckpointError
 from moelab.hf.files import READING as HF_READING
 from moelab.hf.files import read_header
 from moelab.manifest import MANIFEST, Progress, differences, read_manifest, unlisted
+from moelab.printable import printable
 
 logger = logging.getLogger("moelab")
 
@@ -78,9 +80,11 @@ def inspect(folder: Path, progress: Progress = lambda nbytes: None) -> Finding:
         return Finding(folder, (f"can't be read: {error.strerror}",))
     remarks: tuple[str, ...] = ()
     if added:
-        names = ", ".join(added[:5]) + (f" and {len(added) - 5} more" if len(added) > 5 else "")
+        names = printable(", ".join(added[:5])) + (f" and {len(added) - 5} more" if len(added) > 5 else "")
         remarks = (f"{folder}: holds {names}, added after it was written: {MANIFEST} does not list it",)
-    return Finding(folder, tuple(problems), remarks, True, len(manifest.files), manifest.tensors, manifest.nbytes)
+    return Finding(
+        folder, tuple(map(printable, problems)), remarks, True, len(manifest.files), manifest.tensors, manifest.nbytes
+    )
 
 
 def verified(path: Path, *, verify: bool = True) -> Path:
@@ -157,12 +161,19 @@ def _short(error: CheckpointError, folder: Path) -> str:
 def _finding(folder: Path) -> Finding:
     """`inspect`, or what it found a moment ago, if no file has been touched since: a command asks several times."""
     try:
-        states = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+        states = [(path.name, _state(path)) for path in sorted(folder.iterdir())]
     except OSError as error:
         return Finding(folder, (f"can't be read: {error.strerror}",))
     if not states or time.time_ns() - max(state.st_ctime_ns for _, state in states) < _SETTLED:
         return inspect(folder)
     return _known(folder, tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in states))
+
+
+def _state(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError:  # a link that leads nowhere, as an editor's lock is
+        return path.lstat()
 
 
 @lru_cache(maxsize=64)

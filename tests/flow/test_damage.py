@@ -246,9 +246,10 @@ def test_a_checkpoint_of_an_earlier_version_is_read_and_that_it_can_not_be_verif
 
 def test_what_was_added_to_a_checkpoint_is_told(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     (step(run, STEPS) / "generation_config.json").write_text("{}")
+    (step(run, STEPS) / ".#config.yaml").symlink_to("somebody@somewhere.7")  # an editor's lock
     with caplog.at_level(logging.WARNING, logger="moelab"):
         moelab.load(run)
-    assert "holds generation_config.json, added after it was written" in caplog.text
+    assert "holds .#config.yaml, generation_config.json, added after it was written" in caplog.text
 
 
 def test_verify_tells_what_became_of_each_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from moelab.checkpoint import CHECKPOINTS, CONFIG, STATE, checkpoints
 from moelab.errors import CheckpointError, RunFailure
 from moelab.integrity import Finding, inspect
 from moelab.manifest import MANIFEST
+from moelab.printable import LONGEST_MESSAGE, printable
 from moelab_tools.upcycling import bytes_bar, make_console
 
 SHOWN = 20  # problems of a checkpoint that are printed
@@ -22,7 +23,12 @@ def verify_checkpoints(path: Path) -> None:
     """
     folders = checkpoints_of(path)
     console = make_console()
-    total = sum(file.stat().st_size for folder in folders for file in folder.iterdir() if file.name != MANIFEST)
+    total = sum(
+        file.stat().st_size
+        for folder in folders
+        for file in folder.iterdir()
+        if file.name != MANIFEST and file.is_file()
+    )
     findings = []
     with bytes_bar(console) as bar:
         task = bar.add_task("verifying", total=total)
@@ -56,7 +62,7 @@ def checkpoints_of(path: Path) -> list[Path]:
 
 def _print(console: Console, finding: Finding) -> None:
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(text, LONGEST_MESSAGE), markup=False, highlight=False, soft_wrap=True)
 
     for remark in finding.remarks:
         say(remark)
