@@ -11,7 +11,7 @@ MEGABLOCKS := $(VENV)/.megablocks
 .PHONY: help setup setup-megablocks test test-elsewhere test-lowest lint types demo short-demo lock clean
 
 help:
-	@echo "make demo    dense Qwen2 -> upcycle -> train MoE variants -> compare, on real text (under 10 minutes)"
+	@echo "make demo    dense Qwen2 -> upcycle -> train MoE variants -> compare, three seeds, on real text (10 minutes)"
 	@echo "make test    all tests; make test-elsewhere: in another world, make test-lowest: with the lowest versions"
 	@echo "make setup-megablocks   MegaBlocks, stk and triton beside torch; without a GPU their tests run interpreted"
 	@echo "make lint    ruff; make types: mypy; make clean: remove runs/demo and the virtual environment"
@@ -62,7 +62,8 @@ demo: $(INSTALLED)
 	@MOELAB=$(BIN)/moelab bash configs/experiments/demo/run.sh $(RUNS)
 
 short-demo: $(INSTALLED)
-	@MOELAB=$(BIN)/moelab bash configs/experiments/demo/run.sh $(RUNS) train.steps=6 evaluation.sequences=8 evaluation.sample_tokens=8
+	@MOELAB=$(BIN)/moelab SEEDS="0 1" bash configs/experiments/demo/run.sh $(RUNS) \
+		train.steps=4 evaluation.sequences=8 evaluation.sample_tokens=8 data.source.max_bytes_per_domain=300000
 
 lock: $(INSTALLED)
 	@{ head -2 requirements.lock; $(BIN)/python -m pip freeze --exclude-editable | sed 's/^torch==\([0-9.]*\).*/torch==\1/'; } > .lock.new

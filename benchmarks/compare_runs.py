@@ -4,8 +4,8 @@
                                       [--folder SCRATCH] [--output benchmarks/results] [--profile]
 
 Nothing is trained: curves, expert loads and documents are drawn, as many and as long as a run of that many steps logs
-every 10 (at 8 layers 74 tags a line). Times are of a fresh process, wall and processor;
-`--profile` shows where they go.
+every 10 (at 8 layers 67 numbers a line). Times are of a fresh process, wall and processor; `--profile` says what takes
+them.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ sizes take turns, and the median of the rounds counts. Weights are random. `defa
 from __future__ import annotations
 
 import argparse
-import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from moelab.train.evaluate import evaluate
 from moelab.train.setup import prepare
 from report import machine, markdown_table, median, write_results
 
-CONFIGS = ["configs/experiments/demo/upcycled.yaml", "train.init_from=null"]
+DEMO = "configs/experiments/demo/upcycled.yaml"
+CONFIGS = [DEMO, "train.init_from=null"]
 
 
 def main() -> None:
@@ -60,10 +61,10 @@ def measure(setup: Any, sizes: list[int], rounds: int) -> list[dict[str, Any]]:
     nats, seconds = {}, {size: [] for size in sizes}
     for turn in range(rounds + 1):
         for size in sizes:
-            begun = os.times().user
+            begun = time.process_time()
             nats[size] = evaluate(setup.model, batches[size], precision).nats
             if turn:  # the first warms up
-                seconds[size].append(os.times().user - begun)
+                seconds[size].append(time.process_time() - begun)
     tokens = len(old.windows) * old.sequence_length
     first = nats[sizes[0]]
     read = first > 0

@@ -126,13 +126,23 @@ def demo_corpus(name: str) -> tuple[Corpus, RunConfig]:
 
 
 def test_the_demo_scores_no_text_that_any_of_its_stages_trains_on() -> None:
-    stages = [demo_corpus(name) for name in ("dense", "dense_continued", "upcycled", "upcycled_loss_free")]
+    stages = [
+        demo_corpus(name)
+        for name in ("dense", "dense_continued", "dense_equal_flops", "upcycled", "upcycled_loss_free")
+    ]
     trained = np.unique(np.concatenate([corpus.train.identities for corpus, _ in stages]))
     for corpus, _ in stages:
         assert corpus.validation.identities is not None
         assert not np.isin(corpus.validation.identities, trained).any()
         assert corpus.fingerprint == stages[0][0].fingerprint
-    orders = [tuple(TrainBatches(c.train, 16, 256, config.order_seed).window_ids(0)) for c, config in stages]
-    assert (
-        orders[1] == orders[2] == orders[3] != orders[0]
-    )  # variants share their batches, in another order than dense's
+    # The script gives the dense run a seed, and all that is trained on from it another: the order follows the seed.
+    script = (DEMO / "run.sh").read_text()
+    assert script.count('train dense "$seed" seed="$seed"') == 1
+    assert script.count("seed=$((seed + 100)) train.init_from=") == script.count("train.init_from=") == 2
+    orders = [
+        tuple(TrainBatches(corpus.train, config.train.batch_size, 256, seed).window_ids(0))
+        for (corpus, config), seed in zip(stages, (0, 100, 100, 100, 100), strict=True)
+    ]
+    assert all(config.data.order_seed is None for _, config in stages)
+    assert len(set(orders[1:])) == 1, "variants share their batches"
+    assert orders[0] != orders[1], "and read them in another order than the dense run did"

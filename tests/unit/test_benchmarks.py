@@ -57,6 +57,45 @@ def test_the_verdicts_simulation_writes_its_tables(root: Path, tmp_path: Path) -
     assert all(row["named"] == row["lowest"] == 0 for row in single)
 
 
+def test_a_comparison_of_many_runs_is_timed(root: Path, tmp_path: Path) -> None:
+    few = ["--variants", "2", "--seeds", "3", "--steps", "200", "--layers", "2", "--documents", "30", "--rounds", "1"]
+    done = _run(root, "compare_runs.py", *few, "--folder", str(tmp_path), "--output", str(tmp_path / "results"))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "results" / "compare_runs.json").read_text())["results"]
+    assert (row["runs"], row["processor"] > 0) == (6, True)
+    found = json.loads((tmp_path / "report" / "comparison.json").read_text())
+    assert [line["counted"] for line in found["variants"]] == [3, 3]
+
+
+def test_the_readme_gets_its_figures_from_the_demos_comparisons(root: Path, tmp_path: Path) -> None:
+    line = {"name": "upcycled", "counted": 3, "score": 3.25, "verdict": "better",
+            "difference": {"difference": -0.5, "low": -0.75, "high": -0.25}}  # fmt: skip
+    for report in ("report_equal_tokens", "report_equal_flops"):
+        (tmp_path / report).mkdir()
+        said = {"variants": [line], "sentences": ["upcycled is better than dense.", "At equal tokens: ..."]}
+        (tmp_path / report / "comparison.json").write_text(json.dumps(said))
+    readme = tmp_path / "README.md"
+    readme.write_text((root / "README.md").read_text())
+    for _ in range(2):
+        done = _run(root, "demo_figures.py", str(tmp_path), "7", "two cores", "--readme", str(readme))
+        assert done.returncode == 0, done.stderr
+    text = readme.read_text()
+    assert text.count("On two cores it took 7 min") == 1
+    assert text.count("upcycled (3 seeds)                 3.2500   −0.5000 [−0.7500, −0.2500]") == 2
+    assert text.count("- upcycled is better than dense.") == 2
+    assert text.split("<!-- demo: end -->")[1] == (root / "README.md").read_text().split("<!-- demo: end -->")[1]
+
+
+def test_evaluation_is_timed_by_batch_size(root: Path, tmp_path: Path) -> None:
+    small = ["data.source.max_bytes_per_domain=30000", "train.sequence_length=64", "evaluation.sequences=6"]
+    done = _run(root, "evaluation.py", "configs/train/tiny_moe.yaml", *small, "--sizes", "1", "4", "--rounds", "1",
+                "--output", str(tmp_path))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["results"]
+    assert [(row["sequences"], row["default"]) for row in rows] == [(1, False), (4, False), (256, True)]
+    assert all(row["moved"] < 1e-5 for row in rows)
+
+
 def test_a_recorded_run_is_replayed_as_it_was(root: Path, tmp_path: Path) -> None:
     """The recorded tokens are those of the run; a layer of the run's E and K gets them one by one."""
     train = "train.steps=3 data.source.name=embedded evaluation.sequences=8 model.moe.layout.num_experts=6"

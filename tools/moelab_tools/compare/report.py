@@ -66,7 +66,7 @@ def render(comparison: Comparison) -> str:
 
 
 def _dumps(value: Any, **_: Any) -> str:
-    """Of a hundred runs' curves: they hold finite numbers, so the slow way is for where something does not."""
+    """Curves hold finite numbers, a hundred runs a million of them: the slow way is for what does not."""
     try:
         return json.dumps(value, allow_nan=False)
     except (ValueError, TypeError):
