@@ -17,13 +17,17 @@ import tempfile
 import traceback
 import types
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 from moelab.errors import RunFailure, UserError
-from moelab_tools.cli import run
+from moelab_tools.cli import COMMANDS, run
+from moelab_tools.compare import comparison, report, table
 
-tempfile.gettempdir()  # tries to write there, once
+# What a child would do first, and slowly: imports, and a probe of the folder for temporary files.
+PREPARED = [import_module(f"moelab_tools.commands.{name}") for name in COMMANDS], comparison, report, table
+tempfile.gettempdir()
 SECONDS, MEMORY, LONGEST = 20, 2 << 30, 2000
 OURS = re.compile(r'File "[^"]*/(?:core|plugins|upcycling|tools)/((?:moelab|moelab_\w+)/[^"]+)", line \d+, in (\w+)')
 # Work that may last as long as it was asked to: what is stopped there had been understood.

@@ -28,7 +28,7 @@ from moelab_upcycling.verify import plan_of_output
 
 Reader = Callable[[Path], object]
 STEP = "run/checkpoints/step_00000003"
-SHORT = ("--tokens", "3", "--temperature", "0")
+SHORT = ("--tokens", "3")
 
 
 Arguments = tuple[str, ...]
