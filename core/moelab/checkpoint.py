@@ -21,7 +21,7 @@ from moelab.config.run import RunConfig
 from moelab.config.stored import read_stored
 from moelab.errors import CheckpointError, ConfigError
 from moelab.nn.transformer import Transformer
-from moelab.safe_files import Reading, check_regular, read_object
+from moelab.safe_files import Reading, read_object, read_tensor_header
 
 Shape = tuple[int, ...]
 READING = Reading(CheckpointError, "the checkpoint is damaged or not complete: use an earlier one")
@@ -109,7 +109,7 @@ def model_tensors(model: Transformer) -> dict[str, Tensor]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """{name: tensor} of a safetensors file. Raises CheckpointError when it is missing or damaged."""
-    check_regular(path, READING)
+    read_tensor_header(path, READING)  # before all of it is mapped
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moelab.errors import ConfigError
+from moelab.errors import CheckpointError, ConfigError
 from moelab.nn.kv_cache import KVCache
 from moelab.nn.transformer import Transformer
 from moelab.seeds import generator
@@ -25,7 +25,7 @@ class Sampling:
     end_token_ids: tuple[int, ...] = ()  # any of them ends the text
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 0 or self.temperature < 0 or not 0 < self.top_p <= 1:
+        if self.max_new_tokens < 0 or not self.temperature >= 0 or not 0 < self.top_p <= 1:  # NaN is neither
             raise ConfigError("sampling: max_new_tokens and temperature must not be negative, top_p must be in (0, 1]")
 
 
@@ -33,7 +33,7 @@ class Sampling:
 def generate(model: Transformer, prompt: list[int], sampling: Sampling) -> Iterator[int]:
     """Token ids that continue `prompt` (one sequence), one at a time; stops after any of end_token_ids.
 
-    Raises ConfigError for an empty prompt.
+    Raises ConfigError for an empty prompt, CheckpointError where the weights give no finite scores.
     """
     if not prompt:
         raise ConfigError("prompt: must hold at least one token")
@@ -47,7 +47,10 @@ def generate(model: Transformer, prompt: list[int], sampling: Sampling) -> Itera
         for _ in range(sampling.max_new_tokens):
             x, _ = model.hidden_states(input_ids, cache=cache)
             logits = model.lm_head(x[:, -1])  # [1, V]
-            token = _choose(logits[0].float().cpu(), sampling, noise)
+            scores = logits[0].float().cpu()
+            if not scores.isfinite().all():
+                raise CheckpointError(_not_finite(model))
+            token = _choose(scores, sampling, noise)
             yield token
             if token in sampling.end_token_ids:
                 return
@@ -56,11 +59,21 @@ def generate(model: Transformer, prompt: list[int], sampling: Sampling) -> Itera
         model.train(was_training)
 
 
+def _not_finite(model: Transformer) -> str:
+    """Which tensor of the model is to blame, the first in its order."""
+    for name, tensor in model.state_dict().items():
+        bad = int((~tensor.isfinite()).sum()) if tensor.is_floating_point() else 0
+        if bad:
+            return f"{name}: {bad} of {tensor.numel()} numbers are NaN or infinite; the weights are damaged, use others"
+    return "the scores of the next token are NaN or infinite though all weights are finite: these weights overflow"
+
+
 def _choose(logits: Tensor, sampling: Sampling, noise: torch.Generator) -> int:
     """logits [V] on the host -> a token id."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    probabilities = (logits / sampling.temperature).softmax(-1)
+    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
+    probabilities = ((logits - logits.max()) / temperature).softmax(-1)  # the best is 0 / t, however small t is
     if sampling.top_p < 1:
         ordered, index = probabilities.sort(descending=True)
         beyond = ordered.cumsum(0) - ordered >= sampling.top_p  # the token that crosses top_p stays in

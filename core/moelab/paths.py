@@ -16,8 +16,10 @@ def user_path(path: str | os.PathLike[str], where: str = "") -> Path:
     `where` is the config key or option, for the message. Raises ConfigError for a user who is not known, for an
     empty text, which would silently be the current folder, and for what no file system takes as a name.
     """
-    text = os.fspath(path)
     key = f"{where}: " if where else ""
+    if not isinstance(path, str | os.PathLike):  # of a config that is not typed yet
+        raise ConfigError(f"{key}must be a path, not a {type(path).__name__}")
+    text = os.fspath(path)
     if not text:
         raise ConfigError(f"{key}names no path; write . for the current folder")
     expanded = os.path.expanduser(text)

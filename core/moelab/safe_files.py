@@ -54,7 +54,9 @@ def read_bytes(path: Path, reading: Reading, limit: int = LARGEST_TEXT) -> bytes
         if size > limit:
             reading.refuse(path, f"has {size} bytes, more than the {limit} that a file of its kind may have")
         try:
-            content = file.read(limit + 1)
+            content = file.read(size + 1)  # no more is allocated
+            while len(content) <= limit and (more := file.read(1 << 20)):  # it grows, or /proc knows no size
+                content += more
         except (OSError, MemoryError) as error:
             reading.refuse(path, f"can't be read: {_reason(error)}", error)
     if len(content) > limit:

@@ -149,6 +149,53 @@ def test_one_door_per_library(library: str, door: str) -> None:
     assert all(user.startswith(door) for user in users), users
 
 
+READER = "core/moelab/safe_files.py"
+# Who may call what reads files of strangers: the one reader, and behind it what maps or loads the numbers themselves.
+READERS = {
+    "json.load": set(), "json.loads": {READER}, "json.JSONDecoder": set(),
+    "yaml.load": set(), "yaml.safe_load": set(), "yaml.full_load": set(), "yaml.load_all": set(),
+    "yaml.unsafe_load": set(), "yaml.safe_load_all": set(), "yaml.compose": set(),
+    "safe_open": {"core/moelab/hf/files.py"}, "load_file": {"core/moelab/checkpoint.py"},
+    "np.load": {READER}, "np.memmap": {"plugins/moelab_plugins/data_sources/tokens.py"}, "np.fromfile": set(),
+    "np.loadtxt": set(), "np.genfromtxt": set(), "torch.load": set(), "pickle.load": set(), "pickle.loads": set(),
+    "FastTokenizer.from_str": {"core/moelab/data/tokenizer_file.py"}, "Tokenizer.from_str": set(),
+    "FastTokenizer.from_file": set(), "Tokenizer.from_file": set(), "FastTokenizer.from_buffer": set(),
+    "Tokenizer.from_buffer": set(), "eval": set(), "exec": set(), "__import__": set(),
+    "ast.literal_eval": {"plugins/moelab_plugins/data_sources/_installed_text.py"},  # Python's own documentation
+}  # fmt: skip
+# Beside the reader, whole files are read from the kernel, from what is installed, and by the maker of a tokenizer.
+WHOLE_FILES = {
+    "core/moelab/nn/room.py", "core/moelab/train/run_lock.py", "tools/moelab_tools/upcycle_receipt.py",
+    "plugins/moelab_plugins/data_sources/_installed_text.py", "tools/moelab_tools/qwen2_tokenizer.py",
+}  # fmt: skip
+
+
+def _called(tree: ast.AST) -> Iterator[str]:
+    """Names of what is called: `json.loads`, `safe_open`, `?.` before the last part of longer ones."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            yield name if name.count(".") < 2 else f"?.{name.rpartition('.')[2]}"
+
+
+@pytest.mark.parametrize("path", _sources(), ids=_relative)
+def test_files_of_strangers_are_read_in_one_place(path: Path) -> None:
+    tree, place = ast.parse(path.read_text()), _relative(path)
+    for call in _called(tree):
+        assert place in READERS.get(call, {place}), f"{place}: {call} is the business of {READER}"
+        # Path's methods; the reader's functions of these names are called without a dot.
+        if call.endswith((".read_text", ".read_bytes")):
+            assert place in WHOLE_FILES, f"{place}: {call}: a file is read by {READER}, with a limit"
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert not names & {"loads", "JSONDecoder", "from_file"}, f"{place}: reads by a name that hides whose it is"
+
+
+def test_nothing_that_runs_what_it_reads_is_imported() -> None:
+    for path in _sources():
+        libraries = {name.split(".")[0] for name in _imports(ast.parse(path.read_text()))}
+        assert not libraries & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}, path
+
+
 def test_upcycling_never_imports_the_model() -> None:
     for path in sorted((ROOT / "upcycling").rglob("*.py")):
         names = list(_imports(ast.parse(path.read_text())))

@@ -111,6 +111,8 @@ class _Warnings(logging.Handler):
     """Says what was skipped, cut or assumed in one line each, beside a command's own output."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR:  # ends the command, which says it itself
+            return
         message = printable(record.getMessage(), LONGEST_MESSAGE, keep="\n")
         click.echo(f"{record.levelname.lower()}: {message}", err=True)
 

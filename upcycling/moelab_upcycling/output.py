@@ -51,7 +51,7 @@ class OutputFolder:
     def _check_same_plan(self, stored: dict[str, Any]) -> None:
         if stored.get("plan") == self.plan.hash:
             return
-        ours = json.loads(json.dumps(self.plan.identity()))
+        ours = parse_json(json.dumps(self.plan.identity()), PLAN_FILE, READING)  # as it is stored
         theirs = Record(str(self.folder / PLAN_FILE), stored, READING).record("identity", optional=True).values
         differing = [
             f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in ours if ours[key] != theirs.get(key)

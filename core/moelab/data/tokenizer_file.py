@@ -33,8 +33,8 @@ def load_fast(path: Path, reading: Reading = READING) -> FastTokenizer:
 
 
 def definition_of(content: bytes, where: object, reading: Reading = READING) -> dict[str, Any]:
-    """The object that a tokenizer.json holds; of its texts any may be half of a surrogate pair."""
-    return an_object(parse_json(content, where, reading, whole=False), where, reading)
+    """The object that a tokenizer.json, or a tokenizer_config.json, holds."""
+    return an_object(parse_json(content, where, reading), where, reading)
 
 
 def check_definition(definition: Mapping[str, Any], where: object, reading: Reading = READING) -> None:

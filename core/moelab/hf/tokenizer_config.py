@@ -58,7 +58,7 @@ def named_token_ids(files: Mapping[str, bytes]) -> dict[str, int]:
 
 
 def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    return an_object(parse_json(files[name], name, READING, whole=False), name, READING)
+    return an_object(parse_json(files[name], name, READING), name, READING)
 
 
 def is_qwen2_pipeline(definition: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from moelab import Component, ConfigError, Corpus, DataContext, DataError, Document, build_corpus, component, hookimpl
 from moelab.data.reading import decode_text, distinct_files
-from moelab.safe_files import LARGEST_LINE, Reading, parse_json
+from moelab.safe_files import LARGEST_LINE, Reading, check_regular, parse_json
 
 READING = Reading(DataError, "each line of data.source must be one whole object")
 PATTERNS = ("**/*.jsonl", "**/*.jsonl.gz")  # of a folder
@@ -49,6 +49,7 @@ def _documents(options: JsonlOptions, context: DataContext) -> Iterator[Document
 
 
 def _lines(file: Path) -> Iterator[bytes]:
+    check_regular(file, READING)
     try:
         with file.open("rb") as stream:
             zipped = stream.peek(2)[:2] == GZIP or file.suffix == ".gz"

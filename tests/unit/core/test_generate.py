@@ -7,7 +7,7 @@ import torch
 
 import moelab
 from moelab.config.model import ModelConfig, MoEConfig
-from moelab.errors import ConfigError
+from moelab.errors import CheckpointError, ConfigError
 from moelab.generate import Sampling, generate
 
 MOE = MoEConfig(layout={"name": "uniform", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16})
@@ -57,3 +57,20 @@ def test_impossible_settings_are_refused() -> None:
         Sampling(top_p=0.0)
     with pytest.raises(ConfigError, match="prompt"):
         next(generate(moelab.build(MODEL), [], Sampling()))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_weights_that_are_not_finite_are_named(temperature: float) -> None:
+    model = moelab.build(MODEL)
+    with torch.no_grad():
+        model.layers[0].self_attn.q_proj.weight[0, 0] = torch.nan
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj\.weight: 1 of"):
+        list(generate(model, [1, 2], Sampling(2, temperature=temperature)))
+
+
+def test_a_temperature_near_zero_is_greedy() -> None:
+    model = moelab.build(MODEL)
+    greedy = list(generate(model, [1, 2], Sampling(5, temperature=0.0)))
+    assert list(generate(model, [1, 2], Sampling(5, temperature=1e-300))) == greedy
+    with pytest.raises(ConfigError):
+        Sampling(temperature=float("nan"))

@@ -166,3 +166,30 @@ def test_a_whole_npy_file_is_mapped(tmp_path: Path) -> None:
     np.save(tmp_path / "o.npy", np.array([{}], object), allow_pickle=True)
     with pytest.raises(CheckpointError, match=r"o\.npy"):
         map_array(tmp_path / "o.npy", READING)
+
+
+def test_reading_asks_for_no_more_memory_than_the_file_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_text("small")
+    asked: list[int] = []
+    opened = os.fdopen
+
+    def watched(descriptor: int, mode: str) -> object:
+        file = opened(descriptor, mode)
+        read = file.read
+
+        class Watched:
+            def __enter__(self) -> Watched:
+                return self
+
+            def __exit__(self, *error: object) -> None:
+                file.close()
+
+            def read(self, count: int) -> bytes:
+                asked.append(count)
+                return read(count)
+
+        return Watched()
+
+    monkeypatch.setattr(os, "fdopen", watched)
+    assert read_bytes(tmp_path / "x", READING, limit=1 << 40) == b"small"
+    assert max(asked) <= 1 << 20

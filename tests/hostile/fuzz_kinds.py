@@ -1,0 +1,324 @@
+"""What is damaged, and who then reads it: for each kind of input its files, its readers and its command lines."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fuzz_mutate import some_value, spelled
+
+from moelab import Registry, load
+from moelab.checkpoint import read_state
+from moelab.config.load import load_config
+from moelab.config.run import RunConfig
+from moelab.config.upcycle import UpcycleConfig
+from moelab.data.lineage import lineage_of
+from moelab.data.seen import read_record
+from moelab.data.tokenizer import load_tokenizer
+from moelab.hf.carried import carried_files, largest_token_id
+from moelab.hf.config import read_config
+from moelab.hf.files import TensorFolder, read_header
+from moelab.origin import end_token_ids, read_origin
+from moelab.train.setup import build_corpus_of, resolve_run
+from moelab_tools.compare.runs import read_run
+from moelab_upcycling.convert import prepare, registry_of
+from moelab_upcycling.verify import plan_of_output
+
+Reader = Callable[[Path], object]
+STEP = "run/checkpoints/step_00000003"
+SHORT = ("--tokens", "3")
+
+
+Arguments = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Files, and who reads them: readers are called in this process, commands run where the copies lie."""
+
+    damaged: tuple[str, ...]  # globs, one of which each mutation takes
+    readers: tuple[Reader, ...]
+    commands: tuple[Arguments, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of input."""
+
+    parts: tuple[str, ...]  # of the world, copied
+    groups: tuple[Group, ...]
+    arguments: Callable[[Arguments, random.Random], tuple[Arguments, str]] | None = None  # what is damaged instead
+    own: bool = False  # the user's: it may name another folder to write to
+
+
+def _config(*arguments: str) -> Reader:
+    def read(folder: Path) -> None:
+        loaded = load_config([str(folder / "mine.yaml"), *arguments], RunConfig)
+        resolve_run(loaded.config, REGISTRY)
+
+    return read
+
+
+def _corpus(source: str) -> Reader:
+    def read(folder: Path) -> None:
+        told = f"data.source={source.replace('@', str(folder))}"
+        config = load_config([str(folder / "mine.yaml"), told], RunConfig).config
+        resolve_run(config, REGISTRY)
+        build_corpus_of(config, REGISTRY, load_tokenizer("bytes"))
+
+    return read
+
+
+def _encode(folder: Path) -> None:
+    for name in ("tok", "dense"):
+        if (folder / name).exists():
+            tokenizer = load_tokenizer(str(folder / name))
+            tokenizer.encode_with_bytes("some text, 12 and <|endoftext|> more")
+            tokenizer.decode([0, 5, 10**6])
+            tokenizer.files()
+            largest_token_id(folder / name)
+
+
+def _plan(folder: Path) -> None:
+    loaded = load_config([str(folder / "recipe.yaml"), f"source={folder / 'dense'}"], UpcycleConfig)
+    prepare(loaded.config, registry_of(loaded.config))
+
+
+def _verify(folder: Path) -> None:
+    plan_of_output(folder / "up", [folder / "dense"])
+
+
+def _override(arguments: tuple[str, ...], chance: random.Random) -> tuple[tuple[str, ...], str]:
+    key = chance.choice(KEYS)
+    if chance.random() < 0.1:
+        key = chance.choice((key + ".x", key + ".0", key[:-1], "model..x", "", "a" * 400, "\x1b[31m", f'"{key}"'))
+    value = spelled(some_value(chance))
+    if chance.random() < 0.2:
+        value = chance.choice(
+            ("[", "{", "{a: ", "[[[", "'", '"\\', "{name: softmax_topk", "[1,,2]", "{a: &x 1, b: *x}")
+        )
+    word = f"{key}={value}".replace("\0", "").encode("utf-8", "surrogatepass").decode("utf-8", "surrogateescape")
+    return (*arguments, word), word[:120]
+
+
+def _option(arguments: tuple[str, ...], chance: random.Random) -> tuple[tuple[str, ...], str]:
+    words = list(arguments)
+    odd = chance.choice(ODD).replace("\0", "")
+    at = chance.randrange(1, len(words) + 1)
+    how = chance.choice(("set", "insert", "delete", "option"))
+    if how == "set" and at < len(words):
+        words[at] = odd
+    elif how == "delete" and at < len(words):
+        del words[at]
+    elif how == "option":
+        words += [chance.choice(OPTIONS), odd]
+    else:
+        words.insert(at, odd)
+    return tuple(words), f"{how} {at} {odd[:60]!r}"
+
+
+REGISTRY = Registry(entry_points=False)
+_OPTIONS = """
+    --json --tokens --temperature --top-p --seed --tokenizer --dtype --max-shard-size --force --output --baseline
+    --practical --measure --vary --match --multiple-of --devices --expert-parallel --device --device-memory --source
+    --layers --sink --prompt --resume --checkpointing --full --dry-run --screening --trust-plugins
+"""
+OPTIONS = _OPTIONS.split()
+_PLAIN = """
+    -1 0 1e999 nan a/b/c ~nobody /dev/zero /dev/null 0:99999999999999999999 1:0 5GB bfloat16 mine.yaml run hf dense
+    up . .. tok -- -h name=[/red] run_dir=x[/b] data.source.pattern=/etc/*
+    model.moe.layout.num_experts=1099511627776
+"""
+ODD = [*_PLAIN.split(), "", "9" * 400, "x" * 5000, "\x1b[31m", "x" * 300, "\udcff", "9" * 400 + "GB", "run_dir=\udcff"]
+_KEYS = """
+    name run_dir seed plugins search_path model model.vocab_size model.hidden_size model.num_hidden_layers
+    model.intermediate_size model.num_attention_heads model.head_dim model.rope_theta model.moe model.moe.layout
+    model.moe.layout.name model.moe.layout.num_experts model.moe.layout.num_experts_per_tok
+    model.moe.layout.moe_intermediate_size model.moe.router model.moe.router.name model.moe.layers
+    model.moe.layers.0 model.moe.layers.0.router model.moe.shared_expert model.moe.shared_expert.intermediate_size
+    model.moe.backend model.moe.balance_losses model.moe.balance_losses.0 model.moe.balance_losses.0.weight
+    model.moe.expert_chunk data data.tokenizer data.source data.source.name data.source.paths data.source.pattern
+    data.source.domains data.source.separator data.validation_fraction data.split_seed train train.steps
+    train.batch_size train.sequence_length train.dtype train.device train.threads train.init_from
+    train.init_overrides train.log_every train.save_every train.grad_clip train.micro_batch_size optimizer
+    optimizer.lr optimizer.betas optimizer.betas.1 schedule schedule.name schedule.warmup_steps evaluation
+    evaluation.sequences evaluation.batch_size observers observers.0 resume model.moe.router.score
+    model.moe.router.capacity_factor model.moe.router.n_group
+"""
+KEYS = _KEYS.split()
+TRAIN = ("train", "mine.yaml")
+RESUME = (*TRAIN, "run_dir=run", "--resume")
+CONFIGURED = (("explain", "mine.yaml"), TRAIN, ("plan", "mine.yaml"))
+
+
+def _corpora(*sources: str) -> Group:
+    files = tuple(source.partition("@/")[2].partition("]")[0].partition(",")[0].rstrip("}") for source in sources)
+    commands = tuple((*TRAIN, f"data.source={source.replace('@/', '')}") for source in sources)
+    return Group(files, tuple(map(_corpus, sources)), commands)
+
+
+KINDS: dict[str, Kind] = {
+    "config": Kind(("mine.yaml", "text"), (Group(("mine.yaml",), (_config(),), CONFIGURED),), own=True),
+    "override": Kind(("mine.yaml", "text", "hf", "tok"), (Group((), (), CONFIGURED),), _override, own=True),
+    "safetensors": Kind(
+        ("mine.yaml", "text", "hf", "run"),
+        (
+            Group(
+                ("hf/model.safetensors",),
+                (lambda f: load(f / "hf"),),
+                (("generate", "hf", *SHORT), (*TRAIN, "train.init_from=hf"), ("export", "hf", "o")),
+            ),
+            Group(
+                (f"{STEP}/model.safetensors",),
+                (lambda f: load(f / "run"),),
+                (("generate", "run", *SHORT), RESUME, ("export", "run", "o"), ("evaluate", "run")),
+            ),
+            Group(
+                (f"{STEP}/training.safetensors",),
+                (lambda f: read_header(f / STEP / "training.safetensors"),),
+                (RESUME,),
+            ),
+        ),
+    ),
+    "index": Kind(
+        ("dense", "recipe.yaml"),
+        (
+            Group(
+                ("dense/model.safetensors.index.json", "dense/*.safetensors"),
+                (lambda f: TensorFolder(f / "dense"), lambda f: load(f / "dense"), _plan),
+                (
+                    ("generate", "dense", *SHORT),
+                    ("upcycle", "recipe.yaml", "--sink", "hash"),
+                    ("export", "dense", "o"),
+                ),
+            ),
+        ),
+    ),
+    "config_json": Kind(
+        ("mine.yaml", "text", "recipe.yaml", "hf", "dense"),
+        (
+            Group(
+                ("hf/config.json",),
+                (lambda f: read_config(f / "hf"), lambda f: load(f / "hf"), lambda f: end_token_ids(f / "hf")),
+                (
+                    ("generate", "hf", *SHORT),
+                    (*TRAIN, "train.init_from=hf"),
+                    ("explain", "hf"),
+                    ("evaluate", "hf", "mine.yaml"),
+                    ("plan", "hf"),
+                ),
+            ),
+            Group(("hf/generation_config.json",), (lambda f: end_token_ids(f / "hf"),), (("generate", "hf", *SHORT),)),
+            Group(
+                ("dense/config.json",),
+                (_plan, lambda f: load(f / "dense")),
+                (("upcycle", "recipe.yaml", "output=o"), ("export", "dense", "o")),
+            ),
+        ),
+    ),
+    "tokenizer": Kind(
+        ("mine.yaml", "text", "dense", "tok", "recipe.yaml"),
+        (
+            Group(
+                ("dense/tokenizer.json", "dense/tokenizer.json", "dense/tokenizer_config.json"),
+                (_encode, lambda f: read_origin(f / "dense"), lambda f: carried_files(f / "dense")),
+                (("generate", "dense", *SHORT), ("export", "dense", "o"), ("upcycle", "recipe.yaml", "output=o")),
+            ),
+            Group(
+                ("tok/tokenizer.json", "tok/tokenizer.json", "tok/tokenizer_config.json"),
+                (_encode,),
+                (
+                    (*TRAIN, "data.tokenizer=tok", "model.vocab_size=400"),
+                    ("generate", "dense", "--tokenizer", "tok", *SHORT),
+                ),
+            ),
+        ),
+    ),
+    "data": Kind(
+        ("mine.yaml", "text", "docs.jsonl", "docs.jsonl.gz", "ids.npy", "ids.bin"),
+        (
+            _corpora("{name: jsonl, paths: [@/docs.jsonl]}"),
+            _corpora("{name: jsonl, paths: [@/docs.jsonl.gz], domain_key: domain}"),
+            _corpora("{name: tokens, train: @/ids.npy}"),
+            _corpora("{name: tokens, train: @/ids.bin, dtype: uint16}"),
+            Group(("text/1.txt",), (_corpus("{name: text, paths: [@/text]}"),), (TRAIN,)),
+        ),
+    ),
+    "runfolder": Kind(
+        ("mine.yaml", "text", "run", "run2"),
+        (
+            Group(
+                ("run/config.yaml", "run/summary.json", "run/metrics.jsonl", "run/evaluation_documents.jsonl"),
+                (lambda f: read_run(f / "run"),),
+                (("compare", "run", "run2", "--output", "o"), RESUME, ("compare", "run", "run2", "--json", "o.json")),
+            ),
+            Group(
+                (f"{STEP}/config.yaml",),
+                (lambda f: load(f / "run"), lambda f: read_origin(f / "run")),
+                (
+                    ("generate", "run", *SHORT),
+                    ("evaluate", "run"),
+                    ("explain", "run"),
+                    ("export", "run", "o"),
+                    (*TRAIN, "train.init_from=run"),
+                    ("explain", f"{STEP}/config.yaml"),
+                    RESUME,
+                ),
+            ),
+            Group((f"{STEP}/state.json",), (lambda f: read_state(f / STEP),), (RESUME,)),
+            Group(
+                (f"{STEP}/moelab_*.json", f"{STEP}/tokenizer*.json"),
+                (
+                    lambda f: read_record(f / STEP),
+                    lambda f: lineage_of(f / STEP, "x"),
+                    lambda f: read_origin(f / "run"),
+                ),
+                (("export", "run", "o"), (*TRAIN, "train.init_from=run"), RESUME),
+            ),
+        ),
+    ),
+    "recipe": Kind(
+        ("dense", "up", "recipe.yaml"),
+        (
+            Group(("recipe.yaml",), (_plan,), (("upcycle", "recipe.yaml"), ("upcycle", "recipe.yaml", "--dry-run"))),
+            Group(
+                ("up/upcycle.json", "up/upcycle.json", "up/upcycle_manifest.jsonl", "up/*.json", "up/*.safetensors"),
+                (_verify,),
+                (
+                    ("verify", "up", "--source", "dense"),
+                    ("upcycle", "recipe.yaml"),
+                    ("upcycle", "recipe.yaml", "--layers", "0:1"),
+                ),
+            ),
+        ),
+        own=True,
+    ),
+    "options": Kind(
+        ("mine.yaml", "text", "run", "run2", "hf", "tok", "dense", "up", "recipe.yaml"),
+        (
+            Group(
+                (),
+                (),
+                (
+                    ("generate", "hf", *SHORT),
+                    ("generate", "run", "--tokenizer", "tok", *SHORT),
+                    ("evaluate", "run", "--json"),
+                    ("export", "run", "o", "--max-shard-size", "1MB", "--dtype", "bfloat16"),
+                    ("compare", "run", "run2", "--output", "o"),
+                    ("explain", "mine.yaml", "--match", "mine.yaml", "--measure", "active"),
+                    ("plan", "mine.yaml", "--devices", "2"),
+                    ("verify", "up", "--source", "dense", "--layers", "0:1"),
+                    ("plugins", "--json"),
+                    ("upcycle", "recipe.yaml", "--dry-run"),
+                    ("architectures", "--json"),
+                    (*TRAIN, "--force"),
+                    ("evaluate", "run", "mine.yaml"),
+                ),
+            ),
+        ),
+        _option,
+        own=True,
+    ),
+}

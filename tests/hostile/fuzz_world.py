@@ -1,0 +1,111 @@
+"""Small folders of every kind that moelab reads, made by moelab itself: what the fuzzer then damages."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from moelab.builder import build_model
+from moelab.config.model import ModelConfig
+from moelab.hf.save import save_hf
+from moelab_tools.cli import run
+
+CONFIG = """\
+name: small
+run_dir: out
+plugins: []
+entry_points: false
+model:
+  vocab_size: 257
+  hidden_size: 16
+  intermediate_size: 32
+  num_hidden_layers: 2
+  num_attention_heads: 2
+  num_key_value_heads: 1
+  max_position_embeddings: 64
+  tie_word_embeddings: true
+  moe:
+    layout: {name: uniform, num_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 8}
+    router: {name: softmax_topk, norm_topk_prob: false}
+    shared_expert: {name: gated, intermediate_size: 16}
+    backend: {name: loop}
+    balance_losses: [{name: load_balance, weight: 0.01}]
+    layers: {"0": {router: {name: softmax_topk}}}
+data:
+  source: {name: text, paths: [text], deduplicate: false}
+train: {steps: 3, batch_size: 2, sequence_length: 16, log_every: 1, save_every: 2, threads: 1, device: cpu}
+optimizer: {lr: 3.0e-3}
+schedule: {name: cosine, warmup_steps: 1}
+evaluation: {sequences: 4, sample_tokens: 0}
+observers: []
+"""
+RECIPE = """\
+source: dense
+output: up
+model:
+  moe:
+    layout: {name: uniform, num_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 8}
+    router: {name: softmax_topk, norm_topk_prob: false}
+    shared_expert: {name: gated, intermediate_size: 32}
+recipe: {experts: {name: qwen2}, shared: {name: copy}, router: {name: normal}}
+seed: 3
+workers: 1
+max_shard_size: 20KB
+"""
+WORDS = [f"word{number} and {number * 7 % 13} others" for number in range(400)]
+
+
+def make_world(folder: Path) -> None:
+    """Fill `folder` with configs, corpora, a tokenizer, two runs, an export, a dense model and what became of it."""
+    (folder / "mine.yaml").write_text(CONFIG)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "text").mkdir()
+    for number in range(12):
+        (folder / "text" / f"{number}.txt").write_text("\n".join(WORDS[number * 30 : number * 30 + 40]))
+    lines = [json.dumps({"text": " ".join(WORDS[at : at + 20]), "domain": "d"}) for at in range(0, 380, 20)]
+    (folder / "docs.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "docs.jsonl.gz").write_bytes(gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0))
+    ids = np.array([[*b"some text of a document", 256] for _ in range(100)]).reshape(-1)
+    ids[::7] = np.arange(len(ids[::7])) % 250
+    ids[23::24] = 256
+    np.save(folder / "ids.npy", ids.astype(np.int32))
+    ids.astype("<u2").tofile(folder / "ids.bin")
+    _tokenizer(folder / "tok")
+    for name, seed in (("run", 0), ("run2", 1)):
+        _do("train", str(folder / "mine.yaml"), f"run_dir={folder / name}", f"seed={seed}")
+    _do("export", str(folder / "run"), str(folder / "hf"))
+    dense = ModelConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    files = {path.name: path.read_bytes() for path in sorted((folder / "tok").iterdir())}
+    save_hf(build_model(dense), folder / "dense", max_shard_size="12KB", extra_files=files)
+    _do("upcycle", str(folder / "recipe.yaml"), f"source={folder / 'dense'}", f"output={folder / 'up'}", "--no-receipt")
+
+
+def _tokenizer(folder: Path) -> None:
+    """A byte-level BPE of 300 tokens."""
+    folder.mkdir()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(WORDS, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "model_max_length": 64}))
+
+
+def _do(*arguments: str) -> None:
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        code = run(list(arguments))
+    assert code == 0, told.getvalue()
