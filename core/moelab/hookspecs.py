@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import pluggy
 
 if TYPE_CHECKING:
+    from moelab.alarms import Alarm, AlarmChange
     from moelab.data.corpus import Corpus, DataContext
     from moelab.initialisers import (
         ExpertInitialiser,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         SharedExpert,
     )
     from moelab.moe.layout import ExpertLayout, LayoutContext
+    from moelab.moe.probe import Probe
 
 hookspec = pluggy.HookspecMarker("moelab")
 hookimpl = pluggy.HookimplMarker("moelab")
@@ -140,13 +142,22 @@ class RunHooks:
         step: int,
         metrics: Mapping[str, float],
         loads: Mapping[int, list[float]],
-        alarms: list[str],
+        alarms: list[Alarm],
+        changes: list[AlarmChange],
         backends: list[str],
     ) -> None:
         """Every `train.log_every` steps. `loads`: layer -> each expert's share of the assignments, summing to 1.
 
-        `alarms`: sentences about layers whose routing has come to nothing. `backends`: what computes the experts,
-        with what `auto` chose so far and why.
+        `alarms`: those that are on; `changes`: which began, grew or ended since the last log. `backends`: what computes
+        the experts, with what `auto` chose so far and why.
+        """
+
+    @hookspec
+    def on_probe(self, step: int, probe: Probe) -> Mapping[str, float] | None:
+        """Before the first step, every `train.probe_every` steps and after the last: one fixed held-out batch forward.
+
+        What is returned is logged with the step's numbers, under the tags that it names (`moe/layer_03/mine`). Before
+        the first step there is no log, so an observer keeps what it needs of that look.
         """
 
     @hookspec

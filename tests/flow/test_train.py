@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from moelab.train.format import FORMAT_VERSION
+
 CONFIG = "configs/train/tiny_moe.yaml"
 SMALL = [
     "train.steps=12", "train.batch_size=4", "train.sequence_length=32", "train.save_every=3", "train.log_every=2",
@@ -114,7 +116,7 @@ def test_flops_are_those_that_the_experts_served_and_go_on_after_a_resume(root: 
     assert summary["flops"] != summary["flops_declared"] == summary["tokens"] * summary["flops_per_token"]
     assert summary["flops_per_token_served"] == summary["flops"] / summary["tokens"]
     assert summary["parameters"]["active_served"] > summary["parameters"]["active"]  # about E / 2 of them at the start
-    assert summary["format_version"] == 2
+    assert summary["format_version"] == FORMAT_VERSION
     last = [row for row in rows if "eval/loss" in row][-1]
     assert (last["flops"], last["flops_declared"]) == (summary["flops"], summary["flops_declared"])
     shutil.rmtree(run / "checkpoints" / "step_00000012")

@@ -31,7 +31,7 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 FLOORS = (
     {"printable"},
     {"errors", "seeds", "components", "checksums"},
-    {"paths", "safe_files"},
+    {"paths", "safe_files", "alarms"},
     {"records"},
     {"manifest", "tensor_file"},
     {"config"},

@@ -25,7 +25,6 @@ class TrainingProgress:
         self._steps = steps
         self._run_dir = Path()
         self._printed = 0
-        self._told: set[str] = set()
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -54,11 +53,7 @@ class TrainingProgress:
         name = printable(facts["name"], LONGEST_NAME)  # the bar is drawn past the console's hook
         self._task = self._bar.add_task(name, total=self._steps, completed=step, numbers="")
 
-    def on_log(self, step: int, metrics: Mapping[str, float], alarms: list[str]) -> None:
-        for alarm in alarms:
-            if alarm not in self._told:  # each is told once; log.txt has them all
-                self._told.add(alarm)
-                self.console.print(f"  [yellow]step {step}: {escape(alarm)}[/yellow]", highlight=False)
+    def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         numbers = f"loss {metrics['train/loss']:.4f}"
         if "perf/tokens_per_second" in metrics:
             numbers += f"  {metrics['perf/tokens_per_second']:,.0f} tokens/s"
@@ -72,7 +67,13 @@ class TrainingProgress:
         parts = [f"{tag.removeprefix('eval/')} {value:.4f}" for tag, value in metrics.items() if tag.count("/") == 1]
         self.console.print(f"  step {step}  held-out: {', '.join(parts)}", highlight=False)
 
-    def on_train_end(self, step: int, error: BaseException | None) -> None:
+    def on_train_end(self, step: int, summary: Mapping[str, Any], error: BaseException | None) -> None:
+        """Alarms were told as warnings when they began; those that never ended are told again."""
         self._bar.stop()
+        on = [alarm for alarm in summary.get("alarms", []) if alarm["on"]]
+        for alarm in on:
+            where = "" if alarm["layer"] is None else f", layer {alarm['layer']}"
+            told = f"alarm still on: {alarm['name']}{where}, since step {alarm['first_step']}, {alarm['value']:.3g}"
+            self.console.print(f"  [yellow]{escape(told)}[/yellow]", highlight=False)
         outcome = "done" if error is None else f"stopped at step {step}"
         self.console.print(f"{outcome}: {escape(str(self._run_dir))}", highlight=False, soft_wrap=True)

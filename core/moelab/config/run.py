@@ -40,6 +40,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # global norm; 0: off
     log_every: int = 10  # steps
     gradient_shares_every: int = 50  # steps, of those that are logged; a backward pass for each loss. 0: never
+    probe_every: int = 50  # steps, of those that are logged, beside the first and the last; see on_probe. 0: never
     save_every: int = 0  # steps; 0: only at the end
     keep_checkpoints: int = 2  # the newest ones; 0: all
     init_from: str | None = None  # a checkpoint (Hugging Face or moelab) to start from; None: random
@@ -96,7 +97,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    observers: list[Part] = field(default_factory=lambda: [{"name": "tensorboard"}])
+    observers: list[Part] = field(default_factory=lambda: [{"name": "tensorboard"}, {"name": "recorder"}])
     resume: bool = False  # go on from the newest checkpoint in run_dir
     store_environment: bool = False  # write into the run folder what ${oc.env:NAME} stood for, not the expression
 
@@ -141,7 +142,14 @@ class RunConfig:
 def _check_train(train: TrainConfig) -> None:
     for key in ("steps", "batch_size", "sequence_length", "log_every"):
         _at_least("train", train, key, 1)
-    for key in ("grad_clip", "save_every", "keep_checkpoints", "gradient_shares_every", "activation_checkpointing"):
+    for key in (
+        "grad_clip",
+        "save_every",
+        "keep_checkpoints",
+        "gradient_shares_every",
+        "probe_every",
+        "activation_checkpointing",
+    ):
         _at_least("train", train, key, 0)
     for key in train.init_overrides:
         if key != "data.tokenizer" and key.split(".")[0] != "model":

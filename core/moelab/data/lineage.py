@@ -26,7 +26,7 @@ READING = Reading(CheckpointError, "copy it again, with the version of moelab th
 TRAINING, CONVERSION = "training", "conversion"
 # Of a run's config, what changes no weight.
 _FREE = {"run_dir", "name", "resume", "observers", "evaluation", "search_path", "seed"}
-_FREE_TRAIN = {"init_from", "log_every", "save_every", "keep_checkpoints", "gradient_shares_every"}
+_FREE_TRAIN = {"init_from", "log_every", "save_every", "keep_checkpoints", "gradient_shares_every", "probe_every"}
 
 
 @dataclass(frozen=True)

@@ -69,20 +69,21 @@ def split_common(node: Mapping[str, Any], where: str) -> tuple[dict[str, Any], s
     return own, None if settle(pattern) is None else str(pattern), schedule
 
 
-def router_gradient_shares(terms: Mapping[str, Tensor], router_parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """How much of the router's gradient comes from each term of the loss: {name: share}, summing to one.
+def router_gradient_norms(terms: Mapping[str, Tensor], routers: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+    """How much of each router's gradient comes from each term of the loss: {name: norms [len(routers)]}.
 
-    terms: {name: weighted scalar}, before any backward pass, whose graph stays alive. A share is the norm of the term's
-    gradient over all router parameters by the sum of these norms: it says whether a coefficient is too large.
+    terms: {name: weighted scalar}, before any backward pass, whose graph stays alive; routers: the parameters of each.
     Costs one backward pass through the model for each term, so for logging steps only.
     """
+    parameters = [parameter for router in routers for parameter in router]
+    places = [index for index, router in enumerate(routers) for _ in router]
     norms = {}
     for name, value in terms.items():
-        total = torch.zeros((), device=value.device)
-        if value.requires_grad and router_parameters:  # a hash router has none
-            gradients = torch.autograd.grad(value, list(router_parameters), retain_graph=True, allow_unused=True)
-            for gradient in gradients:
-                total = total if gradient is None else total + gradient.detach().float().square().sum()
-        norms[name] = total.sqrt()
-    whole = torch.stack(list(norms.values())).sum().clamp_min(1e-30) if norms else None
-    return {} if whole is None else {name: norm / whole for name, norm in norms.items()}
+        squares = torch.zeros(len(routers), device=value.device)
+        if value.requires_grad and parameters:  # a hash router has none
+            gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            for place, gradient in zip(places, gradients, strict=True):
+                if gradient is not None:
+                    squares[place] += gradient.detach().float().square().sum()
+        norms[name] = squares.sqrt()
+    return norms

@@ -83,21 +83,3 @@ def call_after_step(after_step: Callable[..., None], counts: Tensor, statistics:
 
 def _add(sums: dict[int, Tensor], layer_id: int, value: Tensor) -> None:
     sums[layer_id] = sums[layer_id] + value if layer_id in sums else value.clone()
-
-
-def routing_alarms(counts: dict[int, list[float]], dropped: dict[int, float], tokens: float) -> list[str]:
-    """Sentences for layers whose routing has come to nothing; host numbers, for logging steps.
-
-    counts: assignments served, by layer and expert; dropped: assignments refused, by layer.
-    """
-    found = []
-    for layer_id, served in sorted(counts.items()):
-        refused = dropped.get(layer_id, 0.0)
-        if tokens and not sum(served):
-            cause = "all assignments were dropped" if refused else "the router chose no expert"
-            found.append(f"layer {layer_id}: no token reached an expert ({cause})")
-        elif refused > sum(served):
-            found.append(f"layer {layer_id}: {refused:.0f} of {refused + sum(served):.0f} assignments were dropped")
-        elif len(served) > 1 and sum(served) > 0 and max(served) == sum(served):
-            found.append(f"layer {layer_id}: expert {served.index(max(served))} of {len(served)} serves all tokens")
-    return found

@@ -52,12 +52,14 @@ class MoEBlock(nn.Module):
             y = compute_in_chunks(self.backend, x, served, self.experts, self.chunk)
         if routing.bypass is not None:
             y = y + routing.bypass.to(y.dtype)
-        if self.shared_expert is not None:
-            y = y + self.shared_expert(x)
-        return y, self._record(routing, info)
+        if self.shared_expert is None:
+            return y, self._record(routing, info, y, None)
+        shared = self.shared_expert(x)
+        return y + shared, self._record(routing, info, y, shared)
 
-    def _record(self, routing: Routing, info: TokenInfo) -> LayerRecord:
+    def _record(self, routing: Routing, info: TokenInfo, routed: Tensor, shared: Tensor | None) -> LayerRecord:
         counts = routing.counts()
+        measured = {"routed_norm": routed, "shared_norm": shared} if info.measure else {}
         return LayerRecord(
             self.layer_id,
             replace(routing, bypass=None),  # [T, D]: of no use to a loss, and it would live until the backward pass
@@ -67,6 +69,7 @@ class MoEBlock(nn.Module):
             info=info,
             gate_up=self.experts.gate_up,
             down=self.experts.down,
+            **{name: y.detach().float().norm(dim=-1) for name, y in measured.items() if y is not None},
         )
 
     def _check(self, routing: Routing, x: Tensor) -> None:

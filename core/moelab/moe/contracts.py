@@ -61,6 +61,8 @@ class Router(Protocol):
     - `expected_assignments`: ExpectedAssignments, where that is not the layout's num_experts_per_tok. FLOPs and active
       parameters that are told before a run rest on it. What the router itself multiplies, every token pays: each of
       its parameters with two or more axes counts as a matmul.
+    - `learns`: False for a router that follows a fixed rule by design (hash): said as a fact wherever the run is
+      judged, where a router that was to learn and does not raises an alarm. One without parameters need not say it.
     - `forced`: True for a router that ignores its input and balances by force; marked FORCED wherever a run is named.
     - `qwen2_moe_fields() -> dict | str`: the fields of a Qwen2-MoE config.json that describe this router, or
       why there are none; without it a checkpoint can't be exported to that format.

@@ -27,6 +27,7 @@ class TokenInfo:
     generator: torch.Generator | None = None  # for noise; seeded by (seed, step, micro-batch)
     num_sequences: int | None = None  # sequences in the batch; None: asked of `sequence_id`, which waits for the device
     previous: Routing | None = None  # what the nearest MoE layer below decided, for routers that build on it
+    measure: bool = False  # the layer's record holds the norms of its outputs: for a look between steps
 
     def sequence_shape(self) -> tuple[int, int]:
         """(B, S) when the T tokens are B sequences of S positions, padding included, one after the other."""
@@ -190,6 +191,8 @@ class LayerRecord:
     info: TokenInfo | None = None  # of the layer's tokens
     gate_up: Tensor | None = None  # [E, 2F, D], the experts' own parameters: for losses on the experts
     down: Tensor | None = None  # [E, F, D]
+    routed_norm: Tensor | None = None  # [T] fp32, L2 norm of what experts and bypass gave; only where it was asked for
+    shared_norm: Tensor | None = None  # [T] fp32, the same of the shared expert
 
     @property
     def wanted(self) -> Tensor:

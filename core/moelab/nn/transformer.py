@@ -32,11 +32,12 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class TokenContext:
-    """Optional facts about the tokens of a batch, for routers; all [B, S]."""
+    """Optional facts about the tokens of a batch, for routers; all tensors [B, S]."""
 
     document_id: Tensor | None = None
     domain_id: Tensor | None = None
     generator: torch.Generator | None = None
+    measure: bool = False  # records hold the norms of the layers' outputs
 
 
 class DecoderLayer(nn.Module):
@@ -144,6 +145,7 @@ class Transformer(nn.Module):
             training=self.training,
             generator=tokens.generator,
             num_sequences=batch,
+            measure=tokens.measure,
         )
 
 

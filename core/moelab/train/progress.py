@@ -26,6 +26,7 @@ class Interval:
     tokens: int
     flops: int  # served
     active_parameters: float  # that a token passed through, on average
+    counts: tuple[int, ...] = ()  # assignments served, expert after expert, layer after layer; empty: dense
 
 
 @dataclass
@@ -40,12 +41,14 @@ class Progress:
     served_weights: int = 0  # weights of the experts that served, summed over assignments; as far as read
     evaluation: Evaluation | None = None
     logged: Sequence[float] = (0.0, 0, 0)  # seconds, tokens, served_weights at the last log
+    counts: Sequence[int] = ()  # assignments of each expert since the last log, as far as read
     _served: Tensor | None = None  # [sum of E] int64: assignments that were not read from the device yet
 
     @classmethod
     def of(cls, state: Mapping[str, Any], costs: ServedCosts, declared_flops_per_token: float) -> Progress:
         """Where state.json left off; a fresh one for an empty state."""
-        return cls(costs, declared_flops_per_token, **{key: state[key] for key in COUNTERS if key in state})
+        counters = {key: state[key] for key in (*COUNTERS, "counts") if key in state}
+        return cls(costs, declared_flops_per_token, **counters)
 
     def advance(self, tokens: int, served: Tensor | None, seconds: float) -> None:
         """One step: its tokens without padding, and `StepResult.served`; waits for no device."""
@@ -74,7 +77,8 @@ class Progress:
         tokens, weights = now[1] - int(self.logged[1]), now[2] - int(self.logged[2])
         self.logged = now
         flops, active = self.costs.flops(tokens, weights), self.costs.active_parameters(tokens, weights)
-        return Interval(seconds, tokens, flops, active)
+        counts, self.counts = tuple(self.counts), ()
+        return Interval(seconds, tokens, flops, active, counts)
 
     def row(self) -> dict[str, Any]:
         """What every line of metrics.jsonl begins with."""
@@ -89,13 +93,16 @@ class Progress:
     def state(self) -> dict[str, Any]:
         """What state.json keeps, enough for `of`."""
         return self.row() | {
-            "seconds": self.seconds, "served_weights": self._read(), "logged": list(self.logged)
+            "seconds": self.seconds, "served_weights": self._read(), "logged": list(self.logged),
+            "counts": list(self.counts),
         }  # fmt: skip
 
     def _read(self) -> int:
         """Move what was counted on the device into `served_weights`."""
         if self._served is not None:
-            self.served_weights += self.costs.weights(self._served.tolist())
+            served = self._served.tolist()
+            self.served_weights += self.costs.weights(served)
+            self.counts = [a + b for a, b in zip(self.counts, served, strict=True)] if self.counts else served
             self._served = None
         return self.served_weights
 

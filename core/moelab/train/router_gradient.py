@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moelab.alarms import RULE_OF, Alarm
 from moelab.config.model import ModelConfig
 from moelab.moe.block import MoEBlock
 from moelab.moe.per_layer import layer_parts
@@ -48,10 +49,14 @@ def watch_routers(blocks: Sequence[MoEBlock]) -> Iterator[dict[int, tuple[Tensor
 
 def warn_of_untaught_routers(
     config: ModelConfig, blocks: Sequence[MoEBlock], calls: Mapping[int, tuple[Tensor, TokenInfo]]
-) -> None:
-    """One line a config key for routers that get no gradient from the text; `calls` of `watch_routers`."""
+) -> list[Alarm]:
+    """One line a config key for routers that get no gradient from the text, and an alarm for each layer of it.
+
+    `calls` of `watch_routers`. A frozen router is told too, unless it says that it `learns` nothing.
+    """
     if config.moe is None:
-        return
+        return []
+    frozen = [_alarm("no_gradient", block.layer_id) for block in blocks if learns(block.router) and _frozen(block)]
     parts = layer_parts(config.moe, config.num_hidden_layers)
     untaught: dict[str, list[int]] = {}
     for block in blocks:
@@ -66,6 +71,34 @@ def warn_of_untaught_routers(
             where,
             ", ".join(map(str, layers)),
         )
+    if frozen:
+        logger.warning(
+            "model.moe.router, layer %s: no parameter of this router is trainable, so it learns nothing; if that is "
+            "meant, let it say so with `learns = False`",
+            ", ".join(str(alarm.layer) for alarm in frozen),
+        )
+    return frozen + [_alarm("untaught", layer) for layers in untaught.values() for layer in layers]
+
+
+def learns(router: object) -> bool:
+    """Whether a router is to learn: what it declares, else whether it has a parameter at all."""
+    declared = getattr(router, "learns", None)
+    return bool(declared) if declared is not None else any(True for _ in _parameters(router))
+
+
+def _frozen(block: MoEBlock) -> bool:
+    return not any(parameter.requires_grad for parameter in _parameters(block.router))
+
+
+def _parameters(router: object) -> Iterator[nn.Parameter]:
+    return router.parameters() if isinstance(router, nn.Module) else iter(())
+
+
+def _alarm(name: str, layer: int) -> Alarm:
+    """Found before the first step: its value is exactly nothing."""
+    rule = RULE_OF[name]
+    assert isinstance(rule.threshold, float), name
+    return Alarm(name, layer, 0.0, rule.threshold, rule.advice)
 
 
 def hears_the_text(router: nn.Module, x: Tensor, info: TokenInfo) -> bool:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moelab.moe.batch_statistics import routing_alarms
 from moelab.moe.routing import LayerRecord, Routing
 
 SUMS = 4  # after the E counts: token entropy, top-k mass, tokens, dropped assignments
@@ -34,7 +33,6 @@ class RouterReport:
 
     metrics: dict[str, float]  # by tag
     loads: dict[int, list[float]]  # layer -> each expert's share of the assignments, summing to 1
-    alarms: list[str]  # sentences about layers whose routing has come to nothing
 
 
 class RouterStatistics:
@@ -66,12 +64,12 @@ class RouterStatistics:
         """What was added, then empty.
 
         `all_reduce` sums one float64 vector over the ranks; None for a single process. A layer that saw no
-        token has no metrics, but an alarm.
+        token has no metrics; one whose tokens reached no expert has `experts_per_token` 0 and no load.
         """
         layers = dict(sorted(self._layers.items()))
         self._layers = {}
         if not layers:
-            return RouterReport({}, {}, [])
+            return RouterReport({}, {})
         vector = torch.cat([layer.sums for layer in layers.values()])
         if all_reduce is not None:
             vector = all_reduce(vector)
@@ -79,22 +77,22 @@ class RouterStatistics:
         metrics: dict[str, float] = {}
         loads: dict[int, list[float]] = {}
         per_layer: list[dict[str, float]] = []
-        served: dict[int, list[float]] = {}
-        dropped: dict[int, float] = {}
-        tokens = start = 0
+        start = 0
         for layer_id, layer in layers.items():
             counts = host[start : start + layer.num_experts]
             sums = host[start + layer.num_experts : start + layer.num_experts + SUMS]
             start += layer.num_experts + SUMS
-            served[layer_id], dropped[layer_id], tokens = counts, sums[3], sums[2]
-            if sum(counts) == 0:
+            if sums[2] == 0:
                 continue
-            values = {**_load_metrics(counts), **_token_metrics(layer, sum(counts), sums)}
+            if sum(counts) == 0:
+                values = {"experts_per_token": 0.0} | ({"dropped_fraction": 1.0} if sums[3] else {})
+            else:
+                values = {**_load_metrics(counts), **_token_metrics(layer, sum(counts), sums)}
+                loads[layer_id] = [count / sum(counts) for count in counts]
             per_layer.append(values)
-            loads[layer_id] = [count / sum(counts) for count in counts]
             metrics.update({f"moe/layer_{layer_id:02d}/{key}": value for key, value in values.items()})
         metrics.update({f"moe/mean/{key}": value for key, value in _mean_over_layers(per_layer)})
-        return RouterReport(metrics, loads, routing_alarms(served, dropped, tokens))
+        return RouterReport(metrics, loads)
 
 
 def _distribution(routing: Routing) -> Tensor | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moelab.alarms import Alarm
 from moelab.builder import build_balance_losses, build_model, resolve_model
 from moelab.checkpoint import CONFIG, STATE, read_run_config, read_state
 from moelab.config.run import RunConfig
@@ -44,7 +45,7 @@ logger = logging.getLogger("moelab")
 
 # What may differ when a run is resumed: none of it changes the numbers of a step.
 FREE_ON_RESUME = {"run_dir", "resume", "name", "observers", "evaluation", "search_path", "store_environment"}
-FREE_TRAIN_KEYS = {"log_every", "save_every", "keep_checkpoints", "init_from", "init_overrides"}
+FREE_TRAIN_KEYS = {"log_every", "probe_every", "save_every", "keep_checkpoints", "init_from", "init_overrides"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Setup:
     start: Start
     flops_per_token: float  # forward and backward, as the routers declare
     costs: ServedCosts  # by which the run counts what its experts served
+    alarms: list[Alarm]  # found before the first step
 
     @property
     def seen(self) -> SeenText:
@@ -108,7 +110,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True) -> Se
     model = starting_model(config, registry, precision.device, start)
     history = starting_history(config, start)
     settings = StepSettings(micro, train.grad_clip, config.seed, precision)
-    probe_step(model, losses, batches.batch(0), settings)
+    alarms = probe_step(model, losses, batches.batch(0), settings)
     if train.activation_checkpointing:
         apply_activation_checkpointing(model, train.activation_checkpointing)
     return Setup(
@@ -129,6 +131,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True) -> Se
         start=start,
         flops_per_token=flops_per_token(model, train.sequence_length),
         costs=served_costs(model, train.sequence_length),
+        alarms=alarms,
     )
 
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moelab.alarms import Alarm
 from moelab.data.batches import Batch
 from moelab.errors import RunFailure
-from moelab.moe.balance import NamedLoss, router_gradient_shares
+from moelab.moe.balance import NamedLoss, router_gradient_norms
 from moelab.moe.batch_statistics import BatchStatistics
 from moelab.moe.block import MoEBlock
 from moelab.moe.routing import LayerRecord
@@ -57,7 +58,8 @@ class StepResult:
     losses: dict[str, Tensor]  # {"loss", "lm_loss", <balance loss>: unweighted}, scalars
     grad_norm: Tensor
     statistics: RouterStatistics  # empty unless observed
-    gradient_shares: dict[str, Tensor]  # {loss: share}, of the first micro-batch; empty unless observed
+    router_norms: Tensor | None  # [MoE layers] L2 norm of each router's gradient, before clipping; None unless observed
+    gradient_norms: dict[str, Tensor]  # {loss: [MoE layers] the same of one term}, of the first micro-batch; as above
     served: Tensor | None  # [sum of E] int64: assignments served, layer after layer, without padding; None: dense
 
 
@@ -97,7 +99,8 @@ def train_step(
     before = _routing_pass(model, balance_losses, parts, step, settings)
     seen = BatchStatistics(for_losses=bool(balance_losses))
     losses: dict[str, Tensor] = {}
-    shares: dict[str, Tensor] = {}
+    by_term: dict[str, Tensor] = {}
+    routers = router_parameters(model) if observe.routing or observe.gradient_shares else []
     statistics = RouterStatistics()
     served: list[Tensor] = []  # of each micro-batch
     sizes = [part.token_count / batch.token_count for part in batch.split(settings.micro_batch_size)]
@@ -105,7 +108,7 @@ def train_step(
         terms, records = _forward(model, balance_losses, part, before, _Place(step, index, size, targets), settings)
         weighted = {name: value * weight for name, (value, weight) in terms.items()}
         if observe.gradient_shares and index == 0:
-            shares = router_gradient_shares(weighted, _router_parameters(model))
+            by_term = router_gradient_norms(weighted, routers)
         loss = torch.stack(list(weighted.values())).sum()
         loss.backward()
         seen.add(records)
@@ -120,20 +123,25 @@ def train_step(
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not bool(torch.isfinite(losses["loss"] + norm)):  # before clipping, which would make every gradient NaN
         raise RunFailure(describe_failure(model, parts, step, settings.precision, losses))
+    router_norms = _gradient_norms(routers) if observe.routing and routers else None
     if settings.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, settings.grad_clip, norm)
     optimizer.step()
     seen.after_step(_blocks(model), step)
     for named in balance_losses:
         named.after_step(seen.context())
-    return StepResult(losses, norm, statistics, shares, torch.stack(served).sum(0) if served else None)
+    all_served = torch.stack(served).sum(0) if served else None
+    return StepResult(losses, norm, statistics, router_norms, by_term, all_served)
 
 
 @torch.no_grad()
-def probe_step(model: Transformer, balance_losses: Sequence[NamedLoss], batch: Batch, settings: StepSettings) -> None:
+def probe_step(
+    model: Transformer, balance_losses: Sequence[NamedLoss], batch: Batch, settings: StepSettings
+) -> list[Alarm]:
     """Forward one short sequence and every loss, and leave no trace: plugins that don't fit fail here, before a run.
 
-    Raises ConfigError naming the layer or loss, the plugin and its owner. Warns of routers that the text can't teach.
+    Raises ConfigError naming the layer or loss, the plugin and its owner. Warns of routers that the text can't teach,
+    and returns an alarm for each.
     """
     device = next(model.parameters()).device
     part = batch.split(1)[0].narrow(PROBE_TOKENS).to(device)
@@ -143,9 +151,10 @@ def probe_step(model: Transformer, balance_losses: Sequence[NamedLoss], batch: B
         with watch_routers(_blocks(model)) as calls:
             _forward(model, balance_losses, part, None, _Place(0, 0, 1.0, PROBE_TOKENS), settings)
         with settings.precision.autocast():
-            warn_of_untaught_routers(model.config, _blocks(model), calls)
+            untaught = warn_of_untaught_routers(model.config, _blocks(model), calls)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
+    return untaught
 
 
 def _forward(
@@ -204,6 +213,18 @@ def _blocks(model: Transformer) -> list[MoEBlock]:
     return [module for module in model.modules() if isinstance(module, MoEBlock)]
 
 
-def _router_parameters(model: Transformer) -> list[Tensor]:
+def router_parameters(model: Transformer) -> list[list[nn.Parameter]]:
+    """The trainable parameters of each MoE layer's router, in the order of the layers; none for one without."""
     routers = [block.router for block in _blocks(model)]
-    return [parameter for router in routers if isinstance(router, nn.Module) for parameter in router.parameters()]
+    return [
+        [p for p in router.parameters() if p.requires_grad] if isinstance(router, nn.Module) else []
+        for router in routers
+    ]
+
+
+@torch.no_grad()
+def _gradient_norms(groups: Sequence[Sequence[nn.Parameter]]) -> Tensor:
+    """[groups] fp32: L2 norm of each group's gradient; 0 where it got none. Waits for no device."""
+    nothing = torch.zeros((), device=next((p.device for group in groups for p in group), None))
+    gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
+    return torch.stack([torch.nn.utils.get_total_norm(group).float() if group else nothing for group in gradients])

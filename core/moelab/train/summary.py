@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from moelab.nn.count import expected_assignments
 from moelab.train.format import FORMAT_VERSION
 from moelab.train.peak import peak_flops
 from moelab.train.progress import Progress
+from moelab.train.router_gradient import learns
+from moelab.train.router_numbers import gradient_metrics, idle_metrics
 from moelab.train.router_statistics import RouterReport
 from moelab.train.start import OVERRIDES
 from moelab.train.step import StepResult
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def log_metrics(result: StepResult, rate: float, progress: Progress, setup: Setup) -> RouterReport:
-    """All scalars of one logged step, loads and alarms. This is where the host waits for the device."""
+    """All scalars of one logged step, and the loads. This is where the host waits for the device."""
     router = result.statistics.reduce()
     since = progress.interval()
     metrics = {f"train/{name}": float(value) for name, value in result.losses.items()}
@@ -39,7 +41,7 @@ def log_metrics(result: StepResult, rate: float, progress: Progress, setup: Setu
         "compute/declared_flops_per_token": setup.flops_per_token,
         "compute/served_active_parameters": since.active_parameters,
     }
-    metrics |= {f"train/router_gradient_share/{name}": float(v) for name, v in result.gradient_shares.items()}
+    metrics |= gradient_metrics(setup.model, setup.blocks, result) | idle_metrics(setup.blocks, since.counts)
     metrics["perf/memory_gb"] = memory_gb(setup.step_settings.precision.device)
     return replace(router, metrics=metrics | router.metrics)
 
@@ -77,6 +79,8 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
             "seen": asdict(setup.seen),
         },
         "components": components(config.model.moe),
+        # Layers whose router follows a fixed rule, by design: a fact and no alarm.
+        "fixed_routers": {str(b.layer_id): type(b.router).__name__ for b in setup.blocks if not learns(b.router)},
         "plugins": setup.registry.versions(),
         "versions": {
             "moelab": moelab.__version__,
@@ -131,6 +135,7 @@ def summary(
     status: str,
     final: Mapping[str, float],
     loads: Mapping[int, list[float]],
+    alarms: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """summary.json."""
     served = {"active_served": round(progress.active_parameters())} if progress.tokens else {}
@@ -147,6 +152,7 @@ def summary(
         "seconds": round(progress.seconds, 3),
         "final": dict(final),
         "expert_load": {str(layer): shares for layer, shares in loads.items()},
+        "alarms": [dict(alarm) for alarm in alarms],
     }
 
 

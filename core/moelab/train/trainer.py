@@ -6,15 +6,17 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moelab.alarms import AlarmChange, AlarmWatch
 from moelab.checkpoint import CHECKPOINTS, CONFIG
 from moelab.config.run import RunConfig
 from moelab.config.stored import seal, stored, to_yaml
+from moelab.data.lineage import CONVERSION
 from moelab.data.seen import read_record
 from moelab.errors import UserError
 from moelab.integrity import Choice
@@ -24,8 +26,10 @@ from moelab.train.checkpoint import TrainingState, restore_checkpoint, save_chec
 from moelab.train.evaluate import evaluate, sample_texts
 from moelab.train.interruption import Interruption
 from moelab.train.observers import ObserverManager, gather_observers
+from moelab.train.probe import look, probe_batch
 from moelab.train.progress import Progress
 from moelab.train.resume import PLUGINS, VERSIONS, check_state, other_versions, tell_choice
+from moelab.train.router_numbers import layer_facts
 from moelab.train.run_folder import (
     DOCUMENTS,
     LOG,
@@ -61,10 +65,12 @@ class Loop:
     observers: ObserverManager
     metrics: MetricsLog
     progress: Progress
+    alarms: AlarmWatch
     final: dict[str, float] = field(default_factory=dict)  # the newest value of each tag
     loads: dict[int, list[float]] = field(default_factory=dict)
     backends: list[str] = field(default_factory=list)  # as last logged
     samples: list[str] = field(default_factory=list)  # of the last evaluation
+    changes: list[AlarmChange] = field(default_factory=list)  # of alarms, that no log has shown yet
     saved: int | None = None  # the step of the last checkpoint that this process wrote
     damaged: set[str] = field(default_factory=set)  # names of checkpoints that were passed over
 
@@ -104,7 +110,9 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
             manager = gather_observers(setup.config.observers, registry, run_dir, observers)
             with closing(MetricsLog(run_dir / METRICS, state.get("step", 0))) as metrics:
                 progress = Progress.of(state, setup.costs, setup.flops_per_token)
-                loop = Loop(setup, run_dir, lock, manager, metrics, progress)
+                watch = alarm_watch(setup, state)
+                found = [] if state else [AlarmChange(0, "begins", alarm) for alarm in watch.on]
+                loop = Loop(setup, run_dir, lock, manager, metrics, progress, watch, changes=found)
                 loop.damaged = {finding.folder.name for finding in choice.skipped} if choice else set()
                 _run(loop)
         finally:
@@ -126,8 +134,9 @@ def _run(loop: Loop) -> None:
         with interruption:
             if progress.step == 0:
                 _evaluate(loop)
+                _probe(loop)
             while progress.step < setup.config.train.steps:
-                _one_step(loop)
+                one_step(loop)
                 interruption.check()
         if not _due(progress.step, setup.config.evaluation.every) or progress.evaluation is None:
             _evaluate(loop)
@@ -141,7 +150,9 @@ def _run(loop: Loop) -> None:
     finally:
         loop.lock.check()  # a folder that is gone gets no summary
         status = "finished" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        report = summary(facts | {"backends": backends(setup)}, progress, status, loop.final, loop.loads)
+        report = summary(
+            facts | {"backends": backends(setup)}, progress, status, loop.final, loop.loads, loop.alarms.to_json()
+        )
         if error is not None:
             report["error"] = f"{type(error).__name__}: {error}"
             logger.error("%s at step %d: %s", status, progress.step, error)
@@ -149,17 +160,19 @@ def _run(loop: Loop) -> None:
         loop.observers.hook.on_train_end(step=progress.step, summary=report, error=error)
 
 
-def _one_step(loop: Loop) -> None:
+def one_step(loop: Loop) -> None:
     setup, progress, config = loop.setup, loop.progress, loop.setup.config
     started = time.perf_counter()
     rate = config.optimizer.lr * learning_rate_factor(config.schedule, progress.step, config.train.steps)
     for group in setup.optimizer.param_groups:
         group["lr"] = rate
     batch = setup.batches.batch(progress.step)
-    observe = _due(progress.step + 1, config.train.log_every) or progress.step + 1 == config.train.steps
-    look = Observe(observe, observe and _due(progress.step + 1, config.train.gradient_shares_every))
+    last = progress.step + 1 == config.train.steps
+    observe = _due(progress.step + 1, config.train.log_every) or last
+    every = config.train.gradient_shares_every
+    what = Observe(observe, observe and (_due(progress.step + 1, every) or (last and every > 0)))
     result = train_step(
-        setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings, observe=look
+        setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings, observe=what
     )
     progress.advance(batch.token_count, result.served, time.perf_counter() - started)
     if observe:
@@ -181,14 +194,44 @@ def _log(loop: Loop, result: StepResult, rate: float) -> None:
         logger.info("expert backends: %s", "; ".join(chosen))
         loop.backends = chosen
     report = log_metrics(result, rate, loop.progress, loop.setup)
-    loop.final |= report.metrics
+    step, train = loop.progress.step, loop.setup.config.train
+    probed = _probe(loop) if _due(step, train.probe_every) or step == train.steps else {}
+    metrics = probed | report.metrics
+    loop.final |= metrics
     loop.loads = report.loads
-    loop.metrics.write(loop.progress.row() | report.metrics)
-    for alarm in report.alarms:
-        logger.warning("step %d: %s", loop.progress.step, alarm)
+    changes = loop.alarms.look(step, metrics)
+    for change in changes:
+        logger.warning("%s", change.sentence())
+    on = [{"name": alarm.name, "layer": alarm.layer, "value": alarm.value} for alarm in loop.alarms.on]
+    loop.metrics.write(loop.progress.row() | metrics | ({"alarms": on} if on else {}))
     loop.observers.hook.on_log(
-        step=loop.progress.step, metrics=report.metrics, loads=report.loads, alarms=report.alarms, backends=chosen
-    )
+        step=step, metrics=metrics, loads=report.loads, alarms=loop.alarms.on, changes=loop.changes + changes,
+        backends=chosen,
+    )  # fmt: skip
+    loop.changes = []
+
+
+def _probe(loop: Loop) -> dict[str, float]:
+    """Show a fixed batch to the observers that want to see one; -> the numbers that they found, by tag."""
+    setup, hook = loop.setup, loop.observers.hook.on_probe
+    if setup.config.train.probe_every == 0 or not setup.blocks or not hook.get_hookimpls():
+        return {}
+    batch = probe_batch(setup.validation, setup.step_settings.micro_batch_size)
+    probe = look(setup.model, batch, list(setup.corpus.domains), setup.step_settings.precision)
+    found = hook(step=loop.progress.step, probe=probe)
+    return {tag: float(value) for numbers in reversed(found) if numbers for tag, value in numbers.items()}
+
+
+def alarm_watch(setup: Setup, state: Mapping[str, Any]) -> AlarmWatch:
+    """As it was when a resumed run left off; what a new one found before its first step has been told."""
+    lineage = setup.lineage
+    untrained = lineage is None or any(stage == CONVERSION for stage, _ in lineage.stages[-1:])
+    watch = AlarmWatch(layer_facts(setup.blocks, untrained=untrained), setup.config.train.steps)
+    if state:
+        watch.restore(state.get("alarms", []))
+    else:
+        watch.look(0, {}, setup.alarms)
+    return watch
 
 
 def _evaluate(loop: Loop) -> None:
@@ -234,6 +277,7 @@ def _save(loop: Loop) -> None:
         VERSIONS: versions(),
         OVERRIDES: setup.start.overrides,
         "lineage": setup.lineage.to_json() if setup.lineage else None,
+        "alarms": loop.alarms.state(),
     }
     outside = fixed_environment(setup.config)
     if outside:

@@ -5,7 +5,6 @@ What the tags mean and when they are alarming is in docs/metrics.md.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from moelab import Component, component, hookimpl
+from moelab.alarms import AlarmChange
 from moelab.printable import printable
 from moelab_plugins.observers._load_image import LEGEND, load_image, png
 
@@ -43,9 +43,6 @@ class TensorBoardOptions:
     flush_secs: int = 10  # how long a number may wait before it is on disk
     images: bool = True  # expert load over (layer, expert)
     image_every: int = 1  # of the logged steps; an image is about 5 kB
-    max_violation_alarm: float = 4.0  # an expert with five times its share
-    dead_fraction_alarm: float = 0.25  # of a layer's experts without any token in the logged step
-    load_entropy_alarm: float = 0.7  # below it
 
     def __post_init__(self) -> None:
         if self.flush_secs < 1 or self.image_every < 1:
@@ -60,7 +57,6 @@ class TensorBoardObserver:
         self.run_dir = run_dir
         self.writer: Any = None
         self._backends: list[str] = []  # as last told
-        self._raised: set[str] = set()  # alarms that are on, so that each is told once
         self._logged = 0
 
     def on_train_begin(self, run_dir: Path, config: Mapping[str, Any], facts: Mapping[str, Any], step: int) -> None:
@@ -77,7 +73,12 @@ class TensorBoardObserver:
         self._begin_hparams(hparams(config, facts))
 
     def on_log(
-        self, step: int, metrics: Mapping[str, float], loads: Mapping[int, list[float]], backends: list[str]
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        loads: Mapping[int, list[float]],
+        changes: list[AlarmChange],
+        backends: list[str],
     ) -> None:
         self._scalars(step, metrics)
         if backends != self._backends:  # `auto` decides when it sees a size for the first time
@@ -86,7 +87,8 @@ class TensorBoardObserver:
         if loads and self.options.images and self._logged % self.options.image_every == 0:
             self._image("moe/expert_load", load_image(loads), step)
         self._logged += 1
-        self._alarms(step, metrics)
+        if changes:
+            self._text("alarms", "\n".join(f"- {change.sentence()}" for change in changes), step)
 
     def on_evaluate(self, step: int, metrics: Mapping[str, float], samples: list[str]) -> None:
         self._scalars(step, metrics)
@@ -165,30 +167,6 @@ class TensorBoardObserver:
 
         about = metadata.create_summary_metadata(data)
         self._summary(Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)]))
-
-    def _alarms(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Tell each alarm when it begins and when it ends."""
-        on = {tag: why for tag, value in metrics.items() if (why := self._alarm(tag, value))}
-        over = sorted(tag for tag in self._raised if tag in metrics and tag not in on)
-        begun = [f"{tag} = {metrics[tag]:.4g}: {on[tag]}" for tag in on if tag not in self._raised]
-        ended = [f"{tag} = {metrics[tag]:.4g}: back to normal" for tag in over]
-        if begun or ended:
-            self._text("alarms", "\n".join(f"- step {step}: {line}" for line in begun + ended), step)
-        self._raised = (self._raised - set(metrics)) | set(on)
-
-    def _alarm(self, tag: str, value: float) -> str | None:
-        if not math.isfinite(value):
-            return "not a finite number"
-        if not tag.startswith("moe/layer_"):
-            return None
-        metric = tag.rsplit("/", 1)[1]
-        if metric == "max_violation" and value > self.options.max_violation_alarm:
-            return f"the fullest expert has {value + 1:.1f} times its fair share"
-        if metric == "dead_fraction" and value > self.options.dead_fraction_alarm:
-            return f"{value:.0%} of the experts got no token"
-        if metric == "load_entropy" and value < self.options.load_entropy_alarm:
-            return "few experts take most of the tokens"
-        return None
 
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:

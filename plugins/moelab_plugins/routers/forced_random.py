@@ -27,6 +27,7 @@ class ForcedRandom(nn.Module):
     """
 
     forced = True
+    learns = False
 
     def __init__(self, options: ForcedRandomOptions, context: MoEContext) -> None:
         super().__init__()

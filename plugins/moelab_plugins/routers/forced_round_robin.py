@@ -25,6 +25,7 @@ class ForcedRoundRobin(nn.Module):
     """
 
     forced = True
+    learns = False
 
     def __init__(self, options: ForcedRoundRobinOptions, context: MoEContext) -> None:
         super().__init__()

@@ -31,6 +31,7 @@ class Hash(nn.Module):
     Cost: a table of V x K int64; the loads are those of the text. Gives no scores, so most losses refuse it.
     """
 
+    learns = False
     table: Tensor
 
     def __init__(self, options: HashOptions, context: MoEContext) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from moelab.errors import UserError
 from moelab.paths import user_path
-from moelab_tools.compare import remarks
+from moelab_tools.compare import remarks, routers
 from moelab_tools.compare.budgets import Budget, equal_budgets, flops_warnings
 from moelab_tools.compare.differences import Table, check_comparable, config_differences, facts, fairness_warnings
 from moelab_tools.compare.held_out import choose_measure, seen_before
@@ -19,11 +19,12 @@ from moelab_tools.compare.judging import Judged, judge_variants
 from moelab_tools.compare.measure import Measure
 from moelab_tools.compare.multipliers import Multiplier
 from moelab_tools.compare.pairing import LEAST_PAIRS
+from moelab_tools.compare.routers import RunAlarm
 from moelab_tools.compare.runs import Run
 from moelab_tools.compare.variants import Variant, group_by_seed, loss_of
-from moelab_tools.compare.verdict import BEST, LOWEST, PRACTICAL, WORSE, Rules, Verdict
+from moelab_tools.compare.verdict import BEST, LOWEST, PRACTICAL, WITHHELD, WORSE, Rules, Verdict
 
-FORMAT_VERSION = 3  # of comparison.json
+FORMAT_VERSION = 4  # of comparison.json
 LAST_PART = 0.25  # of the logged steps: over which throughput and balance are averaged
 
 
@@ -50,6 +51,7 @@ class Line:
     perplexity: float | None
     score: float | None  # held-out loss in the comparison's measure
     score_sd: float | None  # over training seeds; None for a single run
+    untaught: str | None  # why its router has learnt nothing, so that no word ranks it; None: nothing speaks for that
     verdict: str  # a word of `verdict`, baseline, best, lowest, or the status of a variant of which no run finished
     difference: Verdict | None  # to the baseline, at the end of each run
     at_equal: dict[str, Verdict]  # to the baseline, by axis: tokens, flops, seconds
@@ -70,6 +72,8 @@ class Comparison:
     baseline: str | None  # the variant that differences are taken to
     rules: Rules
     conflicts: list[str]  # why the losses can't be compared, when the user insisted
+    alarms: list[RunAlarm]  # of all runs, in their order
+    fixed_routers: list[str]  # which variants route by a fixed rule, by design
     seen: list[str]  # which runs score text that their starting weights had met, or may have
     warnings: list[str]
     budgets: list[Budget]
@@ -82,7 +86,15 @@ class Comparison:
         """All numbers, without the curves: those are in each run's metrics.jsonl."""
         return {
             "format_version": FORMAT_VERSION,
-            "runs": {run.name: {"path": str(run.path), "status": run.status} for run in self.runs},
+            "runs": {
+                run.name: {
+                    "path": str(run.path),
+                    "status": run.status,
+                    "alarms": [asdict(alarm) for alarm in self.alarms if alarm.run == run.name],
+                }
+                for run in self.runs
+            },
+            "fixed_routers": self.fixed_routers,
             "baseline": self.baseline,
             "rules": asdict(self.rules),
             "not_comparable": self.conflicts,
@@ -114,10 +126,11 @@ def compare(
     conflicts = check_comparable(runs, allow_different_data)
     measure, runs, why = choose_measure(runs)
     variants = group_by_seed(runs)
-    chosen = _named(variants, baseline) if baseline else _lowest(variants, measure)
+    untaught = routers.why_withheld(variants)
+    chosen = _named(variants, baseline) if baseline else _lowest(variants, measure, untaught)
     budgets = equal_budgets([run for run in runs if run.finished], measure)
-    judged = judge_variants(variants, chosen, measure, budgets, rules)
-    lines = [_line(variant, measure, budgets, judged) for variant in variants]
+    judged = judge_variants(variants, chosen, measure, budgets, rules, untaught)
+    lines = [_line(variant, measure, budgets, judged, untaught.get(variant.name)) for variant in variants]
     lines.sort(key=lambda line: (line.status != "finished", math.inf if line.score is None else line.score))
     lines = [replace(line, verdict=_word(line, lines, chosen, judged, rules)) for line in lines]
     by_name_of_run = {run.name: run for run in runs}
@@ -125,7 +138,7 @@ def compare(
     domains, domain_documents = _domains(runs, measure)
     warnings = why + fairness_warnings(runs) + remarks.orders(variants) + remarks.sources(variants)
     warnings += remarks.documents(runs, measure, told=bool(why)) + flops_warnings(runs) + remarks.steep(runs)
-    warnings += remarks.repeated(runs)
+    warnings += remarks.repeated(runs) + routers.unknown(runs)
     return Comparison(
         runs=runs,
         lines=lines,
@@ -133,6 +146,8 @@ def compare(
         baseline=chosen.name if chosen else None,
         rules=rules,
         conflicts=conflicts,
+        alarms=[alarm for run in runs for alarm in routers.alarms_of(run)],
+        fixed_routers=routers.by_design(variants),
         seen=seen_before(runs),
         warnings=warnings,
         budgets=budgets,
@@ -169,15 +184,17 @@ def _named(variants: Sequence[Variant], name: str) -> Variant:
     raise UserError(f"--baseline {name}: is none of the runs compared; they are: {names}")
 
 
-def _lowest(variants: Sequence[Variant], measure: Measure) -> Variant | None:
-    """Of those that finished, the one with the lowest loss; with seeds enough for a verdict, if any has them."""
-    scored = [(variant.scores(measure), variant) for variant in variants if variant.finished]
+def _lowest(variants: Sequence[Variant], measure: Measure, untaught: Mapping[str, str]) -> Variant | None:
+    """Of those that finished, the one with the lowest loss; of a router that learnt, with seeds enough, if any has."""
+    finished = [variant for variant in variants if variant.finished]
+    taught = [variant for variant in finished if variant.name not in untaught]
+    scored = [(variant.scores(measure), variant) for variant in taught or finished]
     scored = [(scores, variant) for scores, variant in scored if scores]
     enough = [(scores, variant) for scores, variant in scored if len(scores) >= LEAST_PAIRS]
     return min(enough or scored, key=lambda one: np.mean(one[0]), default=(None, None))[1]
 
 
-def _line(variant: Variant, measure: Measure, budgets: Sequence[Budget], judged: Judged) -> Line:
+def _line(variant: Variant, measure: Measure, budgets: Sequence[Budget], judged: Judged, untaught: str | None) -> Line:
     first, values = variant.counted[0], variant.scores(measure)
     parameters = first.summary.get("parameters", {})
     verdict = judged.final.get(variant.name)
@@ -201,6 +218,7 @@ def _line(variant: Variant, measure: Measure, budgets: Sequence[Budget], judged:
         perplexity=variant.mean("eval/perplexity"),
         score=float(np.mean(values)) if values else None,
         score_sd=float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        untaught=untaught,
         verdict=verdict.verdict if verdict else "",
         difference=verdict,
         at_equal={axis: found[variant.name] for axis, found in judged.at_equal.items() if variant.name in found},
@@ -218,8 +236,8 @@ def _word(line: Line, lines: Sequence[Line], baseline: Variant | None, judged: J
         return next(status for status in line.status.split(" and "))
     if baseline is None or line.name != baseline.name:
         return line.verdict or "no interval"
-    if rules.named:
-        return "baseline"
+    if rules.named or line.untaught:
+        return WITHHELD if line.untaught else "baseline"
     others = [one for one in lines if one.status == "finished" and one is not line]
     if others and all(one.verdict == WORSE for one in others):
         return BEST

@@ -13,7 +13,7 @@ from moelab_tools.compare.multipliers import Curve, Multiplier, multiplier
 from moelab_tools.compare.pairing import Key, Losses, Matched, at_budget
 from moelab_tools.compare.runs import Replicate, Run
 from moelab_tools.compare.variants import Variant
-from moelab_tools.compare.verdict import BETTER, CUT_SHORT, LIKELY, WORSE, Rules, Verdict, decide, match_all
+from moelab_tools.compare.verdict import BETTER, CUT_SHORT, LIKELY, WITHHELD, WORSE, Rules, Verdict, decide, match_all
 
 Units = dict[Key, list[Run]]  # what counts as one sample of a variant: mostly one run
 
@@ -28,9 +28,17 @@ class Judged:
 
 
 def judge_variants(
-    variants: Sequence[Variant], baseline: Variant | None, measure: Measure, budgets: Sequence[Budget], rules: Rules
+    variants: Sequence[Variant],
+    baseline: Variant | None,
+    measure: Measure,
+    budgets: Sequence[Budget],
+    rules: Rules,
+    untaught: Mapping[str, str] | None = None,
 ) -> Judged:
-    """The variants that finished against `baseline`; nothing where that did not finish."""
+    """The variants that finished against `baseline`; nothing where that did not finish.
+
+    `untaught`: {variant: why its router has learnt nothing}; no word says which is better where one side is of these.
+    """
     known = [one for one in variants if any(run.documents for run in one.counted)]
     if baseline is None or baseline not in known or len(known) < 2:
         return Judged()
@@ -50,7 +58,22 @@ def judge_variants(
         name: _multipliers(one, units[name], units[baseline.name], measure, final[name])
         for name, one in matched.items()
     }
+    if untaught:
+        why = {name: [untaught[side] for side in (name, baseline.name) if side in untaught] for name in final}
+        final = {name: _withhold(one, why[name]) for name, one in final.items()}
+        at_equal = {
+            axis: {name: _withhold(one, why[name]) for name, one in found.items()} for axis, found in at_equal.items()
+        }
     return Judged(final, at_equal, factors)
+
+
+def _withhold(verdict: Verdict, why: Sequence[str]) -> Verdict:
+    """Numbers stay, a word that ranks goes; the reason is a remark either way."""
+    if not why:
+        return verdict
+    ranks = verdict.verdict in {BETTER, WORSE, *LIKELY.values()}
+    told = tuple(f"No verdict: {reason}" for reason in why)
+    return replace(verdict, verdict=WITHHELD if ranks else verdict.verdict, remarks=(*told, *verdict.remarks))
 
 
 def samples(variants: Sequence[Variant]) -> dict[str, Units]:

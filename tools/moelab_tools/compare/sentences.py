@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moelab_tools.compare import routers, wording
 from moelab_tools.compare import verdict as words
-from moelab_tools.compare import wording
 from moelab_tools.compare.comparison import Comparison, Line
 from moelab_tools.compare.power import MOST_SEEDS
 from moelab_tools.compare.verdict import Verdict
@@ -20,7 +20,7 @@ def everything(comparison: Comparison) -> list[str]:
     """All that is said in sentences, in this order: what each form of a comparison must hold."""
     return [
         *headlines(comparison), *wording.budgets(comparison), *multipliers(comparison), *remarks(comparison),
-        *what_intervals_cover(comparison),
+        *alarms(comparison), *what_intervals_cover(comparison),
     ]  # fmt: skip
 
 
@@ -41,6 +41,8 @@ def headlines(comparison: Comparison) -> list[str]:
 def _first(comparison: Comparison) -> str:
     best = comparison.lines[0]
     text = f"{best.name} has the lowest held-out loss: {wording.loss(best.score)} {comparison.measure.name}"
+    if best.untaught:
+        return f"{text}, and that is no verdict: {best.untaught}."
     if best.verdict == words.BEST:
         return f"{text}, and every other variant is worse."
     if not comparison.rules.named and comparison.baseline != best.name:
@@ -113,6 +115,8 @@ def _difference(name: str, other: str, found: Verdict, unit: str, base: float | 
         )
     if found.verdict == words.TWO_SEEDS:
         return f"{name} ended {amount} {lower} than {other} with two seeds; {interval}: {NO_VERDICT}."
+    if found.verdict == words.WITHHELD:
+        return f"{name} ended {amount} {lower} than {other}; {interval}. No verdict: a router has learnt nothing."
     if found.verdict == words.NO_SPREAD:
         return (
             f"{name} ended {amount} {lower} than {other} in every pair of seeds alike: the seeds change nothing here."
@@ -169,7 +173,13 @@ def parts(found: Verdict) -> str:
 
 def remarks(comparison: Comparison) -> list[str]:
     """What has to be known of the runs that the differences are of; each once."""
-    return list(dict.fromkeys(told for line in comparison.lines for told in line.remarks))
+    untaught = [f"No verdict: {line.untaught}" for line in comparison.lines if line.untaught]
+    return list(dict.fromkeys(untaught + [told for line in comparison.lines for told in line.remarks]))
+
+
+def alarms(comparison: Comparison) -> list[str]:
+    """Every alarm of every run, those that were on at the end first; then routers that follow a fixed rule."""
+    return [f"alarm: {line}" for line in routers.told(comparison.alarms)] + comparison.fixed_routers
 
 
 def multipliers(comparison: Comparison) -> list[str]:

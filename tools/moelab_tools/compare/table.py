@@ -15,7 +15,7 @@ from moelab_tools.compare import sentences, wording
 from moelab_tools.compare.budgets import AXES
 from moelab_tools.compare.comparison import Comparison, Line
 
-STYLES = {"better": "green", "best": "green", "worse": "red", "failed": "bold red"}
+STYLES = {"better": "green", "best": "green", "worse": "red", "failed": "bold red", "withheld": "bold yellow"}
 LONGEST_NAME = 32  # characters: a longer one is folded
 ROOM = 1000  # characters: enough for any table, to measure it in
 
@@ -32,6 +32,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(escape(told), highlight=False, soft_wrap=True)
     for told in sentences.remarks(comparison):
         console.print(f"[bold]{escape(told)}[/]", highlight=False, soft_wrap=True)
+    for told in sentences.alarms(comparison):
+        console.print(f"[yellow]{escape(told)}[/]", highlight=False, soft_wrap=True)
     for told in sentences.what_intervals_cover(comparison):
         console.print(f"[dim]{escape(told)}[/]", highlight=False, soft_wrap=True)
     for warning in comparison.warnings:
@@ -71,14 +73,15 @@ def _table(comparison: Comparison, columns: Sequence[_Column], title: str) -> Ta
         justify: JustifyMethod = "right" if column.right else "left"
         table.add_column(heading, justify=justify, no_wrap=not column.fold, overflow="fold")
     for line in comparison.lines:
-        table.add_row(_name(line), *(column.cell(comparison, line) for column in columns))
+        table.add_row(_name(comparison, line), *(column.cell(comparison, line) for column in columns))
     return table
 
 
-def _name(line: Line) -> str:
+def _name(comparison: Comparison, line: Line) -> str:
     unfinished = "" if line.status == "finished" else f"\n[bold red]{escape(line.status.upper())}[/]"
     seeds = f"\n[dim]{escape(told)}[/]" if (told := _seeds(line)) else ""
-    return f"[bold]{escape(line.name)}[/]{seeds}{unfinished}"
+    alarms = "".join(f"\n[bold yellow]{escape(told)}[/]" for told in wording.alarms(comparison, line))
+    return f"[bold]{escape(line.name)}[/]{seeds}{unfinished}{alarms}"
 
 
 def _loss(comparison: Comparison, line: Line) -> str:

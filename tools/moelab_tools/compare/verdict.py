@@ -34,6 +34,7 @@ IDENTICAL, NO_PAIR, ONE_SEED, TWO_SEEDS = "identical", "no common seed", "one se
 NO_SPREAD = "no spread"
 BEST, LOWEST = "best", "lowest"  # of a baseline that was found by looking
 CUT_SHORT = "cut short"  # at an equal budget: see `judging`
+WITHHELD = "withheld"  # a word that a run of an untaught router does not get: see `routers`
 LIKELY = {BETTER: "likely better", WORSE: "likely worse"}
 NO_NOISE = 1e-9  # of the loss: errors over seeds below this are rounding
 PRACTICAL = 0.001  # of the baseline's loss: less does not count in practice

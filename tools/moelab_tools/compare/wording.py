@@ -45,6 +45,12 @@ def components(line: Line) -> str:
     return " · ".join(part if part != "none" else "no balance loss" for part in parts if part)
 
 
+def alarms(comparison: Comparison, line: Line) -> list[str]:
+    """`alarm: untaught`: those that were on at the end of a run of this line; `sentences.alarms` says the rest."""
+    names = [alarm.name for alarm in comparison.alarms if alarm.on and alarm.run in line.runs]
+    return [f"alarm: {name}" for name in dict.fromkeys(names)]
+
+
 def active(line: Line) -> str:
     """Parameters that a token passed through, as served; as declared, and said so, where the run did not count."""
     if line.parameters_active_served is not None:

@@ -11,8 +11,8 @@ import torch
 from moelab import BalanceContext, ConfigError, LayerRecord, Registry, Routing
 from moelab.builder import build_balance_losses, build_model, resolve_model
 from moelab.config.model import ModelConfig, MoEConfig
-from moelab.moe.balance import NamedLoss, WeightSchedule, router_gradient_shares
-from moelab.moe.batch_statistics import BatchStatistics, routing_alarms
+from moelab.moe.balance import NamedLoss, WeightSchedule, router_gradient_norms
+from moelab.moe.batch_statistics import BatchStatistics
 from moelab.moe.coefficients import CONVENTIONS, convert_coefficient
 
 REGISTRY = Registry(entry_points=False)
@@ -120,19 +120,22 @@ def test_coefficients_convert_both_ways_and_as_documented() -> None:
     assert loss.loss.weight == pytest.approx(0.02)
 
 
-def test_gradient_shares_sum_to_one_and_follow_coefficients() -> None:
-    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    terms = {"lm_loss": (weight * 3).sum(), "aux": weight.sum(), "none": torch.zeros(())}
-    shares = router_gradient_shares(terms, [weight])
-    assert {name: float(share) for name, share in shares.items()} == pytest.approx(
-        {"lm_loss": 0.75, "aux": 0.25, "none": 0.0}
-    )
+def test_gradient_norms_are_those_of_each_term_and_each_router() -> None:
+    """Gradients (3, 3) and (1, 1) of a router of two numbers, 4 and 0 of one of one."""
+    first, second = torch.nn.Parameter(torch.tensor([1.0, 2.0])), torch.nn.Parameter(torch.tensor([5.0]))
+    terms = {"lm_loss": (first * 3).sum() + 4 * second.sum(), "aux": first.sum(), "none": torch.zeros(())}
+    norms = router_gradient_norms(terms, [[first], [], [second]])
+    assert {name: norm.tolist() for name, norm in norms.items()} == {
+        "lm_loss": pytest.approx([18**0.5, 0, 4]),
+        "aux": pytest.approx([2**0.5, 0, 0]),
+        "none": [0, 0, 0],
+    }
     sum(terms.values()).backward()  # the graph is still there
 
 
-def test_a_router_without_parameters_has_no_gradient_to_share() -> None:
+def test_a_router_without_parameters_has_no_gradient() -> None:
     weight = torch.nn.Parameter(torch.ones(2))
-    assert router_gradient_shares({"lm_loss": weight.sum()}, []) == {"lm_loss": torch.zeros(())}
+    assert router_gradient_norms({"lm_loss": weight.sum()}, [[]])["lm_loss"].tolist() == [0]
 
 
 def test_batch_statistics_add_up_over_any_split() -> None:
@@ -158,13 +161,3 @@ def test_statistics_are_weighted_by_tokens() -> None:
         routing = replace(routing, statistics=torch.tensor([value]))
         statistics.add([LayerRecord(0, routing, routing.counts())])
     assert statistics.mean_statistics(0).tolist() == [3.0]
-
-
-def test_alarms_name_the_layer_and_the_cause() -> None:
-    found = routing_alarms({0: [0, 0], 1: [0, 0], 2: [1, 1], 3: [9, 0], 4: [5, 4]}, {1: 8.0, 2: 6.0}, 8)
-    assert found == [
-        "layer 0: no token reached an expert (the router chose no expert)",
-        "layer 1: no token reached an expert (all assignments were dropped)",
-        "layer 2: 6 of 8 assignments were dropped",
-        "layer 3: expert 0 of 2 serves all tokens",
-    ]

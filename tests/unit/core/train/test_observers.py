@@ -26,7 +26,7 @@ def test_they_are_called_in_order_with_the_arguments_they_name() -> None:
         def on_log(self, metrics: dict[str, float], step: int) -> None:
             seen.append(("second", metrics["x"], step))
 
-    _gather(First(), Second()).hook.on_log(step=3, metrics={"x": 1.0}, loads={}, alarms=[], backends=[])
+    _gather(First(), Second()).hook.on_log(step=3, metrics={"x": 1.0}, loads={}, alarms=[], changes=[], backends=[])
     assert seen == [("first", 3), ("second", 1.0, 3)]
 
 

@@ -44,6 +44,7 @@ def test_an_interval_holds_its_own_steps_alone() -> None:
     steps(progress, 4, 5)
     since = progress.interval()
     assert (since.seconds, since.tokens, since.flops) == (0.5, 16, by_hand(5) - by_hand(3))
+    assert since.counts == (4 + 5, 2 * (4 + 5), 2)  # of each expert, steps 4 and 5
     assert since.active_parameters == 160 + (10 * 9 + 60 * 9 + 14) / 16
 
 

@@ -127,10 +127,10 @@ def test_reducing_starts_over_and_no_tokens_give_no_metrics() -> None:
     statistics = RouterStatistics()
     statistics.add([record(balanced())])
     statistics.reduce()
-    assert statistics.reduce() == RouterReport({}, {}, [])
+    assert statistics.reduce() == RouterReport({}, {})
     empty = record(torch.zeros(0, K, dtype=torch.int64), torch.zeros(0, E))
     statistics.add([empty])
-    assert statistics.reduce() == RouterReport({}, {}, [])
+    assert statistics.reduce() == RouterReport({}, {})
 
 
 def test_ranks_are_summed_by_the_given_function() -> None:
@@ -164,3 +164,13 @@ def test_a_router_that_serves_fewer_than_it_chose_tells_how_many() -> None:
     assert metrics["moe/layer_03/experts_per_token"] == 1.5
     plain = Routing.from_topk(expert, torch.ones(expert.shape), E)
     assert "moe/layer_03/experts_per_token" not in reduce(LayerRecord(3, plain, plain.counts()))
+
+
+def test_a_layer_that_no_token_reached_says_so_and_has_no_load() -> None:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    routing = Routing.from_assignments(nothing, nothing, torch.zeros(0), 8, E)
+    assert reduce(LayerRecord(0, routing, routing.counts())) == {
+        "moe/layer_00/experts_per_token": 0.0, "moe/mean/experts_per_token": 0.0,
+    }  # fmt: skip
+    refused = Routing.from_assignments(nothing, nothing, torch.zeros(0), 8, E, dropped=torch.tensor(16))
+    assert reduce(LayerRecord(0, refused, refused.counts()))["moe/layer_00/dropped_fraction"] == 1.0

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.util import tensor_util
 
+from moelab.alarms import Alarm, AlarmChange
 from moelab.hookspecs import OBSERVERS
 from moelab.registry import Registry
 from moelab_plugins.observers._load_image import colour, load_image, png
@@ -60,7 +61,7 @@ def texts(events: EventAccumulator, tag: str) -> list[str]:
 
 def test_scalars_of_both_hooks_come_back_at_their_steps(tmp_path: Path) -> None:
     run = observer(tmp_path)
-    run.on_log(10, {"train/loss": 2.5, "moe/layer_00/max_violation": 0.5}, LOADS, [])
+    run.on_log(10, {"train/loss": 2.5, "moe/layer_00/max_violation": 0.5}, LOADS, [], [])
     run.on_evaluate(20, {"eval/loss": 2.25}, ["def f():\n    `x`"])
     run.on_train_end(20, {}, None)
     events = read(tmp_path)
@@ -82,14 +83,14 @@ def test_backends_are_told_whenever_they_change(tmp_path: Path) -> None:
     run = observer(tmp_path)
     first, second = ["cpu float32: batched (why)"], ["cpu float32: grouped_mm (why)"]
     for step, backends in ((10, first), (20, first), (30, second)):
-        run.on_log(step, {}, {}, backends)
+        run.on_log(step, {}, {}, [], backends)
     run.on_train_end(30, {}, None)
     assert texts(read(tmp_path), "expert_backends") == [f"- {first[0]}", f"- {second[0]}"]
 
 
 def test_expert_load_is_a_readable_image(tmp_path: Path) -> None:
     run = observer(tmp_path)
-    run.on_log(10, {}, LOADS, [])
+    run.on_log(10, {}, LOADS, [], [])
     run.on_train_end(10, {}, None)
     (event,) = read(tmp_path).Images("moe/expert_load")
     picture = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
@@ -145,24 +146,29 @@ def test_a_failed_run_says_so_and_an_interrupted_one_stays_open(
         assert end.status == status
 
 
-def test_an_alarm_is_told_when_it_begins_and_when_it_ends(tmp_path: Path) -> None:
+def test_the_text_tab_tells_what_alarms_do_and_nothing_in_between(tmp_path: Path) -> None:
     run = observer(tmp_path)
-    for step, dead in ((1, 0.0), (2, 0.5), (3, 0.6), (4, 0.0)):
-        run.on_log(step, {"moe/layer_01/dead_fraction": dead}, {}, [])
-    run.on_log(5, {"train/loss": float("nan")}, {}, [])
+    alarm = Alarm("dead_experts", 1, 0.5, 0.25, "take fewer experts")
+    for step, changes in (
+        (1, []),
+        (2, [AlarmChange(2, "begins", alarm)]),
+        (3, []),
+        (4, [AlarmChange(4, "ends", alarm)]),
+    ):
+        run.on_log(step, {}, {}, changes, [])
     run.on_train_end(5, {}, None)
     told = read(tmp_path).Tensors("alarms/text_summary")
-    assert [event.step for event in told] == [2, 4, 5]
-    assert "50% of the experts" in tensor_util.make_ndarray(told[0].tensor_proto).item().decode()
+    assert [event.step for event in told] == [2, 4]
+    assert "layer 1: 0.5 of the experts" in tensor_util.make_ndarray(told[0].tensor_proto).item().decode()
 
 
 def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
     run = observer(tmp_path)
     for step in (10, 20, 30):
-        run.on_log(step, {"train/loss": 1.0}, {}, [])
+        run.on_log(step, {"train/loss": 1.0}, {}, [], [])
     run.writer.close()  # killed: no on_train_end
     later = observer(tmp_path, step=10)
-    later.on_log(20, {"train/loss": 2.0}, {}, [])
+    later.on_log(20, {"train/loss": 2.0}, {}, [], [])
     later.on_train_end(20, {}, None)
     assert [(e.step, e.value) for e in read(tmp_path).Scalars("train/loss")] == [(10, 1.0), (20, 2.0)]
 

@@ -127,5 +127,5 @@ def test_documents_without_bytes_are_accepted(make_run: MakeRun) -> None:
 def test_a_folder_of_a_newer_format_is_refused(make_run: MakeRun) -> None:
     path = make_run("future") / "summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
-    with pytest.raises(UserError, match="has format_version 99, and this moelab reads up to 2"):
+    with pytest.raises(UserError, match="has format_version 99, and this moelab reads up to "):
         read_run(path.parent)
