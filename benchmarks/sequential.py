@@ -22,7 +22,7 @@ from moelab_tools.compare.sequential import HOPELESS, SPENDING, Plan, levels, pr
 from report import machine, markdown_table, write_results
 from verdict_coverage import SETTINGS, Setting, draw
 
-LOOKS = ((8,), (3, 5, 8), (4, 8), (3, 6, 10), (5, 10))
+LOOKS = ((8,), (3, 5, 8), (3, 6, 10))
 PRACTICAL = 0.1  # of a loss of 100: 0.1 %
 PLANTED = (0.0, 0.5, 1.0, 2.0)
 MANY = 20_000  # pairs for which the levels are those of a normal statistic

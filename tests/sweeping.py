@@ -41,6 +41,7 @@ class Ended:
 class InProcess:
     """Runs commands one after another, here; `before` may raise, or answer with an exit code of its own."""
 
+    goes_on = False
     before: Callable[[str], int | None] = lambda name: None
     started: list[str] = field(default_factory=list)
     commands: list[list[str]] = field(default_factory=list)

@@ -28,7 +28,7 @@ from moelab_tools.compare.contrast import LEVEL, Contrast
 from moelab_tools.compare.families import all_pairs_level, baseline_level, holm, moderated
 from moelab_tools.compare.pairing import LEAST_PAIRS, Key, Losses, Matched, distinct, match
 from moelab_tools.compare.power import detectable, seeds_needed
-from moelab_tools.compare.sequential import Plan
+from moelab_tools.compare.sequential import Plan, prospect
 
 BETTER, WORSE, NOT_RESOLVED, NEGLIGIBLE = "better", "worse", "not resolved", "negligible"
 IDENTICAL, NO_PAIR, ONE_SEED, TWO_SEEDS = "identical", "no common seed", "one seed", "two seeds"
@@ -75,6 +75,7 @@ class Verdict:
     smaller: float | None  # a smaller difference, and how many pairs it needs; None: more text, or more than 200
     seeds_for_smaller: int | None
     remarks: tuple[str, ...] = ()
+    prospect: float | None = None  # the chance of a word at the last look; None where none is left
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class _Family:
     resolved: dict[str, bool]
     correction: str  # a sentence's end
     screened: bool
-    looks: bool = False  # there is a plan of them, so the correction is told of a single comparison too
+    plan: Plan | None = None  # of looks
 
 
 def judge(variants: Mapping[str, Losses], baseline: str, rules: Rules) -> dict[str, Verdict]:
@@ -159,7 +160,7 @@ def _looked_at(known: dict[str, Contrast], raw: Mapping[str, float], plan: Plan,
     level = plan.level(error / max(count, 1))
     looks = f"look {plan.at + 1} of {len(plan.looks)}, at {', '.join(map(str, plan.looks))} pairs"
     correction = f"{looks} ({plan.spending} spending), words by Holm over {count} comparisons with the baseline"
-    return _Family(known, level, level, count, {}, resolved, correction, False, looks=True)
+    return _Family(known, level, level, count, {}, resolved, correction, False, plan)
 
 
 def _screened(matched: Mapping[str, Matched], loss: float, rules: Rules) -> _Family | None:
@@ -223,7 +224,16 @@ def _verdict(name: str, one: Matched, family: _Family, asked: tuple[Rules, float
         smaller=smaller if not family.screened else None,
         seeds_for_smaller=needed,
         remarks=remarks,
+        prospect=_prospect(contrast, one, family, rules, limit) if tested else None,
     )
+
+
+def _prospect(contrast: Contrast, one: Matched, family: _Family, rules: Rules, limit: float) -> float | None:
+    """Of a word at the last look, by the noise so far."""
+    if family.plan is None or family.plan.last or one.replicates >= family.plan.looks[-1]:
+        return None
+    level = family.plan.final_level(rules.error / max(family.comparisons, 1))
+    return float(prospect(contrast, one.replicates, family.plan.looks[-1], level, limit))
 
 
 def _word(one: Matched, difference: float, half: float, limit: float, resolved: bool | None) -> str:
@@ -245,7 +255,7 @@ def _method(one: Matched, family: _Family, tested: bool) -> str:
         return f"t over {documents} of one run each"
     how = "moderated t" if tested and family.screened else "paired t" if one.kind == "pairs" else "Welch's t"
     over = f"{one.replicates} {'pairs of seeds' if one.kind == 'pairs' else 'or more seeds of each'}"
-    needed = family.comparisons > 1 or family.screened or family.looks
+    needed = family.comparisons > 1 or family.screened or family.plan is not None
     corrected = f"; {family.correction}" if tested and needed else ""
     return f"{how} over {over} and over {documents}, added as squares{corrected}"
 

@@ -26,7 +26,7 @@ MOST_RUNS = 10_000
 _RANGE = re.compile(r"(-?[0-9]+)\.\.(-?[0-9]+)")
 _NEARLY_A_RANGE = re.compile(r"[-+.0-9eE]*[0-9]\.\.+[-+]?[.0-9][-+.0-9eE]*|[-+]?[0-9]+\.\.|\.\.[-+]?[0-9]+")
 _CLOSING = {"[": "]", "{": "}"}
-_OURS = {"run_dir": "--out FOLDER", "name": "--out FOLDER", "resume": "the same command again"}
+OURS = {"run_dir": "--out FOLDER", "name": "--out FOLDER", "resume": "the same command again"}
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def parse_axis(argument: str) -> Axis:
     """One `key=values`."""
     key, _, text = argument.partition("=")
     key = key.strip()
-    if key in _OURS:
-        raise ConfigError(f"{key}: is what a sweep sets for each of its runs; use {_OURS[key]}")
+    if key in OURS:
+        raise ConfigError(f"{key}: is what a sweep sets for each of its runs; use {OURS[key]}")
     pieces = split_values(text.strip(), key)
     if len(pieces) > 1 and not all(pieces):
         raise ConfigError(f"{key}: has an empty value in '{text.strip()}'; take the comma away, or write null")

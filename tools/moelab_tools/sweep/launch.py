@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from rich.console import Console
 
+from moelab.errors import UserError
 from moelab.train.interruption import Interruption
 from moelab_tools.sweep.board import Board
 
@@ -59,6 +60,10 @@ class Job(Protocol):
 class Worker(Protocol):
     """Where jobs run."""
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether jobs outlive the sweep that started them."""
+
     def start(self, name: str, arguments: Sequence[str], log: Path) -> Job: ...
 
 
@@ -66,6 +71,7 @@ class Worker(Protocol):
 class LocalWorker:
     """This machine. Each process has its own session, so that Ctrl-C reaches it once, from here."""
 
+    goes_on: ClassVar[bool] = False
     threads: int | None = None  # of each process; None: as many as torch takes
 
     def start(self, name: str, arguments: Sequence[str], log: Path) -> Job:
@@ -119,6 +125,9 @@ class Launch:
         try:
             with interruption:
                 while self.running or (not interruption.requested and self._start_some()):
+                    if interruption.requested and self.worker.goes_on:
+                        self.board.say("stopped looking; the jobs go on, and the same command finds them again")
+                        break
                     if interruption.requested and not stopping:
                         stopping = True
                         self.board.say("stopping: the runs save their step, then end; the same command goes on")
@@ -155,7 +164,11 @@ class Launch:
         return bool(self.running)
 
     def _start(self, task: Task) -> None:
-        arguments = task.arguments()
+        try:
+            arguments = task.arguments()
+        except UserError as error:
+            self._ended(task, Outcome("failed", str(error)))
+            return
         if arguments is None:
             self._ended(task, Outcome("already finished"))
             return

@@ -36,38 +36,37 @@ def match_variants(
 
     Raises ConfigError where a variant sets that number itself, or can't get there.
     """
-    other = planned[reference][0].config
     found: dict[str, Match] = {}
     matched = dict(planned)
     for name, runs in planned.items():
         if name == reference:
             continue
-        one = _solve(runs[0], other.model, how)
-        _refuse_set_by_variant(runs[0], planned[reference][0], one)
+        one = solve(runs[0], planned[reference][0], how)
         extra = f"{one.key}={one.value}"
         matched[name] = [plan_run(name, [*run.arguments, extra], out, trust=trust) for run in runs]
         found[name] = one
     return matched, found
 
 
-def _solve(run: PlannedRun, baseline: object, how: Matching) -> Match:
-    from moelab.config.model import ModelConfig
-
-    assert isinstance(baseline, ModelConfig)
-    config = run.config
+def solve(run: PlannedRun, reference: PlannedRun, how: Matching) -> Match:
+    """The number with which `run` costs what `reference` does. Raises ConfigError where the run sets it itself."""
+    config, baseline = run.config, reference.config.model
     length = config.train.sequence_length
     try:
         if config.model.moe is None:
-            return match_dense(
+            found = match_dense(
                 config.model, baseline, run.registry,
                 measure=how.measure, multiple_of=how.multiple_of, sequence_length=length,
             )  # fmt: skip
-        return match_layout(
-            config.model, baseline, run.registry,
-            measure=how.measure, option=how.vary, multiple_of=how.multiple_of, sequence_length=length,
-        )  # fmt: skip
+        else:
+            found = match_layout(
+                config.model, baseline, run.registry,
+                measure=how.measure, option=how.vary, multiple_of=how.multiple_of, sequence_length=length,
+            )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"{error}; in matching the variant {run.variant} by {how.measure}") from error
+    _refuse_set_by_variant(run, reference, found)
+    return found
 
 
 def _refuse_set_by_variant(run: PlannedRun, reference: PlannedRun, match: Match) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.markup import escape
 
 from moelab.errors import ConfigError, RunFailure, UserError, near
 from moelab.planning.match import Match
-from moelab.train.run_folder import write_json
+from moelab.train.run_folder import prepare_run_folder, write_json
 from moelab.train.run_lock import hold
 from moelab_tools.compare.comparison import Comparison, compare
 from moelab_tools.compare.report import write_report
@@ -58,7 +59,7 @@ def run_sweep(request: SweepRequest, console: Console, worker: Worker | None = N
         return None
     with hold_folder(request.out):
         write_json(request.out / RECORD, _record(request, planned, matches))
-        tasks = [train_task(run, request.out, force=request.force) for run in runs]
+        tasks = [train_task(partial(_itself, run), run, request.out, force=request.force) for run in runs]
         at_once, worker = workers(request.jobs, worker)
         outcomes = launch(tasks, worker, console, at_once=at_once)
         comparison = compare_runs(runs, request, console)
@@ -93,11 +94,28 @@ def refuse_changed(states: Mapping[str, State], *, force: bool) -> None:
         )
 
 
-def train_task(run: PlannedRun, out: Path, *, force: bool = False, after: tuple[str, ...] = ()) -> Task:
-    """The config is written, and the folder looked at, when the run's turn has come."""
+def _itself(run: PlannedRun) -> PlannedRun:
+    return run
+
+
+def train_task(
+    plan: Callable[[], PlannedRun], run: PlannedRun, out: Path, *, force: bool = False, after: tuple[str, ...] = ()
+) -> Task:
+    """The run is planned anew, its config written and its folder looked at when its turn has come.
+
+    By then the weights that it starts from are there. `run` is what is known of it before.
+    """
 
     def arguments() -> list[str] | None:
-        return state_of(run).arguments(write_config(run, out), force=force)
+        now = plan()
+        state = state_of(now)
+        refuse_changed({now.name: state}, force=force)
+        if state.kind == "finished":
+            return None
+        if state.kind == "changed":
+            with hold(now.folder):
+                prepare_run_folder(now.folder, resume=False, force=True)
+        return ["train", str(write_config(now, out)), "--resume"]
 
     return Task(
         name=run.name,

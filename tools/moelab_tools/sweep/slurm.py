@@ -1,8 +1,8 @@
 """Runs of a sweep as Slurm jobs, through submitit: the one file that imports it.
 
-A job is the words of a moelab command and nothing else: what it made lies in its run folder, so that a job that was
-preempted, or whose time was up, is submitted again with `--resume` and goes on from the newest checkpoint. A job that
-this machine still knows is found again by a later sweep, not submitted twice.
+A job is the words of a moelab command and nothing else: what it made lies in its run folder, and the words are the
+same each time (`train CONFIG --resume`), so that a job that was preempted, or whose time was up, is submitted again
+and goes on from the newest checkpoint. A job that is still known is found again by a later sweep, not submitted twice.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import logging
 import signal
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from moelab.errors import ConfigError, UserError
 from moelab.train.run_folder import write_json
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     import submitit
 
 JOBS, KNOWN = "slurm", "jobs.json"  # a folder in the sweep's, and the ids in it
+POLL_SECONDS = 0.2
 SAVE_SECONDS = 60  # for a run to save when its job is told to stop; Slurm tells it 90 s before the end
 
 
@@ -38,8 +41,16 @@ class MoelabJob:
 
     def __call__(self) -> int:
         """The exit code of moelab, whose output goes to the job's own log."""
-        self._process = subprocess.Popen([sys.executable, "-m", "moelab", *self.arguments], start_new_session=True)
-        return self._process.wait()
+        with _signal_of_submitit_ignored():
+            self._process = subprocess.Popen([sys.executable, "-m", "moelab", *self.arguments])
+        try:
+            while (code := self._process.poll()) is None:  # not `wait`, which would hold a lock from `checkpoint`
+                time.sleep(POLL_SECONDS)
+        except BaseException:
+            self._process.terminate()
+            self._process.wait()
+            raise
+        return code
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Let the run save; then the same command, which goes on."""
@@ -51,16 +62,20 @@ class MoelabJob:
                 self._process.wait(SAVE_SECONDS)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-        return DelayedSubmission(MoelabJob(resumed(self.arguments)))
+        return DelayedSubmission(MoelabJob(self.arguments))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"arguments": self.arguments, "_process": None}
 
 
-def resumed(arguments: Sequence[str]) -> list[str]:
-    """The command that goes on where this one was stopped."""
-    kept = [one for one in arguments if one != "--force"]
-    return kept if kept[0] != "train" or "--resume" in kept else [*kept, "--resume"]
+@contextmanager
+def _signal_of_submitit_ignored() -> Iterator[None]:
+    """For a process that is started within: Slurm signals all of a job, and this one would end who doesn't know it."""
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 @dataclass
@@ -86,6 +101,7 @@ class SubmittedJob:
 class SubmititWorker:
     """Submits each task, or finds the job that was submitted for it."""
 
+    goes_on: ClassVar[bool] = True  # without the sweep
     out: Path
     executor: Any
     known: dict[str, str] = field(default_factory=dict)  # task -> job id

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from moelab.checkpoint import CONFIG
+from moelab.checkpoint import CONFIG, resolve_checkpoint
 from moelab.config.scalars import spelled
 from moelab.config.stored import read_stored_tree
-from moelab.errors import ConfigError
-from moelab.train.run_folder import is_finished
+from moelab.data.lineage import Lineage, lineage_of
+from moelab.errors import CheckpointError, ConfigError
+from moelab.paths import user_path
+from moelab.train.run_folder import SUMMARY, is_finished
 from moelab.train.run_lock import LOCK
 from moelab_tools.sweep.plan import PlannedRun, settled_keys
 
@@ -25,15 +27,6 @@ class State:
 
     kind: Kind
     why: str = ""
-
-    def arguments(self, config: Path, *, force: bool) -> list[str] | None:
-        """What moelab is called with to bring the run to its end; None: it is there."""
-        if self.kind == "finished":
-            return None
-        if self.kind == "changed":
-            assert force, "a run whose config has changed is refused before anything starts"
-            return ["train", str(config), "--force"]
-        return ["train", str(config), *(["--resume"] if self.kind == "partial" else [])]
 
 
 def state_of(run: PlannedRun) -> State:
@@ -53,7 +46,22 @@ def state_of(run: PlannedRun) -> State:
         told = "; ".join(f"{key}: {_value(then, key)} there, {_value(now, key)} here" for key in different[:MOST_KEYS])
         more = f"; and {len(different) - MOST_KEYS} more" if len(different) > MOST_KEYS else ""
         return State("changed", told + more)
+    if (made := _other_weights(run)) is not None:
+        return State("changed", made)
     return State("finished" if is_finished(folder) else "partial")
+
+
+def _other_weights(run: PlannedRun) -> str | None:
+    """Why the weights that a run began with are not those that lie there now, as far as both say how they were made."""
+    source = run.config.train.init_from
+    if source is None or not (run.folder / SUMMARY).is_file():
+        return None
+    try:
+        then = Lineage.from_json(json.loads((run.folder / SUMMARY).read_text()).get("lineage"), source)
+        now = lineage_of(resolve_checkpoint(user_path(source, "train.init_from")), source)
+    except (CheckpointError, ValueError, OSError, KeyError, TypeError):  # `moelab train` says what is wrong with them
+        return None
+    return None if then == now else f"train.init_from: the weights in {source} were made anew"
 
 
 def _value(tree: dict[str, object], key: str) -> str:

@@ -20,6 +20,7 @@ from sweeping import quiet
 class Clock:
     """Jobs that end after so many looks; notes how many ran at once."""
 
+    goes_on: bool = False
     looks: int = 2
     codes: dict[str, int] = field(default_factory=dict)
     running: set[str] = field(default_factory=set)
@@ -97,6 +98,13 @@ def test_after_ctrl_c_nothing_starts_and_what_runs_is_asked_to_end_once() -> Non
         outcomes = one.to_the_end()
     assert _kinds(outcomes) == {"a": "interrupted", "b": "interrupted", "c": "not started"}
     assert clock.started == ["a", "b"]
+
+
+def test_jobs_of_a_cluster_go_on_when_the_sweep_is_stopped() -> None:
+    clock = Clock(goes_on=True, looks=10**9, each_look=lambda: os.kill(os.getpid(), signal.SIGINT))
+    outcomes = launch([_task(name) for name in "ab"], clock, quiet())
+    assert _kinds(outcomes) == {"a": "interrupted", "b": "not started"}
+    assert clock.running == {"a"}, "it was not asked to end"
 
 
 def test_a_local_process_has_its_log_its_exit_code_and_its_threads(tmp_path: Path) -> None:
