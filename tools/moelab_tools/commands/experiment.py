@@ -14,7 +14,7 @@ from moelab_tools.user_path import USER_PATH
 @click.argument("override", nargs=-1, metavar="[KEY=VALUE...]")
 @click.option("--out", type=USER_PATH, help="Folder for its runs. Default: runs/experiments/NAME.")
 @click.option("--results", type=USER_PATH, help="Folder for its findings. Default: results/ beside the declaration.")
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time.")
+@click.option("--jobs", type=click.IntRange(1), metavar="N", help="Runs at a time: 1, and all with --slurm.")
 @click.option("--amend", metavar="WHY",
               help="Go on though the declaration was changed after the first run; told in the findings.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Delete and train again those runs whose config has changed.")
@@ -30,7 +30,7 @@ def command(
     override: tuple[str, ...],
     out: Path | None,
     results: Path | None,
-    jobs: int,
+    jobs: int | None,
     amend: str | None,
     force: bool,
     dry_run: bool,

@@ -13,8 +13,9 @@ from moelab_tools.user_path import USER_PATH
 @click.argument("config", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE,VALUE...]")
 @click.option("--out", type=USER_PATH, default=Path("runs/sweep"), show_default=True,
               help="Folder for runs/, configs/, logs/ and report/.")  # fmt: skip
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True,
-              help="Runs at a time; they share the machine's threads, unless OMP_NUM_THREADS is set.")  # fmt: skip
+@click.option("--jobs", type=click.IntRange(1), metavar="N",
+              help="Runs at a time: 1, and all with --slurm. They share the machine's threads, unless OMP_NUM_THREADS "
+              "is set.")  # fmt: skip
 @click.option("--baseline", metavar="VARIANT", help="What the others are compared with, and matched to.")
 @click.option("--match", "measure", type=click.Choice(["active", "total", "flops"]),
               help="Give every variant the baseline's (else the first one's) parameters or FLOPs.")  # fmt: skip
@@ -34,7 +35,7 @@ from moelab_tools.user_path import USER_PATH
 def command(
     config: tuple[str, ...],
     out: Path,
-    jobs: int,
+    jobs: int | None,
     baseline: str | None,
     measure: str | None,
     vary: str,

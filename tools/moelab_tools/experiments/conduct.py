@@ -41,7 +41,7 @@ class ExperimentRequest:
     experiment: str | Path
     out: Path | None = None  # None: runs/experiments/NAME
     results: Path | None = None  # None: beside the declaration
-    jobs: int = 1
+    jobs: int | None = None
     amend: str | None = None
     force: bool = False
     dry_run: bool = False
@@ -71,7 +71,7 @@ class Experiment:
 
     def minutes(self) -> float:
         """Of this machine, by what its tasks took."""
-        return sum(self.spent.values()) / 60 / self.at_once
+        return sum(self.spent.values()) / 60 / min(self.at_once, max(len(self.spent), 1))
 
     def run(self, planned: dict[str, list[PlannedRun]]) -> Conclusion:
         """Every look that is needed; raises KeyboardInterrupt when it was stopped."""

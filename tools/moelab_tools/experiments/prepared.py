@@ -35,6 +35,7 @@ from moelab_tools.sweep.plan import PlannedRun, digest, plan_run
 from moelab_tools.sweep.run import train_task
 
 PREPARED = "prepared"
+ORDER = 1000  # added to the seed: a variant does not meet its source's batches again one by one
 AXES: dict[str, ExtensionPoint[Any, Any]] = {
     "experts": EXPERT_INITIALISERS, "shared": SHARED_INITIALISERS, "router": ROUTER_INITIALISERS,
     "scaling": OUTPUT_SCALINGS,
@@ -118,8 +119,10 @@ class Preparation:
     def _planned(self, step: Step, seed: int) -> PlannedRun:
         words = [*(step.train or []), *self.extra]
         below = self.below(words, seed)
-        arguments = [*self.filled(words, seed), f"seed={seed}", f"declaration={self.declaration.hash}"]
-        return plan_run(step.name, arguments, self.folder, trust=self.trust, below=(lambda _: below) if below else None)
+        arguments = [*self.filled(words, seed), f"seed={seed}", f"data.order_seed={seed + ORDER}"]
+        arguments.append(f"declaration={self.declaration.hash}")
+        given = (lambda _: below) if below is not None else None
+        return plan_run(step.name, arguments, self.folder, trust=self.trust, below=given, seeds=f"seed{seed}")
 
     def _train(self, step: Step, seed: int) -> Task:
         words = [*(step.train or []), *self.extra]

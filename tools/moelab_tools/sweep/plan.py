@@ -85,15 +85,19 @@ def plan_run(
     *,
     trust: bool = False,
     below: Callable[[Mapping[str, Any]], Layer | None] | None = None,
+    seeds: str | None = None,
 ) -> PlannedRun:
-    """Load, resolve and build one run without weights or data; `below`: what its weights, not there yet, will say."""
+    """Load, resolve and build one run without weights or data; `below`: what its weights, not there yet, will say.
+
+    `seeds`: how the name tells them; None: the seed, and the order where it is another.
+    """
     provisional = [*arguments, f"run_dir={out / RUNS / variant}"]
     loaded = (
         load_config(provisional, RunConfig, below=below, trust=trust) if below else load_run(provisional, trust=trust)
     )
     config = loaded.config
     order = "" if config.order_seed == config.seed else f"_order{config.order_seed}"
-    seeds = f"seed{config.seed}{order}"
+    seeds = seeds or f"seed{config.seed}{order}"
     config.name = f"{variant}_{seeds}"
     config.run_dir = str(out / RUNS / config.name)
     try:

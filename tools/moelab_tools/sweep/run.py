@@ -22,7 +22,7 @@ from moelab_tools.compare.report import write_report
 from moelab_tools.compare.runs import read_runs
 from moelab_tools.compare.table import print_comparison
 from moelab_tools.compare.verdict import PRACTICAL
-from moelab_tools.sweep.axes import parse_words
+from moelab_tools.sweep.axes import MOST_RUNS, parse_words
 from moelab_tools.sweep.launch import LocalWorker, Outcome, Task, Worker, launch
 from moelab_tools.sweep.matching import FAR, Matching, match_variants, told
 from moelab_tools.sweep.plan import LOGS, RECORD, REPORT, RUNS, PlannedRun, plan_runs, write_config
@@ -35,7 +35,7 @@ class SweepRequest:
 
     arguments: Sequence[str]
     out: Path
-    jobs: int = 1
+    jobs: int | None = None  # at a time; None: 1, and all where they outlive the sweep
     matching: Matching | None = None
     baseline: str | None = None  # a variant
     practical: float = PRACTICAL
@@ -127,10 +127,11 @@ def train_task(
     )
 
 
-def workers(jobs: int, worker: Worker | None) -> tuple[int, Worker]:
+def workers(jobs: int | None, worker: Worker | None) -> tuple[int, Worker]:
     """(how many at once, who runs them): the machine's threads are divided, unless OMP_NUM_THREADS says how many."""
     if worker is not None:
-        return jobs, worker
+        return jobs or (MOST_RUNS if worker.goes_on else 1), worker
+    jobs = 1 if jobs is None else jobs
     if jobs < 1:
         raise ConfigError(f"--jobs: at least 1, not {jobs}")
     given = os.environ.get("OMP_NUM_THREADS")

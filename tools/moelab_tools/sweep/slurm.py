@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     import submitit
 
 JOBS, KNOWN = "slurm", "jobs.json"  # a folder in the sweep's, and the ids in it
-POLL_SECONDS = 0.2
+POLL_SECONDS, ASK_SECONDS = 0.2, 60.0
 SAVE_SECONDS = 60  # for a run to save when its job is told to stop; Slurm tells it 90 s before the end
 
 
@@ -80,13 +79,18 @@ def _signal_of_submitit_ignored() -> Iterator[None]:
 
 @dataclass
 class SubmittedJob:
-    """A job somewhere. Results are read, not states: without accounting Slurm calls every state unknown."""
+    """A job somewhere. Its result is looked for; its state is asked for seldom, and without accounting is unknown."""
 
     job: Any
+    asked: float = field(default_factory=time.monotonic)
 
     def poll(self) -> int | None:
-        if not self.job.done():
-            return None
+        if not Path(self.job.paths.result_pickle).exists():
+            if time.monotonic() - self.asked < ASK_SECONDS:
+                return None
+            self.asked = time.monotonic()
+            if not self.job.done():
+                return None
         try:
             return int(self.job.result())
         except Exception as error:  # submitit's own kinds: cancelled, out of memory, timed out too often
@@ -139,7 +143,7 @@ def slurm_worker(out: Path, options: Sequence[str] = (), cluster: str = "slurm")
         raise UserError("--slurm: submitit is not installed; pip install 'moelab[slurm]'") from error
     if cluster == "slurm" and submitit.AutoExecutor.which() != "slurm":
         raise UserError("--slurm: there is no srun on this machine; run it where Slurm's commands are")
-    warnings.filterwarnings("ignore", message="Bypassing sacct error.*")
+    logging.getLogger("submitit").addFilter(lambda record: "Bypassing sacct error" not in record.getMessage())
     executor = submitit.AutoExecutor(out / JOBS, cluster=cluster)
     executor.update_parameters(stderr_to_stdout=True)
     for option in options:

@@ -85,7 +85,7 @@ class _Here:
     def submit(self, work: MoelabJob) -> Any:
         self.commands.append(work.arguments)
         code = InProcess().start("x", work.arguments, self.folder / "1_0_log.out").poll()
-        paths = SimpleNamespace(stdout=self.folder / "1_0_log.out")
+        paths = SimpleNamespace(stdout=self.folder / "1_0_log.out", result_pickle=self.folder)
         return SimpleNamespace(job_id="1", paths=paths, done=lambda: True, result=lambda: code)
 
 
