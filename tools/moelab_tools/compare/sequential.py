@@ -9,7 +9,7 @@ a on each side (as gsDesign's documentation gives them; the paper was not opened
 crossed there with the probability that this look spends.
 
 **A departure.** The published bounds are those of a normal statistic with known noise. Used as levels of t intervals
-over 3, 5 and 8 pairs they are false in 5.3 to 5.9 % (`benchmarks/results/sequential.md`), since t statistics of so few
+over so few pairs they are false in 5.2 to 5.6 % (`benchmarks/results/sequential.md`), since t statistics of so few
 pairs hang together less. Here the bounds are those of the t statistics themselves, exactly: without a difference the
 direction of n normal numbers is independent of their length, so r = t / sqrt(n - 1 + t^2), the cosine between them
 and the mean's direction, is a Markov chain over looks,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moelab.errors import ConfigError, RunFailure
+from moelab.safe_files import Reading, read_object
 from moelab.train.run_folder import write_json
 from moelab_tools.compare.comparison import Comparison, compare
 from moelab_tools.compare.report import write_report
@@ -101,10 +101,10 @@ class Experiment:
 
     def _launch(self, seeds: Sequence[int]) -> None:
         tasks = self.arms.tasks(seeds)
-        outcomes = launch(tasks, self.worker, self.console, at_once=self.at_once)
-        self.outcomes |= outcomes
-        for name, one in outcomes.items():
-            self.spent[name] = self.spent.get(name, 0.0) + one.seconds
+        outcomes = launch(tasks, self.worker, self.console, at_once=self.at_once, known=self.outcomes)
+        for name in outcomes.keys() - self.outcomes.keys():
+            self.spent[name] = self.spent.get(name, 0.0) + outcomes[name].seconds
+        self.outcomes |= outcomes  # what failed in an earlier look is not tried again in this call
         write_json(self.out / TIMES, self.spent)
         if any(one.kind == "interrupted" or one.why == "the sweep was stopped" for one in outcomes.values()):
             raise KeyboardInterrupt
@@ -255,10 +255,9 @@ def _tell(experiment: Experiment, planned: dict[str, list[PlannedRun]]) -> None:
 
 
 def _times(out: Path) -> dict[str, float]:
-    try:
-        return {str(name): float(value) for name, value in json.loads((out / TIMES).read_text()).items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
+    path = out / TIMES
+    known = read_object(path, Reading(cure="delete it: only the budget of minutes needs it")) if path.is_file() else {}
+    return {name: float(value) for name, value in known.items() if isinstance(value, int | float)}
 
 
 def _command(request: ExperimentRequest) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moelab.safe_files import Reading, read_object
 from moelab.train.run_folder import write_atomically, write_json
 from moelab_tools.compare import sentences
 from moelab_tools.compare.comparison import Comparison
@@ -181,12 +181,5 @@ def _number(value: float | None, digits: int, *, sign: bool = False) -> str:
 
 
 def read_findings(path: Path) -> dict[str, Any]:
-    """findings.json as it was written; the caller's own files."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    assert isinstance(found, dict), path
-    return found
-
-
-def null_results(findings: Mapping[str, Any], words: Sequence[str]) -> list[str]:
-    """Variants whose verdict is one of these."""
-    return [name for name, one in findings["variants"].items() if one.get("verdict") in words]
+    """findings.json as it was written."""
+    return read_object(path, Reading(cure="run the experiment again"))

@@ -8,7 +8,6 @@ A step whose stamp says that it was made of the same is not made again; an upcyc
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from moelab.hookspecs import (
     ExtensionPoint,
 )
 from moelab.registry import Registry
+from moelab.safe_files import Reading, read_object
 from moelab.train.run_folder import is_finished, write_json
 from moelab_tools.experiments.declaration import Declaration, Step, reference
 from moelab_tools.sweep.launch import Task
@@ -153,7 +153,7 @@ class Preparation:
             return digest([command, *(self._identity(one) for one in after)])
 
         def arguments() -> list[str] | None:
-            known = json.loads(stamp.read_text())["hash"] if stamp.is_file() else None
+            known = _hash_in(stamp)
             if known == made_of() and output.is_dir():
                 return None
             if known not in (None, made_of()) and output.is_dir():
@@ -174,7 +174,7 @@ class Preparation:
         if task in self.runs:
             return self.runs[task].hash()
         stamp = self._stamp(task)
-        return str(json.loads(stamp.read_text())["hash"]) if stamp.is_file() else ""
+        return _hash_in(stamp) or ""
 
     def _tree(self, name: str) -> Layer:
         """Of a step's weights: the model and the tokenizer, from its config alone. Each is asked once."""
@@ -201,3 +201,10 @@ class Preparation:
             registry.resolve(point, getattr(config.recipe, axis), f"recipe.{axis}")
         dense = self._tree(step.source).tree
         return dense | {"model": overlay(dense["model"], config.model, ModelConfig)}
+
+
+def _hash_in(stamp: Path) -> str | None:
+    """What a step was made of; None where it was not ended."""
+    if not stamp.is_file():
+        return None
+    return str(read_object(stamp, Reading(cure="delete it, and the step is made again")).get("hash"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.errors import UserError
+from moelab.safe_files import Reading, read_object
 from moelab.train.run_folder import write_json
 from moelab_tools.compare.differences import flatten
 from moelab_tools.experiments.declaration import Declaration
@@ -88,11 +89,13 @@ def _known(out: Path, results: Path) -> Register | None:
 
 
 def _read(path: Path, part: Any) -> Register:
+    reading = Reading(cure="restore it, or delete it if it is not yours")
+    content = read_object(path, reading)
     try:
-        content = part(json.loads(path.read_text(encoding="utf-8")))
+        content = part(content)
         return Register(str(content["hash"]), dict(content["declared"]), tuple(content["amendments"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: can't be read ({error!r}); restore it, or delete it if it is not yours") from error
+    except (ValueError, KeyError, TypeError) as error:
+        reading.refuse(path, f"is no declaration with hash, declared and amendments ({error!r})", error)
 
 
 def _amended(register: Register) -> list[str]:

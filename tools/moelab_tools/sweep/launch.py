@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
@@ -14,10 +14,12 @@ from typing import ClassVar, Literal, Protocol
 from rich.console import Console
 
 from moelab.errors import UserError
+from moelab.printable import printable
 from moelab.train.interruption import Interruption
 from moelab_tools.sweep.board import Board
 
 POLL_SECONDS = 0.2
+LONGEST_WORDS = 400  # of a process that failed
 Kind = Literal["finished", "already finished", "failed", "not started", "interrupted", "running"]
 
 
@@ -197,10 +199,18 @@ class Launch:
         self.board.end(task.name, outcome.kind, outcome.why, outcome.seconds)
 
 
-def launch(tasks: Sequence[Task], worker: Worker, console: Console, *, at_once: int = 1) -> dict[str, Outcome]:
-    """Run them all; one that fails is told, and the others go on."""
-    with Board(console, len(tasks)) as board:
-        return Launch(tasks, worker, at_once, board).to_the_end()
+def launch(
+    tasks: Sequence[Task],
+    worker: Worker,
+    console: Console,
+    *,
+    at_once: int = 1,
+    known: Mapping[str, Outcome] | None = None,
+) -> dict[str, Outcome]:
+    """Run them all; one that fails is told, and the others go on. `known`: of tasks that ended before."""
+    known = known or {}
+    with Board(console, sum(task.name not in known for task in tasks)) as board:
+        return Launch(tasks, worker, at_once, board, dict(known)).to_the_end()
 
 
 def last_words(log: Path) -> str:
@@ -210,4 +220,4 @@ def last_words(log: Path) -> str:
     except OSError:
         lines = []
     told = [line for line in lines if line.startswith(("error: ", "failed: "))]
-    return (told or lines or ["it said nothing"])[-1][:400]
+    return printable((told or lines or ["it said nothing"])[-1], LONGEST_WORDS)

@@ -7,7 +7,6 @@ and goes on from the newest checkpoint. A job that is still known is found again
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moelab.errors import ConfigError, UserError
+from moelab.safe_files import Reading, read_object
 from moelab.train.run_folder import write_json
 from moelab_tools.sweep.launch import Job, Worker
 
@@ -155,7 +155,7 @@ def slurm_worker(out: Path, options: Sequence[str] = (), cluster: str = "slurm")
         except (NameError, ValueError, AssertionError) as error:
             raise ConfigError(f"--slurm-option {option}: {str(error).splitlines()[0]}") from error
     path = out / JOBS / KNOWN
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = read_object(path, Reading(cure="delete it; jobs that run are then not found")) if path.is_file() else {}
     inner = executor._executor if hasattr(executor, "_executor") else executor
     return SubmititWorker(out, _Named(executor, type(inner).job_class), known)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Literal
 
 from moelab.checkpoint import CONFIG, resolve_checkpoint
 from moelab.config.scalars import spelled
 from moelab.config.stored import read_stored_tree
-from moelab.data.lineage import Lineage, lineage_of
-from moelab.errors import CheckpointError, ConfigError
+from moelab.data.lineage import lineage_of
+from moelab.errors import ConfigError, UserError
 from moelab.paths import user_path
+from moelab.safe_files import Reading, read_object
 from moelab.train.run_folder import SUMMARY, is_finished
 from moelab.train.run_lock import LOCK
 from moelab_tools.sweep.plan import PlannedRun, settled_keys
@@ -57,11 +57,11 @@ def _other_weights(run: PlannedRun) -> str | None:
     if source is None or not (run.folder / SUMMARY).is_file():
         return None
     try:
-        then = Lineage.from_json(json.loads((run.folder / SUMMARY).read_text()).get("lineage"), source)
-        now = lineage_of(resolve_checkpoint(user_path(source, "train.init_from")), source)
-    except (CheckpointError, ValueError, OSError, KeyError, TypeError):  # `moelab train` says what is wrong with them
+        then = read_object(run.folder / SUMMARY, Reading(), finite=False).get("lineage")
+        now = lineage_of(resolve_checkpoint(user_path(source, "train.init_from")), source).to_json()
+    except UserError:  # `moelab train` says what is wrong with them
         return None
-    return None if then == now else f"train.init_from: the weights in {source} were made anew"
+    return None if then in (None, now) else f"train.init_from: the weights in {source} were made anew"
 
 
 def _value(tree: dict[str, object], key: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from moelab.errors import ConfigError, RunFailure, UserError
+from moelab_tools.compare.verdict import Verdict
 from moelab_tools.experiments.conduct import ExperimentRequest, run_experiment
 from moelab_tools.experiments.declaration import read_declaration
 from moelab_tools.experiments.findings import KEPT, READING
@@ -221,3 +223,67 @@ def test_every_arm_is_checked_before_the_dense_model_is_trained(tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"qwen3.*did you mean 'qwen2'"):
         _run(folder)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_experiment_ends_where_it_is_decided_and_starts_no_further_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verdicts are given here: that they are right is tested where they are made."""
+    verdicts = {3: ("not resolved", 0.5), 4: ("better", None)}
+    worker = _judged(tmp_path, monkeypatch, verdicts, looks=[3, 4, 5])
+    found = _findings(tmp_path / "rates")
+    assert found["ended"] == "Decided at look 2 of 3, with 4 seeds."
+    assert found["seeds"] == [0, 1, 2, 3]
+    assert found["variants"]["slow"]["seeds_at_verdict"] == 4
+    assert found["variants"]["slow"]["concluded"] == DECISION["better"]
+    assert worker.started[-1] == "slow_seed3"
+
+
+def test_an_experiment_gives_up_where_no_word_can_be_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = _judged(tmp_path, monkeypatch, {3: ("not resolved", 0.04)}, looks=[3, 5])
+    ended = _findings(tmp_path / "rates")["ended"]
+    assert ended.startswith("Given up at look 1 of 2, with 3 seeds: 5 seeds won't decide what is left")
+    assert ended.endswith("(chance of a word: slow 4 %).")
+    assert len(worker.started) == 6
+    both: dict[int, tuple[str, float | None]] = {3: ("not resolved", 0.04), 5: ("worse", None)}
+    worker = _judged(tmp_path, monkeypatch, both, looks=[3, 5], give_up=False)
+    assert len(worker.started) == 10
+    assert _findings(tmp_path / "rates")["ended"] == "Decided at look 2 of 2, with 5 seeds."
+
+
+def test_a_budget_of_tokens_ends_an_experiment_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = 2 * 2 * 32 * 2 * 3  # steps, batch, length, variants, seeds of the first look
+    verdicts: dict[int, tuple[str, float | None]] = {3: ("not resolved", 0.5)}
+    worker = _judged(tmp_path, monkeypatch, verdicts, looks=[3, 5], budget={"tokens": tokens})
+    assert len(worker.started) == 6
+    assert "The budget ended before 5 seeds" in _findings(tmp_path / "rates")["ended"]
+
+
+def _judged(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    verdicts: dict[int, tuple[str, float | None]],
+    *,
+    looks: list[int],
+    budget: dict[str, Any] | None = None,
+    **protocol: Any,
+) -> InProcess:
+    """An experiment whose runs are not run and whose verdicts at each look are (word, prospect)."""
+    from moelab_tools.experiments import conduct
+
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    shutil.rmtree(tmp_path / "rates", ignore_errors=True)
+    counts = iter(looks)
+
+    def verdict(comparison: object, axis: str, variants: object) -> dict[str, Verdict]:
+        word, chance = verdicts[next(counts)]
+        plain = Verdict(word, -0.1, -0.2, 0.0, 0.1, None, "", "", 3, True, None, 1, 0.05, None, None, None)
+        return {"slow": replace(plain, prospect=chance)}
+
+    monkeypatch.setattr(conduct, "_verdicts", verdict)
+    protocol |= {"looks": looks}
+    folder = _declare(tmp_path / "rates", SCRATCH, seeds=f"0..{looks[-1] - 1}", protocol=protocol, budget=budget or {})
+    worker = InProcess(before=lambda name: 0)
+    with pytest.raises(RunFailure):  # there is nothing to compare
+        _run(folder, worker)
+    return worker
