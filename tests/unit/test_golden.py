@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from golden.write import GOLDEN, ROOT
+from golden.write import DECLARATION, GOLDEN, ROOT
 
-NAMES = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
+CONFIGS = [path for path in (ROOT / "configs").rglob("*.yaml") if path.name != DECLARATION]
+NAMES = sorted(str(path.relative_to(ROOT / "configs")) for path in CONFIGS)
 
 
 @pytest.fixture(scope="module")

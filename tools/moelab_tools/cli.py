@@ -14,6 +14,8 @@ from moelab.printable import LONGEST_MESSAGE, printable
 # Name -> what `moelab --help` says. The file commands/NAME.py holds `command`, imported when it is run.
 COMMANDS = {
     "train": "Train a model from a config; writes a run folder.",
+    "sweep": "Train variants times seeds, then compare them.",
+    "experiment": "Run a declared experiment, judge it by its own rule.",
     "evaluate": "Held-out loss of a checkpoint.",
     "generate": "Continue a prompt with a checkpoint.",
     "upcycle": "Turn a dense Qwen2 checkpoint into a Qwen2-MoE one.",

@@ -99,6 +99,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     observers: list[Part] = field(default_factory=lambda: [{"name": "tensorboard"}, {"name": "recorder"}])
     resume: bool = False  # go on from the newest checkpoint in run_dir
+    declaration: str | None = None  # hash of the experiment.yaml that this run was made for (moelab experiment)
     store_environment: bool = False  # write into the run folder what ${oc.env:NAME} stood for, not the expression
 
     # The keys whose ${oc.env:...} is stored as it was written; what is not here, a checkpoint needs to be opened.

@@ -25,7 +25,7 @@ FORMAT_VERSION = 1
 READING = Reading(CheckpointError, "copy it again, with the version of moelab that wrote it, or delete it")
 TRAINING, CONVERSION = "training", "conversion"
 # Of a run's config, what changes no weight.
-_FREE = {"run_dir", "name", "resume", "observers", "evaluation", "search_path", "seed"}
+_FREE = {"run_dir", "name", "declaration", "resume", "observers", "evaluation", "search_path", "seed"}
 _FREE_TRAIN = {"init_from", "log_every", "save_every", "keep_checkpoints", "gradient_shares_every", "probe_every"}
 
 

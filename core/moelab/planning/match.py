@@ -6,6 +6,7 @@ Active parameters and FLOPs are those that the routers declare; what a run serve
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from moelab.builder import build_model
@@ -18,15 +19,19 @@ from moelab.registry import Registry
 MEASURES = ("total", "active", "flops")
 
 
+LAYOUT, DENSE_WIDTH = "model.moe.layout", "model.intermediate_size"
+
+
 @dataclass(frozen=True)
 class Match:
-    """The value of a layout's option that comes nearest to the baseline."""
+    """The value of a layout's option, or of a dense model's width, that comes nearest to the baseline."""
 
     option: str
     value: int
     measure: str
     wanted: float
     found: float
+    key: str = ""  # of the config
 
     @property
     def error(self) -> float:
@@ -61,7 +66,6 @@ def match_layout(
     total), num_experts_per_tok (of active and flops, for routers that declare by it).
     Raises ConfigError when it has no influence or can't get there.
     """
-    wanted = measure_model(baseline, measure, sequence_length, registry)
     if config.moe is None:
         raise ConfigError("model.moe: is null, so there is no layout to match")
 
@@ -72,15 +76,43 @@ def match_layout(
         return measure_model(changed, measure, sequence_length, registry)
 
     start = int(settle(config.moe.layout.get(option)) or multiple_of)
-    low = -(-start // multiple_of) * multiple_of
-    slope = (at(low + multiple_of) - at(low)) / multiple_of
+    wanted = measure_model(baseline, measure, sequence_length, registry)
+    value = _nearest(at, wanted, start, multiple_of, (f"{LAYOUT}.{option}", measure))
+    return Match(option, value, measure, wanted, at(value), f"{LAYOUT}.{option}")
+
+
+def match_dense(
+    config: ModelConfig,
+    baseline: ModelConfig,
+    registry: Registry,
+    *,
+    measure: str = "active",
+    multiple_of: int = 1,
+    sequence_length: int = 1024,
+) -> Match:
+    """The same for a dense model, by the width of its FFN."""
+
+    def at(value: int) -> float:
+        changed = copy.deepcopy(config)
+        changed.intermediate_size = value
+        return measure_model(changed, measure, sequence_length, registry)
+
+    wanted = measure_model(baseline, measure, sequence_length, registry)
+    value = _nearest(at, wanted, config.intermediate_size, multiple_of, (DENSE_WIDTH, measure))
+    return Match("intermediate_size", value, measure, wanted, at(value), DENSE_WIDTH)
+
+
+def _nearest(at: Callable[[int], float], wanted: float, start: int, step: int, words: tuple[str, str]) -> int:
+    """The multiple of `step` at which `at`, linear, is nearest to `wanted`; `words`: the key and the measure."""
+    key, measure = words
+    low = -(-start // step) * step
+    slope = (at(low + step) - at(low)) / step
     if slope <= 0:
-        raise ConfigError(f"model.moe.layout.{option}: has no influence on '{measure}'; vary another option")
+        raise ConfigError(f"{key}: has no influence on '{measure}'; vary another option")
     exact = low + (wanted - at(low)) / slope
-    value = max(round(exact / multiple_of), 1) * multiple_of
-    if exact < multiple_of / 2:
+    if exact < step / 2:
         raise ConfigError(
-            f"model.moe.layout.{option}: even {multiple_of} costs {at(multiple_of):.4g}, and the baseline's {measure} "
-            f"is {wanted:.4g}; make another part smaller"
+            f"{key}: even {step} costs {at(step):.4g}, and the baseline's {measure} is {wanted:.4g}; make another part "
+            "smaller"
         )
-    return Match(option, value, measure, wanted, at(value))
+    return max(round(exact / step), 1) * step

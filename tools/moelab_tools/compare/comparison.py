@@ -13,6 +13,7 @@ from moelab.errors import UserError
 from moelab.paths import user_path
 from moelab_tools.compare import remarks, routers
 from moelab_tools.compare.budgets import Budget, equal_budgets, flops_warnings
+from moelab_tools.compare.contrast import LEVEL
 from moelab_tools.compare.differences import Table, check_comparable, config_differences, facts, fairness_warnings
 from moelab_tools.compare.held_out import choose_measure, seen_before
 from moelab_tools.compare.judging import Judged, judge_variants
@@ -21,6 +22,7 @@ from moelab_tools.compare.multipliers import Multiplier
 from moelab_tools.compare.pairing import LEAST_PAIRS
 from moelab_tools.compare.routers import RunAlarm
 from moelab_tools.compare.runs import Run
+from moelab_tools.compare.sequential import Plan
 from moelab_tools.compare.variants import Variant, group_by_seed, loss_of
 from moelab_tools.compare.verdict import BEST, LOWEST, PRACTICAL, WITHHELD, WORSE, Rules, Verdict
 
@@ -120,9 +122,15 @@ def compare(
     *,
     practical: float = PRACTICAL,
     screening: bool = False,
+    error: float = LEVEL,
+    plan: Plan | None = None,
 ) -> Comparison:
-    """Raises UserError when the runs can't be compared, or when `baseline` names none of them."""
-    rules = Rules(baseline is not None, practical, screening)
+    """`error`: how often a word may be false. `plan`: this is a look at seeds before all are in (`sequential`).
+
+    Raises UserError when the runs can't be compared, or when `baseline` names none of them.
+    """
+    assert plan is None or (baseline is not None and not screening), "looks are planned against a named baseline"
+    rules = Rules(baseline is not None, practical, screening, error, plan)
     conflicts = check_comparable(runs, allow_different_data)
     measure, runs, why = choose_measure(runs)
     variants = group_by_seed(runs)

@@ -43,31 +43,31 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def baseline_level(comparisons: int, freedom: float, *, pooled: bool = False) -> float:
+def baseline_level(comparisons: int, freedom: float, *, pooled: bool = False, error: float = LEVEL) -> float:
     """The level of each of `comparisons` intervals against one baseline so that all hold together (Dunnett)."""
     if comparisons <= 1:
-        return LEVEL
-    return float(2 * stats.t.sf(dunnett(comparisons, freedom, pooled=pooled), freedom))
+        return error
+    return float(2 * stats.t.sf(dunnett(comparisons, freedom, pooled=pooled, error=error), freedom))
 
 
-def all_pairs_level(groups: int, freedom: float, *, pooled: bool = False) -> float:
+def all_pairs_level(groups: int, freedom: float, *, pooled: bool = False, error: float = LEVEL) -> float:
     """The same for every pair of `groups` variants: Tamhane's T2, or Tukey's range where the noise is pooled."""
     pairs = groups * (groups - 1) // 2
     if pairs <= 1:
-        return LEVEL
+        return error
     if pooled:
-        return float(2 * stats.t.sf(tukey(groups, freedom), freedom))
-    return float(-np.expm1(np.log1p(-LEVEL) / pairs))
+        return float(2 * stats.t.sf(tukey(groups, freedom, error), freedom))
+    return float(-np.expm1(np.log1p(-error) / pairs))
 
 
 @cache
-def tukey(groups: int, freedom: float) -> float:
+def tukey(groups: int, freedom: float, error: float = LEVEL) -> float:
     """The 95 % point of the largest |t| among all pairs of `groups` variants whose noise is pooled."""
-    return float(stats.studentized_range.isf(LEVEL, groups, freedom) / np.sqrt(2))
+    return float(stats.studentized_range.isf(error, groups, freedom) / np.sqrt(2))
 
 
 @cache
-def dunnett(comparisons: int, freedom: float, *, pooled: bool = False) -> float:
+def dunnett(comparisons: int, freedom: float, *, pooled: bool = False, error: float = LEVEL) -> float:
     """The 95 % point of the largest |t| among `comparisons` differences to one baseline of like noise (Dunnett 1955).
 
     Given the baseline's own error z and the noise s, the comparisons are independent, each within c sqrt(2) s of z.
@@ -83,7 +83,7 @@ def dunnett(comparisons: int, freedom: float, *, pooled: bool = False) -> float:
         reach = np.sqrt(2) * critical * noise
         inside = stats.norm.cdf(z + reach) - stats.norm.cdf(z - reach)  # [noise, z]
         held = part @ inside**comparisons if pooled else (part @ inside) ** comparisons
-        return float(weight @ held - (1 - LEVEL))
+        return float(weight @ held - (1 - error))
 
     return float(optimize.brentq(excess, 1.0, WIDEST))
 

@@ -136,7 +136,8 @@ def _reaches_zero(found: Verdict) -> str:
     """Holm's words can be a little ahead of the intervals that hold for all comparisons at once."""
     if found.low is None or found.high is None or not found.low <= 0 <= found.high:
         return ""
-    return f"; p {found.p:.3f} by Holm, though the interval that holds for all comparisons at once reaches 0"
+    p = "" if found.p is None else f"p {found.p:.3f} "
+    return f"; {p}by Holm, though the interval that holds for all comparisons at once reaches 0"
 
 
 def could_have_seen(found: Verdict, base: float | None) -> str:

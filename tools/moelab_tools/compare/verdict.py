@@ -28,6 +28,7 @@ from moelab_tools.compare.contrast import LEVEL, Contrast
 from moelab_tools.compare.families import all_pairs_level, baseline_level, holm, moderated
 from moelab_tools.compare.pairing import LEAST_PAIRS, Key, Losses, Matched, distinct, match
 from moelab_tools.compare.power import detectable, seeds_needed
+from moelab_tools.compare.sequential import Plan, prospect
 
 BETTER, WORSE, NOT_RESOLVED, NEGLIGIBLE = "better", "worse", "not resolved", "negligible"
 IDENTICAL, NO_PAIR, ONE_SEED, TWO_SEEDS = "identical", "no common seed", "one seed", "two seeds"
@@ -50,6 +51,8 @@ class Rules:
     named: bool  # the baseline was named, not found by looking
     practical: float = PRACTICAL
     screening: bool = False
+    error: float = LEVEL  # how often a word may be false, of all comparisons and looks together
+    plan: Plan | None = None  # of looks before all seeds are in; with a named baseline, and no screening
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Verdict:
     smaller: float | None  # a smaller difference, and how many pairs it needs; None: more text, or more than 200
     seeds_for_smaller: int | None
     remarks: tuple[str, ...] = ()
+    prospect: float | None = None  # the chance of a word at the last look; None where none is left
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class _Family:
     resolved: dict[str, bool]
     correction: str  # a sentence's end
     screened: bool
+    plan: Plan | None = None  # of looks
 
 
 def judge(variants: Mapping[str, Losses], baseline: str, rules: Rules) -> dict[str, Verdict]:
@@ -118,7 +123,7 @@ def decide(matched: Mapping[str, Matched], loss: float, rules: Rules) -> dict[st
     if rules.screening and family is None:
         remarks = ("not screened: that takes two variants beside the baseline, and two seeds that all share",)
     family = family or _family(matched, loss, rules)
-    return {name: _verdict(name, one, family, rules.practical * loss, remarks, loss) for name, one in matched.items()}
+    return {name: _verdict(name, one, family, (rules, loss), remarks) for name, one in matched.items()}
 
 
 def _family(matched: Mapping[str, Matched], loss: float, rules: Rules) -> _Family:
@@ -128,19 +133,35 @@ def _family(matched: Mapping[str, Matched], loss: float, rules: Rules) -> _Famil
         if one.contrast and one.replicates >= LEAST_PAIRS and one.contrast.seed_error > NO_NOISE * loss
     }
     raw = {name: float(one.p_value()) for name, one in known.items()}
-    count = len(known)
+    count, error = len(known), rules.error
+    if rules.plan is not None:
+        return _looked_at(known, raw, rules.plan, error)
     freedom = min((float(one.seed_freedom) for one in known.values()), default=1.0)
     if rules.named:
-        level, p = baseline_level(count, freedom), dict(zip(raw, holm(list(raw.values())), strict=True))
-        resolved = {name: value <= LEVEL for name, value in p.items()}
+        level, p = baseline_level(count, freedom, error=error), dict(zip(raw, holm(list(raw.values())), strict=True))
+        resolved = {name: value <= error for name, value in p.items()}
         correction = f"words by Holm, interval by Dunnett, over {count} comparisons with the baseline"
-        return _Family(known, level, LEVEL / max(count, 1), count, p, resolved, correction, False)
+        return _Family(known, level, error / max(count, 1), count, p, resolved, correction, False)
     pairs = count * (count + 1) // 2
-    level = all_pairs_level(count + 1, freedom)
+    level = all_pairs_level(count + 1, freedom, error=error)
     resolved = {name: abs(one.difference) > one.half(level) for name, one in known.items()}
     p = {name: -math.expm1(pairs * math.log1p(-min(value, 1 - 1e-12))) for name, value in raw.items()}
     correction = f"corrected for all {pairs} pairs of {count + 1} variants (Tukey's question, by Tamhane's T2)"
     return _Family(known, level, level, pairs, p, resolved, correction, False)
+
+
+def _looked_at(known: dict[str, Contrast], raw: Mapping[str, float], plan: Plan, error: float) -> _Family:
+    """Holm's steps at this look's part of the error; intervals that hold at every look and for all comparisons."""
+    count = len(known)
+    resolved = dict.fromkeys(known, False)
+    for rank, name in enumerate(sorted(raw, key=lambda one: raw[one])):
+        if raw[name] > plan.level(error / (count - rank)):
+            break
+        resolved[name] = True
+    level = plan.level(error / max(count, 1))
+    looks = f"look {plan.at + 1} of {len(plan.looks)}, at {', '.join(map(str, plan.looks))} pairs"
+    correction = f"{looks} ({plan.spending} spending), words by Holm over {count} comparisons with the baseline"
+    return _Family(known, level, level, count, {}, resolved, correction, False, plan)
 
 
 def _screened(matched: Mapping[str, Matched], loss: float, rules: Rules) -> _Family | None:
@@ -156,18 +177,22 @@ def _screened(matched: Mapping[str, Matched], loss: float, rules: Rules) -> _Fam
         return None
     moderate, count = dict(zip(known, contrasts, strict=True)), len(known)
     groups, of = (count, baseline_level) if rules.named else (count + 1, all_pairs_level)
+    error = rules.error
     comparisons = count if rules.named else count * (count + 1) // 2
     # Pooled noise makes comparisons miss together, which allows a larger level; the text of each is its own.
-    level = min(of(groups, known_freedom, pooled=True) for known_freedom in (freedom, contrasts[0].text_freedom))
+    freedoms = (freedom, contrasts[0].text_freedom)
+    level = min(of(groups, known_freedom, pooled=True, error=error) for known_freedom in freedoms)
     resolved = {name: abs(one.difference) > one.half(level) for name, one in moderate.items()}
     correction = f"screening: noise pooled over {count + 1} variants, {'Dunnett' if rules.named else 'Tukey'}"
     return _Family(moderate, level, level, comparisons, {}, resolved, correction, True)
 
 
-def _verdict(name: str, one: Matched, family: _Family, limit: float, remarks: tuple[str, ...], loss: float) -> Verdict:
+def _verdict(name: str, one: Matched, family: _Family, asked: tuple[Rules, float], remarks: tuple[str, ...]) -> Verdict:
+    rules, loss = asked
+    limit = rules.practical * loss
     tested = name in family.contrasts
     contrast = family.contrasts.get(name, one.contrast)
-    level = family.level if tested else LEVEL
+    level = family.level if tested else rules.error
     if contrast is None:
         return Verdict(
             NO_PAIR, None, None, None, None, None, "nothing", "no interval", 0, False,
@@ -200,7 +225,16 @@ def _verdict(name: str, one: Matched, family: _Family, limit: float, remarks: tu
         smaller=smaller if not family.screened else None,
         seeds_for_smaller=needed,
         remarks=remarks,
+        prospect=_prospect(contrast, one, family, rules, limit) if tested else None,
     )
+
+
+def _prospect(contrast: Contrast, one: Matched, family: _Family, rules: Rules, limit: float) -> float | None:
+    """Of a word at the last look, by the noise so far."""
+    if family.plan is None or family.plan.last or one.replicates >= family.plan.looks[-1]:
+        return None
+    level = family.plan.final_level(rules.error / max(family.comparisons, 1))
+    return float(prospect(contrast, one.replicates, family.plan.looks[-1], level, limit))
 
 
 def _word(one: Matched, difference: float, half: float, limit: float, resolved: bool | None) -> str:
@@ -222,7 +256,8 @@ def _method(one: Matched, family: _Family, tested: bool) -> str:
         return f"t over {documents} of one run each"
     how = "moderated t" if tested and family.screened else "paired t" if one.kind == "pairs" else "Welch's t"
     over = f"{one.replicates} {'pairs of seeds' if one.kind == 'pairs' else 'or more seeds of each'}"
-    corrected = f"; {family.correction}" if tested and (family.comparisons > 1 or family.screened) else ""
+    needed = family.comparisons > 1 or family.screened or family.plan is not None
+    corrected = f"; {family.correction}" if tested and needed else ""
     return f"{how} over {over} and over {documents}, added as squares{corrected}"
 
 

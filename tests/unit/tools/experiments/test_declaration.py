@@ -1,0 +1,96 @@
+"""experiment.yaml: what is refused by its key, and what its hash is of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moelab.errors import ConfigError
+from moelab_tools.experiments.declaration import read_declaration
+
+DECLARED: dict[str, Any] = {
+    "question": "Does it matter?",
+    "variants": {"a": [], "b": ["optimizer.lr=1e-4"]},
+    "baseline": "a",
+    "seeds": "0..4",
+    "decision": {word: word for word in ("better", "worse", "negligible", "not resolved")},
+}
+
+
+def _write(folder: Path, declared: dict[str, Any]) -> Path:
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump(declared, sort_keys=False))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"questoin": "?"}, r"questoin: no such key, did you mean 'question'"),
+        ({"variants": {"a": []}}, r"variants: 1; a comparison takes two"),
+        ({"variants": {"a": [], "b c": []}}, r"variants\.b c: a name is of letters"),
+        ({"variants": {"a": [], "b": "x=1"}}, r"variants\.b: must be a list"),
+        ({"variants": {"a": [], "b": ["seed=3"]}}, r"variants\.b: seed follows from `seeds`"),
+        ({"variants": {"a": [], "b": ["data.order_seed=3"]}}, r"data\.order_seed follows"),
+        ({"variants": {"a": [], "b": ["run_dir=x"]}}, r"run_dir is what an experiment sets"),
+        ({"variants": {"a": [], "b": ["train.init_from=@dnse"]}}, r"@dnse names no step of `prepare`"),
+        ({"variants": {"a": [], "b": ["no_such_file"]}}, r"no_such_file: no such config file"),
+        ({"baseline": "aa"}, r"baseline: no variant 'aa', did you mean 'a'"),
+        ({"seeds": "0..1"}, r"seeds: 2; there is no verdict below 3"),
+        ({"seeds": [0, 1, 1]}, r"seeds: \[0, 1, 1\]: whole numbers from 0, each once"),
+        ({"seeds": "4..0"}, r"seeds: the range 4\.\.0 runs down"),
+        ({"protocol": {"looks": [2, 5]}}, r"protocol\.looks"),
+        ({"protocol": {"looks": [3, 4]}}, r"protocol\.looks.*end with all 5"),
+        ({"protocol": {"looks": [4, 3, 5]}}, r"protocol\.looks.*rising"),
+        ({"protocol": {"axis": "token"}}, r"protocol\.axis: no 'token', did you mean 'tokens'"),
+        ({"protocol": {"spending": "all"}}, r"protocol\.spending"),
+        ({"protocol": {"error": 0.6}}, r"protocol\.error"),
+        ({"protocol": {"practical": -1}}, r"protocol\.practical"),
+        ({"protocol": {"alpha": 0.05}}, r"protocol\.alpha: no such key"),
+        ({"match": "actve"}, r"match: no 'actve', did you mean 'active'"),
+        ({"budget": {"runs": 9}}, r"budget\.runs: 9; variants times seeds are 10"),
+        ({"decision": {"better": "x"}}, r"decision: says nothing of worse, negligible, not resolved"),
+        (
+            {"decision": DECLARED["decision"] | {"beter": "x"}},
+            r"decision: 'beter' is no verdict, did you mean 'better'",
+        ),
+        ({"prepare": [{"name": "d"}]}, r"prepare\.0: d takes one of `train` and `upcycle`"),
+        ({"prepare": [{"name": "a", "train": []}]}, r"prepare\.0\.name: 'a' must be a name of its own"),
+        ({"prepare": [{"name": "d", "upcycle": []}]}, r"prepare\.0\.source: names the earlier step.*none yet"),
+        ({"prepare": [{"name": "d", "train": [], "source": "e"}]}, r"train\.init_from=@e"),
+    ],
+)
+def test_a_declaration_that_can_not_be_meant_is_refused_by_its_key(
+    change: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        read_declaration(_write(tmp_path, DECLARED | change))
+
+
+def test_the_hash_is_of_what_is_said_and_not_of_how_or_where(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        (folder / "shared.yaml").write_text("train: {steps: 3}\n")
+    declared = DECLARED | {"configs": ["shared.yaml"]}
+    first = read_declaration(_write(here, declared)).hash
+    path = _write(there, dict(reversed(declared.items())))
+    path.write_text("# a comment\n" + path.read_text())
+    assert read_declaration(there).hash == first
+    (there / "shared.yaml").write_text("# another\ntrain:\n  steps: 3\n")
+    assert read_declaration(there).hash == first
+    (there / "shared.yaml").write_text("train: {steps: 4}\n")
+    assert read_declaration(there).hash != first
+    decision = DECLARED["decision"] | {"worse": "never mind"}
+    assert read_declaration(_write(here, declared | {"decision": decision})).hash != first
+
+
+def test_an_experiment_is_found_by_folder_file_and_shipped_name(tmp_path: Path) -> None:
+    path = _write(tmp_path, DECLARED)
+    assert read_declaration(path).name == read_declaration(tmp_path).name == tmp_path.name
+    assert read_declaration("shared_expert").config.baseline == "shared"
+    with pytest.raises(ConfigError, match=r"no such experiment.*shared_expert"):
+        read_declaration(tmp_path / "nothing")
