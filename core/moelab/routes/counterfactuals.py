@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -64,13 +65,17 @@ def losses(
 ) -> Iterator[TokenLosses]:
     """For each batch its own losses, then those under each counterfactual, in order. Leaves the model in evaluation."""
     model.eval()
+    starts = sorted({0, *(min(one.layers) for one in counterfactuals)})  # layers before which states are kept
     first = 0
     for batch in batches:
         part = batch.to(precision.device)
         with torch.no_grad(), precision.autocast():
             context = TokenContext(part.document_id, part.domain_id)
-            before = _states(model, model.embed(part.input_ids, part.attention_mask, tokens=context))
-            own = before.pop()
+            before = {0: model.embed(part.input_ids, part.attention_mask, tokens=context)}
+            own = before[0]
+            for begin, end in pairwise(starts):
+                own = before[end] = model.run_layers(own, begin, end)
+            own = model.run_layers(own, starts[-1])
             yield TokenLosses(first, batch, -1, _loss(model, own, part.targets), own.records)
         by_id = {record.layer_id: record for record in own.records}
         count = len(batch.input_ids)
@@ -86,14 +91,6 @@ def losses(
                 told = _loss(model, changed, part.targets)
             yield TokenLosses(first, batch, index, told)
         first += count
-
-
-def _states(model: Transformer, state: LayerState) -> list[LayerState]:
-    """What stands before each layer, and after the last."""
-    found = [state]
-    for index in range(len(model.layers)):
-        found.append(model.run_layers(found[-1], index, index + 1))
-    return found
 
 
 def _loss(model: Transformer, state: LayerState, targets: Tensor) -> Tensor:

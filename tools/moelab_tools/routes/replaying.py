@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from moelab.routes.trace import Trace
 from moelab.train.precision import Precision, choose_precision
 from moelab_tools.routes.intervals import Estimate, estimates
 from moelab_tools.waiting import Waiting
+
+ROWS = 512  # positions whose logits are held at once
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,18 @@ def compare_forced(model: Transformer, trace: Trace, precision: Precision, batch
     nats = np.zeros((2, len(trace.documents)))
     equal, largest = 0, 0.0
     for first, batch in trace_batches(trace, size):
-        own = _logits(model, batch, precision, None)
-        forced = _logits(model, batch, precision, Replay(trace, first, len(batch.input_ids)))
-        equal += int((own == forced).all(-1).sum())
-        largest = max(largest, float((own - forced).abs().max()))
         assert batch.target_document_id is not None
-        for row, logits in enumerate((own, forced)):
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.reshape(-1), reduction="none")
-            np.add.at(nats[row], batch.target_document_id.reshape(-1).numpy(), loss.double().numpy())
+        document, targets = batch.target_document_id.reshape(-1).numpy(), batch.targets.reshape(-1)
+        own = _hidden(model, batch, precision, None)
+        forced = _hidden(model, batch, precision, Replay(trace, first, len(batch.input_ids)))
+        for begin in range(0, len(own), ROWS):
+            rows = slice(begin, begin + ROWS)
+            logits = [_logits(model, hidden[rows], precision) for hidden in (own, forced)]
+            equal += int((logits[0] == logits[1]).all(-1).sum())
+            largest = max(largest, float((logits[0] - logits[1]).abs().max()))
+            for row, mine in enumerate(logits):
+                loss = torch.nn.functional.cross_entropy(mine, targets[rows], reduction="none")
+                np.add.at(nats[row], document[rows], loss.double().numpy())
         waiting.step()
     waiting.done()
     tokens = np.bincount(trace.target_document_id.ravel(), minlength=len(trace.documents)).astype(np.float64)
@@ -95,11 +101,17 @@ def compare_forced(model: Transformer, trace: Trace, precision: Precision, batch
 
 
 @torch.no_grad()
-def _logits(model: Transformer, batch: Batch, precision: Precision, override: Replay | None) -> Tensor:
-    """[B, S, V] float32 on the host."""
+def _hidden(model: Transformer, batch: Batch, precision: Precision, override: Replay | None) -> Tensor:
+    """[T, D] after the last layer's norm."""
     part = batch.to(precision.device)
-    context = replace(TokenContext(part.document_id, part.domain_id), routing_override=override)
+    context = TokenContext(part.document_id, part.domain_id, routing_override=override)
     with precision.autocast():
-        logits = model(part.input_ids, part.attention_mask, tokens=context).logits
-    assert isinstance(logits, Tensor)
+        return model.hidden_states(part.input_ids, part.attention_mask, tokens=context)[0].flatten(0, 1)
+
+
+@torch.no_grad()
+def _logits(model: Transformer, hidden: Tensor, precision: Precision) -> Tensor:
+    """hidden [r, D] -> [r, V] float32 on the host."""
+    with precision.autocast():
+        logits: Tensor = model.lm_head(hidden)
     return logits.float().cpu()

@@ -22,6 +22,7 @@ from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab.routes.record import weights_fingerprint
 from moelab.safe_files import Reading, read_text
+from moelab.train.evaluate import evaluation_batch_size
 from moelab.train.precision import Precision, choose_precision, set_threads
 from moelab.train.setup import build_corpus_of, resolve_run
 from moelab_tools.checkpoints import evaluation_config, tokenizer_of
@@ -86,7 +87,7 @@ def open_source(
     if length < run.train.sequence_length:
         click.echo(f"windows of {length} tokens, for the text has no more", err=True)
     sequences = run.evaluation.sequences if tokens is None else -(-tokens // length)
-    batches = ValidationBatches(stream, sequences, length, run.evaluation.batch_size or run.train.batch_size)
+    batches = ValidationBatches(stream, sequences, length, evaluation_batch_size(run))
     whole = (len(stream) - 1) // length
     facts |= {
         "windows": len(batches.windows),
