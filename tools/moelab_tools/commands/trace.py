@@ -54,11 +54,16 @@ def command(
     if whole and tokens is not None:
         raise click.UsageError("--all and --tokens contradict each other")
     source = open_source(checkpoint, config, data, 1 << 60 if whole else tokens, trust=trust, untrained=untrained)
-    waiting = Waiting("tracing, batches", len(source.batches))
-    trace = record_routes(
-        source.model, source.batches, source.stream, source.domains, source.precision, source.facts, seen=waiting.step
-    )
-    waiting.done()
+    with Waiting("tracing, batches", len(source.batches)) as waiting:
+        trace = record_routes(
+            source.model,
+            source.batches,
+            source.stream,
+            source.domains,
+            source.precision,
+            source.facts,
+            seen=waiting.step,
+        )
     write_trace(trace, out)
     facts = source.facts["data"]
     part = "all" if facts["windows"] == facts["windows_of_the_text"] else f"{facts['windows']} of"

@@ -106,18 +106,17 @@ def alternatives(source: Source, text: Text, *, seed: int) -> Alternatives:
     """Holds SAMPLES + 1 losses of every token in memory."""
     layer = max(layers_of(source.model))
     asked = [by_layer({layer: Sampled(derive_seed(seed, "sample", n), temperature=1.0)}) for n in range(SAMPLES)]
-    waiting = Waiting("sampling routes", len(text.batches) * SAMPLES)
-    columns: list[list[np.ndarray]] = [[] for _ in range(SAMPLES + 1)]
-    documents = []
-    for told in losses(source.model, text.batches, source.precision, asked):
-        assert told.loss is not None
-        columns[told.index + 1].append(told.loss.reshape(-1).double().numpy())
-        if told.index < 0:
-            assert told.batch.target_document_id is not None
-            documents.append(told.batch.target_document_id.reshape(-1).numpy())
-        else:
-            waiting.step()
-    waiting.done()
+    with Waiting("sampling routes", len(text.batches) * SAMPLES) as waiting:
+        columns: list[list[np.ndarray]] = [[] for _ in range(SAMPLES + 1)]
+        documents = []
+        for told in losses(source.model, text.batches, source.precision, asked):
+            assert told.loss is not None
+            columns[told.index + 1].append(told.loss.reshape(-1).double().numpy())
+            if told.index < 0:
+                assert told.batch.target_document_id is not None
+                documents.append(told.batch.target_document_id.reshape(-1).numpy())
+            else:
+                waiting.step()
     own, *others = (np.concatenate(column) for column in columns)
     document = np.unique(np.concatenate(documents), return_inverse=True)[1]
     sampled = np.stack(others)  # [SAMPLES, T]

@@ -92,22 +92,21 @@ def tally(
     tokens, own = np.zeros(shape), np.zeros(shape)
     added = np.zeros((len(counterfactuals), *shape))
     loads: dict[int, np.ndarray] = {}
-    waiting = Waiting(label, len(text.batches) * max(1, len(counterfactuals)))
-    place, mine = np.zeros(0, np.int64), np.zeros(0)
-    for told in losses(model, text.batches, precision, counterfactuals):
-        if told.index < 0:
-            place = np.searchsorted(text.scored, _targets(told.batch)) * count
-            place += kinds[told.batch.targets.reshape(-1).numpy()]
-            mine = _nats(told)
-            tokens.reshape(-1)[:] += np.bincount(place, minlength=tokens.size)
-            own.reshape(-1)[:] += np.bincount(place, mine, tokens.size)
-            for record in told.records:
-                loads[record.layer_id] = loads.get(record.layer_id, 0) + record.counts.cpu().numpy()
-        else:
-            if told.loss is not None:
-                added[told.index].reshape(-1)[:] += np.bincount(place, _nats(told) - mine, tokens.size)
-            waiting.step()
-    waiting.done()
+    with Waiting(label, len(text.batches) * max(1, len(counterfactuals))) as waiting:
+        place, mine = np.zeros(0, np.int64), np.zeros(0)
+        for told in losses(model, text.batches, precision, counterfactuals):
+            if told.index < 0:
+                place = np.searchsorted(text.scored, _targets(told.batch)) * count
+                place += kinds[told.batch.targets.reshape(-1).numpy()]
+                mine = _nats(told)
+                tokens.reshape(-1)[:] += np.bincount(place, minlength=tokens.size)
+                own.reshape(-1)[:] += np.bincount(place, mine, tokens.size)
+                for record in told.records:
+                    loads[record.layer_id] = loads.get(record.layer_id, 0) + record.counts.cpu().numpy()
+            else:
+                if told.loss is not None:
+                    added[told.index].reshape(-1)[:] += np.bincount(place, _nats(told) - mine, tokens.size)
+                waiting.step()
     documents = [text.documents[i] for i in text.scored.tolist()]
     return Tally(documents, tokens, own, added, loads)
 

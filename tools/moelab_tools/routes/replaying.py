@@ -74,24 +74,23 @@ def replay(
 def compare_forced(model: Transformer, trace: Trace, precision: Precision, batch_size: int | None = None) -> Replayed:
     """The trace's text along both routes, in batches of `batch_size` windows (None: as it was recorded)."""
     size = batch_size or trace.batch_size
-    waiting = Waiting("replaying, batches", -(-trace.windows // size))
-    nats = np.zeros((2, len(trace.documents)))
-    equal, largest = 0, 0.0
-    for first, batch in trace_batches(trace, size):
-        assert batch.target_document_id is not None
-        document, targets = batch.target_document_id.reshape(-1).numpy(), batch.targets.reshape(-1)
-        own = _hidden(model, batch, precision, None)
-        forced = _hidden(model, batch, precision, Replay(trace, first, len(batch.input_ids)))
-        for begin in range(0, len(own), ROWS):
-            rows = slice(begin, begin + ROWS)
-            logits = [_logits(model, hidden[rows], precision) for hidden in (own, forced)]
-            equal += int((logits[0] == logits[1]).all(-1).sum())
-            largest = max(largest, float((logits[0] - logits[1]).abs().max()))
-            for row, mine in enumerate(logits):
-                loss = torch.nn.functional.cross_entropy(mine, targets[rows], reduction="none")
-                np.add.at(nats[row], document[rows], loss.double().numpy())
-        waiting.step()
-    waiting.done()
+    with Waiting("replaying, batches", -(-trace.windows // size)) as waiting:
+        nats = np.zeros((2, len(trace.documents)))
+        equal, largest = 0, 0.0
+        for first, batch in trace_batches(trace, size):
+            assert batch.target_document_id is not None
+            document, targets = batch.target_document_id.reshape(-1).numpy(), batch.targets.reshape(-1)
+            own = _hidden(model, batch, precision, None)
+            forced = _hidden(model, batch, precision, Replay(trace, first, len(batch.input_ids)))
+            for begin in range(0, len(own), ROWS):
+                rows = slice(begin, begin + ROWS)
+                logits = [_logits(model, hidden[rows], precision) for hidden in (own, forced)]
+                equal += int((logits[0] == logits[1]).all(-1).sum())
+                largest = max(largest, float((logits[0] - logits[1]).abs().max()))
+                for row, mine in enumerate(logits):
+                    loss = torch.nn.functional.cross_entropy(mine, targets[rows], reduction="none")
+                    np.add.at(nats[row], document[rows], loss.double().numpy())
+            waiting.step()
     tokens = np.bincount(trace.target_document_id.ravel(), minlength=len(trace.documents)).astype(np.float64)
     return Replayed(
         trace.tokens, equal, largest, float(nats[0].sum() / tokens.sum()),

@@ -32,10 +32,9 @@ def write_view(folder: Path, page: Path, *, tokenizer: str | None, tokens: int, 
         raise DataError(f"--against {against}: was recorded with another tokenizer than {folder}")
     kinds = class_of_ids(known, trace.facts["vocab_size"])
     layers = len(trace.layers) + (0 if other is None else len(other.layers))
-    waiting = Waiting("reading what experts mean, layers", layers)
-    found = meaning(trace, kinds, seen=waiting.step)
-    others = [] if other is None else meaning(other, kinds, seen=waiting.step)
-    waiting.done()
+    with Waiting("reading what experts mean, layers", layers) as waiting:
+        found = meaning(trace, kinds, seen=waiting.step)
+        others = [] if other is None else meaning(other, kinds, seen=waiting.step)
     _write(page, render(trace, known, found, others, tokens, str(folder), None if against is None else str(against)))
     return _lines(found, _by_layer(others))
 
