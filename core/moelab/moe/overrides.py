@@ -11,7 +11,7 @@ stand in them, the best first, as the router puts its own. So what changes is wh
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -45,12 +45,19 @@ class Remove:
 
     experts: Collection[int]
     renormalise: bool = True
+    _kept: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, layer_id: int, routing: Routing, x: Tensor, info: TokenInfo) -> Routing:
-        removed = [expert in self.experts for expert in range(routing.num_experts)]
-        kept = ~torch.tensor(removed, device=routing.expert.device).index_select(0, routing.expert)
-        fewer = routing.serve(kept)
+        fewer = routing.serve(self._mask(routing).index_select(0, routing.expert))
         return scaled_as(fewer, routing) if self.renormalise else fewer
+
+    def _mask(self, routing: Routing) -> Tensor:
+        """[E] bool, brought to the device once: a copy to it waits."""
+        kind = (routing.num_experts, routing.expert.device)
+        if kind not in self._kept:
+            kept = [expert not in self.experts for expert in range(routing.num_experts)]
+            self._kept[kind] = torch.tensor(kept, device=routing.expert.device)
+        return self._kept[kind]
 
 
 @dataclass(frozen=True)

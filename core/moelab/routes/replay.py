@@ -42,11 +42,17 @@ class Replay:
         kept = slice(int(starts[0]), int(starts[-1]))
         return replace(
             routing,
-            token=torch.from_numpy(token).to(x.device),
-            expert=torch.from_numpy(layer.expert[kept].astype(np.int64)).to(x.device),
-            weight=torch.from_numpy(layer.weight[kept].copy()).to(x.device),
+            token=_brought(token, x.device),
+            expert=_brought(layer.expert[kept].astype(np.int64), x.device),
+            weight=_brought(layer.weight[kept].copy(), x.device),
             top_k=layer.top_k, served=None, choices=None, dropped=None,
         )  # fmt: skip
+
+
+def _brought(array: np.ndarray, device: torch.device) -> Tensor:
+    """On the device, without waiting for it: from pageable memory a copy would."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def check_replayable(trace: Trace, model: Transformer, name: str) -> None:

@@ -10,7 +10,7 @@ import click
 
 import moelab
 from moelab.builder import build_model
-from moelab.config.run import RunConfig
+from moelab.config.run import RunConfig, TrainConfig
 from moelab.data.batches import ValidationBatches
 from moelab.data.corpus import Corpus, Document, TokenStream, stream_of
 from moelab.data.seen import history_of, seen_text
@@ -68,6 +68,8 @@ def open_source(
     files = [path for path in data if path not in (HELD_OUT, TRAIN)]
     if files and len(files) < len(data):
         raise ConfigError(f"--data: either {HELD_OUT}, or {TRAIN}, or files, not both")
+    if files and not config:
+        config = _enough(checkpoint)
     run, registry = evaluation_config(checkpoint, config, trust=trust)
     threads = set_threads(run.train)
     precision = choose_precision(run.train)
@@ -111,6 +113,13 @@ def open_source(
     }
     training = None if read is None else ValidationBatches(read, sequences, length, batches.batch_size)
     return Source(run, model, tokenizer, stream, domains, batches, precision, facts, training)
+
+
+def _enough(checkpoint: Path) -> tuple[str, ...]:
+    """What must be said beside files of text: nothing of a run; of a Hugging Face folder how long its windows are."""
+    origin = read_origin(checkpoint)
+    length = min(TrainConfig.sequence_length, origin.model.max_position_embeddings)
+    return () if origin.is_run else (f"train.sequence_length={length}",)
 
 
 def _model(

@@ -8,8 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
+import moelab
+from moelab.config.model import ModelConfig, MoEConfig
+from moelab.data.byte_tokenizer import ByteTokenizer
+from moelab.hf.save import save_hf
 from moelab_tools.cli import run
 
 DATA = {
@@ -83,6 +88,22 @@ def test_files_of_text_are_traced_too(runs: Path, tmp_path: Path, capsys):
     assert "windows of 27 tokens" in capsys.readouterr().err
     head = json.loads((tmp_path / "t" / "trace.json").read_text())
     assert [entry["name"] for entry in head["documents"]] == ["one.txt", "two.txt"]
+
+
+def test_a_hugging_face_folder_needs_no_config_beside_files_of_text(tmp_path: Path, capsys):
+    moe = MoEConfig(
+        layout={"name": "uniform", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        router={"name": "softmax_topk"}, shared_expert={"name": "gated", "intermediate_size": 32},
+    )  # fmt: skip
+    model = moelab.build(ModelConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=16, moe=moe,
+    ))  # fmt: skip
+    save_hf(model, tmp_path / "hf", dtype=torch.float32, extra_files=ByteTokenizer().files())
+    (tmp_path / "one.txt").write_text("a text of more than sixteen bytes, so of windows")
+    assert run(["trace", str(tmp_path / "hf"), "--data", str(tmp_path / "one.txt"), "--out", str(tmp_path / "t")]) == 0
+    told = _json(capsys, "replay", tmp_path / "hf", tmp_path / "t")
+    assert told["positions_of_equal_bits"] == told["tokens"] == 48
 
 
 def test_a_run_agrees_with_itself_and_replays_to_the_bit(runs: Path, capsys):
