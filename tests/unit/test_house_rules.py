@@ -48,6 +48,7 @@ FLOORS = (
     {"origin"},
     {"loading"},
     {"train"},
+    {"routes"},
     {"testing"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -146,6 +146,22 @@ def build_corpus(
     )
 
 
+def stream_of(documents: Sequence[Document], tokenizer: Tokenizer) -> tuple[TokenStream, list[str]]:
+    """All of these documents in their order, none split off or dropped -> (stream, domains).
+
+    Raises DataError for a NUL, or where none has any text.
+    """
+    context = DataContext(tokenizer)
+    try:
+        kept = [document for document in documents if _has_text(document, context.account)]
+        if not kept:
+            raise DataError("no document with any text in it; check the paths, and that the files are not empty")
+        domains = sorted({document.domain for document in kept})
+        return _tokenise(kept, domains, context), domains
+    finally:
+        context.account.close()
+
+
 def _has_text(document: Document, account: Account) -> bool:
     if "\0" in document.text:
         raise DataError(f"data.source: document {document.name} is binary, not text (it has a NUL); leave it out")

@@ -42,6 +42,8 @@ class MoEBlock(nn.Module):
 
     def forward(self, x: Tensor, info: TokenInfo) -> tuple[Tensor, LayerRecord]:
         routing = self.router(x, info)
+        if info.routing_override is not None:
+            routing = info.routing_override(self.layer_id, routing, x, info)
         self._check(routing, x)
         # On a CPU the number of real assignments is known at no cost; elsewhere placeholders of weight 0 are computed.
         served = routing.compact() if x.device.type == "cpu" else routing

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class TokenInfo:
     num_sequences: int | None = None  # sequences in the batch; None: asked of `sequence_id`, which waits for the device
     previous: Routing | None = None  # what the nearest MoE layer below decided, for routers that build on it
     measure: bool = False  # the layer's record holds the norms of its outputs: for a look between steps
+    routing_override: RoutingOverride | None = None  # asked after the router, and obeyed in its place; None: nobody is
 
     def sequence_shape(self) -> tuple[int, int]:
         """(B, S) when the T tokens are B sequences of S positions, padding included, one after the other."""
@@ -177,6 +179,17 @@ class Routing:
         best = self.scores.detach().topk(top_k, dim=-1).indices
         found = torch.zeros_like(self.scores, dtype=torch.bool).scatter_(1, best, True)
         return found if self.token_mask is None else found & self.token_mask.unsqueeze(-1)
+
+
+class RoutingOverride(Protocol):
+    """Says where tokens go instead of where the router sent them: replayed, removed, swapped (`moe/overrides.py`).
+
+    `(layer_id, routing, x [T, D], info) -> Routing` of the same T and E. What it leaves of `routing` stays: `bypass`,
+    what copy and constant experts add, is the router's own. Called in the forward pass of every MoE layer, so it waits
+    for no device and loops over no tokens. Records, and with them balance losses and counts, hold what it returns.
+    """
+
+    def __call__(self, layer_id: int, routing: Routing, x: Tensor, info: TokenInfo) -> Routing: ...
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ B sequences, S positions, T = B * S tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from moelab.config.model import ModelConfig
 from moelab.moe.block import MoEBlock
-from moelab.moe.routing import LayerRecord, TokenInfo
+from moelab.moe.routing import LayerRecord, RoutingOverride, TokenInfo
 from moelab.nn.attention import Attention, AttentionInputs, attention_mask
 from moelab.nn.kv_cache import KVCache
 from moelab.nn.loss import token_cross_entropy
@@ -38,6 +39,17 @@ class TokenContext:
     domain_id: Tensor | None = None
     generator: torch.Generator | None = None
     measure: bool = False  # records hold the norms of the layers' outputs
+    routing_override: RoutingOverride | None = None  # sends tokens elsewhere than their routers would
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What stands between two layers: from here the rest of the model can be run again, and differently."""
+
+    x: Tensor  # [B, S, D]
+    inputs: AttentionInputs
+    info: TokenInfo
+    records: list[LayerRecord]  # of the MoE layers below, in order
 
 
 class DecoderLayer(nn.Module):
@@ -111,6 +123,18 @@ class Transformer(nn.Module):
         tokens: TokenContext | None = None,
     ) -> tuple[Tensor, list[LayerRecord]]:
         """The normed output of the last layer, [B, S, D], and the records; no logits."""
+        state = self.run_layers(self.embed(input_ids, attention_mask, cache=cache, tokens=tokens))
+        return self.norm(state.x), state.records
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        tokens: TokenContext | None = None,
+    ) -> LayerState:
+        """What stands before the first layer."""
         batch, seq = input_ids.shape
         past = cache.length if cache is not None else 0
         mask = None if attention_mask is None else attention_mask.bool()
@@ -120,14 +144,17 @@ class Transformer(nn.Module):
         x = self.embed_tokens(input_ids)
         cos, sin = self.rope.tables(position_ids, x.dtype)
         inputs = AttentionInputs(cos, sin, _attention_mask(seen, seq, past, x.device), cache)
-        info = self._token_info(input_ids, position_ids, mask, tokens or TokenContext())
-        records = []
-        for layer in self.layers:
-            x, record = layer(x, inputs, info)
+        return LayerState(x, inputs, self._token_info(input_ids, position_ids, mask, tokens or TokenContext()), [])
+
+    def run_layers(self, state: LayerState, first: int = 0, last: int | None = None) -> LayerState:
+        """Layers `first` .. `last` - 1 on what stands before them; None: to the end. The state given stays as it is."""
+        x, info, records = state.x, state.info, list(state.records)
+        for layer in islice(self.layers, first, last):
+            x, record = layer(x, state.inputs, info)
             if record is not None:
                 records.append(record)
                 info = replace(info, previous=record.routing)
-        return self.norm(x), records
+        return LayerState(x, state.inputs, info, records)
 
     def _token_info(
         self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, tokens: TokenContext
@@ -146,6 +173,7 @@ class Transformer(nn.Module):
             generator=tokens.generator,
             num_sequences=batch,
             measure=tokens.measure,
+            routing_override=tokens.routing_override,
         )
 
 

@@ -44,7 +44,9 @@ from moelab.train.step import StepSettings, probe_step
 logger = logging.getLogger("moelab")
 
 # What may differ when a run is resumed: none of it changes the numbers of a step.
-FREE_ON_RESUME = {"run_dir", "resume", "name", "declaration", "observers", "evaluation", "search_path", "store_environment"}
+FREE_ON_RESUME = {
+    "run_dir", "resume", "name", "declaration", "observers", "evaluation", "search_path", "store_environment",
+}  # fmt: skip
 FREE_TRAIN_KEYS = {"log_every", "probe_every", "save_every", "keep_checkpoints", "init_from", "init_overrides"}
 
 

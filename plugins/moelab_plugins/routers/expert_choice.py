@@ -90,9 +90,10 @@ class ExpertChoice(LinearRouter):
 
     def _thresholds_choose(self, scores: Tensor, info: TokenInfo) -> Routing:
         best, expert = scores.topk(self.limit, dim=-1)  # [T, limit]
-        served = best > self.threshold[expert]
-        token = torch.arange(scores.shape[0], device=scores.device)[:, None].expand_as(expert)
-        return self._routing(token.reshape(-1), expert.reshape(-1), scores, info).serve(served.reshape(-1))
+        routing = Routing.from_topk(
+            expert, self.round_weight(best), self.num_experts, scores=scores, token_mask=info.mask
+        )
+        return routing.serve((best > self.threshold[expert]).reshape(-1))
 
     def _routing(self, token: Tensor, expert: Tensor, scores: Tensor, info: TokenInfo) -> Routing:
         weight = self.round_weight(scores[token, expert])
