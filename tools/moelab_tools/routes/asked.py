@@ -17,8 +17,8 @@ from moelab.routes.trace import Trace
 
 RENORMALISE, DROP, BOTH = "renormalise", "drop", "both"
 SWAPS: dict[str, tuple[RoutingOverride, str]] = {
-    "nearest": (NextBest(1), "next best for the last"),
-    "next-best": (NextBest(), "next best for all"),
+    "nearest": (NextBest(1), "next best, last slot"),
+    "next-best": (NextBest(), "next best, all slots"),
     "random": (Sampled(), "random experts"),
 }
 Experts = Mapping[int, tuple[int, ...]]

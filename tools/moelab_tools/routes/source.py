@@ -116,10 +116,10 @@ def open_source(
 
 
 def _enough(checkpoint: Path) -> tuple[str, ...]:
-    """What must be said beside files of text: nothing of a run; of a Hugging Face folder how long its windows are."""
+    """What must be said beside files of text: nothing of a run; of a Hugging Face folder what a run must have."""
     origin = read_origin(checkpoint)
     length = min(TrainConfig.sequence_length, origin.model.max_position_embeddings)
-    return () if origin.is_run else (f"train.sequence_length={length}",)
+    return () if origin.is_run else ("train.steps=1", f"train.sequence_length={length}")
 
 
 def _model(
