@@ -172,6 +172,17 @@ def read_tensor_header(path: Path, reading: Reading) -> tuple[dict[str, Any], in
     return an_object(parse_json(content, where, reading), where, reading), 8 + length, size
 
 
+def read_arrays(path: Path, reading: Reading) -> dict[str, np.ndarray]:
+    """{name: array} of a safetensors file whose types numpy has."""
+    from safetensors.numpy import load_file  # noqa: PLC0415  (configs are read without it)
+
+    read_tensor_header(path, reading)
+    try:
+        return load_file(path)
+    except Exception as error:  # the library's own, and KeyError for a type that numpy lacks
+        reading.refuse(path, f"can't be read ({printable(error, 300)}): cut short or damaged", error)
+
+
 def map_array(path: Path, reading: Reading) -> np.ndarray:
     """An .npy file, mapped: what its header speaks of must be there. Never unpickles."""
     import numpy as np  # noqa: PLC0415  (configs are read without it)

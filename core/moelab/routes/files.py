@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from moelab.checksums import ALGORITHM, checksum
 from moelab.errors import DataError, UserError
 from moelab.records import Record, read_record
 from moelab.routes.trace import TOKEN_ARRAYS, LayerTrace, Trace
-from moelab.safe_files import Reading, read_tensor_header
+from moelab.safe_files import Reading, read_arrays
 
 HEAD, ROUTES = "trace.json", "routes.safetensors"
 FORMAT, VERSION = "moelab trace", 1
@@ -86,14 +87,12 @@ def _layer_facts(layer: LayerTrace) -> dict[str, Any]:
 
 
 def _array_facts(array: np.ndarray) -> dict[str, Any]:
-    return {"dtype": array.dtype.name, "shape": list(array.shape), "xxh3-128": array_hash(array)}
+    return {"dtype": array.dtype.name, "shape": list(array.shape), ALGORITHM: array_hash(array)}
 
 
 def array_hash(array: np.ndarray) -> str:
     """xxh3-128 of an array's bytes in C order."""
-    from xxhash import xxh3_128  # noqa: PLC0415
-
-    return str(xxh3_128(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest())
+    return checksum(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _own_hash(head: Mapping[str, Any]) -> str:
@@ -133,14 +132,7 @@ def _read_head(path: Path) -> tuple[Record, list[Record]]:
 
 def _read_arrays(path: Path, told: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """All arrays that the head names, each of its type, shape and checksum."""
-    from safetensors import SafetensorError  # noqa: PLC0415
-    from safetensors.numpy import load_file  # noqa: PLC0415
-
-    read_tensor_header(path, READING)
-    try:
-        arrays = load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        READING.refuse(path, f"can't be read ({error}): cut short or damaged", error)
+    arrays = read_arrays(path, READING)
     if arrays.keys() != told.keys():
         READING.refuse(path, f"does not hold the arrays of {HEAD}: {sorted(arrays.keys() ^ told.keys())[:3]}")
     for name, array in arrays.items():

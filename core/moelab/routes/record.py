@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from moelab.checkpoint import model_tensors
+from moelab.checksums import running
 from moelab.data.batches import Batch
 from moelab.data.corpus import TokenStream
 from moelab.errors import ConfigError
@@ -104,9 +105,7 @@ def record_routes(
 
 def weights_fingerprint(model: Transformer) -> str:
     """xxh3-128 over all tensors of a model in order of their names, each as name, dtype, shape and bytes."""
-    from xxhash import xxh3_128  # noqa: PLC0415  (a library that only traces need here)
-
-    digest = xxh3_128()
+    digest = running()
     for name, tensor in sorted(model_tensors(model).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)

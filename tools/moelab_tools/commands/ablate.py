@@ -58,6 +58,7 @@ def command(checkpoint: Path, config: tuple[str, ...], out: Path | None, as_json
         click.echo(json.dumps(told.json, indent=2))
         return
     for line in told.lines:  # tables fit; sentences are wrapped
-        click.echo("\n".join(textwrap.wrap(line, 80, break_long_words=False, break_on_hyphens=False)) if len(line) > 80 else line)
+        whole = textwrap.wrap(line, 80, break_long_words=False, break_on_hyphens=False) if len(line) > 80 else [line]
+        click.echo("\n".join(whole))
     if out is not None:
         click.echo(f"numbers: {out / 'ablation.json'}")

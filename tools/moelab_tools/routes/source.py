@@ -12,7 +12,7 @@ import moelab
 from moelab.builder import build_model
 from moelab.config.run import RunConfig, TrainConfig
 from moelab.data.batches import ValidationBatches
-from moelab.data.corpus import Corpus, Document, TokenStream, stream_of
+from moelab.data.corpus import Document, TokenStream, stream_of
 from moelab.data.seen import history_of, seen_text
 from moelab.data.tokenizer import Tokenizer
 from moelab.errors import ConfigError, DataError
@@ -76,26 +76,14 @@ def open_source(
     resolve_run(run, registry)
     tokenizer = tokenizer_of(checkpoint, run.data.tokenizer)
     check_vocabulary(run.model.vocab_size, tokenizer, run.data.tokenizer)
-    read: TokenStream | None = None
-    if files:
-        stream, domains = _files(files, tokenizer)
-        facts: dict[str, Any] = {"split": "files"}
-    else:
-        corpus = _own_text(run, registry, tokenizer, checkpoint, data)
-        stream, read = (corpus.train, None) if TRAIN in data else (corpus.validation, corpus.train)
-        domains, facts = corpus.domains, {"split": TRAIN if TRAIN in data else HELD_OUT}
-        facts["fingerprint"] = corpus.fingerprint
+    text = _files(files, tokenizer) if files else _own_text(run, registry, tokenizer, checkpoint, train=TRAIN in data)
+    stream = text.stream
     length = min(run.train.sequence_length, max(1, len(stream) - 1)) if files else run.train.sequence_length
     if length < run.train.sequence_length:
         click.echo(f"windows of {length} tokens, for the text has no more", err=True)
     sequences = run.evaluation.sequences if tokens is None else -(-tokens // length)
     batches = ValidationBatches(stream, sequences, length, evaluation_batch_size(run))
-    whole = (len(stream) - 1) // length
-    facts |= {
-        "windows": len(batches.windows),
-        "windows_of_the_text": whole,
-        "document_count": len(stream.document_names),
-    }
+    counted = {"windows": len(batches.windows), "windows_of_the_text": (len(stream) - 1) // length}
     model = _model(checkpoint, run, registry, precision, untrained=untrained)
     facts = {
         "moelab": moelab.__version__,
@@ -109,10 +97,10 @@ def open_source(
             "dtype": str(precision.dtype).removeprefix("torch."),
             "threads": threads,
         },
-        "data": facts,
+        "data": text.facts | counted,
     }
-    training = None if read is None else ValidationBatches(read, sequences, length, batches.batch_size)
-    return Source(run, model, tokenizer, stream, domains, batches, precision, facts, training)
+    read = None if text.read is None else ValidationBatches(text.read, sequences, length, batches.batch_size)
+    return Source(run, model, tokenizer, stream, text.domains, batches, precision, facts, read)
 
 
 def _enough(checkpoint: Path) -> tuple[str, ...]:
@@ -132,21 +120,29 @@ def _model(
     return model
 
 
-def _own_text(
-    run: RunConfig, registry: Registry, tokenizer: Tokenizer, checkpoint: Path, data: tuple[str, ...]
-) -> Corpus:
+@dataclass(frozen=True)
+class _Text:
+    stream: TokenStream
+    domains: list[str]
+    facts: dict[str, Any]
+    read: TokenStream | None = None  # what was trained on, where that is another text
+
+
+def _own_text(run: RunConfig, registry: Registry, tokenizer: Tokenizer, checkpoint: Path, *, train: bool) -> _Text:
     corpus = build_corpus_of(run, registry, tokenizer)
-    if TRAIN not in data:
-        batches = ValidationBatches(corpus.validation, run.evaluation.sequences, run.train.sequence_length, 1)
-        history = history_of([read_origin(checkpoint).folder], [str(checkpoint)])
-        for line in seen_text(history, str(checkpoint), corpus, tokenizer, batches.documents_scored()).lines():
-            click.echo(f"warning: {line}", err=True)
-    return corpus
+    facts = {"split": TRAIN if train else HELD_OUT, "fingerprint": corpus.fingerprint}
+    if train:
+        return _Text(corpus.train, corpus.domains, facts)
+    batches = ValidationBatches(corpus.validation, run.evaluation.sequences, run.train.sequence_length, 1)
+    history = history_of([read_origin(checkpoint).folder], [str(checkpoint)])
+    for line in seen_text(history, str(checkpoint), corpus, tokenizer, batches.documents_scored()).lines():
+        click.echo(f"warning: {line}", err=True)
+    return _Text(corpus.validation, corpus.domains, facts, corpus.train)
 
 
-def _files(paths: list[str], tokenizer: Tokenizer) -> tuple[TokenStream, list[str]]:
+def _files(paths: list[str], tokenizer: Tokenizer) -> _Text:
     documents = []
     for given in paths:
         path = user_path(given, "--data")
         documents.append(Document(read_text(path, READING), "text", path.name))
-    return stream_of(documents, tokenizer)
+    return _Text(*stream_of(documents, tokenizer), {"split": "files"})
