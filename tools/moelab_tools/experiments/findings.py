@@ -144,7 +144,7 @@ def reading(findings: Mapping[str, Any]) -> str:
     told += [f"{findings['ended']} Unit: {findings['measure'] or 'none'}.", "", *table(findings), ""]
     told += [f"- **{name}**: {one['concluded']}" for name, one in findings["variants"].items() if "concluded" in one]
     told += ["", *(f"{one}" for one in findings["sentences"]), "", *findings["covers"], ""]
-    told += [f"- **{name}** is not among the runs: {why}" for name, why in findings["failed"].items()]
+    told += [f"- **{name}** did not end well: {why}" for name, why in findings["failed"].items()]
     told += [f"- {one}" for one in findings["remarks"]]
     told += ["", "## Again", "", f"    {findings['command']}", "",
              f"{len(findings['runs'])} runs, {findings['minutes']:g} minutes; all numbers: findings.json."]  # fmt: skip
