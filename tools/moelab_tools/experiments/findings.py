@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moelab.safe_files import Reading, read_object
+from moelab.safe_files import Reading, read_object, read_text
 from moelab.train.run_folder import write_atomically, write_json
 from moelab_tools.compare import sentences
 from moelab_tools.compare.comparison import Comparison
@@ -49,7 +49,7 @@ def write_findings(
     findings = findings_json(declaration, register, conclusion, command)
     write_json(folder / FINDINGS, findings)
     path = folder / READING
-    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    old = read_text(path, Reading(cure="move it away")) if path.is_file() else ""
     by_hand = old.partition(KEPT)[2].strip() or "## Reading\n\nNot written yet."
     write_atomically(path, f"{reading(findings)}\n{KEPT}\n\n{by_hand}\n")
     return path
