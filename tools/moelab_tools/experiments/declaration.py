@@ -117,6 +117,15 @@ class Declaration:
     def tree(self) -> dict[str, Any]:
         return asdict(self.config)
 
+    def meaning(self, words: Sequence[str]) -> list[Any]:
+        """What files and overrides say, wherever they lie."""
+        return [
+            word
+            if is_override(word)
+            else [settle(layer.tree) for layer in file_layers(find_near(word, self.path.parent))]
+            for word in words
+        ]
+
     def arguments(self, words: Sequence[str]) -> list[str]:
         """Files by their paths, overrides as they are."""
         return [word if is_override(word) else str(find_near(word, self.path.parent)) for word in words]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moelab.safe_files import Reading, read_object
+from moelab.safe_files import Reading, read_object, read_text
 from moelab.train.run_folder import write_atomically, write_json
 from moelab_tools.compare import sentences
 from moelab_tools.compare.comparison import Comparison
@@ -49,7 +49,7 @@ def write_findings(
     findings = findings_json(declaration, register, conclusion, command)
     write_json(folder / FINDINGS, findings)
     path = folder / READING
-    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    old = read_text(path, Reading(cure="move it away")) if path.is_file() else ""
     by_hand = old.partition(KEPT)[2].strip() or "## Reading\n\nNot written yet."
     write_atomically(path, f"{reading(findings)}\n{KEPT}\n\n{by_hand}\n")
     return path
@@ -144,7 +144,7 @@ def reading(findings: Mapping[str, Any]) -> str:
     told += [f"{findings['ended']} Unit: {findings['measure'] or 'none'}.", "", *table(findings), ""]
     told += [f"- **{name}**: {one['concluded']}" for name, one in findings["variants"].items() if "concluded" in one]
     told += ["", *(f"{one}" for one in findings["sentences"]), "", *findings["covers"], ""]
-    told += [f"- **{name}** is not among the runs: {why}" for name, why in findings["failed"].items()]
+    told += [f"- **{name}** did not end well: {why}" for name, why in findings["failed"].items()]
     told += [f"- {one}" for one in findings["remarks"]]
     told += ["", "## Again", "", f"    {findings['command']}", "",
              f"{len(findings['runs'])} runs, {findings['minutes']:g} minutes; all numbers: findings.json."]  # fmt: skip

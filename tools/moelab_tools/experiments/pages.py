@@ -65,7 +65,7 @@ def _section(declaration: Declaration, findings: Mapping[str, Any] | None) -> li
         told.append("**The declaration has changed since; these are the findings of the earlier one.**\n")
     told += [f"{findings['ended']} {findings['measure'] or 'no unit'}.", "", *table(findings), ""]
     told += [f"- {name}: {one['concluded']}" for name, one in findings["variants"].items() if "concluded" in one]
-    told += [f"- {name} is not among the runs: {why}" for name, why in findings["failed"].items()]
+    told += [f"- {name} did not end well: {why}" for name, why in findings["failed"].items()]
     seen = [_could_have_seen(name, one) for name, one in findings["variants"].items()]
     told += [one for one in seen if one]
     told += ["", f"{len(findings['runs'])} runs, {findings['minutes']:g} minutes: `{findings['command']}`. "

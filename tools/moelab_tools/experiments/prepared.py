@@ -135,22 +135,23 @@ class Preparation:
     def _export(self, name: str, seed: int) -> Task:
         source, output = self.weights(name, seed), self.hugging_face(name, seed)
         command = ["export", str(source), str(output), "--dtype", "float32", "--force"]
-        return self._stamped(f"{name}_seed{seed}.hf", command, output, (f"{name}_seed{seed}",))
+        return self._stamped(f"{name}_seed{seed}.hf", command, output, (f"{name}_seed{seed}",), ["export"])
 
     def _upcycle(self, step: Step, seed: int) -> Task:
         assert step.source is not None
         output = self.weights(step.name, seed)
         words = self.declaration.arguments(step.upcycle or [])
         given = [f"source={self.hugging_face(step.source, seed)}", f"output={output}", f"seed={seed}"]
-        return self._stamped(
-            f"{step.name}_seed{seed}", ["upcycle", *words, *given], output, (f"{step.source}_seed{seed}.hf",)
-        )
+        meant = ["upcycle", seed, *self.declaration.meaning(step.upcycle or [])]
+        after = (f"{step.source}_seed{seed}.hf",)
+        return self._stamped(f"{step.name}_seed{seed}", ["upcycle", *words, *given], output, after, meant)
 
-    def _stamped(self, name: str, command: list[str], output: Path, after: tuple[str, ...]) -> Task:
+    def _stamped(self, name: str, command: list[str], output: Path, after: tuple[str, ...], meant: list[Any]) -> Task:
+        """A task that is not done again where its stamp says that it was made of the same; `meant`: free of places."""
         stamp = self._stamp(name)
 
         def made_of() -> str:
-            return digest([command, *(self._identity(one) for one in after)])
+            return digest([meant, *(self._identity(one) for one in after)])
 
         def arguments() -> list[str] | None:
             known = _hash_in(stamp)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moelab.config.scalars import settle
 from moelab.errors import UserError
 from moelab.safe_files import Reading, read_object
 from moelab.train.run_folder import write_json
@@ -70,7 +70,7 @@ def write_register(register: Register, out: Path) -> None:
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The keys that differ, with both values; where none does, a file that is named was changed."""
-    first, second = dict(flatten(json.loads(json.dumps(then)))), dict(flatten(json.loads(json.dumps(now))))
+    first, second = dict(flatten(settle(then))), dict(flatten(settle(now)))  # tuples as lists
     keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
     if not keys:
         return "the text of a config file that it names"

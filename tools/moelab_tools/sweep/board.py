@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from moelab.errors import UserError
+from moelab.safe_files import Reading, parse_json
 
 TAIL_BYTES = 8192  # of a metrics.jsonl: its last line is within
 COLOURS = {"finished": "green", "already finished": "green", "failed": "bold red", "not started": "yellow"}
@@ -75,18 +78,20 @@ class Board:
 
 def _last_row(path: Path) -> dict[str, float]:
     """The newest whole line; nothing while there is none."""
+    for line in reversed(tail(path).splitlines()):
+        with contextlib.suppress(UserError):
+            row = parse_json(line, path, Reading(), finite=False)
+            if isinstance(row, dict):
+                return row
+    return {}
+
+
+def tail(path: Path) -> str:
+    """The last part of a file that another process writes; nothing where there is none."""
     try:
         with path.open("rb") as file:
             file.seek(0, 2)
             file.seek(max(file.tell() - TAIL_BYTES, 0))
-            lines = file.read().splitlines()
+            return file.read(TAIL_BYTES).decode(errors="replace")
     except OSError:
-        return {}
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            return row
-    return {}
+        return ""

@@ -16,7 +16,7 @@ from rich.console import Console
 from moelab.errors import UserError
 from moelab.printable import printable
 from moelab.train.interruption import Interruption
-from moelab_tools.sweep.board import Board
+from moelab_tools.sweep.board import Board, tail
 
 POLL_SECONDS = 0.2
 LONGEST_WORDS = 400  # of a process that failed
@@ -215,9 +215,6 @@ def launch(
 
 def last_words(log: Path) -> str:
     """What a process said last, mostly `error: ...`."""
-    try:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        lines = []
+    lines = [line.strip() for line in tail(log).splitlines() if line.strip()]
     told = [line for line in lines if line.startswith(("error: ", "failed: "))]
     return printable((told or lines or ["it said nothing"])[-1], LONGEST_WORDS)

@@ -201,6 +201,11 @@ def test_variants_start_from_weights_that_are_prepared_for_each_seed(tmp_path: P
     shutil.rmtree(tmp_path / "out" / "prepared" / "upcycled" / "sparse_seed1")
     _run(folder, worker)
     assert worker.started == ["sparse_seed1"], "the same weights again, so what began with them stands"
+    moved = tmp_path / "moved" / "upcycling"
+    shutil.copytree(folder, moved)
+    worker = InProcess()
+    run_experiment(ExperimentRequest(moved, out=tmp_path / "out"), quiet(), worker)
+    assert worker.started == [], "the same declaration elsewhere"
     stamp = tmp_path / "out" / "prepared" / "stamps" / "sparse_seed2.json"
     stamp.write_text(json.dumps({"hash": "of something else"}))
     with pytest.raises(RunFailure, match=r"sparse_seed2.*was made of something else"):

@@ -59,7 +59,7 @@ def test_nulls_failures_amendments_and_later_changes_are_shown(tmp_path: Path) -
     text = page(tmp_path)
     assert "not resolved: b; no verdict: c (than a)" in text
     assert "b: 3 pairs could have seen 0.5 %; for 0.2 % it needs 21" in text
-    assert "c_seed1 is not among the runs: it said nothing" in text
+    assert "c_seed1 did not end well: it said nothing" in text
     assert "−0.02 [−0.30, +0.26]" in text
     assert "has changed since" not in text
     note = {"why": "a typo", "changed": "practical", "from": "x", "to": known}
