@@ -30,15 +30,15 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 # The floors of core, lowest first: a room imports from its own and from lower floors, never from above or next door.
 FLOORS = (
     {"printable"},
-    {"errors", "seeds", "components", "checksums"},
-    {"paths", "safe_files", "alarms"},
+    {"errors", "seeds", "components", "checksums", "shortage"},
+    {"paths", "safe_files", "alarms", "plugin_faults"},
     {"records"},
     {"manifest", "tensor_file"},
     {"config"},
     {"data"},
     {"moe"},
     {"nn", "initialisers"},
-    {"hookspecs", "plugin_modules", "installed"},
+    {"hookspecs", "plugin_modules", "installed", "initialiser_promises"},
     {"registry"},
     {"layouts", "trust"},
     {"builder", "generate"},
