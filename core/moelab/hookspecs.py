@@ -103,10 +103,12 @@ OUTPUT_SCALINGS: ExtensionPoint[UpcycleContext, OutputScaling] = ExtensionPoint(
 DATA_SOURCES: ExtensionPoint[DataContext, Corpus] = ExtensionPoint(
     "data source", "moelab_data_sources", "data.source", "moelab_plugins.data_sources",
     "Where the text comes from: -> a tokenised corpus, split into training and held-out documents.",
+    check="check_data_source",
 )  # fmt: skip
 OBSERVERS: ExtensionPoint[Path, object] = ExtensionPoint(
     "observer", "moelab_observers", "observers", "moelab_plugins.observers",
     "build(options, run_dir) -> an object with any of the hooks of `RunHooks`.",
+    check="check_observer",
 )  # fmt: skip
 
 EXTENSION_POINTS: tuple[ExtensionPoint[Any, Any], ...] = tuple(

@@ -25,7 +25,7 @@ from moelab.registry import Registry
 from moelab.train.checkpoint import TrainingState, restore_checkpoint, save_checkpoint
 from moelab.train.evaluate import evaluate, sample_texts
 from moelab.train.interruption import Interruption
-from moelab.train.observers import ObserverManager, gather_observers
+from moelab.train.observers import Observers, gather_observers
 from moelab.train.probe import look, probe_batch
 from moelab.train.progress import Progress
 from moelab.train.resume import PLUGINS, VERSIONS, check_state, other_versions, tell_choice
@@ -62,7 +62,7 @@ class Loop:
     setup: Setup
     run_dir: Path
     lock: RunLock
-    observers: ObserverManager
+    observers: Observers
     metrics: MetricsLog
     progress: Progress
     alarms: AlarmWatch
@@ -214,7 +214,7 @@ def _log(loop: Loop, result: StepResult, rate: float) -> None:
 def _probe(loop: Loop) -> dict[str, float]:
     """Show a fixed batch to the observers that want to see one; -> the numbers that they found, by tag."""
     setup, hook = loop.setup, loop.observers.hook.on_probe
-    if setup.config.train.probe_every == 0 or not setup.blocks or not hook.get_hookimpls():
+    if setup.config.train.probe_every == 0 or not setup.blocks or not loop.observers.listens("on_probe"):
         return {}
     batch = probe_batch(setup.validation, setup.step_settings.micro_batch_size)
     probe = look(setup.model, batch, list(setup.corpus.domains), setup.step_settings.precision)
