@@ -131,7 +131,8 @@ def plugin_hooks() -> type:
 class RunHooks:
     """What an observer may implement, naming only the arguments it wants.
 
-    Called on rank 0, between steps, with host numbers that are already reduced over micro-batches and ranks.
+    Called on rank 0, between steps, with host numbers that are already reduced over micro-batches and ranks. One that
+    raises is told of once and dropped, and the run goes on; KeyboardInterrupt and SystemExit end it.
     """
 
     @hookspec
