@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from moelab.config.model import ModelConfig
 from moelab.errors import ConfigError
 from moelab.hookspecs import BALANCE_LOSSES, EXPERT_BACKENDS, EXPERT_LAYOUTS, ROUTERS, SHARED_EXPERTS, ExtensionPoint
 from moelab.layouts import build_layout, build_layouts
+from moelab.moe import promises
 from moelab.moe.balance import COMMON_KEYS, NamedLoss, split_common
 from moelab.moe.block import MoEBlock
 from moelab.moe.contracts import BackendContext, BalanceLossContext, ExpertBackend, MoEContext
@@ -22,6 +22,7 @@ from moelab.moe.per_layer import LayerParts, layer_parts, match_layers
 from moelab.nn.init import initialise
 from moelab.nn.mlp import SwiGLU
 from moelab.nn.transformer import Transformer
+from moelab.plugin_faults import PluginPart, plugins_told
 from moelab.registry import Registry
 from moelab.seeds import derive_seed
 
@@ -43,7 +44,8 @@ def build_model(
     with _seeded(derive_seed(seed or 0, "build")), device:
         model = Transformer(config, _mlps(config, registry))
     if seed is not None and device.type != "meta":
-        initialise(model, config.initializer_range, seed)
+        with plugins_told():  # a router may fill its own parameters
+            initialise(model, config.initializer_range, seed)
     return model
 
 
@@ -65,11 +67,12 @@ def build_balance_losses(config: ModelConfig, registry: Registry) -> list[NamedL
         if not layers:
             raise ConfigError(f"{where}.layers: none of these layers has experts; {sorted(layouts)} have")
         loss = registry.build(BALANCE_LOSSES, own, BalanceLossContext({i: layouts[i] for i in sorted(layers)}), where)
+        part = registry.part(BALANCE_LOSSES, own, where)
+        _refuse(part, promises.loss_built(loss), loss)
         name = str(node["name"])
         repeats = sum(1 for other in config.moe.balance_losses[:index] if other["name"] == name)
         tag = name if repeats == 0 else f"{name}_{repeats + 1}"
-        owner = registry.components(BALANCE_LOSSES)[name].owner
-        losses.append(NamedLoss(tag, loss, where, owner, layers, schedule))
+        losses.append(NamedLoss(tag, loss, where, part.owner, layers, schedule, part.ours))
     return losses
 
 
@@ -118,19 +121,32 @@ def _mlp(config: ModelConfig, registry: Registry, parts: LayerParts, layer_id: i
     if layout is None:
         return SwiGLU(config.hidden_size, config.intermediate_size)
     context = moe_context(config, layout, layer_id)
-    router = registry.build(ROUTERS, parts.router, context, parts.where("router"))
-    shared = registry.build(SHARED_EXPERTS, parts.shared_expert, context, parts.where("shared_expert"))
-    if not isinstance(router, nn.Module):
-        raise ConfigError(f"{parts.where('router')}: built {type(router).__name__}, which is no torch.nn.Module")
+    named = {
+        "router": registry.part(ROUTERS, parts.router, parts.where("router"), layer_id),
+        "shared_expert": registry.part(SHARED_EXPERTS, parts.shared_expert, parts.where("shared_expert"), layer_id),
+        "backend": registry.part(EXPERT_BACKENDS, parts.backend, parts.where("backend"), layer_id),
+    }
+    router = registry.build(ROUTERS, parts.router, context, named["router"].where)
+    shared = registry.build(SHARED_EXPERTS, parts.shared_expert, context, named["shared_expert"].where)
+    backend = _backend(config, registry, parts, layout, layer_id)
+    _refuse(named["router"], promises.router_built(router), router)
+    _refuse(named["shared_expert"], promises.shared_expert_built(shared), shared)
+    _refuse(named["backend"], promises.backend_built(backend), backend)
     return MoEBlock(
         layout,
         layer_id,
         router,
         ExpertBank(layout, config.hidden_size),
-        _backend(config, registry, parts, layout, layer_id),
+        backend,
         shared,
         chunk=config.moe.expert_chunk,
+        parts=named,
     )
+
+
+def _refuse(part: PluginPart, fault: str | None, built: object) -> None:
+    if fault is not None:
+        raise part.fault(fault, built)
 
 
 def _backend(

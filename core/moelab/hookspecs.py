@@ -103,10 +103,12 @@ OUTPUT_SCALINGS: ExtensionPoint[UpcycleContext, OutputScaling] = ExtensionPoint(
 DATA_SOURCES: ExtensionPoint[DataContext, Corpus] = ExtensionPoint(
     "data source", "moelab_data_sources", "data.source", "moelab_plugins.data_sources",
     "Where the text comes from: -> a tokenised corpus, split into training and held-out documents.",
+    check="check_data_source",
 )  # fmt: skip
 OBSERVERS: ExtensionPoint[Path, object] = ExtensionPoint(
     "observer", "moelab_observers", "observers", "moelab_plugins.observers",
     "build(options, run_dir) -> an object with any of the hooks of `RunHooks`.",
+    check="check_observer",
 )  # fmt: skip
 
 EXTENSION_POINTS: tuple[ExtensionPoint[Any, Any], ...] = tuple(
@@ -129,7 +131,8 @@ def plugin_hooks() -> type:
 class RunHooks:
     """What an observer may implement, naming only the arguments it wants.
 
-    Called on rank 0, between steps, with host numbers that are already reduced over micro-batches and ranks.
+    Called on rank 0, between steps, with host numbers that are already reduced over micro-batches and ranks. One that
+    raises is told of once and dropped, and the run goes on; KeyboardInterrupt and SystemExit end it.
     """
 
     @hookspec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moelab.config.model import LARGEST_MATRIX, ModelConfig
 from moelab.errors import ConfigError
 from moelab.hookspecs import EXPERT_LAYOUTS
-from moelab.moe.layout import ExpertLayout, LayoutContext
+from moelab.moe.layout import SIZES, ExpertLayout, LayoutContext, layout_fault
 from moelab.moe.per_layer import LayerParts, layer_parts
 from moelab.registry import Registry
 
@@ -31,7 +31,11 @@ def build_layout(config: ModelConfig, registry: Registry, parts: LayerParts, lay
     layout = registry.build(EXPERT_LAYOUTS, parts.layout, context, where)
     if layout is None:
         return None
-    for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+    fault = layout_fault(layout)
+    if fault is not None:
+        chosen, _ = registry.select(EXPERT_LAYOUTS, parts.layout, where)
+        raise registry.part(EXPERT_LAYOUTS, parts.layout, where, layer_id).fault(fault, chosen.build)
+    for key in SIZES:
         if getattr(layout, key) < 1:
             raise ConfigError(f"{where}.{key}: must be at least 1, not {getattr(layout, key)} (layer {layer_id})")
     if layout.num_experts > MOST_EXPERTS:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from moelab.errors import ConfigError, near
+from moelab.plugin_faults import place_in, quoted
 
 
 def import_plugin(name: str, folders: Sequence[Path] = ()) -> ModuleType:
@@ -28,8 +29,16 @@ def import_plugin(name: str, folders: Sequence[Path] = ()) -> ModuleType:
             module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise _not_found(name, error, folders) from error
-    except (SyntaxError, ValueError, TypeError) as error:  # ValueError: an empty name, or one that begins with a dot
-        raise ConfigError(f"plugins: cannot import '{name}': {error}") from error
+    except SyntaxError as error:
+        place = "" if error.filename is None else f" ({Path(error.filename).name}:{error.lineno})"
+        raise ConfigError(f"plugins: cannot import '{name}': {error.msg}{place}") from error
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # its own code: anything; ValueError also: an empty name, or one that begins with a dot
+        raise ConfigError(
+            f"plugins: cannot import '{name}': {type(error).__name__}: {quoted(error)}{place_in(error, name)}"
+        ) from error
     return module
 
 

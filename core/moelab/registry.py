@@ -15,10 +15,12 @@ import pluggy
 
 from moelab.components import Component
 from moelab.config.typed import OPTIONS, KeyProblem
-from moelab.errors import ConfigError, near
+from moelab.errors import ConfigError, UserError, near
 from moelab.hookspecs import EXTENSION_POINTS, BuiltT, ContextT, ExtensionPoint, plugin_hooks
 from moelab.installed import installed_plugins, load_plugin, may_offer
+from moelab.plugin_faults import PluginPart, article, place_in, place_of, quoted
 from moelab.plugin_modules import check_hooks, import_plugin
+from moelab.shortage import shortage
 
 
 class Registry:
@@ -58,7 +60,7 @@ class Registry:
 
     def components(self, point: ExtensionPoint[ContextT, BuiltT]) -> dict[str, Component[ContextT, BuiltT]]:
         """{name: component} in alphabetical order, replacements already in place."""
-        offered = [c for answer in getattr(self.manager.hook, point.hook)() for c in answer]
+        offered = [c for hook in getattr(self.manager.hook, point.hook).get_hookimpls() for c in _answer(point, hook)]
         known: dict[str, Component[ContextT, BuiltT]] = {}
         for offer in sorted(offered, key=lambda c: (c.overrides, c.name, c.owner)):  # what may be replaced comes first
             rival = known.get(offer.name)
@@ -75,12 +77,28 @@ class Registry:
     def build(
         self, point: ExtensionPoint[ContextT, BuiltT], node: Mapping[str, Any], context: ContextT, where: str
     ) -> BuiltT:
-        """Build what `node["name"]` selects; `where` is its path in the config, for messages."""
+        """Build what `node["name"]` selects; `where` is its path in the config, for messages.
+
+        Raises ConfigError with the place in the plugin for whatever it raises.
+        """
         chosen, options = self.select(point, node, where)
         try:
             return chosen.build(options, context)
         except ConfigError as error:  # a check that needed the context
             raise ConfigError(f"{where} ('{chosen.name}' of {chosen.owner}): {error}") from error
+        except UserError:  # of the data, say, which names its file
+            raise
+        except Exception as error:  # a stranger's: anything
+            part = _part(point, chosen, where, getattr(context, "layer_id", None))
+            if part.ours or shortage(error):
+                raise
+            raise part.raised(error) from error
+
+    def part(
+        self, point: ExtensionPoint[Any, Any], node: Mapping[str, Any], where: str, layer_id: int | None = None
+    ) -> PluginPart:
+        """How messages call what `node` selects."""
+        return _part(point, self.select(point, node, where)[0], where, layer_id)
 
     def resolve(self, point: ExtensionPoint[ContextT, BuiltT], node: Mapping[str, Any], where: str) -> dict[str, Any]:
         """The node with every default written out: what is stored beside the run."""
@@ -175,6 +193,40 @@ def _options(chosen: Component[Any, Any], given: dict[str, Any], where: str) -> 
         raise ConfigError(f"{error.key}: '{chosen.name}' ({chosen.owner}): {error.problem}") from error
     except ValueError as error:
         raise ConfigError(f"{where}: '{chosen.name}' ({chosen.owner}): {error}") from error
+    except Exception as error:  # a stranger's __post_init__: anything
+        raise ConfigError(
+            f"{where}: '{chosen.name}' ({chosen.owner}): its options raised {type(error).__name__}: {quoted(error)}"
+            f"{place_in(error, chosen.owner)}"
+        ) from error
+
+
+def _part(point: ExtensionPoint[Any, Any], chosen: Component[Any, Any], where: str, layer_id: int | None) -> PluginPart:
+    return PluginPart(
+        point.kind, chosen.name, chosen.owner, where, layer_id, ours=f"{chosen.owner}.".startswith(f"{point.builtins}.")
+    )
+
+
+def _answer(point: ExtensionPoint[Any, Any], hook: pluggy.HookImpl) -> list[Component[Any, Any]]:
+    """The components that one plugin offers. ConfigError for an answer that is no list of them."""
+    owner = getattr(hook.plugin, "__name__", hook.plugin_name)
+    wanted = "it must return a list of moelab.component(...)"
+    try:
+        answer = hook.function()
+    except Exception as error:  # a stranger's: anything
+        raise ConfigError(
+            f"plugins: {point.hook} of {owner}: raised {type(error).__name__}: {quoted(error)}{place_in(error, owner)}"
+        ) from error
+    if not isinstance(answer, list | tuple):
+        raise ConfigError(
+            f"plugins: {point.hook} of {owner}: returned {article(answer)}; {wanted}{place_of(hook.function)}"
+        )
+    for item in answer:
+        if not isinstance(item, Component):
+            raise ConfigError(
+                f"plugins: {point.hook} of {owner}: returned a list with {article(item)} in it; {wanted}"
+                f"{place_of(hook.function)}"
+            )
+    return list(answer)
 
 
 def _near_hook(message: str) -> str:

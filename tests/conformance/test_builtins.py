@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,11 @@ import pytest
 from moelab import Registry, testing
 from moelab.hookspecs import (
     BALANCE_LOSSES,
+    DATA_SOURCES,
     EXPERT_BACKENDS,
     EXPERT_INITIALISERS,
     EXPERT_LAYOUTS,
+    OBSERVERS,
     ROUTERS,
     SHARED_EXPERTS,
 )
@@ -170,6 +174,24 @@ def test_a_backend_conforms(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(REGISTRY.components(EXPERT_INITIALISERS)))
 def test_an_expert_initialiser_conforms(name: str) -> None:
     testing.check_initialiser(REGISTRY.components(EXPERT_INITIALISERS)[name], **INITIALISER_SIZES.get(name, {}))
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY.components(OBSERVERS)))
+def test_an_observer_conforms(name: str) -> None:
+    testing.check_observer(REGISTRY.components(OBSERVERS)[name])
+
+
+@pytest.mark.parametrize("name", ["text", "jsonl"])
+def test_a_data_source_conforms(name: str, tmp_path: Path) -> None:
+    """`embedded` reads what is installed, and `tokens` tokens: their own tests do."""
+    texts = [f"Document number {n} says {n * n}." for n in range(20)]
+    if name == "text":  # a file is a document
+        for number, text in enumerate(texts):
+            (tmp_path / f"{number}.txt").write_text(text)
+    else:
+        (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = {"paths": [str(tmp_path if name == "text" else tmp_path / "all.jsonl")]}
+    testing.check_data_source(REGISTRY.components(DATA_SOURCES)[name], options)
 
 
 # Whole copies are as wide as the dense layer of the kit, pieces make it up, and a mixture has several sources.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,33 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moelab import ConfigError, ExpectedAssignments, ExpertLayout, MoEContext, Routing, TokenInfo, component, testing
+from moelab import (
+    ConfigError,
+    Corpus,
+    Document,
+    ExpectedAssignments,
+    ExpertLayout,
+    MoEContext,
+    Routing,
+    TokenInfo,
+    build_corpus,
+    component,
+    testing,
+)
 from moelab.initialisers import NeuronPlan
+from moelab.moe.capacity import refuse_noncausal
 from moelab.moe.experts import swiglu
 from moelab.nn.mlp import SwiGLU
-from moelab.testing import backends, balance_losses, expert_layouts, initialisers, routers, shared_experts
+from moelab.testing import (
+    backends,
+    balance_losses,
+    data_sources,
+    expert_layouts,
+    initialisers,
+    observers,
+    routers,
+    shared_experts,
+)
 
 
 @dataclass
@@ -181,6 +204,35 @@ class CountsTooMany(Good):
         return replace(super().forward(x, info), balance_top_k=self.experts + 1)
 
 
+class Int32(Good):
+    def forward(self, x: Tensor, info: TokenInfo) -> Routing:
+        routing = super().forward(x, info)
+        return replace(routing, expert=routing.expert.int())
+
+
+class Tuple(Good):
+    def forward(self, x: Tensor, info: TokenInfo) -> Any:
+        return (super().forward(x, info),)
+
+
+class NegativeScores(Good):
+    def forward(self, x: Tensor, info: TokenInfo) -> Routing:
+        routing = super().forward(x, info)
+        return replace(routing, scores=routing.logits)
+
+
+class NamesNoCause(Good):
+    def __init__(self, options: Any, context: MoEContext) -> None:
+        super().__init__(options, context)
+        self.causal = False
+
+
+class RefusesUnsaid(Good):
+    def __init__(self, options: Any, context: MoEContext) -> None:
+        refuse_noncausal(context, "it might look ahead")
+        super().__init__(options, context)
+
+
 class WrongTopK(Good):
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         routing = super().forward(x, info)
@@ -194,6 +246,11 @@ ROUTER_FAULTS = [
     (BFloat16Weights, "returns_what_the_contract_says"),
     (WrongTopK, "returns_what_the_contract_says"),
     (CountsTooMany, "returns_what_the_contract_says"),
+    (Int32, "returns_what_the_contract_says"),
+    (Tuple, "returns_what_the_contract_says"),
+    (NegativeScores, "returns_what_the_contract_says"),
+    (NamesNoCause, "says_whether_it_is_causal"),
+    (RefusesUnsaid, "says_whether_it_is_causal"),
     (DetachedWeights, "gradients_reach_the_router"),
     (DeafParameter, "gradients_reach_the_router"),
     (GlobalNoise, "does_the_same_again"),
@@ -293,6 +350,10 @@ LOSS_FAULTS = [
     (_loss("Unnamed", lambda self, r, c: 8 * r.routing.scores[0].sum()), "says_so_when_something_is_missing"),
     (Adapts, "steps_and_state_are_sound"),
     (_loss("Asks", _with(lambda v, s, r, c: v if float(v) < 1e9 else v * 2)), "waits_for_nothing"),
+    (type("Weightless", (GoodLoss,), {"weight": property(lambda self: None, lambda self, value: None)}),
+     "says_its_weight"),
+    (_loss("AFloat", GoodLoss.layer, __call__=lambda self, r, c: 1.0),
+     "returns_a_finite_scalar"),
     (_loss("Shifted", _with(lambda v, s, r, c: v + 1)), "has_its_value_at_balance"),
 ]  # fmt: skip
 
@@ -315,6 +376,8 @@ def test_every_loss_check_has_a_planted_fault() -> None:
 LAYOUT_FAULTS = [
     (lambda o, c: ExpertLayout(4, 8, 12), "gives_layouts_that_can_be_built"),
     (lambda o, c: ExpertLayout(4, 2, 12.0), "gives_layouts_that_can_be_built"),  # type: ignore[arg-type]
+    (lambda o, c: (4, 2, 12), "gives_layouts_that_can_be_built"),
+    (lambda o, c: ExpertLayout(4, 2, 12, [12] * 4), "widths_agree_with_their_number"),  # type: ignore[arg-type]
     (lambda o, c: ExpertLayout(4, 2, 12, (12, 12)), "widths_agree_with_their_number"),
     (lambda o, c: None, "some_layer_is_sparse"),
     (lambda o, c, seen=[]: seen.append(0) or ExpertLayout(4 + len(seen), 2, 12), "does_not_depend_on_the_order"),
@@ -353,6 +416,8 @@ class UnusedGate(GoodShared):
 
 SHARED_FAULTS = [
     (type("Float32", (GoodShared,), {"forward": lambda s, x: SwiGLU.forward(s, x).float()}),
+     "returns_the_shape_and_dtype"),
+    (type("Narrows", (GoodShared,), {"forward": lambda s, x: SwiGLU.forward(s, x)[:, :3]}),
      "returns_the_shape_and_dtype"),
     (type("NoWidth", (GoodShared,), {"intermediate_size": None}), "says_how_wide_it_is"),
     (type("Leaks", (GoodShared,), {"forward": lambda s, x: SwiGLU.forward(s, x) + x.cumsum(0)}), "tokens_are_apart"),
@@ -418,6 +483,9 @@ def _starved_garbage(self: Any, x: Tensor, routing: Routing, bank: Any) -> Tenso
 
 BACKEND_FAULTS = [
     (_backend("NoName", GoodBackend.mix, name=""), "says_what_it_does_not_support"),
+    (_backend("SaysTrue", GoodBackend.mix, supports=lambda self, problem: problem.num_tokens == 8),
+     "says_what_it_does_not_support"),
+    (_backend("Float64", lambda s, x, r, b: GoodBackend.mix(s, x, r, b).double()), "equals_the_reference"),
     (_backend("Unweighted", lambda s, x, r, b: GoodBackend.mix(s, x, replace(r, weight=r.weight * 0 + 1), b)),
      "equals_the_reference"),
     (_backend("NoGradient", lambda s, x, r, b: GoodBackend.mix(s, x.detach(), r, b)), "equals_the_reference"),
@@ -478,6 +546,11 @@ INITIALISER_FAULTS = [
      "plans_every_neuron"),
     (type("Nan", (GoodInitialiser,), {"materialise": lambda s, p, e, m, d: np.full((10, 8), np.nan)}),
      "fills_every_matrix"),
+    (type("Planless", (GoodInitialiser,), {"plan": lambda s, e: GoodInitialiser.plan(s, e).source}),
+     "plans_every_neuron"),
+    (type("Whole", (GoodInitialiser,), {
+        "materialise": lambda s, p, e, m, d: GoodInitialiser.materialise(s, p, e, m, d).astype(np.int64)}),
+     "fills_every_matrix"),
     (CountsCalls, "any_order_gives_the_same"),
     (IgnoresSeed, "the_seed_decides"),
 ]  # fmt: skip
@@ -495,3 +568,93 @@ def test_a_faulty_initialiser_is_caught(fault: Any, check: str) -> None:
 
 def test_every_initialiser_check_has_a_planted_fault() -> None:
     assert {check for _, check in INITIALISER_FAULTS} == {c.__name__ for c in initialisers.INITIALISER_CHECKS}
+
+
+def test_a_failure_of_several_checks_is_said_once_with_its_file_and_line() -> None:
+    class Raises(Good):
+        def forward(self, x: Tensor, info: TokenInfo) -> Routing:
+            raise KeyError("nowhere")
+
+    with pytest.raises(testing.ConformanceError) as caught:
+        testing.check_router(component("bad", NoOptions, Raises))
+    told = str(caught.value)
+    assert told.count("nowhere") == 1
+    assert "and 1" in told
+    assert f"test_planted_faults.py:{Raises.forward.__code__.co_firstlineno + 1})" in told
+
+
+TEXTS = [f"Document number {n} says {n * n}." for n in range(20)]
+
+
+def _documents(texts: list[str]) -> list[Document]:
+    return [Document(text, "domain", f"name {index}") for index, text in enumerate(texts)]
+
+
+def _both(corpus: Corpus) -> Corpus:
+    return replace(corpus, validation=corpus.train)
+
+
+def _counted(options: Any, context: Any, calls: list[int] = []) -> Corpus:  # noqa: B006  the fault: it remembers
+    calls.append(0)
+    return build_corpus(_documents(TEXTS[: 10 + len(calls)]), context)
+
+
+SOURCE_FAULTS = [
+    (lambda o, c: _documents(TEXTS), "returns_a_corpus"),
+    (lambda o, c: replace(build_corpus(_documents(TEXTS), c), domains=("domain",)), "returns_a_corpus"),
+    (_counted, "gives_the_same_again"),
+    (lambda o, c: _both(build_corpus(_documents(TEXTS), c)), "holds_no_training_document_out"),
+]
+
+
+def test_a_sound_data_source_passes() -> None:
+    testing.check_data_source(component("good", NoOptions, lambda o, c: build_corpus(_documents(TEXTS), c)))
+
+
+@pytest.mark.parametrize(("fault", "check"), SOURCE_FAULTS)
+def test_a_faulty_data_source_is_caught(fault: Any, check: str) -> None:
+    with pytest.raises(testing.ConformanceError, match=check):
+        testing.check_data_source(component("bad", NoOptions, fault))
+
+
+def test_every_data_source_check_has_a_planted_fault() -> None:
+    assert {check for _, check in SOURCE_FAULTS} == {c.__name__ for c in data_sources.DATA_SOURCE_CHECKS}
+
+
+class GoodObserver:
+    def __init__(self, options: Any, run_dir: Path) -> None:
+        self.seen: list[int] = []
+
+    def on_log(self, step: int, metrics: Any) -> None:
+        self.seen.append(step)
+
+    def on_train_end(self, step: int, error: BaseException | None) -> None:
+        self.seen.append(step)
+
+
+def _wants_a_beginning(self: Any, step: int) -> None:
+    self.never_set.close()
+
+
+OBSERVER_FAULTS = [
+    (lambda o, r: object(), "has_a_hook"),
+    (type("Misspelt", (GoodObserver,), {"on_logg": lambda self, step: None}), "has_a_hook"),
+    (type("Breaks", (GoodObserver,), {"on_evaluate": lambda self, step: 1 / 0}), "lives_through_a_run"),
+    (type("Open", (GoodObserver,), {"on_train_end": _wants_a_beginning}), "lives_through_a_failure"),
+    (type("Takes", (GoodObserver,), {"on_log": lambda self, metrics: metrics.pop("train/loss")}), "changes_nothing"),
+]  # fmt: skip
+
+
+def test_a_sound_observer_passes() -> None:
+    testing.check_observer(component("good", NoOptions, GoodObserver))
+
+
+@pytest.mark.parametrize(("fault", "check"), OBSERVER_FAULTS)
+def test_a_faulty_observer_is_caught(fault: Any, check: str) -> None:
+    with pytest.raises(testing.ConformanceError, match=check):
+        testing.check_observer(component("bad", NoOptions, fault))
+
+
+def test_every_observer_check_has_a_planted_fault() -> None:
+    caught = [check for _, check in OBSERVER_FAULTS]
+    assert all(any(c.__name__.startswith(n) for n in caught) for c in observers.OBSERVER_CHECKS)

@@ -30,15 +30,15 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 # The floors of core, lowest first: a room imports from its own and from lower floors, never from above or next door.
 FLOORS = (
     {"printable"},
-    {"errors", "seeds", "components", "checksums"},
-    {"paths", "safe_files", "alarms"},
+    {"errors", "seeds", "components", "checksums", "shortage"},
+    {"paths", "safe_files", "alarms", "plugin_faults"},
     {"records"},
     {"manifest", "tensor_file"},
     {"config"},
     {"data"},
     {"moe"},
     {"nn", "initialisers"},
-    {"hookspecs", "plugin_modules", "installed"},
+    {"hookspecs", "plugin_modules", "installed", "initialiser_promises"},
     {"registry"},
     {"layouts", "trust"},
     {"builder", "generate"},
@@ -166,8 +166,9 @@ READERS = {
 }  # fmt: skip
 # Beside the reader, whole files are read from the kernel, from what is installed, and by the maker of a tokenizer.
 WHOLE_FILES = {
-    "core/moelab/nn/room.py", "core/moelab/train/run_lock.py", "tools/moelab_tools/upcycle_receipt.py",
-    "plugins/moelab_plugins/data_sources/_installed_text.py", "tools/moelab_tools/qwen2_tokenizer.py",
+    "core/moelab/nn/room.py", "core/moelab/train/limits.py", "core/moelab/train/run_lock.py",
+    "tools/moelab_tools/upcycle_receipt.py", "tools/moelab_tools/qwen2_tokenizer.py",
+    "plugins/moelab_plugins/data_sources/_installed_text.py",
 }  # fmt: skip
 
 

@@ -127,6 +127,8 @@ class _Warnings(logging.Handler):
 def _explain(error: Exception) -> int:
     """One message for what moelab foresaw; anything else is our own fault and keeps its traceback."""
     from moelab.errors import RunFailure, UserError
+    from moelab.plugin_faults import strangers_fault
+    from moelab.shortage import shortage
 
     if isinstance(error, UserError):
         click.echo(f"error: {error}", err=True)
@@ -134,6 +136,14 @@ def _explain(error: Exception) -> int:
     if isinstance(error, RunFailure):
         click.echo(f"failed: {error}", err=True)
         return EXIT_FAILED
+    found = shortage(error)
+    if found is not None:
+        click.echo(f"failed: {found}", err=True)
+        return EXIT_FAILED
+    fault = strangers_fault(error)
+    if fault is not None:
+        click.echo(f"error: {fault}", err=True)
+        return EXIT_USER
     raise error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -10,9 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moelab.errors import ConfigError
+from moelab import initialiser_promises as promises
 from moelab.hf import roles as names
-from moelab.hookspecs import EXPERT_INITIALISERS, OUTPUT_SCALINGS, ROUTER_INITIALISERS, SHARED_INITIALISERS
+from moelab.hookspecs import (
+    EXPERT_INITIALISERS,
+    OUTPUT_SCALINGS,
+    ROUTER_INITIALISERS,
+    SHARED_INITIALISERS,
+    BuiltT,
+    ExtensionPoint,
+)
 from moelab.initialisers import (
     ExpertInitialiser,
     NeuronPlan,
@@ -21,6 +28,7 @@ from moelab.initialisers import (
     SharedInitialiser,
     UpcycleContext,
 )
+from moelab.plugin_faults import PluginPart
 from moelab.registry import Registry
 from moelab_upcycling.dense import LoadedMatrix
 from moelab_upcycling.dtypes import STORAGE, convert, from_float32, scaled, to_float32
@@ -40,6 +48,16 @@ class LayerParts:
     shared: SharedInitialiser
     router: RouterInitialiser
     scaling: OutputScaling
+    named: Mapping[str, PluginPart]  # how messages call them
+
+    def plugin_parts(self) -> list[tuple[PluginPart, object]]:
+        """Who to blame for what they raise."""
+        return [(part, getattr(self, axis)) for axis, part in self.named.items()]
+
+    def refuse(self, axis: str, method: str, fault: str | None) -> None:
+        """Raise ConfigError where a method of an initialiser broke its promise."""
+        if fault is not None:
+            raise self.named[axis].fault(fault, getattr(getattr(self, axis), method))
 
 
 def layer_context(plan: Plan, layer_id: int, routed_share: float = 0.0) -> UpcycleContext:
@@ -62,15 +80,26 @@ def layer_context(plan: Plan, layer_id: int, routed_share: float = 0.0) -> Upcyc
 
 def build_parts(plan: Plan, registry: Registry, layer_id: int) -> LayerParts:
     """ConfigError where the recipe does not fit the layout."""
-    context = layer_context(plan, layer_id)
-    recipe = plan.recipe
-    scaling = registry.build(OUTPUT_SCALINGS, recipe.scaling, context, "recipe.scaling")
+    named: dict[str, PluginPart] = {}
+
+    def build(point: ExtensionPoint[UpcycleContext, BuiltT], context: UpcycleContext) -> BuiltT:
+        axis = point.key.rpartition(".")[2]
+        node = getattr(plan.recipe, axis)
+        part = registry.build(point, node, context, point.key)
+        named[axis] = registry.part(point, node, point.key, layer_id)
+        fault = promises.built(axis, part)
+        if fault is not None:
+            raise named[axis].fault(fault, part)
+        return part
+
+    scaling = build(OUTPUT_SCALINGS, layer_context(plan, layer_id))
     context = layer_context(plan, layer_id, scaling.share)
     return LayerParts(
-        registry.build(EXPERT_INITIALISERS, recipe.experts, context, "recipe.experts"),
-        registry.build(SHARED_INITIALISERS, recipe.shared, context, "recipe.shared"),
-        registry.build(ROUTER_INITIALISERS, recipe.router, context, "recipe.router"),
+        build(EXPERT_INITIALISERS, context),
+        build(SHARED_INITIALISERS, context),
+        build(ROUTER_INITIALISERS, context),
         scaling,
+        named,
     )
 
 
@@ -127,6 +156,7 @@ class _Layer:
     def __init__(self, maker: Maker, layer_id: int) -> None:
         self.plan, self.sources, self.layer_id = maker.plan, maker.sources, layer_id
         self.parts = build_parts(maker.plan, maker.registry, layer_id)
+        self._looked_at: set[tuple[str, str]] = set()  # (axis, matrix): what has been made once
         self._held: dict[int, tuple[str, LoadedMatrix]] = {}  # checkpoint -> its one matrix in memory
         for part in (self.parts.experts, self.parts.shared):
             prepare = getattr(part, "prepare", None)
@@ -134,43 +164,61 @@ class _Layer:
                 prepare(lambda matrix: self.dense(0, matrix))
         if hasattr(self.parts.router, "prepare"):
             self.parts.router.prepare(prompt_reader(self.sources[0]))
-        self.plan_of = cache(self.parts.experts.plan)
+        self.plan_of = cache(self._plan_of)
 
     def make(self, tensor: OutputTensor) -> Iterator[npt.NDArray[Any]]:
         """The tensor in pieces, in file order."""
         if tensor.role in ("router", "shared_gate"):
-            values = self.parts.router.weight() if tensor.role == "router" else self.parts.shared.gate()
+            axis, method = ("router", "weight") if tensor.role == "router" else ("shared", "gate")
+            values = getattr(getattr(self.parts, axis), method)()
+            self.parts.refuse(axis, method, promises.made(values, tensor.shape, finite=True))
             yield from_float32(np.ascontiguousarray(values, dtype=np.float32), tensor.dtype)
             return
         if tensor.role == "shared":
             checkpoint = _MEAN if len(self.sources) > 1 and self.plan.recipe.others == "mean" else 0
             dense = self.dense(checkpoint, tensor.matrix)
             rows = self.parts.shared.materialise(self.plan_of_shared, tensor.matrix, dense)
-            factor = self.parts.shared.gain if tensor.matrix == "down" else 1.0
+            factor, axis = self.parts.shared.gain if tensor.matrix == "down" else 1.0, "shared"
         else:
             neurons = self.plan_of(tensor.expert)
             dense = self.dense(neurons.checkpoint, tensor.matrix)
             rows = self.parts.experts.materialise(neurons, tensor.expert, tensor.matrix, dense)
-            factor = self.factors.get(tensor.matrix, 1.0)
+            factor, axis = self.factors.get(tensor.matrix, 1.0), "experts"
         wanted = tensor.shape[::-1] if tensor.matrix == "down" else tensor.shape
-        if rows.shape != wanted:
-            raise ConfigError(
-                f"recipe: the initialiser of '{tensor.name}' made {list(rows.shape)}, should be {list(wanted)}"
-            )
+        first = (axis, tensor.matrix) not in self._looked_at and not self.parts.named[axis].ours
+        self.parts.refuse(axis, "materialise", promises.made(rows, wanted, dense.values.dtype, finite=first))
+        self._looked_at.add((axis, tensor.matrix))
         for piece in _slabs(rows, turned=tensor.matrix == "down"):
             exact = piece if piece.dtype == STORAGE[tensor.dtype] else from_float32(_fp32(piece), tensor.dtype)
             yield scaled(exact, tensor.dtype, float(factor))
 
     @cached_property
     def plan_of_shared(self) -> NeuronPlan:
-        return self.parts.shared.plan()
+        plan = self.parts.shared.plan()
+        target, sources = self.plan.target, len(self.sources)
+        width = target.shared_intermediate_size
+        self.parts.refuse("shared", "plan", promises.planned(plan, width, target.intermediate_size, sources))
+        return plan
+
+    def _plan_of(self, expert: int) -> NeuronPlan:
+        plan = self.parts.experts.plan(expert)
+        target, sources = self.plan.target, len(self.sources)
+        width = target.layouts[self.layer_id].moe_intermediate_size
+        self.parts.refuse("experts", "plan", promises.planned(plan, width, target.intermediate_size, sources))
+        return plan
+
+    def plugin_parts(self) -> list[tuple[PluginPart, object]]:
+        """Who to blame for what the initialisers raise."""
+        return self.parts.plugin_parts()
 
     @cached_property
     def factors(self) -> dict[str, float]:
         """On the routed experts' matrices; `silence` multiplies down."""
         context = layer_context(self.plan, self.layer_id, self.parts.scaling.share)
         sharpness = logit_std(self.sources[0], self.layer_id, self.parts.router.std)
-        factors = dict(self.parts.scaling.factors(context, sharpness))
+        found = self.parts.scaling.factors(context, sharpness)
+        self.parts.refuse("scaling", "factors", promises.factors(found))
+        factors = dict(found)
         if self.plan.recipe.silence is not None:
             factors["down"] = factors.get("down", 1.0) * self.plan.recipe.silence
         return factors

@@ -24,6 +24,7 @@ from moelab.hookspecs import (
     ROUTER_INITIALISERS,
     SHARED_INITIALISERS,
 )
+from moelab.plugin_faults import plugins_told
 from moelab.registry import Registry
 from moelab_upcycling.dtypes import raw_bytes
 from moelab_upcycling.maker import Maker
@@ -71,7 +72,8 @@ class ShardMaker:
     def do(self, job: Job, progress: Progress) -> ShardResult:
         started = time.monotonic()
         shard = self.plan.shards[job.shard]
-        result = self._check(shard, progress) if job.check else self._make(shard, progress)
+        with plugins_told():
+            result = self._check(shard, progress) if job.check else self._make(shard, progress)
         result.seconds = round(time.monotonic() - started, 3)
         return result
 

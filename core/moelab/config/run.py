@@ -41,7 +41,9 @@ class TrainConfig:
     log_every: int = 10  # steps
     gradient_shares_every: int = 50  # steps, of those that are logged; a backward pass for each loss. 0: never
     probe_every: int = 50  # steps, of those that are logged, beside the first and the last; see on_probe. 0: never
-    save_every: int = 0  # steps; 0: only at the end
+    # Steps; 0: only at the end; null: every 15 minutes, or less often, so that saving takes at most 1 % of the time. A
+    # run that is stopped, or fails with its state whole, saves too.
+    save_every: int | None = None
     keep_checkpoints: int = 2  # the newest ones; 0: all
     init_from: str | None = None  # a checkpoint (Hugging Face or moelab) to start from; None: random
     # Keys under which the config means another model or tokenizer than the checkpoint's: [model.moe.router, ...]; a key
@@ -143,14 +145,9 @@ class RunConfig:
 def _check_train(train: TrainConfig) -> None:
     for key in ("steps", "batch_size", "sequence_length", "log_every"):
         _at_least("train", train, key, 1)
-    for key in (
-        "grad_clip",
-        "save_every",
-        "keep_checkpoints",
-        "gradient_shares_every",
-        "probe_every",
-        "activation_checkpointing",
-    ):
+    if train.save_every is not None:
+        _at_least("train", train, "save_every", 0)
+    for key in ("grad_clip", "keep_checkpoints", "gradient_shares_every", "probe_every", "activation_checkpointing"):
         _at_least("train", train, key, 0)
     for key in train.init_overrides:
         if key != "data.tokenizer" and key.split(".")[0] != "model":

@@ -12,9 +12,11 @@ from torch import Tensor
 from moelab.config.scalars import settle
 from moelab.config.typed import OPTIONS, KeyProblem
 from moelab.errors import ConfigError
+from moelab.moe import promises
 from moelab.moe.contracts import BalanceContext, BalanceLoss
 from moelab.moe.routing import LayerRecord
 from moelab.moe.schedule import WeightSchedule
+from moelab.plugin_faults import PluginPart
 
 COMMON_KEYS = ("layers", "schedule")  # of every entry of `balance_losses`, beside the plugin's own options
 
@@ -32,10 +34,22 @@ class NamedLoss:
     owner: str = ""  # the plugin's module
     layers: frozenset[int] | None = None  # None: all
     schedule: WeightSchedule = field(default_factory=WeightSchedule)
+    ours: bool = False  # built in
 
     def weight_at(self, step: int) -> float:
         """The coefficient at an optimizer step, which counts from 0."""
         return self.loss.weight * self.schedule.factor(step)
+
+    @property
+    def part(self) -> PluginPart:
+        """How messages call it."""
+        return PluginPart(
+            "balance loss", self.name, self.owner or type(self.loss).__module__, self.where, ours=self.ours
+        )
+
+    def plugin_parts(self) -> list[tuple[PluginPart, object]]:
+        """Who to blame for what the loss raises."""
+        return [(self.part, self.loss)]
 
     def __call__(self, records: Sequence[LayerRecord], context: BalanceContext) -> Tensor:
         """The unweighted value over its layers: a scalar. Raises ConfigError naming key, plugin and owner."""
@@ -44,9 +58,9 @@ class NamedLoss:
             value = self.loss(mine, context)
         except ConfigError as error:
             raise ConfigError(f"{self.where} ('{self.name}' of {self.owner}): {error}") from error
-        if not isinstance(value, Tensor) or value.ndim != 0 or not value.is_floating_point():
-            found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ConfigError(f"{self.where} ('{self.name}' of {self.owner}): returned {found}, not a float scalar")
+        fault = promises.loss_value(value)
+        if fault is not None:
+            raise self.part.fault(fault, self.loss)
         return value
 
     def after_step(self, context: BalanceContext) -> None:

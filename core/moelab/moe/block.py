@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from moelab.errors import ConfigError
+from moelab.moe import promises
 from moelab.moe.chunked import compute_in_chunks
 from moelab.moe.contracts import ExpertBackend, ExpertProblem, Router, SharedExpert
 from moelab.moe.experts import ExpertBank, compute_dtype
 from moelab.moe.layout import ExpertLayout
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
+from moelab.plugin_faults import PluginPart
 
 
 class MoEBlock(nn.Module):
@@ -28,7 +31,9 @@ class MoEBlock(nn.Module):
         shared_expert: SharedExpert | None = None,
         *,
         chunk: int | None = None,
+        parts: Mapping[str, PluginPart] | None = None,
     ) -> None:
+        """`parts`: {"router", "backend", "shared_expert": how messages call it}; None: by their classes."""
         super().__init__()
         self.layout = layout
         self.layer_id = layer_id
@@ -37,14 +42,27 @@ class MoEBlock(nn.Module):
         self.backend = backend
         self.shared_expert = shared_expert
         self.chunk = chunk
-        self.looked_at = False
+        self._looked_at: set[bool] = set()  # in training, in evaluation
+        built = {"router": router, "backend": backend, "shared_expert": shared_expert}
+        named = {key: PluginPart.of(key.replace("_", " "), part, layer_id) for key, part in built.items()}
+        self.parts = named | {key: part.at(layer_id) for key, part in (parts or {}).items()}
         self._served: set[tuple[str, torch.dtype, int]] = set()  # kinds of problems that the backend accepted
 
+    def plugin_parts(self) -> list[tuple[PluginPart, object]]:
+        """Who to blame for what the parts of this layer raise."""
+        built = {"router": self.router, "backend": self.backend, "shared_expert": self.shared_expert}
+        return [(self.parts[key], part) for key, part in built.items() if part is not None]
+
     def forward(self, x: Tensor, info: TokenInfo) -> tuple[Tensor, LayerRecord]:
+        """x [T, D] -> y [T, D], LayerRecord. What the parts return is looked at once in training and in evaluation."""
+        first = self.training not in self._looked_at and x.device.type != "meta" and not torch.compiler.is_compiling()
         routing = self.router(x, info)
+        self._refuse("router", promises.routing_shape(routing, x, self.layout.num_experts))
+        if first:
+            self._look(routing, x)
         if info.routing_override is not None:
             routing = info.routing_override(self.layer_id, routing, x, info)
-        self._check(routing, x)
+            self._refuse("router", promises.routing_shape(routing, x, self.layout.num_experts))
         # On a CPU the number of real assignments is known at no cost; elsewhere placeholders of weight 0 are computed.
         served = routing.compact() if x.device.type == "cpu" else routing
         self._check_backend(x, served)
@@ -52,12 +70,19 @@ class MoEBlock(nn.Module):
             y = self.backend(x, served, self.experts)
         else:
             y = compute_in_chunks(self.backend, x, served, self.experts, self.chunk)
+        if first:
+            self._refuse("backend", promises.output(y, x))
         if routing.bypass is not None:
             y = y + routing.bypass.to(y.dtype)
-        if self.shared_expert is None:
-            return y, self._record(routing, info, y, None)
-        shared = self.shared_expert(x)
-        return y + shared, self._record(routing, info, y, shared)
+        shared = None if self.shared_expert is None else self.shared_expert(x)
+        if first:
+            self._refuse("shared_expert", None if shared is None else promises.output(shared, x))
+            self._looked_at.add(self.training)
+        return (y if shared is None else y + shared), self._record(routing, info, y, shared)
+
+    def believe(self) -> None:
+        """Don't look at what the parts return: where tensors have no values, or that was done already."""
+        self._looked_at = {True, False}
 
     def _record(self, routing: Routing, info: TokenInfo, routed: Tensor, shared: Tensor | None) -> LayerRecord:
         counts = routing.counts()
@@ -74,26 +99,6 @@ class MoEBlock(nn.Module):
             **{name: y.detach().float().norm(dim=-1) for name, y in measured.items() if y is not None},
         )
 
-    def _check(self, routing: Routing, x: Tensor) -> None:
-        """Shapes and dtypes only: nothing here waits for the device, but for one look at the first call's values."""
-        wanted = (x.shape[0], self.layout.num_experts)
-        if (routing.num_tokens, routing.num_experts) != wanted:
-            raise self._fault(
-                f"returned a routing of (tokens, experts) ({routing.num_tokens}, {routing.num_experts}), not {wanted}"
-            )
-        if not routing.token.shape == routing.expert.shape == routing.weight.shape or routing.weight.ndim != 1:
-            raise self._fault(
-                "returned token, expert and weight of shapes "
-                f"{[tuple(t.shape) for t in (routing.token, routing.expert, routing.weight)]}; each must be [N]"
-            )
-        if routing.weight.dtype not in (torch.float32, torch.float64):
-            raise self._fault(f"returned weights in {routing.weight.dtype}; they must be float32")
-        for name, scores in (("scores", routing.scores), ("logits", routing.logits)):
-            if scores is not None and (scores.ndim != 2 or scores.shape[0] != x.shape[0]):
-                raise self._fault(f"returned {name} of shape {tuple(scores.shape)}; they must be [{x.shape[0]}, E]")
-        if not self.looked_at and x.device.type != "meta" and not torch.compiler.is_compiling():
-            self._look(routing, x)
-
     def _check_backend(self, x: Tensor, routing: Routing) -> None:
         """Ask the backend once for each device, dtype and power of two of assignments."""
         held = routing.expert.numel() if self.chunk is None else min(self.chunk, routing.expert.numel())
@@ -105,25 +110,16 @@ class MoEBlock(nn.Module):
             self.layout.num_experts, x.shape[-1], width, x.shape[0], held, x.device, compute_dtype(x)
         )
         reason = self.backend.supports(problem)
+        self._refuse("backend", promises.support(reason))
         if reason is not None:
             raise ConfigError(f"model.moe.backend, layer {self.layer_id}: '{self.backend.name}' {reason}")
         self._served.add(kind)
 
     @torch.no_grad()  # checkpointing counts what is saved, and the second computation does not look
     def _look(self, routing: Routing, x: Tensor) -> None:
-        """Once in a model's life: the values of the first routing, while waiting for them costs nothing that counts."""
-        self.looked_at = True
-        if routing.expert.numel() == 0:
-            return
-        if not 0 <= int(routing.expert.min()) <= int(routing.expert.max()) < self.layout.num_experts:
-            raise self._fault(f"chose an expert outside 0 .. {self.layout.num_experts - 1}")
-        if not 0 <= int(routing.token.min()) <= int(routing.token.max()) < x.shape[0]:
-            raise self._fault(f"routed a token outside 0 .. {x.shape[0] - 1}")
-        if not bool(torch.isfinite(routing.weight).all()) and bool(torch.isfinite(x).all()):
-            raise self._fault("returned weights that are NaN or Inf for a finite input")
+        """The values of the first routing, while waiting for them costs nothing that counts."""
+        self._refuse("router", promises.routing_values(routing, x))
 
-    def _fault(self, what: str) -> ConfigError:
-        return ConfigError(
-            f"model.moe.router, layer {self.layer_id}: {type(self.router).__name__} of {type(self.router).__module__} "
-            f"{what}"
-        )
+    def _refuse(self, part: str, fault: str | None) -> None:
+        if fault is not None:
+            raise self.parts[part].fault(fault, getattr(self, part))

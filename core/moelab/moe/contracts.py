@@ -63,6 +63,9 @@ class Router(Protocol):
       its parameters with two or more axes counts as a matmul.
     - `learns`: False for a router that follows a fixed rule by design (hash): said as a fact wherever the run is
       judged, where a router that was to learn and does not raises an alarm. One without parameters need not say it.
+    - `causal`: False for a router in whose training a token's experts depend on later tokens; it refuses to be built
+      without `allow_noncausal`. `causal_in_evaluation`: False where they do in evaluation too, so that its held-out
+      loss sees the future. A run looks whether that is true, tells what is declared, and refuses what is not.
     - `forced`: True for a router that ignores its input and balances by force; marked FORCED wherever a run is named.
     - `qwen2_moe_fields() -> dict | str`: the fields of a Qwen2-MoE config.json that describe this router, or
       why there are none; without it a checkpoint can't be exported to that format.

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
+
+from moelab.plugin_faults import article
+
+SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -33,3 +38,29 @@ class ExpertLayout:
     def active_width(self) -> int:
         """FFN neurons that one token passes through in the routed experts, at balance where their widths differ."""
         return self.num_experts_per_tok * self.total_width // self.num_experts
+
+
+def layout_fault(layout: object) -> str | None:
+    """What is wrong with what a layout plugin returned, for `PluginPart.fault`; None: nothing, but for its sizes."""
+    if layout is None:
+        return None
+    if not isinstance(layout, ExpertLayout):
+        return f"returned {article(layout)}; it must return a moelab.ExpertLayout, or None for a dense layer"
+    for key in SIZES:
+        if not _is_whole(getattr(layout, key)):
+            return f"returned {key} {getattr(layout, key)!r}; it must be a whole number"
+    widths = layout.expert_widths
+    if widths is None:
+        return None
+    if not isinstance(widths, tuple) or not widths or not all(map(_is_whole, widths)):
+        return f"returned expert_widths {widths!r}; they must be a tuple of whole numbers"
+    if len(widths) != layout.num_experts or min(widths) < 1 or max(widths) != layout.moe_intermediate_size:
+        return (
+            f"returned expert_widths {widths!r}; there must be one for each of {layout.num_experts} experts, and the "
+            f"widest must be moe_intermediate_size {layout.moe_intermediate_size}"
+        )
+    return None
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -74,6 +74,8 @@ class TopKRouter(LinearRouter):
         self.score_function = score
         self.norm_topk_prob = options.norm_topk_prob
         self.capacity = Capacity(options.capacity_factor, options.eval_capacity_factor, options.drop_policy)
+        self.causal = options.capacity_factor is None
+        self.causal_in_evaluation = options.eval_capacity_factor is None
         # 0: the choices are the best scores already, and counting them again would cost a top-K.
         self.balance_top_k = self.top_k if options.balance != "none" or options.n_group > 1 else 0
         if options.balance != "none":

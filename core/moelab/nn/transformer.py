@@ -20,6 +20,7 @@ from moelab.nn.loss import token_cross_entropy
 from moelab.nn.mlp import SwiGLU
 from moelab.nn.norm import RMSNorm
 from moelab.nn.rope import Rope
+from moelab.plugin_faults import PluginPart
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,11 @@ class Transformer(nn.Module):
         """Make head and embedding one parameter where the config says so; `to_empty` parts them."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+
+    def plugin_parts(self) -> list[tuple[PluginPart, object]]:
+        """Who to blame for what a router, backend or shared expert raises outside a forward pass."""
+        blocks = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoEBlock)]
+        return [part for block in blocks for part in block.plugin_parts()]
 
     def forward(
         self,

@@ -176,7 +176,7 @@ def _saved(model: Transformer, problem: Problem) -> _Saved:
 
     routers = [block.router for block in moe_blocks(model)]
     for block in moe_blocks(model):
-        block.looked_at = True  # its look at the first routing's values needs values
+        block.believe()  # the look at the first routing's values needs values
         block.router = _Placeholders(block.router)
         block.backend, block.chunk = _CountedExperts(problem.device == "cpu"), None
     if problem.device != "cpu":  # the fake tensors are the CPU's

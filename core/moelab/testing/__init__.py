@@ -10,8 +10,10 @@ failed. Needs no pytest.
 
 from moelab.testing.backends import BACKEND_CHECKS, BackendCase, check_backend
 from moelab.testing.balance_losses import BALANCE_LOSS_CHECKS, BalanceLossCase, check_balance_loss
+from moelab.testing.data_sources import DATA_SOURCE_CHECKS, DataSourceCase, check_data_source
 from moelab.testing.expert_layouts import EXPERT_LAYOUT_CHECKS, ExpertLayoutCase, check_expert_layout
 from moelab.testing.initialisers import INITIALISER_CHECKS, InitialiserCase, check_initialiser
+from moelab.testing.observers import OBSERVER_CHECKS, ObserverCase, check_observer
 from moelab.testing.report import ConformanceError
 from moelab.testing.routers import ROUTER_CHECKS, RouterCase, check_router
 from moelab.testing.shared_experts import SHARED_EXPERT_CHECKS, SharedExpertCase, check_shared_expert
@@ -19,21 +21,27 @@ from moelab.testing.shared_experts import SHARED_EXPERT_CHECKS, SharedExpertCase
 __all__ = [
     "BACKEND_CHECKS",
     "BALANCE_LOSS_CHECKS",
+    "DATA_SOURCE_CHECKS",
     "EXPERT_LAYOUT_CHECKS",
     "INITIALISER_CHECKS",
+    "OBSERVER_CHECKS",
     "ROUTER_CHECKS",
     "SHARED_EXPERT_CHECKS",
     "BackendCase",
     "BalanceLossCase",
     "ConformanceError",
+    "DataSourceCase",
     "ExpertLayoutCase",
     "InitialiserCase",
+    "ObserverCase",
     "RouterCase",
     "SharedExpertCase",
     "check_backend",
     "check_balance_loss",
+    "check_data_source",
     "check_expert_layout",
     "check_initialiser",
+    "check_observer",
     "check_router",
     "check_shared_expert",
 ]

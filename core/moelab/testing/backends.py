@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from moelab.components import Component
+from moelab.moe import promises
 from moelab.moe.contracts import BackendContext, ExpertBackend, ExpertProblem
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
 from moelab.moe.routing import Routing
-from moelab.testing.report import make_options, run_checks
+from moelab.testing.report import make_options, promised, run_checks
 from moelab.testing.tensors import assert_close, assert_finite
 
 EXPERTS, TOP_K, WIDTH, HIDDEN = 4, 2, 32, 16
@@ -84,6 +85,7 @@ def _gradients(
     x = x.detach().clone().requires_grad_()
     weight = routing.weight.detach().clone().requires_grad_()
     y = call(x, replace(routing, weight=weight))
+    promised(promises.output(y, x))
     leaves = [x, weight, *bank.parameters()]
     gradients = torch.autograd.grad((y * head).sum(), leaves, allow_unused=True)
     filled = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, gradients, strict=True)]
@@ -131,9 +133,8 @@ def serves_placeholders(case: BackendCase) -> None:
 def says_what_it_does_not_support(case: BackendCase) -> None:
     """`supports` answers None or a reason, and there is a name."""
     backend = case.build()
-    assert isinstance(backend.name, str) and backend.name, "has no name"  # noqa: PT018  one fact
-    reason = backend.supports(case.problem(8, 16))
-    assert reason is None or (isinstance(reason, str) and reason), f"supports returned {reason!r}, not None or a reason"
+    promised(promises.backend_built(backend), backend)
+    promised(promises.support(backend.supports(case.problem(8, 16))), backend.supports)
 
 
 BACKEND_CHECKS: tuple[Callable[[BackendCase], None], ...] = (

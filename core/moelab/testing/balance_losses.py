@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from moelab.components import Component
 from moelab.errors import ConfigError
+from moelab.moe import promises
 from moelab.moe.batch_statistics import BatchStatistics
 from moelab.moe.contracts import BalanceContext, BalanceLoss, BalanceLossContext, MoEContext, Router
 from moelab.moe.layout import ExpertLayout
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
 from moelab.moe.selection import softmax_score
 from moelab.moe.topk import TopKOptions, TopKRouter
-from moelab.testing.report import make_options, run_checks
+from moelab.testing.report import make_options, promised, run_checks
 from moelab.testing.routers import CONTEXT
 from moelab.testing.tensors import assert_close, assert_finite, fill_parameters, host_waits, make_info, take
 
@@ -98,7 +99,8 @@ class BalanceLossCase:
             statistics.add(records)
             context = statistics.context()
         value = loss(records, context)
-        assert isinstance(value, Tensor), f"returned {type(value).__name__}, not a tensor"
+        promised(promises.loss_value(value), loss)
+        assert isinstance(value, Tensor)
         return value
 
 
@@ -113,16 +115,13 @@ def returns_a_finite_scalar(case: BalanceLossCase) -> None:
         (case.x, everything_padded),
     ):
         value = case.value(loss, case.records(routers, x, info))
-        assert value.ndim == 0, f"has shape {tuple(value.shape)}, not that of a scalar"
-        assert value.is_floating_point(), f"is {value.dtype}"
         assert_finite(value, "value")
 
 
 def says_its_weight_and_does_not_apply_it(case: BalanceLossCase) -> None:
     """`weight` and `needs_batch_counts` are there; the coefficient is the trainer's to apply."""
     loss = case.build()
-    assert isinstance(loss.weight, float | int), f"weight is {loss.weight!r}, not a number"
-    assert isinstance(loss.needs_batch_counts, bool), f"needs_batch_counts is {loss.needs_batch_counts!r}, not a bool"
+    promised(promises.loss_built(loss), loss)
     if "weight" in {f.name for f in fields(case.options)}:
         other = case.build(replace(case.options, weight=case.options.weight * 3 + 1))
         records = case.records(case.routers(), case.x, case.info())

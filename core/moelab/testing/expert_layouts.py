@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moelab.components import Component
-from moelab.moe.layout import ExpertLayout, LayoutContext
-from moelab.testing.report import make_options, run_checks
+from moelab.moe.layout import SIZES, ExpertLayout, LayoutContext, layout_fault
+from moelab.testing.report import make_options, promised, run_checks
 
 
 @dataclass
@@ -39,22 +39,17 @@ def gives_layouts_that_can_be_built(case: ExpertLayoutCase) -> None:
     for layer, layout in case.layers().items():
         if layout is None:
             continue
-        assert isinstance(layout, ExpertLayout), f"layer {layer}: {type(layout).__name__}, not ExpertLayout or None"
-        for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+        promised(layout_fault(replace(layout, expert_widths=None) if isinstance(layout, ExpertLayout) else layout))
+        for key in SIZES:
             value = getattr(layout, key)
-            assert type(value) is int, f"layer {layer}: {key} is {type(value).__name__}, not int"
             assert value >= 1, f"layer {layer}: {key} is {value}"
         assert layout.num_experts_per_tok <= layout.num_experts, f"layer {layer}: more experts per token than experts"
 
 
 def widths_agree_with_their_number(case: ExpertLayoutCase) -> None:
     """`expert_widths`, where given, has one width an expert, the widest being moe_intermediate_size."""
-    for layer, layout in case.layers().items():
-        if layout is not None and layout.expert_widths is not None:
-            widths = layout.expert_widths
-            assert len(widths) == layout.num_experts, f"layer {layer}: {len(widths)} widths"
-            assert max(widths) == layout.moe_intermediate_size, f"layer {layer}: the widest is {max(widths)}"
-            assert min(widths) >= 1, f"layer {layer}: an expert of width {min(widths)}"
+    for layout in case.layers().values():
+        promised(layout_fault(layout))
 
 
 def some_layer_is_sparse(case: ExpertLayoutCase) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from moelab import initialiser_promises as promises
 from moelab.components import Component
-from moelab.initialisers import ExpertInitialiser, NeuronPlan, UpcycleContext
+from moelab.initialisers import ExpertInitialiser, UpcycleContext
 from moelab.moe.layout import ExpertLayout
-from moelab.testing.report import make_options, run_checks
+from moelab.testing.report import make_options, promised, run_checks
 
 MATRICES = ("gate", "up", "down")
 HIDDEN, DENSE, WIDTH = 8, 24, 10  # WIDTH neurons an expert, unless the case says otherwise
@@ -55,6 +56,7 @@ class InitialiserCase:
         layout = ExpertLayout(self.num_experts, 2, self.width)
         context = UpcycleContext(HIDDEN, DENSE, layer_id, 4, layout, 0, True, 0.02, seed, self.num_sources)
         built = self.component.build(self.options, context)
+        promised(promises.built("experts", built), built)
         prepare = getattr(built, "prepare", None)
         if prepare is not None:
             prepare(lambda matrix: self.dense[matrix])
@@ -74,20 +76,16 @@ def plans_every_neuron(case: InitialiserCase) -> None:
     initialiser = case.build()
     for expert in range(case.num_experts):
         plan = initialiser.plan(expert)
-        assert isinstance(plan, NeuronPlan), f"plan is {type(plan).__name__}, not a NeuronPlan"
-        assert plan.source.shape == (case.width,), f"source has shape {plan.source.shape}, not ({case.width},)"
-        assert plan.source.max(initial=0) < DENSE, "a source is no neuron of the dense layer"
-        for matrix in MATRICES:
-            assert plan.redrawn[matrix].shape == (case.width,), f"redrawn['{matrix}'] has the wrong shape"
-            assert plan.redrawn[matrix].dtype == np.bool_, f"redrawn['{matrix}'] is not bool"
+        promised(promises.planned(plan, case.width, DENSE, case.num_sources), initialiser.plan)
 
 
 def fills_every_matrix(case: InitialiserCase) -> None:
     """[n, D], finite."""
     initialiser = case.build()
-    for matrix, values in case.matrices(initialiser, 0).items():
-        assert values.shape == (case.width, HIDDEN), f"{matrix} has shape {values.shape}, not {(case.width, HIDDEN)}"
-        assert np.isfinite(values).all(), f"{matrix} is NaN or Inf"
+    plan = initialiser.plan(0)
+    for matrix in MATRICES:
+        values = initialiser.materialise(plan, 0, matrix, case.dense[matrix])
+        promised(promises.made(values, (case.width, HIDDEN), np.float32, finite=True), initialiser.materialise)
 
 
 def any_order_gives_the_same(case: InitialiserCase) -> None:

@@ -12,14 +12,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moelab.components import Component
 from moelab.errors import ConfigError
+from moelab.moe import promises
 from moelab.moe.batch_statistics import BatchStatistics, call_after_step
 from moelab.moe.contracts import ExpectedAssignments, MoEContext, Router
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
-from moelab.testing.report import make_options, run_checks
+from moelab.plugin_faults import article
+from moelab.testing.report import make_options, promised, run_checks
 from moelab.testing.tensors import (
     assert_close,
     assert_finite,
@@ -64,8 +66,8 @@ class RouterCase:
 
     def build(self) -> Any:
         """A fresh router with strong, seeded parameters."""
-        router = self.component.build(self.options, replace(self.context, allow_noncausal=self.noncausal))
-        assert isinstance(router, nn.Module), f"built {type(router).__name__}, which is no torch.nn.Module"
+        router: Any = self.component.build(self.options, replace(self.context, allow_noncausal=self.noncausal))
+        promised(promises.router_built(router), router)
         fill_parameters(router, self.seed)
         return router
 
@@ -76,7 +78,7 @@ class RouterCase:
         """Call the router and check that it answers with a Routing."""
         router.train(info.training)
         routing = router(self.x if x is None else x, info)
-        assert isinstance(routing, Routing), f"returned {type(routing).__name__}, not a Routing"
+        promised(None if isinstance(routing, Routing) else f"returned {article(routing)}; {promises.ROUTING}", router)
         return routing
 
     def noisy(self) -> bool:
@@ -89,42 +91,15 @@ class RouterCase:
 def returns_what_the_contract_says(case: RouterCase) -> None:
     """Shapes, dtypes and ranges of every field."""
     for training in (False, True):
-        routing = case.route(case.build(), case.info(training))
-        tokens, experts = BATCH * LENGTH, case.context.num_experts
-        assert (routing.num_tokens, routing.num_experts) == (tokens, experts), (
-            f"num_tokens, num_experts are {routing.num_tokens}, {routing.num_experts}, not {tokens}, {experts}"
-        )
-        for name in ("token", "expert"):
-            value, limit = getattr(routing, name), {"token": tokens, "expert": experts}[name]
-            assert value.dtype == torch.int64, f"{name} is {value.dtype}, not int64"
-            assert value.ndim == 1, f"{name} has {value.ndim} axes, not one"
-            assert not value.numel() or 0 <= int(value.min()) <= int(value.max()) < limit, f"{name} is out of range"
-        assert routing.weight.shape == routing.expert.shape == routing.token.shape, (
-            "token, expert, weight differ in shape"
-        )
+        router = case.build()
+        routing = case.route(router, case.info(training))
+        experts = case.context.num_experts
+        promised(promises.routing_shape(routing, case.x, experts), router)
+        promised(promises.routing_values(routing, case.x), router)
         assert routing.weight.dtype == torch.float32, f"weight is {routing.weight.dtype}, not float32"
-        assert_finite(routing.weight, "weight")
-        if routing.top_k is not None:
-            expected = torch.arange(tokens).repeat_interleave(routing.top_k)
-            assert torch.equal(routing.token, expected), (
-                "top_k is set, but token is not each token top_k times in order"
-            )
         for name in ("scores", "logits"):
             value = getattr(routing, name)
-            if value is not None:
-                assert value.shape[0] == tokens, f"{name} has {value.shape[0]} rows, not {tokens}"
-                assert value.shape[1] >= experts, f"{name} has {value.shape[1]} columns for {experts} experts"
-                assert value.dtype == torch.float32, f"{name} is {value.dtype}, not float32"
-                assert_finite(value, name)
-        assert routing.scores is None or bool((routing.scores >= 0).all()), "a score is negative"
-        if routing.choices is not None:
-            assert routing.choices.dtype == torch.bool, "choices must be bool"
-        if routing.served is not None:
-            assert bool((routing.weight[~routing.served] == 0).all()), "a placeholder has a weight"
-        most = experts if routing.scores is None else routing.scores.shape[1]
-        assert 0 <= routing.counted_top_k <= most, (
-            f"balance_top_k is {routing.balance_top_k}, and there are {most} scores"
-        )
+            assert value is None or value.dtype == torch.float32, f"{name} is {value.dtype}, not float32"
 
 
 def gives_no_expert_twice_to_a_token(case: RouterCase) -> None:
@@ -221,11 +196,11 @@ def sequences_are_apart(case: RouterCase) -> None:
 
 
 def later_tokens_change_nothing(case: RouterCase) -> None:
-    """Causality. Always in evaluation; in training unless it is built for `allow_noncausal` alone."""
+    """Causality, where it does not say otherwise: `causal` in training, `causal_in_evaluation`."""
     router = case.build()
     cut = LENGTH // 2
     for training in (False, True):
-        if training and case.noncausal:
+        if not _causal(router, training):
             continue
         info = case.info(training)
         later = info.position >= cut
@@ -236,6 +211,21 @@ def later_tokens_change_nothing(case: RouterCase) -> None:
             outcome(second)[~later], outcome(first)[~later],
             f"earlier tokens, when later ones change (training={training}); refuse without context.allow_noncausal",
         )  # fmt: skip
+
+
+def says_whether_it_is_causal(case: RouterCase) -> None:
+    """`causal = False` (or `causal_in_evaluation`) and refusing to be built without `allow_noncausal` go together."""
+    router = case.build()
+    said = not (_causal(router, True) and _causal(router, False))
+    assert said == case.noncausal, (
+        "sets causal = False, and can be built without context.allow_noncausal; refuse that (refuse_noncausal)"
+        if said
+        else "refuses to be built without context.allow_noncausal, and does not set causal = False"
+    )
+
+
+def _causal(router: Any, training: bool) -> bool:
+    return bool(getattr(router, "causal" if training else "causal_in_evaluation", True))
 
 
 def gradients_reach_the_router(case: RouterCase) -> None:
@@ -355,6 +345,7 @@ ROUTER_CHECKS: tuple[Callable[[RouterCase], None], ...] = (
     right_padding_changes_nothing,
     sequences_are_apart,
     later_tokens_change_nothing,
+    says_whether_it_is_causal,
     gradients_reach_the_router,
     state_is_saved_and_restored,
     stays_float32_in_a_bfloat16_model,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from moelab.components import Component
+from moelab.moe import promises
 from moelab.moe.contracts import MoEContext, SharedExpert
-from moelab.testing.report import make_options, run_checks
+from moelab.testing.report import make_options, promised, run_checks
 from moelab.testing.routers import CONTEXT
 from moelab.testing.tensors import assert_close, assert_finite, fill_parameters, host_waits, tensors_of
 
@@ -35,7 +36,7 @@ class SharedExpertCase:
         """A fresh module with seeded parameters, or None for "no shared expert"."""
         built = self.component.build(self.options, self.context)
         if built is not None:
-            assert isinstance(built, nn.Module), f"built {type(built).__name__}, which is no torch.nn.Module"
+            assert isinstance(built, nn.Module), promises.shared_expert_built(built)
             fill_parameters(built, 0)
         return built
 
@@ -50,8 +51,7 @@ def returns_the_shape_and_dtype_of_its_input(case: SharedExpertCase) -> None:
         for tokens in (TOKENS, 1, 0):
             x = case.x[:tokens].to(dtype)
             y = module(x)
-            assert y.shape == x.shape, f"{tuple(x.shape)} became {tuple(y.shape)}"
-            assert y.dtype == dtype, f"{dtype} became {y.dtype}"
+            promised(promises.output(y, x), module)
             assert_finite(y, "output")
 
 
@@ -59,9 +59,7 @@ def says_how_wide_it_is(case: SharedExpertCase) -> None:
     """`intermediate_size`: the neurons a token passes through, for counting FLOPs."""
     module = case.build()
     if module is not None:
-        width = getattr(module, "intermediate_size", None)
-        assert isinstance(width, int), f"intermediate_size is {width!r}, not an int"
-        assert width >= 0, f"intermediate_size is {width}"
+        promised(promises.shared_expert_built(module), module)
 
 
 def tokens_are_apart(case: SharedExpertCase) -> None:

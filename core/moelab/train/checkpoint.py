@@ -19,6 +19,7 @@ from moelab.manifest import MANIFEST, manifest_bytes, plain_entry
 from moelab.moe.balance import NamedLoss
 from moelab.nn.transformer import Transformer
 from moelab.tensor_file import write_tensors
+from moelab.train.limits import check_disk
 from moelab.train.optimizer import optimizer_tensors, restore_optimizer
 
 
@@ -34,14 +35,16 @@ def save_checkpoint(
     folder: Path, model: Transformer, training: TrainingState, state: Mapping[str, Any], files: Mapping[str, bytes]
 ) -> None:
     """Write `folder` beside, its manifest last, sync it, rename it. `files`: config.yaml and the tokenizer's."""
+    weights, moments = model_tensors(model), _training_tensors(model, training)
+    check_disk(folder, {MODEL: _bytes(weights), TRAINING: _bytes(moments)})
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     small = {STATE: (json.dumps({**state, "manifest": MANIFEST}, indent=2) + "\n").encode(), **files}
     try:
         entries = {name: plain_entry(content) for name, content in small.items()}
-        entries[MODEL] = write_tensors(beside / MODEL, model_tensors(model)).entry()
-        entries[TRAINING] = write_tensors(beside / TRAINING, _training_tensors(model, training)).entry()
+        entries[MODEL] = write_tensors(beside / MODEL, weights).entry()
+        entries[TRAINING] = write_tensors(beside / TRAINING, moments).entry()
         for name, content in {**small, MANIFEST: manifest_bytes(entries)}.items():
             (beside / name).write_bytes(content)
         for path in (*beside.iterdir(), beside):
@@ -112,6 +115,10 @@ def _training_tensors(model: Transformer, training: TrainingState) -> dict[str, 
     for named in training.balance_losses:
         tensors |= {f"balance_losses/{named.name}/{key}": value for key, value in _state_dict(named).items()}
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _sync(path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,11 +68,17 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     data = content.encode() if isinstance(content, str) else content
     beside = path.with_name(f".{path.name}.partial")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW  # a link that lies there leads elsewhere
-    with os.fdopen(os.open(beside, flags, 0o666), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with os.fdopen(os.open(beside, flags, 0o666), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        error.filename = str(path)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -101,15 +109,26 @@ class MetricsLog:
             self._seen = {_kind(row) for row in kept}
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
+        self._broken = False
+
+    def holds(self, step: int, tag: str) -> bool:
+        """Whether an earlier process wrote a line of this step with this tag."""
+        return any(at == step and tag in tags for at, tags in self._seen)
 
     def write(self, row: Mapping[str, Any]) -> None:
         if _kind(row) in self._seen:
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._broken = True  # what is left in the buffer would fail again when the file is closed
+            error.filename = str(self.path)
+            raise
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(*([OSError] if self._broken else [])):
+            self._file.close()
 
 
 def _readable(path: Path) -> list[dict[str, Any]]:
@@ -174,11 +193,21 @@ class PrintableFormatter(logging.Formatter):
         return printable(super().format(record), LONGEST_LOGGED, keep="\n")
 
 
+class _LogFile(logging.FileHandler):
+    """log.txt. When it can't be written, a full disk say, that is told once in its place, and the run goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logger = logging.getLogger("moelab")
+        if self in logger.handlers:
+            logger.removeHandler(self)
+            logger.warning("%s can't be written: %s; the run goes on without it", self.baseFilename, sys.exc_info()[1])
+
+
 def open_log(path: Path, held: Iterable[logging.LogRecord] = ()) -> logging.Handler:
     """What was `held` and everything that `moelab` logs from here go to log.txt; -> a handler for `close_log`."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise UserError(f"{path}: is no regular file of this folder; remove it, and what the run says is written there")
-    handler = logging.FileHandler(path)
+    handler = _LogFile(path)
     handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
     for record in held:
         handler.handle(record)
@@ -189,4 +218,5 @@ def open_log(path: Path, held: Iterable[logging.LogRecord] = ()) -> logging.Hand
 
 def close_log(handler: logging.Handler) -> None:
     logging.getLogger("moelab").removeHandler(handler)
-    handler.close()
+    with contextlib.suppress(OSError):  # told when it was written
+        handler.close()

@@ -20,6 +20,7 @@ from moelab.config.stored import is_sealed, stored, to_yaml
 from moelab.data.batches import TrainBatches, ValidationBatches
 from moelab.data.corpus import Corpus, DataContext
 from moelab.data.lineage import LINEAGE, READING, Lineage, lineage_of, trained
+from moelab.data.promises import corpus_fault
 from moelab.data.seen import RECORD, DataRecord, SeenText, history_of, record_of_run, seen_text
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import ConfigError
@@ -35,11 +36,13 @@ from moelab.origin import check_vocabulary
 from moelab.paths import user_path
 from moelab.records import Record
 from moelab.registry import Registry
+from moelab.train.causality import Causality
 from moelab.train.evaluate import evaluation_batch_size
 from moelab.train.optimizer import build_adamw
 from moelab.train.precision import choose_precision, set_threads
+from moelab.train.rehearsal import probe_step
 from moelab.train.start import Start, find_start, starting_model
-from moelab.train.step import StepSettings, probe_step
+from moelab.train.step import StepSettings
 
 logger = logging.getLogger("moelab")
 
@@ -70,6 +73,7 @@ class Setup:
     parameters: Parameters
     start: Start
     flops_per_token: float  # forward and backward, as the routers declare
+    causality: Causality  # which layers look at later tokens
     costs: ServedCosts  # by which the run counts what its experts served
     alarms: list[Alarm]  # found before the first step
 
@@ -112,7 +116,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True) -> Se
     model = starting_model(config, registry, precision.device, start)
     history = starting_history(config, start)
     settings = StepSettings(micro, train.grad_clip, config.seed, precision)
-    alarms = probe_step(model, losses, batches.batch(0), settings)
+    rehearsal = probe_step(model, losses, batches.batch(0), settings)
     if train.activation_checkpointing:
         apply_activation_checkpointing(model, train.activation_checkpointing)
     return Setup(
@@ -133,7 +137,8 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True) -> Se
         start=start,
         flops_per_token=flops_per_token(model, train.sequence_length),
         costs=served_costs(model, train.sequence_length),
-        alarms=alarms,
+        alarms=rehearsal.alarms,
+        causality=rehearsal.causality,
     )
 
 
@@ -149,7 +154,12 @@ def build_corpus_of(config: RunConfig, registry: Registry, tokenizer: Tokenizer)
     base = user_path(config.search_path[0], "search_path") if config.search_path else Path()
     data = config.data
     context = DataContext(tokenizer, data.validation_fraction, data.seed, base, data.split_seed)
-    return registry.build(DATA_SOURCES, data.source, context, "data.source")
+    corpus = registry.build(DATA_SOURCES, data.source, context, "data.source")
+    fault = corpus_fault(corpus, tokenizer.vocab_size)
+    if fault is not None:
+        chosen, _ = registry.select(DATA_SOURCES, data.source, "data.source")
+        raise registry.part(DATA_SOURCES, data.source, "data.source").fault(fault, chosen.build)
+    return corpus
 
 
 def starting_lineage(config: RunConfig, start: Start) -> Lineage | None:

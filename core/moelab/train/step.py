@@ -9,25 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from moelab.alarms import Alarm
 from moelab.data.batches import Batch
-from moelab.errors import RunFailure
 from moelab.moe.balance import NamedLoss, router_gradient_norms
 from moelab.moe.batch_statistics import BatchStatistics
-from moelab.moe.block import MoEBlock
 from moelab.moe.routing import LayerRecord
+from moelab.nn.count import moe_blocks
 from moelab.nn.transformer import TokenContext, Transformer
 from moelab.seeds import derive_seed, generator
-from moelab.train.failure import describe_failure
+from moelab.train.failure import NotFinite, Terms, describe_failure
 from moelab.train.precision import Precision
-from moelab.train.router_gradient import warn_of_untaught_routers, watch_routers
 from moelab.train.router_statistics import RouterStatistics
-
-PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,13 @@ class Observe:
 NOTHING = Observe()
 
 
+@dataclass
+class Update:
+    """Whether an update is under way: in between, model, optimizer and plugins' state are of neither step."""
+
+    under_way: bool = False
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What a step found, still on the device."""
@@ -64,7 +67,7 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a micro-batch stands in its batch."""
 
     step: int
@@ -82,11 +85,12 @@ def train_step(
     settings: StepSettings,
     *,
     observe: Observe = NOTHING,
+    update: Update | None = None,
 ) -> StepResult:
     """Forward, backward, clip, update, and the routers' own `after_step`.
 
-    Raises RunFailure naming the step and the layer when the loss or a gradient is not finite; the parameters
-    are those of the last good step then.
+    Raises NotFinite naming the step and the place when the loss or a gradient is not finite; the parameters are those
+    of the last good step then. `update` is under way from when the first of them changes; who counts the step ends it.
     """
     device = next(model.parameters()).device
     parts = [part.to(device) for part in batch.split(settings.micro_batch_size)]
@@ -98,73 +102,50 @@ def train_step(
 
     before = _routing_pass(model, balance_losses, parts, step, settings)
     seen = BatchStatistics(for_losses=bool(balance_losses))
-    losses: dict[str, Tensor] = {}
-    by_term: dict[str, Tensor] = {}
+    losses, by_term = dict[str, Tensor](), dict[str, Tensor]()
     routers = router_parameters(model) if observe.routing or observe.gradient_shares else []
-    statistics = RouterStatistics()
-    served: list[Tensor] = []  # of each micro-batch
+    statistics, served = RouterStatistics(), list[Tensor]()  # served: of each micro-batch
     sizes = [part.token_count / batch.token_count for part in batch.split(settings.micro_batch_size)]
-    for index, (part, size) in enumerate(zip(parts, sizes, strict=True)):
-        terms, records = _forward(model, balance_losses, part, before, _Place(step, index, size, targets), settings)
+    computing = [
+        partial(batch_terms, model, balance_losses, part, before, Place(step, index, size, targets), settings)
+        for index, (part, size) in enumerate(zip(parts, sizes, strict=True))
+    ]
+    for index, compute in enumerate(computing):
+        terms, records = compute()
         weighted = {name: value * weight for name, (value, weight) in terms.items()}
         if observe.gradient_shares and index == 0:
             by_term = router_gradient_norms(weighted, routers)
         loss = torch.stack(list(weighted.values())).sum()
         loss.backward()
         seen.add(records)
-        if records:
-            served.append(torch.cat([record.counts for record in records]))
+        served += [torch.cat([record.counts for record in records])] if records else []
         if observe.routing:
             statistics.add(records)
         found = {name: value.detach() for name, (value, _) in terms.items()} | {"loss": loss.detach()}
         losses = {name: losses.get(name, 0) + value for name, value in found.items()}
-
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     if not bool(torch.isfinite(losses["loss"] + norm)):  # before clipping, which would make every gradient NaN
-        raise RunFailure(describe_failure(model, parts, step, settings.precision, losses))
+        raise NotFinite(describe_failure(model, step, computing))
     router_norms = _gradient_norms(routers) if observe.routing and routers else None
     if settings.grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, settings.grad_clip, norm)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), settings.grad_clip, norm)
+    (update or Update()).under_way = True
     optimizer.step()
-    seen.after_step(_blocks(model), step)
+    seen.after_step(moe_blocks(model), step)
     for named in balance_losses:
         named.after_step(seen.context())
     all_served = torch.stack(served).sum(0) if served else None
     return StepResult(losses, norm, statistics, router_norms, by_term, all_served)
 
 
-@torch.no_grad()
-def probe_step(
-    model: Transformer, balance_losses: Sequence[NamedLoss], batch: Batch, settings: StepSettings
-) -> list[Alarm]:
-    """Forward one short sequence and every loss, and leave no trace: plugins that don't fit fail here, before a run.
-
-    Raises ConfigError naming the layer or loss, the plugin and its owner. Warns of routers that the text can't teach,
-    and returns an alarm for each.
-    """
-    device = next(model.parameters()).device
-    part = batch.split(1)[0].narrow(PROBE_TOKENS).to(device)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.train()
-    with torch.random.fork_rng(devices=[]):
-        with watch_routers(_blocks(model)) as calls:
-            _forward(model, balance_losses, part, None, _Place(0, 0, 1.0, PROBE_TOKENS), settings)
-        with settings.precision.autocast():
-            untaught = warn_of_untaught_routers(model.config, _blocks(model), calls)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
-    return untaught
-
-
-def _forward(
+def batch_terms(
     model: Transformer,
     balance_losses: Sequence[NamedLoss],
     part: Batch,
     before: BatchStatistics | None,
-    place: _Place,
+    place: Place,
     settings: StepSettings,
-) -> tuple[dict[str, tuple[Tensor, float]], list[LayerRecord]]:
+) -> tuple[Terms, list[LayerRecord]]:
     """The micro-batch's contributions to the batch's loss: {name: (unweighted scalar, coefficient)}."""
     with settings.precision.autocast():
         output = model(
@@ -209,13 +190,9 @@ def _token_context(part: Batch, step: int, index: int, seed: int) -> TokenContex
     return TokenContext(part.document_id, part.domain_id, noise)
 
 
-def _blocks(model: Transformer) -> list[MoEBlock]:
-    return [module for module in model.modules() if isinstance(module, MoEBlock)]
-
-
 def router_parameters(model: Transformer) -> list[list[nn.Parameter]]:
     """The trainable parameters of each MoE layer's router, in the order of the layers; none for one without."""
-    routers = [block.router for block in _blocks(model)]
+    routers = [block.router for block in moe_blocks(model)]
     return [
         [p for p in router.parameters() if p.requires_grad] if isinstance(router, nn.Module) else []
         for router in routers

@@ -62,6 +62,7 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
         "parameters": asdict(setup.parameters),
         "flops_per_token": setup.flops_per_token,  # declared
         "expected_assignments": {str(b.layer_id): asdict(expected_assignments(b)) for b in setup.blocks},
+        "noncausal": setup.causality.noncausal,  # layers that look at later tokens, in training and in evaluation
         "peak_flops": peak_flops(setup.step_settings.precision),  # what MFU is a share of
         "data": {
             "fingerprint": setup.corpus.fingerprint,

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab.train.checkpoint import TrainingState, restore_checkpoint, save_checkpoint
 from moelab.train.evaluate import evaluate, sample_texts
+from moelab.train.failure import check_evaluation
 from moelab.train.interruption import Interruption
-from moelab.train.observers import ObserverManager, gather_observers
+from moelab.train.limits import warn_of_disk
+from moelab.train.observers import Observers, gather_observers, threads_told
 from moelab.train.probe import look, probe_batch
 from moelab.train.progress import Progress
+from moelab.train.rescue import State, ending, save_what_is_good, shortages_told
 from moelab.train.resume import PLUGINS, VERSIONS, check_state, other_versions, tell_choice
 from moelab.train.router_numbers import layer_facts
 from moelab.train.run_folder import (
@@ -46,10 +50,11 @@ from moelab.train.run_folder import (
     write_json,
 )
 from moelab.train.run_lock import LOCK, RunLock, hold
+from moelab.train.save_clock import SaveClock
 from moelab.train.schedule import learning_rate_factor
 from moelab.train.setup import Setup, check_same_run, checkpoint_files, fixed_environment, prepare
 from moelab.train.start import OVERRIDES
-from moelab.train.step import Observe, StepResult, train_step
+from moelab.train.step import Observe, StepResult, Update, train_step
 from moelab.train.summary import backends, environment_facts, log_metrics, summary, versions
 
 logger = logging.getLogger("moelab")
@@ -62,7 +67,7 @@ class Loop:
     setup: Setup
     run_dir: Path
     lock: RunLock
-    observers: ObserverManager
+    observers: Observers
     metrics: MetricsLog
     progress: Progress
     alarms: AlarmWatch
@@ -71,7 +76,9 @@ class Loop:
     backends: list[str] = field(default_factory=list)  # as last logged
     samples: list[str] = field(default_factory=list)  # of the last evaluation
     changes: list[AlarmChange] = field(default_factory=list)  # of alarms, that no log has shown yet
-    saved: int | None = None  # the step of the last checkpoint that this process wrote
+    saved: int | None = None  # the step of the last checkpoint, or of the start: nothing is lost since
+    update: Update = field(default_factory=Update)
+    clock: SaveClock = field(default_factory=SaveClock)
     damaged: set[str] = field(default_factory=set)  # names of checkpoints that were passed over
 
 
@@ -88,12 +95,14 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
     with ExitStack() as stack:
         with HeldLog() as held:
             registry = Registry(config.plugins, config.entry_points, folders)
-            setup = prepare(config, registry, verify=verify)
+            with shortages_told(config, registry):
+                setup = prepare(config, registry, verify=verify)
             lock = stack.enter_context(hold(run_dir))
             choice = _own_choice(setup)
             resumed = _find_resume(setup, choice, run_dir)
             state = _restore(setup, resumed) if resumed else {}
             prepare_run_folder(run_dir, resume=config.resume, force=force)
+            warn_of_disk(run_dir, setup.model, config.train.keep_checkpoints)
             if resumed and (history := read_record(resumed)):
                 setup = replace(setup, history=history)
             for line in setup.seen.lines():
@@ -112,9 +121,10 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
                 progress = Progress.of(state, setup.costs, setup.flops_per_token)
                 watch = alarm_watch(setup, state)
                 found = [] if state else [AlarmChange(0, "begins", alarm) for alarm in watch.on]
-                loop = Loop(setup, run_dir, lock, manager, metrics, progress, watch, changes=found)
+                loop = Loop(setup, run_dir, lock, manager, metrics, progress, watch, changes=found, saved=progress.step)
                 loop.damaged = {finding.folder.name for finding in choice.skipped} if choice else set()
-                _run(loop)
+                with threads_told():
+                    _run(loop)
         finally:
             close_log(handler)
     return run_dir
@@ -122,7 +132,7 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
 
 def _run(loop: Loop) -> None:
     """All remaining steps, then the summary, also when something went wrong on the way."""
-    setup, progress = loop.setup, loop.progress
+    setup, progress, metrics = loop.setup, loop.progress, loop.metrics
     facts = environment_facts(setup)
     logger.info("%s: %s", facts["name"], {key: facts[key] for key in ("components", "parameters")})
     error: BaseException | None = None
@@ -135,6 +145,8 @@ def _run(loop: Loop) -> None:
             if progress.step == 0:
                 _evaluate(loop)
                 _probe(loop)
+            elif _due(progress.step, setup.config.evaluation.every) and not metrics.holds(progress.step, "eval/loss"):
+                _evaluate(loop)  # the run ended in it, and saved the step before
             while progress.step < setup.config.train.steps:
                 one_step(loop)
                 interruption.check()
@@ -143,21 +155,35 @@ def _run(loop: Loop) -> None:
         _write_evaluation(loop)
         _save(loop)
     except BaseException as problem:
-        error = problem
-        if isinstance(problem, KeyboardInterrupt) and interruption.requested:
-            _save(loop)
-        raise
-    finally:
-        loop.lock.check()  # a folder that is gone gets no summary
-        status = "finished" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        report = summary(
-            facts | {"backends": backends(setup)}, progress, status, loop.final, loop.loads, loop.alarms.to_json()
-        )
-        if error is not None:
-            report["error"] = f"{type(error).__name__}: {error}"
-            logger.error("%s at step %d: %s", status, progress.step, error)
+        error = ending(problem, setup.config, setup.registry, progress.step)
+        if loop.saved != progress.step:
+            state = State(progress.step, whole=not loop.update.under_way)
+            save_what_is_good(setup.model, setup.optimizer, partial(_save, loop, prune=False), error, state)
+    _end(loop, facts, error)
+    if error is not None:
+        raise error
+
+
+def _end(loop: Loop, facts: dict[str, Any], error: BaseException | None) -> None:
+    """summary.json, and the observers' last word."""
+    loop.lock.check()  # a folder that is gone gets no summary
+    progress, dropped = loop.progress, loop.observers.dropped
+    status = "finished" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    facts = facts | {"backends": backends(loop.setup), "observers_dropped": dropped}
+    report = summary(facts, progress, status, loop.final, loop.loads, loop.alarms.to_json())
+    if error is not None:
+        report["error"] = f"{type(error).__name__}: {error}"
+        logger.info("%s after %d steps: %s", status, progress.step, report["error"])  # the caller hears it anyway
+    told = len(dropped)
+    try:
         write_json(loop.run_dir / SUMMARY, report)
         loop.observers.hook.on_train_end(step=progress.step, summary=report, error=error)
+        if len(dropped) > told:
+            write_json(loop.run_dir / SUMMARY, report)
+    except OSError as problem:
+        if error is None:
+            raise ending(problem, loop.setup.config, loop.setup.registry, progress.step) from problem
+        logger.error("%s can't be written: %s", SUMMARY, problem)
 
 
 def one_step(loop: Loop) -> None:
@@ -172,14 +198,17 @@ def one_step(loop: Loop) -> None:
     every = config.train.gradient_shares_every
     what = Observe(observe, observe and (_due(progress.step + 1, every) or (last and every > 0)))
     result = train_step(
-        setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings, observe=what
-    )
+        setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings,
+        observe=what, update=loop.update,
+    )  # fmt: skip
     progress.advance(batch.token_count, result.served, time.perf_counter() - started)
+    loop.update.under_way = False
     if observe:
         _log(loop, result, rate)
     if _due(progress.step, config.evaluation.every):
         _evaluate(loop)
-    if _due(progress.step, config.train.save_every):
+    save_every = config.train.save_every
+    if loop.clock.due() if save_every is None else _due(progress.step, save_every):
         _save(loop)
 
 
@@ -214,7 +243,7 @@ def _log(loop: Loop, result: StepResult, rate: float) -> None:
 def _probe(loop: Loop) -> dict[str, float]:
     """Show a fixed batch to the observers that want to see one; -> the numbers that they found, by tag."""
     setup, hook = loop.setup, loop.observers.hook.on_probe
-    if setup.config.train.probe_every == 0 or not setup.blocks or not hook.get_hookimpls():
+    if setup.config.train.probe_every == 0 or not setup.blocks or not loop.observers.listens("on_probe"):
         return {}
     batch = probe_batch(setup.validation, setup.step_settings.micro_batch_size)
     probe = look(setup.model, batch, list(setup.corpus.domains), setup.step_settings.precision)
@@ -244,6 +273,7 @@ def _evaluate(loop: Loop) -> None:
         loop.samples = sample_texts(setup.model, setup.tokenizer, setup.config.evaluation, setup.config.seed)
     loop.final |= metrics if begun else {}
     loop.metrics.write(loop.progress.row() | metrics)
+    check_evaluation(setup.model, metrics["eval/loss"], loop.progress.step)
     loop.observers.hook.on_evaluate(step=loop.progress.step, metrics=metrics, samples=loop.samples)
 
 
@@ -265,7 +295,7 @@ def _held_out_documents(setup: Setup) -> tuple[list[str], list[str]]:
     return list(stream.document_names), [setup.corpus.domains[i] for i in stream.document_domain]
 
 
-def _save(loop: Loop) -> None:
+def _save(loop: Loop, *, prune: bool = True) -> None:
     setup, progress = loop.setup, loop.progress
     loop.lock.check()
     if loop.saved == progress.step:  # nothing has changed since, and writing it again would first remove it
@@ -282,8 +312,10 @@ def _save(loop: Loop) -> None:
     outside = fixed_environment(setup.config)
     if outside:
         state["environment"] = seal(outside)
-    save_checkpoint(folder, setup.model, _training_state(setup), state, checkpoint_files(setup, progress.step))
-    _prune(loop, folder)
+    with loop.clock.saving():
+        save_checkpoint(folder, setup.model, _training_state(setup), state, checkpoint_files(setup, progress.step))
+    if prune:
+        _prune(loop, folder)
     logger.info("checkpoint: %s", folder.relative_to(loop.run_dir))
     loop.saved = progress.step
     loop.observers.hook.on_save(step=progress.step, path=folder)

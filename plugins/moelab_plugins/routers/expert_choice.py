@@ -58,6 +58,7 @@ class ExpertChoice(LinearRouter):
     def __init__(self, options: ExpertChoiceOptions, context: MoEContext) -> None:
         refuse_noncausal(context, "experts choose among all tokens of a sequence")
         super().__init__(options, context)
+        self.causal = False  # in training; evaluation looks at each token alone
         self.options = options
         self.share = options.capacity_factor * self.top_k / self.num_experts
         if self.share > 1:

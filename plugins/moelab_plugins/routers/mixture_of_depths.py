@@ -41,6 +41,7 @@ class MixtureOfDepths(LinearRouter):
     def __init__(self, options: MixtureOfDepthsOptions, context: MoEContext) -> None:
         refuse_noncausal(context, "the tokens of a sequence compete for being processed")
         super().__init__(options, context)
+        self.causal = False  # in training; evaluation looks at each token alone
         self.options = options
         self.depth_weight = nn.Parameter(torch.empty(1, context.hidden_size))
         self.predictor_weight = nn.Parameter(torch.empty(1, context.hidden_size))

@@ -76,6 +76,7 @@ class MoEPlusPlus(LinearRouter):
             )
         if options.capacity_factor is not None:
             refuse_noncausal(context, "capacity_factor makes a token's experts depend on later tokens and sequences")
+        self.causal = options.capacity_factor is None
         self.options, self.num_free = options, free
         choices, constants = context.num_experts + free, options.num_constant_experts
         self.std = context.initializer_range

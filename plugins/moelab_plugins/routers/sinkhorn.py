@@ -39,6 +39,7 @@ class Sinkhorn(LinearRouter):
     def __init__(self, options: SinkhornOptions, context: MoEContext) -> None:
         refuse_noncausal(context, "the transport plan balances all tokens of the micro-batch against each other")
         super().__init__(options, context)
+        self.causal = False  # in training; evaluation looks at each token alone
         self.iterations = options.iterations
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:

@@ -45,6 +45,7 @@ class TokenRounding(LinearRouter):
     def __init__(self, options: TokenRoundingOptions, context: MoEContext) -> None:
         refuse_noncausal(context, "rounding an expert's count drops or adds tokens by their rank in the batch")
         super().__init__(options, context)
+        self.causal = False  # in training; evaluation looks at each token alone
         self.options = options
 
     @property

@@ -6,6 +6,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,3 +121,61 @@ def test_every_extension_point_has_a_builtin_with_a_line_of_doc() -> None:
         assert components, point.kind
         for component in components.values():
             assert component.summary.endswith((".", ")")), (point.kind, component.name, component.summary)
+
+
+HOOKS: dict[str, tuple[Any, str]] = {
+    "a component": (
+        lambda: moelab.component("sharp", Options, build),
+        "returned a Component; it must return a",
+    ),
+    "a list of names": (lambda: ["sharp"], "returned a list with a str in it; it must return a list of"),
+    "nothing": (lambda: None, "returned None; it must return a list of"),
+    "an error": (
+        lambda: moelab.component("sharp", dict, build),
+        "raised TypeError: component 'sharp': options must be a",
+    ),  # type: ignore[arg-type,type-var]
+}
+
+
+@pytest.mark.parametrize(("hook", "words"), HOOKS.values(), ids=HOOKS)
+def test_a_hook_that_answers_otherwise_is_told_with_its_line(
+    monkeypatch: pytest.MonkeyPatch, hook: Any, words: str
+) -> None:
+    module = types.ModuleType("mine")
+    hook.__module__ = "mine"
+    module.moelab_routers = moelab.hookimpl(hook)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mine", module)
+    registry = Registry(["mine"], entry_points=False)
+    with pytest.raises(ConfigError) as caught:
+        registry.components(ROUTERS)
+    assert str(caught.value).startswith("plugins: moelab_routers of mine: ")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import moelab\n\nx = undefined\n", "NameError: name 'undefined' is not defined (broken_lab.py:3)"),
+        ("def f(:\n", "(broken_lab.py:1)"),
+        ("raise SystemExit(3)\n", "SystemExit: 3 (broken_lab.py:1)"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_told_with_its_line(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "broken_lab.py").write_text(text)
+    with pytest.raises(ConfigError, match=r"plugins: cannot import 'broken_lab'") as caught:
+        Registry(["broken_lab"], entry_points=False, search_path=[tmp_path])
+    assert words in str(caught.value)
+
+
+def test_what_a_constructor_raises_is_told_and_a_shortage_is_left_alone(plugin: Plugin) -> None:
+    registry = Registry([plugin("mine", "sharp")], entry_points=False)
+    with pytest.raises(ConfigError, match=r"^x: router 'sharp' of mine: raised AttributeError: 'int' object has no"):
+        registry.build(ROUTERS, {"name": "sharp"}, 3, "x")  # type: ignore[arg-type]
+
+    class Greedy:
+        @property
+        def num_experts(self) -> int:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        registry.build(ROUTERS, {"name": "sharp"}, Greedy(), "x")  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moelab.plugin_faults import PluginPart
 from moelab_tools.cli import COMMANDS, run
 
 
@@ -67,3 +68,41 @@ def test_a_warning_is_one_marked_line_on_stderr(root: Path, tmp_path: Path, caps
         found = [line for line in lines if line.startswith("warning: ") and "gradient" in line]
         assert len(found) == expected, lines
     assert not any(type(handler).__name__ == "_Warnings" for handler in logging.getLogger("moelab").handlers)
+
+
+def test_memory_that_ends_in_any_command_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def greedy(*rest: object, **options: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5000000000 bytes.")
+
+    monkeypatch.setattr("moelab_tools.cli.moelab.main", greedy)
+    assert run(["doctor"]) == 1
+    assert capsys.readouterr().err == "failed: too little memory: 5.0 GB more were asked for\n"
+
+
+def test_a_strangers_plugin_that_raises_in_any_command_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found in the traceback: the layer that calls the part says whose it is."""
+
+    class Router:
+        def route(self) -> None:
+            raise KeyError("nowhere")
+
+    class Layer:
+        router = Router()
+
+        def plugin_parts(self) -> list[tuple[PluginPart, object]]:
+            return [(PluginPart("router", "bad", __name__, "model.moe.router", 3), self.router)]
+
+        def forward(self) -> None:
+            self.router.route()
+
+    layer = Layer()
+    monkeypatch.setattr("moelab_tools.cli.moelab.main", lambda *rest, **options: layer.forward())
+    assert run(["doctor"]) == 2
+    told = capsys.readouterr().err
+    line = Router.route.__code__.co_firstlineno + 1
+    assert told.startswith(f"error: model.moe.router: router 'bad' of {__name__}, layer 3: raised KeyError: ")
+    assert told.endswith(f"test_cli.py:{line})\n")

@@ -146,7 +146,7 @@ def compare(
     domains, domain_documents = _domains(runs, measure)
     warnings = why + fairness_warnings(runs) + remarks.orders(variants) + remarks.sources(variants)
     warnings += remarks.documents(runs, measure, told=bool(why)) + flops_warnings(runs) + remarks.steep(runs)
-    warnings += remarks.repeated(runs) + routers.unknown(runs)
+    warnings += remarks.repeated(runs) + routers.unknown(runs) + remarks.noncausal(runs)
     return Comparison(
         runs=runs,
         lines=lines,

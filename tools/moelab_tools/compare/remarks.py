@@ -68,6 +68,29 @@ def steep(runs: Sequence[Run]) -> list[str]:
     ]
 
 
+def noncausal(runs: Sequence[Run]) -> list[str]:
+    """Runs with layers that look at later tokens, which generation has none of: what their losses are worth."""
+    found: dict[str, list[str]] = {"evaluation": [], "training": []}
+    for run in runs:
+        modes = run.summary.get("noncausal") or {}
+        for mode, names in found.items():
+            if modes.get(mode):
+                names.append(run.name)
+                break  # in evaluation: that it does in training too says nothing more
+    told = []
+    if found["evaluation"]:
+        told.append(
+            f"{', '.join(found['evaluation'])}: looks at later tokens in evaluation: its held-out loss is not "
+            "comparable with that of a causal model, and it would not reach it when it generates"
+        )
+    if found["training"]:
+        told.append(
+            f"{', '.join(found['training'])}: looks at later tokens in training: its training loss is not comparable "
+            "with that of a causal model; its held-out loss is that of what stands in for it in evaluation"
+        )
+    return told
+
+
 def sources(variants: Sequence[Variant]) -> list[str]:
     """Dense sources among the seeds of a variant: who reads its name must know."""
     told = []

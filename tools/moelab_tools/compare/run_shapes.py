@@ -37,6 +37,9 @@ def check_summary(summary: Record) -> None:
         if not layer.isdecimal() or len(layer) > 9:
             loads.refuse(layer, "under the number of a layer")
         loads.listed(layer, float)
+    noncausal = summary.record("noncausal", optional=True)
+    for mode in ("training", "evaluation"):
+        noncausal.listed(mode, int, optional=True)
     _check_lineage(summary.record("lineage", optional=True))
     seen = summary.record("data").record("seen", optional=True)
     seen.text("source", None)

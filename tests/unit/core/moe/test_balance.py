@@ -103,7 +103,8 @@ def test_a_loss_of_the_wrong_shape_is_refused() -> None:
             return torch.zeros(3)
 
     with pytest.raises(
-        ConfigError, match=r"\('mine' of my_lab\): returned a tensor of shape \(3,\), not a float scalar"
+        ConfigError,
+        match=r"balance loss 'mine' of my_lab: returned a tensor of shape \(3,\) in torch.float32, not a float sc",
     ):
         NamedLoss("mine", Loss(), owner="my_lab")([], BalanceContext(None))
 

@@ -19,8 +19,9 @@ from moelab.hookspecs import ROUTERS
 from moelab.moe.block import MoEBlock
 from moelab.testing.tensors import make_info
 from moelab.train.precision import Precision
+from moelab.train.rehearsal import probe_step
 from moelab.train.router_gradient import NEGLIGIBLE, hears_the_text
-from moelab.train.step import StepSettings, probe_step
+from moelab.train.step import StepSettings
 
 REGISTRY = Registry(entry_points=False)
 CONTEXT = MoEContext(32, 8, 2, 12, 32, layer_id=0, num_hidden_layers=2, vocab_size=64, allow_noncausal=True)

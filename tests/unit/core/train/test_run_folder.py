@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import logging
 from pathlib import Path
@@ -105,3 +107,44 @@ def test_a_run_is_finished_when_its_summary_says_so(tmp_path: Path) -> None:
     assert not is_finished(tmp_path)
     (tmp_path / "summary.json").write_text('{"status": "finished"}')
     assert is_finished(tmp_path)
+
+
+def _full(*rest: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_log_that_cannot_be_written_is_told_once_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    handler = open_log(tmp_path / "log.txt")
+    logger = logging.getLogger("moelab")
+    assert isinstance(handler, logging.FileHandler)
+    handler.setStream(_Full())  # type: ignore[arg-type]
+    for number in range(3):
+        logger.info("line %d", number)
+    close_log(handler)
+    told = [message for message in caplog.messages if "can't be written" in message]
+    assert len(told) == 1
+    assert told[0].endswith("log.txt can't be written: [Errno 28] No space left on device; the run goes on without it")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+class _Full(io.StringIO):
+    write = flush = close = _full  # type: ignore[assignment]
+
+
+def test_metrics_that_cannot_be_written_name_their_file_and_closing_them_hides_nothing(tmp_path: Path) -> None:
+    metrics = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    metrics._file = _Full()  # type: ignore[assignment]
+    with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
+        metrics.write({"step": 1})
+    metrics.close()
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.fsync", _full)
+    with pytest.raises(OSError, match="summary"):
+        write_atomically(tmp_path / "summary.json", "{}")
+    assert not list(tmp_path.iterdir())

@@ -251,6 +251,18 @@ def test_a_loss_that_still_falls_fast_is_warned_of(make_run: MakeRun) -> None:
     assert not any("still falling fast" in warning for warning in compared(make_run("b", steps=2000)).warnings)
 
 
+def test_what_looks_at_later_tokens_is_said(make_run: MakeRun) -> None:
+    found = {"plain": {}, "choice": {"training": [0], "evaluation": []}, "ahead": {"training": [], "evaluation": [1]}}
+    paths = {name: make_run(name) for name in (*found, "old")}
+    for name, layers in found.items():
+        summary = json.loads((paths[name] / "summary.json").read_text())
+        (paths[name] / "summary.json").write_text(json.dumps(summary | {"noncausal": layers}))
+    told = [line for line in compared(*paths.values()).warnings if "later tokens" in line]
+    assert len(told) == 2
+    assert told[0].startswith("ahead: looks at later tokens in evaluation: its held-out loss is not comparable")
+    assert told[1].startswith("choice: looks at later tokens in training: its training loss is not comparable")
+
+
 def test_a_repetition_of_a_seed_is_no_second_sample(make_run: MakeRun) -> None:
     comparison = compared(make_run("a"), make_run("b"))
     assert [line.runs for line in comparison.lines] in ([["a"], ["b"]], [["b"], ["a"]])
