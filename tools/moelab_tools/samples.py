@@ -68,7 +68,8 @@ def show(samples: Sequence[Sample], width: int) -> None:
     if len(samples) == 1:
         print(printable(samples[0].text, keep=SHOWN))
         return
-    console = Console(width=width)
+    console = make_console()
+    console.width = width
     for prompt, group in groupby(samples, key=lambda sample: sample.prompt):
         console.print(f"[bold]prompt[/] {_plain(repr(prompt))}", highlight=False, soft_wrap=True)
         _show_one(list(group), console)

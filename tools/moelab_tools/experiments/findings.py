@@ -49,7 +49,7 @@ def write_findings(
     findings = findings_json(declaration, register, conclusion, command)
     write_json(folder / FINDINGS, findings)
     path = folder / READING
-    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    old = read_text(path, Reading()) if path.is_file() else ""
     by_hand = old.partition(KEPT)[2].strip() or "## Reading\n\nNot written yet."
     write_atomically(path, f"{reading(findings)}\n{KEPT}\n\n{by_hand}\n")
     return path

@@ -70,7 +70,9 @@ def write_register(register: Register, out: Path) -> None:
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The keys that differ, with both values; where none does, a file that is named was changed."""
-    first, second = dict(flatten(json.loads(json.dumps(then)))), dict(flatten(json.loads(json.dumps(now))))
+    first, second = (
+        dict(flatten(parse_json(json.dumps(side), REGISTER, Reading(), finite=False))) for side in (then, now)
+    )  # as they are stored
     keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
     if not keys:
         return "the text of a config file that it names"

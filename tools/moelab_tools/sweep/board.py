@@ -84,9 +84,7 @@ def _last_row(path: Path) -> dict[str, float]:
         return {}
     for line in reversed(lines):
         try:
-            row = json.loads(line)
-        except ValueError:
+            return an_object(parse_json(line, path, Reading(), finite=False), path, Reading())
+        except UserError:
             continue
-        if isinstance(row, dict):
-            return row
     return {}

@@ -216,8 +216,9 @@ def launch(
 def last_words(log: Path) -> str:
     """What a process said last, mostly `error: ...`."""
     try:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:
+        said = read_bytes(log, Reading()).decode("utf-8", "replace")
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+    except UserError:
         lines = []
     told = [line for line in lines if line.startswith(("error: ", "failed: "))]
     return printable((told or lines or ["it said nothing"])[-1], LONGEST_WORDS)
