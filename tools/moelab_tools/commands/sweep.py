@@ -68,6 +68,7 @@ def command(
     from moelab_tools.sweep.matching import Matching
     from moelab_tools.sweep.run import SweepRequest, run_sweep
     from moelab_tools.sweep.slurm import slurm_worker
+    from moelab_tools.terminal import make_console
 
     request = SweepRequest(
         arguments=config,

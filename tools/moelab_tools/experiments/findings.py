@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moelab.safe_files import Reading, read_object
+from moelab.safe_files import Reading, read_object, read_text
 from moelab.train.run_folder import write_atomically, write_json
 from moelab_tools.compare import sentences
 from moelab_tools.compare.comparison import Comparison

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.errors import UserError
-from moelab.safe_files import Reading, read_object
+from moelab.safe_files import Reading, parse_json, read_object
 from moelab.train.run_folder import write_json
 from moelab_tools.compare.differences import flatten
 from moelab_tools.experiments.declaration import Declaration

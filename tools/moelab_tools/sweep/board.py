@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from moelab.errors import UserError
+from moelab.safe_files import Reading, an_object, parse_json
 
 TAIL_BYTES = 8192  # of a metrics.jsonl: its last line is within
 COLOURS = {"finished": "green", "already finished": "green", "failed": "bold red", "not started": "yellow"}

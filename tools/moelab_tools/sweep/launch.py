@@ -15,6 +15,7 @@ from rich.console import Console
 
 from moelab.errors import UserError
 from moelab.printable import printable
+from moelab.safe_files import Reading, read_bytes
 from moelab.train.interruption import Interruption
 from moelab_tools.sweep.board import Board
 
