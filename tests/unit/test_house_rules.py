@@ -157,7 +157,9 @@ READERS = {
     "yaml.load": set(), "yaml.safe_load": set(), "yaml.full_load": set(), "yaml.load_all": set(),
     "yaml.unsafe_load": set(), "yaml.safe_load_all": set(), "yaml.compose": set(),
     "safe_open": {"core/moelab/hf/files.py"},
-    "load_file": {"core/moelab/checkpoint.py", "plugins/moelab_plugins/observers/_recorder_file.py"},
+    "load_file": {
+        "core/moelab/checkpoint.py", "core/moelab/routes/files.py", "plugins/moelab_plugins/observers/_recorder_file.py",
+    },
     "np.load": {READER}, "np.memmap": {"plugins/moelab_plugins/data_sources/tokens.py"}, "np.fromfile": set(),
     "np.loadtxt": set(), "np.genfromtxt": set(), "torch.load": set(), "pickle.load": set(), "pickle.loads": set(),
     "FastTokenizer.from_str": {"core/moelab/data/tokenizer_file.py"}, "Tokenizer.from_str": set(),

@@ -139,7 +139,7 @@ def _read_arrays(path: Path, told: Mapping[str, Any]) -> dict[str, np.ndarray]:
     read_tensor_header(path, READING)
     try:
         arrays = load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a type numpy lacks
         READING.refuse(path, f"can't be read ({error}): cut short or damaged", error)
     if arrays.keys() != told.keys():
         READING.refuse(path, f"does not hold the arrays of {HEAD}: {sorted(arrays.keys() ^ told.keys())[:3]}")

@@ -73,7 +73,7 @@ def read(run_dir: Path, step: int) -> Looks:
     try:
         read_tensor_header(path, Reading())
         looks = _unpack(load_file(path))
-    except (UserError, OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (UserError, OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         logger.warning("%s: can't be read (%s); the recorder begins again from here", path, error)
         return Looks()
     looks.drop_after(step)

@@ -91,11 +91,8 @@ def open_source(
     sequences = run.evaluation.sequences if tokens is None else -(-tokens // length)
     batches = ValidationBatches(stream, sequences, length, evaluation_batch_size(run))
     whole = (len(stream) - 1) // length
-    facts |= {
-        "windows": len(batches.windows),
-        "windows_of_the_text": whole,
-        "document_count": len(stream.document_names),
-    }
+    facts |= {"windows": len(batches.windows), "windows_of_the_text": whole}
+    facts["document_count"] = len(stream.document_names)
     model = _model(checkpoint, run, registry, precision, untrained=untrained)
     facts = {
         "moelab": moelab.__version__,
