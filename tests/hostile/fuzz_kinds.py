@@ -21,6 +21,7 @@ from moelab.hf.carried import carried_files, largest_token_id
 from moelab.hf.config import read_config
 from moelab.hf.files import TensorFolder, read_header
 from moelab.origin import end_token_ids, read_origin
+from moelab.routes.files import read_trace
 from moelab.train.setup import build_corpus_of, resolve_run
 from moelab_tools.compare.runs import read_run
 from moelab_upcycling.convert import prepare, registry_of
@@ -279,6 +280,20 @@ KINDS: dict[str, Kind] = {
             ),
         ),
     ),
+    "trace": Kind(
+        ("mine.yaml", "text", "run", "trace"),
+        (
+            Group(
+                ("trace/trace.json", "trace/routes.safetensors"),
+                (lambda f: read_trace(f / "trace"),),
+                (
+                    ("view", "trace", "--out", "o.html"),
+                    ("agreement", "trace", "trace"),
+                    ("replay", "run", "trace"),
+                ),
+            ),
+        ),
+    ),
     "recipe": Kind(
         ("dense", "up", "recipe.yaml"),
         (
@@ -315,6 +330,8 @@ KINDS: dict[str, Kind] = {
                     ("architectures", "--json"),
                     (*TRAIN, "--force"),
                     ("evaluate", "run", "mine.yaml"),
+                    ("trace", "run", "--out", "o", "--tokens", "64"),
+                    ("ablate", "run", "--tokens", "64", "--out", "o"),
                 ),
             ),
         ),

@@ -79,6 +79,7 @@ def make_world(folder: Path) -> None:
     _tokenizer(folder / "tok")
     for name, seed in (("run", 0), ("run2", 1)):
         _do("train", str(folder / "mine.yaml"), f"run_dir={folder / name}", f"seed={seed}")
+    _do("trace", str(folder / "run"), "--out", str(folder / "trace"), "--tokens", "100")
     _do("export", str(folder / "run"), str(folder / "hf"))
     dense = ModelConfig(
         vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,

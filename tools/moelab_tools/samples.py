@@ -63,12 +63,13 @@ def continue_prompts(
 
 def show(samples: Sequence[Sample], width: int) -> None:
     """On stdout: one alone as it is, several side by side where there is room, prompt by prompt."""
-    from rich.console import Console
-
     if len(samples) == 1:
         print(printable(samples[0].text, keep=SHOWN))
         return
-    console = Console(width=width)
+    from moelab_tools.terminal import make_console
+
+    console = make_console()
+    console.width = width
     for prompt, group in groupby(samples, key=lambda sample: sample.prompt):
         console.print(f"[bold]prompt[/] {_plain(repr(prompt))}", highlight=False, soft_wrap=True)
         _show_one(list(group), console)

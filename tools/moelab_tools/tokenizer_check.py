@@ -73,10 +73,12 @@ def check_auto_tokenizer(folder: Path, tokenizer: Tokenizer, vocab_size: int) ->
     version = str(transformers.__version__)
     try:
         auto = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # whatever another version says of a file
-        return Verdict(version, len(PROBES), error=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
-    differing = [text for text in PROBES if _ids(auto, text) != tokenizer.encode(text).tolist()]
-    return Verdict(version, len(PROBES), tuple(differing), tuple(_special(auto, tokenizer, vocab_size)))
+        differing = [text for text in PROBES if _ids(auto, text) != tokenizer.encode(text).tolist()]
+        special = _special(auto, tokenizer, vocab_size)
+    except Exception as error:  # whatever another version says of a file, or of a text once it has the file
+        told = str(error).splitlines() or [""]
+        return Verdict(version, len(PROBES), error=f"{type(error).__name__}: {told[0][:200]}")
+    return Verdict(version, len(PROBES), tuple(differing), tuple(special))
 
 
 def _ids(auto: Any, text: str) -> list[int]:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from moelab.errors import UserError
-from moelab.safe_files import Reading, check_regular
+from moelab.safe_files import Reading, read_tensor_header
 from moelab.train.run_folder import write_atomically
 
 logger = logging.getLogger("moelab")
@@ -71,9 +71,9 @@ def read(run_dir: Path, step: int) -> Looks:
     if not path.exists():
         return Looks()
     try:
-        check_regular(path, Reading())
+        read_tensor_header(path, Reading())
         looks = _unpack(load_file(path))
-    except (UserError, OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (UserError, OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         logger.warning("%s: can't be read (%s); the recorder begins again from here", path, error)
         return Looks()
     looks.drop_after(step)

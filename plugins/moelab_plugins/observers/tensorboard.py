@@ -184,7 +184,7 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
     about = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
     shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
     for tag, text in texts.items():
-        tensor = TensorProto(dtype="DT_STRING", string_val=[text.encode()], tensor_shape=shape)
+        tensor = TensorProto(dtype="DT_STRING", string_val=[printable(text, keep="\n\t").encode()], tensor_shape=shape)
         value = Summary.Value(tag=f"{tag}/text_summary", metadata=about, tensor=tensor)
         writer.add_event(Event(wall_time=time.time(), step=0, summary=Summary(value=[value])))
     writer.close()

@@ -53,10 +53,10 @@ def command(
 
     Exit codes: 0 it came to its end, decided or not; 1 some runs failed; 2 the input is wrong; 130 stopped.
     """
-    from rich.console import Console
 
     from moelab_tools.experiments.conduct import ExperimentRequest, folder_of, run_experiment
     from moelab_tools.sweep.slurm import slurm_worker
+    from moelab_tools.terminal import make_console
 
     request = ExperimentRequest(experiment, out, results, jobs, amend, force, dry_run, trust, override)
-    run_experiment(request, Console(), slurm_worker(folder_of(request), slurm_option) if slurm else None)
+    run_experiment(request, make_console(), slurm_worker(folder_of(request), slurm_option) if slurm else None)

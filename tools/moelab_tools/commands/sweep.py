@@ -64,11 +64,11 @@ def command(
 
     Exit codes: 0 all runs ended well, 1 some did not, 2 the input is wrong, 130 stopped.
     """
-    from rich.console import Console
 
     from moelab_tools.sweep.matching import Matching
     from moelab_tools.sweep.run import SweepRequest, run_sweep
     from moelab_tools.sweep.slurm import slurm_worker
+    from moelab_tools.terminal import make_console
 
     request = SweepRequest(
         arguments=config,
@@ -81,4 +81,4 @@ def command(
         force=force,
         trust=trust,
     )
-    run_sweep(request, Console(), slurm_worker(out, slurm_option) if slurm else None)
+    run_sweep(request, make_console(), slurm_worker(out, slurm_option) if slurm else None)

@@ -205,3 +205,15 @@ def test_a_file_that_is_no_tokenizer_is_named(content: str, tmp_path: Path) -> N
 def test_a_missing_file_is_named_with_what_may_be_given(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="'bytes', or the path"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("token_id", [2**31, 2**17, -1, 10**30, True, "1", 0.5])
+def test_an_id_far_beyond_the_listed_tokens_is_refused_before_a_table_is_made(token_id: object, tmp_path: Path) -> None:
+    definition = {
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "b": token_id}, "unk_token": "a"},
+        "added_tokens": [],
+    }
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(definition))
+    with pytest.raises(DataError, match="has the token id"):
+        load_tokenizer(str(path))

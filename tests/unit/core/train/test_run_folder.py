@@ -21,6 +21,7 @@ from moelab.train.run_folder import (
     prepare_run_folder,
     write_atomically,
 )
+from moelab.train.run_lock import hold
 
 
 def test_what_is_said_before_there_is_a_folder_reaches_the_terminal_and_the_log(
@@ -148,3 +149,29 @@ def test_a_file_that_cannot_be_written_leaves_nothing_beside_it(
     with pytest.raises(OSError, match="summary"):
         write_atomically(tmp_path / "summary.json", "{}")
     assert not list(tmp_path.iterdir())
+
+
+def test_lines_of_metrics_that_can_not_be_read_are_left_out_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n[1]\n{"x": 2}\n{"step": "x"}\n{"step": 2, "a": NaN}\n{"step": 3')
+    MetricsLog(path, 5).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2, "a": NaN}\n'
+    assert "3 lines of" in caplog.text
+
+
+def test_nothing_is_written_through_a_link_that_lies_in_a_run_folder(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("mine")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in (".lock", "log.txt", ".summary.json.partial"):
+        (run / name).symlink_to(other)
+    with pytest.raises(UserError, match="can't be written"), hold(run):
+        pass
+    with pytest.raises(UserError, match="no regular file"):
+        open_log(run / "log.txt")
+    with pytest.raises(OSError, match="symbolic link"):
+        write_atomically(run / "summary.json", "x")
+    assert other.read_text() == "mine"

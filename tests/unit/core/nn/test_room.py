@@ -1,0 +1,42 @@
+"""A model that no memory here can hold is refused by its count, before a byte is asked for."""
+
+from __future__ import annotations
+
+import resource
+
+import pytest
+import torch
+
+from moelab.builder import build_model
+from moelab.config.model import ModelConfig
+from moelab.errors import ConfigError
+from moelab.nn.room import TRAINING, check_room, memory_of
+
+
+def _model(width: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=100, hidden_size=width, intermediate_size=width, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def test_a_model_of_terabytes_is_refused_with_its_count() -> None:
+    model = build_model(_model(1 << 20), device="meta", seed=None)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    with pytest.raises(ConfigError, match=f"model: its {numbers:,} parameters take"):
+        check_room(model, "cpu")
+
+
+def test_training_needs_four_times_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(_model(16), device="meta", seed=None)
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr("moelab.nn.room.memory_of", lambda device: 3 * weights)
+    check_room(model, "cpu")
+    with pytest.raises(ConfigError, match="with gradients and moments"):
+        check_room(model, "cpu", TRAINING)
+
+
+def test_a_process_counts_with_the_least_of_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (12345, -1))
+    assert memory_of(torch.device("cpu")) == 12345
+    assert memory_of(torch.device("meta")) is None
