@@ -31,8 +31,8 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 FLOORS = (
     {"printable"},
     {"errors", "seeds", "components", "checksums"},
-    {"paths", "safe_files", "alarms"},
-    {"records"},
+    {"paths", "safe_files", "alarms", "atomic"},
+    {"records", "lock"},
     {"manifest", "tensor_file"},
     {"config"},
     {"data"},

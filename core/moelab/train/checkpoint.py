@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moelab.atomic import partial, put_in_place, sync
 from moelab.checkpoint import MODEL, STATE, TRAINING, load_model_tensors, model_tensors, read_state, read_tensors
 from moelab.errors import CheckpointError
 from moelab.manifest import MANIFEST, manifest_bytes, plain_entry
@@ -34,7 +34,7 @@ def save_checkpoint(
     folder: Path, model: Transformer, training: TrainingState, state: Mapping[str, Any], files: Mapping[str, bytes]
 ) -> None:
     """Write `folder` beside, its manifest last, sync it, rename it. `files`: config.yaml and the tokenizer's."""
-    beside = folder.with_name(f".{folder.name}.partial")
+    beside = partial(folder)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     small = {STATE: (json.dumps({**state, "manifest": MANIFEST}, indent=2) + "\n").encode(), **files}
@@ -45,11 +45,8 @@ def save_checkpoint(
         for name, content in {**small, MANIFEST: manifest_bytes(entries)}.items():
             (beside / name).write_bytes(content)
         for path in (*beside.iterdir(), beside):
-            _sync(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        beside.rename(folder)
-        _sync(folder.parent)
+            sync(path)
+        put_in_place(beside, folder)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise CheckpointError(
@@ -112,11 +109,3 @@ def _training_tensors(model: Transformer, training: TrainingState) -> dict[str, 
     for named in training.balance_losses:
         tensors |= {f"balance_losses/{named.name}/{key}": value for key, value in _state_dict(named).items()}
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
