@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 WRITES = ("write", "pwrite", "save")  # what can be torn
@@ -183,6 +184,7 @@ def fork(command: Callable[[], int], folder: Path, kill: Kill | None = None) -> 
         said = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - the process ends here
         for number in (1, 2):
             os.dup2(said.fileno(), number)
+        sys.modules["__main__"] = ModuleType("__main__")  # a process that it spawns need not import torch
         watch = Watch(folder, kill)
         watch.install()
         try:

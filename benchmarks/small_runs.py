@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -38,7 +38,7 @@ CONFIG: dict[str, Any] = {
 EXPORTABLE = (  # what Qwen2-MoE can say
     "model.moe.router.name=softmax_topk", "model.moe.shared_expert={name: gated, intermediate_size: 16}",
 )  # fmt: skip
-_SKIPPED = re.compile(r"log\.txt|events\.out\.tfevents\..*|\.lock")
+_SKIPPED = re.compile(r"log\.txt|events\.out\.tfevents\..*|.*\.lock")
 
 
 def load_libraries() -> None:
@@ -47,7 +47,7 @@ def load_libraries() -> None:
 
     import moelab_tools.compare.report
     import moelab_tools.exporting
-    import moelab_tools.upcycling  # noqa: F401
+    import moelab_tools.upcycling
     from moelab import registry
     from moelab.data import byte_tokenizer, json_tokenizer  # noqa: F401
     from moelab.train import summary, trainer  # noqa: F401
@@ -58,6 +58,7 @@ def load_libraries() -> None:
     registry.Registry(entry_points=False)
     registry.packages_distributions = cache(registry.packages_distributions)  # type: ignore[attr-defined]
     registry.packages_distributions()  # type: ignore[attr-defined]
+    moelab_tools.exporting.check_auto_tokenizer = lambda *_: None  # imports transformers for seconds, writes nothing
     summary.peak_flops = lambda precision: 1e11  # a third of a second, of what is not compared
     torch.nn.Embedding(1, 1, device="meta")  # its initialisation imports torch._dynamo
 
@@ -77,14 +78,14 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
     return folder / "small.yaml"
 
 
-def contents(folder: Path, skip: Iterable[str] = ()) -> dict[str, Any]:
+def contents(folder: Path) -> dict[str, Any]:
     """{relative path: bytes, or JSON without what the clock says} of every file: equal for runs that are equal.
 
-    Left out: log.txt and TensorBoard's events, which hold dates, and files of the names in `skip`.
+    Left out: log.txt and TensorBoard's events, which hold dates, and locks of killed processes.
     """
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not _SKIPPED.fullmatch(path.name) and path.name not in skip:
+        if path.is_file() and not _SKIPPED.fullmatch(path.name):
             found[str(path.relative_to(folder))] = _comparable(path)
     return found
 

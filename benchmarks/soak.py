@@ -1,6 +1,6 @@
 """Hundreds of runs, each killed several times at random and gone on with, compared bit by bit with undisturbed ones.
 
-    python benchmarks/soak.py [--kills 300] [--seed 0] [--output benchmarks/results]
+    python benchmarks/soak.py [--kills 300] [--seed 0] [--processes 1] [--output benchmarks/results]
 
 Training is killed by SIGKILL at a moment or at a file operation, by SIGTERM, and by SIGINT once or twice; export
 --force and upcycle by SIGKILL at a moment. Compared are weights, moments, counters of every checkpoint that is left,
@@ -20,13 +20,16 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import kill_points
 import small_runs
-from kill_points import Scenario
+from kill_points import Scenario, must, upcycling
 from killing import Ending, Kill, fork, run, wait
 from report import machine, markdown_table, write_results
 from small_runs import RUN, command, contents, copy, differences, write_config
@@ -51,6 +54,16 @@ class Reference:
     operations: int
     whole: dict[str, Any]
     each_step: dict[str, Any]  # the checkpoints of all steps
+
+
+@dataclass
+class Replaced:
+    """A command that is killed and run again: what it ends as, and how long it takes undisturbed."""
+
+    name: str
+    scenario: Scenario
+    wanted: dict[str, Any]
+    seconds: float
 
 
 @dataclass
@@ -119,22 +132,23 @@ def _compare(found: dict[str, Any], reference: Reference, interrupted: bool) -> 
     return lines + differences({k: reference.each_step.get(k) for k in left | {newest: None}}, left)
 
 
-def replace_once(soak: Soak, scenario: Scenario, wanted: dict[str, Any], seconds: float) -> None:
+def replace_once(soak: Soak, one: Replaced) -> None:
     """A command that is killed at a moment one to three times, then let to its end."""
+    scenario, name = one.scenario, one.name
     folder = soak.scratch / "work"
     copy(scenario.start, folder)
     for _ in range(soak.chance.randint(1, 3)):
         process, report = fork(scenario.first(folder), folder)
-        time.sleep(soak.chance.uniform(0.0, seconds))
+        time.sleep(soak.chance.uniform(0.0, one.seconds))
         os.kill(process, signal.SIGKILL)
         killed = wait(process, report).code == -signal.SIGKILL
-        soak.kills[f"SIGKILL of {scenario.name}"] += killed
+        soak.kills[f"SIGKILL of {name}"] += killed
         soak.missed += not killed
-        soak.problems += [f"{scenario.name}: {one}" for one in scenario.check(folder, [])]
+        soak.problems += [f"{name}: {line}" for line in scenario.check(folder, [])]
     ending = run(scenario.again(folder), folder)
-    soak.runs[scenario.name] += 1
-    found = differences(wanted, contents(folder)) + ([] if ending.code == 0 else [ending.said[-400:]])
-    soak.problems += [f"{scenario.name}: {one}" for one in found]
+    soak.runs[name] += 1
+    found = differences(one.wanted, contents(folder)) + ([] if ending.code == 0 else [ending.said[-400:]])
+    soak.problems += [f"{name}: {line}" for line in found]
 
 
 def references(scratch: Path) -> list[Reference]:
@@ -146,62 +160,69 @@ def references(scratch: Path) -> list[Reference]:
         folder = scratch / "soaked"
         copy(config, folder)
         started = time.monotonic()
-        ending = _must(run(_train(folder, resume=False), folder))
+        ending = must(run(_train(folder, resume=False), folder))
         seconds, whole = time.monotonic() - started, contents(folder)
         copy(config, folder)
         each = ("train.save_every=1", "train.keep_checkpoints=0")
-        _must(run(command("train", folder / "small.yaml", f"run_dir={folder / RUN}", *each), folder))
+        must(run(command("train", folder / "small.yaml", f"run_dir={folder / RUN}", *each), folder))
         made.append(Reference(config, seconds, len(ending.operations), whole, contents(folder)))
     return made
 
 
-def others(scratch: Path) -> list[tuple[Scenario, dict[str, Any], float]]:
-    """(scenario, what it ends as, seconds): export --force, and upcycle by two processes."""
+def others(scratch: Path) -> list[Replaced]:
+    """export --force, and upcycle by two processes."""
+    starts = kill_points.Starts(scratch, STEPS)
     made = []
-    for scenario in kill_points.scenarios(scratch, STEPS, upcycling_workers=2):
-        if scenario.name in ("export --force", "upcycle"):
-            folder = scratch / "work"
-            copy(scenario.start, folder)
-            started = time.monotonic()
-            _must(run(scenario.first(folder), folder))
-            made.append((scenario, contents(folder), time.monotonic() - started))
+    known = {"export --force": kill_points.SCENARIOS["export --force"](starts), "upcycle": upcycling(starts, workers=2)}
+    for name, scenario in known.items():
+        started = time.monotonic()
+        wanted = starts.after(scenario.start, scenario.first)
+        made.append(Replaced(name, scenario, wanted, time.monotonic() - started))
     return made
 
 
-def _must(ending: Ending) -> Ending:
-    if ending.code:
-        raise SystemExit(f"an undisturbed command failed, exit code {ending.code}: {ending.said}")
-    return ending
+def soak_for(kills: int, seed: int) -> Soak:
+    """Until so many kills hit."""
+    scratch = Path(tempfile.mkdtemp(prefix="soak."))
+    soak = Soak(random.Random(seed), scratch)
+    try:
+        known, replaced = references(scratch), others(scratch)
+        while soak.kills.total() < kills:
+            if soak.chance.random() < 0.9:
+                train_once(soak, soak.chance.choice(known))
+            else:
+                replace_once(soak, soak.chance.choice(replaced))
+            print(f"seed {seed}: {soak.kills.total()} kills, {soak.runs.total()} runs", flush=True)
+            if soak.problems:
+                print(*soak.problems[-3:], sep="\n", flush=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return soak
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=300, help="that hit, at least")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=300, help="that hit, at least, in each process")
+    parser.add_argument("--seed", type=int, default=0, help="of the first process; the next has the next")
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--output", type=Path, help="also write soak.json and .md there")
     arguments = parser.parse_args()
     small_runs.load_libraries()
-    scratch = Path(tempfile.mkdtemp(prefix="soak."))
-    soak = Soak(random.Random(arguments.seed), scratch)
-    try:
-        known, replaced = references(scratch), others(scratch)
-        while soak.kills.total() < arguments.kills:
-            if soak.chance.random() < 0.8:
-                train_once(soak, soak.chance.choice(known))
-            else:
-                replace_once(soak, *soak.chance.choice(replaced))
-            print(f"{soak.kills.total()} kills, {soak.runs.total()} runs, {len(soak.problems)} differences", flush=True)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    rows = [[how, str(count)] for how, count in sorted(soak.kills.items())]
-    rows += [["came too late", str(soak.missed)], ["runs gone on with and compared", str(soak.runs.total())]]
-    table = markdown_table(["what", "how often"], [*rows, ["differences", str(len(soak.problems))]])
-    print(table, *soak.problems[:50], sep="\n")
+    seeds = range(arguments.seed, arguments.seed + arguments.processes)
+    with ProcessPoolExecutor(arguments.processes, get_context("fork")) as pool:
+        soaks = list(pool.map(partial(soak_for, arguments.kills), seeds))
+    kills, runs = (sum((getattr(soak, name) for soak in soaks), Counter[str]()) for name in ("kills", "runs"))
+    missed, problems = sum(soak.missed for soak in soaks), [line for soak in soaks for line in soak.problems]
+    rows = [[how, str(count)] for how, count in sorted(kills.items())]
+    rows += [["together", str(kills.total())], ["came too late", str(missed)]]
+    rows += [["run again and compared", str(runs.total())], ["differences", str(len(problems))]]
+    table = markdown_table(["what", "how often"], rows)
+    print(table, *problems[:50], sep="\n")
     if arguments.output:
         facts = {key: value for key, value in machine().items() if key not in ("date", "load_average", "gpu")}
-        results = {"seed": arguments.seed, "kills": soak.kills, "missed": soak.missed, "runs": soak.runs}
-        write_results(arguments.output, "soak", facts, results | {"problems": soak.problems[:50]}, [table + "\n"])
-    return int(bool(soak.problems))
+        results = {"seeds": list(seeds), "kills": kills, "missed": missed, "runs": runs, "problems": problems[:50]}
+        write_results(arguments.output, "soak", facts, results, [table + "\n"])
+    return int(bool(problems))
 
 
 if __name__ == "__main__":
