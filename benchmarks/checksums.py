@@ -69,20 +69,20 @@ def model_of(nbytes: float) -> Transformer:
 
 def save(folder: Path, model: Transformer, training: TrainingState, *, hashed: bool) -> tuple[float, float]:
     """(seconds of a save, of these in syncs)."""
-    running, sync, waited = tensor_file.running, checkpoint._sync, [0.0]
+    running, sync, waited = tensor_file.running, checkpoint.sync, [0.0]
 
     def timed_sync(path: Path) -> None:
         began = time.perf_counter()
         sync(path)
         waited[0] += time.perf_counter() - began
 
-    checkpoint._sync = timed_sync
+    checkpoint.sync = timed_sync
     tensor_file.running = running if hashed else NoHash  # type: ignore[assignment]
     began = time.perf_counter()
     try:
         save_checkpoint(folder, model, training, {"step": 1}, {"config.yaml": b"{}\n"})
     finally:
-        tensor_file.running, checkpoint._sync = running, sync
+        tensor_file.running, checkpoint.sync = running, sync
     return time.perf_counter() - began, waited[0]
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moelab.atomic import where_it_may_be
 from moelab.config.run import RunConfig
 from moelab.config.stored import read_stored
 from moelab.errors import CheckpointError, ConfigError
@@ -42,7 +43,8 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def resolve_checkpoint(path: Path) -> Path:
     """The folder that holds the weights. Raises CheckpointError when there is none."""
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; give a run folder, a checkpoint, or a Hugging Face folder")
+        hint = where_it_may_be(path) or "; give a run folder, a checkpoint, or a Hugging Face folder"
+        raise CheckpointError(f"{path}: no such folder{hint}")
     if (path / CHECKPOINTS).is_dir():
         newest = newest_checkpoint(path)
         if newest is None:

@@ -42,6 +42,7 @@ class Registry:
         self.manager = pluggy.PluginManager("moelab")
         self.manager.add_hookspecs(plugin_hooks())
         self.modules: set[str] = set()  # whose code is in: built-in, installed or named
+        self._versions: dict[str, str] | None = None
         self.left_out: list[str] = []  # entry points that offer nothing at `points`
         for point in points:
             for path in builtin_modules(point):
@@ -123,6 +124,11 @@ class Registry:
 
     def versions(self) -> dict[str, str]:
         """{distribution or module: version} of every plugin that is loaded."""
+        if self._versions is None:  # every checkpoint asks, and it reads the file list of all that is installed
+            self._versions = self._find_versions()
+        return dict(self._versions)
+
+    def _find_versions(self) -> dict[str, str]:
         owners = packages_distributions()
         found: dict[str, str] = {}
         for name, plugin in self.manager.list_name_plugin():

@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from moelab.train.format import FORMAT_VERSION
+from moelab.train.format import FORMAT_VERSION, without_clock
 
 CONFIG = "configs/train/tiny_moe.yaml"
 SMALL = [
@@ -22,7 +23,6 @@ SMALL = [
     "model.moe.router.name=sigmoid_topk",  # its bias is plugin state that must resume too
 ]  # fmt: skip
 MOELAB = [sys.executable, "-m", "moelab"]
-TIMES = {"seconds", "perf/tokens_per_second", "perf/mfu", "perf/memory_gb"}
 
 
 def _run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -58,8 +58,12 @@ def _stopped(root: Path, hook: str, step: int, sent: str, *arguments: str) -> in
 
 
 def _metrics(run: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    return [without_clock(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    """But for what says where and how fast it ran."""
+    return dict(without_clock(json.loads((run / "summary.json").read_text())))
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +104,23 @@ def test_a_killed_run_resumes_to_the_same_bits(root: Path, finished: Path, tmp_p
         last = Path("checkpoints/step_00000012") / name
         assert (run / last).read_bytes() == (finished / last).read_bytes(), name
     assert _metrics(run) == _metrics(finished)
+    assert _summary(run) == _summary(finished)
+
+
+def test_a_run_killed_before_its_summary_gets_the_one_it_would_have_had(
+    root: Path, finished: Path, tmp_path: Path
+) -> None:
+    """No step is left to do, so nothing is logged again: values, loads and backends come from what was written."""
+    run = tmp_path / "late"
+    shutil.copytree(finished, run)
+    for name in ("summary.json", "evaluation_documents.jsonl"):
+        (run / name).unlink()
+    assert _run(root, "train", CONFIG, *SMALL, f"run_dir={run}", "--resume").returncode == 0
+    assert _summary(run) == _summary(finished)
+    assert len(_summary(run)["expert_load"]) == 2
+    assert _metrics(run) == _metrics(finished)
+    documents = "evaluation_documents.jsonl"
+    assert (run / documents).read_bytes() == (finished / documents).read_bytes()
 
 
 def test_flops_are_those_that_the_experts_served_and_go_on_after_a_resume(root: Path, tmp_path: Path) -> None:

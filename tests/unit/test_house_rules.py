@@ -31,8 +31,8 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 FLOORS = (
     {"printable"},
     {"errors", "seeds", "components", "checksums", "shortage"},
-    {"paths", "safe_files", "alarms", "plugin_faults"},
-    {"records"},
+    {"paths", "safe_files", "alarms", "plugin_faults", "atomic"},
+    {"records", "lock"},
     {"manifest", "tensor_file"},
     {"config"},
     {"data"},

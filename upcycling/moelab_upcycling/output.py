@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from moelab.atomic import in_bytes
 from moelab.checksums import ALGORITHM
 from moelab.data.lineage import LINEAGE, Lineage, converted, lineage_of
 from moelab.data.seen import carried_record
@@ -23,6 +25,8 @@ from moelab.safe_files import an_object, parse_json, read_bytes
 from moelab_upcycling.plan import Plan, Shard
 from moelab_upcycling.worker import ShardResult
 from moelab_upcycling.writer import PARTIAL, explain, write_text
+
+logger = logging.getLogger("moelab")
 
 PLAN_FILE = "upcycle.json"
 MANIFEST = "upcycle_manifest.jsonl"
@@ -63,7 +67,10 @@ class OutputFolder:
 
     @contextmanager
     def locked(self, shared: bool) -> Iterator[None]:
-        """Make the folder, and keep a second run out; `shared` lets in others that do other layers."""
+        """Make the folder, and keep a second run out; `shared` lets in others that do other layers.
+
+        Whoever is alone there removes what killed runs left half-written.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.folder, os.O_RDONLY)
@@ -75,6 +82,8 @@ class OutputFolder:
             os.close(descriptor)
             raise CheckpointError(f"{self.folder}: another run is writing there; wait for it") from error
         try:
+            if not shared:
+                self._clean_up()
             yield
         finally:
             os.close(descriptor)
@@ -98,6 +107,22 @@ class OutputFolder:
         for shard in shards:
             for path in self.folder.glob(f".{shard.file}.*{PARTIAL}"):
                 path.unlink(missing_ok=True)
+
+    def _clean_up(self) -> None:
+        """Remove every half-written file, and a line of the manifest that was cut off; nobody else may be here."""
+        left = [path for path in self.folder.glob(f".*{PARTIAL}") if path.is_file()]
+        size = sum(path.stat().st_blocks * 512 for path in left)
+        try:
+            for path in left:
+                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError), open(self.folder / MANIFEST, "r+b") as file:
+                content = file.read()
+                if content and not content.endswith(b"\n"):
+                    file.truncate(content.rfind(b"\n") + 1)
+        except OSError as error:
+            raise explain(error, self.folder) from error
+        if left:
+            logger.warning("%s: removed half-written files, %s that a killed run left", self.folder, in_bytes(size))
 
     def check_space(self, nbytes: int) -> None:
         """CheckpointError where this many bytes more don't fit, before the first is written."""
@@ -151,7 +176,7 @@ class OutputFolder:
         write_text(self.folder / "config.json", json.dumps(self.plan.config_json(), indent=2, sort_keys=True) + "\n")
         for name, content in self.carried.items():
             write_text(self.folder / name, content)
-        write_text(self.folder / LINEAGE, self._lineage().to_bytes().decode())
+        write_text(self.folder / LINEAGE, self._lineage().to_bytes())
         index = {
             "metadata": {"total_size": self.plan.total_size, "upcycle_hash": content_hash(self.plan, hashes)},
             "weight_map": {t.name: shard.file for shard in self.plan.shards for t in shard.tensors},

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from moelab.atomic import where_it_may_be
 from moelab.errors import CheckpointError
 from moelab.records import Record
 from moelab.safe_files import Reading, read_object, read_tensor_header
@@ -212,7 +213,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
 
 def _nothing_to_read(folder: Path) -> str:
     if not folder.is_dir():
-        return f"{folder}: no such folder"
+        return f"{folder}: no such folder{where_it_may_be(folder)}"
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickled:
         return (

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moelab.atomic import lock_beside, partial, put_in_place, recover, sync
 from moelab.errors import CheckpointError
 from moelab.hf.carried import GENERATION_FILE, ID_FIELDS
 from moelab.hf.config import CONFIG_FILE
 from moelab.hf.files import INDEX_FILE, SINGLE_FILE
 from moelab.hf.names import LM_HEAD, Piece, pieces
 from moelab.hf.write_config import write_config
+from moelab.lock import FileLock, hold_file
 from moelab.nn.transformer import Transformer
 from moelab.paths import user_path
 from moelab.tensor_file import write_tensors
@@ -46,12 +46,12 @@ def save_hf(
     """
     config = write_config(model, dtype=dtype, extra=config_extra)
     shards = _shards(_tensors(model), dtype.itemsize, parse_size(max_shard_size))
-    with new_folder(user_path(folder), force=force) as temporary:
+    with new_folder(user_path(folder), force=force) as (temporary, lock):
         _write_json(temporary / CONFIG_FILE, config)
         ids = {key: config[key] for key in ID_FIELDS if config.get(key) is not None}
         if ids and GENERATION_FILE not in (extra_files or {}):
             _write_json(temporary / GENERATION_FILE, {"_from_model_config": True, **ids})
-        _write_shards(temporary, shards, dtype)
+        _write_shards(temporary, shards, dtype, lock)
         for name, content in (extra_files or {}).items():
             path = temporary / name
             if path.parent != temporary or path.exists():
@@ -69,33 +69,43 @@ def parse_size(size: int | str) -> int:
 
 
 @contextmanager
-def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
+def new_folder(target: Path, *, force: bool = False) -> Iterator[tuple[Path, FileLock]]:
     """A temporary folder that becomes `target` when the block ends well, synced, and vanishes when it does not.
 
-    Raises CheckpointError if `target` is a file, or holds something and `force` is not given.
+    What a killed writer of the same `target` left is removed first, and told. Raises CheckpointError if `target` is a
+    file, or holds something and `force` is not given; UserError while another process writes it. A block that takes
+    minutes beats the lock.
     """
     target = target.resolve()
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target}: is a file; choose another folder")
     try:
-        _check_target(target, force)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.writing")
-        temporary.mkdir()
+        with hold_file(lock_beside(target), what=f"{target}:", otherwise="choose another folder") as lock:
+            recover(target)
+            _check_target(target, force)
+            with _temporary(partial(target)) as temporary:
+                yield temporary, lock
+                for path in [*temporary.iterdir(), temporary]:
+                    sync(path)
+                put_in_place(temporary, target)
     except OSError as error:
-        raise CheckpointError(f"{target}: can't be written: {error.strerror}; choose another folder") from error
+        raise CheckpointError(
+            f"{target}: can't be written: {error.strerror or error}; nothing was kept; free some space, or choose "
+            "another folder"
+        ) from error
+
+
+@contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    folder.mkdir()
     try:
-        yield temporary
-        for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
-        _put_in_place(temporary, target)
-    except OSError as error:
-        raise CheckpointError(f"{target}: can't be written: {error.strerror or error}; nothing was kept") from error
+        yield folder
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_target(target: Path, force: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target}: is a file; choose another folder")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not force:
@@ -104,29 +114,6 @@ def _check_target(target: Path, force: bool) -> None:
         )
     if not (target / CONFIG_FILE).is_file():
         raise CheckpointError(f"{target}: holds no {CONFIG_FILE}, so it is no checkpoint, and --force won't delete it")
-
-
-def _put_in_place(temporary: Path, target: Path) -> None:
-    """Rename; an old folder stays complete beside it until the new one stands."""
-    old = temporary.with_suffix(".replaced")
-    if target.is_dir() and any(target.iterdir()):
-        target.rename(old)
-    try:
-        temporary.rename(target)  # over nothing, or an empty folder
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _tensors(model: Transformer) -> list[tuple[Piece, Tensor]]:
@@ -153,11 +140,12 @@ def _shards(tensors: list[tuple[Piece, Tensor]], itemsize: int, limit: int) -> l
     return shards
 
 
-def _write_shards(folder: Path, shards: list[list[tuple[Piece, Tensor]]], dtype: torch.dtype) -> None:
+def _write_shards(folder: Path, shards: list[list[tuple[Piece, Tensor]]], dtype: torch.dtype, lock: FileLock) -> None:
     """One shard's copy is in memory at a time."""
     weight_map: dict[str, str] = {}
     total = 0
     for number, shard in enumerate(shards, start=1):
+        lock.beat()
         name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {piece.name: _copy(piece.view(parameter), dtype) for piece, parameter in shard}
         write_tensors(folder / name, tensors, metadata={"format": "pt"})

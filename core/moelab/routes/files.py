@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from moelab.atomic import partial, put_in_place, sync
 from moelab.checksums import ALGORITHM, checksum
 from moelab.errors import DataError, UserError
 from moelab.records import Record, read_record
@@ -44,13 +44,15 @@ def write_trace(trace: Trace, folder: Path) -> None:
         "arrays": {name: _array_facts(array) for name, array in arrays.items()},
     }
     head["sha256"] = _own_hash(head)
-    beside = folder.with_name(f".{folder.name}.partial")
+    beside = partial(folder)
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         (beside / ROUTES).write_bytes(save(arrays))
         (beside / HEAD).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, folder)
+        for path in (*beside.iterdir(), beside):
+            sync(path)
+        put_in_place(beside, folder)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise UserError(f"--out {folder}: can't be written ({error.strerror}); choose another folder") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moelab.atomic import partial, put_in_place, sync
 from moelab.checkpoint import MODEL, STATE, TRAINING, load_model_tensors, model_tensors, read_state, read_tensors
 from moelab.errors import CheckpointError
 from moelab.manifest import MANIFEST, manifest_bytes, plain_entry
@@ -37,7 +37,7 @@ def save_checkpoint(
     """Write `folder` beside, its manifest last, sync it, rename it. `files`: config.yaml and the tokenizer's."""
     weights, moments = model_tensors(model), _training_tensors(model, training)
     check_disk(folder, {MODEL: _bytes(weights), TRAINING: _bytes(moments)})
-    beside = folder.with_name(f".{folder.name}.partial")
+    beside = partial(folder)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     small = {STATE: (json.dumps({**state, "manifest": MANIFEST}, indent=2) + "\n").encode(), **files}
@@ -48,11 +48,8 @@ def save_checkpoint(
         for name, content in {**small, MANIFEST: manifest_bytes(entries)}.items():
             (beside / name).write_bytes(content)
         for path in (*beside.iterdir(), beside):
-            _sync(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        beside.rename(folder)
-        _sync(folder.parent)
+            sync(path)
+        put_in_place(beside, folder)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise CheckpointError(
@@ -119,11 +116,3 @@ def _training_tensors(model: Transformer, training: TrainingState) -> dict[str, 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -15,7 +15,7 @@ from torch import Tensor
 from moelab.nn.count import ServedCosts
 from moelab.train.evaluation import Evaluation
 
-COUNTERS = ("step", "tokens", "seconds", "served_weights", "logged")  # what state.json carries to a resumed run
+CARRIED = ("step", "tokens", "seconds", "served_weights", "logged")  # what state.json carries to a resumed run
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Progress:
     @classmethod
     def of(cls, state: Mapping[str, Any], costs: ServedCosts, declared_flops_per_token: float) -> Progress:
         """Where state.json left off; a fresh one for an empty state."""
-        counters = {key: state[key] for key in (*COUNTERS, "counts") if key in state}
+        counters = {key: state[key] for key in (*CARRIED, "counts") if key in state}
         return cls(costs, declared_flops_per_token, **counters)
 
     def advance(self, tokens: int, served: Tensor | None, seconds: float) -> None:
@@ -109,4 +109,4 @@ class Progress:
 
 def can_continue(state: Mapping[str, Any]) -> bool:
     """Whether a state.json has every counter: earlier versions did not count what was served."""
-    return all(key in state for key in COUNTERS)
+    return all(key in state for key in CARRIED)

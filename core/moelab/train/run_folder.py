@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moelab.checkpoint import CONFIG
+from moelab.atomic import discard, partial, recover_all, write_file
+from moelab.checkpoint import CHECKPOINTS, CONFIG
 from moelab.errors import DataError, UserError
 from moelab.printable import printable
 from moelab.records import Record
 from moelab.safe_files import Reading, an_object, parse_json, read_bytes, read_object
+from moelab.train.format import COUNTERS, ROW_ALARMS
 from moelab.train.run_lock import LOCK
 
+WRITABLE = ".writable"  # made and removed to see that files can be
 READING = Reading(UserError, "mend it, or begin anew with --force")
 LONGEST_LOGGED = 10_000  # characters of one entry of log.txt: a traceback fits
 logger = logging.getLogger("moelab")
@@ -30,7 +31,8 @@ def prepare_run_folder(path: Path, *, resume: bool, force: bool) -> None:
     """Make `path` ready for a run.
 
     Raises UserError when it holds something and neither `resume` nor `force` was given, when it can't be
-    written, or when `force` would delete what is no run folder.
+    written, or when `force` would delete what is no run folder. Of a run that is resumed, what a kill left of a
+    checkpoint half written or half deleted goes.
     """
     try:
         holds = sorted(item.name for item in path.iterdir() if item.name != LOCK) if path.exists() else []
@@ -40,11 +42,12 @@ def prepare_run_folder(path: Path, *, resume: bool, force: bool) -> None:
                     f"run_dir: {path} already holds a run; choose another run_dir, go on with --resume, "
                     "or replace it with --force"
                 )
-            if CONFIG not in holds and METRICS not in holds:
+            if not _is_run(holds):
                 raise UserError(f"run_dir: {path} is not a run folder; --force will not delete it")
             _empty(path, holds)
+        recover_all(path / CHECKPOINTS)
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
+        probe = path / WRITABLE
         probe.touch()
         probe.unlink()
     except NotADirectoryError as error:
@@ -53,36 +56,24 @@ def prepare_run_folder(path: Path, *, resume: bool, force: bool) -> None:
         raise UserError(f"run_dir: {path} can't be written: {error.strerror}; choose another run_dir") from error
 
 
+def _is_run(names: list[str]) -> bool:
+    """Also one that was killed before its first file stood, or when all but these had been deleted."""
+    first = {LOG, WRITABLE, partial(Path(CONFIG)).name}
+    return CONFIG in names or METRICS in names or first.issuperset(names)
+
+
 def _empty(path: Path, names: list[str]) -> None:
     """Delete these, but not the lock; config.yaml last, so that what is left of it is still known as a run folder."""
     for name in sorted(names, key=lambda name: name in (CONFIG, METRICS)):
         item = path / name
         if item.is_dir() and not item.is_symlink():
-            shutil.rmtree(item)
+            discard(item)
         else:
             item.unlink()
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Written beside, synced, renamed: a reader sees the old file or the new one, never half of one."""
-    data = content.encode() if isinstance(content, str) else content
-    beside = path.with_name(f".{path.name}.partial")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW  # a link that lies there leads elsewhere
-    try:
-        with os.fdopen(os.open(beside, flags, 0o666), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        error.filename = str(path)
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
-
-
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(value, indent=2, allow_nan=True) + "\n")
+    write_file(path, json.dumps(value, indent=2, allow_nan=True) + "\n")
 
 
 def is_finished(path: Path) -> bool:
@@ -94,20 +85,23 @@ def is_finished(path: Path) -> bool:
 
 
 class MetricsLog:
-    """metrics.jsonl: one object a line. A resumed run first drops the lines after its checkpoint.
+    """metrics.jsonl: one object a line. A resumed run first drops the lines after its checkpoint, None: all of them.
 
     A line that is there already, same step and same tags, is not written twice: the last evaluation comes after
-    the last step, and a run killed behind it evaluates again.
+    the last step, and a run killed behind it evaluates again. `newest` is the last value of each tag, a resumed run's
+    as if it had never been killed.
     """
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
+    def __init__(self, path: Path, resumed_step: int | None) -> None:
         self.path = path
-        kept: list[dict[str, Any]] = []
+        self.newest: dict[str, float] = {}
         self._seen: set[tuple[int, frozenset[str]]] = set()
-        if path.exists():
+        kept: list[dict[str, Any]] = []
+        if path.exists() and resumed_step is not None:
             kept = [row for row in _readable(path) if row["step"] <= resumed_step]
-            self._seen = {_kind(row) for row in kept}
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        for row in kept:
+            self._take(row)
+        write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
         self._broken = False
 
@@ -118,6 +112,7 @@ class MetricsLog:
     def write(self, row: Mapping[str, Any]) -> None:
         if _kind(row) in self._seen:
             return
+        self._take(row)
         try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
@@ -125,6 +120,11 @@ class MetricsLog:
             self._broken = True  # what is left in the buffer would fail again when the file is closed
             error.filename = str(self.path)
             raise
+
+    def _take(self, row: Mapping[str, Any]) -> None:
+        self._seen.add(_kind(row))
+        if row["step"] > 0:  # what a run begins with is no result of it
+            self.newest |= {tag: value for tag, value in row.items() if tag not in (*COUNTERS, ROW_ALARMS)}
 
     def close(self) -> None:
         with contextlib.suppress(*([OSError] if self._broken else [])):

@@ -27,6 +27,8 @@ from moelab.train.step import StepResult
 if TYPE_CHECKING:
     from moelab.train.setup import Setup
 
+LOADS, BACKENDS = "expert_load", "backends"  # of summary.json, and of state.json, so that a resumed run has them
+
 
 def log_metrics(result: StepResult, rate: float, progress: Progress, setup: Setup) -> RouterReport:
     """All scalars of one logged step, and the loads. This is where the host waits for the device."""
@@ -96,7 +98,7 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
         OVERRIDES: setup.start.overrides,  # {key: {config, checkpoint}}: where the model is not the checkpoint's
         "lineage": setup.lineage.to_json() if setup.lineage else None,  # of the weights it starts from
         "seed": written["seed"],
-        "backends": backends(setup),
+        BACKENDS: backends(setup),
     }
 
 
@@ -135,10 +137,10 @@ def summary(
     progress: Progress,
     status: str,
     final: Mapping[str, float],
-    loads: Mapping[int, list[float]],
+    loads: Mapping[str, list[float]],
     alarms: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """summary.json."""
+    """summary.json. `loads`: layer -> each expert's share of the assignments."""
     served = {"active_served": round(progress.active_parameters())} if progress.tokens else {}
     return {
         "format_version": FORMAT_VERSION,
@@ -152,7 +154,7 @@ def summary(
         "flops_per_token_served": progress.flops() / progress.tokens if progress.tokens else None,
         "seconds": round(progress.seconds, 3),
         "final": dict(final),
-        "expert_load": {str(layer): shares for layer, shares in loads.items()},
+        LOADS: dict(loads),
         "alarms": [dict(alarm) for alarm in alarms],
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.alarms import AlarmChange, AlarmWatch
+from moelab.atomic import discard, write_file
 from moelab.checkpoint import CHECKPOINTS, CONFIG
 from moelab.config.run import RunConfig
 from moelab.config.stored import seal, stored, to_yaml
@@ -46,7 +46,6 @@ from moelab.train.run_folder import (
     is_finished,
     open_log,
     prepare_run_folder,
-    write_atomically,
     write_json,
 )
 from moelab.train.run_lock import LOCK, RunLock, hold
@@ -55,7 +54,7 @@ from moelab.train.schedule import learning_rate_factor
 from moelab.train.setup import Setup, check_same_run, checkpoint_files, fixed_environment, prepare
 from moelab.train.start import OVERRIDES
 from moelab.train.step import Observe, StepResult, Update, train_step
-from moelab.train.summary import backends, environment_facts, log_metrics, summary, versions
+from moelab.train.summary import BACKENDS, LOADS, backends, environment_facts, log_metrics, summary, versions
 
 logger = logging.getLogger("moelab")
 
@@ -71,9 +70,8 @@ class Loop:
     metrics: MetricsLog
     progress: Progress
     alarms: AlarmWatch
-    final: dict[str, float] = field(default_factory=dict)  # the newest value of each tag
-    loads: dict[int, list[float]] = field(default_factory=dict)
-    backends: list[str] = field(default_factory=list)  # as last logged
+    loads: dict[str, list[float]] = field(default_factory=dict)  # layer -> shares of the last logged step
+    backends: list[str] = field(default_factory=list)  # that served so far
     samples: list[str] = field(default_factory=list)  # of the last evaluation
     changes: list[AlarmChange] = field(default_factory=list)  # of alarms, that no log has shown yet
     saved: int | None = None  # the step of the last checkpoint, or of the start: nothing is lost since
@@ -115,13 +113,14 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
             if config.as_written:
                 keys = ", ".join(map(".".join, config.as_written))
                 logger.warning("stored as written, not as resolved: %s; store_environment=true stores the values", keys)
-            write_atomically(run_dir / CONFIG, to_yaml(setup.config))
+            write_file(run_dir / CONFIG, to_yaml(setup.config))
             manager = gather_observers(setup.config.observers, registry, run_dir, observers)
-            with closing(MetricsLog(run_dir / METRICS, state.get("step", 0))) as metrics:
+            with closing(MetricsLog(run_dir / METRICS, state.get("step"))) as metrics:
                 progress = Progress.of(state, setup.costs, setup.flops_per_token)
                 watch = alarm_watch(setup, state)
                 found = [] if state else [AlarmChange(0, "begins", alarm) for alarm in watch.on]
                 loop = Loop(setup, run_dir, lock, manager, metrics, progress, watch, changes=found, saved=progress.step)
+                loop.loads, loop.backends = state.get(LOADS, {}), state.get(BACKENDS, [])
                 loop.damaged = {finding.folder.name for finding in choice.skipped} if choice else set()
                 with threads_told():
                     _run(loop)
@@ -169,8 +168,8 @@ def _end(loop: Loop, facts: dict[str, Any], error: BaseException | None) -> None
     loop.lock.check()  # a folder that is gone gets no summary
     progress, dropped = loop.progress, loop.observers.dropped
     status = "finished" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-    facts = facts | {"backends": backends(loop.setup), "observers_dropped": dropped}
-    report = summary(facts, progress, status, loop.final, loop.loads, loop.alarms.to_json())
+    facts = facts | {BACKENDS: _backends(loop), "observers_dropped": dropped}
+    report = summary(facts, progress, status, loop.metrics.newest, loop.loads, loop.alarms.to_json())
     if error is not None:
         report["error"] = f"{type(error).__name__}: {error}"
         logger.info("%s after %d steps: %s", status, progress.step, report["error"])  # the caller hears it anyway
@@ -218,7 +217,7 @@ def _due(step: int, every: int) -> bool:
 
 def _log(loop: Loop, result: StepResult, rate: float) -> None:
     loop.lock.check()
-    chosen = backends(loop.setup)
+    chosen = _backends(loop)
     if chosen != loop.backends:  # `auto` decides when it sees a size for the first time
         logger.info("expert backends: %s", "; ".join(chosen))
         loop.backends = chosen
@@ -226,8 +225,7 @@ def _log(loop: Loop, result: StepResult, rate: float) -> None:
     step, train = loop.progress.step, loop.setup.config.train
     probed = _probe(loop) if _due(step, train.probe_every) or step == train.steps else {}
     metrics = probed | report.metrics
-    loop.final |= metrics
-    loop.loads = report.loads
+    loop.loads = {str(layer): shares for layer, shares in report.loads.items()}
     changes = loop.alarms.look(step, metrics)
     for change in changes:
         logger.warning("%s", change.sentence())
@@ -263,15 +261,18 @@ def alarm_watch(setup: Setup, state: Mapping[str, Any]) -> AlarmWatch:
     return watch
 
 
+def _backends(loop: Loop) -> list[str]:
+    """Those that served this process and, as its checkpoint says, those before it."""
+    return sorted({*loop.backends, *backends(loop.setup)})
+
+
 def _evaluate(loop: Loop) -> None:
     setup = loop.setup
     loop.lock.check()
     evaluation = loop.progress.evaluation = evaluate(setup.model, setup.validation, setup.step_settings.precision)
     metrics = evaluation.metrics() | evaluation.detail(_held_out_documents(setup))
-    begun = loop.progress.step > 0
-    if begun or setup.config.train.init_from is not None:  # random weights have nothing to say
+    if loop.progress.step > 0 or setup.config.train.init_from is not None:  # random weights have nothing to say
         loop.samples = sample_texts(setup.model, setup.tokenizer, setup.config.evaluation, setup.config.seed)
-    loop.final |= metrics if begun else {}
     loop.metrics.write(loop.progress.row() | metrics)
     check_evaluation(setup.model, metrics["eval/loss"], loop.progress.step)
     loop.observers.hook.on_evaluate(step=loop.progress.step, metrics=metrics, samples=loop.samples)
@@ -281,12 +282,12 @@ def _write_evaluation(loop: Loop) -> None:
     """What each held-out document cost, since comparisons pair runs over documents; and the last samples."""
     assert loop.progress.evaluation is not None
     rows = loop.progress.evaluation.document_rows(_held_out_documents(loop.setup))
-    write_atomically(loop.run_dir / DOCUMENTS, "".join(row + "\n" for row in rows))
+    write_file(loop.run_dir / DOCUMENTS, "".join(row + "\n" for row in rows))
     config = loop.setup.config
     about = {"step": loop.progress.step, "seed": config.seed, "temperature": config.evaluation.temperature}
     samples = zip(config.evaluation.prompts, loop.samples, strict=False)  # none where evaluation.sample_tokens is 0
     rows = [json.dumps({"prompt": prompt, "text": text, **about}) for prompt, text in samples]
-    write_atomically(loop.run_dir / SAMPLES, "".join(row + "\n" for row in rows))
+    write_file(loop.run_dir / SAMPLES, "".join(row + "\n" for row in rows))
 
 
 def _held_out_documents(setup: Setup) -> tuple[list[str], list[str]]:
@@ -308,6 +309,8 @@ def _save(loop: Loop, *, prune: bool = True) -> None:
         OVERRIDES: setup.start.overrides,
         "lineage": setup.lineage.to_json() if setup.lineage else None,
         "alarms": loop.alarms.state(),
+        LOADS: loop.loads,
+        BACKENDS: _backends(loop),
     }
     outside = fixed_environment(setup.config)
     if outside:
@@ -331,7 +334,7 @@ def _prune(loop: Loop, newest: Path) -> None:
     found = [path for path in sorted(newest.parent.glob("step_*")) if keep and path.name <= newest.name]
     whole = [path for path in found if path.name not in loop.damaged]
     for old in sorted(set(found) - set(whole[-keep:])):
-        shutil.rmtree(old)
+        discard(old)
 
 
 def _find_resume(setup: Setup, choice: Choice | None, run_dir: Path) -> Path | None:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from moelab.atomic import write_file
 from moelab.errors import UserError
 from moelab.safe_files import Reading, read_tensor_header
-from moelab.train.run_folder import write_atomically
 
 logger = logging.getLogger("moelab")
 FILE = "recorder.safetensors"
@@ -62,7 +62,7 @@ def write(run_dir: Path, looks: Looks, domains: list[str], matrices: dict[str, N
     tensors = {"steps": np.array(looks.steps, np.int64), "token_id": looks.token_id, "domain_id": looks.domain_id}
     tensors |= {f"layer_{layer:02d}/activated": np.stack(found) for layer, found in looks.maps.items()}
     about = {"format": "moelab recorder 1", "domains": json.dumps(domains), "experts": json.dumps(looks.experts)}
-    write_atomically(run_dir / FILE, save({**tensors, **matrices}, about))
+    write_file(run_dir / FILE, save({**tensors, **matrices}, about))
 
 
 def read(run_dir: Path, step: int) -> Looks:

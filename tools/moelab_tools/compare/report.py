@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from moelab.atomic import write_file
 from moelab.errors import UserError
 from moelab_tools.compare import sentences, wording
 from moelab_tools.compare.board import write_board
@@ -85,10 +86,8 @@ def _finite(value: Any) -> Any:
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    beside = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        write_file(path, text)
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror}); choose another place") from error

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moelab.atomic import write_file
 from moelab.safe_files import Reading, read_object, read_text
-from moelab.train.run_folder import write_atomically, write_json
+from moelab.train.run_folder import write_json
 from moelab_tools.compare import sentences
 from moelab_tools.compare.comparison import Comparison
 from moelab_tools.compare.verdict import Verdict
@@ -51,7 +52,7 @@ def write_findings(
     path = folder / READING
     old = read_text(path, Reading(cure="move it away")) if path.is_file() else ""
     by_hand = old.partition(KEPT)[2].strip() or "## Reading\n\nNot written yet."
-    write_atomically(path, f"{reading(findings)}\n{KEPT}\n\n{by_hand}\n")
+    write_file(path, f"{reading(findings)}\n{KEPT}\n\n{by_hand}\n")
     return path
 
 

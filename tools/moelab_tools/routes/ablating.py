@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moelab.atomic import write_file
 from moelab.errors import ConfigError, UserError
 from moelab.routes.files import read_trace
 from moelab.routes.replay import check_replayable, trace_batches
@@ -32,9 +33,7 @@ class Told:
         """ablation.json, whole or not at all."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            beside = folder / f".{NUMBERS}.partial"
-            beside.write_text(json.dumps(self.json, indent=2) + "\n", encoding="utf-8")
-            beside.replace(folder / NUMBERS)
+            write_file(folder / NUMBERS, json.dumps(self.json, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--out {folder}: can't be written ({error.strerror}); choose another folder") from error
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from moelab.atomic import write_file
 from moelab.data.token_classes import CLASSES, class_of_ids
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import ConfigError, DataError, UserError
@@ -170,10 +171,8 @@ def _lines(found: Sequence[LayerMeaning], others: Mapping[int, LayerMeaning]) ->
 
 def _write(page: Path, text: str) -> None:
     """Whole or not at all."""
-    beside = page.with_name(f".{page.name}.partial")
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(page)
+        write_file(page, text)
     except OSError as error:
         raise UserError(f"--out {page}: can't be written ({error.strerror}); choose another place") from error

@@ -11,9 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from moelab import atomic
 from moelab.builder import build_model
 from moelab.config.model import ModelConfig
-from moelab.errors import CheckpointError
+from moelab.errors import CheckpointError, UserError
 from moelab.hf import save
 from moelab.hf.load import load_hf
 from moelab.hf.save import parse_size, save_hf
@@ -120,20 +121,54 @@ def test_a_failure_half_way_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
         assert torch.equal(load_hf(tmp_path / "out").embed_tokens.weight, small_model(seed=0).embed_tokens.weight)
 
 
-def test_a_failed_rename_brings_the_old_checkpoint_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_a_failed_rename_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanged: bool):
     save_hf(small_model(seed=0), tmp_path / "out", dtype=torch.float32)
     rename = Path.rename
 
     def fail(self: Path, target: Path) -> Path:
-        if self.name.endswith(".writing"):
+        if self.name.endswith(".partial"):
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
+    def fail_too(one: Path, other: Path) -> bool:
+        if exchanged:
+            raise OSError(5, "Input/output error")
+        return False
+
     monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(atomic, "exchange", fail_too)
     with pytest.raises(CheckpointError, match="Input/output error"):
         save_hf(small_model(seed=1), tmp_path / "out", force=True)
     assert names(tmp_path) == ["out"]
     assert torch.equal(load_hf(tmp_path / "out").embed_tokens.weight, small_model(seed=0).embed_tokens.weight)
+
+
+def test_what_a_killed_writer_left_goes_and_is_told_with_its_size(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "model.safetensors").write_bytes(bytes(5 * 10**6))
+    (tmp_path / ".out.lock").write_text('{"host": "node7", "pid": 7}')
+    save_hf(small_model(), tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["config.json", "model.safetensors"]
+    assert "removed .out.partial, 5.0 MB that a killed command left" in caplog.text
+
+
+def test_what_a_killed_writer_left_goes_even_where_the_next_one_is_refused(tmp_path: Path):
+    save_hf(small_model(), tmp_path / "out")
+    (tmp_path / ".out.partial").mkdir()
+    with pytest.raises(CheckpointError, match="is not empty"):
+        save_hf(small_model(), tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_a_living_writer_writes_is_not_touched(tmp_path: Path):
+    with save.new_folder(tmp_path / "out") as (temporary, _):
+        (temporary / "config.json").write_text("{}")
+        with pytest.raises(UserError, match=r"out: is being written by process \d+ on \S+, since 20"):
+            save_hf(small_model(), tmp_path / "out", force=True)
+        assert names(temporary) == ["config.json"]
+    assert names(tmp_path) == ["out"]
 
 
 def test_files_are_synced_before_they_are_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

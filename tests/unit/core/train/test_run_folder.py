@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from moelab.atomic import write_file
 from moelab.errors import DataError, UserError
 from moelab.train.run_folder import (
     HeldLog,
@@ -19,7 +20,6 @@ from moelab.train.run_folder import (
     is_finished,
     open_log,
     prepare_run_folder,
-    write_atomically,
 )
 from moelab.train.run_lock import hold
 
@@ -70,6 +70,14 @@ def test_force_empties_a_run_folder_only(tmp_path: Path) -> None:
         prepare_run_folder(tmp_path, resume=False, force=True)
 
 
+@pytest.mark.parametrize("left", [["log.txt"], [".config.yaml.partial", "log.txt"], [".writable"]])
+def test_force_takes_a_run_that_was_killed_before_its_first_file(tmp_path: Path, left: list[str]) -> None:
+    for name in left:
+        (tmp_path / name).touch()
+    prepare_run_folder(tmp_path, resume=False, force=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file"):
@@ -77,8 +85,8 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
 
 
 def test_writing_leaves_nothing_beside(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "x", "one")
-    write_atomically(tmp_path / "x", "two")
+    write_file(tmp_path / "x", "one")
+    write_file(tmp_path / "x", "two")
     assert (tmp_path / "x").read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
@@ -100,6 +108,33 @@ def test_a_line_that_is_there_is_not_written_twice(tmp_path: Path) -> None:
     log.write({"step": 2, "eval/loss": 1})
     log.close()
     assert len(path.read_text().splitlines()) == 2
+
+
+def test_a_log_knows_the_newest_value_of_each_tag_also_of_lines_before_it_was_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1, "b": 1}\n{"step": 2, "seconds": 0.5, "a": 2}\n{"step": 3, "a": 3}\n')
+    log = MetricsLog(path, 2)
+    assert log.newest == {"a": 2, "b": 1}
+    log.write({"step": 3, "tokens": 7, "c": 3})
+    log.close()
+    assert log.newest == {"a": 2, "b": 1, "c": 3}
+
+
+def test_a_run_that_begins_again_keeps_no_line(tmp_path: Path) -> None:
+    """Killed before its first checkpoint: not even the lines of step 0 are its own."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "a": 1}\n')
+    log = MetricsLog(path, None)
+    log.close()
+    assert log.newest == {}
+    assert path.read_text() == ""
+
+
+def test_what_a_kill_left_of_a_checkpoint_goes_when_the_run_is_resumed(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".step_00000004.partial").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_00000002").mkdir()
+    prepare_run_folder(tmp_path, resume=True, force=False)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
 
 
 def test_a_run_is_finished_when_its_summary_says_so(tmp_path: Path) -> None:
@@ -147,7 +182,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing_beside_it(
 ) -> None:
     monkeypatch.setattr("os.fsync", _full)
     with pytest.raises(OSError, match="summary"):
-        write_atomically(tmp_path / "summary.json", "{}")
+        write_file(tmp_path / "summary.json", "{}")
     assert not list(tmp_path.iterdir())
 
 
@@ -173,5 +208,5 @@ def test_nothing_is_written_through_a_link_that_lies_in_a_run_folder(tmp_path: P
     with pytest.raises(UserError, match="no regular file"):
         open_log(run / "log.txt")
     with pytest.raises(OSError, match="symbolic link"):
-        write_atomically(run / "summary.json", "x")
+        write_file(run / "summary.json", "x")
     assert other.read_text() == "mine"

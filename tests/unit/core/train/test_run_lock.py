@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from moelab import lock
 from moelab.errors import RunFailure, UserError
-from moelab.train import run_lock
 from moelab.train.run_lock import LOCK, hold
 
 HOLDER = """
@@ -51,8 +51,8 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path, other: subprocess.Popen[s
     other.send_signal(signal.SIGKILL)
     other.wait()
     assert json.loads((tmp_path / LOCK).read_text())["pid"] == other.pid
-    with hold(tmp_path) as lock:
-        lock.check()
+    with hold(tmp_path) as held_lock:
+        held_lock.check()
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     assert not list(tmp_path.iterdir())
 
@@ -95,11 +95,11 @@ def test_a_holder_in_another_pid_namespace_is_seen_and_its_death_too(
         process.kill()
         process.wait()
     if not locks:
-        os.utime(tmp_path / LOCK, (time.time() - 2 * run_lock.BEAT_SECONDS,) * 2)
+        os.utime(tmp_path / LOCK, (time.time() - 2 * lock.BEAT_SECONDS,) * 2)
     for _ in range(100):  # the namespace's processes are gone a moment after its first
         try:
-            with hold(tmp_path) as lock:
-                lock.check()
+            with hold(tmp_path) as held_lock:
+                held_lock.check()
             return
         except UserError:
             time.sleep(0.1)
@@ -109,7 +109,7 @@ def test_a_holder_in_another_pid_namespace_is_seen_and_its_death_too(
 @pytest.mark.parametrize("how", ["deleted", "moved", "replaced"])
 def test_a_folder_that_is_taken_away_ends_the_run(tmp_path: Path, how: str) -> None:
     run = tmp_path / "run"
-    with hold(run) as lock:
+    with hold(run) as held_lock:
         if how == "moved":
             run.rename(tmp_path / "elsewhere")
         else:
@@ -118,7 +118,7 @@ def test_a_folder_that_is_taken_away_ends_the_run(tmp_path: Path, how: str) -> N
             run.mkdir()
             (run / LOCK).touch()
         with pytest.raises(RunFailure, match="deleted, moved or taken"):
-            lock.check()
+            held_lock.check()
     assert how != "replaced" or (run / LOCK).exists(), "another's lock stays"
 
 
@@ -129,9 +129,9 @@ def test_a_folder_that_is_taken_away_ends_the_run(tmp_path: Path, how: str) -> N
         ({"born": "1"}, 0.0, False),  # its number was used again
         ({"pid": 2**22 + 1, "born": "7"}, 0.0, False),  # no such process
         ({"namespace": "pid:[7]", "born": "1"}, 5.0, True),  # another container of this machine: its numbers are others
-        ({"namespace": "pid:[7]"}, 2 * run_lock.BEAT_SECONDS, False),  # and silent since
+        ({"namespace": "pid:[7]"}, 2 * lock.BEAT_SECONDS, False),  # and silent since
         ({"boot": "another", "host": "node7"}, 5.0, True),  # another machine, a moment ago
-        ({"boot": "another", "host": "node7"}, 2 * run_lock.BEAT_SECONDS, False),  # and silent since
+        ({"boot": "another", "host": "node7"}, 2 * lock.BEAT_SECONDS, False),  # and silent since
     ],
 )
 def test_without_the_kernels_lock_the_text_decides(
@@ -141,11 +141,11 @@ def test_without_the_kernels_lock_the_text_decides(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    (tmp_path / LOCK).write_text(json.dumps(run_lock._self() | change))
+    (tmp_path / LOCK).write_text(json.dumps(lock._self() | change))
     os.utime(tmp_path / LOCK, (time.time() - age, time.time() - age))
     if held:
         with pytest.raises(UserError, match="is being written by process"), hold(tmp_path):
             pass
     else:
-        with hold(tmp_path) as lock:
-            lock.check()
+        with hold(tmp_path) as held_lock:
+            held_lock.check()
