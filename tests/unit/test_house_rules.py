@@ -132,7 +132,7 @@ def test_core_is_built_in_floors() -> None:
 @pytest.mark.parametrize(
     ("library", "door"),
     [
-        ("tensorboard", "plugins/moelab_plugins/observers/tensorboard.py"),
+        ("tensorboard", "plugins/moelab_plugins/observers/"),
         ("megablocks", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
         ("stk", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
         ("triton", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
@@ -142,7 +142,7 @@ def test_core_is_built_in_floors() -> None:
 )
 def test_one_door_per_library(library: str, door: str) -> None:
     def is_library(name: str) -> bool:
-        """`torch.utils.tensorboard` is; the door itself, which others may call, is not."""
+        """`torch.utils.tensorboard` is; a module of our own that is named after it is not."""
         top = name.partition(".")[0]
         return top == library or (top not in PACKAGES and f".{library}" in name)
 
@@ -166,7 +166,7 @@ READERS = {
 }  # fmt: skip
 # Beside the reader, whole files are read from the kernel, from what is installed, and by the maker of a tokenizer.
 WHOLE_FILES = {
-    "core/moelab/nn/room.py", "core/moelab/train/limits.py", "core/moelab/train/run_lock.py",
+    "core/moelab/nn/room.py", "core/moelab/train/limits.py", "core/moelab/lock.py",
     "tools/moelab_tools/upcycle_receipt.py", "tools/moelab_tools/qwen2_tokenizer.py",
     "plugins/moelab_plugins/data_sources/_installed_text.py",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Writes a run to TensorBoard: scalars, expert-load images, HParams, and texts. The only importer of tensorboard.
+"""Writes a run to TensorBoard: scalars, expert-load images, HParams, and texts.
 
 What the tags mean and when they are alarming is in docs/metrics.md.
 """
@@ -26,7 +26,6 @@ NUMBERS = (
     "optimizer.lr", "optimizer.weight_decay", "schedule.warmup_steps", "seed",
 )  # fmt: skip
 TEXTS = ("schedule.name", "train.dtype", "train.init_from", "data.source.name")
-TEXTS_SUFFIX = ".texts"  # of files that hold nothing but what `write_texts` wrote
 LAYOUT_NUMBERS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 FACTS = ("parameters.total", "parameters.active", "flops_per_token")
 # The table shows five columns at first, those marked as differing: what variants usually differ in.
@@ -167,27 +166,6 @@ class TensorBoardObserver:
 
         about = metadata.create_summary_metadata(data)
         self._summary(Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)]))
-
-
-def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
-    """{tag: Markdown} into TensorBoard's Text tab, in the place of what this function wrote there before. No torch."""
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-    from tensorboard.compat.proto.tensor_pb2 import TensorProto
-    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for earlier in folder.glob(f"events.out.tfevents.*{TEXTS_SUFFIX}"):
-        earlier.unlink()
-    writer = EventFileWriter(str(folder), filename_suffix=TEXTS_SUFFIX)
-    about = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
-    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
-    for tag, text in texts.items():
-        tensor = TensorProto(dtype="DT_STRING", string_val=[printable(text, keep="\n\t").encode()], tensor_shape=shape)
-        value = Summary.Value(tag=f"{tag}/text_summary", metadata=about, tensor=tensor)
-        writer.add_event(Event(wall_time=time.time(), step=0, summary=Summary(value=[value])))
-    writer.close()
 
 
 def hparams(config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str | float]:

@@ -13,7 +13,7 @@ from moelab_tools.compare.comparison import Comparison, Line
 
 def write_board(comparison: Comparison, folder: Path) -> None:
     """An event file that TensorBoard shows where its --logdir holds `folder`; an older one there is replaced."""
-    from moelab_plugins.observers.tensorboard import write_texts
+    from moelab_plugins.observers._tensorboard_texts import write_texts
 
     try:
         write_texts(folder, {"verdicts": board_text(comparison)})

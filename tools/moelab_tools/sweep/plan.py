@@ -105,7 +105,7 @@ def plan_run(
     except ConfigError as error:
         blamed = loaded.blame(error)
         raise ConfigError(f"{blamed}; in the run {config.name}, and no run was started") from error
-    return PlannedRun(variant, seeds, Path(config.run_dir), config, tuple(arguments), registry)
+    return PlannedRun(variant, seeds, user_path(config.run_dir, "run_dir"), config, tuple(arguments), registry)
 
 
 def check_run(loaded: Loaded[RunConfig], *, trust: bool, start: bool = True) -> Registry:

@@ -139,7 +139,7 @@ def test_a_file_that_holds_no_config_is_refused_by_name(tmp_path: Path, content:
         ("run_dir=''", "run_dir: names no folder"),
         ("run_dir=", "run_dir: must be a text"),
         ("plugins=3", "plugins: must be a list"),
-        ("observers={1: 2}", "observers: must be a list"),
+        ("observers={7: 2}", "observers: must be a list"),
         ("data.source=jsonl", "data.source: must be a mapping.*write data.source.name=jsonl"),
         ("data={source: [null]}", "data.source: must be a mapping"),
         ("model.moe.layers=[null]", "model.moe.layers: must be a mapping"),
