@@ -11,6 +11,7 @@ import torch
 import moelab
 from moelab.config.load import load_config
 from moelab.config.run import RunConfig
+from moelab.manifest import MANIFEST, manifest_bytes, plain_entry
 from moelab.train.trainer import train
 from moelab_tools.cli import run
 
@@ -134,6 +135,9 @@ def test_a_strangers_run_folder_asks_no_variable(
     assert run(["train", _config(here), *QUICK]) == 0
     for path in (home / "run" / "config.yaml", home / "run" / "checkpoints" / "step_00000002" / "config.yaml"):
         path.write_text(path.read_text().replace("name: tiny_moe", "name: ${oc.env:MOELAB_SECRET}"))
+    manifest = path.with_name(MANIFEST)  # a stranger writes one that agrees
+    files = json.loads(manifest.read_text())["files"]
+    manifest.write_bytes(manifest_bytes(files | {path.name: plain_entry(path.read_bytes())}))
     monkeypatch.setenv("MOELAB_SECRET", SECRET)
     capsys.readouterr()
     commands = [
