@@ -3,7 +3,7 @@
 A command runs in a fork of a process that has torch loaded. Counted is what changes the file system below one folder:
 opening for writing, each write that reaches the kernel, fsync, rename, exchange, unlink, rmdir, mkdir, truncate,
 allocate, chmod. Python's audit events tell most of it, wrapped functions the rest. A `torn` kill does the first half of
-a write. Rust's safetensors writes its file unseen, so that is two operations, before and after, or half a file.
+a write. What a library of another language writes is not seen: nothing that moelab writes is written by one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-WRITES = ("write", "pwrite", "save")  # what can be torn
+import moelab.atomic
+
+WRITES = ("write", "pwrite")  # what can be torn
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _EVENTS = {
     "os.rename": "rename", "os.remove": "unlink", "os.rmdir": "rmdir", "os.mkdir": "mkdir", "os.truncate": "truncate",
@@ -41,10 +42,11 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True)
 class Kill:
-    """Where a process dies: before its operation number `at`, or in the middle of it."""
+    """What happens to a process before its operation number `at`, or in the middle of it."""
 
     at: int
     torn: bool = False
+    signals: tuple[int, ...] = (signal.SIGKILL,)
 
 
 @dataclass(frozen=True)
@@ -70,18 +72,8 @@ class Watch:
             setattr(os, name, self._before(kind, getattr(os, name)))
         os.pwrite, os.write = self._tearing("pwrite", os.pwrite), self._tearing("write", os.write)  # type: ignore[assignment]
         builtins.open = io.open = self._open  # type: ignore[assignment]
-        self._wrap_ours()
-
-    def _wrap_ours(self) -> None:
-        """What neither an audit event nor a function of `os` shows."""
-        import moelab.atomic
-        import moelab.hf.save
-        import moelab.train.checkpoint
-
-        swap = moelab.atomic.exchange
+        swap = moelab.atomic.exchange  # by ctypes, which nobody audits
         moelab.atomic.exchange = lambda one, other: self.meet("exchange", other) or swap(one, other)  # type: ignore[func-returns-value]
-        for module in (moelab.hf.save, moelab.train.checkpoint):
-            module.save_file = self._saving(module.save_file)  # type: ignore[attr-defined]
 
     def meet(self, kind: str, path: Any, half: Callable[[], object] | None = None) -> None:
         """An operation is about to happen: die here, in the middle of it by `half`, or go on."""
@@ -94,12 +86,12 @@ class Watch:
         self.operations.append(Operation(kind, text[len(self.folder) + 1 :]))
         if self.kill is None or number != self.kill.at:
             return
-        if self.kill.torn and half is not None:
-            self.kill = None  # `half` may be seen as operations of its own
+        kill, self.kill = self.kill, None
+        if kill.torn and half is not None:
             with contextlib.suppress(OSError):
                 half()
-        os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(60)
+        for number in kill.signals:
+            os.kill(os.getpid(), number)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -128,18 +120,6 @@ class Watch:
             half = memoryview(data)[: len(memoryview(data)) // 2 // 4096 * 4096 or len(memoryview(data)) // 2]
             self.meet(kind, descriptor, lambda: function(descriptor, half, *rest))
             return function(descriptor, data, *rest)
-
-        return watched
-
-    def _saving(self, save: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(tensors: Any, path: Any, *rest: Any, **options: Any) -> None:
-            def half() -> None:
-                save(tensors, path, *rest, **options)
-                os.truncate(path, os.path.getsize(path) // 2)
-
-            self.meet("save", path, half)
-            save(tensors, path, *rest, **options)
-            self.meet("saved", path)
 
         return watched
 

@@ -51,7 +51,7 @@ def blocks(arguments: list[str], pairs: int, folder: Path) -> list[dict[str, tup
     found: list[dict[str, tuple[float, float]]] = []
     with hold(folder) as lock, closing(MetricsLog(folder / METRICS, 0)) as metrics:
         manager = gather_observers(setup.config.observers, registry, folder, [])
-        manager.hook.on_train_begin(run_dir=folder, config={}, facts={}, step=0)
+        manager.hook.on_train_begin(run_dir=folder, config={}, facts={}, step=0, checkpoint=None)
         progress = Progress.of({}, setup.costs, setup.flops_per_token)
         loop = trainer.Loop(setup, folder, lock, manager, metrics, progress, trainer.alarm_watch(setup, {}))
         for pair in range(pairs + 1):

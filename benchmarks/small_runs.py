@@ -13,17 +13,18 @@ from typing import Any
 
 import yaml
 
+from moelab.manifest import MANIFEST
 from moelab.train.format import without_clock
-from moelab_upcycling.output import MANIFEST
+from moelab_upcycling.output import MANIFEST as UPCYCLE_MANIFEST
 
 RUN, OUTPUT = "run", "out"
 # With every kind of state: a router's bias (a buffer), a loss, moments, a tokenizer, held-out documents.
 CONFIG: dict[str, Any] = {
     "name": "small",
     "entry_points": False,
-    "observers": [],
+    "observers": [{"name": "recorder"}],
     "model": {
-        "vocab_size": 257, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "vocab_size": 257, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True,
         "moe": {
             "layout": {"name": "uniform", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
@@ -109,12 +110,16 @@ def copy(source: Path, target: Path) -> None:
 def _comparable(path: Path) -> Any:
     content = path.read_bytes()
     try:
+        if path.name == MANIFEST:
+            return _manifest(json.loads(content))
+        if path.suffix == ".safetensors":
+            return _tensors(content)
         if path.suffix == ".json":
             return _state(json.loads(content))
         if path.suffix == ".jsonl":
             lines = [without_clock(json.loads(line)) for line in content.splitlines()]
             # An upcycling's manifest has its shards in the order in which its processes were done.
-            return sorted(lines, key=lambda line: str(line["shard"])) if path.name == MANIFEST else lines
+            return sorted(lines, key=lambda line: str(line["shard"])) if path.name == UPCYCLE_MANIFEST else lines
     except ValueError:
         return content  # half a file: equal to nothing whole
     if path.name == "config.yaml":
@@ -123,10 +128,24 @@ def _comparable(path: Path) -> Any:
 
 
 def _state(value: Any) -> Any:
+    """Without the revision of the folder that a process ran in, either, but with what `logged` counts."""
     if not isinstance(value, dict):
         return value
-    logged = value.get("logged")
-    return without_clock(value) | ({"logged": logged[1:]} if isinstance(logged, list) else {})
+    logged = value.pop("logged", None)
+    value.pop("git", None)
+    return without_clock(value) | ({"logged": logged[1:]} if logged else {})
+
+
+def _manifest(value: dict[str, Any]) -> Any:
+    """Without the checksums of files that hold a clock or how the run was called, and so without its own."""
+    held = {name: entry for name, entry in value["files"].items() if name not in ("state.json", "config.yaml")}
+    return {**value, "files": held, "checksum": None}
+
+
+def _tensors(content: bytes) -> Any:
+    """Rust's library writes the metadata in any order."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
 
 
 def _where(one: Any, other: Any) -> str:

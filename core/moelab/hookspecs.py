@@ -136,8 +136,13 @@ class RunHooks:
     """
 
     @hookspec
-    def on_train_begin(self, run_dir: Path, config: Mapping[str, Any], facts: Mapping[str, Any], step: int) -> None:
-        """Before the first step; `step` are done already when a run is resumed. `facts`: summary.json's, so far."""
+    def on_train_begin(
+        self, run_dir: Path, config: Mapping[str, Any], facts: Mapping[str, Any], step: int, checkpoint: Path | None
+    ) -> None:
+        """Before the first step, or when a run is resumed from `checkpoint`, where `step` are done already.
+
+        `facts`: summary.json's, so far.
+        """
 
     @hookspec
     def on_log(
@@ -166,6 +171,14 @@ class RunHooks:
     @hookspec
     def on_evaluate(self, step: int, metrics: Mapping[str, float], samples: list[str]) -> None:
         """After each evaluation on held-out text, with the generated samples."""
+
+    @hookspec
+    def on_checkpoint(self, step: int) -> Mapping[str, bytes] | None:
+        """Before a checkpoint is written: {name: content} of files that go into it, for `on_train_begin` to read.
+
+        What an observer must remember to go on as if it had not been stopped: its files in the run folder may hold
+        what it saw after the checkpoint.
+        """
 
     @hookspec
     def on_save(self, step: int, path: Path) -> None:

@@ -15,9 +15,11 @@ from typing import Any
 import pluggy
 
 from moelab import hookspecs
+from moelab.checkpoint import CONFIG, MODEL, STATE, TRAINING
 from moelab.config.model import Part
 from moelab.errors import ConfigError
 from moelab.hookspecs import OBSERVERS
+from moelab.manifest import MANIFEST
 from moelab.plugin_faults import PluginPart, article, place_in, quoted
 from moelab.registry import Registry
 
@@ -37,7 +39,18 @@ def _check_numbers(answer: object) -> None:
             raise TypeError(f"returned {value!r} for {tag!r}; it must return {{tag: number}} or None")
 
 
-ANSWERS = {"on_probe": _check_numbers}  # hooks whose answer is used
+def _check_files(answer: object) -> None:
+    """Raise TypeError for what is no {name: content}, and not None; ValueError for a name that a checkpoint has."""
+    if answer is None:
+        return
+    if not isinstance(answer, Mapping) or not all(isinstance(content, bytes) for content in answer.values()):
+        raise TypeError(f"returned {article(answer)}; it must return {{file name: bytes}} or None")
+    for name in answer:
+        if name in (MODEL, TRAINING, STATE, CONFIG, MANIFEST) or Path(name).name != name:
+            raise ValueError(f"returned a file {name!r}; it must be the name of one more file of a checkpoint")
+
+
+ANSWERS = {"on_probe": _check_numbers, "on_checkpoint": _check_files}  # hooks whose answer is used
 
 
 class Observers:

@@ -74,6 +74,7 @@ class Loop:
     backends: list[str] = field(default_factory=list)  # that served so far
     samples: list[str] = field(default_factory=list)  # of the last evaluation
     changes: list[AlarmChange] = field(default_factory=list)  # of alarms, that no log has shown yet
+    resumed: Path | None = None  # the checkpoint that the run goes on from
     saved: int | None = None  # the step of the last checkpoint, or of the start: nothing is lost since
     update: Update = field(default_factory=Update)
     clock: SaveClock = field(default_factory=SaveClock)
@@ -120,6 +121,7 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
                 watch = alarm_watch(setup, state)
                 found = [] if state else [AlarmChange(0, "begins", alarm) for alarm in watch.on]
                 loop = Loop(setup, run_dir, lock, manager, metrics, progress, watch, changes=found, saved=progress.step)
+                loop.resumed = resumed
                 loop.loads, loop.backends = state.get(LOADS, {}), state.get(BACKENDS, [])
                 loop.damaged = {finding.folder.name for finding in choice.skipped} if choice else set()
                 with threads_told():
@@ -138,8 +140,9 @@ def _run(loop: Loop) -> None:
     interruption = Interruption()
     try:
         loop.observers.hook.on_train_begin(
-            run_dir=loop.run_dir, config=stored(setup.config), facts=facts, step=progress.step
-        )
+            run_dir=loop.run_dir, config=stored(setup.config), facts=facts, step=progress.step,
+            checkpoint=loop.resumed,
+        )  # fmt: skip
         with interruption:
             if progress.step == 0:
                 _evaluate(loop)
@@ -299,9 +302,10 @@ def _held_out_documents(setup: Setup) -> tuple[list[str], list[str]]:
 def _save(loop: Loop, *, prune: bool = True) -> None:
     setup, progress = loop.setup, loop.progress
     loop.lock.check()
-    if loop.saved == progress.step:  # nothing has changed since, and writing it again would first remove it
-        return
     folder = loop.run_dir / CHECKPOINTS / f"step_{progress.step:08d}"
+    if loop.saved == progress.step:  # nothing has changed since
+        _prune(loop, folder)  # which a kill may have kept the process that saved from
+        return
     state = progress.state() | {
         "data_fingerprint": setup.corpus.fingerprint,
         PLUGINS: setup.registry.versions(),
@@ -315,8 +319,11 @@ def _save(loop: Loop, *, prune: bool = True) -> None:
     outside = fixed_environment(setup.config)
     if outside:
         state["environment"] = seal(outside)
+    files = checkpoint_files(setup, progress.step)
+    for own in loop.observers.hook.on_checkpoint(step=progress.step):
+        files = {**(own or {}), **files}
     with loop.clock.saving():
-        save_checkpoint(folder, setup.model, _training_state(setup), state, checkpoint_files(setup, progress.step))
+        save_checkpoint(folder, setup.model, _training_state(setup), state, files)
     if prune:
         _prune(loop, folder)
     logger.info("checkpoint: %s", folder.relative_to(loop.run_dir))

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from moelab.atomic import write_file
 from moelab.errors import UserError
-from moelab.safe_files import Reading, read_arrays
+from moelab.safe_files import Reading, parse_json, read_arrays, read_bytes
 
 logger = logging.getLogger("moelab")
 FILE = "recorder.safetensors"
+LARGEST = 1 << 32  # bytes
 MOST_LOOKS = 16  # that are kept: when they are more, every second goes, but not the first and the last
 
 
@@ -54,28 +54,37 @@ class Looks:
         self.maps = {layer: [found[i] for i in indices] for layer, found in self.maps.items()}
 
 
-def write(run_dir: Path, looks: Looks, domains: list[str], matrices: dict[str, NDArray[np.generic]]) -> None:
-    """Whole or not at all. `matrices`: what was derived from the newest look, by name."""
+def pack(looks: Looks, domains: list[str], matrices: dict[str, NDArray[np.generic]]) -> bytes:
+    """The file. `matrices`: what was derived from the newest look, by name."""
     assert looks.token_id is not None
     assert looks.domain_id is not None
     tensors = {"steps": np.array(looks.steps, np.int64), "token_id": looks.token_id, "domain_id": looks.domain_id}
     tensors |= {f"layer_{layer:02d}/activated": np.stack(found) for layer, found in looks.maps.items()}
     about = {"format": "moelab recorder 1", "domains": json.dumps(domains), "experts": json.dumps(looks.experts)}
-    write_file(run_dir / FILE, save({**tensors, **matrices}, about))
+    return _ordered(save({**tensors, **matrices}, about))
 
 
-def read(run_dir: Path, step: int) -> Looks:
-    """The looks up to `step`, of a run that goes on; none, and a warning, where the file is not what `write` leaves."""
-    path = run_dir / FILE
+def read(folder: Path) -> tuple[Looks, bytes | None]:
+    """(looks, the file) of a checkpoint; none, and a warning, where the file is not what `pack` makes."""
+    path = folder / FILE
     if not path.exists():
-        return Looks()
+        return Looks(), None
     try:
         looks = _unpack(read_arrays(path, Reading()))
+        return looks, read_bytes(path, Reading(), limit=LARGEST)
     except (UserError, KeyError, ValueError) as error:
         logger.warning("%s: can't be read (%s); the recorder begins again from here", path, error)
-        return Looks()
-    looks.drop_after(step)
-    return looks
+        return Looks(), None
+
+
+def _ordered(content: bytes) -> bytes:
+    """The library writes metadata in any order; the same looks are to be the same bytes."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = parse_json(content[8:end], FILE, Reading())
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(text) <= end - 8, "the same characters, in another order"
+    return content[:8] + text.ljust(end - 8) + content[end:]
 
 
 def _unpack(tensors: dict[str, NDArray[np.generic]]) -> Looks:

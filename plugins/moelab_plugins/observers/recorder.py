@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moelab import Component, component, hookimpl
+from moelab.atomic import write_file
 from moelab.moe.probe import Probe, served_map
 from moelab.moe.routing import LayerRecord
 from moelab_plugins.observers import _recorder_file as file
@@ -58,12 +59,13 @@ class Recorder:
     def __init__(self, options: RecorderOptions, run_dir: Path) -> None:
         self.options, self.run_dir = options, run_dir
         self.looks = file.Looks()
+        self._packed: bytes | None = None  # the looks, as they go into a checkpoint
         self._tokens: _Tokens | None = None
 
-    def on_train_begin(self, run_dir: Path, step: int) -> None:
+    def on_train_begin(self, run_dir: Path, checkpoint: Path | None) -> None:
         self.run_dir = run_dir
-        if step:
-            self.looks = file.read(run_dir, step)
+        if checkpoint is not None:  # the run folder's own file may have been thinned since
+            self.looks, self._packed = file.read(checkpoint)
 
     def on_probe(self, step: int, probe: Probe) -> dict[str, float]:
         """Numbers by tag; those of the first look are kept for the looks that follow."""
@@ -81,8 +83,14 @@ class Recorder:
         if self.options.matrices:
             for layer in maps:
                 matrices[f"layer_{layer:02d}/saturation"] = self._saturation(layer)
-            file.write(self.run_dir, self.looks, list(probe.domains), matrices)
+        self._packed = file.pack(self.looks, list(probe.domains), matrices if self.options.matrices else {})
+        if self.options.matrices:
+            write_file(self.run_dir / file.FILE, self._packed)
         return _tagged(layers) | at_start
+
+    def on_checkpoint(self, step: int) -> dict[str, bytes]:
+        """So that a resumed run counts churn and saturation from the same looks."""
+        return {file.FILE: self._packed} if self._packed is not None else {}
 
     def _layer(
         self, record: LayerRecord, now: Tensor, tokens: _Tokens, matrices: dict[str, NDArray[np.generic]]

@@ -100,3 +100,24 @@ def test_an_argument_that_does_not_exist_is_an_error() -> None:
 
     with pytest.raises(ConfigError, match=r"observer 'Wrong' of .*stepp"):
         _gather(Wrong())
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"mine.bin": "text"}, "it must return {file name: bytes}"),
+        (b"bytes", "it must return {file name: bytes}"),
+        ({"state.json": b""}, "'state.json'; it must be the name of one more file"),
+        ({"../mine.bin": b""}, "'../mine.bin'; it must be the name of one more file"),
+    ],
+)
+def test_what_goes_into_a_checkpoint_is_checked(caplog: pytest.LogCaptureFixture, answer: object, said: str) -> None:
+    class Mine:
+        def on_checkpoint(self, step: int) -> object:
+            return answer if step else {"mine.bin": b"1"}
+
+    observers = _gather(Mine())
+    assert observers.hook.on_checkpoint(step=0) == [{"mine.bin": b"1"}]
+    assert observers.hook.on_checkpoint(step=1) == []
+    assert said in caplog.text
+    assert [one["hook"] for one in observers.dropped] == ["on_checkpoint"]

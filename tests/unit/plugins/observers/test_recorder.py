@@ -186,10 +186,18 @@ def probe(seed: int, layers: tuple[int, ...] = (0, 2), experts: int = E) -> Prob
     return Probe(records, torch.from_numpy(TOKEN), torch.from_numpy(DOMAIN), DOMAINS)
 
 
-def recorder(run_dir: Path, step: int = 0) -> Any:
+def recorder(run_dir: Path, checkpoint: Path | None = None) -> Any:
     built: Any = Registry(entry_points=False).build(OBSERVERS, {"name": "recorder"}, run_dir, "observers")
-    built.on_train_begin(run_dir=run_dir, step=step)
+    built.on_train_begin(run_dir=run_dir, checkpoint=checkpoint)
     return built
+
+
+def saved(run: Any, folder: Path) -> Path:
+    """A checkpoint of now."""
+    folder.mkdir()
+    for name, content in run.on_checkpoint(step=0).items():
+        (folder / name).write_bytes(content)
+    return folder
 
 
 def test_numbers_come_by_layer_and_as_means_with_those_of_the_start_beside_them(tmp_path: Path) -> None:
@@ -253,10 +261,25 @@ def test_many_looks_are_thinned_and_the_first_and_the_newest_stay(tmp_path: Path
 def test_a_resumed_run_finds_the_looks_before_its_checkpoint(tmp_path: Path) -> None:
     run = recorder(tmp_path)
     run.on_probe(0, probe(0))
+    checkpoint = saved(run, tmp_path / "step_20")
     expected = run.on_probe(50, probe(1))
-    run.on_probe(100, probe(2))  # beyond the checkpoint of step 50
-    later = recorder(tmp_path, step=20)
+    run.on_probe(100, probe(2))  # beyond the checkpoint
+    later = recorder(tmp_path, checkpoint)
     assert later.on_probe(50, probe(1)) == expected
+
+
+def test_looks_that_were_thinned_after_the_checkpoint_are_known_to_who_goes_on_from_it(tmp_path: Path) -> None:
+    """Else churn would be counted against an earlier look than in a run that was not stopped."""
+    run = recorder(tmp_path)
+    for step in range(0, 160, 10):
+        run.on_probe(step, probe(step % 5, layers=(0,)))
+    checkpoint = saved(run, tmp_path / "step_155")
+    expected = [run.on_probe(step, probe(step % 7, layers=(0,))) for step in range(160, 300, 10)]
+    content = (tmp_path / "recorder.safetensors").read_bytes()
+    later = recorder(tmp_path, checkpoint)
+    assert later.on_checkpoint(step=155) == {"recorder.safetensors": (checkpoint / "recorder.safetensors").read_bytes()}
+    assert [later.on_probe(step, probe(step % 7, layers=(0,))) for step in range(160, 300, 10)] == expected
+    assert (tmp_path / "recorder.safetensors").read_bytes() == content, "the same looks are the same bytes"
 
 
 @pytest.mark.parametrize("fault", ["text", "empty", "shape", "kind", "other text", "other experts"])
@@ -277,7 +300,7 @@ def test_a_file_that_does_not_fit_is_told_of_and_begun_again(
     elif fault == "other text":
         save_file(arrays | {"token_id": arrays["token_id"] + 1}, path)
     with caplog.at_level(logging.WARNING, logger="moelab"):
-        found = recorder(tmp_path, step=20).on_probe(50, probe(1, experts=17 if fault == "other experts" else E))
+        found = recorder(tmp_path, tmp_path).on_probe(50, probe(1, experts=17 if fault == "other experts" else E))
     assert not any(tag.endswith("saturation") for tag in found)
     assert ("begins again" in caplog.text) == (not fault.startswith("other"))
     assert load_file(path)["steps"].tolist() == [50]
