@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from moelab.atomic import write_file
 from moelab.errors import UserError
-from moelab.safe_files import Reading, read_tensor_header
+from moelab.safe_files import Reading, read_arrays
 
 logger = logging.getLogger("moelab")
 FILE = "recorder.safetensors"
@@ -71,9 +70,8 @@ def read(run_dir: Path, step: int) -> Looks:
     if not path.exists():
         return Looks()
     try:
-        read_tensor_header(path, Reading())
-        looks = _unpack(load_file(path))
-    except (UserError, OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        looks = _unpack(read_arrays(path, Reading()))
+    except (UserError, KeyError, ValueError, TypeError) as error:
         logger.warning("%s: can't be read (%s); the recorder begins again from here", path, error)
         return Looks()
     looks.drop_after(step)
