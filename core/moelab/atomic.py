@@ -14,6 +14,8 @@ import os
 import shutil
 from pathlib import Path
 
+from moelab.errors import UserError
+
 PARTIAL, REPLACED = ".partial", ".replaced"
 
 logger = logging.getLogger("moelab")
@@ -35,7 +37,12 @@ def lock_beside(path: Path) -> Path:
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Written beside, synced, renamed: a reader sees the old file or the new one, never half of one."""
+    """Written beside, synced, renamed: a reader sees the old file or the new one, never half of one.
+
+    Raises UserError where a folder lies in the file's place, OSError for what the system refuses.
+    """
+    if path.is_dir() and not path.is_symlink():
+        raise UserError(f"{path}: is a folder, and a file of this name is to be written; move it away")
     data = content.encode() if isinstance(content, str) else content
     beside = partial(path)
     try:

@@ -128,7 +128,7 @@ _OPTIONS = """
 """
 OPTIONS = _OPTIONS.split()
 _PLAIN = """
-    -1 0 1e999 nan a/b/c ~nobody /dev/zero /dev/null 0:99999999999999999999 1:0 5GB bfloat16 mine.yaml run hf dense
+    -1 0 1e999 nan a/b/c ~nobody9 /dev/zero /dev/null 0:99999999999999999999 1:0 5GB bfloat16 mine.yaml run hf dense
     up . .. tok -- -h name=[/red] run_dir=x[/b] data.source.pattern=/etc/*
     model.moe.layout.num_experts=1099511627776
 """

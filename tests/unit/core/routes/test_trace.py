@@ -153,3 +153,17 @@ def test_a_model_without_experts_has_no_routes():
     ))  # fmt: skip
     with pytest.raises(ConfigError, match="no MoE layer"):
         make_trace(dense)
+
+
+def test_a_type_that_numpy_does_not_have_is_refused(tmp_path: Path):
+    write_trace(traced({"name": "softmax_topk"})[1], tmp_path / "t")
+    path = tmp_path / "t" / "routes.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    one = next(entry for entry in header.values() if entry.get("dtype") in ("U8", "I8", "BOOL"))
+    one["dtype"] = "F8_E4M3"
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(UserError, match=r"routes\.safetensors"):
+        read_trace(tmp_path / "t")

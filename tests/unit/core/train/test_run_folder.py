@@ -210,3 +210,10 @@ def test_nothing_is_written_through_a_link_that_lies_in_a_run_folder(tmp_path: P
     with pytest.raises(OSError, match="symbolic link"):
         write_file(run / "summary.json", "x")
     assert other.read_text() == "mine"
+
+
+def test_a_folder_in_a_files_place_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").mkdir()
+    with pytest.raises(UserError, match=r"summary\.json: is a folder"):
+        write_file(tmp_path / "summary.json", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
