@@ -6,6 +6,7 @@ are known, so that reading runs nothing; what is nested or repeated by aliases w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from moelab.errors import ConfigError
 
 DEEPEST, MOST_NODES, LARGEST_FILE = 60, 200_000, 2**22
 _TAG = "tag:yaml.org,2002:"
+_HALF = re.compile("[\ud800-\udfff]")  # an escape may spell one; no file takes it
 _UNQUOTED, _MERGE = "!unquoted", _TAG + "merge"
 
 
@@ -96,6 +98,9 @@ class _Copy:
             raise ConfigError(f"{self.origin}: is nested too deeply, more than {DEEPEST} levels")
         if self.nodes > MOST_NODES:
             raise ConfigError(f"{self.origin}: holds more than {MOST_NODES} values once its aliases are written out")
+        texts = tree if isinstance(tree, dict) else [tree] if isinstance(tree, str) else []
+        if any(map(_HALF.search, texts)):
+            raise ConfigError(f"{self.origin}: holds half of a surrogate pair (\\ud800 ...), which is no character")
         if isinstance(tree, dict):
             return {key: self.of(value, depth + 1) for key, value in tree.items()}
         return [self.of(value, depth + 1) for value in tree] if isinstance(tree, list) else tree

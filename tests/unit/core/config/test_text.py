@@ -85,6 +85,8 @@ def test_aliases_and_merge_keys_work_and_share_nothing() -> None:
         ("a: \x00", ["line 1", "U+0000"]),
         ("a: &a [*a]", ["recursive"]),
         ("[" * 5000 + "]" * 5000, ["nested too deeply"]),
+        ('a: "\\uD800"', ["half of a surrogate pair"]),
+        ('{b: {"\\uDFFF": 1}}', ["half of a surrogate pair"]),
         ("[" * 90 + "]" * 90, ["nested too deeply"]),
         (BOMB, ["aliases"]),
     ],
