@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moelab.atomic import sync
 from moelab.errors import CheckpointError
 from moelab_upcycling.dtypes import raw_bytes
 
@@ -73,7 +74,7 @@ class ShardWriter:
                 os.fsync(self._descriptor)
                 self._close()
                 os.rename(self.partial, self.path)
-                sync_folder(self.path.parent)
+                sync(self.path.parent)
                 return
             except OSError as error:
                 self._error = error
@@ -152,20 +153,11 @@ def write_text(path: Path, text: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.rename(partial, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise explain(error, path) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in it durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def explain(error: OSError, path: Path) -> CheckpointError:
