@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint: what its state.json must say, and what is other than it was then."""
+"""Going on from a checkpoint: which one, what its state.json must say, and what is other than it was then."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from moelab.errors import CheckpointError, UserError
 from moelab.integrity import Choice
 from moelab.records import Record
 from moelab.safe_files import Reading
+from moelab.train.checkpoint import TrainingState, restore_checkpoint
 from moelab.train.progress import can_continue
+from moelab.train.run_lock import LOCK
+from moelab.train.setup import Setup, check_same_run
+from moelab.train.summary import versions
 
 logger = logging.getLogger("moelab")
 
@@ -67,3 +71,39 @@ def other_versions(state: Mapping[str, Any], plugins: Mapping[str, str], package
                     f"{name}: {then.get(name, 'not there')} wrote the checkpoint, {now.get(name, 'not there')} goes on "
                     "from it: the numbers may be others than those of a run that was not interrupted"
                 )
+
+
+def own_choice(setup: Setup) -> Choice | None:
+    """The run's own checkpoint that `setup` was built from; None for a run that begins."""
+    return setup.start.origin.own if setup.start.origin is not None else None
+
+
+def find_resume(setup: Setup, choice: Choice | None, run_dir: Path) -> Path | None:
+    """The folder of `own_choice`, told; None where a run begins, again or for the first time.
+
+    Raises UserError where it went away since the setup was built.
+    """
+    if choice is not None:
+        if choice.folder is None or not choice.folder.is_dir():
+            raise UserError(f"{run_dir}: its checkpoint {choice.folder} went away meanwhile")
+        tell_choice(choice)
+        return choice.folder
+    if setup.config.resume and any(item.name != LOCK for item in run_dir.iterdir()):
+        # Killed before its first checkpoint: the run begins again, in the same folder.
+        logger.warning("%s has no complete checkpoint yet: starting from step 0", run_dir)
+    return None
+
+
+def restore(setup: Setup, checkpoint: Path) -> dict[str, Any]:
+    """Fill the setup's model, optimizer and losses; -> what state.json says. Raises UserError where they don't fit."""
+    check_same_run(setup, checkpoint)
+    state = restore_checkpoint(checkpoint, setup.model, training_state(setup))
+    check_state(state, checkpoint, setup.corpus.fingerprint)
+    for line in other_versions(state, setup.registry.versions(), versions()):
+        logger.warning(line)
+    return state
+
+
+def training_state(setup: Setup) -> TrainingState:
+    """What a checkpoint holds beside the model."""
+    return TrainingState(setup.optimizer, setup.balance_losses)

@@ -19,11 +19,9 @@ from moelab.config.run import RunConfig
 from moelab.config.stored import seal, stored, to_yaml
 from moelab.data.lineage import CONVERSION
 from moelab.data.seen import read_record
-from moelab.errors import UserError
-from moelab.integrity import Choice
 from moelab.paths import user_path
 from moelab.registry import Registry
-from moelab.train.checkpoint import TrainingState, restore_checkpoint, save_checkpoint
+from moelab.train.checkpoint import save_checkpoint
 from moelab.train.evaluate import evaluate, sample_texts
 from moelab.train.failure import check_evaluation
 from moelab.train.interruption import Interruption
@@ -32,7 +30,7 @@ from moelab.train.observers import Observers, gather_observers, threads_told
 from moelab.train.probe import look, probe_batch
 from moelab.train.progress import Progress
 from moelab.train.rescue import State, ending, save_what_is_good, shortages_told
-from moelab.train.resume import PLUGINS, VERSIONS, check_state, other_versions, tell_choice
+from moelab.train.resume import PLUGINS, VERSIONS, find_resume, own_choice, restore, training_state
 from moelab.train.router_numbers import layer_facts
 from moelab.train.run_folder import (
     DOCUMENTS,
@@ -48,10 +46,10 @@ from moelab.train.run_folder import (
     prepare_run_folder,
     write_json,
 )
-from moelab.train.run_lock import LOCK, RunLock, hold
+from moelab.train.run_lock import RunLock, hold
 from moelab.train.save_clock import SaveClock
 from moelab.train.schedule import learning_rate_factor
-from moelab.train.setup import Setup, check_same_run, checkpoint_files, fixed_environment, prepare
+from moelab.train.setup import Setup, checkpoint_files, fixed_environment, prepare
 from moelab.train.start import OVERRIDES
 from moelab.train.step import Observe, StepResult, Update, train_step
 from moelab.train.summary import BACKENDS, LOADS, backends, environment_facts, log_metrics, summary, versions
@@ -97,9 +95,9 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
             with shortages_told(config, registry):
                 setup = prepare(config, registry, verify=verify)
             lock = stack.enter_context(hold(run_dir))
-            choice = _own_choice(setup)
-            resumed = _find_resume(setup, choice, run_dir)
-            state = _restore(setup, resumed) if resumed else {}
+            choice = own_choice(setup)
+            resumed = find_resume(setup, choice, run_dir)
+            state = restore(setup, resumed) if resumed else {}
             prepare_run_folder(run_dir, resume=config.resume, force=force)
             warn_of_disk(run_dir, setup.model, config.train.keep_checkpoints)
             if resumed and (history := read_record(resumed)):
@@ -323,7 +321,7 @@ def _save(loop: Loop, *, prune: bool = True) -> None:
     for own in loop.observers.hook.on_checkpoint(step=progress.step):
         files = {**(own or {}), **files}
     with loop.clock.saving():
-        save_checkpoint(folder, setup.model, _training_state(setup), state, files)
+        save_checkpoint(folder, setup.model, training_state(setup), state, files)
     if prune:
         _prune(loop, folder)
     logger.info("checkpoint: %s", folder.relative_to(loop.run_dir))
@@ -342,33 +340,3 @@ def _prune(loop: Loop, newest: Path) -> None:
     whole = [path for path in found if path.name not in loop.damaged]
     for old in sorted(set(found) - set(whole[-keep:])):
         discard(old)
-
-
-def _find_resume(setup: Setup, choice: Choice | None, run_dir: Path) -> Path | None:
-    """The checkpoint that the setup was built from, told."""
-    if choice is not None:
-        if choice.folder is None or not choice.folder.is_dir():
-            raise UserError(f"{run_dir}: its checkpoint {choice.folder} went away meanwhile")
-        tell_choice(choice)
-        return choice.folder
-    if setup.config.resume and any(item.name != LOCK for item in run_dir.iterdir()):
-        # Killed before its first checkpoint: the run begins again, in the same folder.
-        logger.warning("%s has no complete checkpoint yet: starting from step 0", run_dir)
-    return None
-
-
-def _restore(setup: Setup, checkpoint: Path) -> dict[str, Any]:
-    check_same_run(setup, checkpoint)
-    state = restore_checkpoint(checkpoint, setup.model, _training_state(setup))
-    check_state(state, checkpoint, setup.corpus.fingerprint)
-    for line in other_versions(state, setup.registry.versions(), versions()):
-        logger.warning(line)
-    return state
-
-
-def _own_choice(setup: Setup) -> Choice | None:
-    return setup.start.origin.own if setup.start.origin is not None else None
-
-
-def _training_state(setup: Setup) -> TrainingState:
-    return TrainingState(setup.optimizer, setup.balance_losses)
