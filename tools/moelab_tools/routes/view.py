@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moelab.atomic import write_file
+from moelab.checkpoint import CHECKPOINTS
 from moelab.data.token_classes import CLASSES, class_of_ids
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import ConfigError, DataError, UserError
@@ -42,7 +44,7 @@ def write_view(folder: Path, page: Path, *, tokenizer: str | None, tokens: int, 
 
 def tokenizer_for(trace: Trace, spec: str | None, folder: Path) -> Tokenizer:
     """The tokenizer whose fingerprint the trace has: bytes unless another is named."""
-    if spec is not None and (Path(spec) / "checkpoints").is_dir():
+    if spec is not None and os.path.isdir(os.path.join(spec, CHECKPOINTS)):
         found = tokenizer_of(Path(spec), None)
     else:
         found = load_tokenizer(spec or BYTES)

@@ -150,6 +150,7 @@ def test_a_shard_of_another_checkpoint(sharded: Path):
         (json.dumps({"weight_map": {NORM: "../../model.safetensors"}}), "beside it"),
         (json.dumps({"weight_map": {NORM: 3}}), "beside it"),
         (json.dumps({"weight_map": {NORM: "pytorch_model.bin"}}), ".safetensors"),
+        (json.dumps({"weight_map": {NORM: f"model-{'9' * 300}.safetensors"}}), "not there"),
     ],
 )
 def test_a_broken_index(sharded: Path, content: str, word: str):
