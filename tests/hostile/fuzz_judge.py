@@ -1,8 +1,8 @@
 """Runs one input and judges it: readers in this process, command lines in a fork that is watched and limited.
 
 Right is: success, or exit code 2 (1 for a failed run) with one message under 2,000 characters, of printable characters.
-Wrong is: a traceback, a control character, 20 s of work without an end, 2 GB more than before, a file written outside the
-folder, a process started, code of the folder run.
+Wrong is: a traceback, a control character, 20 s of work without an end, 2 GB more than before, a file written outside
+the folder, a process started, code of the folder run.
 """
 
 from __future__ import annotations
