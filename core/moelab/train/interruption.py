@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -15,6 +17,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.requested = False
+        self._held = self._waiting = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -33,7 +36,18 @@ class Interruption:
         if self.requested:
             raise KeyboardInterrupt
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A second signal waits for the end of this: what belongs together, a step and its line, is not torn apart."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._waiting:
             raise KeyboardInterrupt
-        self.requested = True
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and not self._held:
+            raise KeyboardInterrupt
+        self.requested, self._waiting = True, self.requested

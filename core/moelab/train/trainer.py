@@ -76,6 +76,7 @@ class Loop:
     saved: int | None = None  # the step of the last checkpoint, or of the start: nothing is lost since
     update: Update = field(default_factory=Update)
     clock: SaveClock = field(default_factory=SaveClock)
+    interruption: Interruption = field(default_factory=Interruption)
     damaged: set[str] = field(default_factory=set)  # names of checkpoints that were passed over
 
 
@@ -135,13 +136,12 @@ def _run(loop: Loop) -> None:
     facts = environment_facts(setup)
     logger.info("%s: %s", facts["name"], {key: facts[key] for key in ("components", "parameters")})
     error: BaseException | None = None
-    interruption = Interruption()
     try:
         loop.observers.hook.on_train_begin(
             run_dir=loop.run_dir, config=stored(setup.config), facts=facts, step=progress.step,
             checkpoint=loop.resumed,
         )  # fmt: skip
-        with interruption:
+        with loop.interruption:
             if progress.step == 0:
                 _evaluate(loop)
                 _probe(loop)
@@ -149,7 +149,7 @@ def _run(loop: Loop) -> None:
                 _evaluate(loop)  # the run ended in it, and saved the step before
             while progress.step < setup.config.train.steps:
                 one_step(loop)
-                interruption.check()
+                loop.interruption.check()
         if not _due(progress.step, setup.config.evaluation.every) or progress.evaluation is None:
             _evaluate(loop)
         _write_evaluation(loop)
@@ -201,10 +201,11 @@ def one_step(loop: Loop) -> None:
         setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings,
         observe=what, update=loop.update,
     )  # fmt: skip
-    progress.advance(batch.token_count, result.served, time.perf_counter() - started)
-    loop.update.under_way = False
-    if observe:
-        _log(loop, result, rate)
+    with loop.interruption.held():
+        progress.advance(batch.token_count, result.served, time.perf_counter() - started)
+        loop.update.under_way = False
+        if observe:
+            _log(loop, result, rate)
     if _due(progress.step, config.evaluation.every):
         _evaluate(loop)
     save_every = config.train.save_every
