@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -46,21 +47,28 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on(tmp_path: Path) -> None:
     """The signal goes to submitit's task, as Slurm sends it; the local executor then starts the job again."""
     out = tmp_path / "out"
     worker = slurm_worker(out, ["timeout_min=5"], cluster="local")
-    config = [*TINY, "train.steps=100000", "train.save_every=50", "train.log_every=50", f"run_dir={tmp_path / 'run'}"]
+    config = [*TINY, "train.steps=30000", "train.save_every=50", "train.log_every=50", f"run_dir={tmp_path / 'run'}"]
     job = worker.start("long", ["train", *config, "--resume"], out / "logs" / "long.log")
     assert isinstance(job, SubmittedJob)
     checkpoints = tmp_path / "run" / "checkpoints"
     while not list(checkpoints.glob("step_*")):
         assert job.poll() is None, (out / "logs" / "long.log").read_text()
         time.sleep(0.1)
-    _preempt(job.job)
     log = out / "logs" / "long.log"
     assert log.is_symlink()
-    while "resumed at step" not in log.read_text():
+    for waited in range(1200):  # tenths of a second
+        if waited % 150 == 0:
+            _preempt(job.job)  # again where /proc missed the child: its list is no snapshot, see proc(5)
         assert job.poll() is None, log.read_text()
         time.sleep(0.1)
+        if "resumed at step" in log.read_text():
+            break
+    assert "resumed at step" in log.read_text()
+    running = json.loads((tmp_path / "run" / ".lock").read_text())["pid"]
     job.job.cancel()
     job.job.wait()
+    with contextlib.suppress(ProcessLookupError):  # Slurm ends all of a job; the local executor its own process alone
+        os.kill(running, signal.SIGKILL)
 
 
 def _preempt(job: Any) -> None:
