@@ -53,6 +53,9 @@ def lives_through_a_run(case: ObserverCase) -> None:
                 step=step + 1, metrics=dict(METRICS), loads={0: [0.5, 0.5]}, alarms=[], changes=[], backends=["loop"]
             )
             hook.on_evaluate(step=step + 1, metrics={"eval/loss": 2.0}, samples=["def f"])
+            for files in hook.on_checkpoint(step=step + 1):
+                wrong = [name for name, content in (files or {}).items() if not isinstance(content, bytes)]
+                assert not wrong, f"on_checkpoint returned {wrong[0]!r}, which is not bytes"
             hook.on_save(step=step + 1, path=Path(folder) / "checkpoints")
             hook.on_train_end(step=step + 1, summary={"status": "finished", "final": dict(METRICS)}, error=None)
             _still_there(observers)
@@ -103,7 +106,12 @@ def _not_begun(case: ObserverCase, folder: Path) -> tuple[Observers, Any]:
 
 def _begun(case: ObserverCase, folder: Path, step: int) -> tuple[Observers, Any]:
     observers, hook = _not_begun(case, folder)
-    hook.on_train_begin(run_dir=folder, config=copy.deepcopy(CONFIG), facts=copy.deepcopy(FACTS), step=step)
+    checkpoint = folder / "checkpoints" / f"step_{step:08d}" if step else None
+    if checkpoint is not None:
+        checkpoint.mkdir(parents=True)
+    hook.on_train_begin(
+        run_dir=folder, config=copy.deepcopy(CONFIG), facts=copy.deepcopy(FACTS), step=step, checkpoint=checkpoint
+    )
     _still_there(observers)
     return observers, hook
 
