@@ -55,3 +55,8 @@ def test_nobody_else_makes_a_path_of_what_a_user_wrote(root: Path) -> None:
                 if call.startswith("click.Path("):
                     found.append(f"{path}: {call}")
     assert not found
+
+
+def test_a_path_that_is_no_utf8_is_refused_where_it_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"--output: .*\\udcff.* is not UTF-8"):
+        user_path("report\udcff", "--output")
