@@ -25,9 +25,7 @@ def user_path(path: str | os.PathLike[str], where: str = "") -> Path:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # bytes of another encoding, or half of a surrogate pair
-        raise ConfigError(
-            f"{key}'{text[:40]}' is no path: it is not UTF-8, which configs and TensorBoard are"
-        ) from error
+        raise ConfigError(f"{key}'{text[:40]}' is no path: it is not UTF-8, as configs are") from error
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise ConfigError(
