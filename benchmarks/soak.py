@@ -119,7 +119,7 @@ def _disturbed(soak: Soak, first: Callable[[], int], folder: Path, how: str, ref
         torn = how == "SIGKILL" and chance.random() < 0.3  # what goes on after it would write the half twice
         return run(first, folder, Kill(at, torn, signals))
     process, report = fork(first, folder)
-    time.sleep(chance.uniform(0.0, 0.8 * reference.seconds))
+    time.sleep(chance.uniform(0.0, 0.6 * reference.seconds))
     for number in signals:
         os.kill(process, number)
         time.sleep(chance.uniform(0.0, 0.05))
