@@ -18,7 +18,7 @@ small_runs.load_libraries()
 import kill_points, moelab.hf.save
 from kill_points import in_a_folder_of_its_own
 
-for name, every in (("train, keep_checkpoints=1", 14), ("save_hf over another", 1)):
+for name, every in (("train, keep_checkpoints=1", 40), ("save_hf over another", 1)):
     tried = in_a_folder_of_its_own(name, steps=4, every=every)
     assert tried.points >= tried.operations // every > 10, tried
     assert not tried.problems, "\\n".join(tried.problems)
