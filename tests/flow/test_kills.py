@@ -40,7 +40,7 @@ def test_no_kill_point_of_a_small_run_or_save_leaves_anything_else(root: Path) -
     """The sample is whole: a window that is planted is seen."""
     path = os.pathsep.join([str(root / "benchmarks"), os.environ["PYTHONPATH"]])
     done = subprocess.run(
-        [sys.executable, "-c", SAMPLE], cwd=root, env={**os.environ, "PYTHONPATH": path}, capture_output=True,
-        text=True, timeout=600, check=False,
+        [sys.executable, "-c", SAMPLE], cwd=root, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert "seen to the end" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]

@@ -14,12 +14,15 @@ import resource
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import types
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
 
 from moelab.errors import RunFailure, UserError
 from moelab_tools.cli import COMMANDS, run
@@ -77,10 +80,21 @@ def judge_command(arguments: tuple[str, ...], folder: Path, inside: Path) -> str
     child = os.fork()
     if child == 0:
         _in_child(arguments, folder, out, inside)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = _awaited(child)
     told = out.read_text(encoding="utf-8", errors="surrogateescape") if out.exists() else ""
     out.unlink(missing_ok=True)
     return _judged(code, told)
+
+
+def _awaited(child: int) -> int:
+    """Its exit code; a child that is stuck outside Python, where its own clock can't ring, is ended."""
+    for _ in range(100 * 2 * WAITING):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def _judged(code: int, told: str) -> str | None:
@@ -118,6 +132,7 @@ def _in_child(arguments: tuple[str, ...], folder: Path, out: Path, inside: Path)
     code = 70
     try:
         os.chdir(folder)
+        torch.set_num_threads(1)  # the threads of the process that forked aren't here: who waits for them never ends
         _limit()
         _start_clock(_stop)
         _watch(inside)
