@@ -83,9 +83,10 @@ def test_a_changed_config_is_refused_by_key_and_trained_again_by_force(done: Pat
     assert "lr: 0.003" in (out / "runs" / NAMES[1] / "config.yaml").read_text(), "what is not asked for is left alone"
 
 
-def test_bookkeeping_is_no_change(done: Path) -> None:
-    worker = InProcess()
-    run_sweep(SweepRequest([*TINY, *AXES, "train.log_every=2"], done), quiet(), worker)
+def test_bookkeeping_is_no_change(done: Path, tmp_path: Path) -> None:
+    out, worker = tmp_path / "out", InProcess()
+    shutil.copytree(done, out)
+    run_sweep(SweepRequest([*TINY, *AXES, "train.log_every=2"], out), quiet(), worker)
     assert worker.started == []
 
 
