@@ -152,18 +152,20 @@ def _refuse(part: PluginPart, fault: str | None, built: object) -> None:
 def _backend(
     config: ModelConfig, registry: Registry, parts: LayerParts, layout: ExpertLayout, layer_id: int
 ) -> ExpertBackend:
+    def context(above: frozenset[str]) -> BackendContext:
+        """`above`: the backends that this one is built for, so that none is built inside itself."""
+
+        def others() -> Mapping[str, ExpertBackend]:
+            names = [name for name in registry.components(EXPERT_BACKENDS) if name not in above]
+            return {
+                name: registry.build(EXPERT_BACKENDS, {"name": name}, context(above | {name}), parts.where("backend"))
+                for name in names
+            }
+
+        return BackendContext(layout, config.hidden_size, layer_id, others)
+
     chosen = str(parts.backend.get("name"))
-
-    def others() -> Mapping[str, ExpertBackend]:
-        def none() -> Mapping[str, ExpertBackend]:
-            return {}
-
-        inner = BackendContext(layout, config.hidden_size, layer_id, none)
-        names = [name for name in registry.components(EXPERT_BACKENDS) if name != chosen]
-        return {name: registry.build(EXPERT_BACKENDS, {"name": name}, inner, parts.where("backend")) for name in names}
-
-    context = BackendContext(layout, config.hidden_size, layer_id, others)
-    return registry.build(EXPERT_BACKENDS, parts.backend, context, parts.where("backend"))
+    return registry.build(EXPERT_BACKENDS, parts.backend, context(frozenset({chosen})), parts.where("backend"))
 
 
 @contextlib.contextmanager

@@ -49,6 +49,8 @@ class TrainConfig:
     # Keys under which the config means another model or tokenizer than the checkpoint's: [model.moe.router, ...]; a key
     # covers what lies beneath it. Any other difference is refused.
     init_overrides: list[str] = field(default_factory=list)
+    # Parameters that stay as they are, by patterns over their names: ["*.router.*"], ["embed_tokens.*", "layers.0.*"].
+    freeze: list[str] = field(default_factory=list)
 
 
 @dataclass

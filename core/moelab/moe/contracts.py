@@ -131,7 +131,8 @@ class BackendContext:
     layout: ExpertLayout
     hidden_size: int
     layer_id: int
-    others: Callable[[], Mapping[str, ExpertBackend]]  # every other backend, built with its defaults; for `auto`
+    others: Callable[[], Mapping[str, ExpertBackend]]  # every other backend, built with its defaults, for one that
+    # hands on; when it is called, not before: others may ask the same
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,11 @@ class ExpertProblem:
 
 @runtime_checkable
 class ExpertBackend(Protocol):
-    """Computes y[t] = sum over t's assignments of weight * down(act(gate x_t) * up x_t). Owns no parameters."""
+    """Computes y[t] = sum over t's assignments of weight * down(act(gate x_t) * up x_t). Owns no parameters.
+
+    One that in training also computes, forward, the experts that a token did not take says so with
+    `computes_every_expert = True`; its FLOPs are counted then.
+    """
 
     name: str
 

@@ -37,7 +37,7 @@ class Parameters:
 class ServedCosts:
     """What training costs by what was served: so much for each token, so much for each assignment."""
 
-    token_flops: int  # forward and backward, of all that every token passes through: everything but routed experts
+    token_flops: int  # forward and backward, of all that every token passes through: everything but its own experts
     token_parameters: int  # that every token passes through
     expert_weights: tuple[int, ...]  # 3 D F of each expert, the MoE layers one after the other: [sum of E]
 
@@ -65,7 +65,8 @@ def served_costs(model: Transformer, sequence_length: int) -> ServedCosts:
     forward = sum(_layer_token_flops(layer, sequence_length) for layer in model.layers)
     forward += 2 * model.lm_head.weight.numel()
     weights = [width for block in moe_blocks(model) for width in _expert_weights(block)]
-    return ServedCosts((1 + BACKWARD) * forward, parameters.total - parameters.routed, tuple(weights))
+    flops = (1 + BACKWARD) * forward + sum(_idle_flops(block) for block in moe_blocks(model))
+    return ServedCosts(flops, parameters.total - parameters.routed, tuple(weights))
 
 
 def expected_assignments(block: MoEBlock) -> ExpectedAssignments:
@@ -104,7 +105,8 @@ def count_parameters(model: Transformer) -> Parameters:
 
 def flops_per_token(model: Transformer, sequence_length: int) -> float:
     """Training, as declared: forward and backward, 3 x forward. What checkpointing computes again is not counted."""
-    return (1 + BACKWARD) * forward_flops_per_token(model, sequence_length)
+    idle = sum(_idle_flops(block) for block in moe_blocks(model))
+    return (1 + BACKWARD) * forward_flops_per_token(model, sequence_length) + idle
 
 
 def forward_flops_per_token(model: Transformer, sequence_length: int) -> float:
@@ -166,6 +168,12 @@ def _matmul_weights(module: nn.Module) -> int:
 def _declared_weights(block: MoEBlock) -> int:
     """Expert weights that a token is declared to pass through; at balance where the experts' widths differ."""
     return round(_size(block) * expected_assignments(block).per_token / block.layout.num_experts)
+
+
+def _idle_flops(block: MoEBlock) -> int:
+    """Of training, forward alone: experts that a backend computes for tokens that they don't serve, as declared."""
+    every = getattr(block.backend, "computes_every_expert", False)
+    return 2 * (_size(block) - _declared_weights(block)) if every else 0
 
 
 def _size(block: MoEBlock) -> int:

@@ -38,6 +38,7 @@ from moelab.records import Record
 from moelab.registry import Registry
 from moelab.train.causality import Causality
 from moelab.train.evaluate import evaluation_batch_size
+from moelab.train.freeze import freeze
 from moelab.train.optimizer import build_adamw
 from moelab.train.precision import choose_precision, set_threads
 from moelab.train.rehearsal import probe_step
@@ -114,6 +115,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True) -> Se
         corpus.validation, config.evaluation.sequences, train.sequence_length, evaluation_batch_size(config)
     )
     model = starting_model(config, registry, precision.device, start)
+    freeze(model, train.freeze)
     history = starting_history(config, start)
     settings = StepSettings(micro, train.grad_clip, config.seed, precision)
     rehearsal = probe_step(model, losses, batches.batch(0), settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moelab_tools.compare.budgets import Budget
 from moelab_tools.compare.comparison import Comparison, Line
+from moelab_tools.compare.remarks import FEW
 
 MISSING = "–"
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
@@ -110,14 +111,19 @@ def _budget(comparison: Comparison, budget: Budget) -> str:
     spent = f"all that {budget.spent_by} spent" if budget.cut_short else "what each spent"
     text = f"At {names[budget.axis]} ({spend(budget)}, {spent}), {budget.unit}: {listing or 'none known'}."
     if budget.between:
-        spans = ", ".join(
-            f"{run} between {low / budget.amount:.2f} and {high / budget.amount:.2f} of it"
-            for run, (low, high) in budget.between.items()
-        )
-        text += f" Interpolated linearly from the evaluations around it: {spans}."
+        text += f" Interpolated linearly from the evaluations around it: {_spans(budget)}."
     for run, why in budget.missing.items():
         text += f" {run} {why}."
     return text
+
+
+def _spans(budget: Budget) -> str:
+    """Where the evaluations lie that a loss was interpolated between: run by run, or for many runs how far at most."""
+    shares = {run: (low / budget.amount, high / budget.amount) for run, (low, high) in budget.between.items()}
+    if len(shares) > FEW:
+        lows, highs = zip(*shares.values(), strict=True)
+        return f"{len(shares)} runs, all between {min(lows):.2f} and {max(highs):.2f} of it"
+    return ", ".join(f"{run} between {low:.2f} and {high:.2f} of it" for run, (low, high) in shares.items())
 
 
 def spend(budget: Budget) -> str:
