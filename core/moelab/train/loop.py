@@ -8,6 +8,7 @@ from pathlib import Path
 from moelab.alarms import AlarmChange, AlarmWatch
 from moelab.train.interruption import Interruption
 from moelab.train.observers import Observers
+from moelab.train.plan import Plan
 from moelab.train.progress import Progress
 from moelab.train.run_folder import MetricsLog
 from moelab.train.run_lock import RunLock
@@ -28,6 +29,7 @@ class Loop:
     metrics: MetricsLog
     progress: Progress
     alarms: AlarmWatch
+    plan: Plan
     loads: dict[str, list[float]] = field(default_factory=dict)  # layer -> shares of the last logged step
     backends: list[str] = field(default_factory=list)  # that served so far
     samples: list[str] = field(default_factory=list)  # of the last evaluation

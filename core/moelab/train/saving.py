@@ -10,6 +10,7 @@ from moelab.checkpoint import CHECKPOINTS
 from moelab.config.stored import seal
 from moelab.train.checkpoint import save_checkpoint
 from moelab.train.loop import Loop, served_backends
+from moelab.train.plan import REPLANNED, to_json
 from moelab.train.resume import PLUGINS, VERSIONS, training_state
 from moelab.train.setup import checkpoint_files, fixed_environment
 from moelab.train.start import OVERRIDES
@@ -34,6 +35,7 @@ def save(loop: Loop, *, prune: bool = True) -> None:
         "alarms": loop.alarms.state(),
         LOADS: loop.loads,
         BACKENDS: served_backends(loop),
+        REPLANNED: to_json(loop.plan.changes),
     }
     outside = fixed_environment(setup.config)
     if outside:

@@ -24,9 +24,10 @@ from moelab.train.limits import warn_of_disk
 from moelab.train.logged import alarm_watch, log_step, probe
 from moelab.train.loop import Loop, due, served_backends
 from moelab.train.observers import gather_observers, threads_told
+from moelab.train.plan import REPLANNED, Plan, to_json
 from moelab.train.progress import Progress
 from moelab.train.rescue import State, ending, save_what_is_good, shortages_told
-from moelab.train.resume import find_resume, own_choice, restore
+from moelab.train.resume import find_resume, own_choice, replan, restore
 from moelab.train.run_folder import (
     LOG,
     METRICS,
@@ -34,6 +35,7 @@ from moelab.train.run_folder import (
     HeldLog,
     MetricsLog,
     close_log,
+    forget_results,
     is_finished,
     open_log,
     prepare_run_folder,
@@ -41,7 +43,6 @@ from moelab.train.run_folder import (
 )
 from moelab.train.run_lock import hold
 from moelab.train.saving import save
-from moelab.train.schedule import learning_rate_factor
 from moelab.train.setup import prepare
 from moelab.train.step import Observe, train_step
 from moelab.train.summary import BACKENDS, LOADS, environment_facts, summary
@@ -68,15 +69,18 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
             choice = own_choice(setup)
             resumed = find_resume(setup, choice, run_dir)
             state = restore(setup, resumed) if resumed else {}
+            schedule, steps = setup.config.schedule, setup.config.train.steps
+            plan = replan(setup, resumed, state) if resumed else Plan(schedule, steps)
             prepare_run_folder(run_dir, resume=config.resume, force=force)
             warn_of_disk(run_dir, setup.model, config.train.keep_checkpoints)
             if resumed and (history := read_record(resumed)):
                 setup = replace(setup, history=history)
             for line in setup.seen.lines():
                 logger.warning("train.init_from: %s", line)
-            if state.get("step") == config.train.steps and is_finished(run_dir):
+            if state.get("step") == steps and is_finished(run_dir):
                 logger.warning("%s is finished: nothing is left to do", run_dir)
                 return run_dir
+            forget_results(run_dir)
         handler = open_log(run_dir / LOG, held.records)
         try:
             if config.as_written:
@@ -88,7 +92,9 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
                 progress = Progress.of(state, setup.costs, setup.flops_per_token)
                 watch = alarm_watch(setup, state)
                 found = [] if state else [AlarmChange(0, "begins", alarm) for alarm in watch.on]
-                loop = Loop(setup, run_dir, lock, manager, metrics, progress, watch, changes=found, saved=progress.step)
+                loop = Loop(
+                    setup, run_dir, lock, manager, metrics, progress, watch, plan, changes=found, saved=progress.step
+                )
                 loop.resumed = resumed
                 loop.loads, loop.backends = state.get(LOADS, {}), state.get(BACKENDS, [])
                 loop.damaged = {finding.folder.name for finding in choice.skipped} if choice else set()
@@ -102,7 +108,7 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
 def _run(loop: Loop) -> None:
     """All remaining steps, then the summary, also when something went wrong on the way."""
     setup, progress, metrics = loop.setup, loop.progress, loop.metrics
-    facts = environment_facts(setup)
+    facts = environment_facts(setup) | {REPLANNED: to_json(loop.plan.changes)}
     logger.info("%s: %s", facts["name"], {key: facts[key] for key in ("components", "parameters")})
     error: BaseException | None = None
     try:
@@ -158,7 +164,7 @@ def _end(loop: Loop, facts: dict[str, Any], error: BaseException | None) -> None
 def one_step(loop: Loop) -> None:
     setup, progress, config = loop.setup, loop.progress, loop.setup.config
     started = time.perf_counter()
-    rate = config.optimizer.lr * learning_rate_factor(config.schedule, progress.step, config.train.steps)
+    rate = config.optimizer.lr * loop.plan.factor(progress.step)
     for group in setup.optimizer.param_groups:
         group["lr"] = rate
     batch = setup.batches.batch(progress.step)
