@@ -20,10 +20,9 @@ from moelab.checkpoint import STATE, read_state
 from moelab.errors import CheckpointError
 from moelab.records import Record
 from moelab.safe_files import Reading
+from moelab.train.format import BEST_EVALUATION
 
 logger = logging.getLogger("moelab")
-
-BEST_EVALUATION, ENDED_EARLY = "best_evaluation", "ended_early"  # of summary.json; the first of state.json too
 
 
 @dataclass

@@ -10,10 +10,10 @@ from typing import Any
 from moelab.atomic import discard
 from moelab.checkpoint import BEST, CHECKPOINTS
 from moelab.config.stored import seal
-from moelab.train.best import BEST_EVALUATION
 from moelab.train.checkpoint import save_checkpoint
+from moelab.train.format import BEST_EVALUATION, REPLANNED
 from moelab.train.loop import Loop, served_backends
-from moelab.train.plan import REPLANNED, to_json
+from moelab.train.plan import to_json
 from moelab.train.resume import PLUGINS, VERSIONS, training_state
 from moelab.train.setup import checkpoint_files, fixed_environment
 from moelab.train.start import OVERRIDES

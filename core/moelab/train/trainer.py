@@ -19,13 +19,14 @@ from moelab.config.stored import stored, to_yaml
 from moelab.data.seen import read_record
 from moelab.paths import user_path
 from moelab.registry import Registry
-from moelab.train.best import BEST_EVALUATION, ENDED_EARLY, Best, with_folder
+from moelab.train.best import Best, with_folder
+from moelab.train.format import BEST_EVALUATION, ENDED_EARLY, REPLANNED
 from moelab.train.held_out import ends_early, evaluate_run, write_evaluation
 from moelab.train.limits import warn_of_disk
 from moelab.train.logged import alarm_watch, log_step, probe
 from moelab.train.loop import Loop, due, served_backends
 from moelab.train.observers import gather_observers, threads_told
-from moelab.train.plan import REPLANNED, Plan, to_json
+from moelab.train.plan import Plan, to_json
 from moelab.train.progress import Progress
 from moelab.train.rescue import State, ending, save_what_is_good, shortages_told
 from moelab.train.resume import find_resume, own_choice, replan, restore
