@@ -93,10 +93,10 @@ def check_disk(folder: Path, sizes: dict[str, int]) -> None:
         )
 
 
-def warn_of_disk(folder: Path, model: nn.Module, keep: int, best: int) -> None:
+def warn_of_disk(folder: Path, model: nn.Module, keep: int) -> None:
     """One line before a run whose checkpoints won't fit; the oldest is removed after the newest is written."""
     each = (1 + ADAMW) * sum(parameter.nbytes for parameter in model.parameters())
-    count, free = (keep or 1) + 1 + best, shutil.disk_usage(_existing(folder)).free
+    count, free = (keep or 1) + 1, shutil.disk_usage(_existing(folder)).free
     if each * count > free:
         logger.warning(
             "%s: %d checkpoints of %s won't fit into the %s that are free on that disk; free some space, or set "

@@ -73,7 +73,7 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
             state = restore(setup, resumed) if resumed else {}
             plan = replan(setup, resumed, state) if resumed else Plan(config.schedule, config.train.steps)
             prepare_run_folder(run_dir, resume=config.resume, force=force)
-            warn_of_disk(run_dir, setup.model, config.train.keep_checkpoints, config.train.keep_best)
+            warn_of_disk(run_dir, setup.model, config.train.keep_checkpoints + config.train.keep_best)
             if resumed and (history := read_record(resumed)):
                 setup = replace(setup, history=history)
             for line in setup.seen.lines():
