@@ -23,6 +23,7 @@ from moelab.safe_files import Reading
 from moelab.train.format import BEST_EVALUATION
 
 logger = logging.getLogger("moelab")
+READING = Reading(CheckpointError, "use an earlier checkpoint, or restore it")
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Best:
     def of(cls, state: Mapping[str, Any], checkpoint: Path | None) -> Best:
         """As state.json has it. Raises CheckpointError for what is none."""
         where = str(checkpoint / STATE) if checkpoint else STATE
-        record = Record(where, state, Reading(CheckpointError, "use an earlier checkpoint, or restore it"))
+        record = Record(where, state, READING)
         found = record.record(BEST_EVALUATION, optional=True)
         step, loss = found.integer("step", None, least=0), found.number("loss", None)
         evaluations, since = (found.integer(key, 0, least=0) for key in ("evaluations", "since"))
@@ -78,7 +79,11 @@ def with_folder(best: Best, folder: Path, step: int, *, replanned: bool) -> Best
     One from after `step` comes again on the way, unless the run was `replanned` and goes another one. Where the two
     don't belong together the folder goes and the search begins again, which is told.
     """
-    there = int(read_state(folder)["step"]) if folder.is_dir() else None
+    try:
+        there = _step_of(folder)
+    except CheckpointError as error:  # no reason not to go on: the next best takes its place
+        logger.warning("%s; the best is looked for from step %d on", error, step)
+        return Best(evaluations=best.evaluations, last=best.last)
     if there == best.step or (there is not None and there > step and not replanned):
         return best
     if there is not None:
@@ -89,3 +94,10 @@ def with_folder(best: Best, folder: Path, step: int, *, replanned: bool) -> Best
         folder, held, step, best.step,
     )  # fmt: skip
     return Best(evaluations=best.evaluations, last=best.last)
+
+
+def _step_of(folder: Path) -> int | None:
+    """None where there is no such folder. Raises CheckpointError for one that can't be read."""
+    if not folder.is_dir():
+        return None
+    return Record(str(folder / STATE), read_state(folder), READING).integer("step", least=0)

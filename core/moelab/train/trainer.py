@@ -72,13 +72,13 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
             resumed = find_resume(setup, choice, run_dir)
             state = restore(setup, resumed) if resumed else {}
             plan = replan(setup, resumed, state) if resumed else Plan(config.schedule, config.train.steps)
+            best = Best.of(state, resumed)
             prepare_run_folder(run_dir, resume=config.resume, force=force)
             warn_of_disk(run_dir, setup.model, config.train.keep_checkpoints + config.train.keep_best)
             if resumed and (history := read_record(resumed)):
                 setup = replace(setup, history=history)
             for line in setup.seen.lines():
                 logger.warning("train.init_from: %s", line)
-            best = Best.of(state, resumed)
             if is_finished(run_dir) and (done := _nothing_left(config, state, best)):
                 logger.warning("%s %s", run_dir, done)
                 return run_dir

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 import moelab
-from moelab.config.run import RunConfig
+from moelab.config.run import RunConfig, ScheduleConfig
 from moelab.data.lineage import lineage_of
-from moelab.errors import ConfigError
+from moelab.errors import CheckpointError, ConfigError
 from moelab.integrity import inspect
 from moelab.train.best import Best
+from moelab.train.plan import plan_of
 from moelab.train.trainer import train
 
 
@@ -142,6 +143,30 @@ def test_a_best_checkpoint_that_is_not_the_lowest_before_a_resume_goes(
     train(small_run)
     assert "best held that of step 6, and the lowest held-out loss before step 4 was at step 4" in caplog.text
     assert json.loads((run / "best" / "state.json").read_text())["step"] == 8
+
+
+def test_a_best_checkpoint_that_is_damaged_keeps_no_run_from_going_on(
+    small_run: RunConfig, losses: dict[int, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    losses |= {2: 1.0, 4: 2.0, 6: 3.0, 8: 4.0}
+    small_run.train.keep_best, small_run.schedule.name = True, "constant"
+    run = train(small_run)
+    (run / "best" / "state.json").write_text("{")
+    small_run.train.steps, small_run.resume = 8, True
+    train(small_run)
+    assert "best/state.json" in caplog.text
+    assert "the best is looked for from step 6 on" in caplog.text
+    assert json.loads((run / "best" / "state.json").read_text())["step"] == 8
+
+
+def test_a_state_that_holds_no_such_history_is_refused(tmp_path: Path) -> None:
+    for found in ({"step": "x"}, {"loss": "low"}, 3):
+        with pytest.raises(CheckpointError, match="best_evaluation"):
+            Best.of({"best_evaluation": found}, tmp_path)
+    schedule = ScheduleConfig()
+    for found in ({"step": 1}, {"step": 1, "planned": 2, "steps": 3, "factor": "x"}, 3):
+        with pytest.raises(CheckpointError, match="replanned"):
+            plan_of(schedule, 5, {"replanned": [found]}, tmp_path)
 
 
 @pytest.mark.parametrize("key", ["keep_best", "patience"])
