@@ -42,58 +42,71 @@ def at_best(run: Run) -> Run:
 
 
 def endings(runs: Sequence[Run]) -> list[str]:
-    """What a reader must know before believing the losses of such runs."""
-    told = [line for run in runs for line in (*_replanned(run), *_ended_early(run))]
-    picked = [run for run in runs if run.picked is not None]
-    if picked:
-        looks = ", ".join(f"{run.name} step {run.picked}, of {_looks(run)} looks" for run in picked)
-        told.insert(
-            0,
-            f"Compared is the lowest of each run's evaluations ({looks}), as asked, not the last: the lowest of "
-            "several looks at one text is too low by chance, more so with more looks, and no interval here counts that",
-        )
-    for run in runs:
-        best, last = run.summary.get(BEST_EVALUATION) or {}, run.final("eval/loss")
-        kept, loss = best.get("kept"), best.get("loss")
-        if run.picked is None and kept and loss is not None and last is not None and loss < last * (1 - DIFFERS):
-            told.append(
-                f"{run.name}: compared is its last evaluation ({last:.4f} nats per token), not the checkpoint that it "
-                f"kept as the best of {_looks(run)} ({loss:.4f} at step {best.get('step')}), which is picked by the "
-                "held-out loss itself; --best compares those"
-            )
-    return told
-
-
-def _replanned(run: Run) -> list[str]:
-    told = []
-    for change in run.summary.get(REPLANNED) or []:
-        done = (
-            f"{run.name}: train.steps became {change['steps']} at step {change['step']}, where {change['planned']} "
-            "were planned"
-        )
-        if change.get("rewarm_steps") is None:
-            told.append(
-                f"{done}; its rates are those of a run planned so. If that was decided by looking at its loss, no "
-                "interval here counts the look"
-            )
-        else:
-            told.append(
-                f"{done}; its rate had come down to {change['factor']:.3g} of optimizer.lr and rose again over "
-                f"{change['rewarm_steps']} steps: another recipe than {change['steps']} steps planned from the start"
-            )
-    return told
-
-
-def _ended_early(run: Run) -> list[str]:
-    ended = run.summary.get(ENDED_EARLY)
-    if not ended:
-        return []
-    return [
-        f"{run.name}: ended early, at step {run.summary.get('steps')} of {ended.get('planned')} (train.patience="
-        f"{ended.get('patience')}): its end was chosen by this held-out loss, and its learning rate had not come down "
-        "to where the schedule ends"
+    """What a reader must know before believing the losses of such runs: one sentence a kind, the runs named in it."""
+    changes = [(run, change) for run in runs for change in run.summary.get(REPLANNED) or []]
+    risen = [one for one in changes if one[1].get("rewarm_steps") is not None]
+    early = [(run, ended) for run in runs if (ended := run.summary.get(ENDED_EARLY))]
+    kinds = [
+        (
+            [f"{run.name} (step {run.picked}, of {_best(run).get('evaluations')} looks)" for run in _picked(runs)],
+            "compared is the lowest of each run's evaluations, as asked, not the last: the lowest of several looks at "
+            "one text is too low by chance, more so with more looks, and no interval here counts that",
+        ),
+        (
+            [_became(run, change) for run, change in changes if (run, change) not in risen],
+            "train.steps was changed on the way, and the rates are those of a run planned so. If that was decided by "
+            "looking at a loss, no interval here counts the look",
+        ),
+        (
+            [
+                f"{_became(run, change)} from {change['factor']:.3g} of optimizer.lr over {change['rewarm_steps']} "
+                "steps"
+                for run, change in risen
+            ],
+            "train.steps was changed on the way, after the rate had come down, and it rose again: another recipe than "
+            "so many steps planned from the start",
+        ),
+        (
+            [
+                f"{run.name} (at step {run.summary.get('steps')} of {ended.get('planned')}, train.patience="
+                f"{ended.get('patience')})"
+                for run, ended in early
+            ],
+            "ended early: the end was chosen by this held-out loss, and the learning rate had not come down to where "
+            "the schedule ends",
+        ),
+        (
+            [_kept(run) for run in runs if _kept_lower(run)],
+            "compared is the last evaluation, not the checkpoint kept as the best, which is picked by the held-out "
+            "loss itself; --best compares those",
+        ),
     ]
+    return [f"{', '.join(named)}: {what}" for named, what in kinds if named]
 
 
-def _looks(run: Run) -> Any:
-    return (run.summary.get(BEST_EVALUATION) or {}).get("evaluations")
+def _picked(runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if run.picked is not None]
+
+
+def _became(run: Run, change: Mapping[str, Any]) -> str:
+    return f"{run.name} ({change['planned']} to {change['steps']} at step {change['step']})"
+
+
+def _best(run: Run) -> Mapping[str, Any]:
+    return run.summary.get(BEST_EVALUATION) or {}
+
+
+def _kept_lower(run: Run) -> bool:
+    """Whether it kept a best checkpoint whose loss is lower than that of its last evaluation."""
+    loss, last = _best(run).get("loss"), run.final("eval/loss")
+    if run.picked is not None or not _best(run).get("kept") or loss is None or last is None:
+        return False
+    return bool(loss < last * (1 - DIFFERS))
+
+
+def _kept(run: Run) -> str:
+    best = _best(run)
+    return (
+        f"{run.name} ({run.final('eval/loss'):.4f} nats per token; {best['loss']:.4f} at step {best.get('step')}, the "
+        f"lowest of {best.get('evaluations')})"
+    )

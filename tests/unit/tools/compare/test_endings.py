@@ -45,25 +45,30 @@ def test_a_lengthened_run_is_one_recipe_with_a_planned_one_unless_its_rate_rose_
     comparison = compare(read_runs([planned, lengthened, rewarmed]))
     assert sorted(sorted(line.runs) for line in comparison.lines) == [["lengthened", "planned"], ["rewarmed"]]
     text = "\n".join(comparison.warnings)
-    assert "lengthened: train.steps became 300 at step 200, where 200 were planned; its rates are those" in text
-    assert "rewarmed: train.steps became 300 at step 200" in text
-    assert "rose again over 5 steps: another recipe than 300 steps planned from the start" in text
-    assert "planned: train.steps" not in text
+    assert "\nlengthened (200 to 300 at step 200): train.steps was changed on the way, and the rates are" in f"\n{text}"
+    assert "rewarmed (200 to 300 at step 200) from 0.1 of optimizer.lr over 5 steps: train.steps was changed" in text
+    assert "another recipe than so many steps planned from the start" in text
+    assert "planned (" not in text
 
 
 def test_a_run_that_ended_early_is_told_with_what_that_does_to_its_loss(make_run: MakeRun) -> None:
-    early = _say(make_run("early", steps=240, planned=300), ended_early={"planned": 300, "patience": 2})
-    text = "\n".join(compare(read_runs([early, make_run("whole")])).warnings)
-    assert "early: ended early, at step 240 of 300 (train.patience=2): its end was chosen by this held-out loss" in text
+    ended = {"planned": 300, "patience": 2}
+    early = [_say(make_run(f"early_{n}", steps=240, planned=300, seed=n), ended_early=ended) for n in (0, 1)]
+    told = [line for line in compare(read_runs([*early, make_run("whole")])).warnings if "ended early" in line]
+    place = "(at step 240 of 300, train.patience=2)"
+    assert len(told) == 1
+    assert all(f"{name} {place}" in told[0] for name in ("early_0", "early_1"))
+    assert "the end was chosen by this held-out loss" in told[0]
+    assert "whole" not in told[0]
 
 
 def test_the_last_evaluation_counts_and_the_best_one_where_asked(make_run: MakeRun) -> None:
     runs = read_runs([_with_best(make_run(name), 120, 0.01) for name in ("a", "b")])
     last = compare(runs)
-    assert any("a: compared is its last evaluation" in line and "--best" in line for line in last.warnings)
+    assert any("0.0100 at step 120, the lowest of 5" in line and "--best" in line for line in last.warnings)
     best = compare([at_best(run) for run in runs])
     assert "too low by chance" in best.warnings[0]
-    assert "a step 120, of 5 looks" in best.warnings[0]
+    assert "a (step 120, of 5 looks)" in best.warnings[0]
     scores = [{line.name: line.score for line in one.lines} for one in (last, best)]
     assert scores[1] == pytest.approx({name: (value or 0.0) / 2 for name, value in scores[0].items()})
     at_120 = next(row["eval/loss"] for row in runs[0].rows if row["step"] == 120)
