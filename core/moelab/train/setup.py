@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,17 @@ logger = logging.getLogger("moelab")
 FREE_ON_RESUME = {
     "run_dir", "resume", "name", "declaration", "observers", "evaluation", "search_path", "store_environment",
 }  # fmt: skip
-FREE_TRAIN_KEYS = {"log_every", "probe_every", "save_every", "keep_checkpoints", "init_from", "init_overrides"}
+REPLANS = ("train.steps", "schedule.rewarm_steps")  # may differ where `moelab.train.plan` knows what that means
+FREE_TRAIN_KEYS = {
+    "log_every",
+    "probe_every",
+    "save_every",
+    "keep_checkpoints",
+    "init_from",
+    "init_overrides",
+    "keep_best",
+    "patience",
+}
 
 
 @dataclass(frozen=True)
@@ -188,10 +199,10 @@ def starting_history(config: RunConfig, start: Start) -> DataRecord:
     return history_of([start.origin.folder], [config.train.init_from])
 
 
-def checkpoint_files(setup: Setup, step: int) -> dict[str, bytes]:
-    """What goes into the checkpoint of this step beside its tensors."""
+def checkpoint_files(setup: Setup, step: int, made: Mapping[str, Any]) -> dict[str, bytes]:
+    """What goes into the checkpoint of this step beside its tensors. `made`: of their making, what no config says."""
     record = setup.history | record_of_run(setup.corpus, setup.tokenizer, setup.batches.documents_read(step))
-    lineage = trained(setup.config, setup.lineage)
+    lineage = trained(setup.config, setup.lineage, made)
     own = {CONFIG: to_yaml(setup.config).encode(), RECORD: record.to_bytes(), LINEAGE: lineage.to_bytes()}
     return own | setup.tokenizer.files() | setup.start.files
 
@@ -199,7 +210,9 @@ def checkpoint_files(setup: Setup, step: int) -> dict[str, bytes]:
 def check_same_run(setup: Setup, checkpoint: Path) -> None:
     """Refuse to resume under another config. Raises ConfigError naming the keys that differ."""
     then, now = _fixed_part(stored(read_run_config(checkpoint))), _fixed_part(stored(setup.config))
-    different = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+    known = all(isinstance(config["train.steps"], int) for config in (then, now))  # and not from the environment
+    free = REPLANS if known else ()
+    different = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key not in free)
     if different:
         lines = "; ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in different[:5])
         raise ConfigError(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+import numpy as np
 import pytest
 import torch
 
 import moelab
 from moelab.config.model import ModelConfig, MoEConfig
+from moelab.data.tokenizer import Tokenizer
 from moelab.errors import CheckpointError, ConfigError
-from moelab.generate import Sampling, generate
+from moelab.nn.generate import Sampling, Speech, continue_text, generate
 
 MOE = MoEConfig(layout={"name": "uniform", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16})
 MODEL = ModelConfig(
@@ -74,3 +78,25 @@ def test_a_temperature_near_zero_is_greedy() -> None:
     assert list(generate(model, [1, 2], Sampling(5, temperature=1e-300))) == greedy
     with pytest.raises(ConfigError):
         Sampling(temperature=float("nan"))
+
+
+class Letters:
+    """A tokenizer of letters whose every id decodes to something, also the one that ends a text."""
+
+    vocab_size, eos_token_id = 50, 0
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array([ord(letter) - 97 for letter in text], np.int32)
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(97 + number) for number in ids)
+
+
+def test_a_text_ends_before_the_first_token_that_ends_it() -> None:
+    model, letters = moelab.build(MODEL), cast(Tokenizer, Letters())
+    found = list(generate(model, [1, 2, 3], Sampling(12, temperature=0.0)))
+    end = found[5]
+    text = continue_text(model, "bcd", Speech(letters, (end, 49)), Sampling(12, temperature=0.0))
+    assert text == "bcd" + letters.decode(found[: found.index(end)])
+    whole = continue_text(model, "bcd", Speech(letters, ()), Sampling(12, temperature=0.0))
+    assert whole == "bcd" + letters.decode(found)
