@@ -39,6 +39,7 @@ def blocks(arguments: list[str], pairs: int, folder: Path) -> list[dict[str, tup
     from moelab.registry import Registry
     from moelab.train import trainer
     from moelab.train.observers import gather_observers
+    from moelab.train.plan import Plan
     from moelab.train.progress import Progress
     from moelab.train.run_folder import METRICS, MetricsLog
     from moelab.train.run_lock import hold
@@ -52,8 +53,9 @@ def blocks(arguments: list[str], pairs: int, folder: Path) -> list[dict[str, tup
     with hold(folder) as lock, closing(MetricsLog(folder / METRICS, 0)) as metrics:
         manager = gather_observers(setup.config.observers, registry, folder, [])
         manager.hook.on_train_begin(run_dir=folder, config={}, facts={}, step=0, checkpoint=None)
+        plan = Plan(config.schedule, config.train.steps)
         progress = Progress.of({}, setup.costs, setup.flops_per_token)
-        loop = trainer.Loop(setup, folder, lock, manager, metrics, progress, trainer.alarm_watch(setup, {}))
+        loop = trainer.Loop(setup, folder, lock, manager, metrics, progress, trainer.alarm_watch(setup, {}), plan)
         for pair in range(pairs + 1):
             times: dict[str, tuple[float, float]] = {}
             for side in ("with", "without") if pair % 2 else ("without", "with"):

@@ -71,6 +71,9 @@ class ScheduleConfig:
     warmup_steps: int = 0
     min_lr_ratio: float = 0.1  # of optimizer.lr, at the end
     decay_fraction: float = 0.2  # wsd: the last part of the steps, in which the rate falls linearly
+    # Where a run is resumed with more train.steps than its rate was planned for: steps over which it rises again from
+    # where it is to optimizer.lr, before the schedule runs over those left. null: that is refused, as another recipe.
+    rewarm_steps: int | None = None
 
 
 @dataclass
@@ -169,6 +172,8 @@ def _check_schedule(schedule: ScheduleConfig) -> None:
     if schedule.name not in ("cosine", "wsd", "constant"):
         raise ConfigError(f"schedule.name: must be cosine, wsd or constant, not '{schedule.name}'")
     _at_least("schedule", schedule, "warmup_steps", 0)
+    if schedule.rewarm_steps is not None:
+        _at_least("schedule", schedule, "rewarm_steps", 0)
     for key in ("min_lr_ratio", "decay_fraction"):
         if not 0 <= getattr(schedule, key) <= 1:
             raise ConfigError(f"schedule.{key}: must be in 0 .. 1, not {getattr(schedule, key)}")

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moelab.checkpoint import STATE
+from moelab.checkpoint import STATE, read_run_config
 from moelab.errors import CheckpointError, UserError
 from moelab.integrity import Choice
 from moelab.records import Record
 from moelab.safe_files import Reading
 from moelab.train.checkpoint import TrainingState, restore_checkpoint
+from moelab.train.plan import Plan, plan_of
 from moelab.train.progress import can_continue
 from moelab.train.run_lock import LOCK
 from moelab.train.setup import Setup, check_same_run
@@ -102,6 +103,21 @@ def restore(setup: Setup, checkpoint: Path) -> dict[str, Any]:
     for line in other_versions(state, setup.registry.versions(), versions()):
         logger.warning(line)
     return state
+
+
+def replan(setup: Setup, checkpoint: Path, state: Mapping[str, Any]) -> Plan:
+    """How long the run is that goes on from `checkpoint`, and a line where that is not what was planned.
+
+    Raises ConfigError where the schedule doesn't say what another train.steps means.
+    """
+    then = read_run_config(checkpoint).train.steps
+    config = setup.config
+    known = then if isinstance(then, int) else config.train.steps  # from the environment: it is the same, or refused
+    plan = plan_of(config.schedule, known, state, checkpoint)
+    changed = plan.changed(config.train.steps, state["step"], checkpoint)
+    if changed is not plan:
+        logger.warning("%s", changed.changes[-1].sentence())
+    return changed
 
 
 def training_state(setup: Setup) -> TrainingState:

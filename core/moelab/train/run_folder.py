@@ -84,6 +84,13 @@ def is_finished(path: Path) -> bool:
         return False
 
 
+def forget_results(path: Path) -> None:
+    """Remove what a run that had finished, and goes on, says of its end: the summary, which says that it did, first."""
+    if is_finished(path):
+        for name in (SUMMARY, DOCUMENTS, SAMPLES):
+            (path / name).unlink(missing_ok=True)
+
+
 class MetricsLog:
     """metrics.jsonl: one object a line. A resumed run first drops the lines after its checkpoint, None: all of them.
 

@@ -51,6 +51,7 @@ logger = logging.getLogger("moelab")
 FREE_ON_RESUME = {
     "run_dir", "resume", "name", "declaration", "observers", "evaluation", "search_path", "store_environment",
 }  # fmt: skip
+REPLANS = ("train.steps", "schedule.rewarm_steps")  # may differ where `moelab.train.plan` knows what that means
 FREE_TRAIN_KEYS = {"log_every", "probe_every", "save_every", "keep_checkpoints", "init_from", "init_overrides"}
 
 
@@ -199,7 +200,9 @@ def checkpoint_files(setup: Setup, step: int) -> dict[str, bytes]:
 def check_same_run(setup: Setup, checkpoint: Path) -> None:
     """Refuse to resume under another config. Raises ConfigError naming the keys that differ."""
     then, now = _fixed_part(stored(read_run_config(checkpoint))), _fixed_part(stored(setup.config))
-    different = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+    known = all(isinstance(config["train.steps"], int) for config in (then, now))  # and not from the environment
+    free = REPLANS if known else ()
+    different = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key not in free)
     if different:
         lines = "; ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in different[:5])
         raise ConfigError(
