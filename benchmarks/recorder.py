@@ -38,6 +38,7 @@ def blocks(arguments: list[str], pairs: int, folder: Path) -> list[dict[str, tup
     from moelab.config.run import RunConfig
     from moelab.registry import Registry
     from moelab.train import trainer
+    from moelab.train.best import Best
     from moelab.train.observers import gather_observers
     from moelab.train.plan import Plan
     from moelab.train.progress import Progress
@@ -55,7 +56,9 @@ def blocks(arguments: list[str], pairs: int, folder: Path) -> list[dict[str, tup
         manager.hook.on_train_begin(run_dir=folder, config={}, facts={}, step=0, checkpoint=None)
         plan = Plan(config.schedule, config.train.steps)
         progress = Progress.of({}, setup.costs, setup.flops_per_token)
-        loop = trainer.Loop(setup, folder, lock, manager, metrics, progress, trainer.alarm_watch(setup, {}), plan)
+        loop = trainer.Loop(
+            setup, folder, lock, manager, metrics, progress, trainer.alarm_watch(setup, {}), plan, Best()
+        )
         for pair in range(pairs + 1):
             times: dict[str, tuple[float, float]] = {}
             for side in ("with", "without") if pair % 2 else ("without", "with"):

@@ -27,6 +27,7 @@ from moelab.safe_files import Reading, read_object, read_tensor_header
 Shape = tuple[int, ...]
 READING = Reading(CheckpointError, "the checkpoint is damaged or not complete: use an earlier one")
 CHECKPOINTS = "checkpoints"  # of a run folder
+BEST = "best"  # of a run folder with train.keep_best: the checkpoint of the lowest held-out loss
 MODEL, TRAINING, STATE, CONFIG = "model.safetensors", "training.safetensors", "state.json", "config.yaml"
 
 

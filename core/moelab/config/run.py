@@ -45,6 +45,8 @@ class TrainConfig:
     # run that is stopped, or fails with its state whole, saves too.
     save_every: int | None = None
     keep_checkpoints: int = 2  # the newest ones; 0: all
+    keep_best: bool = False  # beside them, in run_dir/best, the one of the lowest held-out loss (evaluation.every)
+    patience: int | None = None  # evaluations in a row without a lower held-out loss that end the run; null: none do
     init_from: str | None = None  # a checkpoint (Hugging Face or moelab) to start from; None: random
     # Keys under which the config means another model or tokenizer than the checkpoint's: [model.moe.router, ...]; a key
     # covers what lies beneath it. Any other difference is refused.
@@ -144,6 +146,11 @@ class RunConfig:
         if self.evaluation.batch_size is not None:
             _at_least("evaluation", self.evaluation, "batch_size", 1)
         _at_least("evaluation", self.evaluation, "temperature", 0)
+        for key, asked in (("keep_best", self.train.keep_best), ("patience", self.train.patience is not None)):
+            if asked and not self.evaluation.every:
+                raise ConfigError(
+                    f"train.{key}: looks at evaluations, and there is one, at the end: set evaluation.every"
+                )
         self.model.check()
 
 
@@ -152,6 +159,8 @@ def _check_train(train: TrainConfig) -> None:
         _at_least("train", train, key, 1)
     if train.save_every is not None:
         _at_least("train", train, "save_every", 0)
+    if train.patience is not None:
+        _at_least("train", train, "patience", 1)
     for key in ("grad_clip", "keep_checkpoints", "gradient_shares_every", "probe_every", "activation_checkpointing"):
         _at_least("train", train, key, 0)
     for key in train.init_overrides:

@@ -12,7 +12,7 @@ from torch import Tensor
 from moelab.config.run import EvaluationConfig, RunConfig
 from moelab.data.batches import Batch, ValidationBatches
 from moelab.data.tokenizer import Tokenizer
-from moelab.generate import Sampling, generate
+from moelab.nn.generate import Sampling, generate
 from moelab.nn.transformer import TokenContext, Transformer
 from moelab.train.evaluation import Evaluation, Floats, Sums, bin_names, bin_of, tokens_before
 from moelab.train.precision import Precision

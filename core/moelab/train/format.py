@@ -13,6 +13,10 @@ FORMAT_VERSION = 3
 COUNTERS = ("step", "tokens", "flops", "flops_declared", "seconds")
 ROW_ALARMS = "alarms"  # and where any are on, these: no tag either
 
+# How a run came to its end, of summary.json (and, but for the second, of state.json): which was its lowest evaluation
+# (`moelab.train.best`), whether it ended early, how train.steps changed on the way (`moelab.train.plan`).
+BEST_EVALUATION, ENDED_EARLY, REPLANNED = "best_evaluation", "ended_early", "replanned"
+
 # What a clock or the machine decides, wherever it stands in summary.json, metrics.jsonl or state.json: two processes
 # that do the same steps agree in everything else. `logged` begins with seconds.
 CLOCK = frozenset({"seconds", "logged", "peak_flops", "perf/tokens_per_second", "perf/mfu", "perf/memory_gb"})

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moelab.alarms import AlarmChange, AlarmWatch
+from moelab.train.best import Best
 from moelab.train.interruption import Interruption
 from moelab.train.observers import Observers
 from moelab.train.plan import Plan
@@ -30,6 +31,7 @@ class Loop:
     progress: Progress
     alarms: AlarmWatch
     plan: Plan
+    best: Best
     loads: dict[str, list[float]] = field(default_factory=dict)  # layer -> shares of the last logged step
     backends: list[str] = field(default_factory=list)  # that served so far
     samples: list[str] = field(default_factory=list)  # of the last evaluation
@@ -39,6 +41,7 @@ class Loop:
     update: Update = field(default_factory=Update)
     clock: SaveClock = field(default_factory=SaveClock)
     interruption: Interruption = field(default_factory=Interruption)
+    ended_early: bool = False  # train.patience is over
     damaged: set[str] = field(default_factory=set)  # names of checkpoints that were passed over
 
 

@@ -25,9 +25,8 @@ from moelab.config.run import ScheduleConfig
 from moelab.errors import CheckpointError, ConfigError
 from moelab.records import Record
 from moelab.safe_files import Reading
+from moelab.train.format import REPLANNED
 from moelab.train.schedule import learning_rate_factor
-
-REPLANNED = "replanned"  # of state.json and summary.json
 
 
 @dataclass(frozen=True)

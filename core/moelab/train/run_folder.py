@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moelab.atomic import discard, partial, recover_all, write_file
-from moelab.checkpoint import CHECKPOINTS, CONFIG
+from moelab.atomic import discard, partial, recover, recover_all, write_file
+from moelab.checkpoint import BEST, CHECKPOINTS, CONFIG
 from moelab.errors import DataError, UserError
 from moelab.printable import printable
 from moelab.records import Record
@@ -46,6 +46,7 @@ def prepare_run_folder(path: Path, *, resume: bool, force: bool) -> None:
                 raise UserError(f"run_dir: {path} is not a run folder; --force will not delete it")
             _empty(path, holds)
         recover_all(path / CHECKPOINTS)
+        recover(path / BEST)
         path.mkdir(parents=True, exist_ok=True)
         probe = path / WRITABLE
         probe.touch()

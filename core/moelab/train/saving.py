@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from moelab.atomic import discard
-from moelab.checkpoint import CHECKPOINTS
+from moelab.checkpoint import BEST, CHECKPOINTS
 from moelab.config.stored import seal
 from moelab.train.checkpoint import save_checkpoint
+from moelab.train.format import BEST_EVALUATION, REPLANNED
 from moelab.train.loop import Loop, served_backends
-from moelab.train.plan import REPLANNED, to_json
+from moelab.train.plan import to_json
 from moelab.train.resume import PLUGINS, VERSIONS, training_state
 from moelab.train.setup import checkpoint_files, fixed_environment
 from moelab.train.start import OVERRIDES
@@ -20,12 +23,40 @@ logger = logging.getLogger("moelab")
 
 
 def save(loop: Loop, *, prune: bool = True) -> None:
-    setup, progress = loop.setup, loop.progress
-    loop.lock.check()
-    folder = loop.run_dir / CHECKPOINTS / f"step_{progress.step:08d}"
-    if loop.saved == progress.step:  # nothing has changed since
+    """The newest checkpoint, and away with those that are older than the config keeps."""
+    folder = loop.run_dir / CHECKPOINTS / f"step_{loop.progress.step:08d}"
+    if loop.saved == loop.progress.step:  # nothing has changed since
+        loop.lock.check()
         _prune(loop, folder)  # which a kill may have kept the process that saved from
         return
+    _write(loop, folder, _made(loop), {})
+    if prune:
+        _prune(loop, folder)
+    logger.info("checkpoint: %s", folder.relative_to(loop.run_dir))
+    loop.saved = loop.progress.step
+    loop.observers.hook.on_save(step=loop.progress.step, path=folder)
+
+
+def save_best(loop: Loop, beside: Mapping[str, bytes]) -> None:
+    """The state of the lowest held-out loss so far in place of the one before it; `beside`: files that go along."""
+    folder = loop.run_dir / BEST
+    _write(loop, folder, {"best": True}, beside)
+    logger.info("best: step %d, held-out loss %.4f: %s", loop.progress.step, loop.best.loss, folder.name)
+
+
+def _made(loop: Loop) -> dict[str, Any]:
+    """How the weights of this step came about, beside what the config says."""
+    made: dict[str, Any] = {}
+    if loop.plan.rewarmed:
+        made[REPLANNED] = to_json(loop.plan.rewarmed)
+    if loop.ended_early:
+        made["patience"] = loop.setup.config.train.patience
+    return made
+
+
+def _write(loop: Loop, folder: Path, made: Mapping[str, Any], beside: Mapping[str, bytes]) -> None:
+    setup, progress = loop.setup, loop.progress
+    loop.lock.check()
     state = progress.state() | {
         "data_fingerprint": setup.corpus.fingerprint,
         PLUGINS: setup.registry.versions(),
@@ -36,20 +67,16 @@ def save(loop: Loop, *, prune: bool = True) -> None:
         LOADS: loop.loads,
         BACKENDS: served_backends(loop),
         REPLANNED: to_json(loop.plan.changes),
+        BEST_EVALUATION: loop.best.to_json(),
     }
     outside = fixed_environment(setup.config)
     if outside:
         state["environment"] = seal(outside)
-    files = checkpoint_files(setup, progress.step)
+    files = checkpoint_files(setup, progress.step, made)
     for own in loop.observers.hook.on_checkpoint(step=progress.step):
         files = {**(own or {}), **files}
     with loop.clock.saving():
-        save_checkpoint(folder, setup.model, training_state(setup), state, files)
-    if prune:
-        _prune(loop, folder)
-    logger.info("checkpoint: %s", folder.relative_to(loop.run_dir))
-    loop.saved = progress.step
-    loop.observers.hook.on_save(step=progress.step, path=folder)
+        save_checkpoint(folder, setup.model, training_state(setup), state, {**files, **beside})
 
 
 def _prune(loop: Loop, newest: Path) -> None:

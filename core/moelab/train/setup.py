@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,16 @@ FREE_ON_RESUME = {
     "run_dir", "resume", "name", "declaration", "observers", "evaluation", "search_path", "store_environment",
 }  # fmt: skip
 REPLANS = ("train.steps", "schedule.rewarm_steps")  # may differ where `moelab.train.plan` knows what that means
-FREE_TRAIN_KEYS = {"log_every", "probe_every", "save_every", "keep_checkpoints", "init_from", "init_overrides"}
+FREE_TRAIN_KEYS = {
+    "log_every",
+    "probe_every",
+    "save_every",
+    "keep_checkpoints",
+    "init_from",
+    "init_overrides",
+    "keep_best",
+    "patience",
+}
 
 
 @dataclass(frozen=True)
@@ -189,10 +199,10 @@ def starting_history(config: RunConfig, start: Start) -> DataRecord:
     return history_of([start.origin.folder], [config.train.init_from])
 
 
-def checkpoint_files(setup: Setup, step: int) -> dict[str, bytes]:
-    """What goes into the checkpoint of this step beside its tensors."""
+def checkpoint_files(setup: Setup, step: int, made: Mapping[str, Any]) -> dict[str, bytes]:
+    """What goes into the checkpoint of this step beside its tensors. `made`: of their making, what no config says."""
     record = setup.history | record_of_run(setup.corpus, setup.tokenizer, setup.batches.documents_read(step))
-    lineage = trained(setup.config, setup.lineage)
+    lineage = trained(setup.config, setup.lineage, made)
     own = {CONFIG: to_yaml(setup.config).encode(), RECORD: record.to_bytes(), LINEAGE: lineage.to_bytes()}
     return own | setup.tokenizer.files() | setup.start.files
 

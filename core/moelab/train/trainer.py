@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -13,18 +13,20 @@ from typing import Any
 
 from moelab.alarms import AlarmChange
 from moelab.atomic import write_file
-from moelab.checkpoint import CONFIG
+from moelab.checkpoint import BEST, CONFIG
 from moelab.config.run import RunConfig
 from moelab.config.stored import stored, to_yaml
 from moelab.data.seen import read_record
 from moelab.paths import user_path
 from moelab.registry import Registry
-from moelab.train.held_out import evaluate_run, write_evaluation
+from moelab.train.best import Best, with_folder
+from moelab.train.format import BEST_EVALUATION, ENDED_EARLY, REPLANNED
+from moelab.train.held_out import ends_early, evaluate_run, write_evaluation
 from moelab.train.limits import warn_of_disk
 from moelab.train.logged import alarm_watch, log_step, probe
 from moelab.train.loop import Loop, due, served_backends
 from moelab.train.observers import gather_observers, threads_told
-from moelab.train.plan import REPLANNED, Plan, to_json
+from moelab.train.plan import Plan, to_json
 from moelab.train.progress import Progress
 from moelab.train.rescue import State, ending, save_what_is_good, shortages_told
 from moelab.train.resume import find_resume, own_choice, replan, restore
@@ -69,18 +71,21 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
             choice = own_choice(setup)
             resumed = find_resume(setup, choice, run_dir)
             state = restore(setup, resumed) if resumed else {}
-            schedule, steps = setup.config.schedule, setup.config.train.steps
-            plan = replan(setup, resumed, state) if resumed else Plan(schedule, steps)
+            plan = replan(setup, resumed, state) if resumed else Plan(config.schedule, config.train.steps)
             prepare_run_folder(run_dir, resume=config.resume, force=force)
-            warn_of_disk(run_dir, setup.model, config.train.keep_checkpoints)
+            warn_of_disk(run_dir, setup.model, config.train.keep_checkpoints + config.train.keep_best)
             if resumed and (history := read_record(resumed)):
                 setup = replace(setup, history=history)
             for line in setup.seen.lines():
                 logger.warning("train.init_from: %s", line)
-            if state.get("step") == steps and is_finished(run_dir):
-                logger.warning("%s is finished: nothing is left to do", run_dir)
+            best = Best.of(state, resumed)
+            if is_finished(run_dir) and (done := _nothing_left(config, state, best)):
+                logger.warning("%s %s", run_dir, done)
                 return run_dir
             forget_results(run_dir)
+            if state and config.train.keep_best:
+                anew = to_json(plan.changes) != state.get(REPLANNED, [])
+                best = with_folder(best, run_dir / BEST, state["step"], replanned=anew)
         handler = open_log(run_dir / LOG, held.records)
         try:
             if config.as_written:
@@ -92,10 +97,9 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
                 progress = Progress.of(state, setup.costs, setup.flops_per_token)
                 watch = alarm_watch(setup, state)
                 found = [] if state else [AlarmChange(0, "begins", alarm) for alarm in watch.on]
-                loop = Loop(
-                    setup, run_dir, lock, manager, metrics, progress, watch, plan, changes=found, saved=progress.step
-                )
-                loop.resumed = resumed
+                loop = Loop(setup, run_dir, lock, manager, metrics, progress, watch, plan, best, changes=found)
+                loop.resumed, loop.saved = resumed, progress.step
+                loop.ended_early = ends_early(loop)
                 loop.loads, loop.backends = state.get(LOADS, {}), state.get(BACKENDS, [])
                 loop.damaged = {finding.folder.name for finding in choice.skipped} if choice else set()
                 with threads_told():
@@ -103,6 +107,16 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
         finally:
             close_log(handler)
     return run_dir
+
+
+def _nothing_left(config: RunConfig, state: Mapping[str, Any], best: Best) -> str | None:
+    """Why a finished run doesn't go on, in words; None: it does."""
+    step, train = state.get("step", 0), config.train
+    if step == train.steps:
+        return "is finished: nothing is left to do"
+    if best.over(train.patience):
+        return f"has {best.sentence(train.patience, step, train.steps)}; with a higher train.patience it goes on"
+    return None
 
 
 def _run(loop: Loop) -> None:
@@ -122,9 +136,11 @@ def _run(loop: Loop) -> None:
                 probe(loop)
             elif due(progress.step, setup.config.evaluation.every) and not metrics.holds(progress.step, "eval/loss"):
                 evaluate_run(loop)  # the run ended in it, and saved the step before
-            while progress.step < setup.config.train.steps:
+            while progress.step < setup.config.train.steps and not loop.ended_early:
                 one_step(loop)
                 loop.interruption.check()
+        if loop.ended_early:
+            logger.warning(loop.best.sentence(setup.config.train.patience, progress.step, setup.config.train.steps))
         if not due(progress.step, setup.config.evaluation.every) or progress.evaluation is None:
             evaluate_run(loop)
         write_evaluation(loop)
@@ -145,6 +161,9 @@ def _end(loop: Loop, facts: dict[str, Any], error: BaseException | None) -> None
     progress, dropped = loop.progress, loop.observers.dropped
     status = "finished" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     facts = facts | {BACKENDS: served_backends(loop), "observers_dropped": dropped}
+    facts[BEST_EVALUATION] = loop.best.to_json() | {"kept": (loop.run_dir / BEST).is_dir()}
+    train = loop.setup.config.train
+    facts[ENDED_EARLY] = {"planned": train.steps, "patience": train.patience} if loop.ended_early else None
     report = summary(facts, progress, status, loop.metrics.newest, loop.loads, loop.alarms.to_json())
     if error is not None:
         report["error"] = f"{type(error).__name__}: {error}"

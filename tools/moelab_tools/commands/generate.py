@@ -53,7 +53,7 @@ def command(
     import shutil
     from dataclasses import asdict
 
-    from moelab.generate import Sampling
+    from moelab.nn.generate import Sampling
     from moelab.printable import printable
     from moelab_tools.samples import continue_prompts, show
 

@@ -22,13 +22,15 @@ def command(config: tuple[str, ...], resume: bool, force: bool, trust: bool, ver
 
     CONFIG files merge left to right; KEY=VALUE overrides come last. With train.init_from the run starts from a
     checkpoint: what the config doesn't say of model and data.tokenizer is the checkpoint's, and what it says otherwise
-    is refused unless train.init_overrides names the key.
+    is refused unless train.init_overrides names the key. With --resume, more train.steps than planned go on where the
+    schedule says what that means (docs/checkpoints.md).
 
     \b
     Example:
       moelab train configs/train/tiny_moe.yaml
       moelab train configs/train/tiny_moe.yaml run_dir=runs/b model.moe.router.norm_topk_prob=true
       moelab train configs/train/tiny_moe.yaml --resume
+      moelab train configs/train/tiny_moe.yaml --resume train.steps=60 schedule.rewarm_steps=5
       moelab train data.yaml train.init_from=upcycled train.init_overrides=[model.moe.router] model.moe.router.name=hash
     """
     from moelab.errors import ConfigError

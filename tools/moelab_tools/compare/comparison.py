@@ -15,6 +15,7 @@ from moelab_tools.compare import remarks, routers
 from moelab_tools.compare.budgets import Budget, equal_budgets, flops_warnings
 from moelab_tools.compare.contrast import LEVEL
 from moelab_tools.compare.differences import Table, check_comparable, config_differences, facts, fairness_warnings
+from moelab_tools.compare.endings import endings
 from moelab_tools.compare.held_out import choose_measure, seen_before
 from moelab_tools.compare.judging import Judged, judge_variants
 from moelab_tools.compare.measure import Measure
@@ -144,7 +145,7 @@ def compare(
     by_name_of_run = {run.name: run for run in runs}
     runs = [by_name_of_run[name] for line in lines for name in line.runs]
     domains, domain_documents = _domains(runs, measure)
-    warnings = why + fairness_warnings(runs) + remarks.orders(variants) + remarks.sources(variants)
+    warnings = why + endings(runs) + fairness_warnings(runs) + remarks.orders(variants) + remarks.sources(variants)
     warnings += remarks.documents(runs, measure, told=bool(why)) + flops_warnings(runs) + remarks.steep(runs)
     warnings += remarks.repeated(runs) + routers.unknown(runs) + remarks.noncausal(runs)
     return Comparison(

@@ -13,7 +13,8 @@ Table = dict[str, list[Any]]  # key -> one value for each run
 # How a run is stored and watched changes nothing of what it learns.
 BOOKKEEPING = (
     "run_dir", "name", "declaration", "resume", "search_path", "store_environment", "observers", "train.log_every",
-    "train.save_every", "train.keep_checkpoints", "train.gradient_shares_every", "train.probe_every",
+    "train.save_every", "train.keep_checkpoints", "train.keep_best", "train.gradient_shares_every",
+    "train.probe_every", "schedule.rewarm_steps",
 )  # fmt: skip
 FACTS = ("device", "threads", "dtype", "git", "init_from")
 

@@ -8,7 +8,7 @@ import torch
 import moelab
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.errors import CheckpointError, ConfigError
-from moelab.generate import Sampling, generate
+from moelab.nn.generate import Sampling, generate
 
 MOE = MoEConfig(layout={"name": "uniform", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16})
 MODEL = ModelConfig(

@@ -1,16 +1,19 @@
-"""Continuing a prompt over the KV cache: greedy, temperature, top-p."""
+"""Continuing a prompt over the KV cache, greedily or by temperature and top-p: token ids, or text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moelab.config.model import ModelConfig
+from moelab.data.tokenizer import Tokenizer
 from moelab.errors import CheckpointError, ConfigError
+from moelab.moe.routing import LayerRecord
 from moelab.nn.kv_cache import KVCache
-from moelab.nn.transformer import Transformer
 from moelab.seeds import generator
 
 
@@ -29,8 +32,50 @@ class Sampling:
             raise ConfigError("sampling: max_new_tokens and temperature must not be negative, top_p must be in (0, 1]")
 
 
+@dataclass(frozen=True)
+class Speech:
+    """What a model's token ids mean, and which of them end a text."""
+
+    tokenizer: Tokenizer
+    end_token_ids: tuple[int, ...]
+
+
+class Decoder(Protocol):
+    """What generating asks of a model: `nn.transformer.Transformer` is one."""
+
+    config: ModelConfig
+    training: bool
+    lm_head: nn.Linear
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+    def hidden_states(self, input_ids: Tensor, *, cache: KVCache) -> tuple[Tensor, list[LayerRecord]]: ...
+
+
+def continue_text(model: Decoder, prompt: str, speech: Speech, sampling: Sampling) -> str:
+    """The prompt and what `model` goes on with, without the token that ends it.
+
+    An empty prompt stands for the token that ends documents. Raises ConfigError for a tokenizer with an id that the
+    model has no row for; what `generate` raises.
+    """
+    tokenizer, ends = speech.tokenizer, speech.end_token_ids
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"tokenizer: gives ids up to {tokenizer.vocab_size - 1}, and the model has {model.config.vocab_size} rows; "
+            "use the one that it was trained with"
+        )
+    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eos_token_id]
+    found = list(generate(model, ids, replace(sampling, end_token_ids=ends)))
+    ended = bool(found) and found[-1] in ends
+    return prompt + tokenizer.decode(found[:-1] if ended else found)
+
+
 @torch.no_grad()
-def generate(model: Transformer, prompt: list[int], sampling: Sampling) -> Iterator[int]:
+def generate(model: Decoder, prompt: list[int], sampling: Sampling) -> Iterator[int]:
     """Token ids that continue `prompt` (one sequence), one at a time; stops after any of end_token_ids.
 
     Raises ConfigError for an empty prompt, CheckpointError where the weights give no finite scores.
@@ -38,7 +83,7 @@ def generate(model: Transformer, prompt: list[int], sampling: Sampling) -> Itera
     if not prompt:
         raise ConfigError("prompt: must hold at least one token")
     was_training = model.training
-    model.eval()
+    model.train(False)
     device = next(model.parameters()).device
     noise = generator(sampling.seed, "generate")
     cache = KVCache(model.config.num_hidden_layers)
@@ -59,7 +104,7 @@ def generate(model: Transformer, prompt: list[int], sampling: Sampling) -> Itera
         model.train(was_training)
 
 
-def _not_finite(model: Transformer) -> str:
+def _not_finite(model: Decoder) -> str:
     """Which tensor of the model is to blame, the first in its order."""
     for name, tensor in model.state_dict().items():
         bad = int((~tensor.isfinite()).sum()) if tensor.is_floating_point() else 0
