@@ -46,7 +46,7 @@ FLOORS = (
     {"checkpoint"},
     {"integrity"},
     {"origin"},
-    {"loading"},
+    {"loading", "parallel"},
     {"train"},
     {"session"},
     {"routes"},

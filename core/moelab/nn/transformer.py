@@ -116,12 +116,16 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         cache: KVCache | None = None,
         tokens: TokenContext | None = None,
+        head: bool = True,
     ) -> ModelOutput:
         """input_ids [B, S] int64 -> logits [B, S, V], or with targets [B, S] (-100 ignored) the loss of each token.
 
         attention_mask [B, S]: 1 or True for real tokens. With a `cache`, the positions continue those stored.
+        Without the `head` neither is computed: records alone.
         """
         x, records = self.hidden_states(input_ids, attention_mask, cache=cache, tokens=tokens)
+        if not head:
+            return ModelOutput(None, None, records)
         if targets is None:
             return ModelOutput(self.lm_head(x), None, records)
         return ModelOutput(None, token_cross_entropy(x, self.lm_head.weight, targets), records)

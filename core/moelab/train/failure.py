@@ -19,6 +19,7 @@ from moelab.moe.contracts import ExpertBackend
 from moelab.moe.experts import ExpertBank, swiglu
 from moelab.moe.routing import Routing
 from moelab.nn.transformer import DecoderLayer, Transformer
+from moelab.parallel.ranks import ALONE, Ranks
 
 Terms = Mapping[str, tuple[Tensor, float]]  # {term: (unweighted scalar, coefficient)}
 Again = Sequence[Callable[[], tuple[Terms, Any]]]
@@ -30,22 +31,27 @@ class NotFinite(RunFailure):
     """A NaN or Inf: the same run would meet it again."""
 
 
-def describe_failure(model: Transformer, step: int, again: Again) -> str:
-    """One sentence with the step and the place.
+def describe_failure(model: Transformer, step: int, again: Again, ranks: Ranks = ALONE) -> str:
+    """One sentence with the step and the place; the same on all ranks, which look together.
 
     again: for each micro-batch, a function that computes its terms, and its records, once more. Gradients are as the
     backward pass left them, not clipped.
     """
-    parameter = bad_parameter(model)
+    parameter = ranks.first(bad_parameter(model))
     if parameter is not None:
         return (
             f"the loss or its gradient is NaN or Inf at step {step}; it first appears in {parameter}, which the update "
             "before made so. Start again from an earlier checkpoint with a lower optimizer.lr or grad_clip"
         )
-    where, cure = _output(model, again), "lower optimizer.lr, or look at that layer's data"
+    alone = ranks.size == 1
+    where, cure = ranks.first(_output(model, again, alone)), "lower optimizer.lr, or look at that layer's data"
     if where is None:
-        where, guilty = _term(again)
-        where = where or _gradient(model, guilty) or "the norm of all gradients together, each of which is finite"
+        where, guilty = _term(again) if alone else (ranks.first(_value(again)), [])
+        where = (
+            where
+            or ranks.first(_gradient(model, guilty))
+            or "the norm of all gradients together, each of which is finite"
+        )
         blamed = [name for name in guilty if name != LM_LOSS]
         if blamed and len(blamed) == len(guilty):
             cure = f"lower the weight of {' and '.join(blamed)}, or mend it"
@@ -76,13 +82,16 @@ def bad_parameter(model: nn.Module) -> str | None:
 
 
 def _finite(tensor: Tensor | None) -> bool:
-    return tensor is None or not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    """Of what lies in several pieces: this process's."""
+    if tensor is None or not tensor.is_floating_point():
+        return True
+    return bool(torch.isfinite(getattr(tensor, "to_local", lambda: tensor)()).all())
 
 
 def _experts(model: nn.Module, name: str, tensor: Tensor) -> str:
     """ ", expert 3": which slices of a stacked weight [E, ...] are not finite; "" for any other tensor."""
-    if not isinstance(model.get_submodule(name.rpartition(".")[0]), ExpertBank):
-        return ""
+    if not isinstance(model.get_submodule(name.rpartition(".")[0]), ExpertBank) or hasattr(tensor, "to_local"):
+        return ""  # of a piece, experts are counted from its own first one
     return _listed((~torch.isfinite(tensor).flatten(1).all(1)).nonzero().flatten().tolist())
 
 
@@ -94,8 +103,8 @@ def _listed(experts: list[int]) -> str:
 
 
 @torch.no_grad()
-def _output(model: Transformer, again: Again) -> str | None:
-    """The first module whose output is not finite."""
+def _output(model: Transformer, again: Again, alone: bool) -> str | None:
+    """The first module whose output is not finite. Among other processes no micro-batch is left out: they wait."""
     found: list[str] = []
     with ExitStack() as stack:
         for label, module in _watched(model):
@@ -104,9 +113,9 @@ def _output(model: Transformer, again: Again) -> str | None:
             stack.enter_context(_watching_backend(block, found))
         for compute in again:
             compute()
-            if found:
-                return f"the output of {found[0]}"
-    return None
+            if found and alone:
+                break
+    return f"the output of {found[0]}" if found else None
 
 
 def _watched(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
@@ -177,6 +186,14 @@ def _bad_experts(x: Tensor, routing: Routing, bank: ExpertBank) -> list[int]:
         ):
             found.append(expert)
     return found
+
+
+@torch.no_grad()
+def _value(again: Again) -> str | None:
+    """A term that is not finite, of all micro-batches; whose gradient it is only one process alone finds out."""
+    computed = [compute()[0] for compute in again]
+    bad = {name: None for terms in computed for name, (value, _) in terms.items() if not _finite(value)}
+    return f"the value of {' and '.join(bad)}" if bad else None
 
 
 def _term(again: Again) -> tuple[str | None, list[str]]:

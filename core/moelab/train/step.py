@@ -8,7 +8,7 @@ padding changes the update (up to the order of floating-point sums).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from moelab.moe.batch_statistics import BatchStatistics
 from moelab.moe.routing import LayerRecord
 from moelab.nn.count import moe_blocks
 from moelab.nn.transformer import TokenContext, Transformer
+from moelab.parallel.ranks import ALONE, Ranks
 from moelab.seeds import derive_seed, generator
 from moelab.train.failure import NotFinite, Terms, describe_failure
 from moelab.train.precision import Precision
@@ -86,56 +87,80 @@ def train_step(
     *,
     observe: Observe = NOTHING,
     update: Update | None = None,
+    ranks: Ranks = ALONE,
 ) -> StepResult:
     """Forward, backward, clip, update, and the routers' own `after_step`.
+
+    `batch` is the whole one; of its micro-batches each of the `ranks` computes its own, and all end with one result.
 
     Raises NotFinite naming the step and the place when the loss or a gradient is not finite; the parameters are those
     of the last good step then. `update` is under way from when the first of them changes; who counts the step ends it.
     """
     device = next(model.parameters()).device
-    parts = [part.to(device) for part in batch.split(settings.micro_batch_size)]
+    whole = batch.split(settings.micro_batch_size)
+    parts = [(index, part.to(device)) for index, part in ranks.own(whole)]
     targets = int((batch.targets >= 0).sum())
     model.train()
     optimizer.zero_grad(set_to_none=True)
     # Re-seeded at each step: a plugin that draws from torch's global stream resumes exactly too.
     torch.manual_seed(derive_seed(settings.seed, "step", step))
 
-    before = _routing_pass(model, balance_losses, parts, step, settings)
-    seen = BatchStatistics(for_losses=bool(balance_losses))
-    losses, by_term = dict[str, Tensor](), dict[str, Tensor]()
+    before = _routing_pass(model, balance_losses, parts, step, settings, ranks)
     routers = router_parameters(model) if observe.routing or observe.gradient_shares else []
-    statistics, served = RouterStatistics(), list[Tensor]()  # served: of each micro-batch
-    sizes = [part.token_count / batch.token_count for part in batch.split(settings.micro_batch_size)]
+    sizes = [part.token_count / batch.token_count for part in whole]
     computing = [
-        partial(batch_terms, model, balance_losses, part, before, Place(step, index, size, targets), settings)
-        for index, (part, size) in enumerate(zip(parts, sizes, strict=True))
+        partial(batch_terms, model, balance_losses, part, before, Place(step, i, sizes[i], targets), settings, ranks)
+        for i, part in parts
     ]
+    sums = _Sums(BatchStatistics(for_losses=bool(balance_losses)))
     for index, compute in enumerate(computing):
-        terms, records = compute()
-        weighted = {name: value * weight for name, (value, weight) in terms.items()}
-        if observe.gradient_shares and index == 0:
-            by_term = router_gradient_norms(weighted, routers)
-        loss = torch.stack(list(weighted.values())).sum()
-        loss.backward()
-        seen.add(records)
-        served += [torch.cat([record.counts for record in records])] if records else []
-        if observe.routing:
-            statistics.add(records)
-        found = {name: value.detach() for name, (value, _) in terms.items()} | {"loss": loss.detach()}
-        losses = {name: losses.get(name, 0) + value for name, value in found.items()}
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        sums.add(*compute(), observe, routers if index == 0 else None)
+    losses = dict(zip(sums.losses, ranks.sum(torch.stack(list(sums.losses.values()))).unbind(), strict=True))
+    norm = ranks.gradient_norm(model.parameters())
     if not bool(torch.isfinite(losses["loss"] + norm)):  # before clipping, which would make every gradient NaN
-        raise NotFinite(describe_failure(model, step, computing))
-    router_norms = _gradient_norms(routers) if observe.routing and routers else None
+        raise NotFinite(describe_failure(model, step, computing, ranks))
+    router_norms = _gradient_norms(routers, ranks) if observe.routing and routers else None
     if settings.grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), settings.grad_clip, norm)
+        ranks.clip(model.parameters(), settings.grad_clip, norm)
+    sums.seen.reduce(ranks.sum)
+    served = ranks.sum(torch.stack(sums.served).sum(0)) if sums.served else None
     (update or Update()).under_way = True
     optimizer.step()
-    seen.after_step(moe_blocks(model), step)
+    sums.seen.after_step(moe_blocks(model), step)
     for named in balance_losses:
-        named.after_step(seen.context())
-    all_served = torch.stack(served).sum(0) if served else None
-    return StepResult(losses, norm, statistics, router_norms, by_term, all_served)
+        named.after_step(sums.seen.context())
+    return StepResult(losses, norm, sums.statistics, router_norms, sums.by_term, served)
+
+
+@dataclass
+class _Sums:
+    """What grows micro-batch by micro-batch, beside the gradients."""
+
+    seen: BatchStatistics
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    by_term: dict[str, Tensor] = field(default_factory=dict)  # of the first one
+    statistics: RouterStatistics = field(default_factory=RouterStatistics)
+    served: list[Tensor] = field(default_factory=list)
+
+    def add(
+        self,
+        terms: Terms,
+        records: Sequence[LayerRecord],
+        observe: Observe,
+        routers: Sequence[Sequence[nn.Parameter]] | None,
+    ) -> None:
+        """Backward, and the sums. `routers`: of the first micro-batch, whose gradient shares are measured if asked."""
+        weighted = {name: value * weight for name, (value, weight) in terms.items()}
+        if observe.gradient_shares and routers is not None:
+            self.by_term = router_gradient_norms(weighted, routers)
+        loss = torch.stack(list(weighted.values())).sum()
+        loss.backward()
+        self.seen.add(records)
+        self.served += [torch.cat([record.counts for record in records])] if records else []
+        if observe.routing:
+            self.statistics.add(records)
+        found = {name: value.detach() for name, (value, _) in terms.items()} | {"loss": loss.detach()}
+        self.losses = {name: self.losses.get(name, 0) + value for name, value in found.items()}
 
 
 def batch_terms(
@@ -145,6 +170,7 @@ def batch_terms(
     before: BatchStatistics | None,
     place: Place,
     settings: StepSettings,
+    ranks: Ranks = ALONE,
 ) -> tuple[Terms, list[LayerRecord]]:
     """The micro-batch's contributions to the batch's loss: {name: (unweighted scalar, coefficient)}."""
     with settings.precision.autocast():
@@ -159,6 +185,8 @@ def batch_terms(
     if before is None:
         before = BatchStatistics(for_losses=bool(balance_losses))
         before.add(output.records)
+        if ranks.size > 1 and any(named.loss.needs_batch_counts for named in balance_losses):
+            before.reduce(ranks.sum)  # one micro-batch a rank: no pass has counted the batch
     for named in balance_losses:
         value = named(output.records, before.context())
         terms[named.name] = (value * place.share, named.weight_at(place.step))
@@ -167,21 +195,25 @@ def batch_terms(
 
 @torch.no_grad()
 def _routing_pass(
-    model: Transformer, balance_losses: Sequence[NamedLoss], parts: list[Batch], step: int, settings: StepSettings
+    model: Transformer,
+    balance_losses: Sequence[NamedLoss],
+    parts: Sequence[tuple[int, Batch]],
+    step: int,
+    settings: StepSettings,
+    ranks: Ranks,
 ) -> BatchStatistics | None:
     """The load of each layer over all micro-batches, when a loss needs it before the first backward pass.
 
-    Costs one forward pass without the head; with a single micro-batch its own counts serve (None).
+    Costs one forward pass without the head; with a single micro-batch on each rank their own counts serve (None).
     """
     if len(parts) == 1 or not any(named.loss.needs_batch_counts for named in balance_losses):
         return None
     statistics = BatchStatistics()
-    for index, part in enumerate(parts):
+    for index, part in parts:
         with settings.precision.autocast():
-            _, records = model.hidden_states(
-                part.input_ids, part.attention_mask, tokens=_token_context(part, step, index, settings.seed)
-            )
-        statistics.add(records)
+            context = _token_context(part, step, index, settings.seed)
+            statistics.add(model(part.input_ids, part.attention_mask, tokens=context, head=False).records)
+    statistics.reduce(ranks.sum)
     return statistics
 
 
@@ -200,8 +232,8 @@ def router_parameters(model: Transformer) -> list[list[nn.Parameter]]:
 
 
 @torch.no_grad()
-def _gradient_norms(groups: Sequence[Sequence[nn.Parameter]]) -> Tensor:
-    """[groups] fp32: L2 norm of each group's gradient; 0 where it got none. Waits for no device."""
+def _gradient_norms(groups: Sequence[Sequence[nn.Parameter]], ranks: Ranks) -> Tensor:
+    """[groups] fp32: L2 norm of each group's gradient; 0 where it got none. Alone it waits for no device."""
     nothing = torch.zeros((), device=next((p.device for group in groups for p in group), None))
-    gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
-    return torch.stack([torch.nn.utils.get_total_norm(group).float() if group else nothing for group in gradients])
+    reached = [[p for p in group if p.grad is not None] for group in groups]
+    return torch.stack([ranks.gradient_norm(group).float() if group else nothing for group in reached])
