@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from moelab.moe.routing import LayerRecord, Routing, TokenInfo
     from moelab.paths import user_path
     from moelab.registry import Registry
+    from moelab.run_table.frame import run_records, runs
+    from moelab.run_table.record import RunRecord
 
 __version__ = "0.1.0"
 
@@ -55,6 +57,8 @@ _HOMES = {
     "moelab.moe.routing": ("LayerRecord", "Routing", "TokenInfo"),
     "moelab.paths": ("user_path",),
     "moelab.registry": ("Registry",),
+    "moelab.run_table.frame": ("run_records", "runs"),
+    "moelab.run_table.record": ("RunRecord",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -80,6 +84,7 @@ __all__ = [
     "Router",
     "Routing",
     "RunFailure",
+    "RunRecord",
     "SharedExpert",
     "TokenInfo",
     "TokenStream",
@@ -90,6 +95,8 @@ __all__ = [
     "component",
     "hookimpl",
     "load",
+    "run_records",
+    "runs",
     "user_path",
 ]
 
