@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "Train a model from a config; writes a run folder.",
     "sweep": "Train variants times seeds, then compare them.",
     "experiment": "Run a declared experiment, judge it by its own rule.",
+    "runs": "List run folders: state, step, held-out loss, and what differs.",
     "evaluate": "Held-out loss of a checkpoint.",
     "generate": "Continue a prompt with a checkpoint.",
     "upcycle": "Turn a dense Qwen2 checkpoint into a Qwen2-MoE one.",
