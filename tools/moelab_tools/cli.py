@@ -9,6 +9,7 @@ from importlib import import_module
 
 import click
 
+from moelab import __version__
 from moelab.printable import LONGEST_MESSAGE, printable
 
 # Name -> what `moelab --help` says. The file commands/NAME.py holds `command`, imported when it is run.
@@ -28,6 +29,7 @@ COMMANDS = {
     "replay": "Force a trace's routes on a model, and say what changes.",
     "agreement": "How far two traces of the same text agree, layer by layer.",
     "ablate": "Remove experts or change routes, and say what it costs.",
+    "config": "Print what a config comes to, every key there is, or a schema for editors.",
     "plugins": "List every plugin with its options.",
     "explain": "Print what each layer of a config is built from, with parameters and FLOPs.",
     "architectures": "Print the table of the shipped model configs.",
@@ -67,6 +69,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="moelab")
 def moelab() -> None:
     """Find out which mixture-of-experts language model is better, and why.
 
@@ -91,6 +94,10 @@ def run(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if "_MOELAB_COMPLETE" in os.environ:  # a shell asks what Tab offers
+        from moelab_tools.completion import use_bash
+
+        use_bash()
     teller = _Warnings(logging.WARNING)
     logging.getLogger("moelab").addHandler(teller)
     try:

@@ -7,7 +7,7 @@ are known, so that reading runs nothing; what is nested or repeated by aliases w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, ClassVar
 
 import yaml
@@ -58,6 +58,24 @@ def _patiently(text: str, origin: str) -> Any:
 def write_tree(tree: Any) -> str:
     """YAML that `read_tree` reads back as the same tree: texts that look like numbers are quoted."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def leaf_lines(text: str) -> Iterator[tuple[tuple[str, ...], int]]:
+    """(key path, line from 0) of each value that `write_tree` put on a line of its own, or behind its key."""
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+    finally:
+        loader.dispose()
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), root)] if root is not None else []
+    while waiting:
+        path, node = waiting.pop(0)
+        if isinstance(node, yaml.MappingNode) and node.value:
+            waiting += [((*path, key.value), value) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode) and node.value:
+            waiting += [((*path, str(index)), value) for index, value in enumerate(node.value)]
+        elif node.start_mark.line == node.end_mark.line:
+            yield path, node.start_mark.line
 
 
 class _Characters:
