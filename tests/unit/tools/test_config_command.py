@@ -22,6 +22,18 @@ from moelab_tools.config_schema import config_schema
 from moelab_tools.key_page import page
 
 
+OWN = """
+from dataclasses import dataclass
+import moelab
+@dataclass
+class Options:
+    temperature: float = 1.0  # of the softmax; higher is flatter
+@moelab.hookimpl
+def moelab_routers():
+    return [moelab.component("tempered", Options, lambda options, context: None)]
+"""
+
+
 def _told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert run(["config", *arguments]) == 0, capsys.readouterr().err
     return capsys.readouterr().out
@@ -124,10 +136,9 @@ def test_the_schema_knows_every_key_and_every_option() -> None:
 
 
 def test_a_plugin_of_ones_own_is_in_keys_and_schema(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    block = (root / "README.md").read_text().split("```python\n")[2].split("```")[0]
-    (tmp_path / "my_router_of_keys.py").write_text(block)
+    (tmp_path / "my_router_of_keys.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     told = _told(capsys, "--keys", "model.moe.router.tempered", "plugins=[my_router_of_keys]")
     assert "  temperature: float = 1.0  # of the softmax; higher is flatter" in told
