@@ -21,7 +21,6 @@ from moelab_tools.config_listing import plugin_names
 from moelab_tools.config_schema import config_schema
 from moelab_tools.key_page import page
 
-
 OWN = """
 from dataclasses import dataclass
 import moelab
