@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from moelab.config.files import is_override
 from moelab.config.load import load_config, merge_layers, read_layers
-from moelab.config.provenance import annotated, origins
+from moelab.config.provenance import annotated, origins, short_origin
 from moelab.config.run import RunConfig
 from moelab.config.stored import to_yaml
 from moelab.config.text import write_tree
@@ -45,7 +45,9 @@ def resolved_text(arguments: Sequence[str], *, trust: bool = False) -> str:
         resolve_run(run, registry)
     except ConfigError as error:
         raise loaded.blame(error) from error
-    return annotated(to_yaml(run), origins(loaded.layers, RunConfig))
+    folders = [layer.origin for layer in loaded.layers if layer.data]
+    head = f"# without a comment: as in {short_origin(folders[0])}, else a default\n" if folders else ""
+    return head + annotated(to_yaml(run), origins(loaded.layers, RunConfig))
 
 
 def _resolved_upcycle(arguments: Sequence[str]) -> str:

@@ -24,11 +24,14 @@ class _Said:
 
 
 def origins(layers: Sequence[Layer], schema: type) -> dict[KeyPath, str]:
-    """{key path: file or override} of every value that is not a default, merged as the config itself is."""
+    """{key path: file or override} of what the user set, merged as the config itself is.
+
+    What a folder says of itself is left out, as defaults are: it says all there is.
+    """
     merged: Any = {}
     for layer in layers:
-        merged = overlay(merged, _said(layer.tree, short_origin(layer.origin)), schema)
-    return {path: leaf.origin for path, leaf in leaves(merged) if isinstance(leaf, _Said)}
+        merged = overlay(merged, _said(layer.tree, "" if layer.data else short_origin(layer.origin)), schema)
+    return {path: leaf.origin for path, leaf in leaves(merged) if isinstance(leaf, _Said) and leaf.origin}
 
 
 def annotated(text: str, said_by: Mapping[KeyPath, str]) -> str:

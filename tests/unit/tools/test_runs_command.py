@@ -46,6 +46,15 @@ def test_the_table_fits_80_columns_and_says_what_differs_below(runs: Path) -> No
     assert lines[-1] == "5 runs: 4 finished, 1 killed"
 
 
+def test_many_differences_are_folded_and_the_rest_counted(runs: Path) -> None:
+    numbers = {"lr": 0.5, "eps": 1e-5, "weight_decay": 0.25}
+    train = {"batch_size": 3, "sequence_length": 33, "grad_clip": 2.5, "dtype": "bfloat16", "threads": 7}
+    finished_run(Path("runs/other"), 1.0, {"seed": 9, "optimizer": numbers, "train": train, "data": {"seed": 4}})
+    lines = _table("runs/other", "runs/softmax_0")
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("    ") and line.endswith("and 2 more") for line in lines)
+
+
 def test_a_wide_terminal_takes_one_line_a_run(runs: Path) -> None:
     at = next(line for line in _table("runs", width=200) if line.startswith("runs/softmax_2"))
     assert at.endswith("seed=2")

@@ -30,7 +30,7 @@ def test_a_value_names_the_last_who_set_it(root: Path, tmp_path: Path, monkeypat
     (tmp_path / "mine.yaml").write_text(
         "base: train/tiny_moe\nmodel: {moe: {router: {name: hash}}}\ntrain: {threads: null}"
     )
-    layers, _ = read_layers(["mine.yaml", *OVER])
+    layers, _ = read_layers(["mine.yaml", *OVER, "model.moe.layout.name=uniform"])
     told = origins(layers, RunConfig)
     assert told["optimizer", "lr"] == "optimizer.lr=2e-3"
     assert told["model", "moe", "router", "name"] == "mine.yaml"
@@ -38,6 +38,7 @@ def test_a_value_names_the_last_who_set_it(root: Path, tmp_path: Path, monkeypat
     assert told["train", "steps"].endswith("train/tiny_moe.yaml")
     assert told["model", "moe", "balance_losses", "0", "weight"] == OVER[2]
     assert told["model", "moe", "balance_losses", "0", "name"].endswith("train/tiny_moe.yaml")
+    assert told["model", "moe", "layout", "num_experts"].endswith("train/tiny_moe.yaml")  # the same part: not replaced
     assert ("train", "dtype") not in told
     # The part was replaced whole: nobody set an option of the new one.
     assert not [path for path in told if path[:3] == ("model", "moe", "router") and path[3] != "name"]

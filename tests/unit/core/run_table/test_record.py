@@ -166,3 +166,8 @@ def test_runs_are_found_at_any_depth_and_checkpoints_are_none(tmp_path: Path) ->
     found = [str(path.relative_to(tmp_path)) for path in find_runs([tmp_path])]
     assert found == ["b", "linked", "a/c", "a/deep/er"]
     assert find_runs([tmp_path, runs[0], f"{tmp_path}/*"]) == find_runs([tmp_path])
+    away = tmp_path.parent / f"{tmp_path.name}_away"
+    finished_run(away / "inside", 3.0)
+    (tmp_path / "away").symlink_to(away)  # no run itself: followed where it is named
+    assert len(find_runs([tmp_path])) == 4
+    assert len(find_runs([tmp_path / "away"])) == 1
