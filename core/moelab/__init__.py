@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from moelab.nn.transformer import TokenContext
     from moelab.paths import user_path
     from moelab.registry import Registry
+    from moelab.run_table.frame import run_records, runs
+    from moelab.run_table.record import RunRecord
     from moelab.seeds import derive_seed, generator
     from moelab.session import TrainedRun, load_config, prepare, train
     from moelab.train.schedule import learning_rate_factor
@@ -67,6 +69,8 @@ _HOMES = {
     "moelab.seeds": ("derive_seed", "generator"),
     "moelab.session": ("TrainedRun", "load_config", "prepare", "train"),
     "moelab.train.schedule": ("learning_rate_factor",),
+    "moelab.run_table.frame": ("run_records", "runs"),
+    "moelab.run_table.record": ("RunRecord",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -94,6 +98,7 @@ __all__ = [
     "Routing",
     "RunConfig",
     "RunFailure",
+    "RunRecord",
     "SharedExpert",
     "TokenContext",
     "TokenInfo",
@@ -112,6 +117,8 @@ __all__ = [
     "load",
     "load_config",
     "prepare",
+    "run_records",
+    "runs",
     "train",
     "user_path",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from types import ModuleType
@@ -169,20 +169,6 @@ def builtin_modules(point: ExtensionPoint[Any, Any]) -> list[str]:
         return []
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
     return [f"{point.builtins}.{name}" for name in names if not name.startswith("_")]
-
-
-def option_fields(chosen: Component[Any, Any]) -> list[tuple[str, str, str]]:
-    """(name, type, default) of each option, as `moelab plugins` prints them."""
-    rows = []
-    for field in fields(chosen.options):
-        default = "required"
-        if field.default is not MISSING:
-            default = repr(field.default)
-        elif field.default_factory is not MISSING:
-            default = repr(field.default_factory())
-        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-        rows.append((field.name, kind, "required" if default == "'???'" else default))
-    return rows
 
 
 def _options(chosen: Component[Any, Any], given: dict[str, Any], where: str) -> Any:

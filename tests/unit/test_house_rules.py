@@ -49,7 +49,7 @@ FLOORS = (
     {"loading", "parallel"},
     {"train"},
     {"session"},
-    {"routes"},
+    {"routes", "run_table"},
     {"testing"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -138,6 +138,7 @@ def test_core_is_built_in_floors() -> None:
         ("stk", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
         ("triton", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
         ("transformers", "tools/moelab_tools/tokenizer_check.py"),
+        ("pandas", "core/moelab/run_table/frame.py"),
         ("xxhash", "core/moelab/checksums.py"),
     ],
 )

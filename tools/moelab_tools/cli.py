@@ -9,6 +9,7 @@ from importlib import import_module
 
 import click
 
+from moelab import __version__
 from moelab.printable import LONGEST_MESSAGE, printable
 
 # Name -> what `moelab --help` says. The file commands/NAME.py holds `command`, imported when it is run.
@@ -16,6 +17,7 @@ COMMANDS = {
     "train": "Train a model from a config; writes a run folder.",
     "sweep": "Train variants times seeds, then compare them.",
     "experiment": "Run a declared experiment, judge it by its own rule.",
+    "runs": "List run folders: state, step, held-out loss, and what differs.",
     "evaluate": "Held-out loss of a checkpoint.",
     "generate": "Continue a prompt with a checkpoint.",
     "upcycle": "Turn a dense Qwen2 checkpoint into a Qwen2-MoE one.",
@@ -27,6 +29,7 @@ COMMANDS = {
     "replay": "Force a trace's routes on a model, and say what changes.",
     "agreement": "How far two traces of the same text agree, layer by layer.",
     "ablate": "Remove experts or change routes, and say what it costs.",
+    "config": "Print what a config comes to, every key there is, or a schema for editors.",
     "plugins": "List every plugin with its options.",
     "explain": "Print what each layer of a config is built from, with parameters and FLOPs.",
     "architectures": "Print the table of the shipped model configs.",
@@ -66,6 +69,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="moelab")
 def moelab() -> None:
     """Find out which mixture-of-experts language model is better, and why.
 
@@ -90,6 +94,10 @@ def run(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if "_MOELAB_COMPLETE" in os.environ:  # a shell asks what Tab offers
+        from moelab_tools.completion import use_bash
+
+        use_bash()
     teller = _Warnings(logging.WARNING)
     logging.getLogger("moelab").addHandler(teller)
     try:

@@ -7,6 +7,7 @@ composed of styles and text, and `make_console()` has the texts spelled out befo
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -61,6 +62,14 @@ def make_console(width: int | None = None) -> Console:
         console = Console(width=width)
     console.push_render_hook(_SpeltOut())
     return console
+
+
+def fold(text: str, width: int, first: str = "", rest: str = "") -> str:
+    """A text in lines of at most `width` columns, words whole; `first` and `rest` stand before the lines."""
+    lines = textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False, break_long_words=False
+    )
+    return "\n".join(lines or [first])
 
 
 class _SpeltOut(RenderHook):

@@ -139,10 +139,10 @@ def _take_bases(tree: dict[str, Any], key_path: tuple[str, ...]) -> list[tuple[t
     return found
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """The tree of a YAML file, a mapping. Raises ConfigError naming the file and the line."""
+def read_file(path: Path, *, quick: bool = False) -> dict[str, Any]:
+    """The tree of a YAML file, a mapping. Raises ConfigError naming the file and the line; `quick` as `read_tree`'s."""
     reading = Reading(ConfigError, "a config is a text file, YAML in UTF-8")
-    tree = read_tree(read_text(path, reading, LARGEST_FILE), str(path))
+    tree = read_tree(read_text(path, reading, LARGEST_FILE), str(path), quick=quick)
     if settle(tree) is None:
         return {}
     if not isinstance(tree, dict):

@@ -48,14 +48,12 @@ def load_config(
     taken up, unless `trust`.
     Raises ConfigError for an unknown key, a wrong type, a missing value, or what `schema.check()` refuses.
     """
-    paths = [find_config(argument) for argument in arguments if not is_override(argument)]
-    layers = [layer for path in paths for layer in _layers_of(path)]
-    layers += [override_layer(argument) for argument in arguments if is_override(argument)]
-    merged = _merge(layers, schema)
+    layers, paths = read_layers(arguments)
+    merged = merge_layers(layers, schema)
     lowest = below(_readable(merged, schema)) if below is not None else None
     if lowest is not None:
         layers.insert(0, lowest)
-        merged = _merge(layers, schema)
+        merged = merge_layers(layers, schema)
     if not trust:
         _refuse_plugins_of_data(layers)
     try:
@@ -70,7 +68,14 @@ def load_config(
     return Loaded(config, layers, list(dict.fromkeys(path.parent for path in paths)), lowest)
 
 
-def _merge(layers: Sequence[Layer], schema: Any) -> dict[str, Any]:
+def read_layers(arguments: Sequence[str]) -> tuple[list[Layer], list[Path]]:
+    """What files and overrides say, lowest first, and the files that were named."""
+    paths = [find_config(argument) for argument in arguments if not is_override(argument)]
+    layers = [layer for path in paths for layer in _layers_of(path)]
+    return layers + [override_layer(argument) for argument in arguments if is_override(argument)], paths
+
+
+def merge_layers(layers: Sequence[Layer], schema: Any) -> dict[str, Any]:
     """The layers, lowest first, as one tree. Raises ConfigError for a key that `schema` does not have."""
     merged: dict[str, Any] = {}
     for layer in layers:

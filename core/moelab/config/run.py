@@ -17,7 +17,7 @@ MOST_THREADS = 1024  # torch dies of a number that the machine can't start
 class DataConfig:
     """What is read, and in which pieces."""
 
-    source: Part = field(default_factory=lambda: {"name": "embedded"})
+    source: Part = field(default_factory=lambda: {"name": "embedded"})  # where the text comes from
     tokenizer: str = "bytes"  # "bytes", or the path of a tokenizer.json
     validation_fraction: float = 0.1  # of the documents: those whose text hashes below it are held out
     seed: int = 0  # of the choice of text, where a source chooses (embedded: which files)
@@ -29,10 +29,10 @@ class DataConfig:
 class TrainConfig:
     """How long, in what batches, and how often to look."""
 
-    steps: int = MISSING
+    steps: int = MISSING  # optimizer steps
     batch_size: int = 16  # sequences in an optimizer step
     micro_batch_size: int | None = None  # sequences in a forward pass; None: the whole batch
-    sequence_length: int = 256
+    sequence_length: int = 256  # tokens
     dtype: str = "float32"  # of the matmuls: float32 or bfloat16; parameters and optimizer stay float32
     device: str = "auto"  # auto: cuda when there is one, else cpu
     threads: int | None = None  # CPU threads; None: one a core. Another number gives other bits
@@ -59,18 +59,18 @@ class TrainConfig:
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2019). Matrices decay; biases and norms don't."""
 
-    lr: float = 1e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    lr: float = 1e-3  # the highest learning rate; `schedule` says when
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of the first and the second moment
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # decoupled, times the learning rate; of matrices alone
 
 
 @dataclass
 class ScheduleConfig:
     """Learning rate over steps: linear warm-up, then `cosine` or `wsd` (warm-up, stable, decay) or `constant`."""
 
-    name: str = "cosine"
-    warmup_steps: int = 0
+    name: str = "cosine"  # cosine, wsd or constant
+    warmup_steps: int = 0  # in which the rate rises linearly
     min_lr_ratio: float = 0.1  # of optimizer.lr, at the end
     decay_fraction: float = 0.2  # wsd: the last part of the steps, in which the rate falls linearly
     # Where a run is resumed with more train.steps than its rate was planned for: steps over which it rises again from
@@ -85,16 +85,16 @@ class EvaluationConfig:
     every: int = 0  # steps; 0: only before the first and at the end
     sequences: int = 64  # of train.sequence_length tokens
     batch_size: int | None = None  # sequences at once; None: as many as are not slower, at least a micro-batch
-    prompts: list[str] = field(default_factory=lambda: ["def ", "The "])
+    prompts: list[str] = field(default_factory=lambda: ["def ", "The "])  # that samples continue
     sample_tokens: int = 64  # 0: no samples
-    temperature: float = 0.8
+    temperature: float = 0.8  # of the samples; 0: always the likeliest token
 
 
 @dataclass
 class RunConfig:
     """All of a `moelab train` run."""
 
-    run_dir: str = MISSING
+    run_dir: str = MISSING  # the folder that is made
     name: str | None = None  # as the comparison calls it; None: the folder's name
     seed: int = 0  # of the initialisation and of all noise
     plugins: list[str] = field(default_factory=list)  # modules beside the config file, or on the path
@@ -106,6 +106,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    # What watches and records the run.
     observers: list[Part] = field(default_factory=lambda: [{"name": "tensorboard"}, {"name": "recorder"}])
     resume: bool = False  # go on from the newest checkpoint in run_dir
     declaration: str | None = None  # hash of the experiment.yaml that this run was made for (moelab experiment)

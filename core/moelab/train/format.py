@@ -9,6 +9,8 @@ from typing import Any
 # 3: summary.json has `alarms` and `fixed_routers`; before, nothing is known of how a run's routers fared.
 FORMAT_VERSION = 3
 
+METRICS, SUMMARY = "metrics.jsonl", "summary.json"  # of a run folder
+
 # How far a run was: what each line of metrics.jsonl has beside its tags.
 COUNTERS = ("step", "tokens", "flops", "flops_declared", "seconds")
 ROW_ALARMS = "alarms"  # and where any are on, these: no tag either

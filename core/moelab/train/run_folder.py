@@ -16,15 +16,14 @@ from moelab.errors import DataError, UserError
 from moelab.printable import printable
 from moelab.records import Record
 from moelab.safe_files import Reading, an_object, parse_json, read_bytes, read_object
-from moelab.train.format import COUNTERS, ROW_ALARMS
+from moelab.train.format import COUNTERS, METRICS, ROW_ALARMS, SUMMARY
 from moelab.train.run_lock import LOCK
 
 WRITABLE = ".writable"  # made and removed to see that files can be
 READING = Reading(UserError, "mend it, or begin anew with --force")
 LONGEST_LOGGED = 10_000  # characters of one entry of log.txt: a traceback fits
 logger = logging.getLogger("moelab")
-METRICS, SUMMARY, LOG, DOCUMENTS = "metrics.jsonl", "summary.json", "log.txt", "evaluation_documents.jsonl"
-SAMPLES = "evaluation_samples.jsonl"
+LOG, DOCUMENTS, SAMPLES = "log.txt", "evaluation_documents.jsonl", "evaluation_samples.jsonl"
 
 
 def prepare_run_folder(path: Path, *, resume: bool, force: bool) -> None:

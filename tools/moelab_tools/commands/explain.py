@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moelab_tools.completion import complete_config
+
 if TYPE_CHECKING:
     from moelab.config.load import Loaded
     from moelab.config.run import RunConfig
@@ -17,7 +19,9 @@ UNUSED = ("run_dir=unused", "train.steps=1", "schedule.warmup_steps=0")
 
 
 @click.command("explain")
-@click.argument("config", nargs=-1, required=True, metavar="[FOLDER] [CONFIG...] [KEY=VALUE...]")
+@click.argument(
+    "config", nargs=-1, required=True, metavar="[FOLDER] [CONFIG...] [KEY=VALUE...]", shell_complete=complete_config
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--match", "baseline", metavar="CONFIG", help="Find the layout that costs what this model does.")
 @click.option("--measure", default="active", show_default=True, help="What to match: total, active or flops.")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
+from moelab_tools.completion import complete_config
 from moelab_tools.verify_option import NO_VERIFY
 
 
 @click.command("train")
-@click.argument("config", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
+@click.argument("config", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]", shell_complete=complete_config)
 @click.option(
     "--resume", is_flag=True, help="Go on from run_dir's newest checkpoint that is undamaged (also: resume=true)."
 )
@@ -24,6 +25,9 @@ def command(config: tuple[str, ...], resume: bool, force: bool, trust: bool, ver
     checkpoint: what the config doesn't say of model and data.tokenizer is the checkpoint's, and what it says otherwise
     is refused unless train.init_overrides names the key. With --resume, more train.steps than planned go on where the
     schedule says what that means (docs/checkpoints.md).
+
+    `moelab config --keys` lists every key with its type, default and meaning (--keys optimizer: those of a section),
+    `moelab config CONFIG... --resolved` prints what a run would store, and who set what.
 
     \b
     Example:

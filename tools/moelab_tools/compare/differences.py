@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from moelab.config.differing import BOOKKEEPING
 from moelab.errors import UserError
 from moelab_tools.compare.runs import Document, Run
 
 Table = dict[str, list[Any]]  # key -> one value for each run
 
-# How a run is stored and watched changes nothing of what it learns.
-BOOKKEEPING = (
-    "run_dir", "name", "declaration", "resume", "search_path", "store_environment", "observers", "train.log_every",
-    "train.save_every", "train.keep_checkpoints", "train.keep_best", "train.gradient_shares_every",
-    "train.probe_every", "schedule.rewarm_steps",
-)  # fmt: skip
 FACTS = ("device", "threads", "dtype", "git", "init_from")
 
 
