@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     )
     from moelab.moe.layout import ExpertLayout, LayoutContext
     from moelab.moe.routing import LayerRecord, Routing, TokenInfo
-    from moelab.paths import user_path
+    from moelab.paths import Places, user_path
     from moelab.registry import Registry
 
 __version__ = "0.1.0"
@@ -53,7 +53,7 @@ _HOMES = {
     ),
     "moelab.moe.layout": ("ExpertLayout", "LayoutContext"),
     "moelab.moe.routing": ("LayerRecord", "Routing", "TokenInfo"),
-    "moelab.paths": ("user_path",),
+    "moelab.paths": ("Places", "user_path"),
     "moelab.registry": ("Registry",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -76,6 +76,7 @@ __all__ = [
     "LayerRecord",
     "LayoutContext",
     "MoEContext",
+    "Places",
     "Registry",
     "Router",
     "Routing",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import click
 
@@ -23,8 +22,6 @@ class PluginSelection:
 def command(overrides: tuple[str, ...], as_json: bool) -> None:
     """List every plugin: extension point, name, owner, options with types and defaults, one line of doc.
 
-    Modules named by plugins=[...] are looked for in the current folder too.
-
     \b
     Example:
       moelab plugins
@@ -35,7 +32,7 @@ def command(overrides: tuple[str, ...], as_json: bool) -> None:
     from moelab_tools.describe_plugins import describe_plugins
 
     loaded = load_config(overrides, PluginSelection)
-    registry = Registry(loaded.config.plugins, loaded.config.entry_points, [*loaded.search_path, Path()])
+    registry = Registry(loaded.config.plugins, loaded.config.entry_points, loaded.places("plugins"))
     entries = describe_plugins(registry)
     if as_json:
         click.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
