@@ -222,7 +222,7 @@ def test_a_client_that_dies_is_dropped_and_the_run_goes_on(tmp_path: Path) -> No
     """As of a full disk, or when the machine ends it for its memory."""
     said, last = drive(tmp_path, "kill")
     assert "it is dropped, and the run goes on without it" in said
-    assert last.startswith("dropped: ['Connection")
+    assert last.startswith("dropped: ['"), last  # by whichever error the client notices it first
 
 
 def test_wandbs_own_variables_hold(tmp_path: Path) -> None:
