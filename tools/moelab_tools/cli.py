@@ -28,6 +28,7 @@ COMMANDS = {
     "agreement": "How far two traces of the same text agree, layer by layer.",
     "ablate": "Remove experts or change routes, and say what it costs.",
     "plugins": "List every plugin with its options.",
+    "new": "Write a package with a router of your own, or another part, that passes the kit.",
     "explain": "Print what each layer of a config is built from, with parameters and FLOPs.",
     "architectures": "Print the table of the shipped model configs.",
     "plan": "Predict the memory and communication of a config on N devices.",
