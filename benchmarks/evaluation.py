@@ -37,7 +37,6 @@ def main() -> None:
     options = parser.parse_args()
     loaded = load_config([*options.config, "train.threads=1", "evaluation.batch_size=null"], RunConfig)
     config = loaded.config
-    config.search_path += [str(folder.resolve()) for folder in loaded.search_path]
     setup = prepare(config, Registry(config.plugins))
     default = setup.validation.batch_size
     rows = measure(setup, sorted({*options.sizes, default}), options.rounds)

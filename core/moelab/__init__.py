@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from moelab.moe.layout import ExpertLayout, LayoutContext
     from moelab.moe.routing import LayerRecord, Routing, TokenInfo
     from moelab.nn.transformer import TokenContext
-    from moelab.paths import user_path
+    from moelab.paths import Places, user_path
     from moelab.registry import Registry
     from moelab.run_table.frame import run_records, runs
     from moelab.run_table.record import RunRecord
@@ -64,7 +64,7 @@ _HOMES = {
     "moelab.moe.layout": ("ExpertLayout", "LayoutContext"),
     "moelab.moe.routing": ("LayerRecord", "Routing", "TokenInfo"),
     "moelab.nn.transformer": ("TokenContext",),
-    "moelab.paths": ("user_path",),
+    "moelab.paths": ("Places", "user_path"),
     "moelab.registry": ("Registry",),
     "moelab.seeds": ("derive_seed", "generator"),
     "moelab.session": ("TrainedRun", "load_config", "prepare", "train"),
@@ -93,6 +93,7 @@ __all__ = [
     "LayerRecord",
     "LayoutContext",
     "MoEContext",
+    "Places",
     "Registry",
     "Router",
     "Routing",

@@ -7,7 +7,6 @@ import pkgutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +17,7 @@ from moelab.config.typed import OPTIONS, KeyProblem
 from moelab.errors import ConfigError, UserError, near
 from moelab.hookspecs import EXTENSION_POINTS, BuiltT, ContextT, ExtensionPoint, plugin_hooks
 from moelab.installed import installed_plugins, load_plugin, may_offer
+from moelab.paths import Places
 from moelab.plugin_faults import PluginPart, article, place_in, place_of, quoted
 from moelab.plugin_modules import check_hooks, import_plugin
 from moelab.shortage import shortage
@@ -26,16 +26,16 @@ from moelab.shortage import shortage
 class Registry:
     """The plugins of one run, never a module global: two runs in one process can't see each other's.
 
-    `plugins` are module names; `search_path` is where a config file's own modules lie. A run that needs only some
-    extension points names them as `points`: neither built-ins nor installed packages that offer none of them are
-    imported, so that upcycling's workers do without torch.
+    `plugins` are module names, installed or in one of `places`. A run that needs only some extension points names
+    them as `points`: neither built-ins nor installed packages that offer none of them are imported, so that upcycling's
+    workers do without torch.
     """
 
     def __init__(
         self,
         plugins: Iterable[str] = (),
         entry_points: bool = True,
-        search_path: Iterable[Path] = (),
+        places: Places | None = None,
         *,
         points: Collection[ExtensionPoint[Any, Any]] = EXTENSION_POINTS,
     ) -> None:
@@ -49,9 +49,9 @@ class Registry:
                 self._register(importlib.import_module(path), path)
         if entry_points:
             self._load_entry_points(points)
-        folders = list(search_path)
+        places = places or Places()
         for path in plugins:
-            module = import_plugin(str(path), folders)
+            module = import_plugin(str(path), places.of(str(path)))
             check_hooks(module, str(path), [point.hook for point in EXTENSION_POINTS])
             self._register(module, str(path))
         try:

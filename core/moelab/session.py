@@ -24,7 +24,6 @@ from moelab.errors import ConfigError, UserError
 from moelab.loading import load
 from moelab.nn.transformer import Transformer
 from moelab.origin import origin_layer
-from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab.safe_files import Reading, json_lines, read_object
 from moelab.train import trainer
@@ -131,10 +130,7 @@ def _load(arguments: Sequence[Any], *, verify: bool) -> Loaded[RunConfig]:
                 "beside others; change a RunConfig's fields, or give these to moelab.load_config"
             )
     texts = [fspath(argument) for argument in arguments]
-    loaded = load_layers(texts, RunConfig, below=partial(origin_layer, verify=verify))
-    folders = [str(path.resolve()) for path in loaded.search_path]
-    loaded.config.search_path = list(dict.fromkeys([*loaded.config.search_path, *folders]))
-    return loaded
+    return load_layers(texts, RunConfig, below=partial(origin_layer, verify=verify))
 
 
 def _load_any(arguments: Sequence[Any], *, resume: bool, verify: bool) -> Loaded[RunConfig]:
@@ -143,12 +139,11 @@ def _load_any(arguments: Sequence[Any], *, resume: bool, verify: bool) -> Loaded
     config = copy.copy(arguments[0])
     config.resume = config.resume or resume
     config.check()
-    return Loaded(config, [], [])
+    return Loaded(config, [])
 
 
 def _registry(config: RunConfig) -> Registry:
-    folders = [user_path(path, "search_path") for path in config.search_path]
-    return Registry(config.plugins, config.entry_points, folders)
+    return Registry(config.plugins, config.entry_points, config.places("plugins"))
 
 
 def _progress(steps: int) -> list[object]:

@@ -636,11 +636,38 @@ def _wants_a_beginning(self: Any, step: int) -> None:
     self.never_set.close()
 
 
+class Forgets(GoodObserver):
+    """Gives a file for the checkpoint, and can't read it again."""
+
+    def on_checkpoint(self, step: int) -> dict[str, bytes]:
+        return {"mine.json": b"1"}
+
+    def on_train_begin(self, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            (checkpoint / "mine.json").read_text().index("2")
+
+
+class Newcomer(GoodObserver):
+    """Wants its file also where it was not in the config yet."""
+
+    def on_checkpoint(self, step: int) -> dict[str, bytes]:
+        return {"mine.json": b"1"}
+
+    def on_train_begin(self, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            (checkpoint / "mine.json").read_text()
+
+
 OBSERVER_FAULTS = [
     (lambda o, r: object(), "has_a_hook"),
     (type("Misspelt", (GoodObserver,), {"on_logg": lambda self, step: None}), "has_a_hook"),
     (type("Breaks", (GoodObserver,), {"on_evaluate": lambda self, step: 1 / 0}), "lives_through_a_run"),
     (type("Open", (GoodObserver,), {"on_train_end": _wants_a_beginning}), "lives_through_a_failure"),
+    (type("AsksOnlyFinite", (GoodObserver,), {"on_log": lambda self, metrics: [int(x) for x in metrics.values()]}),
+     "lives_through_a_run"),
+    (Forgets, "goes_on_from_a_checkpoint"),
+    (Newcomer, "goes_on_from_a_checkpoint"),
+    (type("Edits", (GoodObserver,), {"on_train_begin": lambda self, config: config.clear()}), "changes_nothing"),
     (type("Takes", (GoodObserver,), {"on_log": lambda self, metrics: metrics.pop("train/loss")}), "changes_nothing"),
 ]  # fmt: skip
 

@@ -26,3 +26,10 @@ def test_the_installed_wheel_trains_a_shipped_config(root: Path, tmp_path: Path)
     )  # fmt: skip
     assert outcome.returncode == 0, outcome.stderr
     assert (tmp_path / "run" / "summary.json").is_file()
+    new = [*python, "moelab", "new", "observer", "watching"]
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    outcome = subprocess.run(new, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    kit = [*python, "pytest", "-q", "watching"]
+    outcome = subprocess.run(kit, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stdout

@@ -134,6 +134,9 @@ def test_core_is_built_in_floors() -> None:
     ("library", "door"),
     [
         ("tensorboard", "plugins/moelab_plugins/observers/"),
+        ("wandb", "plugins/moelab_plugins/observers/wandb.py"),
+        ("trackio", "plugins/moelab_plugins/observers/trackio.py"),
+        ("pyarrow", "plugins/moelab_plugins/observers/table.py"),
         ("megablocks", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
         ("stk", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
         ("triton", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
@@ -239,7 +242,8 @@ def test_the_lowest_versions_are_the_minima_of_pyproject() -> None:
 def test_importing_a_builtin_plugin_is_cheap_of_heavy_libraries() -> None:
     code = (
         "import sys; from moelab import Registry; Registry(entry_points=False); "
-        "heavy = {'tensorboard', 'megablocks', 'triton', 'transformers', 'plotly', 'scipy'} & set(sys.modules); "
+        "heavy = {'tensorboard', 'wandb', 'trackio', 'pyarrow', 'megablocks', 'triton', 'transformers', 'plotly', "
+        "'scipy'} & set(sys.modules); "
         "assert not heavy, heavy"
     )
     outcome = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

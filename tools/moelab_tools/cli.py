@@ -31,6 +31,7 @@ COMMANDS = {
     "ablate": "Remove experts or change routes, and say what it costs.",
     "config": "Print what a config comes to, every key there is, or a schema for editors.",
     "plugins": "List every plugin with its options.",
+    "new": "Write a package with a router of your own, or another part, that passes the kit.",
     "explain": "Print what each layer of a config is built from, with parameters and FLOPs.",
     "architectures": "Print the table of the shipped model configs.",
     "plan": "Predict the memory and communication of a config on N devices.",

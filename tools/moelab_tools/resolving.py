@@ -21,7 +21,7 @@ def said_text(arguments: Sequence[str]) -> str:
     folders = [argument for argument in arguments if not is_override(argument) and user_path(argument).is_dir()]
     if folders:
         raise ConfigError(f"{folders[0]}: is a folder, whose config says all of it; give --resolved")
-    layers, _ = read_layers(arguments)
+    layers = read_layers(arguments)
     schema = _schema_of(arguments)
     return annotated(write_tree(merge_layers(layers, schema)), origins(layers, schema))
 
@@ -33,14 +33,13 @@ def resolved_text(arguments: Sequence[str], *, trust: bool = False) -> str:
     """
     from moelab.registry import Registry
     from moelab.train.setup import resolve_run
-    from moelab_tools.checkpoints import load_run, plugin_folders
+    from moelab_tools.checkpoints import load_run, plugin_places
 
     if _schema_of(arguments) is UpcycleConfig:
         return _resolved_upcycle(arguments)
     loaded = load_run(arguments, trust=trust)
     run = loaded.config
-    run.search_path = list(dict.fromkeys([*run.search_path, *(str(path.resolve()) for path in loaded.search_path)]))
-    registry = Registry(run.plugins, run.entry_points, plugin_folders(loaded, trust=trust))
+    registry = Registry(run.plugins, run.entry_points, plugin_places(loaded, trust=trust))
     try:
         resolve_run(run, registry)
     except ConfigError as error:
@@ -52,15 +51,13 @@ def resolved_text(arguments: Sequence[str], *, trust: bool = False) -> str:
 
 def _resolved_upcycle(arguments: Sequence[str]) -> str:
     """With the options of its initialisers; what the source decides of `model` is not said."""
-    from pathlib import Path
-
     from moelab.hookspecs import EXTENSION_POINTS
     from moelab.registry import Registry
 
     loaded = load_config(arguments, UpcycleConfig)
     config = loaded.config
     points = [point for point in EXTENSION_POINTS if point.key.startswith("recipe.")]
-    registry = Registry(config.plugins, config.entry_points, [*loaded.search_path, Path()], points=points)
+    registry = Registry(config.plugins, config.entry_points, loaded.places("plugins"), points=points)
     for point in points:
         axis = point.key.removeprefix("recipe.")
         try:
@@ -74,5 +71,5 @@ def _schema_of(arguments: Sequence[str]) -> type:
     """Which command's config this is: one that names a key that only upcycling has is upcycling's."""
     files = [a for a in arguments if is_override(a) or not user_path(a).is_dir()]
     own = {field.name for field in fields(UpcycleConfig)} - {field.name for field in fields(RunConfig)}
-    layers, _ = read_layers(files)
+    layers = read_layers(files)
     return UpcycleConfig if any(own & layer.tree.keys() for layer in layers) else RunConfig

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 from omegaconf import MISSING
 
 from moelab.config.model import ModelConfig, Part
 from moelab.errors import ConfigError
+from moelab.paths import Places, user_path
 
 MOST_THREADS = 1024  # torch dies of a number that the machine can't start
 
@@ -99,7 +101,7 @@ class RunConfig:
     seed: int = 0  # of the initialisation and of all noise
     plugins: list[str] = field(default_factory=list)  # modules beside the config file, or on the path
     entry_points: bool = True  # False: ignore installed packages' plugins
-    search_path: list[str] = field(default_factory=list)  # of plugins and data; the config files' folders are added
+    search_path: list[str] = field(default_factory=list)  # of plugins and data; the configs' folders and . are added
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -117,8 +119,16 @@ class RunConfig:
         {"run_dir", "name", "seed", "data", "train", "optimizer", "schedule", "evaluation", "observers", "resume"}
     )
 
+    SEARCHED: ClassVar[tuple[str, ...]] = ("plugins", "data")  # what names modules and files
+
     def __post_init__(self) -> None:
         self.as_written: dict[tuple[str, ...], str] = {}  # key path -> the expression that is stored there
+        self.said_in: dict[str, dict[str, Path]] = {}  # section -> text in it -> the folder of the file that says it
+
+    def places(self, section: str) -> Places:
+        """Where what `section` names is looked for."""
+        search = tuple(user_path(folder, "search_path") for folder in self.search_path)
+        return Places(self.said_in.get(section, {}), search)
 
     @property
     def order_seed(self) -> int:

@@ -34,7 +34,6 @@ from moelab.nn.count import Parameters, ServedCosts, count_parameters, flops_per
 from moelab.nn.room import TRAINING, check_room
 from moelab.nn.transformer import Transformer
 from moelab.origin import check_vocabulary
-from moelab.paths import user_path
 from moelab.records import Record
 from moelab.registry import Registry
 from moelab.train.causality import Causality
@@ -163,10 +162,9 @@ def resolve_run(config: RunConfig, registry: Registry) -> None:
 
 
 def build_corpus_of(config: RunConfig, registry: Registry, tokenizer: Tokenizer) -> Corpus:
-    """The corpus that `data` describes; relative paths count from the config file's folder."""
-    base = user_path(config.search_path[0], "search_path") if config.search_path else Path()
+    """The corpus that `data` describes."""
     data = config.data
-    context = DataContext(tokenizer, data.validation_fraction, data.seed, base, data.split_seed)
+    context = DataContext(tokenizer, data.validation_fraction, data.seed, config.places("data"), data.split_seed)
     corpus = registry.build(DATA_SOURCES, data.source, context, "data.source")
     fault = corpus_fault(corpus, tokenizer.vocab_size)
     if fault is not None:

@@ -61,10 +61,9 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
     RunFailure when the loss stops being finite.
     """
     run_dir = user_path(config.run_dir, "run_dir")
-    folders = [user_path(p, "search_path") for p in config.search_path]
     with ExitStack() as stack:
         with HeldLog() as held:
-            registry = Registry(config.plugins, config.entry_points, folders)
+            registry = Registry(config.plugins, config.entry_points, config.places("plugins"))
             with shortages_told(config, registry):
                 setup = prepare(config, registry, verify=verify)
             lock = stack.enter_context(hold(run_dir))

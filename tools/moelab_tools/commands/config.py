@@ -65,14 +65,12 @@ def command(config: tuple[str, ...], resolved: bool, keys: str | None, schema: s
 
 def _registry(overrides: tuple[str, ...]) -> Registry:
     """All plugins that are installed, and those that the overrides name, which may lie in the current folder."""
-    from pathlib import Path
-
     from moelab.config.load import load_config
     from moelab.registry import Registry
     from moelab_tools.commands.plugins import PluginSelection
 
     loaded = load_config(overrides, PluginSelection)
-    return Registry(loaded.config.plugins, loaded.config.entry_points, [*loaded.search_path, Path()])
+    return Registry(loaded.config.plugins, loaded.config.entry_points, loaded.places("plugins"))
 
 
 def _print_lines(prefix: str, overrides: tuple[str, ...]) -> None:

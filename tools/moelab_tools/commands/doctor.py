@@ -45,7 +45,7 @@ def command(override: tuple[str, ...]) -> None:
     for name, value in _machine():
         click.echo(f"{name:<14}{value}")
     click.echo("\nexpert backends")
-    for line in _backends(Registry(loaded.config.plugins, loaded.config.entry_points, loaded.search_path)):
+    for line in _backends(Registry(loaded.config.plugins, loaded.config.entry_points, loaded.places("plugins"))):
         click.echo(f"  {line}")
 
 

@@ -48,11 +48,11 @@ def command(
     """
     from moelab.errors import ConfigError
     from moelab.registry import Registry
-    from moelab_tools.checkpoints import load_run, plugin_folders, tell_origin
+    from moelab_tools.checkpoints import load_run, plugin_places, tell_origin
 
     loaded = load_run(config, UNUSED, trust=trust)
     tell_origin(loaded)
-    registry = Registry(loaded.config.plugins, loaded.config.entry_points, plugin_folders(loaded, trust=trust))
+    registry = Registry(loaded.config.plugins, loaded.config.entry_points, plugin_places(loaded, trust=trust))
     try:
         table = explain(loaded.config, registry)
         if baseline is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -33,8 +32,7 @@ def command(arguments: tuple[str, ...], whole: bool, as_json: bool) -> None:
     """List every plugin by kind: its name and what it does, in a line.
 
     A KIND (routers, balance_losses, or its key: model.moe.router) lists that kind alone; a NAME shows all of one
-    plugin: options with types, defaults and meaning, source, when to use it. Modules named by plugins=[...] are looked
-    for in the current folder too.
+    plugin: options with types, defaults and meaning, source, when to use it.
 
     \b
     Example:
@@ -50,7 +48,7 @@ def command(arguments: tuple[str, ...], whole: bool, as_json: bool) -> None:
 
     overrides = [argument for argument in arguments if is_override(argument)]
     loaded = load_config(overrides, PluginSelection)
-    registry = Registry(loaded.config.plugins, loaded.config.entry_points, [*loaded.search_path, Path()])
+    registry = Registry(loaded.config.plugins, loaded.config.entry_points, loaded.places("plugins"))
     entries = describe_plugins(registry)
     kinds, named = choose(entries, [argument for argument in arguments if not is_override(argument)])
     if as_json:

@@ -47,7 +47,6 @@ def command(config: tuple[str, ...], resume: bool, force: bool, trust: bool, ver
     tell_origin(loaded)
     if run.resume and force:
         raise ConfigError("--resume and --force: one goes on, the other deletes; give one of them")
-    run.search_path = list(dict.fromkeys([*run.search_path, *(str(path.resolve()) for path in loaded.search_path)]))
     if trust:
         take_up_plugins(run, verify=verify)
     try:

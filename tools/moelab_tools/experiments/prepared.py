@@ -197,7 +197,7 @@ class Preparation:
         except ConfigError as error:
             raise ConfigError(f"{error}; in the step {step.name} of {self.declaration.path}") from error
         config = loaded.config
-        registry = Registry(config.plugins, config.entry_points, loaded.search_path)
+        registry = Registry(config.plugins, config.entry_points, loaded.places("plugins"))
         for axis, point in AXES.items():
             registry.resolve(point, getattr(config.recipe, axis), f"recipe.{axis}")
         dense = self._tree(step.source).tree

@@ -111,12 +111,9 @@ def plan_run(
 def check_run(loaded: Loaded[RunConfig], *, trust: bool, start: bool = True) -> Registry:
     """Build all but weights and data, as `moelab.train.setup.prepare` will; the config is resolved in place."""
     config = loaded.config
-    config.search_path = list(
-        dict.fromkeys([*config.search_path, *(str(path.resolve()) for path in loaded.search_path)])
-    )
     if trust:
         take_up_plugins(config)
-    registry = Registry(config.plugins, config.entry_points, [user_path(p, "search_path") for p in config.search_path])
+    registry = Registry(config.plugins, config.entry_points, config.places("plugins"))
     resolve_run(config, registry)
     build_balance_losses(config.model, registry)
     build_model(config.model, registry, device="meta", seed=None)
