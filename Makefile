@@ -58,11 +58,13 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
+# SEEDS="0 1" or SEEDS=0..4: how often all of it is done.
+SEEDS ?= 0..2
 demo: $(INSTALLED)
-	@MOELAB=$(BIN)/moelab bash configs/experiments/demo/run.sh $(RUNS)
+	@$(BIN)/moelab demo --out $(RUNS) --seeds "$(SEEDS)"
 
 short-demo: $(INSTALLED)
-	@MOELAB=$(BIN)/moelab SEEDS="0 1" bash configs/experiments/demo/run.sh $(RUNS) \
+	@$(BIN)/moelab demo --out $(RUNS) --seeds 0,1 \
 		train.steps=4 evaluation.sequences=8 evaluation.sample_tokens=8 data.source.max_bytes_per_domain=300000
 
 lock: $(INSTALLED)

@@ -13,6 +13,7 @@ from moelab.printable import LONGEST_MESSAGE, printable
 
 # Name -> what `moelab --help` says. The file commands/NAME.py holds `command`, imported when it is run.
 COMMANDS = {
+    "demo": "Dense Qwen2 -> upcycle -> train variants -> compare, on real text.",
     "train": "Train a model from a config; writes a run folder.",
     "sweep": "Train variants times seeds, then compare them.",
     "experiment": "Run a declared experiment, judge it by its own rule.",
