@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from moelab.paths import user_path
     from moelab.registry import Registry
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "moelab.builder": ("build", "build_model"),
