@@ -1,4 +1,4 @@
-"""What the documentation shows: code blocks of Markdown, the commands in them, and commands named within a line."""
+"""What the documentation shows: code blocks of Markdown, the commands in them and in tables, those named in a line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def blocks(path: Path, name: str) -> Iterator[Block]:
     lines = path.read_text(encoding="utf-8").splitlines()
     at = 0
     while at < len(lines):
-        fence = re.match(r"(\s*)```(\w*)", lines[at])
+        fence = re.match(r"(\s*)```(\S*)", lines[at])
         if fence:
             end = next(i for i in range(at + 1, len(lines)) if lines[i].strip() == "```")
             yield Block(name, at + 2, fence[2], "\n".join(lines[at + 1 : end]))
@@ -60,7 +60,10 @@ def _continues(before: str) -> bool:
 
 
 def commands(path: Path, name: str) -> Iterator[Shown]:
-    """Every line to be typed into a shell; one that ends in a backslash goes on in the next."""
+    """Every line to be typed into a shell; one that ends in a backslash goes on in the next.
+
+    Then the cells of tables that are nothing but a command.
+    """
     for block in blocks(path, name):
         first = (block.text.split() or [""])[0]
         if block.language not in SHELL and (block.language or first not in PROGRAMS):
@@ -75,6 +78,10 @@ def commands(path: Path, name: str) -> Iterator[Shown]:
             if text:
                 yield Shown(name, block.line + offset, text)
             joined = ""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for typed in re.findall(r"(?<=\|) `([^`]+)` (?=\|)", line):
+            if line.startswith("|") and typed.split()[0] in PROGRAMS:
+                yield Shown(name, number, typed)
 
 
 def _command(line: str) -> str:

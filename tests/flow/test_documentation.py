@@ -14,6 +14,7 @@ import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import click
@@ -22,6 +23,7 @@ import pytest
 from dense_checkpoints import Tiny, write_dense
 from documents import blocks, commands, named
 from moelab_tools.cli import COMMANDS, moelab, run
+from moelab_tools.command_pages import GENERATED, page
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
@@ -44,7 +46,6 @@ SMALL: dict[str, list[str]] = {
     "generate": ["--tokens", "4"],
     "trace": ["--tokens", "64"],
     "upcycle": UPCYCLING,
-    "demo": ["train.steps=1", *RUN[1:]],
     "export": ["--force"],  # a document may have named its result before
     # Each run of theirs is a process of its own: tests/unit/tools/sweep and experiments train some. This builds all.
     "sweep": ["--dry-run"],
@@ -70,6 +71,7 @@ A_BENCHMARK = Not("minutes, and figures of one machine; tests/unit/test_benchmar
 BY_HAND = Not("minutes, and figures of one machine; run by hand, its results are committed")
 DECLARED: dict[str, Instead | Not] = {
     ". .venv/bin/activate": Not("make setup has made it; the tests run in it"),
+    "moelab demo": Not("CI runs it in small, from the checkout (make short-demo) and from the wheel (.ci/wheel)"),
     "tensorboard --logdir runs": Not("a server that runs until it is stopped"),
     "pip install triton==3.7.1 setuptools wheel packaging": Not("make setup-megablocks, which CI runs, does the same"),
     "pip install --no-deps --no-build-isolation stanford-stk==0.7.1 megablocks==0.10.0": Not(
@@ -112,6 +114,7 @@ EVERYTHING = {
 }  # fmt: skip
 ASSUMED = {
     "README.md": {"Qwen2-7B": "dense"},
+    "docs/howto.md": {"Qwen2-7B": "dense", "upcycled": "exported"},
     "docs/upcycling.md": {"Qwen2-7B": "dense"},
     "docs/traces.md": {"runs/moe": "moe_seed0", "traces/other": "trace"},
     "docs/checkpoints.md": {"Qwen2-7B": "dense", "upcycled": "exported", "runs/tiny_moe": "moe_seed0",
@@ -197,7 +200,7 @@ def test_commands_named_within_a_line_exist_with_their_options(document: str) ->
     for text in named(ROOT / document):
         words = text.removeprefix("moelab").split()
         command = _command_of(words)
-        assert command is not None or words[0].startswith("-"), f"{text}: no such command"
+        assert command is not None or words[0].startswith("-") or words[0] == "COMMAND", f"{text}: no such command"
         options = {name for each in (command or moelab).params for name in (*each.opts, *each.secondary_opts)}
         asked = {word for word in words if word.startswith("--")}
         assert asked <= options | {"--help", "--version"}, f"{text}: has no {asked - options}"
@@ -237,6 +240,38 @@ def test_a_command_that_nobody_declared_is_no_success(capsys: pytest.CaptureFixt
     assert [shown.text for shown in commands(page, "page.md")] == ["moelab train a.yaml seed=1", "cargo run"]
     assert "neither run here nor declared" in _type("cargo run", capsys)
     assert "no such config file" in _type("moelab train a.yaml seed=1", capsys)
+
+
+def test_the_page_of_commands_is_up_to_date() -> None:
+    assert (ROOT / "docs/commands.md").read_text() == page(), f"run: {GENERATED}"
+
+
+def test_every_page_has_its_place_in_the_site() -> None:
+    """Else `make docs` fails, which takes longer to say so."""
+    index = (ROOT / "docs/index.md").read_text()
+    trees = "\n".join(block.text for block in blocks(ROOT / "docs/index.md", "") if "toctree" in block.language)
+    patterns = [re.sub(r"^.*<(.*)>$", r"\1", line) for line in trees.splitlines() if line and line[0] != ":"]
+    for path in (ROOT / "docs").glob("*.md"):
+        assert path.stem == "index" or any(fnmatch(path.stem, pattern) for pattern in patterns), (
+            f"docs/{path.name}: name it in a toctree of docs/index.md"
+        )
+    assert "{toctree}" in index
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_within_the_repository_lead_somewhere(document: str) -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / document).read_text(), flags=re.DOTALL)
+    for target, anchor in re.findall(r"(?<!!)\]\((?!\w+:)([^)#\s]*)(#[^)\s]*)?\)", text):
+        path = (ROOT / document).parent / target if target else ROOT / document
+        assert path.exists(), f"{document}: {target} is not there"
+        if anchor and path.suffix == ".md":
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+            assert anchor[1:] in {_anchor(title) for title in titles}, f"{document}: {target}{anchor} is not there"
+
+
+def _anchor(title: str) -> str:
+    """As GitHub makes it of a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def test_extras_that_documents_name_exist() -> None:
