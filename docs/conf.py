@@ -26,6 +26,7 @@ for source in ("core", "plugins", "upcycling", "tools"):
 import moelab  # noqa: E402  (found by the lines above)
 
 project = "moelab"
+smartquotes = False  # "--resume" is two characters more than a dash
 html_show_copyright = False
 version = release = moelab.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
