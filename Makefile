@@ -9,14 +9,18 @@ RUNS ?= runs/demo
 
 MEGABLOCKS := $(VENV)/.megablocks
 TRACKERS := $(EXTRAS)/.installed
+DOCS := $(VENV)/.docs
 
-.PHONY: help setup setup-megablocks test test-elsewhere test-lowest test-extras lint types demo short-demo lock clean
+.PHONY: help setup setup-megablocks test test-elsewhere test-lowest test-extras lint types demo short-demo docs \
+	wheel-check lock clean
 
 help:
 	@echo "make demo    dense Qwen2 -> upcycle -> train MoE variants -> compare, three seeds, on real text (10 minutes)"
 	@echo "make test    all tests; make test-elsewhere: in another world, make test-lowest: with the lowest versions"
 	@echo "make test-extras   the optional packages (W&B, trackio, Parquet), each with its real client, without a network"
 	@echo "make setup-megablocks   MegaBlocks, stk and triton beside torch; without a GPU their tests run interpreted"
+	@echo "make docs    the documentation as a site, in build/docs; warnings are errors"
+	@echo "make wheel-check   build the wheel, install it into a clean environment, use it from an empty folder"
 	@echo "make lint    ruff; make types: mypy; make clean: remove runs/demo and the virtual environment"
 
 setup: $(INSTALLED)
@@ -74,12 +78,25 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
+# SEEDS="0 1" or SEEDS=0..4: how often all of it is done.
+SEEDS ?= 0..2
 demo: $(INSTALLED)
-	@MOELAB=$(BIN)/moelab bash configs/experiments/demo/run.sh $(RUNS)
+	@$(BIN)/moelab demo --out $(RUNS) --seeds "$(SEEDS)"
 
 short-demo: $(INSTALLED)
-	@MOELAB=$(BIN)/moelab SEEDS="0 1" bash configs/experiments/demo/run.sh $(RUNS) \
+	@$(BIN)/moelab demo --out $(RUNS) --seeds 0,1 \
 		train.steps=4 evaluation.sequences=8 evaluation.sample_tokens=8 data.source.max_bytes_per_domain=300000
+
+docs: $(DOCS)
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
+	@echo "open build/docs/index.html"
+
+$(DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e '.[docs]'
+	@touch $(DOCS)
+
+wheel-check: $(INSTALLED)
+	@.ci/wheel $(BIN)/python
 
 lock: $(INSTALLED)
 	@{ head -2 requirements.lock; $(BIN)/python -m pip freeze --exclude-editable | sed 's/^torch==\([0-9.]*\).*/torch==\1/'; } > .lock.new

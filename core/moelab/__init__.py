@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from moelab.session import TrainedRun, load_config, prepare, train
     from moelab.train.schedule import learning_rate_factor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "moelab.builder": ("build", "build_model"),

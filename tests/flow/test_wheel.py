@@ -13,6 +13,7 @@ def test_the_installed_wheel_trains_a_shipped_config(root: Path, tmp_path: Path)
     subprocess.run(
         [*python, "build", "--wheel", "--no-isolation", "-o", str(tmp_path), str(root)], check=True, capture_output=True
     )
+    assert next(tmp_path.glob("*.whl")).stat().st_size < 2_000_000
     site = tmp_path / "site"
     install = [*python, "pip", "install", "--no-deps", "--no-index", "--target", str(site)]
     subprocess.run([*install, str(next(tmp_path.glob("*.whl")))], check=True, capture_output=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -23,6 +24,7 @@ from moelab.paths import Places, user_path
 from moelab.registry import Registry
 from moelab.train.setup import resolve_run
 from moelab.train.start import differences, refuse_others
+from moelab_tools.terminal import wrapped
 
 
 def tokenizer_of(path: Path, given: str | None) -> Tokenizer:
@@ -117,8 +119,8 @@ def _check_origin(run: RunConfig, origin: Origin, registry: Registry) -> None:
 def tell_origin(loaded: Loaded[RunConfig]) -> None:
     """Say on stderr where model and tokenizer come from, if from a checkpoint."""
     if loaded.below is not None:
-        click.echo(
+        told = (
             f"model: as in {loaded.below.origin}, where the config does not say it; "
-            f"tokenizer: {loaded.config.data.tokenizer}",
-            err=True,
+            f"tokenizer: {loaded.config.data.tokenizer}"
         )
+        click.echo(wrapped(told, sys.stderr), err=True)

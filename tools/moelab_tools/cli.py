@@ -14,6 +14,7 @@ from moelab.printable import LONGEST_MESSAGE, printable
 
 # Name -> what `moelab --help` says. The file commands/NAME.py holds `command`, imported when it is run.
 COMMANDS = {
+    "demo": "Dense Qwen2 -> upcycle -> train variants -> compare, on real text.",
     "train": "Train a model from a config; writes a run folder.",
     "sweep": "Train variants times seeds, then compare them.",
     "experiment": "Run a declared experiment, judge it by its own rule.",
@@ -130,7 +131,13 @@ class _Warnings(logging.Handler):
         if record.levelno >= logging.ERROR:  # ends the command, which says it itself
             return
         message = printable(record.getMessage(), LONGEST_MESSAGE, keep="\n")
-        click.echo(f"{record.levelname.lower()}: {message}", err=True)
+        _tell(f"{record.levelname.lower()}: {message}")
+
+
+def _tell(message: str) -> None:
+    from moelab_tools.terminal import wrapped
+
+    click.echo(wrapped(message, sys.stderr), err=True)
 
 
 def _explain(error: Exception) -> int:
@@ -140,18 +147,18 @@ def _explain(error: Exception) -> int:
     from moelab.shortage import shortage
 
     if isinstance(error, UserError):
-        click.echo(f"error: {error}", err=True)
+        _tell(f"error: {error}")
         return EXIT_USER
     if isinstance(error, RunFailure):
-        click.echo(f"failed: {error}", err=True)
+        _tell(f"failed: {error}")
         return EXIT_FAILED
     found = shortage(error)
     if found is not None:
-        click.echo(f"failed: {found}", err=True)
+        _tell(f"failed: {found}")
         return EXIT_FAILED
     fault = strangers_fault(error)
     if fault is not None:
-        click.echo(f"error: {fault}", err=True)
+        _tell(f"error: {fault}")
         return EXIT_USER
     raise error
 

@@ -52,7 +52,7 @@ class TrainingProgress:
             f"{parameters['active'] / PARAMETER_UNIT:.2f} M active{' as declared' if parts else ''}; "
             f"{escape(described)}; {facts['device']}, {facts['dtype']}, {facts['threads']} threads",
             highlight=False,
-            soft_wrap=True,
+            soft_wrap=not self.console.is_terminal,
         )
         if step:
             self.console.print(f"resumed at step {step}")

@@ -44,8 +44,8 @@ def command(
 
     \b
     Example:
-      moelab compare runs/dense runs/moe --baseline runs/dense --output runs/report
-      moelab compare runs/moe_seed0 runs/moe_seed1 runs/dense_seed0 runs/dense_seed1
+      moelab compare runs/dense runs/moe --baseline runs/dense --output report
+      moelab compare runs/moe_seed* runs/dense_seed* --baseline dense
     """
     from moelab_tools.compare.comparison import compare
     from moelab_tools.compare.endings import at_best

@@ -36,7 +36,8 @@ def command(checkpoint: Path, config: tuple[str, ...], as_json: bool, trust: boo
     \b
     Example:
       moelab evaluate runs/tiny_moe
-      moelab evaluate exported/tiny_moe configs/train/tiny_moe.yaml evaluation.sequences=128
+      moelab evaluate exported/tiny_moe configs/train/tiny_moe.yaml \\
+          evaluation.sequences=128
     """
     from moelab.data.batches import ValidationBatches
     from moelab.data.seen import history_of, seen_text

@@ -47,7 +47,7 @@ def command(
     \b
     Example:
       moelab generate runs/tiny_moe --prompt "import "
-      moelab generate runs/dense runs/moe --prompt "def " --prompt "The " --temperature 0
+      moelab generate runs/dense runs/moe --prompt "def " --temperature 0
     """
     import json
     import shutil

@@ -42,8 +42,9 @@ def command(
     \b
     Example:
       moelab plan configs/train/tiny_moe.yaml
-      moelab plan model/qwen2-57b-a14b --devices 64 --checkpointing train.sequence_length=4096 \\
-          train.micro_batch_size=1 train.batch_size=1 train.dtype=bfloat16 --device-memory 141
+      moelab plan model/qwen2-57b-a14b --devices 64 --checkpointing \\
+          train.sequence_length=4096 train.micro_batch_size=1 \\
+          train.batch_size=1 train.dtype=bfloat16 --device-memory 141
     """
     import torch
 

@@ -32,10 +32,13 @@ def command(config: tuple[str, ...], resume: bool, force: bool, trust: bool, ver
     \b
     Example:
       moelab train configs/train/tiny_moe.yaml
-      moelab train configs/train/tiny_moe.yaml run_dir=runs/b model.moe.router.norm_topk_prob=true
+      moelab train configs/train/tiny_moe.yaml run_dir=runs/b \\
+          model.moe.router.norm_topk_prob=true
       moelab train configs/train/tiny_moe.yaml --resume
-      moelab train configs/train/tiny_moe.yaml --resume train.steps=60 schedule.rewarm_steps=5
-      moelab train data.yaml train.init_from=upcycled train.init_overrides=[model.moe.router] model.moe.router.name=hash
+      moelab train configs/train/tiny_moe.yaml --resume \\
+          train.steps=60 schedule.rewarm_steps=5
+      moelab train data.yaml run_dir=runs/c train.init_from=upcycled \\
+          train.init_overrides=[model.moe.router] model.moe.router.name=hash
     """
     from moelab.errors import ConfigError
     from moelab.train.trainer import train

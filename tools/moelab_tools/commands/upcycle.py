@@ -29,7 +29,8 @@ def command(arguments: tuple[str, ...], dry_run: bool, sink: str, layers: str | 
 
     \b
     Example:
-      moelab upcycle configs/upcycle/qwen2_57b_a14b.yaml source=Qwen2-7B output=Qwen2-57B-A14B-upcycled
+      moelab upcycle configs/upcycle/qwen2_57b_a14b.yaml source=Qwen2-7B \\
+          output=Qwen2-57B-A14B-upcycled
     """
     from moelab_tools.upcycling import UpcycleRequest, run_upcycle
 

@@ -20,7 +20,7 @@ OVER = ["optimizer.lr=2e-3", "evaluation.prompts=['# a', 'b']", "model.moe.balan
 )
 def test_comments_change_nothing_of_what_is_read(root: Path, change: list[str]) -> None:
     arguments = [str(root / "configs/train/tiny_moe.yaml"), *change]
-    layers, _ = read_layers(arguments)
+    layers = read_layers(arguments)
     for text in (to_yaml(load_config(arguments, RunConfig).config), write_tree(merge_layers(layers, RunConfig))):
         assert read_tree(annotated(text, origins(layers, RunConfig)), "x") == read_tree(text, "x")
 
@@ -30,7 +30,7 @@ def test_a_value_names_the_last_who_set_it(root: Path, tmp_path: Path, monkeypat
     (tmp_path / "mine.yaml").write_text(
         "base: train/tiny_moe\nmodel: {moe: {router: {name: hash}}}\ntrain: {threads: null}"
     )
-    layers, _ = read_layers(["mine.yaml", *OVER, "model.moe.layout.name=uniform"])
+    layers = read_layers(["mine.yaml", *OVER, "model.moe.layout.name=uniform"])
     told = origins(layers, RunConfig)
     assert told["optimizer", "lr"] == "optimizer.lr=2e-3"
     assert told["model", "moe", "router", "name"] == "mine.yaml"
