@@ -20,8 +20,8 @@ NUMBERS = (
 TEXTS = ("schedule.name", "train.dtype", "train.init_from", "data.source.name")
 LAYOUT_NUMBERS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 FACTS = ("parameters.total", "parameters.active", "flops_per_token")
-# The table shows those that are marked as differing at first, and metrics beside them: few, so that both fit a screen.
-SHOWN_FIRST = ("router", ROUTER_OPTIONS, LOSSES, "layers")
+# The table shows five columns at first, those marked as differing: what variants usually differ in.
+SHOWN_FIRST = ("router", ROUTER_OPTIONS, LOSSES, "layers", "optimizer.lr")
 METRICS = {  # of the worst layer, where there are several
     tags.HELD_OUT: "held-out bits per byte",
     tags.LOSS: "held-out loss",

@@ -15,13 +15,13 @@ NOW, PAST = "alarms/now", "alarms/past"  # TensorBoard sorts them so
 
 
 def now(step: int, alarms: Iterable[Alarm], error: BaseException | None = None) -> str:
-    """Markdown of what is wrong from `step` on: a line for each rule, not for each layer."""
+    """Markdown of what is wrong at `step`: a line for each rule, not for each layer."""
     on = list(alarms)
     told = [f"- {line}" for line in _by_rule(on)]
     if error is not None:
         told.insert(0, verbatim(f"the run stopped: {type(error).__name__}: {error}"))
     count = f"{len(on)} alarm{'s are' if len(on) > 1 else ' is'} on" if on else "no alarm is on"
-    return "\n\n".join([f"**From step {step}: {count}**", *told])
+    return "\n\n".join([f"**Step {step}: {count}**", *told])
 
 
 def past(changes: Iterable[AlarmChange]) -> str:

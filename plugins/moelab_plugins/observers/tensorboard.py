@@ -42,6 +42,7 @@ class TensorBoardObserver:
         self._backends: list[str] = []  # as last told
         self._alarms: list[Alarm] = []
         self._logged = 0
+        self._resumed = False  # and what is wrong now has not been told since
 
     def on_train_begin(self, run_dir: Path, config: Mapping[str, Any], facts: Mapping[str, Any], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -50,6 +51,7 @@ class TensorBoardObserver:
         self.writer = SummaryWriter(str(run_dir), flush_secs=self.options.flush_secs)
         if earlier:
             self._forget_what_follows(step)
+        self._resumed = earlier
         self._text("config", verbatim(_yaml(config)), step)
         self._text("facts", verbatim(_yaml(facts)), step)
         self._summary(layout_summary())
@@ -71,8 +73,10 @@ class TensorBoardObserver:
             self._backends = backends
         if loads and self.options.images and self._logged % self.options.image_every == 0:
             self._image(PICTURE, load_image(loads, step), step)
-        if changes:  # a run without alarms has no such text: those that have are not to be looked for among many
+        if changes or self._resumed:  # a run without alarms has no such text: those that have are found at once
             self._text(NOW, now(step, alarms), step)
+            self._resumed = False
+        if changes:
             self._text(PAST, past(changes), step)
         self._alarms = list(alarms)
         self._logged += 1

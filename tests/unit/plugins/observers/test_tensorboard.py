@@ -193,7 +193,7 @@ def test_the_text_tab_says_what_is_wrong_now_and_what_was_before(tmp_path: Path)
     assert [event.step for event in events.Tensors("alarms/now")] == [2, 3]
     assert [event.step for event in events.Tensors("alarms/past")] == [2]
     first, last = texts(events, "alarms/now")
-    assert first.startswith("**From step 2: 1 alarm is on**\n\n- **dead_experts** layer 1: 0.5 of the experts")
+    assert first.startswith("**Step 2: 1 alarm is on**\n\n- **dead_experts** layer 1: 0.5 of the experts")
     assert "0.75 of the experts" in last
     assert sorted(["alarms/past", "alarms/now"])[0] == "alarms/now"  # TensorBoard's order
 
@@ -207,7 +207,7 @@ def test_what_is_over_is_said_to_be_and_a_sound_run_has_no_text_of_alarms(tmp_pa
         log(one, 5)
         one.on_train_end(5, {}, None)
     events = read(tmp_path / "a")
-    assert texts(events, "alarms/now")[-1] == "**From step 4: no alarm is on**"
+    assert texts(events, "alarms/now")[-1] == "**Step 4: no alarm is on**"
     assert [event.step for event in events.Tensors("alarms/past")] == [2, 4]
     assert not [tag for tag in read(tmp_path / "b").Tags()["tensors"] if tag.startswith("alarms")]
 
@@ -221,6 +221,15 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
     log(later, 20, {"train/loss": 2.0})
     later.on_train_end(20, {}, None)
     assert [(e.step, e.value) for e in read(tmp_path).Scalars("Training/loss")] == [(10, 1.0), (20, 2.0)]
+
+
+def test_a_resumed_run_no_longer_says_that_it_has_stopped(tmp_path: Path) -> None:
+    observer(tmp_path).on_train_end(10, {}, KeyboardInterrupt())
+    later = observer(tmp_path, step=10)
+    for step in (20, 30):
+        log(later, step)
+    later.on_train_end(30, {}, None)
+    assert texts(read(tmp_path), "alarms/now")[1:] == ["**Step 20: no alarm is on**"]
 
 
 def test_ending_before_the_beginning_is_harmless(tmp_path: Path) -> None:

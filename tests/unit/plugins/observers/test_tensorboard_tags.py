@@ -102,7 +102,7 @@ def alarm(layer: int, value: float, name: str = "dead_experts") -> Alarm:
 def test_a_deep_model_has_a_line_for_each_rule_and_not_for_each_layer() -> None:
     dead = [alarm(layer, 0.3 + (layer == 5) * 0.6) for layer in (0, 1, 2, 5, 9, 10)]
     told = now(40, [*dead, alarm(3, 0.1, "collapse"), alarm(4, 0.05, "collapse")])
-    assert told.startswith("**From step 40: 8 alarms are on**")
+    assert told.startswith("**Step 40: 8 alarms are on**")
     lines: list[Any] = [line for line in told.split("\n") if line.startswith("- ")]
     assert len(lines) == 2
     assert "layer 5: 0.9 of the experts" in lines[0]
