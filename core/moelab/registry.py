@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, Field, asdict, fields
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from types import ModuleType
 from typing import Any
 
 import pluggy
+from omegaconf import MISSING as REQUIRED
 
 from moelab.components import Component
 from moelab.config.typed import OPTIONS, KeyProblem
@@ -106,6 +107,11 @@ class Registry:
         chosen, options = self.select(point, node, where)
         return {"name": chosen.name, **asdict(options)}
 
+    def differing(self, point: ExtensionPoint[Any, Any], node: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a resolved node that are not at their component's defaults; those without one always."""
+        known = {field.name: _default(field) for field in fields(self.components(point)[node["name"]].options)}
+        return {key: value for key, value in node.items() if key != "name" and value != known.get(key, MISSING)}
+
     def select(
         self, point: ExtensionPoint[ContextT, BuiltT], node: Mapping[str, Any], where: str
     ) -> tuple[Component[ContextT, BuiltT], Any]:
@@ -169,6 +175,13 @@ def builtin_modules(point: ExtensionPoint[Any, Any]) -> list[str]:
         return []
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
     return [f"{point.builtins}.{name}" for name in names if not name.startswith("_")]
+
+
+def _default(field: Field[Any]) -> Any:
+    """Of a component's option; MISSING where it must be given."""
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return MISSING if field.default == REQUIRED else field.default
 
 
 def _options(chosen: Component[Any, Any], given: dict[str, Any], where: str) -> Any:

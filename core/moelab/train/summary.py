@@ -16,6 +16,7 @@ import moelab
 from moelab.config.stored import stored
 from moelab.nn.count import expected_assignments
 from moelab.train.format import FORMAT_VERSION
+from moelab.train.parts import components, own_options
 from moelab.train.peak import peak_flops
 from moelab.train.progress import Progress
 from moelab.train.router_gradient import learns
@@ -81,7 +82,8 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
             "left_out": setup.corpus.left_out,
             "seen": asdict(setup.seen),
         },
-        "components": components(config.model.moe),
+        "components": components(written["model"]["moe"]),
+        "options": own_options(written["model"]["moe"], config.model.moe, setup.registry),  # not at their defaults
         # Layers whose router follows a fixed rule, by design: a fact and no alarm.
         "fixed_routers": {str(b.layer_id): type(b.router).__name__ for b in setup.blocks if not learns(b.router)},
         "plugins": setup.registry.versions(),
@@ -112,15 +114,6 @@ def run_name(setup: Setup) -> str:
 def versions() -> dict[str, str]:
     torch_version = str(torch.__version__)  # a str subclass, which YAML writers refuse
     return {"moelab": moelab.__version__, "torch": torch_version, "python": platform.python_version()}
-
-
-def components(moe: Any) -> dict[str, str]:
-    """{"router": "softmax_topk", ...}: the names that a config chose; empty for a dense model."""
-    if moe is None:
-        return {}
-    names = {key: str(getattr(moe, key)["name"]) for key in ("layout", "router", "shared_expert", "backend")}
-    names["balance_losses"] = " + ".join(str(node["name"]) for node in moe.balance_losses) or "none"
-    return names
 
 
 def backends(setup: Setup) -> list[str]:

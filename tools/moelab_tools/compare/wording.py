@@ -38,11 +38,12 @@ def signed(value: float) -> str:
 
 
 def components(line: Line) -> str:
-    """layout · router · losses, or that it has no experts."""
+    """layout · router · losses · what single layers have instead, or that it has no experts."""
     known = line.components
     if not known.get("router"):
         return "no experts"
     parts = [known.get("layout", ""), known["router"], known.get("balance_losses") or known.get("loss", "")]
+    parts += [f"layers {known['layers']}"] if known.get("layers") else []
     return " · ".join(part if part != "none" else "no balance loss" for part in parts if part)
 
 

@@ -181,7 +181,7 @@ def test_tensorboard_gets_the_verdicts_once(comparison: Comparison, tmp_path: Pa
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    (event,) = events.Tensors("verdicts/text_summary")
+    (event,) = events.Tensors("verdicts")
     assert event.tensor_proto.string_val[0].decode() == board_text(comparison)
 
 
