@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moelab_tools.compare.budgets import Budget
 from moelab_tools.compare.comparison import Comparison, Line
 
 MISSING = "–"
+MOST_SPANS, MOST_NAMES = 4, 5  # runs: of more only the furthest spans are told, or how many they are
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
@@ -110,14 +113,24 @@ def _budget(comparison: Comparison, budget: Budget) -> str:
     spent = f"all that {budget.spent_by} spent" if budget.cut_short else "what each spent"
     text = f"At {names[budget.axis]} ({spend(budget)}, {spent}), {budget.unit}: {listing or 'none known'}."
     if budget.between:
-        spans = ", ".join(
-            f"{run} between {low / budget.amount:.2f} and {high / budget.amount:.2f} of it"
-            for run, (low, high) in budget.between.items()
-        )
-        text += f" Interpolated linearly from the evaluations around it: {spans}."
-    for run, why in budget.missing.items():
-        text += f" {run} {why}."
+        text += f" Interpolated linearly from the evaluations around it: {_spans(budget)}."
+    for why in dict.fromkeys(budget.missing.values()):
+        text += f" {some([run for run, reason in budget.missing.items() if reason == why])} {why}."
     return text
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of them, and how many more."""
+    return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+
+
+def _spans(budget: Budget) -> str:
+    """Where the evaluations were that each run is read between; of many runs, those that were furthest."""
+    spans = {run: (low / budget.amount, high / budget.amount) for run, (low, high) in budget.between.items()}
+    if len(spans) <= MOST_SPANS:
+        return ", ".join(f"{run} between {low:.2f} and {high:.2f} of it" for run, (low, high) in spans.items())
+    low, high = min(low for low, _ in spans.values()), max(high for _, high in spans.values())
+    return f"{len(spans)} runs, by evaluations from {low:.2f} to {high:.2f} of it"
 
 
 def spend(budget: Budget) -> str:
