@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +10,8 @@ from typing import Any
 
 from moelab.printable import printable
 from moelab.safe_files import read_text
-from moelab_tools.compare import wording
 from moelab_tools.compare.comparison import Comparison, Line
-from moelab_tools.compare.differences import flatten, is_bookkeeping
+from moelab_tools.compare.differences import flatten, is_bookkeeping, some
 from moelab_tools.compare.runs import READING, Run
 from moelab_tools.compare.variants import SEEDS
 from moelab_tools.compare.verdict import PRACTICAL
@@ -80,15 +80,20 @@ def facts_by_value(comparison: Comparison) -> tuple[list[str], list[tuple[str, l
             continue
         groups: dict[str, list[str]] = {}
         for name, value in zip(comparison.names, values, strict=True):
-            groups.setdefault(_short(key, value), []).append(name)
+            if value is not None or key == "init_from":  # a dense run has no backends
+                groups.setdefault(_short(key, value), []).append(name)
         if len(groups) == 1:
-            shared.append(f"{key.removeprefix('versions.').removeprefix('data.')} {next(iter(groups))}")
-        else:
-            apart.append((key, [f"{value}: {wording.some(names)}" for value, names in groups.items()]))
+            shared.append(f"{key.rpartition('.')[2].replace('_', ' ')} {next(iter(groups))}")
+        elif groups:
+            apart.append((key, [f"{value}: {some(names)}" for value, names in groups.items()]))
     return [*shared, *_plugins(comparison)], apart
 
 
 def _short(key: str, value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if key == "backends":  # `cpu float32, up to 8 assignments: grouped_mm (little work), ...`: their names alone
+        return ", ".join(sorted(set(re.findall(r": (\w+)", str(value))))) or str(value)
     text = printable(_spelled(value), LONGEST_VALUE)
     hashed = key in ("data.fingerprint", "data.tokenizer", "git")
     return text.removeprefix("sha256:")[:SHORT_HASH] if hashed else text

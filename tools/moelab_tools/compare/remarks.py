@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moelab_tools.compare.differences import some
 from moelab_tools.compare.measure import Measure
 from moelab_tools.compare.runs import Run
 from moelab_tools.compare.variants import Variant, recipe, score
@@ -61,7 +62,7 @@ def steep(runs: Sequence[Run]) -> list[str]:
     found = {run.name: fall for run in runs if run.finished and (fall := _last_fall(run)) > STEEP}
     if not found:
         return []
-    listing = ", ".join(f"{name} by {fall:.0%}" for name, fall in found.items())
+    listing = some([f"{name} by {fall:.0%}" for name, fall in sorted(found.items(), key=lambda one: -one[1])])
     return [
         f"The loss was still falling fast in the last quarter of the tokens ({listing}): seeds differ by several per "
         "cent there, so few can be told apart; train longer"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from moelab_tools.compare.budgets import Budget
 from moelab_tools.compare.comparison import Comparison, Line
+from moelab_tools.compare.differences import some
 
 MISSING = "–"
-MOST_SPANS, MOST_NAMES = 4, 5  # runs: of more only the furthest spans are told, or how many they are
+MOST_SPANS = 4  # runs: of more only the furthest spans are told
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
@@ -117,11 +116,6 @@ def _budget(comparison: Comparison, budget: Budget) -> str:
     for why in dict.fromkeys(budget.missing.values()):
         text += f" {some([run for run, reason in budget.missing.items() if reason == why])} {why}."
     return text
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of them, and how many more."""
-    return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
 
 
 def _spans(budget: Budget) -> str:

@@ -127,16 +127,17 @@ function intervals(place, figure, width) {
   const top = 12 + (narrow ? 14 : 0), height = top + step * rows.length + 44, [low, high] = figure.reach;
   const held = value => Math.min(Math.max(value, low), high);
   const shown = rows.map((row, i) => ({...row, i, colour: tone[row.tone]}));
+  const ticks = Math.max(2, Math.floor((width - names - right) / 75));
   const known = shown.filter(row => row.low !== null && row.low < high && row.high > low);
   const svg = Plot.plot({
     width, height, marginLeft: names + 8, marginRight: right, marginTop: top, marginBottom: 44, color: {type: "identity"},
     x: {domain: [low, high]}, y: {type: "point", domain: rows.map((_, i) => i), padding: 0.5, axis: null},
     marks: [
       figure.band ? Plot.rect([0], {x1: Math.max(-figure.band, low), x2: Math.min(figure.band, high), fill: "var(--pale)", fillOpacity: 0.3}) : null,
-      Plot.gridX({stroke: "var(--line)", strokeOpacity: 1, ticks: narrow ? 4 : 7}),
+      Plot.gridX({stroke: "var(--line)", strokeOpacity: 1, ticks}),
       Plot.ruleX([0], {stroke: "var(--ink)", strokeWidth: 1.2}),
       Plot.axisX({label: fitted(figure.axis, width - 20), labelArrow: "none", labelAnchor: "center", color: "var(--dim)",
-        ticks: narrow ? 4 : 7, tickFormat: v => (v > 0 ? "+" : v < 0 ? "−" : "") + d3.format("~g")(Math.abs(v))}),
+        ticks, tickFormat: v => (v > 0 ? "+" : v < 0 ? "−" : "") + d3.format("~g")(Math.abs(v))}),
       Plot.link(known, {x1: row => held(row.low), x2: row => held(row.high), y1: "i", y2: "i", stroke: "colour", strokeWidth: 2}),
       Plot.text(known.filter(row => row.low < low), {x: low, y: "i", text: () => "◀", fill: "colour", textAnchor: "start", dx: -2}),
       Plot.text(known.filter(row => row.high > high), {x: high, y: "i", text: () => "▶", fill: "colour", textAnchor: "end", dx: 2}),
@@ -144,7 +145,7 @@ function intervals(place, figure, width) {
         x: row => held(row.x), y: "i", text: row => row.x > 0 ? "further ▶" : "◀ further", fill: "colour",
         textAnchor: row => row.x > 0 ? "end" : "start"}),
       Plot.dot(shown.filter(row => row.x > low && row.x < high), {x: "x", y: "i", r: 4.5, fill: "colour"}),
-      Plot.tip(shown, Plot.pointerY({x: row => held(row.x), y: "i", title: row => `${row.name}\n${row.text} ${figure.unit}`
+      Plot.tip(shown, Plot.pointerY({x: row => held(row.x), y: "i", lineWidth: 40, title: row => `${row.name}\n${row.text} ${figure.unit}`
         + (figure.base ? `\n${d3.format("+.2f")(100 * row.x / figure.base).replace("-", "−")} %` : "")
         + (row.word ? `, ${row.word}` : "")})),
     ],
@@ -308,13 +309,14 @@ function redraw(place) {
   }
 }
 const places = document.querySelectorAll(".plot"), widths = new Map();
-const observer = new ResizeObserver(entries => {
+// In the next frame: a drawing changes heights, which an observer must not do while it is told of sizes.
+const observer = new ResizeObserver(entries => requestAnimationFrame(() => {
   for (const {target} of entries)
     if (!printing && widths.get(target) !== target.clientWidth) {
       widths.set(target, target.clientWidth);
       redraw(target);
     }
-});
+}));
 places.forEach(place => observer.observe(place));
 document.querySelectorAll("[data-scale]").forEach(key);
 const folded = new Set();
@@ -331,7 +333,3 @@ window.addEventListener("afterprint", () => {
   folded.clear();
   places.forEach(redraw);
 });
-document.querySelectorAll("button[data-copy]").forEach(button => button.addEventListener("click", async () => {
-  await navigator.clipboard.writeText(document.getElementById(button.dataset.copy).textContent);
-  button.textContent = "copied";
-}));
