@@ -75,6 +75,9 @@ def test_a_band_ends_where_the_shortest_run_does_and_reads_between_other_steps()
     found = band(runs, "y", "tokens", most=100)
     assert found is not None
     assert (found.x, found.low, found.high) == ([10.0, 30.0], [4.0, 2.0], [4.0, 2.0])
+    sparse = band([run_of(logged([1, 3], [4.0, 2.0])), run_of(logged([1, 2], [4.0, 3.0]))], "y", "tokens", most=100)
+    assert sparse is not None
+    assert sparse.x == [10.0]
 
 
 @pytest.mark.parametrize("points", [3, 40, 41, 999])
@@ -182,6 +185,11 @@ def test_the_loads_are_those_of_the_run_with_the_fullest_expert_and_black_is_non
     assert shown / layers.STEPS * layers.FAIR_SHARES == pytest.approx(np.minimum(loads, 4), abs=0.01)
 
 
+def test_a_byte_of_nothing_is_only_for_nothing() -> None:
+    coded = base64.b64decode(layers._bytes(np.array([[0.0, 1e-5, 2.0, 4.0, 9.0, np.nan]]), 4.0))
+    assert list(coded) == [0, 1, 127, 254, 254, 255]
+
+
 def test_config_differences_are_by_variant_and_what_a_dense_model_lacks_is_folded(comparison: Comparison) -> None:
     found = recipes.config_by_variant(comparison)
     names = [line.name for line in comparison.lines]
@@ -251,12 +259,19 @@ def test_held_out_curves_are_in_the_unit_of_the_verdicts_and_begin_after_the_fal
 
 def test_at_most_so_many_variants_have_colours_and_the_baseline_is_one_of_them(make_run: MakeRun) -> None:
     paths = [make_run(f"v{n:02d}", router=f"r{n}", quality=n / 100) for n in range(12)]
-    many = compare(read_runs(paths), "v11")
-    cast = Cast.of(many)
-    main = [line.name for place, line in enumerate(many.lines) if cast.is_main(place)]
-    best = [line.name for line in many.lines if line.name != "v11"]
-    assert sorted(main) == sorted([*best[: len(COLOURS) - 1], "v11"])
+    for baseline in ("v11", "v00"):
+        many = compare(read_runs(paths), baseline)
+        cast = Cast.of(many)
+        main = [line.name for place, line in enumerate(many.lines) if cast.is_main(place)]
+        best = [line.name for line in many.lines if line.name != baseline]
+        assert sorted(main) == sorted([*best[: len(COLOURS) - 1], baseline])
     assert "The baseline and the 7 best have colours" in render(many)
+
+
+def test_what_is_unfair_is_told_by_value_with_five_names(comparison: Comparison) -> None:
+    (told,) = [one for one in comparison.warnings if "different numbers of tokens" in one]
+    assert re.search(r"1,228,800 in (\w+, ){4}\w+ and 1 more", told)
+    assert re.search(r"983,040 in sigmoid_seed0, sigmoid_seed1, sigmoid_seed2", told)
 
 
 def test_thirty_runs_of_28_layers_and_64_experts_are_a_small_file(make_run: MakeRun) -> None:
