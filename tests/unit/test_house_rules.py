@@ -242,7 +242,7 @@ def test_the_lowest_versions_are_the_minima_of_pyproject() -> None:
 def test_importing_a_builtin_plugin_is_cheap_of_heavy_libraries() -> None:
     code = (
         "import sys; from moelab import Registry; Registry(entry_points=False); "
-        "heavy = {'tensorboard', 'wandb', 'trackio', 'pyarrow', 'megablocks', 'triton', 'transformers', 'plotly', "
+        "heavy = {'tensorboard', 'wandb', 'trackio', 'pyarrow', 'megablocks', 'triton', 'transformers', "
         "'scipy'} & set(sys.modules); "
         "assert not heavy, heavy"
     )

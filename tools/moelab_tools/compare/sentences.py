@@ -149,9 +149,14 @@ def could_have_seen(found: Verdict, base: float | None) -> str:
     if found.smaller is None:
         return f"{text}."
     smaller = f"{100 * found.smaller / base:g} %"
-    if found.seeds_for_smaller is None:
-        return f"{text}; for {smaller} not even {MOST_SEEDS} are enough: take more held-out documents, or longer runs."
-    return f"{text}; for {smaller} it needs {found.seeds_for_smaller}."
+    if found.seeds_for_smaller is not None:
+        return f"{text}; for {smaller} it needs {found.seeds_for_smaller}."
+    if found.seen_at_best is None or found.seen_at_best < found.smaller:
+        return f"{text}; for {smaller} it needs more than {MOST_SEEDS}."
+    best = f"to {100 * found.seen_at_best / base:.2g} % at best"
+    return (
+        f"{text}; more seeds would bring that {best}: the rest is the choice of held-out text (evaluation.sequences)."
+    )
 
 
 def share(value: float, base: float | None) -> str:
