@@ -35,7 +35,6 @@ def test_tab_finds_every_public_name() -> None:
 def test_a_config_in_python_is_the_one_of_the_command_line() -> None:
     arguments = ["train/tiny_moe", "run_dir=runs/x", "model.moe.router.name=sigmoid_topk", "seed=3"]
     found, other = session.load_config(*arguments), load_run(arguments)
-    other.config.search_path = [str(path.resolve()) for path in other.search_path]
     assert found == other.config
     assert found.search_path, "plugins are looked for beside the file"
     with pytest.raises(ConfigError, match=r"train\.stepz: no such key, did you mean 'steps'.*set by train.stepz=4"):
