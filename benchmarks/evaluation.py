@@ -20,8 +20,8 @@ from moelab.config.load import load_config
 from moelab.config.run import RunConfig
 from moelab.data.batches import ValidationBatches
 from moelab.registry import Registry
-from moelab.train.evaluate import evaluate
-from moelab.train.setup import prepare
+from moelab.training.evaluate import evaluate
+from moelab.training.setup import prepare
 from report import machine, markdown_table, median, write_results
 
 DEMO = "configs/experiments/demo/upcycled.yaml"

@@ -22,9 +22,9 @@ from moelab.parallel.group import Group
 from moelab.parallel.mesh import ParallelConfig, make_meshes
 from moelab.parallel.parallelise import parallelise
 from moelab.parallel.ranks import ALONE, Ranks
-from moelab.train.failure import NotFinite
-from moelab.train.precision import Precision
-from moelab.train.step import Observe, StepSettings, train_step
+from moelab.training.failure import NotFinite
+from moelab.training.precision import Precision
+from moelab.training.step import Observe, StepSettings, train_step
 
 PRECISION = Precision(torch.device("cpu"), torch.float32)
 STEPS = 4

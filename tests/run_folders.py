@@ -60,7 +60,7 @@ def finished_run(folder: Path, loss: float, over: Mapping[str, Any] | None = Non
 def kill_holder(folder: Path) -> None:
     """Leave the lock of a process that is gone: it took it, and died without a word."""
     code = (
-        "import os, sys; from pathlib import Path; from moelab.train.run_lock import hold\n"
+        "import os, sys; from pathlib import Path; from moelab.training.run_lock import hold\n"
         "with hold(Path(sys.argv[1])): os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == 9

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from moelab.run_table.record import RunRecord
     from moelab.seeds import derive_seed, generator
     from moelab.session import TrainedRun, load_config, prepare, train
-    from moelab.train.schedule import learning_rate_factor
+    from moelab.training.schedule import learning_rate_factor
 
 __version__ = "0.2.0"
 
@@ -68,7 +68,7 @@ _HOMES = {
     "moelab.registry": ("Registry",),
     "moelab.seeds": ("derive_seed", "generator"),
     "moelab.session": ("TrainedRun", "load_config", "prepare", "train"),
-    "moelab.train.schedule": ("learning_rate_factor",),
+    "moelab.training.schedule": ("learning_rate_factor",),
     "moelab.run_table.frame": ("run_records", "runs"),
     "moelab.run_table.record": ("RunRecord",),
 }

@@ -3,7 +3,7 @@
 checkpoints/step_00000100/ holds model.safetensors (parameters and plugin buffers under the model's names),
 training.safetensors (optimizer moments, state of the balance losses), state.json, config.yaml, the tokenizer, and
 manifest.json with the checksums of all of them. Safetensors and JSON, complete or absent, never pickled. What writes
-them is train/checkpoint.py, what compares them with their checksums integrity.py.
+them is training/checkpoint.py, what compares them with their checksums integrity.py.
 """
 
 from __future__ import annotations

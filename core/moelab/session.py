@@ -26,10 +26,10 @@ from moelab.nn.transformer import Transformer
 from moelab.origin import origin_layer
 from moelab.registry import Registry
 from moelab.safe_files import Reading, json_lines, read_object
-from moelab.train import trainer
-from moelab.train.run_folder import METRICS, SUMMARY
-from moelab.train.setup import Setup
-from moelab.train.setup import prepare as prepare_run
+from moelab.training import trainer
+from moelab.training.run_folder import METRICS, SUMMARY
+from moelab.training.setup import Setup
+from moelab.training.setup import prepare as prepare_run
 
 logger = logging.getLogger("moelab")
 

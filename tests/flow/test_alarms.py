@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moelab.config.load import load_config
 from moelab.config.run import RunConfig
-from moelab.train.trainer import train
+from moelab.training.trainer import train
 from moelab_tools.compare.comparison import compare
 from moelab_tools.compare.runs import read_runs
 

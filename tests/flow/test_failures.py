@@ -15,8 +15,8 @@ import torch
 from moelab.config.load import load_config
 from moelab.config.run import RunConfig
 from moelab.errors import ConfigError, RunFailure, UserError
-from moelab.train import held_out, trainer
-from moelab.train.trainer import train
+from moelab.training import held_out, trainer
+from moelab.training.trainer import train
 
 PLUGIN = '''
 from dataclasses import dataclass

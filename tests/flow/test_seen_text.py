@@ -18,7 +18,7 @@ from moelab.data.corpus import Corpus
 from moelab.data.identity import split_value, text_identity
 from moelab.data.seen import read_record
 from moelab.registry import Registry
-from moelab.train.setup import build_corpus_of, resolve_run
+from moelab.training.setup import build_corpus_of, resolve_run
 from moelab_tools import cli
 from moelab_tools.demo import CONTINUED, UPCYCLED, demo_steps
 

@@ -23,7 +23,7 @@ from moelab.hf.files import TensorFolder, read_header
 from moelab.origin import end_token_ids, read_origin
 from moelab.routes.files import read_trace
 from moelab.run_table.frame import run_records
-from moelab.train.setup import build_corpus_of, resolve_run
+from moelab.training.setup import build_corpus_of, resolve_run
 from moelab_tools.compare.runs import read_run
 from moelab_upcycling.convert import prepare, registry_of
 from moelab_upcycling.verify import plan_of_output

@@ -38,7 +38,7 @@ DRIVER = """
 import logging, os, signal, subprocess, sys
 from pathlib import Path
 from moelab.registry import Registry
-from moelab.train.observers import gather_observers
+from moelab.training.observers import gather_observers
 logging.basicConfig(format="%(message)s")
 run = Path(sys.argv[1])
 run.mkdir()

@@ -47,7 +47,7 @@ FLOORS = (
     {"integrity"},
     {"origin"},
     {"loading", "parallel"},
-    {"train"},
+    {"training"},
     {"session"},
     {"routes", "run_table"},
     {"testing"},
@@ -171,7 +171,7 @@ READERS = {
 }  # fmt: skip
 # Beside the reader, whole files are read from the kernel, from what is installed, and by the maker of a tokenizer.
 WHOLE_FILES = {
-    "core/moelab/nn/room.py", "core/moelab/train/limits.py", "core/moelab/lock.py",
+    "core/moelab/nn/room.py", "core/moelab/training/limits.py", "core/moelab/lock.py",
     "tools/moelab_tools/upcycle_receipt.py", "tools/moelab_tools/qwen2_tokenizer.py",
     "plugins/moelab_plugins/data_sources/_installed_text.py",
 }  # fmt: skip
@@ -206,12 +206,12 @@ def test_nothing_that_runs_what_it_reads_is_imported() -> None:
 def test_upcycling_never_imports_the_model() -> None:
     for path in sorted((ROOT / "upcycling").rglob("*.py")):
         names = list(_imports(ast.parse(path.read_text())))
-        assert not any(name.startswith(("moelab.nn", "moelab.builder", "moelab.train")) for name in names), path
+        assert not any(name.startswith(("moelab.nn", "moelab.builder", "moelab.training")) for name in names), path
 
 
 def test_core_stands_alone() -> None:
     outcome = subprocess.run(
-        [sys.executable, "-c", "import moelab, moelab.registry, moelab.train.trainer"],
+        [sys.executable, "-c", "import moelab, moelab.registry, moelab.training.trainer"],
         env={"PYTHONPATH": str(ROOT / "core"), "PATH": ""}, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert outcome.returncode == 0, outcome.stderr

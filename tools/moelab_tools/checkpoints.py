@@ -22,8 +22,8 @@ from moelab.errors import CheckpointError, ConfigError
 from moelab.origin import Origin, origin_layer, origin_of, read_origin
 from moelab.paths import Places, user_path
 from moelab.registry import Registry
-from moelab.train.setup import resolve_run
-from moelab.train.start import differences, refuse_others
+from moelab.training.setup import resolve_run
+from moelab.training.start import differences, refuse_others
 from moelab_tools.terminal import wrapped
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moelab.printable import printable
-from moelab.train.evaluation import Evaluation, Sums
+from moelab.training.evaluation import Evaluation, Sums
 from moelab_tools.compare.contrast import over_pairs
 from moelab_tools.compare.measure import BITS_PER_BYTE, NATS_PER_TOKEN, Measure
 

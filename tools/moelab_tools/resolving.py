@@ -32,7 +32,7 @@ def resolved_text(arguments: Sequence[str], *, trust: bool = False) -> str:
     Raises ConfigError for what a run would refuse before it looks at its data.
     """
     from moelab.registry import Registry
-    from moelab.train.setup import resolve_run
+    from moelab.training.setup import resolve_run
     from moelab_tools.checkpoints import load_run, plugin_places
 
     if _schema_of(arguments) is UpcycleConfig:

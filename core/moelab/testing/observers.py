@@ -23,8 +23,8 @@ from moelab.moe.probe import Probe
 from moelab.moe.routing import LayerRecord, Routing
 from moelab.plugin_faults import PluginPart
 from moelab.testing.report import make_options, run_checks
-from moelab.train.observers import Observers
-from moelab.train.run_folder import METRICS as LOG
+from moelab.training.observers import Observers
+from moelab.training.run_folder import METRICS as LOG
 
 CONFIG = {"model": {"hidden_size": 16, "moe": None}, "train": {"steps": 2}, "optimizer": {"lr": 1e-3}, "seed": 0}
 FACTS = {"name": "kit", "parameters": {"total": 10, "active": 8}, "flops_per_token": 1.0, "components": {}}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moelab.printable import printable
-from moelab.train.parts import LOSSES, described
+from moelab.training.parts import LOSSES, described
 from moelab_plugins.observers import _tensorboard_tags as tags
 
 # TensorBoard reads the columns from whichever run it meets first, so they are the same for every run.

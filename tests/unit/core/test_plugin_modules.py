@@ -118,7 +118,7 @@ def test_optional_libraries_are_not_taken_from_the_configs_folder(tmp_path: Path
     code = (
         "import sys; from pathlib import Path; from moelab import Places, Registry; "
         f"Registry(['beside_five'], places=Places(search=(Path({str(tmp_path)!r}),))); "
-        "import torch, rich.console, sympy, moelab.train.trainer; torch.compile; import torch._dynamo"
+        "import torch, rich.console, sympy, moelab.training.trainer; torch.compile; import torch._dynamo"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/")
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ from moelab.config.run import RunConfig
 from moelab.config.stored import to_yaml
 from moelab.errors import CheckpointError, ConfigError
 from moelab.nn.generate import Sampling
-from moelab.train.setup import prepare as prepare_run
+from moelab.training.setup import prepare as prepare_run
 from moelab_tools.checkpoints import load_run
 from moelab_tools.samples import continue_prompts
 
@@ -30,12 +30,12 @@ def test_tab_finds_every_public_name() -> None:
     assert {"load", "load_config", "prepare", "train", "Routing", "hookimpl", "__version__"} <= set(names)
     assert names == sorted(moelab.__all__)
     assert all(hasattr(moelab, name) for name in names)
+    assert moelab.train is session.train, "and no package of that name stands in its way"
 
 
 def test_a_config_in_python_is_the_one_of_the_command_line() -> None:
     arguments = ["train/tiny_moe", "run_dir=runs/x", "model.moe.router.name=sigmoid_topk", "seed=3"]
     found, other = session.load_config(*arguments), load_run(arguments)
-    other.config.search_path = [str(path.resolve()) for path in other.search_path]
     assert found == other.config
     assert found.search_path, "plugins are looked for beside the file"
     with pytest.raises(ConfigError, match=r"train\.stepz: no such key, did you mean 'steps'.*set by train.stepz=4"):

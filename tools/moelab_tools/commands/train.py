@@ -41,7 +41,7 @@ def command(config: tuple[str, ...], resume: bool, force: bool, trust: bool, ver
           train.init_overrides=[model.moe.router] model.moe.router.name=hash
     """
     from moelab.errors import ConfigError
-    from moelab.train.trainer import train
+    from moelab.training.trainer import train
     from moelab_tools.checkpoints import load_run, take_up_plugins, tell_origin
     from moelab_tools.progress import TrainingProgress
 

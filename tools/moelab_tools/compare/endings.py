@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from moelab.errors import UserError
-from moelab.train.format import BEST_EVALUATION, ENDED_EARLY, REPLANNED
+from moelab.training.format import BEST_EVALUATION, ENDED_EARLY, REPLANNED
 from moelab_tools.compare.runs import Run, read_documents
 
 BEST, DOCUMENTS = "best", "evaluation_documents.jsonl"  # of a run folder, and of the first

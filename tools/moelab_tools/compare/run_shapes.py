@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from moelab.data.seen import SeenText
 from moelab.records import Record
-from moelab.train.format import BEST_EVALUATION, ENDED_EARLY, REPLANNED
+from moelab.training.format import BEST_EVALUATION, ENDED_EARLY, REPLANNED
 
 _COUNTS = [field.name for field in fields(SeenText) if field.name not in ("source", "unknown")]
 

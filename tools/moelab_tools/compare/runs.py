@@ -13,7 +13,7 @@ from moelab.errors import ConfigError, UserError
 from moelab.printable import printable
 from moelab.records import Record, read_record
 from moelab.safe_files import Reading, json_lines, read_bytes
-from moelab.train.format import FORMAT_VERSION
+from moelab.training.format import FORMAT_VERSION
 from moelab_tools.compare.run_shapes import check_config, check_summary
 
 _CURE = "leave this run out, or train it again"

@@ -28,7 +28,7 @@ from moelab.hookspecs import (
 )
 from moelab.registry import Registry
 from moelab.safe_files import Reading, read_object
-from moelab.train.run_folder import is_finished, write_json
+from moelab.training.run_folder import is_finished, write_json
 from moelab_tools.experiments.declaration import Declaration, Step, reference
 from moelab_tools.sweep.launch import Task
 from moelab_tools.sweep.plan import PlannedRun, digest, plan_run

@@ -22,8 +22,8 @@ from moelab.errors import ConfigError
 from moelab.origin import check_vocabulary
 from moelab.paths import user_path
 from moelab.registry import Registry
-from moelab.train.setup import resolve_run
-from moelab.train.start import find_start
+from moelab.training.setup import resolve_run
+from moelab.training.start import find_start
 from moelab_tools.checkpoints import load_run, take_up_plugins
 from moelab_tools.compare.differences import flatten, is_bookkeeping
 from moelab_tools.sweep.axes import Axis, Words
@@ -109,7 +109,7 @@ def plan_run(
 
 
 def check_run(loaded: Loaded[RunConfig], *, trust: bool, start: bool = True) -> Registry:
-    """Build all but weights and data, as `moelab.train.setup.prepare` will; the config is resolved in place."""
+    """Build all but weights and data, as `moelab.training.setup.prepare` will; the config is resolved in place."""
     config = loaded.config
     if trust:
         take_up_plugins(config)

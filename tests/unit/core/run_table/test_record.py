@@ -13,7 +13,7 @@ import pytest
 
 from moelab.run_table.found import find_runs
 from moelab.run_table.record import read_record_of
-from moelab.train.run_lock import hold
+from moelab.training.run_lock import hold
 from run_folders import finished_run, kill_holder, make_older, row, write_run
 
 EVAL = {"eval/loss": 3.0, "eval/bits_per_byte": 4.0}

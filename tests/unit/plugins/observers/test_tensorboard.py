@@ -17,7 +17,7 @@ from tensorboard.util import tensor_util
 from moelab.alarms import Alarm, AlarmChange
 from moelab.hookspecs import OBSERVERS
 from moelab.registry import Registry
-from moelab.train.parts import components
+from moelab.training.parts import components
 from moelab_plugins.observers._load_image import load_image
 from moelab_plugins.observers._tensorboard_hparams import METRICS, SHOWN_FIRST, hparams
 
