@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import numbers
 import threading
@@ -17,7 +18,7 @@ import pluggy
 from moelab import hookspecs
 from moelab.checkpoint import CONFIG, MODEL, STATE, TRAINING
 from moelab.config.model import Part
-from moelab.errors import ConfigError
+from moelab.errors import near
 from moelab.hookspecs import OBSERVERS
 from moelab.manifest import MANIFEST
 from moelab.plugin_faults import PluginPart, article, place_in, quoted
@@ -53,6 +54,20 @@ def _check_files(answer: object) -> None:
 ANSWERS = {"on_probe": _check_numbers, "on_checkpoint": _check_files}  # hooks whose answer is used
 
 
+def _check_method(method: Any, name: str, part: PluginPart) -> None:
+    """Raise ConfigError for a method that is no hook, or asks for what its hook is not told."""
+    if name not in HOOKS:
+        raise part.fault(f"has {name}, which is no hook{near(name, HOOKS)} There are: {', '.join(HOOKS)}", method)
+    told = list(inspect.signature(getattr(hookspecs.RunHooks, name)).parameters)[1:]
+    for argument, parameter in inspect.signature(method).parameters.items():
+        wanted = parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty
+        if wanted and argument not in told:
+            raise part.fault(
+                f"{name} asks for '{argument}', which it is not told{near(argument, told)} It may ask for: "
+                f"{', '.join(told)}", method,
+            )  # fmt: skip
+
+
 class Observers:
     """`observers.hook.on_log(step=..., ...)` tells each one in order, with the arguments that it names.
 
@@ -70,15 +85,14 @@ class Observers:
         """Raises ConfigError for one without hooks, a method that is no hook, or an argument that a hook hasn't."""
         if isinstance(observer, type):
             raise part.fault(f"built the class {observer.__name__}, not an object of it")
-        if not any(name.startswith(PREFIX) and callable(getattr(observer, name)) for name in dir(observer)):
+        named = [name for name in dir(observer) if name.startswith(PREFIX) and callable(getattr(observer, name))]
+        if not named:
             raise part.fault(
                 f"built {article(observer)} without a hook; it must have one of {', '.join(HOOKS)}", observer
             )
-        try:
-            self._manager.register(observer, name=f"{part.name} of {part.owner} ({len(self._parts)})")
-            self._manager.check_pending()
-        except pluggy.PluginValidationError as error:
-            raise ConfigError(f"observers: {part.title}: {quoted(error)}") from error
+        for name in named:
+            _check_method(getattr(observer, name), name, part)
+        self._manager.register(observer, name=f"{part.name} of {part.owner} ({len(self._parts)})")
         self._parts[id(observer)] = part
 
     def listens(self, hook: str) -> bool:

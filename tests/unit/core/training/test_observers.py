@@ -98,8 +98,19 @@ def test_an_argument_that_does_not_exist_is_an_error() -> None:
     class Wrong:
         def on_log(self, stepp: int) -> None: ...
 
-    with pytest.raises(ConfigError, match=r"observer 'Wrong' of .*stepp"):
+    with pytest.raises(ConfigError, match=r"'Wrong' of .*on_log asks for 'stepp'.*mean 'step'") as caught:
         _gather(Wrong())
+    assert f"test_observers.py:{Wrong.on_log.__code__.co_firstlineno})" in str(caught.value)
+
+
+def test_a_hook_that_does_not_exist_is_an_error_with_the_nearest_one_and_its_place() -> None:
+    class Wrong:
+        def on_logg(self, step: int) -> None: ...
+
+    with pytest.raises(ConfigError, match=r"on_logg, which is no hook, did you mean 'on_log'") as caught:
+        _gather(Wrong())
+    assert f"test_observers.py:{Wrong.on_logg.__code__.co_firstlineno})" in str(caught.value)
+    assert " at 0x" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
