@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from moelab_tools.compare.budgets import AXES, Budget
 from moelab_tools.compare.measure import Measure
 from moelab_tools.compare.multipliers import Curve, Multiplier, multiplier
 from moelab_tools.compare.pairing import Key, Losses, Matched, at_budget
+from moelab_tools.compare.routers import NEVER_BETTER
 from moelab_tools.compare.runs import Replicate, Run
 from moelab_tools.compare.variants import Variant
 from moelab_tools.compare.verdict import BETTER, CUT_SHORT, LIKELY, WITHHELD, WORSE, Rules, Verdict, decide, match_all
@@ -47,7 +49,7 @@ def judge_variants(
 ) -> Judged:
     """The variants that finished against `baseline`; nothing where that did not finish.
 
-    `untaught`: {variant: why its router has learnt nothing}; no word says which is better where one side is of these.
+    `untaught`: {variant: why its router has learnt nothing}; no word says that one of these is better.
     """
     known = [one for one in variants if any(run.documents for run in one.counted)]
     if baseline is None or baseline not in known or len(known) < 2:
@@ -68,13 +70,12 @@ def judge_variants(
         name: _multipliers(one, units[name], units[baseline.name], measure, final[name])
         for name, one in matched.items()
     }
-    if untaught:
-        why = {name: [untaught[side] for side in (name, baseline.name) if side in untaught] for name in final}
-        final = {name: _withhold(one, why[name]) for name, one in final.items()}
-        at_equal = {
-            axis: {name: _withhold(one, why[name]) for name, one in found.items()} for axis, found in at_equal.items()
-        }
-    return Judged(final, at_equal, factors)
+    withhold = partial(_withhold, baseline=baseline.name, untaught=untaught or {})
+    return Judged(
+        {name: withhold(one, name) for name, one in final.items()},
+        {axis: {name: withhold(one, name) for name, one in found.items()} for axis, found in at_equal.items()},
+        factors,
+    )
 
 
 def domain_differences(
@@ -105,13 +106,12 @@ def domain_differences(
     return found
 
 
-def _withhold(verdict: Verdict, why: Sequence[str]) -> Verdict:
-    """Numbers stay, a word that ranks goes; the reason is a remark either way."""
-    if not why:
-        return verdict
-    ranks = verdict.verdict in {BETTER, WORSE, *LIKELY.values()}
-    told = tuple(f"No verdict: {reason}" for reason in why)
-    return replace(verdict, verdict=WITHHELD if ranks else verdict.verdict, remarks=(*told, *verdict.remarks))
+def _withhold(verdict: Verdict, name: str, *, baseline: str, untaught: Mapping[str, str]) -> Verdict:
+    """Numbers stay; a word that says the untaught side is the better one goes. The reason is a remark either way."""
+    praised = {BETTER: name, LIKELY[BETTER]: name, WORSE: baseline, LIKELY[WORSE]: baseline}.get(verdict.verdict)
+    told = tuple(f"{NEVER_BETTER}: {untaught[side]}" for side in (name, baseline) if side in untaught)
+    word = WITHHELD if praised in untaught else verdict.verdict
+    return replace(verdict, verdict=word, remarks=(*told, *verdict.remarks))
 
 
 def samples(variants: Sequence[Variant]) -> dict[str, Units]:

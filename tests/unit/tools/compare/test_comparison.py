@@ -256,7 +256,7 @@ def test_many_runs_are_told_as_a_range_and_not_one_by_one(make_run: MakeRun) -> 
     comparison = compared(make_run("cheap", flops_per_token=1e6), *several)
     assert "around it: 5 runs, by evaluations from 0.80 to 1.20 of it." in " ".join(wording.budgets(comparison))
     falling = compared(*(make_run(f"a{n}", steps=40, seed=n) for n in range(12)))
-    assert re.search(r" and \d more\)", next(one for one in falling.warnings if "still falling fast" in one)
+    assert re.search(r" and \d more\)", next(one for one in falling.warnings if "still falling fast" in one))
 
 
 def test_what_looks_at_later_tokens_is_said(make_run: MakeRun) -> None:
