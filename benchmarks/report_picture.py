@@ -1,6 +1,7 @@
 """The picture of a report in README.md: trains twelve small runs, compares them, and takes the first screen.
 
     python benchmarks/report_picture.py [--runs runs/picture] [--picture docs/images/report.png] [--steps 400]
+    python benchmarks/report_picture.py --report runs/demo/report_equal_flops/report.html       # of one that is there
 
 Four recipes on the embedded corpus, three seeds each, some minutes on two cores; runs that are finished are not trained
 again. The picture is taken by Chromium (`--chromium`: its program), without a window. Nothing in it is drawn by hand.
@@ -65,14 +66,18 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/picture")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/report.png")
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--report", type=Path, help="take the picture of this one, and train nothing")
     parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("google-chrome"))
     options = parser.parse_args()
     if options.chromium is None:
         sys.exit("no chromium here: install it, or name its program with --chromium")
-    runs = train(options.runs, options.steps)
-    _moelab("compare", *map(str, runs), "--baseline", "dense", "--output", str(options.runs / "report"))
+    report = options.report
+    if report is None:
+        runs = train(options.runs, options.steps)
+        _moelab("compare", *map(str, runs), "--baseline", "dense", "--output", str(options.runs / "report"))
+        report = options.runs / "report" / "report.html"
     options.picture.parent.mkdir(parents=True, exist_ok=True)
-    take(options.runs / "report" / "report.html", options.picture, options.chromium)
+    take(report, options.picture, options.chromium)
 
 
 if __name__ == "__main__":

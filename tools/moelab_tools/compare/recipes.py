@@ -125,6 +125,7 @@ def comparing(comparison: Comparison) -> str:
     parts += ["--baseline", comparison.baseline] if rules.named and comparison.baseline else []
     parts += ["--practical", f"{100 * rules.practical:g}"] if rules.practical != PRACTICAL else []
     parts += ["--screening"] if rules.screening else []
+    parts += ["--best"] if any(run.picked is not None for run in comparison.runs) else []
     parts += ["--allow-different-data"] if comparison.conflicts else []
     return _command(parts)
 

@@ -224,6 +224,8 @@ def test_the_report_holds_the_commands_and_configs_that_repeat_it(comparison: Co
     assert html.escape(recipes.comparing(comparison), quote=True) in page
     strict = replace(comparison, rules=replace(comparison.rules, named=False, practical=0.002, screening=True))
     assert recipes.comparing(strict).endswith("--practical 0.2 --screening")
+    picked = replace(comparison, runs=[replace(run, picked=60) for run in comparison.runs])
+    assert recipes.comparing(picked).endswith("--baseline dense --best")
     for recipe, line in zip(recipes.recipes(comparison), comparison.lines, strict=True):
         assert len(recipe.commands) == len(line.runs)
         first = comparison.runs[comparison.names.index(line.runs[0])].path
