@@ -317,7 +317,11 @@ const observer = new ResizeObserver(entries => requestAnimationFrame(() => {
       redraw(target);
     }
 }));
-places.forEach(place => observer.observe(place));
+places.forEach(place => {
+  widths.set(place, place.clientWidth);
+  redraw(place);
+  observer.observe(place);
+});
 document.querySelectorAll("[data-scale]").forEach(key);
 const folded = new Set();
 window.addEventListener("beforeprint", () => {
