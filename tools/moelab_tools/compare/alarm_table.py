@@ -21,7 +21,7 @@ class AlarmRow:
     first_step: int
     worst: float
     threshold: float
-    nothing_learnt: bool  # it withholds the word
+    nothing_learnt: bool  # it withholds the word "better"
     advice: str
 
 
