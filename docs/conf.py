@@ -46,7 +46,7 @@ nitpicky = False  # types of torch and of the standard library have no page here
 
 PAGE_OF = {"README.md": "start", "CONTRIBUTING.md": "contributing", "AGENTS.md": "map", "CHANGELOG.md": "changelog"}
 FILE_OF = {page: file for file, page in PAGE_OF.items()}
-LINK = re.compile(r"(?<!!)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def show_the_file(app: Any, page: str, content: list[str]) -> None:
@@ -74,7 +74,7 @@ def _target(path: Path, here: Path) -> str:
 def api_directives() -> str:
     """The public names by what they are; autodoc writes each."""
     groups: dict[str, list[str]] = {"Functions": [], "Contracts and data": [], "Errors": []}
-    for name in moelab.__all__:
+    for name in (public for public in moelab.__all__ if not public.startswith("_")):
         thing = getattr(moelab, name)
         error = isinstance(thing, type) and issubclass(thing, Exception)
         kind = "Errors" if error else "Contracts and data" if isinstance(thing, type) else "Functions"
@@ -89,7 +89,7 @@ def api_directives() -> str:
 
 def as_restructured_text(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Our docstrings are plain text with `code` and indented blocks: write them so that autodoc reads that."""
-    if what == "data":  # an instance's docstring is that of its class, here pluggy's
+    if name == "moelab.hookimpl":  # an instance, whose docstring is that of its class: pluggy's
         lines[:] = ["The mark of a plugin's hook functions."]
     written: list[str] = []
     for number, line in enumerate(lines):

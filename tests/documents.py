@@ -80,7 +80,7 @@ def commands(path: Path, name: str) -> Iterator[Shown]:
             joined = ""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         for typed in re.findall(r"(?<=\|) `([^`]+)` (?=\|)", line):
-            if line.startswith("|") and typed.split()[0] in PROGRAMS:
+            if line.startswith("|") and " " in typed and typed.split()[0] in PROGRAMS:
                 yield Shown(name, number, typed)
 
 

@@ -72,6 +72,8 @@ BY_HAND = Not("minutes, and figures of one machine; run by hand, its results are
 DECLARED: dict[str, Instead | Not] = {
     ". .venv/bin/activate": Not("make setup has made it; the tests run in it"),
     "moelab demo": Not("CI runs it in small, from the checkout (make short-demo) and from the wheel (.ci/wheel)"),
+    'eval "$(_MOELAB_COMPLETE=bash_source moelab)"': Not("of the shell one is in; tests/unit/tools/test_completion.py"),
+    "python examples/minimal_loop.py train/tiny_moe train.steps=20 run_dir=unused": Not("tests/unit/test_examples.py"),
     "tensorboard --logdir runs": Not("a server that runs until it is stopped"),
     "pip install triton==3.7.1 setuptools wheel packaging": Not("make setup-megablocks, which CI runs, does the same"),
     "pip install --no-deps --no-build-isolation stanford-stk==0.7.1 megablocks==0.10.0": Not(
@@ -178,7 +180,9 @@ def _type(line: str, capsys: pytest.CaptureFixture[str]) -> str:
     """Run one line; what is wrong with it, or nothing."""
     program, *words = shlex.split(line)
     if program == "moelab":
-        words = [found for word in words for found in (sorted(glob.glob(word)) if "*" in word else [word])]
+        words = [found for word in words for found in _as_a_shell_would(word)]
+        if ">" in words:  # into a file
+            words = words[: words.index(">")]
         code = run([*words, *SMALL.get(words[0] if words else "", [])])
         told = capsys.readouterr()
         return f"exit code {code}: {told.err[-500:]}" if code else ""
@@ -189,6 +193,11 @@ def _type(line: str, capsys: pytest.CaptureFixture[str]) -> str:
         outcome = subprocess.run(["bash", "-n", ROOT / words[0]], capture_output=True, text=True, check=False)
         return outcome.stderr if outcome.returncode else ""
     return "is neither run here nor declared in DECLARED with a reason"
+
+
+def _as_a_shell_would(word: str) -> list[str]:
+    """The files that a pattern names; itself where there are none, or where it is a setting's."""
+    return sorted(glob.glob(word)) or [word] if "*" in word and "=" not in word else [word]
 
 
 def _command_of(words: list[str]) -> click.Command | None:
@@ -261,7 +270,7 @@ def test_every_page_has_its_place_in_the_site() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_within_the_repository_lead_somewhere(document: str) -> None:
     text = re.sub(r"```.*?```", "", (ROOT / document).read_text(), flags=re.DOTALL)
-    for target, anchor in re.findall(r"(?<!!)\]\((?!\w+:)([^)#\s]*)(#[^)\s]*)?\)", text):
+    for target, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)(#[^)\s]*)?\)", text):
         path = (ROOT / document).parent / target if target else ROOT / document
         assert path.exists(), f"{document}: {target} is not there"
         if anchor and path.suffix == ".md":

@@ -38,7 +38,8 @@ def command(config: tuple[str, ...], resolved: bool, keys: str | None, schema: s
 
     \b
     Example:
-      moelab config configs/train/tiny_moe.yaml configs/moe/switch.yaml optimizer.lr=1e-3
+      moelab config configs/train/tiny_moe.yaml configs/moe/switch.yaml \\
+          optimizer.lr=1e-3
       moelab config configs/train/tiny_moe.yaml --resolved
       moelab config --keys optimizer
       moelab config --keys model.moe.router

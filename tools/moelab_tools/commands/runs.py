@@ -31,7 +31,8 @@ def command(
     Example:
       moelab runs
       moelab runs runs/sweep --state running --state killed
-      moelab runs --where model.moe.router.name=switch --where 'loss<3' --sort loss
+      moelab runs --where model.moe.router.name=switch --where 'loss<3' \\
+          --sort loss
     """
     import json
     import time
