@@ -42,16 +42,29 @@ class RunAlarm:
         return self.on and self.name in LEARNT_NOTHING
 
 
-def told(alarms: Sequence[RunAlarm]) -> list[str]:
-    """One sentence for each kind of alarm of each run: where, when, how bad at its worst layer, and what to do."""
+def told(alarms: Sequence[RunAlarm], runs_of: Mapping[str, Sequence[str]]) -> list[str]:
+    """One sentence for each kind of alarm of each variant: where, when, how bad at its worst layer, and what to do.
+
+    runs_of: {variant: its runs}.
+    """
+    variant_of = {run: variant for variant, runs in runs_of.items() for run in runs}
     groups: dict[tuple[str, str, bool], list[RunAlarm]] = {}
     for alarm in sorted(alarms, key=lambda alarm: not alarm.on):
-        groups.setdefault((alarm.run, alarm.name, alarm.on), []).append(alarm)
-    return [f"{run}: {name}{_when(found)}: {_worst(found)}" for (run, name, _), found in groups.items()]
+        groups.setdefault((variant_of.get(alarm.run, alarm.run), alarm.name, alarm.on), []).append(alarm)
+    return [
+        f"{_who(variant, found, len(runs_of.get(variant, ())))}: {name}{_when(found)}: {_worst(found)}"
+        for (variant, name, _), found in groups.items()
+    ]
+
+
+def _who(variant: str, alarms: Sequence[RunAlarm], runs: int) -> str:
+    """The run, or of a variant in how many of its runs."""
+    affected = {alarm.run for alarm in alarms}
+    return next(iter(affected)) if len(affected) == 1 else f"{variant}, {len(affected)} of {runs} runs"
 
 
 def _when(alarms: Sequence[RunAlarm]) -> str:
-    layers = sorted(alarm.layer for alarm in alarms if alarm.layer is not None)
+    layers = sorted({alarm.layer for alarm in alarms if alarm.layer is not None})
     where = f", layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}" if layers else ""
     last = "the end" if alarms[0].on else str(max(alarm.last_step for alarm in alarms))
     return f"{where}, from step {min(alarm.first_step for alarm in alarms)} to {last}"

@@ -188,8 +188,9 @@ def remarks(comparison: Comparison) -> list[str]:
 
 
 def alarms(comparison: Comparison) -> list[str]:
-    """Every alarm of every run, those that were on at the end first; then routers that follow a fixed rule."""
-    return [f"alarm: {line}" for line in routers.told(comparison.alarms)] + comparison.fixed_routers
+    """Alarms of each variant, those that were on at the end first; then routers that follow a fixed rule."""
+    found = routers.told(comparison.alarms, {line.name: line.runs for line in comparison.lines})
+    return [f"alarm: {line}" for line in found] + comparison.fixed_routers
 
 
 def multipliers(comparison: Comparison) -> list[str]:

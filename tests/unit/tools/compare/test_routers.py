@@ -100,7 +100,7 @@ def test_an_alarm_that_is_over_or_of_another_kind_is_shown_and_withholds_nothing
     comparison = compare(read_runs(variants(alarms=[entry])), "good")
     assert words(comparison)["bad"] == "better"
     for where, told in everything(comparison, tmp_path).items():
-        assert f"bad_seed0: {entry['name']}, layer 1, from step" in told, where
+        assert f"alarm: bad, 3 of 3 runs: {entry['name']}, layer 1, from step" in " ".join(told.split()), where
 
 
 def test_a_single_run_that_is_lowest_is_said_to_be_no_verdict(make_run: MakeRun, tmp_path: Path) -> None:
