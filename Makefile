@@ -1,19 +1,26 @@
 # Set-up, tests and the demo. Every target installs what it needs into .venv first.
 PYTHON ?= python3
 VENV ?= .venv
+EXTRAS ?= .venv-extras
 CONSTRAINTS ?= requirements.lock
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUNS ?= runs/demo
 
 MEGABLOCKS := $(VENV)/.megablocks
+TRACKERS := $(EXTRAS)/.installed
+DOCS := $(VENV)/.docs
 
-.PHONY: help setup setup-megablocks test test-elsewhere test-lowest lint types demo short-demo lock clean
+.PHONY: help setup setup-megablocks test test-elsewhere test-lowest test-extras lint types demo short-demo docs \
+	wheel-check lock clean
 
 help:
 	@echo "make demo    dense Qwen2 -> upcycle -> train MoE variants -> compare, three seeds, on real text (10 minutes)"
 	@echo "make test    all tests; make test-elsewhere: in another world, make test-lowest: with the lowest versions"
+	@echo "make test-extras   the optional packages (W&B, trackio, Parquet), each with its real client, without a network"
 	@echo "make setup-megablocks   MegaBlocks, stk and triton beside torch; without a GPU their tests run interpreted"
+	@echo "make docs    the documentation as a site, in build/docs; warnings are errors"
+	@echo "make wheel-check   build the wheel, install it into a clean environment, use it from an empty folder"
 	@echo "make lint    ruff; make types: mypy; make clean: remove runs/demo and the virtual environment"
 
 setup: $(INSTALLED)
@@ -51,6 +58,19 @@ test-elsewhere: $(INSTALLED)
 test-lowest:
 	$(MAKE) setup-megablocks test VENV=.venv-lowest CONSTRAINTS=requirements.lowest
 
+# The extras that a run can use, in an environment of their own above $(VENV): it stays as requirements.lock says. The
+# network is needed to install them, and not by the tests.
+test-extras: $(TRACKERS)
+	MOELAB_REQUIRE_EXTRAS=1 OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -q tests/optional
+
+$(TRACKERS): $(INSTALLED) requirements.extras
+	$(PYTHON) -m venv $(EXTRAS)
+	@echo 'import site; site.addsitedir("$(abspath $(shell ls -d $(VENV)/lib/python*/site-packages 2>/dev/null))")' \
+		> $$(ls -d $(EXTRAS)/lib/python*/site-packages)/below.pth
+	@grep -v '^pillow==' $(CONSTRAINTS) > $(EXTRAS)/constraints  # trackio 0.43 takes none of 13 yet
+	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c $(EXTRAS)/constraints -r requirements.extras
+	@touch $(TRACKERS)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,12 +78,25 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
+# SEEDS="0 1" or SEEDS=0..4: how often all of it is done.
+SEEDS ?= 0..2
 demo: $(INSTALLED)
-	@MOELAB=$(BIN)/moelab bash configs/experiments/demo/run.sh $(RUNS)
+	@$(BIN)/moelab demo --out $(RUNS) --seeds "$(SEEDS)"
 
 short-demo: $(INSTALLED)
-	@MOELAB=$(BIN)/moelab SEEDS="0 1" bash configs/experiments/demo/run.sh $(RUNS) \
+	@$(BIN)/moelab demo --out $(RUNS) --seeds 0,1 \
 		train.steps=4 evaluation.sequences=8 evaluation.sample_tokens=8 data.source.max_bytes_per_domain=300000
+
+docs: $(DOCS)
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
+	@echo "open build/docs/index.html"
+
+$(DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e '.[docs]'
+	@touch $(DOCS)
+
+wheel-check: $(INSTALLED)
+	@.ci/wheel $(BIN)/python
 
 lock: $(INSTALLED)
 	@{ head -2 requirements.lock; $(BIN)/python -m pip freeze --exclude-editable | sed 's/^torch==\([0-9.]*\).*/torch==\1/'; } > .lock.new

@@ -20,7 +20,7 @@ from moelab.data.batches import Batch
 from moelab.moe.overrides import ByLayer, Remove
 from moelab.nn.transformer import TokenContext, Transformer
 from moelab.routes.counterfactuals import losses, removal
-from moelab.train.precision import Precision
+from moelab.training.precision import Precision
 
 EXPERTS, WIDTH, SEQUENCES, LENGTH, VOCABULARY = 8, 64, 8, 128, 257
 

@@ -29,9 +29,9 @@ from moelab.config.run import OptimizerConfig
 from moelab.integrity import Finding, inspect
 from moelab.nn.transformer import Transformer
 from moelab.registry import Registry
-from moelab.train import checkpoint
-from moelab.train.checkpoint import TrainingState, save_checkpoint
-from moelab.train.optimizer import build_adamw
+from moelab.training import checkpoint
+from moelab.training.checkpoint import TrainingState, save_checkpoint
+from moelab.training.optimizer import build_adamw
 from report import machine, markdown_table, median, write_results
 
 HERE = Path(__file__).resolve().parent

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,25 @@ REPORTS = {"equal tokens": "report_equal_tokens", "equal FLOPs": "report_equal_f
 
 
 def block(runs: Path, minutes: str, where: str) -> str:
-    """The Markdown between the marks."""
+    """The Markdown between the marks: a table, and for each budget what its verdicts say, in one line."""
     told, sentences = [], []
     for name, folder in REPORTS.items():
         found = json.loads((runs / folder / "comparison.json").read_text())
-        told.append(f" at {name:<28} bits/byte   difference [95 % interval]            verdict")
+        told.append(f" at {name:<25} bits/byte  difference [95 % interval]  verdict")
         told += [_row(line) for line in found["variants"]]
         told.append("")
-        sentences += [one for one in found["sentences"] if one.startswith("upcycled") and "has the lowest" not in one]
+        said = [_gist(one) for one in found["sentences"] if one.startswith("upcycled") and "has the lowest" not in one]
+        sentences.append(f"- At {name}: {'; '.join(said)}.")
     lines = [
         f"On {where} it took {minutes} min after the set-up, and ended with (`moelab compare` twice, shortened;",
         "held-out bits per byte, none of it trained on by any stage):",
     ]
-    return "\n".join([*lines, "", "```", *told[:-1], "```", "", *(f"- {one}" for one in sentences)])
+    return "\n".join([*lines, "", "```", *told[:-1], "```", "", *sentences])
+
+
+def _gist(sentence: str) -> str:
+    """What a verdict's sentence says before its numbers, which stand in the table."""
+    return re.split(r"[:;]|\.(?:\s|$)", sentence)[0]
 
 
 def _row(line: dict[str, Any]) -> str:
@@ -37,7 +44,7 @@ def _row(line: dict[str, Any]) -> str:
     difference = ""
     if gap is not None and gap["low"] is not None:
         difference = f"{gap['difference']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]".replace("-", "−")
-    return f" {name:<31} {line['score']:>9.4f}   {difference:<36}  {line['verdict']}"
+    return f" {name:<28} {line['score']:>9.4f}  {difference:<26}  {line['verdict']}"
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from moelab.config.load import load_config
 from moelab.config.run import RunConfig
 from moelab.data.batches import ValidationBatches
 from moelab.registry import Registry
-from moelab.train.evaluate import evaluate
-from moelab.train.setup import prepare
+from moelab.training.evaluate import evaluate
+from moelab.training.setup import prepare
 from report import machine, markdown_table, median, write_results
 
 DEMO = "configs/experiments/demo/upcycled.yaml"
@@ -37,7 +37,6 @@ def main() -> None:
     options = parser.parse_args()
     loaded = load_config([*options.config, "train.threads=1", "evaluation.batch_size=null"], RunConfig)
     config = loaded.config
-    config.search_path += [str(folder.resolve()) for folder in loaded.search_path]
     setup = prepare(config, Registry(config.plugins))
     default = setup.validation.batch_size
     rows = measure(setup, sorted({*options.sizes, default}), options.rounds)

@@ -22,7 +22,7 @@ from layer import RECORDED
 from moelab.data.batches import ValidationBatches
 from moelab.errors import UserError
 from moelab.moe.routing import LayerRecord
-from moelab.train.setup import build_corpus_of
+from moelab.training.setup import build_corpus_of
 from moelab_tools.checkpoints import evaluation_config, tokenizer_of
 
 

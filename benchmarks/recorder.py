@@ -37,12 +37,14 @@ def blocks(arguments: list[str], pairs: int, folder: Path) -> list[dict[str, tup
     from moelab.config.load import load_config
     from moelab.config.run import RunConfig
     from moelab.registry import Registry
-    from moelab.train import trainer
-    from moelab.train.observers import gather_observers
-    from moelab.train.progress import Progress
-    from moelab.train.run_folder import METRICS, MetricsLog
-    from moelab.train.run_lock import hold
-    from moelab.train.setup import prepare
+    from moelab.training import trainer
+    from moelab.training.best import Best
+    from moelab.training.observers import gather_observers
+    from moelab.training.plan import Plan
+    from moelab.training.progress import Progress
+    from moelab.training.run_folder import METRICS, MetricsLog
+    from moelab.training.run_lock import hold
+    from moelab.training.setup import prepare
 
     config = load_config([*arguments, f"run_dir={folder}", "train.log_every=10"], RunConfig).config
     config.train.steps = 2 * EVERY * (pairs + 1) + 1  # the last is not reached: it would look once more
@@ -52,8 +54,11 @@ def blocks(arguments: list[str], pairs: int, folder: Path) -> list[dict[str, tup
     with hold(folder) as lock, closing(MetricsLog(folder / METRICS, 0)) as metrics:
         manager = gather_observers(setup.config.observers, registry, folder, [])
         manager.hook.on_train_begin(run_dir=folder, config={}, facts={}, step=0, checkpoint=None)
+        plan = Plan(config.schedule, config.train.steps)
         progress = Progress.of({}, setup.costs, setup.flops_per_token)
-        loop = trainer.Loop(setup, folder, lock, manager, metrics, progress, trainer.alarm_watch(setup, {}))
+        loop = trainer.Loop(
+            setup, folder, lock, manager, metrics, progress, trainer.alarm_watch(setup, {}), plan, Best()
+        )
         for pair in range(pairs + 1):
             times: dict[str, tuple[float, float]] = {}
             for side in ("with", "without") if pair % 2 else ("without", "with"):

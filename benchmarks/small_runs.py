@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from moelab.manifest import MANIFEST
-from moelab.train.format import without_clock
+from moelab.training.format import without_clock
 from moelab_upcycling.output import MANIFEST as UPCYCLE_MANIFEST
 
 RUN, OUTPUT = "run", "out"
@@ -51,7 +51,7 @@ def load_libraries() -> None:
     import moelab_tools.upcycling
     from moelab import registry
     from moelab.data import byte_tokenizer, json_tokenizer  # noqa: F401
-    from moelab.train import summary, trainer  # noqa: F401
+    from moelab.training import summary, trainer  # noqa: F401
     from moelab_tools import checkpoints, cli, progress  # noqa: F401
 
     for name in ("train", "export", "upcycle", "compare"):

@@ -44,9 +44,9 @@ def measure(shape: str, threads: int, steps: int) -> float:
     from moelab.data.batches import Batch
     from moelab.nn.allocator import keep_freed_memory
     from moelab.registry import Registry
-    from moelab.train.optimizer import build_adamw
-    from moelab.train.precision import choose_precision
-    from moelab.train.step import StepSettings, train_step
+    from moelab.training.optimizer import build_adamw
+    from moelab.training.precision import choose_precision
+    from moelab.training.step import StepSettings, train_step
 
     torch.set_num_threads(threads)
     keep_freed_memory()

@@ -14,7 +14,7 @@ from moelab.data.corpus import TokenStream
 from moelab.nn.transformer import Transformer
 from moelab.routes.record import record_routes, weights_fingerprint
 from moelab.routes.trace import Trace
-from moelab.train.precision import Precision
+from moelab.training.precision import Precision
 
 PRECISION = Precision(torch.device("cpu"), torch.float32)
 VOCABULARY = 40

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moelab.builder import build, build_model
     from moelab.components import Component, component
+    from moelab.config.run import RunConfig
     from moelab.data.corpus import Corpus, DataContext, Document, TokenStream, build_corpus
     from moelab.errors import CheckpointError, ConfigError, DataError, RunFailure, UserError
     from moelab.hookspecs import hookimpl
     from moelab.loading import load
+    from moelab.moe.batch_statistics import BatchStatistics
     from moelab.moe.contracts import (
         BackendContext,
         BalanceContext,
@@ -28,18 +30,26 @@ if TYPE_CHECKING:
     )
     from moelab.moe.layout import ExpertLayout, LayoutContext
     from moelab.moe.routing import LayerRecord, Routing, TokenInfo
-    from moelab.paths import user_path
+    from moelab.nn.transformer import TokenContext
+    from moelab.paths import Places, user_path
     from moelab.registry import Registry
+    from moelab.run_table.frame import run_records, runs
+    from moelab.run_table.record import RunRecord
+    from moelab.seeds import derive_seed, generator
+    from moelab.session import TrainedRun, load_config, prepare, train
+    from moelab.training.schedule import learning_rate_factor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "moelab.builder": ("build", "build_model"),
     "moelab.components": ("Component", "component"),
+    "moelab.config.run": ("RunConfig",),
     "moelab.data.corpus": ("Corpus", "DataContext", "Document", "TokenStream", "build_corpus"),
     "moelab.errors": ("CheckpointError", "ConfigError", "DataError", "RunFailure", "UserError"),
     "moelab.hookspecs": ("hookimpl",),
     "moelab.loading": ("load",),
+    "moelab.moe.batch_statistics": ("BatchStatistics",),
     "moelab.moe.contracts": (
         "BackendContext",
         "BalanceContext",
@@ -53,8 +63,14 @@ _HOMES = {
     ),
     "moelab.moe.layout": ("ExpertLayout", "LayoutContext"),
     "moelab.moe.routing": ("LayerRecord", "Routing", "TokenInfo"),
-    "moelab.paths": ("user_path",),
+    "moelab.nn.transformer": ("TokenContext",),
+    "moelab.paths": ("Places", "user_path"),
     "moelab.registry": ("Registry",),
+    "moelab.seeds": ("derive_seed", "generator"),
+    "moelab.session": ("TrainedRun", "load_config", "prepare", "train"),
+    "moelab.training.schedule": ("learning_rate_factor",),
+    "moelab.run_table.frame": ("run_records", "runs"),
+    "moelab.run_table.record": ("RunRecord",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -63,6 +79,7 @@ __all__ = [
     "BalanceContext",
     "BalanceLoss",
     "BalanceLossContext",
+    "BatchStatistics",
     "CheckpointError",
     "Component",
     "ConfigError",
@@ -76,20 +93,34 @@ __all__ = [
     "LayerRecord",
     "LayoutContext",
     "MoEContext",
+    "Places",
     "Registry",
     "Router",
     "Routing",
+    "RunConfig",
     "RunFailure",
+    "RunRecord",
     "SharedExpert",
+    "TokenContext",
     "TokenInfo",
     "TokenStream",
+    "TrainedRun",
     "UserError",
+    "__version__",
     "build",
     "build_corpus",
     "build_model",
     "component",
+    "derive_seed",
+    "generator",
     "hookimpl",
+    "learning_rate_factor",
     "load",
+    "load_config",
+    "prepare",
+    "run_records",
+    "runs",
+    "train",
     "user_path",
 ]
 
@@ -98,3 +129,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'moelab' has no attribute '{name}'")
     return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for Tab: what is not imported yet is there too."""
+    return sorted(__all__)

@@ -3,7 +3,7 @@
 checkpoints/step_00000100/ holds model.safetensors (parameters and plugin buffers under the model's names),
 training.safetensors (optimizer moments, state of the balance losses), state.json, config.yaml, the tokenizer, and
 manifest.json with the checksums of all of them. Safetensors and JSON, complete or absent, never pickled. What writes
-them is train/checkpoint.py, what compares them with their checksums integrity.py.
+them is training/checkpoint.py, what compares them with their checksums integrity.py.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from moelab.safe_files import Reading, read_object, read_tensor_header
 Shape = tuple[int, ...]
 READING = Reading(CheckpointError, "the checkpoint is damaged or not complete: use an earlier one")
 CHECKPOINTS = "checkpoints"  # of a run folder
+BEST = "best"  # of a run folder with train.keep_best: the checkpoint of the lowest held-out loss
 MODEL, TRAINING, STATE, CONFIG = "model.safetensors", "training.safetensors", "state.json", "config.yaml"
 
 

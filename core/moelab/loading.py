@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +16,14 @@ from moelab.checkpoint import (
     read_run_config,
     refuse_misfits,
 )
+from moelab.data.tokenizer import load_tokenizer
+from moelab.errors import CheckpointError
 from moelab.hf.files import read_header
 from moelab.hf.load import load_hf
 from moelab.integrity import verified
+from moelab.nn.generate import Speech
 from moelab.nn.transformer import Transformer
+from moelab.origin import end_token_ids, read_origin
 from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab.trust import stored_registry
@@ -37,7 +42,7 @@ def load(
 
     Of a run folder the newest checkpoint, compared with its checksums: where it is damaged, the error names the one
     before it that is whole (`verify=False` takes it as it is). Routers that drop, add noise or look ahead while
-    training do so only after `model.train()`.
+    training do so only after `model.train()`. `model.generate("text")` reads the folder's tokenizer when first called.
 
     `registry`: the plugins that you name, `Registry(["my_router"])`; None: the installed ones. Other code that the
     folder names is imported only with `trust`. Raises CheckpointError naming the file and the cure.
@@ -56,13 +61,29 @@ def read_model(
 ) -> Transformer:
     """`load` of a folder that `verified` gave."""
     if not is_moelab(folder):
-        return load_hf(folder, dtype=dtype, device=device)
+        model = load_hf(folder, dtype=dtype, device=device)
+        model.speech = partial(speech_of, folder)
+        return model
     config = read_run_config(folder)
     plugins = stored_registry(config, folder, registry=registry, trust=trust)
     check_shapes(folder, build_model(config.model, plugins, device="meta", seed=None))
     model = build_model(config.model, plugins, device=device, seed=None)
     load_model_tensors(folder, model)
+    model.speech = partial(speech_of, folder)
     return model.to(dtype).eval()
+
+
+def speech_of(folder: Path) -> Speech:
+    """The tokenizer of a folder of weights, and the tokens that end a text there.
+
+    Raises CheckpointError where it has none.
+    """
+    origin = read_origin(folder)
+    if origin.tokenizer is None:
+        raise CheckpointError(f"{folder}: holds no tokenizer.json; name one, tokenizer=PATH, or tokenizer='bytes'")
+    tokenizer = load_tokenizer(origin.tokenizer)
+    ends = end_token_ids(folder)
+    return Speech(tokenizer, ends[0] if ends else (tokenizer.eos_token_id,))
 
 
 def check_shapes(folder: Path, model: Transformer) -> None:

@@ -1,13 +1,41 @@
-"""Paths as a person writes them: the one place where a leading `~` becomes the home folder."""
+"""Paths as a person writes them: where a leading `~` becomes the home folder, and where a name is looked for."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from moelab.errors import ConfigError
 
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on every file system of Linux and macOS that matters
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where what a config names is looked for, plugins and data alike.
+
+    Beside the file in whose text the name stands (where one stands, for one that was typed), then in `search`: what
+    `search_path` says and the folders of all config files; last in the current folder.
+    """
+
+    said: Mapping[str, Path] = field(default_factory=dict)  # name, as it is spelled -> the folder of the file with it
+    search: tuple[Path, ...] = ()
+
+    def of(self, name: str) -> list[Path]:
+        """The folders in which to look for `name`, each once."""
+        return _distinct(([self.said[name]] if name in self.said else []), self.search)
+
+    def all(self) -> list[Path]:
+        """The folders of every name."""
+        return _distinct(self.said.values(), self.search)
+
+
+def _distinct(*folders: Iterable[Path]) -> list[Path]:
+    here = Path.cwd()
+    return list(dict.fromkeys((here / folder).resolve() for folder in (*chain(*folders), here)))
 
 
 def user_path(path: str | os.PathLike[str], where: str = "") -> Path:

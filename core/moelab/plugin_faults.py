@@ -108,7 +108,7 @@ def plugins_told() -> Iterator[None]:
 
 def place_of(built: object) -> str:
     """ " (my_lab/routers.py:31)": where the code of a part begins; "" where it has none."""
-    kind = type(built)
+    kind = built if isinstance(built, type) else type(built)
     for holder, name in ((built, "__code__"), (kind, "forward"), (kind, "__call__"), (kind, "__init__")):
         found = getattr(holder, name, None)
         code = found if isinstance(found, CodeType) else getattr(found, "__code__", None)

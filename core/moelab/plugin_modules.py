@@ -1,12 +1,13 @@
-"""Imports the modules that a config's `plugins` names, and nothing else that lies beside the config.
+"""Imports the modules that `plugins` names, and nothing else that lies beside the config or in the current folder.
 
-The config's folder never gets onto sys.path: a `triton.py` or `colorama.py` in it would be taken for the library that
-torch or rich look for. The environment comes first, so a folder can't shadow what is installed.
+No such folder gets onto sys.path: a `triton.py` or `colorama.py` in it would be taken for the library that torch or
+rich look for. The environment comes first, so a folder can't shadow what is installed.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +18,11 @@ from types import ModuleType
 from moelab.errors import ConfigError, near
 from moelab.plugin_faults import place_in, quoted
 
+logger = logging.getLogger("moelab")
+
 
 def import_plugin(name: str, folders: Sequence[Path] = ()) -> ModuleType:
-    """The module `name`, installed or beside the config (`folders`, first match).
+    """The module `name`, installed or in one of `folders`, first match; that others have one too is told.
 
     Raises ConfigError when there is none, when it can't be parsed, when it needs a module that is not installed, or
     when another file of that name is imported in this process already.
@@ -70,11 +73,23 @@ class _Beside:
 def _searching(top: str, folders: Sequence[Path]) -> Iterator[None]:
     finder = _Beside(top, folders)
     _refuse_another(top, finder)
-    sys.meta_path.append(finder)
+    installed = PathFinder.find_spec(top)
+    if installed is None and top not in sys.modules:
+        _tell_others(top, folders)
+    # Any folder of that name in sys.path passes for a namespace package, a project's around its package above all.
+    first = installed is not None and installed.origin is None
+    sys.meta_path.insert(0 if first else len(sys.meta_path), finder)
     try:
         yield
     finally:
         sys.meta_path.remove(finder)
+
+
+def _tell_others(top: str, folders: Sequence[Path]) -> None:
+    specs = [PathFinder.find_spec(top, [str(folder)]) for folder in folders]
+    files = list(dict.fromkeys(str(Path(spec.origin).resolve()) for spec in specs if spec and spec.origin))
+    if len(files) > 1:
+        logger.warning("plugins: '%s' is in several places; %s is taken, and not %s", top, *files[:2])
 
 
 def _refuse_another(top: str, finder: _Beside) -> None:
@@ -93,12 +108,13 @@ def _refuse_another(top: str, finder: _Beside) -> None:
 def _not_found(name: str, error: ModuleNotFoundError, folders: Sequence[Path]) -> ConfigError:
     missing = error.name or "?"
     if (name + ".").startswith(missing + "."):
-        return ConfigError(f"plugins: cannot import '{name}': no such module on the path or beside the config file")
+        listed = ", ".join(map(str, folders)) or "no folder"
+        return ConfigError(f"plugins: cannot import '{name}': no such module is installed; looked for in {listed}")
     beside = any(
         (folder / f"{missing.partition('.')[0]}{suffix}").exists() for folder in folders for suffix in (".py", "")
     )
     cure = (
-        "; it lies beside the config, where only what `plugins` names is looked for: put both into one package "
+        "; it lies in a folder where only what `plugins` names is looked for: put both into one package "
         "(a folder with __init__.py) and name that"
         if beside
         else ""

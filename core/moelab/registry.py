@@ -5,19 +5,20 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, Field, asdict, fields
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pluggy
+from omegaconf import MISSING as REQUIRED
 
 from moelab.components import Component
 from moelab.config.typed import OPTIONS, KeyProblem
 from moelab.errors import ConfigError, UserError, near
 from moelab.hookspecs import EXTENSION_POINTS, BuiltT, ContextT, ExtensionPoint, plugin_hooks
 from moelab.installed import installed_plugins, load_plugin, may_offer
+from moelab.paths import Places
 from moelab.plugin_faults import PluginPart, article, place_in, place_of, quoted
 from moelab.plugin_modules import check_hooks, import_plugin
 from moelab.shortage import shortage
@@ -26,16 +27,16 @@ from moelab.shortage import shortage
 class Registry:
     """The plugins of one run, never a module global: two runs in one process can't see each other's.
 
-    `plugins` are module names; `search_path` is where a config file's own modules lie. A run that needs only some
-    extension points names them as `points`: neither built-ins nor installed packages that offer none of them are
-    imported, so that upcycling's workers do without torch.
+    `plugins` are module names, installed or in one of `places`. A run that needs only some extension points names
+    them as `points`: neither built-ins nor installed packages that offer none of them are imported, so that upcycling's
+    workers do without torch.
     """
 
     def __init__(
         self,
         plugins: Iterable[str] = (),
         entry_points: bool = True,
-        search_path: Iterable[Path] = (),
+        places: Places | None = None,
         *,
         points: Collection[ExtensionPoint[Any, Any]] = EXTENSION_POINTS,
     ) -> None:
@@ -49,9 +50,9 @@ class Registry:
                 self._register(importlib.import_module(path), path)
         if entry_points:
             self._load_entry_points(points)
-        folders = list(search_path)
+        places = places or Places()
         for path in plugins:
-            module = import_plugin(str(path), folders)
+            module = import_plugin(str(path), places.of(str(path)))
             check_hooks(module, str(path), [point.hook for point in EXTENSION_POINTS])
             self._register(module, str(path))
         try:
@@ -105,6 +106,11 @@ class Registry:
         """The node with every default written out: what is stored beside the run."""
         chosen, options = self.select(point, node, where)
         return {"name": chosen.name, **asdict(options)}
+
+    def differing(self, point: ExtensionPoint[Any, Any], node: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a resolved node that are not at their component's defaults; those without one always."""
+        known = {field.name: _default(field) for field in fields(self.components(point)[node["name"]].options)}
+        return {key: value for key, value in node.items() if key != "name" and value != known.get(key, MISSING)}
 
     def select(
         self, point: ExtensionPoint[ContextT, BuiltT], node: Mapping[str, Any], where: str
@@ -171,18 +177,11 @@ def builtin_modules(point: ExtensionPoint[Any, Any]) -> list[str]:
     return [f"{point.builtins}.{name}" for name in names if not name.startswith("_")]
 
 
-def option_fields(chosen: Component[Any, Any]) -> list[tuple[str, str, str]]:
-    """(name, type, default) of each option, as `moelab plugins` prints them."""
-    rows = []
-    for field in fields(chosen.options):
-        default = "required"
-        if field.default is not MISSING:
-            default = repr(field.default)
-        elif field.default_factory is not MISSING:
-            default = repr(field.default_factory())
-        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-        rows.append((field.name, kind, "required" if default == "'???'" else default))
-    return rows
+def _default(field: Field[Any]) -> Any:
+    """Of a component's option; MISSING where it must be given."""
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return MISSING if field.default == REQUIRED else field.default
 
 
 def _options(chosen: Component[Any, Any], given: dict[str, Any], where: str) -> Any:

@@ -156,6 +156,26 @@ def json_lines(
         yield where, an_object(value, where, reading)
 
 
+def lines_from_end(path: Path, reading: Reading, limit: int = LARGEST_TEXT) -> Iterator[bytes]:
+    """The lines of a file, the last one first, read as far as they are asked for: at most its last `limit` bytes.
+
+    What stands behind the last line feed is left out: somebody writes it just now, or was killed while writing it.
+    """
+    descriptor, end = _open(path, reading)
+    least, block, rest, torn = max(0, end - limit), 1 << 16, b"", True
+    with os.fdopen(descriptor, "rb") as file:
+        while end > least:
+            start = max(least, end - block)
+            file.seek(start)
+            rest, *lines = (file.read(end - start) + rest).split(b"\n")
+            if lines and torn:
+                lines, torn = lines[:-1], False
+            yield from reversed(lines)
+            end, block = start, 2 * block  # so that a line of any length is put together in linear time
+    if least == 0 and not torn:
+        yield rest
+
+
 def read_tensor_header(path: Path, reading: Reading) -> tuple[dict[str, Any], int, int]:
     """(header, bytes before the first tensor, bytes of the file) of a safetensors file, by its own description.
 

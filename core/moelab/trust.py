@@ -11,7 +11,6 @@ from pathlib import Path
 
 from moelab.config.run import RunConfig
 from moelab.errors import CheckpointError
-from moelab.paths import user_path
 from moelab.registry import Registry
 
 
@@ -24,7 +23,7 @@ def stored_registry(
     it says. Raises CheckpointError naming the modules that would be needed beside them.
     """
     if trust:
-        return Registry(config.plugins, config.entry_points, [user_path(p, "search_path") for p in config.search_path])
+        return Registry(config.plugins, config.entry_points, config.places("plugins"))
     registry = registry or Registry(entry_points=config.entry_points)
     refuse_unknown([name for name in config.plugins if name not in registry.modules], folder, config.search_path)
     return registry

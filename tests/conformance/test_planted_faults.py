@@ -571,16 +571,35 @@ def test_every_initialiser_check_has_a_planted_fault() -> None:
 
 
 def test_a_failure_of_several_checks_is_said_once_with_its_file_and_line() -> None:
+    class Raises(GoodObserver):
+        def on_log(self, step: int) -> None:  # type: ignore[override]
+            raise KeyError("nowhere")
+
+    with pytest.raises(testing.ConformanceError) as caught:
+        testing.check_observer(component("bad", NoOptions, Raises))
+    told = str(caught.value)
+    assert "fails 3 of 5 checks:\n  lives_through_a_run (and 2 more checks): raised KeyError: 'nowhere'" in told
+    assert told.count("nowhere") == 1
+    assert f"test_planted_faults.py:{Raises.on_log.__code__.co_firstlineno + 1})" in told
+
+
+def test_what_fails_the_first_check_is_not_told_of_its_consequences() -> None:
     class Raises(Good):
         def forward(self, x: Tensor, info: TokenInfo) -> Routing:
             raise KeyError("nowhere")
 
     with pytest.raises(testing.ConformanceError) as caught:
         testing.check_router(component("bad", NoOptions, Raises))
-    told = str(caught.value)
-    assert told.count("nowhere") == 1
-    assert "and 1" in told
-    assert f"test_planted_faults.py:{Raises.forward.__code__.co_firstlineno + 1})" in told
+    first, reason, rest = str(caught.value).splitlines()
+    assert first.endswith("fails the first check:")
+    assert f"test_planted_faults.py:{Raises.forward.__code__.co_firstlineno + 1})" in reason
+    assert rest == f"  the other {len(routers.ROUTER_CHECKS) - 1} build on it, and were not run"
+
+
+def test_a_failure_of_behaviour_too_has_the_place_of_the_part() -> None:
+    with pytest.raises(testing.ConformanceError, match=r"keeps \.last on the module") as caught:
+        testing.check_router(component("bad", NoOptions, KeepsLogits))
+    assert f"test_planted_faults.py:{Good.forward.__code__.co_firstlineno})" in str(caught.value)
 
 
 TEXTS = [f"Document number {n} says {n * n}." for n in range(20)]
@@ -632,15 +651,46 @@ class GoodObserver:
         self.seen.append(step)
 
 
-def _wants_a_beginning(self: Any, step: int) -> None:
-    self.never_set.close()
+def _opens(self: Any, run_dir: Path) -> None:
+    self.opened = [run_dir]
+
+
+def _closes(self: Any, step: int) -> None:
+    self.opened.clear()
+
+
+class Forgets(GoodObserver):
+    """Gives a file for the checkpoint, and can't read it again."""
+
+    def on_checkpoint(self, step: int) -> dict[str, bytes]:
+        return {"mine.json": b"1"}
+
+    def on_train_begin(self, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            (checkpoint / "mine.json").read_text().index("2")
+
+
+class Newcomer(GoodObserver):
+    """Wants its file also where it was not in the config yet."""
+
+    def on_checkpoint(self, step: int) -> dict[str, bytes]:
+        return {"mine.json": b"1"}
+
+    def on_train_begin(self, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            (checkpoint / "mine.json").read_text()
 
 
 OBSERVER_FAULTS = [
     (lambda o, r: object(), "has_a_hook"),
     (type("Misspelt", (GoodObserver,), {"on_logg": lambda self, step: None}), "has_a_hook"),
     (type("Breaks", (GoodObserver,), {"on_evaluate": lambda self, step: 1 / 0}), "lives_through_a_run"),
-    (type("Open", (GoodObserver,), {"on_train_end": _wants_a_beginning}), "lives_through_a_failure"),
+    (type("Open", (GoodObserver,), {"on_train_begin": _opens, "on_train_end": _closes}), "lives_through_a_failure"),
+    (type("AsksOnlyFinite", (GoodObserver,), {"on_log": lambda self, metrics: [int(x) for x in metrics.values()]}),
+     "lives_through_a_run"),
+    (Forgets, "goes_on_from_a_checkpoint"),
+    (Newcomer, "goes_on_from_a_checkpoint"),
+    (type("Edits", (GoodObserver,), {"on_train_begin": lambda self, config: config.clear()}), "changes_nothing"),
     (type("Takes", (GoodObserver,), {"on_log": lambda self, metrics: metrics.pop("train/loss")}), "changes_nothing"),
 ]  # fmt: skip
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moelab.config.load import load_config
 from moelab.config.run import RunConfig
-from moelab.train.trainer import train
+from moelab.training.trainer import train
 from moelab_tools.compare.comparison import compare
 from moelab_tools.compare.runs import read_runs
 
@@ -96,7 +96,7 @@ def test_each_alarm_is_logged_once_and_stands_in_the_metrics_and_in_tensorboard(
     assert {alarm["name"] for row in rows for alarm in row.get("alarms", [])} == expected
     events = EventAccumulator(str(run), size_guidance={"tensors": 0})
     events.Reload()
-    assert ("alarms/text_summary" in events.Tags()["tensors"]) == bool(expected)
+    assert ("alarms/now" in events.Tags()["tensors"]) == bool(expected)
 
 
 def test_compare_names_no_run_best_whose_router_learnt_nothing(runs: Path) -> None:

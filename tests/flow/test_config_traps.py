@@ -12,7 +12,7 @@ import moelab
 from moelab.config.load import load_config
 from moelab.config.run import RunConfig
 from moelab.manifest import MANIFEST, manifest_bytes, plain_entry
-from moelab.train.trainer import train
+from moelab.training.trainer import train
 from moelab_tools.cli import run
 
 SECRET = "hunter2-of-the-environment"

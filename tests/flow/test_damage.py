@@ -20,7 +20,7 @@ from moelab.config.stored import to_yaml
 from moelab.errors import CheckpointError
 from moelab.integrity import inspect, newest_whole
 from moelab.manifest import MANIFEST
-from moelab.train.trainer import train
+from moelab.training.trainer import train
 from moelab_tools import cli
 
 STEPS = 6

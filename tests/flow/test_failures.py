@@ -15,8 +15,8 @@ import torch
 from moelab.config.load import load_config
 from moelab.config.run import RunConfig
 from moelab.errors import ConfigError, RunFailure, UserError
-from moelab.train import trainer
-from moelab.train.trainer import train
+from moelab.training import held_out, trainer
+from moelab.training.trainer import train
 
 PLUGIN = '''
 from dataclasses import dataclass
@@ -203,14 +203,14 @@ def test_half_an_update_is_not_saved(lab: Path, tmp_path: Path, caplog: pytest.L
 def test_a_run_that_fails_in_an_evaluation_makes_it_again(
     lab: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, evaluate = tmp_path / "run", trainer.evaluate
+    run, evaluate = tmp_path / "run", held_out.evaluate
 
     def broken(model: Any, *rest: Any) -> Any:
         if (run / "metrics.jsonl").read_text().count("train/loss") == 2:  # after step 4
             raise ZeroDivisionError("ours")
         return evaluate(model, *rest)
 
-    monkeypatch.setattr(trainer, "evaluate", broken)
+    monkeypatch.setattr(held_out, "evaluate", broken)
     with pytest.raises(ZeroDivisionError):
         train(_config(lab, run, _failing("raise", at=99)))
     assert (run / "checkpoints" / "step_00000004").is_dir()

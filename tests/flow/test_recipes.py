@@ -12,7 +12,7 @@ from moelab import Registry
 from moelab.config.load import load_config
 from moelab.config.run import RunConfig
 from moelab.hookspecs import ROUTERS
-from moelab.train.trainer import train
+from moelab.training.trainer import train
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = [

@@ -18,8 +18,9 @@ from moelab.data.corpus import Corpus
 from moelab.data.identity import split_value, text_identity
 from moelab.data.seen import read_record
 from moelab.registry import Registry
-from moelab.train.setup import build_corpus_of, resolve_run
+from moelab.training.setup import build_corpus_of, resolve_run
 from moelab_tools import cli
+from moelab_tools.demo import CONTINUED, UPCYCLED, demo_steps
 
 TEXTS = [" ".join(f"word{(n * 31 + i * i) % 997}" for i in range(20)) for n in range(80)]
 DEMO = Path(__file__).resolve().parent.parent.parent / "configs" / "experiments" / "demo"
@@ -135,10 +136,13 @@ def test_the_demo_scores_no_text_that_any_of_its_stages_trains_on() -> None:
         assert corpus.validation.identities is not None
         assert not np.isin(corpus.validation.identities, trained).any()
         assert corpus.fingerprint == stages[0][0].fingerprint
-    # The script gives the dense run a seed, and all that is trained on from it another: the order follows the seed.
-    script = (DEMO / "run.sh").read_text()
-    assert script.count('train dense "$seed" seed="$seed"') == 1
-    assert script.count("seed=$((seed + 100)) train.init_from=") == script.count("train.init_from=") == 2
+    # The dense run gets a seed, and all that is trained on from it another: the order follows the seed.
+    given = {
+        Path(step.arguments[1]).name: [word for word in step.arguments if word.startswith("seed=")]
+        for step in demo_steps(Path("runs"), [0])
+        if step.arguments[0] == "train"
+    }
+    assert given == {"dense": ["seed=0"]} | {name: ["seed=100"] for name in (*CONTINUED, *UPCYCLED)}
     orders = [
         tuple(TrainBatches(corpus.train, config.train.batch_size, 256, seed).window_ids(0))
         for (corpus, config), seed in zip(stages, (0, 100, 100, 100, 100), strict=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from moelab.train.format import FORMAT_VERSION, without_clock
+from moelab.training.format import FORMAT_VERSION, without_clock
 
 CONFIG = "configs/train/tiny_moe.yaml"
 SMALL = [

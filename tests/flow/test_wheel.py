@@ -13,6 +13,7 @@ def test_the_installed_wheel_trains_a_shipped_config(root: Path, tmp_path: Path)
     subprocess.run(
         [*python, "build", "--wheel", "--no-isolation", "-o", str(tmp_path), str(root)], check=True, capture_output=True
     )
+    assert next(tmp_path.glob("*.whl")).stat().st_size < 2_000_000
     site = tmp_path / "site"
     install = [*python, "pip", "install", "--no-deps", "--no-index", "--target", str(site)]
     subprocess.run([*install, str(next(tmp_path.glob("*.whl")))], check=True, capture_output=True)
@@ -26,3 +27,10 @@ def test_the_installed_wheel_trains_a_shipped_config(root: Path, tmp_path: Path)
     )  # fmt: skip
     assert outcome.returncode == 0, outcome.stderr
     assert (tmp_path / "run" / "summary.json").is_file()
+    new = [*python, "moelab", "new", "observer", "watching"]
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    outcome = subprocess.run(new, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    kit = [*python, "pytest", "-q", "watching"]
+    outcome = subprocess.run(kit, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stdout

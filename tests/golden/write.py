@@ -28,7 +28,7 @@ from moelab.config.run import RunConfig  # noqa: E402
 from moelab.config.upcycle import UpcycleConfig  # noqa: E402
 from moelab.errors import ConfigError  # noqa: E402
 from moelab.registry import Registry  # noqa: E402
-from moelab.train.setup import resolve_run  # noqa: E402
+from moelab.training.setup import resolve_run  # noqa: E402
 
 TRAIN_BASE = "configs/train/tiny_moe.yaml"
 DECLARATION = "experiment.yaml"  # no config: what it declares stands in it, and its hash in its findings

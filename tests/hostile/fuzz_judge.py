@@ -37,7 +37,7 @@ WAITING = (
 )
 OURS = re.compile(r'File "[^"]*/(?:core|plugins|upcycling|tools)/((?:moelab|moelab_\w+)/[^"]+)", line \d+, in (\w+)')
 # Work that may last as long as it was asked to: what is stopped there had been understood.
-WORK = {"train_step", "one_step", "generate", "evaluate", "_evaluate", "build_corpus", "train_batches"}
+WORK = {"train_step", "one_step", "generate", "evaluate", "evaluate_run", "build_corpus", "train_batches"}
 PROCESSES = {"git", "uname"}  # what a summary asks the machine
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND

@@ -22,7 +22,8 @@ from moelab.hf.config import read_config
 from moelab.hf.files import TensorFolder, read_header
 from moelab.origin import end_token_ids, read_origin
 from moelab.routes.files import read_trace
-from moelab.train.setup import build_corpus_of, resolve_run
+from moelab.run_table.frame import run_records
+from moelab.training.setup import build_corpus_of, resolve_run
 from moelab_tools.compare.runs import read_run
 from moelab_upcycling.convert import prepare, registry_of
 from moelab_upcycling.verify import plan_of_output
@@ -252,8 +253,14 @@ KINDS: dict[str, Kind] = {
         (
             Group(
                 ("run/config.yaml", "run/summary.json", "run/metrics.jsonl", "run/evaluation_documents.jsonl"),
-                (lambda f: read_run(f / "run"),),
-                (("compare", "run", "run2", "--output", "o"), RESUME, ("compare", "run", "run2", "--json", "o.json")),
+                (lambda f: read_run(f / "run"), run_records),
+                (
+                    ("compare", "run", "run2", "--output", "o"),
+                    RESUME,
+                    ("compare", "run", "run2", "--json", "o.json"),
+                    ("runs", ".", "--sort", "loss", "--where", "state=*"),
+                    ("runs", ".", "--json"),
+                ),
             ),
             Group(
                 (f"{STEP}/config.yaml",),
@@ -265,6 +272,7 @@ KINDS: dict[str, Kind] = {
                     ("export", "run", "o"),
                     (*TRAIN, "train.init_from=run"),
                     ("explain", f"{STEP}/config.yaml"),
+                    ("config", "run", "--resolved"),
                     RESUME,
                 ),
             ),
@@ -326,6 +334,8 @@ KINDS: dict[str, Kind] = {
                     ("plan", "mine.yaml", "--devices", "2"),
                     ("verify", "up", "--source", "dense", "--layers", "0:1"),
                     ("plugins", "--json"),
+                    ("config", "mine.yaml", "train.steps=2"),
+                    ("config", "--keys", "train"),
                     ("upcycle", "recipe.yaml", "--dry-run"),
                     ("architectures", "--json"),
                     (*TRAIN, "--force"),

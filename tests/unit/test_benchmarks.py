@@ -72,7 +72,10 @@ def test_the_readme_gets_its_figures_from_the_demos_comparisons(root: Path, tmp_
             "difference": {"difference": -0.5, "low": -0.75, "high": -0.25}}  # fmt: skip
     for report in ("report_equal_tokens", "report_equal_flops"):
         (tmp_path / report).mkdir()
-        said = {"variants": [line], "sentences": ["upcycled is better than dense.", "At equal tokens: ..."]}
+        said = {"variants": [line], "sentences": [
+            "upcycled is better than dense: −0.5 bits per byte (1 %). It took 2 × the FLOPs.", "At equal tokens: ...",
+            "upcycled_b is worse than dense.",
+        ]}  # fmt: skip
         (tmp_path / report / "comparison.json").write_text(json.dumps(said))
     readme = tmp_path / "README.md"
     readme.write_text((root / "README.md").read_text())
@@ -81,8 +84,11 @@ def test_the_readme_gets_its_figures_from_the_demos_comparisons(root: Path, tmp_
         assert done.returncode == 0, done.stderr
     text = readme.read_text()
     assert text.count("On two cores it took 7 min") == 1
-    assert text.count("upcycled (3 seeds)                 3.2500   −0.5000 [−0.7500, −0.2500]") == 2
-    assert text.count("- upcycled is better than dense.") == 2
+    assert text.count(" upcycled (3 seeds)              3.2500  −0.5000 [−0.7500, −0.2500]  better\n") == 2
+    for budget in ("tokens", "FLOPs"):
+        assert f"- At equal {budget}: upcycled is better than dense; upcycled_b is worse than dense.\n" in text
+    written = text.split("<!-- demo: begin")[1].split("<!-- demo: end")[0]
+    assert max(len(line) for line in written.split("```")[1].splitlines()) <= 80
     assert text.split("<!-- demo: end -->")[1] == (root / "README.md").read_text().split("<!-- demo: end -->")[1]
 
 

@@ -41,14 +41,15 @@ FLOORS = (
     {"hookspecs", "plugin_modules", "installed", "initialiser_promises"},
     {"registry"},
     {"layouts", "trust"},
-    {"builder", "generate"},
+    {"builder"},
     {"hf", "planning"},
     {"checkpoint"},
     {"integrity"},
     {"origin"},
-    {"loading"},
-    {"train"},
-    {"routes"},
+    {"loading", "parallel"},
+    {"training"},
+    {"session"},
+    {"routes", "run_table"},
     {"testing"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -133,10 +134,14 @@ def test_core_is_built_in_floors() -> None:
     ("library", "door"),
     [
         ("tensorboard", "plugins/moelab_plugins/observers/"),
+        ("wandb", "plugins/moelab_plugins/observers/wandb.py"),
+        ("trackio", "plugins/moelab_plugins/observers/trackio.py"),
+        ("pyarrow", "plugins/moelab_plugins/observers/table.py"),
         ("megablocks", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
         ("stk", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
         ("triton", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
         ("transformers", "tools/moelab_tools/tokenizer_check.py"),
+        ("pandas", "core/moelab/run_table/frame.py"),
         ("xxhash", "core/moelab/checksums.py"),
     ],
 )
@@ -166,7 +171,7 @@ READERS = {
 }  # fmt: skip
 # Beside the reader, whole files are read from the kernel, from what is installed, and by the maker of a tokenizer.
 WHOLE_FILES = {
-    "core/moelab/nn/room.py", "core/moelab/train/limits.py", "core/moelab/lock.py",
+    "core/moelab/nn/room.py", "core/moelab/training/limits.py", "core/moelab/lock.py",
     "tools/moelab_tools/upcycle_receipt.py", "tools/moelab_tools/qwen2_tokenizer.py",
     "plugins/moelab_plugins/data_sources/_installed_text.py",
 }  # fmt: skip
@@ -201,12 +206,12 @@ def test_nothing_that_runs_what_it_reads_is_imported() -> None:
 def test_upcycling_never_imports_the_model() -> None:
     for path in sorted((ROOT / "upcycling").rglob("*.py")):
         names = list(_imports(ast.parse(path.read_text())))
-        assert not any(name.startswith(("moelab.nn", "moelab.builder", "moelab.train")) for name in names), path
+        assert not any(name.startswith(("moelab.nn", "moelab.builder", "moelab.training")) for name in names), path
 
 
 def test_core_stands_alone() -> None:
     outcome = subprocess.run(
-        [sys.executable, "-c", "import moelab, moelab.registry, moelab.train.trainer"],
+        [sys.executable, "-c", "import moelab, moelab.registry, moelab.training.trainer"],
         env={"PYTHONPATH": str(ROOT / "core"), "PATH": ""}, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert outcome.returncode == 0, outcome.stderr
@@ -237,7 +242,8 @@ def test_the_lowest_versions_are_the_minima_of_pyproject() -> None:
 def test_importing_a_builtin_plugin_is_cheap_of_heavy_libraries() -> None:
     code = (
         "import sys; from moelab import Registry; Registry(entry_points=False); "
-        "heavy = {'tensorboard', 'megablocks', 'triton', 'transformers', 'plotly', 'scipy'} & set(sys.modules); "
+        "heavy = {'tensorboard', 'wandb', 'trackio', 'pyarrow', 'megablocks', 'triton', 'transformers', "
+        "'scipy'} & set(sys.modules); "
         "assert not heavy, heavy"
     )
     outcome = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -38,6 +38,22 @@ def test_the_documented_router_conforms_and_is_listed(root: Path, tmp_path: Path
     assert '"comment": "of the softmax; higher is flatter"' in outcome.stdout
 
 
+@pytest.mark.parametrize(
+    ("hook", "check"),
+    [
+        ("moelab_observers", "check_observer(component)"),
+        ("moelab_data_sources", "check_data_source(component, {'file': 'rows.txt'})"),
+        ("moelab_balance_losses", "check_balance_loss(component, balanced=0.0)"),
+    ],
+)
+def test_the_documented_parts_of_other_kinds_conform(hook: str, check: str, root: Path, tmp_path: Path) -> None:
+    (source,) = (block for block in _blocks(root, "python") if f"def {hook}" in block)
+    (tmp_path / "rows.txt").write_text("".join(f"Row {n} says {n * n}.\n" for n in range(40)))
+    (tmp_path / "check.py").write_text(f"{source}\nfrom moelab.testing import *\n(component,) = {hook}()\n{check}\n")
+    outcome = subprocess.run([sys.executable, "check.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+
+
 @pytest.mark.parametrize("name", sorted(pages()))
 def test_a_generated_page_is_up_to_date(root: Path, name: str) -> None:
     found = (root / "docs/plugins" / name).read_text()

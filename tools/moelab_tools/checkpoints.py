@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -19,10 +20,11 @@ from moelab.config.stored import read_stored_tree
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import CheckpointError, ConfigError
 from moelab.origin import Origin, origin_layer, origin_of, read_origin
-from moelab.paths import user_path
+from moelab.paths import Places, user_path
 from moelab.registry import Registry
-from moelab.train.setup import resolve_run
-from moelab.train.start import differences, refuse_others
+from moelab.training.setup import resolve_run
+from moelab.training.start import differences, refuse_others
+from moelab_tools.terminal import wrapped
 
 
 def tokenizer_of(path: Path, given: str | None) -> Tokenizer:
@@ -78,8 +80,7 @@ def evaluation_config(path: Path, arguments: tuple[str, ...], *, trust: bool = F
     needed = () if own else ("run_dir=unused",)
     loaded = load_config([*arguments, *needed], RunConfig, below=lambda config: layer, trust=trust)
     run = loaded.config
-    run.search_path += [str(folder.resolve()) for folder in loaded.search_path]
-    registry = Registry(run.plugins, run.entry_points, plugin_folders(loaded, trust=trust))
+    registry = Registry(run.plugins, run.entry_points, plugin_places(loaded, trust=trust))
     try:
         _check_origin(run, origin, registry)
     except ConfigError as error:
@@ -91,14 +92,11 @@ def evaluation_config(path: Path, arguments: tuple[str, ...], *, trust: bool = F
     return run, registry
 
 
-def plugin_folders(loaded: Loaded[RunConfig], *, trust: bool = False) -> list[Path]:
-    """Where the modules that a config names are looked for: in the user's search_path, beside their files, and here.
-
-    What a stored config says of places is data, unless `trust`.
-    """
+def plugin_places(loaded: Loaded[RunConfig], *, trust: bool = False) -> Places:
+    """Where the modules that a config names are looked for; what data says of places counts with `trust` alone."""
     saying = [layer for layer in loaded.layers if "search_path" in layer.tree]
-    own = loaded.config.search_path if saying and (trust or not saying[-1].data) else []
-    return [*(user_path(path, "search_path") for path in own), *loaded.search_path, Path()]
+    from_data = bool(saying) and saying[-1].data
+    return loaded.places("plugins") if from_data and not trust else loaded.config.places("plugins")
 
 
 def take_up_plugins(run: RunConfig, *, verify: bool = True) -> None:
@@ -121,8 +119,8 @@ def _check_origin(run: RunConfig, origin: Origin, registry: Registry) -> None:
 def tell_origin(loaded: Loaded[RunConfig]) -> None:
     """Say on stderr where model and tokenizer come from, if from a checkpoint."""
     if loaded.below is not None:
-        click.echo(
+        told = (
             f"model: as in {loaded.below.origin}, where the config does not say it; "
-            f"tokenizer: {loaded.config.data.tokenizer}",
-            err=True,
+            f"tokenizer: {loaded.config.data.tokenizer}"
         )
+        click.echo(wrapped(told, sys.stderr), err=True)

@@ -9,13 +9,16 @@ from importlib import import_module
 
 import click
 
+from moelab import __version__
 from moelab.printable import LONGEST_MESSAGE, printable
 
 # Name -> what `moelab --help` says. The file commands/NAME.py holds `command`, imported when it is run.
 COMMANDS = {
+    "demo": "Dense Qwen2 -> upcycle -> train variants -> compare, on real text.",
     "train": "Train a model from a config; writes a run folder.",
     "sweep": "Train variants times seeds, then compare them.",
     "experiment": "Run a declared experiment, judge it by its own rule.",
+    "runs": "List run folders: state, step, held-out loss, and what differs.",
     "evaluate": "Held-out loss of a checkpoint.",
     "generate": "Continue a prompt with a checkpoint.",
     "upcycle": "Turn a dense Qwen2 checkpoint into a Qwen2-MoE one.",
@@ -27,7 +30,9 @@ COMMANDS = {
     "replay": "Force a trace's routes on a model, and say what changes.",
     "agreement": "How far two traces of the same text agree, layer by layer.",
     "ablate": "Remove experts or change routes, and say what it costs.",
+    "config": "Print what a config comes to, every key there is, or a schema for editors.",
     "plugins": "List every plugin with its options.",
+    "new": "Write a package with a router of your own, or another part, that passes the kit.",
     "explain": "Print what each layer of a config is built from, with parameters and FLOPs.",
     "architectures": "Print the table of the shipped model configs.",
     "plan": "Predict the memory and communication of a config on N devices.",
@@ -66,6 +71,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="moelab")
 def moelab() -> None:
     """Find out which mixture-of-experts language model is better, and why.
 
@@ -90,6 +96,10 @@ def run(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if "_MOELAB_COMPLETE" in os.environ:  # a shell asks what Tab offers
+        from moelab_tools.completion import use_bash
+
+        use_bash()
     teller = _Warnings(logging.WARNING)
     logging.getLogger("moelab").addHandler(teller)
     try:
@@ -121,7 +131,13 @@ class _Warnings(logging.Handler):
         if record.levelno >= logging.ERROR:  # ends the command, which says it itself
             return
         message = printable(record.getMessage(), LONGEST_MESSAGE, keep="\n")
-        click.echo(f"{record.levelname.lower()}: {message}", err=True)
+        _tell(f"{record.levelname.lower()}: {message}")
+
+
+def _tell(message: str) -> None:
+    from moelab_tools.terminal import wrapped
+
+    click.echo(wrapped(message, sys.stderr), err=True)
 
 
 def _explain(error: Exception) -> int:
@@ -131,18 +147,18 @@ def _explain(error: Exception) -> int:
     from moelab.shortage import shortage
 
     if isinstance(error, UserError):
-        click.echo(f"error: {error}", err=True)
+        _tell(f"error: {error}")
         return EXIT_USER
     if isinstance(error, RunFailure):
-        click.echo(f"failed: {error}", err=True)
+        _tell(f"failed: {error}")
         return EXIT_FAILED
     found = shortage(error)
     if found is not None:
-        click.echo(f"failed: {found}", err=True)
+        _tell(f"failed: {found}")
         return EXIT_FAILED
     fault = strangers_fault(error)
     if fault is not None:
-        click.echo(f"error: {fault}", err=True)
+        _tell(f"error: {fault}")
         return EXIT_USER
     raise error
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moelab.components import Component
+from moelab.config.comments import field_comments
+from moelab.config.keys import option_words
+from moelab.errors import ConfigError, near
 from moelab.hookspecs import EXTENSION_POINTS, ExtensionPoint
-from moelab.registry import Registry, option_fields
+from moelab.registry import Registry
 
-_FIELD = re.compile(r"^\s+(\w+)\s*:[^#\n]*#\s*(.+)$", re.MULTILINE)
 _SECTION = re.compile(r"^(Formula|Source|Inference|Use|Cost):\s*", re.MULTILINE)
 
 
@@ -39,33 +40,50 @@ class PluginEntry:
     sections: dict[str, str]  # {"": the text before the first, "Formula": ...}
 
 
+def plural(point: ExtensionPoint[Any, Any]) -> str:
+    """ "balance losses": what several plugins of a kind are called."""
+    return point.hook.removeprefix("moelab_").replace("_", " ")
+
+
 def describe_plugins(registry: Registry) -> list[PluginEntry]:
     """Every plugin of every extension point, in their order."""
     return [entry for point in EXTENSION_POINTS for entry in describe_point(registry, point)]
 
 
+def choose(entries: list[PluginEntry], words: Sequence[str]) -> tuple[list[PluginEntry], list[PluginEntry]]:
+    """(those of the kinds, those of the names) that `words` say; no words: all, as of a kind.
+
+    A kind goes by its name, one or many, its hook or its key. Raises ConfigError for a word that is neither.
+    """
+    if not words:
+        return entries, []
+    keys = {name: point.key for point in EXTENSION_POINTS for name in _names(point)}
+    wanted = [word.replace("-", "_").replace(" ", "_") for word in words]
+    for word, said in zip(wanted, words, strict=True):
+        if word not in keys and not any(entry.name == word for entry in entries):
+            kinds = [plural(point).replace(" ", "_") for point in EXTENSION_POINTS]
+            close = near(word, [*(entry.name for entry in entries), *kinds])
+            raise ConfigError(f"{said}: no plugin and no kind of plugins{close} Kinds: {', '.join(kinds)}")
+    chosen = {keys[word] for word in wanted if word in keys}
+    return [e for e in entries if e.key in chosen], [e for e in entries if e.key not in chosen and e.name in wanted]
+
+
+def _names(point: ExtensionPoint[Any, Any]) -> tuple[str, ...]:
+    many = plural(point).replace(" ", "_")
+    return point.kind.replace(" ", "_"), many, point.hook, point.key
+
+
 def describe_point(registry: Registry, point: ExtensionPoint[Any, Any]) -> Iterator[PluginEntry]:
     """The plugins of one extension point, by name."""
     for name, component in registry.components(point).items():
-        comments = option_comments(component)
+        comments = field_comments(component.options)
         options = [
-            OptionEntry(key, kind, default, comments.get(key, "")) for key, kind, default in option_fields(component)
+            OptionEntry(key, kind, default, comments.get(key, ""))
+            for key, kind, default in option_words(component.options)
         ]
         text = inspect.getdoc(component.build) or ""
         sections = _sections(text.partition("\n")[2])
         yield PluginEntry(point.kind, point.key, name, component.owner, component.summary, options, sections)
-
-
-def option_comments(component: Component[Any, Any]) -> dict[str, str]:
-    """{option: the comment behind its field}, base classes included; empty where there is no source."""
-    found: dict[str, str] = {}
-    for owner in reversed(component.options.__mro__):
-        try:
-            source = inspect.getsource(owner)
-        except (OSError, TypeError):
-            continue
-        found |= {name: comment.strip() for name, comment in _FIELD.findall(source)}
-    return found
 
 
 def _sections(text: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moelab.printable import printable
-from moelab.train.evaluation import Evaluation, Sums
+from moelab.training.evaluation import Evaluation, Sums
 from moelab_tools.compare.contrast import over_pairs
 from moelab_tools.compare.measure import BITS_PER_BYTE, NATS_PER_TOKEN, Measure
 
@@ -74,6 +74,11 @@ def lines(found: Mapping[str, Mapping[str, Level]], measure: Measure) -> list[st
     """As a terminal shows them."""
     names = {name: printable(name, 60) for part in found.values() for name in part}
     width = max(map(len, names.values()))
+    levels = [one for part in found.values() for one in part.values()]
+    texts, tokens = (
+        max(len(f"{count:,}") for count in counts)
+        for counts in ([one.documents for one in levels], [one.tokens for one in levels])
+    )
     told = [f"{measure.name} [95 % interval over documents]"]
     for kind, part in found.items():
         told.append(f"{HEADINGS[kind]}:")
@@ -81,7 +86,7 @@ def lines(found: Mapping[str, Mapping[str, Level]], measure: Measure) -> list[st
             interval = "" if one.low is None or one.high is None else f"[{one.low:.4f}, {one.high:.4f}]"
             rough = "  few documents" if one.documents < FEW else ""
             told.append(
-                f"  {names[name]:<{width}}  {one.value:8.4f}  {interval:<18}  {one.documents:>6,} documents  "
-                f"{one.tokens:>9,} tokens{rough}"
+                f"  {names[name]:<{width}}  {one.value:8.4f}  {interval:<16}  {one.documents:>{texts},} documents  "
+                f"{one.tokens:>{tokens},} tokens{rough}"
             )
     return told

@@ -13,7 +13,7 @@ from typing import Any
 
 from moelab.hookspecs import EXTENSION_POINTS, ExtensionPoint
 from moelab.registry import Registry
-from moelab_tools.describe_plugins import PluginEntry, describe_point
+from moelab_tools.describe_plugins import PluginEntry, describe_point, plural
 
 TITLES = {
     "Formula": "Formula",
@@ -77,8 +77,7 @@ def _page(point: ExtensionPoint[Any, Any], entries: list[PluginEntry]) -> str:
 
 
 def _title(point: ExtensionPoint[Any, Any]) -> str:
-    plural = f"{point.kind}es" if point.kind.endswith("s") else f"{point.kind}s"
-    return plural[0].upper() + plural[1:]
+    return plural(point).capitalize()
 
 
 def _cell(text: str) -> str:

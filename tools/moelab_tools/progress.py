@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -17,8 +19,13 @@ LONGEST_NAME = 60  # characters before the bar
 LINES = 10  # about so many lines are printed where no bar can be drawn, as in a log
 
 
+def _in_a_notebook(console: Console) -> bool:
+    """Whether rich can draw there: in Jupyter it needs ipywidgets, and without them lines are printed, as in a log."""
+    return console.is_jupyter and find_spec("ipywidgets") is not None
+
+
 class TrainingProgress:
-    """An observer for the terminal."""
+    """An observer for the terminal, and for notebooks."""
 
     def __init__(self, steps: int) -> None:
         self.console = make_console()
@@ -32,7 +39,7 @@ class TrainingProgress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not (self.console.is_terminal or _in_a_notebook(self.console)),
         )
         self._task: TaskID | None = None
 
@@ -45,7 +52,7 @@ class TrainingProgress:
             f"{parameters['active'] / PARAMETER_UNIT:.2f} M active{' as declared' if parts else ''}; "
             f"{escape(described)}; {facts['device']}, {facts['dtype']}, {facts['threads']} threads",
             highlight=False,
-            soft_wrap=True,
+            soft_wrap=not self.console.is_terminal,
         )
         if step:
             self.console.print(f"resumed at step {step}")

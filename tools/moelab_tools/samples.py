@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from moelab.generate import Sampling, generate
 from moelab.integrity import verified
 from moelab.loading import read_model
+from moelab.nn.generate import Sampling, generate
 from moelab.origin import check_vocabulary, end_token_ids, read_origin
 from moelab.printable import printable
 from moelab_tools.checkpoints import tokenizer_of

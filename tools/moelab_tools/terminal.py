@@ -6,7 +6,9 @@ composed of styles and text, and `make_console()` has the texts spelled out befo
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -54,13 +56,44 @@ def guarded() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def make_console(width: int | None = None) -> Console:
+def wrapped(text: str, stream: TextIO) -> str:
+    """`text` for `stream`: on a terminal broken between words, what goes on indented; elsewhere as it is.
+
+    A log's line stays one line, which is looked for as one.
+    """
+    if not stream.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return "\n".join(_broken(line, width) for line in text.split("\n"))
+
+
+def _broken(line: str, width: int) -> str:
+    """Words longer than the terminal is wide stay whole: they are paths."""
+    if len(line) <= width:
+        return line
+    indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.fill(line, width, subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False)
+
+
+def make_console(width: int | None = None, *, stderr: bool = False) -> Console:
     """A rich console for texts of anybody; `width` where there is no terminal."""
-    console = Console()
+    # Held on to: while a bar is drawn, rich puts a stream of its own over the two and looks through one layer only, so
+    # that the bar's controls would end in the guard, which spells them out.
+    stream: Any = sys.stderr if stderr else sys.stdout
+    file: Any = stream if isinstance(stream, Guard) else None
+    console = Console(file=file, stderr=stderr)
     if width is not None and not console.is_terminal:
-        console = Console(width=width)
+        console = Console(file=file, stderr=stderr, width=width)
     console.push_render_hook(_SpeltOut())
     return console
+
+
+def fold(text: str, width: int, first: str = "", rest: str = "") -> str:
+    """A text in lines of at most `width` columns, words whole; `first` and `rest` stand before the lines."""
+    lines = textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False, break_long_words=False
+    )
+    return "\n".join(lines or [first])
 
 
 class _SpeltOut(RenderHook):

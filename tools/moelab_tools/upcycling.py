@@ -42,8 +42,9 @@ def run_upcycle(request: UpcycleRequest) -> None:
     loaded = load_config(request.arguments, UpcycleConfig)
     config = loaded.config
     try:
-        registry = registry_of(config, loaded.search_path)
-        plan = prepare(config, registry, loaded.search_path)
+        folders = loaded.places("plugins").all()
+        registry = registry_of(config, folders)
+        plan = prepare(config, registry, folders)
     except ConfigError as error:
         raise loaded.blame(error) from error
     layers = parse_layers(request.layers, plan.target.num_hidden_layers)

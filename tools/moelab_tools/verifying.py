@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moelab.checkpoint import CHECKPOINTS, CONFIG, STATE, checkpoints
+from moelab.checkpoint import BEST, CHECKPOINTS, CONFIG, STATE, checkpoints
 from moelab.errors import CheckpointError, RunFailure
 from moelab.integrity import Finding, inspect
 from moelab.manifest import MANIFEST
@@ -46,12 +46,15 @@ def verify_checkpoints(path: Path) -> None:
 
 
 def checkpoints_of(path: Path) -> list[Path]:
-    """Of a run folder all of its checkpoints, oldest first, or the one that `path` is. Raises CheckpointError."""
+    """Of a run folder all of its checkpoints, oldest first, then the best if it keeps one; or the one that `path` is.
+
+    Raises CheckpointError where there is none.
+    """
     if (path / CHECKPOINTS).is_dir():
         found = checkpoints(path)
         if not found:
             raise CheckpointError(f"{path}: this run has no checkpoint")
-        return found
+        return [*found, *[best for best in [path / BEST] if best.is_dir()]]
     if any((path / name).is_file() for name in (STATE, CONFIG)):
         return [path]
     raise CheckpointError(

@@ -6,8 +6,9 @@ import sys
 import time
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from moelab_tools.terminal import make_console
 
 QUIET, EVERY = 2.0, 15.0  # seconds before the first word, and between the lines of a log
 
@@ -32,7 +33,7 @@ class Waiting:
             return
         elif self._terminal:
             columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=make_console(stderr=True), transient=True)
             self._bar.start()
             self._task = self._bar.add_task(self._label, total=self._total, completed=self._done)
         else:

@@ -24,6 +24,7 @@ from moelab.hookspecs import (
     ROUTER_INITIALISERS,
     SHARED_INITIALISERS,
 )
+from moelab.paths import Places
 from moelab.plugin_faults import plugins_told
 from moelab.registry import Registry
 from moelab_upcycling.dtypes import raw_bytes
@@ -56,7 +57,7 @@ class ShardResult:
 def light_registry(plugins: tuple[str, ...], entry_points: bool, search_path: tuple[str, ...]) -> Registry:
     """Layouts and initialisers only, so that no process imports torch for its 300 MB."""
     points = (EXPERT_LAYOUTS, EXPERT_INITIALISERS, SHARED_INITIALISERS, ROUTER_INITIALISERS, OUTPUT_SCALINGS)
-    return Registry(plugins, entry_points, [Path(p) for p in search_path], points=points)
+    return Registry(plugins, entry_points, Places(search=tuple(map(Path, search_path))), points=points)
 
 
 class ShardMaker:

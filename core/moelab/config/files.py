@@ -27,6 +27,7 @@ class Layer:
     origin: str  # the file's path, or the override as it was typed
     tree: dict[str, Any]
     data: bool = False  # of a folder of weights or results, so nothing of it is run unasked
+    folder: Path | None = None  # the file's; None: of an override, or of data
 
 
 def config_folder() -> Path:
@@ -76,7 +77,7 @@ def file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[Layer]:
         raise ConfigError(f"{path}: `base` goes round in a circle: {' -> '.join(str(p) for p in (*seen, resolved))}")
     tree = read_file(path)
     layers = [layer for key_path, name in _take_bases(tree, ()) for layer in _base(path, key_path, name, seen)]
-    return [*layers, Layer(str(path), tree)]
+    return [*layers, Layer(str(path), tree, folder=path.parent.absolute())]
 
 
 def override_layer(text: str) -> Layer:
@@ -121,7 +122,7 @@ def _base(path: Path, key_path: tuple[str, ...], name: str, seen: tuple[Path, ..
             continue
         for key in reversed(key_path):
             part = {key: part}
-        layers.append(Layer(layer.origin, part))
+        layers.append(Layer(layer.origin, part, folder=layer.folder))
     if not layers:
         raise ConfigError(f"{path}: {'.'.join((*key_path, 'base'))}: {base} has no section '{'.'.join(key_path)}'")
     return layers
@@ -139,10 +140,10 @@ def _take_bases(tree: dict[str, Any], key_path: tuple[str, ...]) -> list[tuple[t
     return found
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """The tree of a YAML file, a mapping. Raises ConfigError naming the file and the line."""
+def read_file(path: Path, *, quick: bool = False) -> dict[str, Any]:
+    """The tree of a YAML file, a mapping. Raises ConfigError naming the file and the line; `quick` as `read_tree`'s."""
     reading = Reading(ConfigError, "a config is a text file, YAML in UTF-8")
-    tree = read_tree(read_text(path, reading, LARGEST_FILE), str(path))
+    tree = read_tree(read_text(path, reading, LARGEST_FILE), str(path), quick=quick)
     if settle(tree) is None:
         return {}
     if not isinstance(tree, dict):

@@ -7,17 +7,27 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from moelab.config.files import Layer, file_layers, find_config, is_override, override_layer, subtree
-from moelab.config.interpolation import KeyPath, resolve
+from moelab.config.interpolation import KeyPath, leaves, resolve
 from moelab.config.overlay import overlay, section_schemas
 from moelab.config.scalars import settle
 from moelab.config.stored import is_stored, read_stored_tree
 from moelab.config.typed import SCHEMA
 from moelab.errors import ConfigError, near
+from moelab.paths import Places
 
 SchemaT = TypeVar("SchemaT")
+
+
+@runtime_checkable
+class HasPlaces(Protocol):
+    """A schema that keeps where what it names is looked for."""
+
+    SEARCHED: ClassVar[tuple[str, ...]]  # sections
+    search_path: list[str]
+    said_in: dict[str, dict[str, Path]]
 
 
 @dataclass(frozen=True)
@@ -26,8 +36,16 @@ class Loaded(Generic[SchemaT]):
 
     config: SchemaT
     layers: list[Layer]
-    search_path: list[Path]  # folders of the config files: where their own plugins lie
     below: Layer | None = None  # the lowest of the layers, if it is a checkpoint's
+
+    @property
+    def search_path(self) -> list[Path]:
+        """Folders of the config files, their bases' included; whose text counts most comes first."""
+        return list(dict.fromkeys(layer.folder for layer in reversed(self.layers) if layer.folder is not None))
+
+    def places(self, section: str) -> Places:
+        """Where what `section` names is looked for: plugins, data."""
+        return Places(said_in(self.layers, section), tuple(self.search_path))
 
     def blame(self, error: ConfigError) -> ConfigError:
         """The same complaint with the file or override that set the key it begins with."""
@@ -48,14 +66,12 @@ def load_config(
     taken up, unless `trust`.
     Raises ConfigError for an unknown key, a wrong type, a missing value, or what `schema.check()` refuses.
     """
-    paths = [find_config(argument) for argument in arguments if not is_override(argument)]
-    layers = [layer for path in paths for layer in _layers_of(path)]
-    layers += [override_layer(argument) for argument in arguments if is_override(argument)]
-    merged = _merge(layers, schema)
+    layers = read_layers(arguments)
+    merged = merge_layers(layers, schema)
     lowest = below(_readable(merged, schema)) if below is not None else None
     if lowest is not None:
         layers.insert(0, lowest)
-        merged = _merge(layers, schema)
+        merged = merge_layers(layers, schema)
     if not trust:
         _refuse_plugins_of_data(layers)
     try:
@@ -67,10 +83,42 @@ def load_config(
             check()
     except ConfigError as error:
         raise _blame(error, layers) from error
-    return Loaded(config, layers, list(dict.fromkeys(path.parent for path in paths)), lowest)
+    loaded = Loaded(config, layers, lowest)
+    if isinstance(config, HasPlaces):
+        config.said_in = {section: said_in(layers, section) for section in config.SEARCHED}
+        config.search_path = _for_good(config, loaded.search_path)
+    return loaded
 
 
-def _merge(layers: Sequence[Layer], schema: Any) -> dict[str, Any]:
+def _for_good(config: HasPlaces, folders: Sequence[Path]) -> list[str]:
+    """`search_path` as it is stored, for who opens the run later and elsewhere: all places, first those of the data."""
+    here = Path.cwd()
+    files = [str(folder) for folder in reversed(config.said_in.get("data", {}).values()) if folder != here]
+    return list(dict.fromkeys([*files, *config.search_path, *map(str, folders), str(here)]))
+
+
+def said_in(layers: Sequence[Layer], section: str) -> dict[str, Path]:
+    """{text of a value in this section: the folder of the last file that says it}; the current one, where typed.
+
+    What data says has no folder of its own.
+    """
+    found: dict[str, Path] = {}
+    for layer in layers:
+        for _, leaf in leaves({section: layer.tree.get(section)}):
+            if isinstance(leaf, str):
+                found.pop(str(leaf), None)  # said again: in the order of the last word
+                found |= {} if layer.data else {str(leaf): layer.folder or Path.cwd()}
+    return found
+
+
+def read_layers(arguments: Sequence[str]) -> list[Layer]:
+    """What files and overrides say, lowest first."""
+    paths = [find_config(argument) for argument in arguments if not is_override(argument)]
+    layers = [layer for path in paths for layer in _layers_of(path)]
+    return layers + [override_layer(argument) for argument in arguments if is_override(argument)]
+
+
+def merge_layers(layers: Sequence[Layer], schema: Any) -> dict[str, Any]:
     """The layers, lowest first, as one tree. Raises ConfigError for a key that `schema` does not have."""
     merged: dict[str, Any] = {}
     for layer in layers:

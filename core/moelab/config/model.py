@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import MISSING
 
@@ -12,42 +12,45 @@ from moelab.errors import ConfigError
 # So few that what is counted layer by layer ends, and that the bytes of one matrix are a number of 64 bits. The deepest
 # published transformer has 1,000 layers (DeepNet, 2203.00555, abstract).
 MOST_LAYERS, LARGEST_SIZE, LARGEST_MATRIX = 1024, 2**31 - 1, 2**48
-Part = dict[str, Any]  # {name: ..., options}: what selects a plugin
+PART = "part"  # marks the keys that select a plugin, for who describes them
+Part = Annotated[dict[str, Any], PART]  # {name: ..., options}
 
 
 @dataclass
 class MoEConfig:
     """Which plugins make a layer sparse."""
 
-    layout: Part = field(default_factory=lambda: {"name": "uniform"})
-    router: Part = field(default_factory=lambda: {"name": "softmax_topk"})
-    shared_expert: Part = field(default_factory=lambda: {"name": "none"})
-    backend: Part = field(default_factory=lambda: {"name": "auto"})
+    layout: Part = field(default_factory=lambda: {"name": "uniform"})  # how many experts, how wide, in which layers
+    router: Part = field(default_factory=lambda: {"name": "softmax_topk"})  # which experts a token goes to
+    shared_expert: Part = field(default_factory=lambda: {"name": "none"})  # that every token passes through
+    backend: Part = field(default_factory=lambda: {"name": "auto"})  # what computes the experts
+    # Terms of the training loss; each takes `layers`, a pattern like "0-3,7", and `schedule` of its weight too.
     balance_losses: list[Part] = field(default_factory=list)
     expert_chunk: int | None = (
         None  # assignments a layer computes at once; more take longer, not more memory. None: all
     )
     allow_noncausal: bool = False  # let routers that look at later tokens into this decoder
-    layers: dict[str, dict[str, Part]] = field(default_factory=dict)  # {"0": {router: ...}, "20-27": {...}}
+    # Parts of single layers in place of those above: {"0": {router: ...}, "20-27": {...}}.
+    layers: dict[str, dict[str, Part]] = field(default_factory=dict)
 
 
 @dataclass
 class ModelConfig:
     """A Qwen2 decoder; dense when `moe` is null."""
 
-    vocab_size: int = MISSING
-    hidden_size: int = MISSING
+    vocab_size: int = MISSING  # rows of the embedding: at least the tokenizer's ids
+    hidden_size: int = MISSING  # width of a token's state
     intermediate_size: int = MISSING  # width of the dense FFN
-    num_hidden_layers: int = MISSING
-    num_attention_heads: int = MISSING
-    num_key_value_heads: int = MISSING
+    num_hidden_layers: int = MISSING  # decoder layers
+    num_attention_heads: int = MISSING  # of the queries
+    num_key_value_heads: int = MISSING  # of keys and values, each shared by a group of query heads
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    max_position_embeddings: int = 32768
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1_000_000.0
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-    moe: MoEConfig | None = None
+    max_position_embeddings: int = 32768  # tokens of the longest sequence
+    rms_norm_eps: float = 1e-6  # added to the mean square under the root
+    rope_theta: float = 1_000_000.0  # base of the rotary embedding's wavelengths
+    tie_word_embeddings: bool = False  # the output projection is the embedding
+    initializer_range: float = 0.02  # standard deviation of new weights
+    moe: MoEConfig | None = None  # experts in place of the dense FFN; null: none
 
     @property
     def attention_head_dim(self) -> int:

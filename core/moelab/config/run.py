@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 from omegaconf import MISSING
 
 from moelab.config.model import ModelConfig, Part
 from moelab.errors import ConfigError
+from moelab.paths import Places, user_path
 
 MOST_THREADS = 1024  # torch dies of a number that the machine can't start
 
@@ -17,7 +19,7 @@ MOST_THREADS = 1024  # torch dies of a number that the machine can't start
 class DataConfig:
     """What is read, and in which pieces."""
 
-    source: Part = field(default_factory=lambda: {"name": "embedded"})
+    source: Part = field(default_factory=lambda: {"name": "embedded"})  # where the text comes from
     tokenizer: str = "bytes"  # "bytes", or the path of a tokenizer.json
     validation_fraction: float = 0.1  # of the documents: those whose text hashes below it are held out
     seed: int = 0  # of the choice of text, where a source chooses (embedded: which files)
@@ -29,10 +31,10 @@ class DataConfig:
 class TrainConfig:
     """How long, in what batches, and how often to look."""
 
-    steps: int = MISSING
+    steps: int = MISSING  # optimizer steps
     batch_size: int = 16  # sequences in an optimizer step
     micro_batch_size: int | None = None  # sequences in a forward pass; None: the whole batch
-    sequence_length: int = 256
+    sequence_length: int = 256  # tokens
     dtype: str = "float32"  # of the matmuls: float32 or bfloat16; parameters and optimizer stay float32
     device: str = "auto"  # auto: cuda when there is one, else cpu
     threads: int | None = None  # CPU threads; None: one a core. Another number gives other bits
@@ -45,6 +47,8 @@ class TrainConfig:
     # run that is stopped, or fails with its state whole, saves too.
     save_every: int | None = None
     keep_checkpoints: int = 2  # the newest ones; 0: all
+    keep_best: bool = False  # beside them, in run_dir/best, the one of the lowest held-out loss (evaluation.every)
+    patience: int | None = None  # evaluations in a row without a lower held-out loss that end the run; null: none do
     init_from: str | None = None  # a checkpoint (Hugging Face or moelab) to start from; None: random
     # Keys under which the config means another model or tokenizer than the checkpoint's: [model.moe.router, ...]; a key
     # covers what lies beneath it. Any other difference is refused.
@@ -57,20 +61,23 @@ class TrainConfig:
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2019). Matrices decay; biases and norms don't."""
 
-    lr: float = 1e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    lr: float = 1e-3  # the highest learning rate; `schedule` says when
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of the first and the second moment
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # decoupled, times the learning rate; of matrices alone
 
 
 @dataclass
 class ScheduleConfig:
     """Learning rate over steps: linear warm-up, then `cosine` or `wsd` (warm-up, stable, decay) or `constant`."""
 
-    name: str = "cosine"
-    warmup_steps: int = 0
+    name: str = "cosine"  # cosine, wsd or constant
+    warmup_steps: int = 0  # in which the rate rises linearly
     min_lr_ratio: float = 0.1  # of optimizer.lr, at the end
     decay_fraction: float = 0.2  # wsd: the last part of the steps, in which the rate falls linearly
+    # Where a run is resumed with more train.steps than its rate was planned for: steps over which it rises again from
+    # where it is to optimizer.lr, before the schedule runs over those left. null: that is refused, as another recipe.
+    rewarm_steps: int | None = None
 
 
 @dataclass
@@ -80,27 +87,28 @@ class EvaluationConfig:
     every: int = 0  # steps; 0: only before the first and at the end
     sequences: int = 64  # of train.sequence_length tokens
     batch_size: int | None = None  # sequences at once; None: as many as are not slower, at least a micro-batch
-    prompts: list[str] = field(default_factory=lambda: ["def ", "The "])
+    prompts: list[str] = field(default_factory=lambda: ["def ", "The "])  # that samples continue
     sample_tokens: int = 64  # 0: no samples
-    temperature: float = 0.8
+    temperature: float = 0.8  # of the samples; 0: always the likeliest token
 
 
 @dataclass
 class RunConfig:
     """All of a `moelab train` run."""
 
-    run_dir: str = MISSING
+    run_dir: str = MISSING  # the folder that is made
     name: str | None = None  # as the comparison calls it; None: the folder's name
     seed: int = 0  # of the initialisation and of all noise
     plugins: list[str] = field(default_factory=list)  # modules beside the config file, or on the path
     entry_points: bool = True  # False: ignore installed packages' plugins
-    search_path: list[str] = field(default_factory=list)  # of plugins and data; the config files' folders are added
+    search_path: list[str] = field(default_factory=list)  # of plugins and data; the configs' folders and . are added
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    # What watches and records the run.
     observers: list[Part] = field(default_factory=lambda: [{"name": "tensorboard"}, {"name": "recorder"}])
     resume: bool = False  # go on from the newest checkpoint in run_dir
     declaration: str | None = None  # hash of the experiment.yaml that this run was made for (moelab experiment)
@@ -111,8 +119,16 @@ class RunConfig:
         {"run_dir", "name", "seed", "data", "train", "optimizer", "schedule", "evaluation", "observers", "resume"}
     )
 
+    SEARCHED: ClassVar[tuple[str, ...]] = ("plugins", "data")  # what names modules and files
+
     def __post_init__(self) -> None:
         self.as_written: dict[tuple[str, ...], str] = {}  # key path -> the expression that is stored there
+        self.said_in: dict[str, dict[str, Path]] = {}  # section -> text in it -> the folder of the file that says it
+
+    def places(self, section: str) -> Places:
+        """Where what `section` names is looked for."""
+        search = tuple(user_path(folder, "search_path") for folder in self.search_path)
+        return Places(self.said_in.get(section, {}), search)
 
     @property
     def order_seed(self) -> int:
@@ -141,6 +157,11 @@ class RunConfig:
         if self.evaluation.batch_size is not None:
             _at_least("evaluation", self.evaluation, "batch_size", 1)
         _at_least("evaluation", self.evaluation, "temperature", 0)
+        for key, asked in (("keep_best", self.train.keep_best), ("patience", self.train.patience is not None)):
+            if asked and not self.evaluation.every:
+                raise ConfigError(
+                    f"train.{key}: looks at evaluations, and there is one, at the end: set evaluation.every"
+                )
         self.model.check()
 
 
@@ -149,6 +170,8 @@ def _check_train(train: TrainConfig) -> None:
         _at_least("train", train, key, 1)
     if train.save_every is not None:
         _at_least("train", train, "save_every", 0)
+    if train.patience is not None:
+        _at_least("train", train, "patience", 1)
     for key in ("grad_clip", "keep_checkpoints", "gradient_shares_every", "probe_every", "activation_checkpointing"):
         _at_least("train", train, key, 0)
     for key in train.init_overrides:
@@ -169,6 +192,8 @@ def _check_schedule(schedule: ScheduleConfig) -> None:
     if schedule.name not in ("cosine", "wsd", "constant"):
         raise ConfigError(f"schedule.name: must be cosine, wsd or constant, not '{schedule.name}'")
     _at_least("schedule", schedule, "warmup_steps", 0)
+    if schedule.rewarm_steps is not None:
+        _at_least("schedule", schedule, "rewarm_steps", 0)
     for key in ("min_lr_ratio", "decay_fraction"):
         if not 0 <= getattr(schedule, key) <= 1:
             raise ConfigError(f"schedule.{key}: must be in 0 .. 1, not {getattr(schedule, key)}")

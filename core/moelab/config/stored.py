@@ -47,7 +47,7 @@ def is_stored(path: Path) -> bool:
 
 def read_stored_tree(path: Path) -> dict[str, Any]:
     """The tree of a stored config. Raises ConfigError naming the file."""
-    tree = read_file(path)
+    tree = read_file(path, quick=True)
     texts = {key: leaf for key, leaf in leaves(tree) if isinstance(leaf, str) and "${" in leaf}
     return dict(replace_leaves(tree, {key: Literal(unescape(leaf)) for key, leaf in texts.items()}))
 

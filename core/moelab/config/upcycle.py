@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from omegaconf import MISSING
 
-from moelab.config.model import Part
+from moelab.config.model import ModelConfig, Part
 from moelab.errors import ConfigError
 
+PartialModel = Annotated[dict[str, Any], ModelConfig]  # some of its keys
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -18,10 +19,10 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "K
 class RecipeConfig:
     """How dense becomes sparse, along axes that compose."""
 
-    experts: Part = field(default_factory=lambda: {"name": "qwen2"})
-    shared: Part = field(default_factory=lambda: {"name": "copy"})
-    router: Part = field(default_factory=lambda: {"name": "normal"})
-    scaling: Part = field(default_factory=lambda: {"name": "none"})
+    experts: Part = field(default_factory=lambda: {"name": "qwen2"})  # where the routed experts' neurons come from
+    shared: Part = field(default_factory=lambda: {"name": "copy"})  # where the shared expert's come from
+    router: Part = field(default_factory=lambda: {"name": "normal"})  # the router's weights
+    scaling: Part = field(default_factory=lambda: {"name": "none"})  # factor on the routed experts' down projections
     silence: float | None = None  # factor on the routed experts' down; 0 makes the start exactly the dense function
     others: str = "mean"  # several sources: everything that is no expert is their mean, or that of the `first`
 
@@ -32,13 +33,13 @@ class UpcycleConfig:
 
     source: str | list[str] = MISSING  # folder of a dense Qwen2 checkpoint, or a list of them to mix
     output: str | None = None  # folder that is made; not needed with --sink hash
-    model: dict[str, Any] = field(default_factory=dict)  # a partial ModelConfig
+    model: PartialModel = field(default_factory=dict)  # of the output, as far as it is not the source's
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
-    seed: int = 0
+    seed: int = 0  # of what is drawn
     dtype: str | None = None  # bfloat16, float16 or float32; None: the source's
     untie: bool = False  # write lm_head although the source ties it: SGLang and llama.cpp read no tied Qwen2-MoE
     workers: int = 2  # processes; the bytes do not depend on it
-    max_shard_size: str = "5GB"
+    max_shard_size: str = "5GB"  # of a file of the output; also 500MB or 2GiB
     plugins: list[str] = field(default_factory=list)  # modules beside the config file, or on the path
     entry_points: bool = True  # False: ignore installed packages' plugins
     store_environment: bool = False  # write into the output what ${oc.env:NAME} stood for; otherwise it is refused

@@ -19,10 +19,12 @@ import numpy as np
 from moelab.data.account import Account
 from moelab.data.deduplicate import LEAK, LEAKED, sort_out
 from moelab.data.identity import TEXT, text_identity
+from moelab.data.reading import resolve_path
 from moelab.data.special_tokens import spelling
 from moelab.data.split import split
 from moelab.data.tokenizer import Tokenizer
 from moelab.errors import DataError
+from moelab.paths import Places
 
 _KEEP = "where the source has the option, deduplicate: false keeps them"
 
@@ -105,9 +107,16 @@ class DataContext:
     tokenizer: Tokenizer
     validation_fraction: float = 0.1  # of all documents, by a hash of their text
     seed: int = 0  # of the choice of text, where a source chooses
-    base: Path = Path()  # the config file's folder
+    places: Places = field(default_factory=Places)  # where files that the options name are looked for
     split_seed: int = 0  # of the split
     account: Account = field(default_factory=Account)  # what a source leaves out, it adds here
+
+    def find(self, path: str) -> Path:
+        """The file or folder that an option names: beside the config file with it, or in the current folder.
+
+        Raises DataError with the places that were tried.
+        """
+        return resolve_path(path, self.places)
 
 
 def build_corpus(

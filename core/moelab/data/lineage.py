@@ -26,7 +26,16 @@ READING = Reading(CheckpointError, "copy it again, with the version of moelab th
 TRAINING, CONVERSION = "training", "conversion"
 # Of a run's config, what changes no weight.
 _FREE = {"run_dir", "name", "declaration", "resume", "observers", "evaluation", "search_path", "seed"}
-_FREE_TRAIN = {"init_from", "log_every", "save_every", "keep_checkpoints", "gradient_shares_every", "probe_every"}
+_FREE_TRAIN = {
+    "init_from",
+    "log_every",
+    "save_every",
+    "keep_checkpoints",
+    "keep_best",
+    "patience",
+    "gradient_shares_every",
+    "probe_every",
+}
 
 
 @dataclass(frozen=True)
@@ -72,11 +81,16 @@ def carried_lineage(folder: Path) -> dict[str, bytes]:
     return {LINEAGE: lineage_of(folder, folder.name).to_bytes()} if (folder / LINEAGE).is_file() else {}
 
 
-def trained(config: RunConfig, start: Lineage | None) -> Lineage:
-    """Of the weights that a run makes from `start`, or from random ones."""
+def trained(config: RunConfig, start: Lineage | None, made: Mapping[str, Any] | None = None) -> Lineage:
+    """Of the weights that a run makes from `start`, or from random ones.
+
+    `made`: what the config doesn't say of their making, such as that they are those of its best evaluation.
+    """
     tree = {key: value for key, value in asdict(config).items() if key not in _FREE}
     tree["train"] = {key: value for key, value in tree["train"].items() if key not in _FREE_TRAIN}
     tree["data"] = {key: value for key, value in tree["data"].items() if key != "order_seed"}
+    del tree["schedule"]["rewarm_steps"]  # `made` says whether and where that happened
+    tree |= {"made": dict(made)} if made else {}
     seeds = f"seed {config.seed}"
     if config.order_seed != config.seed:
         seeds += f", order {config.order_seed}"

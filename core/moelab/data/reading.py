@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import TypeVar
 
 from moelab.data.account import Account
 from moelab.errors import DataError
-from moelab.paths import unresolved_hint, user_path
+from moelab.paths import Places, unresolved_hint, user_path
 from moelab.safe_files import Reading, read_bytes
 
 GLOB_CHARACTERS = "*?["
@@ -19,23 +20,26 @@ LARGEST = 4 << 30  # bytes of one text, which is held whole
 READING = Reading(DataError, "mend it, or leave it out of data.source")
 Key = TypeVar("Key")
 
+logger = logging.getLogger("moelab")
 
-def resolve_path(path: str, base: Path) -> Path:
-    """The file or folder `path` names: beside the config file (`base`) if it is there, else from where one stands.
+
+def resolve_path(path: str, places: Places) -> Path:
+    """The file or folder `path` names, at the first place where it is; that others have it too is told.
 
     Raises DataError with the places that were tried.
     """
-    tried = _candidates(path, base)
-    for candidate in tried:
-        if _exists(candidate):
-            return candidate
+    tried = _candidates(path, places)
+    found = [candidate for candidate in tried if _exists(candidate)]
+    if found:
+        _tell_others(path, found)
+        return found[0]
     raise DataError(
         f"data.source: no file or folder '{path}' (looked for {', '.join(map(str, tried))})" + unresolved_hint(path)
     )
 
 
 def resolve_files(
-    path: str, base: Path, patterns: Sequence[str] = ("**/*",), account: Account | None = None
+    path: str, places: Places, patterns: Sequence[str] = ("**/*",), account: Account | None = None
 ) -> tuple[Path, list[Path]]:
     """A file, a glob, or a folder searched by `patterns` -> (the folder searched, its files in order).
 
@@ -44,29 +48,29 @@ def resolve_files(
     account. Raises DataError when nothing is found.
     """
     account = account or Account()
-    places = [_fixed_part(candidate) for candidate in _candidates(path, base)]
-    for root, rest in places:
-        if rest or not _exists(root):
-            continue
+    roots = [_fixed_part(candidate) for candidate in _candidates(path, places)]
+    named = [root for root, rest in roots if not rest and _exists(root)]
+    for root in named:
+        _tell_others(path, named)
         if root.is_file():
             return root.parent, [root]
         return root, _matches(root, patterns, path, account, tell=True)
-    if not any(rest for _, rest in places):
-        resolve_path(path, base)  # raises, naming the places that were looked at
-    for root, rest in places[:-1]:
+    if not any(rest for _, rest in roots):
+        resolve_path(path, places)  # raises, naming the places that were looked at
+    for root, rest in roots[:-1]:
         if rest and any(_matching(rest, below) for _, below in _walk(root, rest, Account())):
             return root, _matches(root, [rest], path, account)
-    root, rest = places[-1]
+    root, rest = roots[-1]
     return root, _matches(root, [rest], path, account)
 
 
 def distinct_files(
-    paths: Iterable[tuple[Key, str]], base: Path, patterns: Sequence[str], account: Account
+    paths: Iterable[tuple[Key, str]], places: Places, patterns: Sequence[str], account: Account
 ) -> Iterator[tuple[Key, Path, Path]]:
     """(key, folder searched, file) of all paths; a file reached by two names is read under the first, and told."""
     seen: dict[Path, Path] = {}
     for key, path in paths:
-        root, files = resolve_files(path, base, patterns, account)
+        root, files = resolve_files(path, places, patterns, account)
         for file in files:
             first = seen.setdefault(file.resolve(), file)
             if first is not file:
@@ -75,9 +79,14 @@ def distinct_files(
             yield key, root, file
 
 
-def _candidates(path: str, base: Path) -> list[Path]:
+def _candidates(path: str, places: Places) -> list[Path]:
     given = user_path(path, "data.source")
-    return list(dict.fromkeys([(base / given).absolute(), given.absolute()]))
+    return list(dict.fromkeys(folder / given for folder in places.of(path)))
+
+
+def _tell_others(path: str, found: Sequence[Path]) -> None:
+    if len(found) > 1:
+        logger.warning("data.source: '%s' is in several places; %s is read, and not %s", path, *found[:2])
 
 
 def _exists(path: Path) -> bool:

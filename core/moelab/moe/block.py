@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moelab.errors import ConfigError
 from moelab.moe import promises
-from moelab.moe.chunked import compute_in_chunks
+from moelab.moe.chunked import InChunks
 from moelab.moe.contracts import ExpertBackend, ExpertProblem, Router, SharedExpert
 from moelab.moe.experts import ExpertBank, compute_dtype
 from moelab.moe.layout import ExpertLayout
@@ -42,6 +42,10 @@ class MoEBlock(nn.Module):
         self.backend = backend
         self.shared_expert = shared_expert
         self.chunk = chunk
+        self.dealt: Callable[[ExpertBackend], ExpertBackend] | None = None  # wraps what computes: experts elsewhere
+        self.in_pieces = (
+            False  # the parameters are whole in the forward pass alone, so records hold no experts' weights
+        )
         self._looked_at: set[bool] = set()  # in training, in evaluation
         built = {"router": router, "backend": backend, "shared_expert": shared_expert}
         named = {key: PluginPart.of(key.replace("_", " "), part, layer_id) for key, part in built.items()}
@@ -66,10 +70,7 @@ class MoEBlock(nn.Module):
         # On a CPU the number of real assignments is known at no cost; elsewhere placeholders of weight 0 are computed.
         served = routing.compact() if x.device.type == "cpu" else routing
         self._check_backend(x, served)
-        if self.chunk is None:
-            y = self.backend(x, served, self.experts)
-        else:
-            y = compute_in_chunks(self.backend, x, served, self.experts, self.chunk)
+        y = self.experts(x, served, self._compute())
         if first:
             self._refuse("backend", promises.output(y, x))
         if routing.bypass is not None:
@@ -80,6 +81,11 @@ class MoEBlock(nn.Module):
             self._looked_at.add(self.training)
         return (y if shared is None else y + shared), self._record(routing, info, y, shared)
 
+    def _compute(self) -> ExpertBackend:
+        """The backend, in chunks where a cap is set, and around both the exchange with other processes."""
+        inner = self.backend if self.chunk is None else InChunks(self.backend, self.chunk)
+        return inner if self.dealt is None else self.dealt(inner)
+
     def believe(self) -> None:
         """Don't look at what the parts return: where tensors have no values, or that was done already."""
         self._looked_at = {True, False}
@@ -87,15 +93,16 @@ class MoEBlock(nn.Module):
     def _record(self, routing: Routing, info: TokenInfo, routed: Tensor, shared: Tensor | None) -> LayerRecord:
         counts = routing.counts()
         measured = {"routed_norm": routed, "shared_norm": shared} if info.measure else {}
+        weight = getattr(self.router, "weight", None)
         return LayerRecord(
             self.layer_id,
             replace(routing, bypass=None),  # [T, D]: of no use to a loss, and it would live until the backward pass
             counts,
-            getattr(self.router, "weight", None),
+            weight.clone() if self.in_pieces and weight is not None else weight,
             demand=counts if routing.choices is None else routing.demand(),
             info=info,
-            gate_up=self.experts.gate_up,
-            down=self.experts.down,
+            gate_up=None if self.in_pieces else self.experts.gate_up,
+            down=None if self.in_pieces else self.experts.down,
             **{name: y.detach().float().norm(dim=-1) for name, y in measured.items() if y is not None},
         )
 

@@ -12,9 +12,24 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moelab.moe.contracts import ExpertBackend
+from moelab.moe.contracts import ExpertBackend, ExpertProblem
 from moelab.moe.experts import ExpertBank
 from moelab.moe.routing import Routing
+
+
+class InChunks:
+    """A backend that computes at most `limit` assignments at a time."""
+
+    def __init__(self, inner: ExpertBackend, limit: int) -> None:
+        self.name, self.inner, self.limit = inner.name, inner, limit
+
+    def supports(self, problem: ExpertProblem) -> str | None:
+        """Whether the inner one serves the largest chunk."""
+        return self.inner.supports(replace(problem, num_assignments=min(self.limit, problem.num_assignments)))
+
+    def __call__(self, x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        return compute_in_chunks(self.inner, x, routing, bank, self.limit)
 
 
 def compute_in_chunks(backend: ExpertBackend, x: Tensor, routing: Routing, bank: ExpertBank, limit: int) -> Tensor:

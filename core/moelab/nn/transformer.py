@@ -5,16 +5,21 @@ B sequences, S positions, T = B * S tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 
 from moelab.config.model import ModelConfig
+from moelab.data.tokenizer import Tokenizer, load_tokenizer
+from moelab.errors import ConfigError
 from moelab.moe.block import MoEBlock
 from moelab.moe.routing import LayerRecord, RoutingOverride, TokenInfo
 from moelab.nn.attention import Attention, AttentionInputs, attention_mask
+from moelab.nn.generate import Sampling, Speech, continue_text
 from moelab.nn.kv_cache import KVCache
 from moelab.nn.loss import token_cross_entropy
 from moelab.nn.mlp import SwiGLU
@@ -85,6 +90,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, mlps: list[SwiGLU | MoEBlock]) -> None:
         super().__init__()
         self.config = config
+        self.speech: Callable[[], Speech] | Speech | None = None  # read when first asked; None: nobody knows
         self.rope = Rope(config.attention_head_dim, config.rope_theta)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, mlp) for i, mlp in enumerate(mlps))
@@ -110,15 +116,62 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         cache: KVCache | None = None,
         tokens: TokenContext | None = None,
+        head: bool = True,
     ) -> ModelOutput:
         """input_ids [B, S] int64 -> logits [B, S, V], or with targets [B, S] (-100 ignored) the loss of each token.
 
         attention_mask [B, S]: 1 or True for real tokens. With a `cache`, the positions continue those stored.
+        Without the `head` neither is computed: records alone.
         """
         x, records = self.hidden_states(input_ids, attention_mask, cache=cache, tokens=tokens)
+        if not head:
+            return ModelOutput(None, None, records)
         if targets is None:
             return ModelOutput(self.lm_head(x), None, records)
         return ModelOutput(None, token_cross_entropy(x, self.lm_head.weight, targets), records)
+
+    @overload
+    def generate(
+        self, prompt: str, max_new_tokens: int = ..., *, temperature: float = ..., top_p: float = ..., seed: int = ...,
+        tokenizer: Tokenizer | str | None = ...,
+    ) -> str: ...  # fmt: skip
+
+    @overload
+    def generate(
+        self, prompt: list[str] | tuple[str, ...], max_new_tokens: int = ..., *, temperature: float = ...,
+        top_p: float = ..., seed: int = ..., tokenizer: Tokenizer | str | None = ...,
+    ) -> list[str]: ...  # fmt: skip
+
+    def generate(
+        self,
+        prompt: str | list[str] | tuple[str, ...],
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.8,
+        top_p: float = 1.0,
+        seed: int = 0,
+        tokenizer: Tokenizer | str | None = None,
+    ) -> str | list[str]:
+        """Each prompt with its continuation, as `moelab generate` writes it: one text, or a list of them.
+
+        Each on its own and all with the same random numbers, so that a text does not hang on its neighbours;
+        temperature 0 is greedy. `tokenizer`: "bytes", the path of a tokenizer.json, or one; None: that of the folder
+        which `moelab.load` read. Raises ConfigError where nobody knows one, CheckpointError where weights are damaged.
+        """
+        if tokenizer is not None:
+            chosen = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+            speech = Speech(chosen, (chosen.eos_token_id,))
+        elif self.speech is None:
+            raise ConfigError(
+                "generate: this model was built, not loaded, so its tokenizer isn't known; give tokenizer='bytes' or a "
+                "tokenizer.json"
+            )
+        else:
+            self.speech = speech = self.speech if isinstance(self.speech, Speech) else self.speech()
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+        if isinstance(prompt, str):
+            return continue_text(self, prompt, speech, sampling)
+        return [continue_text(self, one, speech, sampling) for one in prompt]
 
     def hidden_states(
         self,

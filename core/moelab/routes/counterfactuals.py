@@ -19,7 +19,7 @@ from moelab.moe.overrides import ByLayer, Remove
 from moelab.moe.routing import LayerRecord, RoutingOverride
 from moelab.nn.loss import token_cross_entropy
 from moelab.nn.transformer import LayerState, TokenContext, Transformer
-from moelab.train.precision import Precision
+from moelab.training.precision import Precision
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from moelab.moe.block import MoEBlock
 from moelab.moe.routing import Routing
 from moelab.nn.transformer import TokenContext, Transformer
 from moelab.routes.trace import TOKEN_ARRAYS, LayerTrace, Trace, smallest
-from moelab.train.precision import Precision
+from moelab.training.precision import Precision
 
 
 @dataclass

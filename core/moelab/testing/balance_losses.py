@@ -221,6 +221,9 @@ def says_so_when_something_is_missing(case: BalanceLossCase) -> None:
         except ConfigError as error:
             if "layer 0" not in str(error):
                 raise AssertionError(f"does not name the layer: {error}") from error
+        except Exception as error:
+            said = f"raised {type(error).__name__} for a router that gives no {' and '.join(gone)}"
+            raise AssertionError(f"{said}; do without, or raise moelab.ConfigError naming the layer") from error
 
 
 def steps_and_state_are_sound(case: BalanceLossCase) -> None:

@@ -15,6 +15,7 @@ from moelab.data.corpus import Corpus, DataContext
 from moelab.data.identity import token_identities
 from moelab.data.promises import corpus_fault
 from moelab.data.tokenizer import Tokenizer
+from moelab.paths import Places
 from moelab.testing.report import make_options, promised, run_checks
 
 
@@ -32,7 +33,8 @@ class DataSourceCase:
 
     def build(self, split_seed: int = 0) -> Corpus:
         """A fresh corpus, half of whose documents are held out."""
-        corpus = self.component.build(self.options, DataContext(self.tokenizer, 0.5, 0, self.base, split_seed))
+        context = DataContext(self.tokenizer, 0.5, 0, Places(search=(self.base,)), split_seed)
+        corpus = self.component.build(self.options, context)
         promised(corpus_fault(corpus, self.tokenizer.vocab_size), self.component.build)
         return corpus
 

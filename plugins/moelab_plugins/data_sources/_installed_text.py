@@ -39,10 +39,10 @@ TESTED = ("integrals", "solvers", "series", "functions", "polys", "simplify")  #
 # Fixed, so that installing something else leaves the corpus as it is: what moelab itself needs, with what that needs.
 # fmt: off
 LICENSED = (
-    "torch", "numpy", "scipy", "tensorboard", "sympy", "networkx", "mpmath", "plotly", "jinja2", "click", "rich",
+    "torch", "numpy", "scipy", "tensorboard", "sympy", "networkx", "mpmath", "jinja2", "click", "rich",
     "pluggy", "omegaconf", "safetensors", "tokenizers", "grpcio", "pillow", "protobuf", "markdown", "werkzeug",
     "markupsafe", "pygments", "pyyaml", "absl-py", "typing_extensions", "fsspec", "filelock", "setuptools",
-    "packaging", "markdown-it-py", "mdurl", "narwhals", "huggingface_hub", "tqdm",
+    "packaging", "markdown-it-py", "mdurl", "huggingface_hub", "tqdm",
 )
 # fmt: on
 

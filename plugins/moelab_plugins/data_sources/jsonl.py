@@ -39,7 +39,7 @@ def jsonl(options: JsonlOptions, context: DataContext) -> Corpus:
 
 def _documents(options: JsonlOptions, context: DataContext) -> Iterator[Document]:
     for _, root, file in distinct_files(
-        [(None, path) for path in options.paths], context.base, PATTERNS, context.account
+        [(None, path) for path in options.paths], context.places, PATTERNS, context.account
     ):
         name, domain = file.relative_to(root).as_posix(), file.name.split(".", maxsplit=1)[0] or file.name
         for number, line in enumerate(_lines(file), 1):

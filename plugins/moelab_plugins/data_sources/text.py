@@ -36,7 +36,7 @@ def text(options: TextOptions, context: DataContext) -> Corpus:
 def _documents(options: TextOptions, context: DataContext) -> Iterator[Document]:
     paths: list[tuple[str | None, str]] = [(None, path) for path in options.paths]
     paths += [(domain, path) for domain, several in options.domains.items() for path in several]
-    for domain, root, file in distinct_files(paths, context.base, (options.pattern,), context.account):
+    for domain, root, file in distinct_files(paths, context.places, (options.pattern,), context.account):
         below = file.relative_to(root)
         of_file = domain or (below.parts[0] if len(below.parts) > 1 else root.resolve().name) or "text"
         yield from _cut(read_text(file), of_file, f"{root.resolve().name}/{below.as_posix()}", options.separator)

@@ -14,7 +14,6 @@ from omegaconf import MISSING
 from moelab import Component, ConfigError, Corpus, DataContext, DataError, TokenStream, component, hookimpl
 from moelab.data.account import Account
 from moelab.data.identity import token_identities, token_kind
-from moelab.data.reading import resolve_path
 from moelab.safe_files import Reading, check_regular, map_array
 
 CHUNK = 1 << 24  # tokens looked at together
@@ -94,7 +93,7 @@ def tokens(options: TokensOptions, context: DataContext) -> Corpus:
 
 
 def _stream(path: str, options: TokensOptions, context: DataContext, eos: int) -> TokenStream:
-    file = resolve_path(path, context.base)
+    file = context.find(path)
     array = _map(file, options.dtype)
     starts = _document_starts(array, eos, context.tokenizer.vocab_size, file)
     count = len(starts) - 1

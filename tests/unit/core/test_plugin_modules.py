@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moelab.errors import ConfigError
+from moelab.paths import Places
 from moelab.plugin_modules import import_plugin
 from moelab.registry import Registry
 
@@ -55,7 +56,7 @@ def write(folder: Path, name: str, marker: str = "@moelab.hookimpl", hook: str =
 def test_a_named_module_beside_the_config_is_found_and_the_path_stays_as_it_was(tmp_path: Path) -> None:
     write(tmp_path, "beside_one")
     path, finders = list(sys.path), list(sys.meta_path)
-    registry = Registry(["beside_one"], entry_points=False, search_path=[tmp_path])
+    registry = Registry(["beside_one"], entry_points=False, places=Places(search=(tmp_path,)))
     assert any(name == "beside_one" for name, _ in registry.manager.list_name_plugin())
     assert (sys.path, sys.meta_path) == (path, finders)
 
@@ -100,7 +101,7 @@ def test_two_files_of_one_name_are_not_mixed_up(tmp_path: Path) -> None:
 def test_a_module_that_is_no_plugin_is_refused(tmp_path: Path, marker: str, hook: str, words: str) -> None:
     write(tmp_path, "beside_four", marker, hook)
     with pytest.raises(ConfigError, match=words):
-        Registry(["beside_four"], entry_points=False, search_path=[tmp_path])
+        Registry(["beside_four"], entry_points=False, places=Places(search=(tmp_path,)))
 
 
 @pytest.mark.parametrize("name", ["", ".relative", "no_such_module_anywhere", "click.nothing"])
@@ -115,9 +116,9 @@ def test_optional_libraries_are_not_taken_from_the_configs_folder(tmp_path: Path
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\n")
     write(tmp_path, "beside_five")
     code = (
-        "import sys; from pathlib import Path; from moelab import Registry; "
-        f"Registry(['beside_five'], search_path=[Path({str(tmp_path)!r})]); "
-        "import torch, rich.console, sympy, moelab.train.trainer; torch.compile; import torch._dynamo"
+        "import sys; from pathlib import Path; from moelab import Places, Registry; "
+        f"Registry(['beside_five'], places=Places(search=(Path({str(tmp_path)!r}),))); "
+        "import torch, rich.console, sympy, moelab.training.trainer; torch.compile; import torch._dynamo"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/")
     assert done.returncode == 0, done.stderr

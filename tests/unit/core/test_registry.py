@@ -15,6 +15,7 @@ import moelab
 from moelab.errors import ConfigError
 from moelab.hookspecs import EXTENSION_POINTS, ROUTERS
 from moelab.moe.contracts import MoEContext
+from moelab.paths import Places
 from moelab.registry import Registry
 
 CONTEXT = MoEContext(8, 4, 2, 8, 16, 0, 1, 32)
@@ -163,7 +164,7 @@ def test_a_hook_that_answers_otherwise_is_told_with_its_line(
 def test_a_module_that_cannot_be_imported_is_told_with_its_line(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "broken_lab.py").write_text(text)
     with pytest.raises(ConfigError, match=r"plugins: cannot import 'broken_lab'") as caught:
-        Registry(["broken_lab"], entry_points=False, search_path=[tmp_path])
+        Registry(["broken_lab"], entry_points=False, places=Places(search=(tmp_path,)))
     assert words in str(caught.value)
 
 

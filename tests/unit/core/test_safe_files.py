@@ -19,6 +19,7 @@ from moelab.safe_files import (
     Reading,
     check_regular,
     json_lines,
+    lines_from_end,
     map_array,
     parse_json,
     read_bytes,
@@ -193,3 +194,18 @@ def test_reading_asks_for_no_more_memory_than_the_file_has(tmp_path: Path, monke
     monkeypatch.setattr(os, "fdopen", watched)
     assert read_bytes(tmp_path / "x", READING, limit=1 << 40) == b"small"
     assert max(asked) <= 1 << 20
+
+
+def test_lines_come_from_the_end_whatever_the_blocks(tmp_path: Path) -> None:
+    """Longer and shorter than a block, empty ones, and what stands behind the last line feed left out."""
+    lines = [b"first", b"", b"x" * 300_000, b"y", *(str(number).encode() for number in range(50_000))]
+    path = tmp_path / "lines"
+    for end in (b"", b"torn"):
+        path.write_bytes(b"\n".join(lines) + b"\n" + end)
+        assert list(lines_from_end(path, Reading())) == lines[::-1]
+    assert next(lines_from_end(path, Reading())) == b"49999"
+    path.write_bytes(b"torn alone" * 100_000)
+    assert list(lines_from_end(path, Reading())) == []
+    path.write_bytes(b"cut\nb\nc\n")
+    assert list(lines_from_end(path, Reading(), limit=6)) == [b"c", b"b"]
+    assert list(lines_from_end(tmp_path / "lines", Reading(), limit=0)) == []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moelab.train.evaluation import Evaluation, Sums
+from moelab.training.evaluation import Evaluation, Sums
 from moelab_tools.compare.measure import BITS_PER_BYTE, NATS_PER_TOKEN
 from moelab_tools.levels import level, levels, lines, measure_of
 

@@ -43,7 +43,7 @@ def command(checkpoint: Path, config: tuple[str, ...], out: Path | None, as_json
     Example:
       moelab ablate runs/tiny_moe --tokens 16384
       moelab ablate runs/tiny_moe --remove 1:3,1:5 --rest both
-      moelab ablate runs/tiny_moe --swap next-best --swap random --out ablations/routes
+      moelab ablate runs/tiny_moe --swap next-best --swap random --out routes
       moelab ablate runs/tiny_moe --study rare
     """
     import json

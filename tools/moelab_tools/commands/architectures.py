@@ -93,17 +93,29 @@ def _print(table: dict[str, dict[str, Any]]) -> None:
 
     from moelab_tools.terminal import make_console
 
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    grid.add_column("", no_wrap=True)
-    for name in table:
-        grid.add_column(name, justify="right", no_wrap=True)
-    for key, label in ROWS.items():
-        grid.add_row(label, *(_cell(row[key]) for row in table.values()))
-    # An exact count must not be cut short: on a narrow terminal the lines wrap instead.
+    def grid_of(names: list[str]) -> Table:
+        grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        grid.add_column("", no_wrap=True)
+        for name in names:
+            grid.add_column(name, justify="right", no_wrap=True)
+        for key, label in ROWS.items():
+            grid.add_row(label, *(_cell(table[name][key]) for name in names))
+        return grid
+
+    def show(names: list[str]) -> None:
+        """In one table, or in two below each other where a terminal is too narrow: no exact count is cut short."""
+        grid = grid_of(names)
+        needed = Measurement.get(console, console.options.update_width(WIDE), grid).maximum
+        if console.is_terminal and needed > console.width and len(names) > 1:
+            half = (len(names) + 1) // 2
+            show(names[:half])
+            show(names[half:])
+        else:
+            console.width = max(needed, console.width)
+            console.print(grid)
+
     console = make_console()
-    needed = Measurement.get(console, console.options.update_width(WIDE), grid).maximum
-    console.width = max(needed, console.width)
-    console.print(grid)
+    show(list(table))
 
 
 def _cell(value: object) -> str:

@@ -24,6 +24,7 @@ from moelab_tools.user_path import USER_PATH
     is_flag=True,
     help="Pool the noise of three or more variants: finer with two or three seeds, but it assumes like noise.",
 )
+@click.option("--best", is_flag=True, help="The lowest evaluation of each run, not the last; too low by chance.")
 @click.option("--allow-different-data", is_flag=True, help="Go on though data, tokenizer or held-out text differ.")
 def command(
     run: tuple[Path, ...],
@@ -32,6 +33,7 @@ def command(
     json_file: Path | None,
     practical: float,
     screening: bool,
+    best: bool,
     allow_different_data: bool,
 ) -> None:
     """Compare runs: which is better, by how much, and how sure.
@@ -42,16 +44,20 @@ def command(
 
     \b
     Example:
-      moelab compare runs/dense runs/moe --baseline runs/dense --output runs/report
-      moelab compare runs/moe_seed0 runs/moe_seed1 runs/dense_seed0 runs/dense_seed1
+      moelab compare runs/dense runs/moe --baseline runs/dense --output report
+      moelab compare runs/moe_seed* runs/dense_seed* --baseline dense
     """
     from moelab_tools.compare.comparison import compare
+    from moelab_tools.compare.endings import at_best
     from moelab_tools.compare.report import write_json, write_report
     from moelab_tools.compare.runs import read_runs
     from moelab_tools.compare.table import print_comparison
     from moelab_tools.terminal import make_console
 
-    comparison = compare(read_runs(run), baseline, allow_different_data, practical=practical / 100, screening=screening)
+    runs = read_runs(run)
+    if best:
+        runs = [at_best(one) for one in runs]
+    comparison = compare(runs, baseline, allow_different_data, practical=practical / 100, screening=screening)
     print_comparison(comparison, make_console())
     report = write_report(comparison, output)
     if json_file is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -37,6 +38,7 @@ def command(override: tuple[str, ...]) -> None:
     from moelab.config.load import load_config
     from moelab.config.run import RunConfig
     from moelab.registry import Registry
+    from moelab_tools.terminal import wrapped
 
     filler = ["run_dir=doctor", "train.steps=1", "model.vocab_size=1", "model.hidden_size=256",
               "model.intermediate_size=1", "model.num_hidden_layers=1", "model.num_attention_heads=1",
@@ -45,8 +47,8 @@ def command(override: tuple[str, ...]) -> None:
     for name, value in _machine():
         click.echo(f"{name:<14}{value}")
     click.echo("\nexpert backends")
-    for line in _backends(Registry(loaded.config.plugins, loaded.config.entry_points, loaded.search_path)):
-        click.echo(f"  {line}")
+    for line in _backends(Registry(loaded.config.plugins, loaded.config.entry_points, loaded.places("plugins"))):
+        click.echo(wrapped(f"  {line}", sys.stdout))
 
 
 def _machine() -> Iterator[tuple[str, str]]:

@@ -36,16 +36,17 @@ def command(checkpoint: Path, config: tuple[str, ...], as_json: bool, trust: boo
     \b
     Example:
       moelab evaluate runs/tiny_moe
-      moelab evaluate exported/tiny_moe configs/train/tiny_moe.yaml evaluation.sequences=128
+      moelab evaluate exported/tiny_moe configs/train/tiny_moe.yaml \\
+          evaluation.sequences=128
     """
     from moelab.data.batches import ValidationBatches
     from moelab.data.seen import history_of, seen_text
     from moelab.integrity import verified
     from moelab.loading import read_model
     from moelab.origin import check_vocabulary
-    from moelab.train.evaluate import evaluate, evaluation_batch_size
-    from moelab.train.precision import choose_precision, set_threads
-    from moelab.train.setup import build_corpus_of, resolve_run
+    from moelab.training.evaluate import evaluate, evaluation_batch_size
+    from moelab.training.precision import choose_precision, set_threads
+    from moelab.training.setup import build_corpus_of, resolve_run
     from moelab_tools.checkpoints import evaluation_config, tokenizer_of
     from moelab_tools.levels import WHOLE, levels, lines, measure_of
 

@@ -48,7 +48,7 @@ def command(
     \b
     Example:
       moelab experiment configs/experiments/shared_expert --dry-run
-      moelab experiment configs/experiments/shared_expert train.steps=4 --out runs/tried
+      moelab experiment shared_expert train.steps=4 --out runs/tried
       moelab experiment configs/experiments/shared_expert --jobs 2
 
     Exit codes: 0 it came to its end, decided or not; 1 some runs failed; 2 the input is wrong; 130 stopped.

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moelab_tools.completion import complete_config
+
 if TYPE_CHECKING:
     from moelab.config.load import Loaded
     from moelab.config.run import RunConfig
@@ -17,7 +19,9 @@ UNUSED = ("run_dir=unused", "train.steps=1", "schedule.warmup_steps=0")
 
 
 @click.command("explain")
-@click.argument("config", nargs=-1, required=True, metavar="[FOLDER] [CONFIG...] [KEY=VALUE...]")
+@click.argument(
+    "config", nargs=-1, required=True, metavar="[FOLDER] [CONFIG...] [KEY=VALUE...]", shell_complete=complete_config
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--match", "baseline", metavar="CONFIG", help="Find the layout that costs what this model does.")
 @click.option("--measure", default="active", show_default=True, help="What to match: total, active or flops.")
@@ -39,16 +43,18 @@ def command(
     Example:
       moelab explain configs/train/tiny_moe.yaml
       moelab explain runs/tiny_moe
-      moelab explain model/qwen2-7b moe/deepseek_moe model.moe.layers.0.router.name=hash
-      moelab explain model/qwen2-7b moe/mixtral --match model/qwen2-7b --multiple-of 128
+      moelab explain model/qwen2-7b moe/deepseek_moe \\
+          model.moe.layers.0.router.name=hash
+      moelab explain model/qwen2-7b moe/mixtral --match model/qwen2-7b \\
+          --multiple-of 128
     """
     from moelab.errors import ConfigError
     from moelab.registry import Registry
-    from moelab_tools.checkpoints import load_run, plugin_folders, tell_origin
+    from moelab_tools.checkpoints import load_run, plugin_places, tell_origin
 
     loaded = load_run(config, UNUSED, trust=trust)
     tell_origin(loaded)
-    registry = Registry(loaded.config.plugins, loaded.config.entry_points, plugin_folders(loaded, trust=trust))
+    registry = Registry(loaded.config.plugins, loaded.config.entry_points, plugin_places(loaded, trust=trust))
     try:
         table = explain(loaded.config, registry)
         if baseline is not None:
@@ -155,24 +161,16 @@ def _print(table: dict[str, Any]) -> None:
     from moelab_tools.terminal import make_console
 
     console = make_console(160)
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("layer", "experts", "router", "shared expert", "backend"):
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("layer", "experts", "router · shared expert\n· backend"):
         shown.add_column(column, overflow="fold")
-    for column in ("parameters", "declared\nactive", "declared\nMFLOP/token"):
+    for column in ("parameters\nof a layer", "declared\nactive", "declared\nMFLOP/token"):
         shown.add_column(column, justify="right", no_wrap=True)
-    for layer in table["layers"]:
-        parts = layer["parts"]
-        names = ["dense", "", "", ""]
-        if parts:
-            e = parts["experts"]
-            experts = f"{e['num_experts_per_tok']} of {e['num_experts']} x {e['moe_intermediate_size']}"
-            names = [f"{experts} ({parts['layout']['name']})"]
-            names += [parts[key]["name"] for key in ("router", "shared_expert", "backend")]
-        costs = [f"{layer['parameters']:,}", f"{layer['active_parameters']:,}"]
-        shown.add_row(str(layer["layer"]), *names, *costs, f"{layer['forward_flops_per_token'] / 1e6:,.3f}")
+    for row, layers in _rows(table).items():
+        shown.add_row(_ranges(layers), *row)
     console.print(shown)
     for line in _part_lines(table):
-        console.print(escape(line), soft_wrap=True)
+        console.print(escape(line), soft_wrap=not console.is_terminal)
     console.print(
         f"total {table['parameters']:,} parameters, {table['active_parameters']:,} active, of them "
         f"{table['embedding_parameters']:,} embeddings; {table['training_flops_per_token'] / 1e6:,.3f} MFLOP a token "
@@ -186,6 +184,22 @@ def _print(table: dict[str, Any]) -> None:
             f"model.moe.layout.{m['option']}={m['value']} gives {m['found']:,.0f} {m['measure']} for the baseline's "
             f"{m['wanted']:,.0f} ({m['error']:+.3%})" + ("" if m["measure"] == "total" else ", as the routers declare")
         )
+
+
+def _rows(table: dict[str, Any]) -> dict[tuple[str, ...], list[int]]:
+    """{what one layer has and costs: the layers of which that holds}, so that 28 equal layers are one row."""
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for layer in table["layers"]:
+        parts = layer["parts"]
+        names = ["dense", ""]
+        if parts:
+            e = parts["experts"]
+            names = [f"{e['num_experts_per_tok']} of {e['num_experts']} x {e['moe_intermediate_size']}"]
+            names.append(" · ".join(parts[key]["name"] for key in ("router", "shared_expert", "backend")))
+        costs = [f"{layer['parameters']:,}", f"{layer['active_parameters']:,}"]
+        row = (*names, *costs, f"{layer['forward_flops_per_token'] / 1e6:,.3f}")
+        rows.setdefault(row, []).append(layer["layer"])
+    return rows
 
 
 def _part_lines(table: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -44,9 +45,10 @@ def command(
       moelab export runs/tiny_moe exported/tiny_moe_bf16 --dtype bfloat16
     """
     from moelab_tools.exporting import export
+    from moelab_tools.terminal import wrapped
 
     lines = export(
         checkpoint, output, dtype=dtype, max_shard_size=max_shard_size, force=force, trust=trust, verify=verify
     )
     for line in lines:
-        click.echo(line)
+        click.echo(wrapped(line, sys.stdout))

@@ -47,13 +47,13 @@ def command(
     \b
     Example:
       moelab generate runs/tiny_moe --prompt "import "
-      moelab generate runs/dense runs/moe --prompt "def " --prompt "The " --temperature 0
+      moelab generate runs/dense runs/moe --prompt "def " --temperature 0
     """
     import json
     import shutil
     from dataclasses import asdict
 
-    from moelab.generate import Sampling
+    from moelab.nn.generate import Sampling
     from moelab.printable import printable
     from moelab_tools.samples import continue_prompts, show
 

@@ -42,15 +42,16 @@ def command(
     \b
     Example:
       moelab plan configs/train/tiny_moe.yaml
-      moelab plan model/qwen2-57b-a14b --devices 64 --checkpointing train.sequence_length=4096 \\
-          train.micro_batch_size=1 train.batch_size=1 train.dtype=bfloat16 --device-memory 141
+      moelab plan model/qwen2-57b-a14b --devices 64 --checkpointing \\
+          train.sequence_length=4096 train.micro_batch_size=1 \\
+          train.batch_size=1 train.dtype=bfloat16 --device-memory 141
     """
     import torch
 
     from moelab.errors import ConfigError
     from moelab.planning.memory import Problem, predict
     from moelab.registry import Registry
-    from moelab_tools.checkpoints import load_run, plugin_folders, tell_origin
+    from moelab_tools.checkpoints import load_run, plugin_places, tell_origin
 
     if min(devices, expert_parallel) < 1:
         raise ConfigError(f"--devices and --expert-parallel: at least 1, not {min(devices, expert_parallel)}")
@@ -66,7 +67,7 @@ def command(
         expert_parallel=expert_parallel,
         checkpointing=checkpointing,
     )
-    registry = Registry(run.plugins, run.entry_points, plugin_folders(loaded, trust=trust))
+    registry = Registry(run.plugins, run.entry_points, plugin_places(loaded, trust=trust))
     _print(predict(run.model, problem, registry), device_memory)
 
 

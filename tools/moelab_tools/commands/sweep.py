@@ -56,11 +56,13 @@ def command(
 
     \b
     Example:
-      moelab sweep configs/train/tiny_moe.yaml model.moe.router.name=softmax_topk,sigmoid_topk seed=0..4
+      moelab sweep configs/train/tiny_moe.yaml seed=0..4 \\
+          model.moe.router.name=softmax_topk,sigmoid_topk
       moelab sweep configs/train/tiny_moe.yaml --match active seed=0..2 \\
-          model.moe.layout.num_experts=8,16,32 model.moe.layout.num_experts_per_tok=2
-      moelab sweep configs/train/tiny_moe.yaml seed=0..2 \\
-          'model.moe.balance_losses=[],[{name: load_balance, weight: 0.01}]' --jobs 2 --out runs/balance
+          model.moe.layout.num_experts=8,16,32 \\
+          model.moe.layout.num_experts_per_tok=2
+      moelab sweep configs/train/tiny_moe.yaml seed=0..2 --jobs 2 \\
+          'model.moe.balance_losses=[],[{name: load_balance, weight: 0.01}]'
 
     Exit codes: 0 all runs ended well, 1 some did not, 2 the input is wrong, 130 stopped.
     """

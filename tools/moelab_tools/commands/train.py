@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
+from moelab_tools.completion import complete_config
 from moelab_tools.verify_option import NO_VERIFY
 
 
 @click.command("train")
-@click.argument("config", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
+@click.argument("config", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]", shell_complete=complete_config)
 @click.option(
     "--resume", is_flag=True, help="Go on from run_dir's newest checkpoint that is undamaged (also: resume=true)."
 )
@@ -22,17 +23,25 @@ def command(config: tuple[str, ...], resume: bool, force: bool, trust: bool, ver
 
     CONFIG files merge left to right; KEY=VALUE overrides come last. With train.init_from the run starts from a
     checkpoint: what the config doesn't say of model and data.tokenizer is the checkpoint's, and what it says otherwise
-    is refused unless train.init_overrides names the key.
+    is refused unless train.init_overrides names the key. With --resume, more train.steps than planned go on where the
+    schedule says what that means (docs/checkpoints.md).
+
+    `moelab config --keys` lists every key with its type, default and meaning (--keys optimizer: those of a section),
+    `moelab config CONFIG... --resolved` prints what a run would store, and who set what.
 
     \b
     Example:
       moelab train configs/train/tiny_moe.yaml
-      moelab train configs/train/tiny_moe.yaml run_dir=runs/b model.moe.router.norm_topk_prob=true
+      moelab train configs/train/tiny_moe.yaml run_dir=runs/b \\
+          model.moe.router.norm_topk_prob=true
       moelab train configs/train/tiny_moe.yaml --resume
-      moelab train data.yaml train.init_from=upcycled train.init_overrides=[model.moe.router] model.moe.router.name=hash
+      moelab train configs/train/tiny_moe.yaml --resume \\
+          train.steps=60 schedule.rewarm_steps=5
+      moelab train data.yaml run_dir=runs/c train.init_from=upcycled \\
+          train.init_overrides=[model.moe.router] model.moe.router.name=hash
     """
     from moelab.errors import ConfigError
-    from moelab.train.trainer import train
+    from moelab.training.trainer import train
     from moelab_tools.checkpoints import load_run, take_up_plugins, tell_origin
     from moelab_tools.progress import TrainingProgress
 
@@ -41,7 +50,6 @@ def command(config: tuple[str, ...], resume: bool, force: bool, trust: bool, ver
     tell_origin(loaded)
     if run.resume and force:
         raise ConfigError("--resume and --force: one goes on, the other deletes; give one of them")
-    run.search_path = list(dict.fromkeys([*run.search_path, *(str(path.resolve()) for path in loaded.search_path)]))
     if trust:
         take_up_plugins(run, verify=verify)
     try:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import click
 
+from moelab_tools.completion import complete_config
+
 
 @click.command("upcycle")
-@click.argument("arguments", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]")
+@click.argument(
+    "arguments", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]", shell_complete=complete_config
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan: tensors, budget, what becomes of each source tensor.")
 @click.option(
     "--sink", type=click.Choice(["files", "hash"]), default="files", help="hash: make and hash, keep nothing."
@@ -20,9 +24,13 @@ def command(arguments: tuple[str, ...], dry_run: bool, sink: str, layers: str | 
     source is goes along: token ids, generation_config.json, chat template, tokenizer, licence. A source that could be
     read in two ways, or a vocabulary below its tokenizer's largest id, is refused before anything is written.
 
+    `moelab config --keys` lists every key with its type, default and meaning (--keys recipe: those of the recipe, with
+    `moelab config --keys recipe.experts` the options of each initialiser).
+
     \b
     Example:
-      moelab upcycle configs/upcycle/qwen2_57b_a14b.yaml source=Qwen2-7B output=Qwen2-57B-A14B-upcycled
+      moelab upcycle configs/upcycle/qwen2_57b_a14b.yaml source=Qwen2-7B \\
+          output=Qwen2-57B-A14B-upcycled
     """
     from moelab_tools.upcycling import UpcycleRequest, run_upcycle
 

@@ -15,8 +15,9 @@ from moelab_tools.compare import remarks, routers
 from moelab_tools.compare.budgets import Budget, equal_budgets, flops_warnings
 from moelab_tools.compare.contrast import LEVEL
 from moelab_tools.compare.differences import Table, check_comparable, config_differences, facts, fairness_warnings
+from moelab_tools.compare.endings import endings
 from moelab_tools.compare.held_out import choose_measure, seen_before
-from moelab_tools.compare.judging import Judged, judge_variants
+from moelab_tools.compare.judging import DomainDifference, Judged, domain_differences, judge_variants
 from moelab_tools.compare.measure import Measure
 from moelab_tools.compare.multipliers import Multiplier
 from moelab_tools.compare.pairing import LEAST_PAIRS
@@ -81,6 +82,7 @@ class Comparison:
     budgets: list[Budget]
     domains: dict[str, dict[str, float]]  # domain -> run -> held-out loss
     domain_documents: dict[str, int]
+    differences_by_domain: dict[str, dict[str, DomainDifference]]  # domain -> variant
     config: Table
     facts: Table
 
@@ -106,6 +108,10 @@ class Comparison:
             "equal_budgets": [asdict(budget) for budget in self.budgets],
             "measure": self.measure.name,
             "score_by_domain": self.domains,
+            "differences_by_domain": {
+                domain: {name: asdict(one) for name, one in found.items()}
+                for domain, found in self.differences_by_domain.items()
+            },
             "config_differences": {key: dict(zip(self.names, row, strict=True)) for key, row in self.config.items()},
             "facts": {key: dict(zip(self.names, row, strict=True)) for key, row in self.facts.items()},
         }
@@ -144,7 +150,7 @@ def compare(
     by_name_of_run = {run.name: run for run in runs}
     runs = [by_name_of_run[name] for line in lines for name in line.runs]
     domains, domain_documents = _domains(runs, measure)
-    warnings = why + fairness_warnings(runs) + remarks.orders(variants) + remarks.sources(variants)
+    warnings = why + endings(runs) + fairness_warnings(runs) + remarks.orders(variants) + remarks.sources(variants)
     warnings += remarks.documents(runs, measure, told=bool(why)) + flops_warnings(runs) + remarks.steep(runs)
     warnings += remarks.repeated(runs) + routers.unknown(runs) + remarks.noncausal(runs)
     return Comparison(
@@ -161,6 +167,7 @@ def compare(
         budgets=budgets,
         domains=domains,
         domain_documents=domain_documents,
+        differences_by_domain=domain_differences(variants, chosen, measure, rules),
         config=config_differences(runs),
         facts=facts(runs),
     )

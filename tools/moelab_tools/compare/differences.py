@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from moelab.config.differing import BOOKKEEPING
 from moelab.errors import UserError
 from moelab_tools.compare.runs import Document, Run
 
 Table = dict[str, list[Any]]  # key -> one value for each run
 
-# How a run is stored and watched changes nothing of what it learns.
-BOOKKEEPING = (
-    "run_dir", "name", "declaration", "resume", "search_path", "store_environment", "observers", "train.log_every",
-    "train.save_every", "train.keep_checkpoints", "train.gradient_shares_every", "train.probe_every",
-)  # fmt: skip
+MOST_NAMES = 5  # runs that are named: of more it is said how many
 FACTS = ("device", "threads", "dtype", "git", "init_from")
 
 
@@ -122,9 +119,17 @@ def fairness_warnings(runs: Sequence[Run]) -> list[str]:
             warnings.append(f"{run.name} has no summary.json (still running, or killed): its data can't be checked")
         warnings += [f"{run.name}: {warning}" for warning in run.warnings]
     for text, value in _unequal(runs):
-        if len(set(map(str, value.values()))) > 1:
-            warnings.append(f"{text}: " + ", ".join(f"{name} {one}" for name, one in value.items()))
+        groups: dict[str, list[str]] = {}
+        for name, one in value.items():
+            groups.setdefault(str(one), []).append(name)
+        if len(groups) > 1:
+            warnings.append(f"{text}: " + "; ".join(f"{one} in {some(names)}" for one, names in groups.items()))
     return warnings
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of them, and how many more there are."""
+    return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
 
 
 def _unequal(runs: Sequence[Run]) -> Iterator[tuple[str, dict[str, Any]]]:

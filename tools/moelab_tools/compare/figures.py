@@ -1,84 +1,41 @@
-"""The report's charts as plain Plotly data: traces and layout, without colours of the page."""
+"""The report's charts of what runs logged, section by section: curves with bands over seeds, and what they end in."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from moelab_tools.compare.bands import Band, band, short
+from moelab_tools.compare.charts import Cast, Chart, Section
 from moelab_tools.compare.comparison import Comparison
+from moelab_tools.compare.frontier import frontier
+from moelab_tools.compare.layers import balance_by_layer, loads_at_the_end
 from moelab_tools.compare.runs import Run
 
-# Okabe & Ito's palette: told apart by people who see colours differently, on light and on dark ground.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c6bb1", "#7f7f7f", "#b8a500")
-DASHES = ("solid", "dash", "dot", "dashdot")  # the seeds of one variant
-MOST_POINTS, ALL_POINTS = 600, 12_000  # of a curve, and of all curves of a chart where there are many runs
-LEAST_POINTS = 2 * 40
-SMOOTHING = 40  # a training curve is averaged over this part of its points
-WARM_UP = 0.1  # of a curve: left out of the first view, where the loss falls from its start
+MOST_POINTS, ALL_POINTS, LEAST_POINTS = 240, 4000, 40  # of a curve, of all curves of a chart, of a curve nevertheless
+WARM_UP = 0.1  # of a loss: left out of the first view, where it falls from its start
+FEWEST = 2  # points that a view needs
 AXIS_TITLES = {"tokens": "tokens", "flops": "FLOPs served", "seconds": "seconds of training"}
-FAIR_SHARES = 4.0  # the end of the heatmaps' scale, as in TensorBoard
-HEAT = [
-    [0.0, "#000000"], [0.001, "#1c327d"], [0.125, "#78a0d7"], [0.25, "#e8e8e4"], [0.5, "#f0963c"], [1.0, "#8c0a19"],
-]  # fmt: skip
+BANDS = "Lines are means over seeds, bands run from the lowest to the highest seed."
 
 
-@dataclass(frozen=True)
-class Chart:
-    """One figure; `wide` ones take a whole row."""
-
-    id: str
-    title: str
-    note: str
-    traces: list[dict[str, Any]]
-    layout: dict[str, Any]
-    wide: bool = False
-
-
-@dataclass(frozen=True)
-class Section:
-    """Charts under one heading."""
-
-    title: str
-    text: str
-    charts: list[Chart] = field(default_factory=list)
-
-
-def run_styles(comparison: Comparison) -> dict[str, tuple[str, str]]:
-    """Run -> (colour, dash): one colour a variant, one dash a seed."""
-    styles = {}
-    for index, line in enumerate(comparison.lines):
-        for number, run in enumerate(line.runs):
-            styles[run] = (COLOURS[index % len(COLOURS)], DASHES[number % len(DASHES)])
-    return styles
-
-
-def sections(comparison: Comparison) -> list[Section]:
+def sections(comparison: Comparison, cast: Cast) -> list[Section]:
     """All charts that have something to show."""
-    plot = _Plot(comparison.runs, run_styles(comparison))
-    held_out = [plot.curve("eval/loss", axis, "Held-out loss", markers=True) for axis in AXIS_TITLES]
-    training_tag = "train/lm_loss" if any(run.curve("train/lm_loss")[0] for run in comparison.runs) else "train/loss"
-    training = [plot.curve(training_tag, axis, "Training loss", smooth=True) for axis in AXIS_TITLES]
-    balance = [
-        plot.curve("moe/mean/max_violation", "tokens", "MaxVio", note="the fullest expert's excess; 0 is best"),
-        plot.curve("moe/mean/dead_fraction", "tokens", "Dead experts", note="share without any token; 0 is best"),
-        plot.curve("moe/mean/load_entropy", "tokens", "Load entropy", note="1: all experts equally loaded"),
-        plot.curve("moe/mean/router_entropy", "tokens", "Router entropy", note="nats; 0: certain of each token"),
-    ]  # fmt: skip
-    speed = [
-        plot.curve("perf/tokens_per_second", "tokens", "Tokens per second"),
-        plot.curve("perf/mfu", "tokens", "Model FLOPs utilisation", note="of the machine's peak, FLOPs served"),
-        plot.curve("perf/memory_gb", "tokens", "Peak memory", note="GB"),
-    ]
+    tag, unit = comparison.measure.tag, comparison.measure.name
+    training = "train/lm_loss" if any(run.curve("train/lm_loss")[0] for run in comparison.runs) else "train/loss"
+    plot = _Plot(cast, (tag, training))
     found = [
-        Section("Held-out loss", f"Nats per token on {_new(comparison)}. Lower is better.", held_out),
+        frontier(comparison, cast),
+        Section(
+            "Held-out loss along the run",
+            f"{unit.capitalize()} on {_new(comparison)}. Lower is better.{_bands(comparison)}",
+            [plot.curve(tag, axis, f"Against {title}", unit, marks=True) for axis, title in AXIS_TITLES.items()],
+        ),
         Section(
             "Held-out loss by place",
-            f"{comparison.measure.name.capitalize()} of the final evaluation, by how many tokens stand before the "
-            "target: in its sequence, and of its own document.",
+            f"{unit.capitalize()} of the final evaluation, by how many tokens stand before the target: in its "
+            f"sequence, and of its own document.{_bands(comparison)}",
             [
                 plot.places("position", comparison, "Tokens before it in its sequence"),
                 plot.places("context", comparison, "Tokens of its own document before it"),
@@ -86,19 +43,33 @@ def sections(comparison: Comparison) -> list[Section]:
         ),
         Section(
             "Training loss",
-            f"Language-model loss of the training batches, averaged over 1/{SMOOTHING} of the run; pale: each logged "
-            "step. Double-click a chart to see all of it.",
-            training,
+            "Language-model loss of the training batches; long runs are averaged over 1/40 of their length."
+            + _bands(comparison),
+            [plot.curve(training, "tokens", "Against tokens", "nats per token", smooth=True, wide=True)],
         ),
-        Section("Expert balance", "Means over the layers, against tokens. Formulas: docs/metrics.md.", balance),
         Section(
-            "Expert load at the end",
-            "One row a layer, one column an expert. Grey: its fair share; red: four times that; black: no token.",
-            [chart for run in comparison.runs if (chart := _heatmap(run))],
+            "Expert balance",
+            f"Means over the layers. Formulas and what is alarming: docs/metrics.md.{_bands(comparison)}",
+            [
+                plot.curve("moe/mean/max_violation", "tokens", "MaxVio", "the fullest expert's excess; 0 is best"),
+                plot.curve("moe/mean/dead_fraction", "tokens", "Dead experts", "share without any token; 0 is best"),
+                plot.curve("moe/mean/load_entropy", "tokens", "Load entropy", "1: all experts equally loaded"),
+                plot.curve("moe/mean/router_entropy", "tokens", "Router entropy", "nats; 0: certain of each token"),
+            ],
         ),
-        Section("Throughput", "As measured; comparable only on one machine that did nothing else.", speed),
-    ]
-    filled = [Section(s.title, s.text, [chart for chart in s.charts if chart and chart.traces]) for s in found]
+        balance_by_layer(cast),
+        loads_at_the_end(cast),
+        Section(
+            "Throughput",
+            f"As measured; comparable only on one machine that did nothing else.{_bands(comparison)}",
+            [
+                plot.curve("perf/tokens_per_second", "tokens", "Tokens per second", "tokens/s", zero=True),
+                plot.curve("perf/memory_gb", "tokens", "Peak memory so far", "GB", zero=True),
+                plot.curve("perf/mfu", "tokens", "Model FLOPs utilisation", "of the machine's peak", zero=True),
+            ],
+        ),
+    ]  # fmt: skip
+    filled = [Section(one.title, one.text, [c for c in one.charts if c.data], one.more) for one in found]
     return [section for section in filled if section.charts]
 
 
@@ -109,105 +80,87 @@ def _new(comparison: Comparison) -> str:
     return "text that neither these runs nor the weights they start from have trained on"
 
 
+def _bands(comparison: Comparison) -> str:
+    return f" {BANDS}" if any(line.counted > 1 for line in comparison.lines) else ""
+
+
 @dataclass
 class _Plot:
-    runs: Sequence[Run]
-    styles: dict[str, tuple[str, str]]
+    cast: Cast
+    losses: tuple[str, ...]  # tags whose first view begins after the fall from the start
 
     def curve(
-        self, tag: str, axis: str, title: str, *, note: str = "", markers: bool = False, smooth: bool = False
-    ) -> Chart:
-        """`tag` of every run that has it, against `axis`."""
-        traces: list[dict[str, Any]] = []
-        seen: list[float] = []  # y values that the first view must show
-        before: list[float] = []  # those before the first step
-        for run in self.runs:
-            x, y = _thin(*run.curve(tag, axis), most=min(MOST_POINTS, max(ALL_POINTS // len(self.runs), LEAST_POINTS)))
-            if not x:
-                continue
-            colour, dash = self.styles[run.name]
-            line = {"color": colour, "width": 2, "dash": dash}
-            common = {"x": x, "name": run.name, "legendgroup": run.name, "type": "scatter", "mode": "lines"}
-            if smooth:
-                traces.append(common | {"y": y, "line": line | {"width": 1}, "opacity": 0.25, "hoverinfo": "skip"})
-                y = _running_mean(y, max(1, len(y) // SMOOTHING))
-            marks = {"mode": "lines+markers", "marker": {"size": 7, "color": colour}} if markers else {}
-            traces.append(common | {"y": [round(value, 6) for value in y], "line": line} | marks)
-            seen += y[int(len(y) * WARM_UP) :] if smooth else [one for at, one in zip(x, y, strict=True) if at > 0]
-            before += [one for at, one in zip(x, y, strict=True) if at == 0]
-        layout: dict[str, Any] = {"xaxis": {"title": {"text": AXIS_TITLES[axis]}}, "yaxis": {}}
-        if tag.startswith("perf/"):
-            layout["yaxis"]["rangemode"] = "tozero"
-        far = bool(markers and seen and before) and max(before) > 2 * max(seen) - min(seen)
-        if far:
-            note = "untrained at 0, above this view: double-click to see it"
-        if seen and (smooth or far):
-            low, high = min(seen), max(seen)
-            room = 0.05 * (high - low) or 0.05 * abs(high)
-            layout["yaxis"]["range"] = [low - room, high + room]
-        against = f" against {AXIS_TITLES[axis]}" if axis != "tokens" or "loss" in title else ""
-        return Chart(f"{tag}-{axis}".replace("/", "-"), title + against, note, traces, layout)
+        self, tag: str, axis: str, title: str, unit: str, *, marks: bool = False, smooth: bool = False,
+        zero: bool = False, wide: bool = False,
+    ) -> Chart:  # fmt: skip
+        """`tag` of every variant that has it, against `axis`; without data where none has."""
+        most = min(MOST_POINTS, max(ALL_POINTS // len(self.cast.lines), LEAST_POINTS))
+        lines: list[dict[str, Any]] = []
+        shared: list[list[float]] = []  # x of lines that log at the same places, once
+        for place, line in enumerate(self.cast.lines):
+            found = band(self.cast.counted(line), tag, axis, most=most, smooth=smooth)
+            if found is not None:
+                if found.x not in shared:
+                    shared.append(found.x)
+                lines.append({"v": place, "x": shared.index(found.x)} | _numbers(found))
+        data: dict[str, Any] = {}
+        if lines:
+            data = {"lines": lines, "xs": shared, "x": AXIS_TITLES[axis], "unit": unit, "marks": marks, "zero": zero}
+            data["view"] = _view(lines, shared) if tag in self.losses else None
+        return Chart(f"{tag}-{axis}".replace("/", "-"), "curves", title, unit, data, wide)
 
     def places(self, kind: str, comparison: Comparison, title: str) -> Chart:
-        """The final loss of each run by bins of places, where it was logged in the comparison's unit."""
+        """The final loss of each variant by bins of places, where it was logged in the comparison's unit."""
         prefix = f"eval_{kind}/{comparison.measure.tag.removeprefix('eval/')}/"
-        traces: list[dict[str, Any]] = []
-        for run in self.runs:
-            final = run.summary.get("final") or {}
-            found = {tag.removeprefix(prefix): float(final[tag]) for tag in sorted(final) if tag.startswith(prefix)}
-            if found:
-                colour, dash = self.styles[run.name]
-                traces.append({
-                    "x": list(found), "y": [round(value, 6) for value in found.values()], "name": run.name,
-                    "legendgroup": run.name, "type": "scatter", "mode": "lines+markers",
-                    "line": {"color": colour, "width": 2, "dash": dash}, "marker": {"size": 6, "color": colour},
-                })  # fmt: skip
-        layout = {"xaxis": {"type": "category", "title": {"text": "tokens before the target"}}, "yaxis": {}}
-        return Chart(f"places-{kind}", title, "", traces, layout)
+        lines: list[dict[str, Any]] = []
+        shared: list[list[str]] = []
+        for place, line in enumerate(self.cast.lines):
+            finals = [_finals(run, prefix) for run in self.cast.counted(line)]
+            bins = [name for name in finals[0] if all(name in one for one in finals)]
+            if bins:
+                names = [_bin(name) for name in bins]
+                if names not in shared:
+                    shared.append(names)
+                values = [[one[name] for one in finals] for name in bins]
+                found = Band([], [sum(one) / len(one) for one in values], *_ends(values), len(finals))
+                lines.append({"v": place, "x": shared.index(names)} | _numbers(found))
+        data = {"lines": lines, "xs": shared, "x": "tokens before the target", "unit": comparison.measure.name,
+                "marks": True, "zero": False, "view": None, "names": max(shared, key=len)} if lines else {}  # fmt: skip
+        return Chart(f"places-{kind}", "curves", title, comparison.measure.name, data)
 
 
-def _heatmap(run: Run) -> Chart | None:
-    """Multiples of the fair share over (layer, expert); layers with fewer experts end early."""
-    loads = {int(layer): shares for layer, shares in run.summary.get("expert_load", {}).items() if shares}
-    if not loads:
-        return None
-    layers = sorted(loads)
-    most = max(len(shares) for shares in loads.values())
-    rows = []
-    for layer in layers:
-        shares = loads[layer]
-        rows.append([round(share * len(shares), 4) for share in shares] + [None] * (most - len(shares)))
-    trace = {
-        "type": "heatmap", "z": rows, "y": [f"layer {layer}" for layer in layers], "x": list(range(most)),
-        "zmin": 0, "zmax": FAIR_SHARES, "colorscale": HEAT, "xgap": 1, "ygap": 1, "name": run.name,
-        "colorbar": {"title": {"text": "× fair share"}, "thickness": 10},
-        "hovertemplate": "%{y}, expert %{x}: %{z:.2f} × fair share<extra></extra>",
-    }  # fmt: skip
-    layout = {
-        "xaxis": {"title": {"text": "expert"}, "showgrid": False, "zeroline": False},
-        "yaxis": {"autorange": "reversed", "showgrid": False, "zeroline": False},
-        "height": 150 + 26 * len(layers),
-    }
-    worst = max(max(value for value in row if value is not None) for row in rows)
-    dead = sum(value == 0 for row in rows for value in row)
-    note = f"fullest expert: {worst:.2f} × its fair share; experts without a token: {dead}"
-    return Chart(f"load-{run.name}", run.name, note, [trace], layout, wide=most > 32)
+def _bin(name: str) -> str:
+    """`004-007` -> `4–7`."""
+    return "–".join(str(int(end)) if end.isdecimal() else end for end in name.split("-"))
 
 
-def _thin(x: list[float], y: list[float], most: int) -> tuple[list[float], list[float]]:
-    """At most `most` points, each the mean of those it stands for; the first stays what it is."""
-    if len(x) <= most:
-        return x, y
-    size = math.ceil((len(x) - 1) / (most - 1))
-    starts = np.concatenate([[0], np.arange(1, len(x), size)])
-    counts = np.diff(np.append(starts, len(x)))
-    first, second = ((np.add.reduceat(values, starts) / counts).tolist() for values in (x, y))
-    return first, second
+def _numbers(found: Band) -> dict[str, Any]:
+    """Low and high only where there is a band to show."""
+    numbers: dict[str, Any] = {"y": [short(value) for value in found.mean]}
+    if found.runs > 1:
+        numbers |= {"low": [short(value) for value in found.low], "high": [short(value) for value in found.high]}
+    return numbers
 
 
-def _running_mean(values: list[float], window: int) -> list[float]:
-    """Mean of the last `window` values; of fewer at the start."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - window)
-    return [float(value) for value in (sums[ends] - sums[starts]) / (ends - starts)]
+def _ends(values: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    return [min(one) for one in values], [max(one) for one in values]
+
+
+def _finals(run: Run, prefix: str) -> dict[str, float]:
+    final = run.summary.get("final") or {}
+    return {tag.removeprefix(prefix): float(final[tag]) for tag in sorted(final) if tag.startswith(prefix)}
+
+
+def _view(lines: Sequence[dict[str, Any]], xs: Sequence[Sequence[float]]) -> list[float] | None:
+    """The y values of the first view, without the fall from the start (WARM_UP of each curve); None: all of them."""
+    seen: list[float] = []
+    for line in lines:
+        places = xs[line["x"]]
+        skipped = sum(x <= WARM_UP * places[-1] for x in places)
+        if len(places) - skipped < FEWEST:
+            return None
+        seen += [value for key in ("y", "low", "high") for value in line.get(key, [])[skipped:]]
+    everything = [value for line in lines for value in line["y"]]
+    room = 0.05 * (max(seen) - min(seen)) or 0.05 * abs(max(seen))
+    view = [min(seen) - room, max(seen) + room]
+    return view if min(everything) < view[0] or max(everything) > view[1] else None

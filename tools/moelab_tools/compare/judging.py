@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -11,11 +12,22 @@ from moelab_tools.compare.budgets import AXES, Budget
 from moelab_tools.compare.measure import Measure
 from moelab_tools.compare.multipliers import Curve, Multiplier, multiplier
 from moelab_tools.compare.pairing import Key, Losses, Matched, at_budget
+from moelab_tools.compare.routers import NEVER_BETTER
 from moelab_tools.compare.runs import Replicate, Run
 from moelab_tools.compare.variants import Variant
 from moelab_tools.compare.verdict import BETTER, CUT_SHORT, LIKELY, WITHHELD, WORSE, Rules, Verdict, decide, match_all
 
 Units = dict[Key, list[Run]]  # what counts as one sample of a variant: mostly one run
+
+
+@dataclass(frozen=True)
+class DomainDifference:
+    """One variant against the baseline on one domain's documents. No word goes with it: see `domain_differences`."""
+
+    difference: float
+    low: float | None  # the interval, at the level of a verdict at the end of the run; None for a single document
+    high: float | None
+    documents: int
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ def judge_variants(
 ) -> Judged:
     """The variants that finished against `baseline`; nothing where that did not finish.
 
-    `untaught`: {variant: why its router has learnt nothing}; no word says which is better where one side is of these.
+    `untaught`: {variant: why its router has learnt nothing}; no word says that one of these is better.
     """
     known = [one for one in variants if any(run.documents for run in one.counted)]
     if baseline is None or baseline not in known or len(known) < 2:
@@ -58,22 +70,48 @@ def judge_variants(
         name: _multipliers(one, units[name], units[baseline.name], measure, final[name])
         for name, one in matched.items()
     }
-    if untaught:
-        why = {name: [untaught[side] for side in (name, baseline.name) if side in untaught] for name in final}
-        final = {name: _withhold(one, why[name]) for name, one in final.items()}
-        at_equal = {
-            axis: {name: _withhold(one, why[name]) for name, one in found.items()} for axis, found in at_equal.items()
+    withhold = partial(_withhold, baseline=baseline.name, untaught=untaught or {})
+    return Judged(
+        {name: withhold(one, name) for name, one in final.items()},
+        {axis: {name: withhold(one, name) for name, one in found.items()} for axis, found in at_equal.items()},
+        factors,
+    )
+
+
+def domain_differences(
+    variants: Sequence[Variant], baseline: Variant | None, measure: Measure, rules: Rules
+) -> dict[str, dict[str, DomainDifference]]:
+    """{domain: {variant: its difference}}, where there is one.
+
+    The intervals hold together over the variants, as those of the headline do, and not over the domains: with five of
+    them one in four comparisons has one that is off. So they show where a difference comes from, and are no verdicts.
+    """
+    known = [one for one in variants if any(run.documents for run in one.counted)]
+    if baseline is None or baseline not in known or len(known) < 2:
+        return {}
+    units, found = samples(known), {}
+    domains = {one.domain for variant in known for run in variant.counted for one in run.documents.values()}
+    for domain in sorted(domains):
+        losses = shared_losses(units, measure, domain)
+        if not losses:
+            continue
+        matched, _ = match_all(losses, baseline.name)
+        verdicts = decide(matched, abs(losses[baseline.name].score), replace(rules, plan=None))
+        count = len(losses[baseline.name].size)
+        found[domain] = {
+            name: DomainDifference(one.difference, *((one.low, one.high) if count > 1 else (None, None)), count)
+            for name, one in verdicts.items()
+            if one.difference is not None
         }
-    return Judged(final, at_equal, factors)
+    return found
 
 
-def _withhold(verdict: Verdict, why: Sequence[str]) -> Verdict:
-    """Numbers stay, a word that ranks goes; the reason is a remark either way."""
-    if not why:
-        return verdict
-    ranks = verdict.verdict in {BETTER, WORSE, *LIKELY.values()}
-    told = tuple(f"No verdict: {reason}" for reason in why)
-    return replace(verdict, verdict=WITHHELD if ranks else verdict.verdict, remarks=(*told, *verdict.remarks))
+def _withhold(verdict: Verdict, name: str, *, baseline: str, untaught: Mapping[str, str]) -> Verdict:
+    """Numbers stay; a word that says the untaught side is the better one goes. The reason is a remark either way."""
+    praised = {BETTER: name, LIKELY[BETTER]: name, WORSE: baseline, LIKELY[WORSE]: baseline}.get(verdict.verdict)
+    told = tuple(f"{NEVER_BETTER}: {untaught[side]}" for side in (name, baseline) if side in untaught)
+    word = WITHHELD if praised in untaught else verdict.verdict
+    return replace(verdict, verdict=word, remarks=(*told, *verdict.remarks))
 
 
 def samples(variants: Sequence[Variant]) -> dict[str, Units]:
@@ -107,10 +145,12 @@ def _grouped(runs: Iterable[tuple[Replicate | str, Run]]) -> Units:
     return units
 
 
-def shared_losses(units: Mapping[str, Units], measure: Measure) -> dict[str, Losses]:
-    """On the documents that all runs share; none where they share no text."""
+def shared_losses(units: Mapping[str, Units], measure: Measure, domain: str | None = None) -> dict[str, Losses]:
+    """On the documents that all runs share, of one domain if it is named; none where they share no text."""
     runs = [run for one in units.values() for group in one.values() for run in group]
     names = sorted(set.intersection(*(set(run.documents) for run in runs)))
+    if domain is not None:
+        names = [name for name in names if runs[0].documents[name].domain == domain]
     size = np.array([getattr(runs[0].documents[name], measure.per) or 0 for name in names], dtype=np.float64)
     if not size.sum() > 0:
         return {}

@@ -54,10 +54,15 @@ def with_pairs(contrast: Contrast, pairs: int, wanted: int) -> Contrast:
     return replace(contrast, seed_error=contrast.seed_error * math.sqrt(pairs / wanted), seed_freedom=freedom)
 
 
+def text_limit(contrast: Contrast, level: float = LEVEL) -> float:
+    """The true difference that `POWER` of comparisons resolve with endlessly many seeds: what the text leaves open."""
+    return float(contrast.text_half(level) + special.ndtri(POWER) * contrast.text_error)
+
+
 def seeds_needed(difference: float, contrast: Contrast, pairs: int, level: float = LEVEL) -> int | None:
     """The least number of pairs that resolves it with `POWER`; None when no number up to MOST_SEEDS does.
 
-    None mostly means that the held-out text alone is the limit: take more documents.
+    None mostly means that the held-out text alone is the limit (`text_limit`): take more documents.
     """
     low, high = LEAST_SEEDS, MOST_SEEDS
     if power(difference, with_pairs(contrast, pairs, high), level) < POWER:

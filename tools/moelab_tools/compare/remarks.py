@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moelab_tools.compare.differences import some
 from moelab_tools.compare.measure import Measure
 from moelab_tools.compare.runs import Run
 from moelab_tools.compare.variants import Variant, recipe, score
@@ -14,7 +15,6 @@ ROUGH_BELOW = 20  # documents: an interval from fewer is rough
 DISAGREEMENT = 0.01  # relative, between the logged loss and that of the documents
 LAST_QUARTER, STEEP = 0.75, 0.05  # of the tokens; a loss that falls by more than this part in it is still falling
 FEWEST = 8  # logged steps: fewer show no trend
-FEW = 4  # runs: so many are named one by one
 AROUND = 0.05  # of the tokens: over which a training loss is averaged, on either side of a point
 
 
@@ -62,10 +62,7 @@ def steep(runs: Sequence[Run]) -> list[str]:
     found = {run.name: fall for run in runs if run.finished and (fall := _last_fall(run)) > STEEP}
     if not found:
         return []
-    listing = ", ".join(f"{name} by {fall:.0%}" for name, fall in found.items())
-    if len(found) > FEW:
-        worst = max(found, key=lambda name: found[name])
-        listing = f"{len(found)} of {len(runs)} runs, by {min(found.values()):.0%} to {found[worst]:.0%}, most {worst}"
+    listing = some([f"{name} by {fall:.0%}" for name, fall in sorted(found.items(), key=lambda one: -one[1])])
     return [
         f"The loss was still falling fast in the last quarter of the tokens ({listing}): seeds differ by several per "
         "cent there, so few can be told apart; train longer"

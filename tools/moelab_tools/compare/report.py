@@ -9,14 +9,21 @@ from typing import Any
 
 from moelab.atomic import write_file
 from moelab.errors import UserError
-from moelab_tools.compare import sentences, wording
+from moelab.safe_files import Reading, read_text
+from moelab_tools.compare import recipes, sentences, wording
+from moelab_tools.compare.alarm_table import alarm_rows
 from moelab_tools.compare.board import write_board
+from moelab_tools.compare.charts import Cast, Chart
 from moelab_tools.compare.comparison import Comparison
-from moelab_tools.compare.figures import run_styles, sections
-from moelab_tools.compare.forest import forest
+from moelab_tools.compare.figures import sections
+from moelab_tools.compare.forest import at_equal_budgets, by_domain, forest
 from moelab_tools.compare.sample_texts import samples_by_prompt
 
 REPORT, NUMBERS, BOARD = "report.html", "comparison.json", "tensorboard"
+PAGE = Path(__file__).parent / "page"
+LIBRARIES = ("d3.min.js", "plot.umd.min.js")  # in this order: page/vendor/README.md
+LICENSES = ("LICENSE-d3", "LICENSE-plot")
+_OURS = Reading(cure="install moelab again")
 
 
 def write_report(comparison: Comparison, folder: Path) -> Path:
@@ -38,40 +45,68 @@ def write_json(comparison: Comparison, path: Path) -> None:
 
 
 def render(comparison: Comparison) -> str:
-    """The page, with plotly.js inside."""
+    """The page, with the library that draws its charts inside."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from jinja2.utils import htmlsafe_json_dumps
     from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    charts, first = sections(comparison), forest(comparison)
-    shown = [chart for section in charts for chart in section.charts] + ([first] if first else [])
+        loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    cast = Cast.of(comparison)
+    charts = _charts(comparison, cast)
+    figures = {chart.id: {"kind": chart.kind} | chart.data for chart in charts.pop("all")}
+    shared, apart = recipes.facts_by_value(comparison)
+    by_name = {run.name: run for run in comparison.runs}
+    written = samples_by_prompt([by_name[line.runs[0]] for line in comparison.lines])
     return environment.get_template("report.html.jinja").render(
         comparison=comparison,
-        sections=charts,
-        forest=first,
-        figures=htmlsafe_json_dumps({chart.id: vars(chart) for chart in shown}, dumps=_dumps),
-        samples=samples_by_prompt(comparison.runs),
-        styles=run_styles(comparison),
-        variant_colours={line.name: run_styles(comparison)[line.runs[0]][0] for line in comparison.lines},
+        cast=cast,
+        figures=htmlsafe_json_dumps({"variants": cast.to_json(), "figures": figures}, dumps=_dumps),
+        samples=written,
+        config=recipes.config_by_variant(comparison),
+        facts_shared=shared,
+        facts_apart=apart,
+        recipes=recipes.recipes(comparison),
+        comparing=recipes.comparing(comparison),
+        alarm_rows=alarm_rows(comparison),
         wording=wording,
         sentences=sentences,
         headlines=sentences.headlines(comparison),
         covers=sentences.what_intervals_cover(comparison),
-        plotly=Markup(get_plotlyjs()),
+        style=Markup(_asset("report.css")),
+        drawing=Markup(_asset("charts.js")),
+        libraries=[Markup(_asset(f"vendor/{name}")) for name in LIBRARIES],
+        licenses=[_asset(f"vendor/{name}") for name in LICENSES],
+        **charts,
     )
 
 
+def _charts(comparison: Comparison, cast: Cast) -> dict[str, Any]:
+    """By the place where the page shows them, and `all`."""
+    first, equal, (domains, more_domains) = (
+        forest(comparison, cast), at_equal_budgets(comparison, cast), by_domain(comparison, cast)
+    )  # fmt: skip
+    parts = sections(comparison, cast)
+    every: list[Chart] = [*([first] if first else []), *equal, *domains, *more_domains]
+    every += [chart for part in parts for chart in (*part.charts, *part.more)]
+    return {
+        "forest": first, "equal": equal, "domain_charts": domains, "more_domain_charts": more_domains,
+        "sections": parts, "all": every,
+    }  # fmt: skip
+
+
+def _asset(name: str) -> str:
+    """A file of ours, or of the library in page/vendor."""
+    return read_text(PAGE / name, _OURS)
+
+
 def _dumps(value: Any, **_: Any) -> str:
-    """Curves hold finite numbers, a hundred runs a million of them: the slow way is for what does not."""
+    """Without a space: of a page with thirty runs these are tenths."""
     try:
-        return json.dumps(value, allow_nan=False)
+        return json.dumps(value, allow_nan=False, separators=(",", ":"))
     except (ValueError, TypeError):
-        return json.dumps(_finite(value), allow_nan=False)
+        return json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
 
 
 def _finite(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """How the routers of the runs fared: alarms that were raised, and whether a router learnt anything at all.
 
-A run whose router has learnt nothing is a run of something else than its name says, so no verdict word is given to it.
+A run whose router has learnt nothing is a run of something else than its name says, so it is never called better: what
+would be praised is not what it is named after. That it is worse may be said.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from moelab_tools.compare.variants import Variant
 
 NUMBERS = ("value", "threshold", "worst", "first_step", "last_step")
 SHOWN = 5  # names in a list of runs
+NEVER_BETTER = "Not to be called better"
 SINCE = 3  # format_version of summary.json from which alarms are kept
 
 
@@ -86,7 +88,7 @@ def _alarm(run: str, entry: Mapping[str, Any]) -> RunAlarm:
 
 
 def why_withheld(variants: Sequence[Variant]) -> dict[str, str]:
-    """{variant: why no verdict word is given to it}: of those of which a counted run ended with an untaught router."""
+    """{variant: why it is never called better}: of those of which a counted run ended with an untaught router."""
     told = {}
     for variant in variants:
         causes: dict[str, list[RunAlarm]] = {}

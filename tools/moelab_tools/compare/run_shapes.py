@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from moelab.data.seen import SeenText
 from moelab.records import Record
+from moelab.training.format import BEST_EVALUATION, ENDED_EARLY, REPLANNED
 
 _COUNTS = [field.name for field in fields(SeenText) if field.name not in ("source", "unknown")]
 
@@ -37,6 +38,7 @@ def check_summary(summary: Record) -> None:
         if not layer.isdecimal() or len(layer) > 9:
             loads.refuse(layer, "under the number of a layer")
         loads.listed(layer, float)
+    _check_ending(summary)
     noncausal = summary.record("noncausal", optional=True)
     for mode in ("training", "evaluation"):
         noncausal.listed(mode, int, optional=True)
@@ -46,6 +48,22 @@ def check_summary(summary: Record) -> None:
     seen.listed("unknown", str, optional=True)
     for key in _COUNTS:
         seen.integer(key, 0, least=0)
+
+
+def _check_ending(summary: Record) -> None:
+    for number, change in enumerate(summary.listed(REPLANNED, dict, optional=True)):
+        one = Record(f"{summary.where}: {REPLANNED}.{number}", change, summary.reading)
+        for key in ("step", "planned", "steps"):
+            one.integer(key, least=0)
+        one.integer("rewarm_steps", None, least=0)
+        one.number("factor", least=0)
+    best = summary.record(BEST_EVALUATION, optional=True)
+    best.integer("step", None, least=0)
+    best.number("loss", None)
+    best.integer("evaluations", 0, least=0)
+    ended = summary.record(ENDED_EARLY, optional=True)
+    for key in ("planned", "patience"):
+        ended.integer(key, None, least=0)
 
 
 def _check_lineage(lineage: Record) -> None:

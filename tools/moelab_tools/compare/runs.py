@@ -13,7 +13,7 @@ from moelab.errors import ConfigError, UserError
 from moelab.printable import printable
 from moelab.records import Record, read_record
 from moelab.safe_files import Reading, json_lines, read_bytes
-from moelab.train.format import FORMAT_VERSION
+from moelab.training.format import FORMAT_VERSION
 from moelab_tools.compare.run_shapes import check_config, check_summary
 
 _CURE = "leave this run out, or train it again"
@@ -66,6 +66,7 @@ class Run:
     rows: list[Row]
     documents: dict[str, Document]
     warnings: list[str] = field(default_factory=list)
+    picked: int | None = None  # the step of its lowest evaluation, where that stands in place of the last one
 
     @property
     def finished(self) -> bool:
@@ -152,7 +153,7 @@ def read_run(folder: Path) -> Run:
     summary = _read_summary(folder / "summary.json")
     status = summary.get("status", "unfinished")
     rows = _read_metrics(folder / "metrics.jsonl", status == "finished", warnings)
-    documents = _read_documents(folder / "evaluation_documents.jsonl", status == "finished")
+    documents = read_documents(folder / "evaluation_documents.jsonl", status == "finished")
     name = summary.get("name") or config.get("name") or folder.resolve().name
     return Run(folder, printable(name, LONGEST_NAME), status, config, summary, rows, documents, warnings)
 
@@ -217,7 +218,7 @@ def _read_metrics(path: Path, finished: bool, warnings: list[str]) -> list[Row]:
     return list(rows.values())
 
 
-def _read_documents(path: Path, finished: bool) -> dict[str, Document]:
+def read_documents(path: Path, finished: bool) -> dict[str, Document]:
     """By name; empty for a run that did not reach its final evaluation."""
     if not path.exists():
         if finished:

@@ -12,7 +12,7 @@ from moelab_tools.compare.runs import Run
 
 FILE = "evaluation_samples.jsonl"
 LONGEST = 100_000  # characters of a text that is read
-SHOWN, MOST = 3000, 16  # characters of a text, and prompts, that the report shows
+SHOWN, MOST, ALL = 3000, 16, 200_000  # characters of a text, prompts, and characters of all, that the report shows
 _READING = Reading(cure="leave this run out, remove the file, or train it again")
 
 
@@ -28,9 +28,12 @@ class Written:
 def samples_by_prompt(runs: Sequence[Run]) -> dict[str, list[Written]]:
     """{prompt: what each run wrote, in the order of the runs}; runs without samples have none.
 
+    Of many runs each text is cut to its part of what the report shows.
+
     Raises UserError for a file that is not what `moelab train` writes.
     """
     found: dict[str, list[Written]] = {}
+    shown = min(SHOWN, ALL // max(1, len(runs)))
     for run in runs:
         path = run.path / FILE
         if not path.exists():  # written by an earlier version, or killed before its end
@@ -39,6 +42,7 @@ def samples_by_prompt(runs: Sequence[Run]) -> dict[str, list[Written]]:
             row = Record(where, values, _READING)
             prompt, text = row.text("prompt", longest=LONGEST), row.text("text", longest=LONGEST)
             about = f"step {row.integer('step', least=0)}, seed {row.integer('seed')}"
-            written = Written(run.name, printable(text, SHOWN, keep="\n\t"), about)
+            written = Written(run.name, printable(text, shown, keep="\n\t"), about)
             found.setdefault(printable(prompt, SHOWN, keep="\n\t"), []).append(written)
-    return dict(list(found.items())[:MOST])
+    prompts = min(MOST, max(1, ALL // max(1, shown * len(runs))))
+    return dict(list(found.items())[:prompts])

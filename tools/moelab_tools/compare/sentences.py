@@ -8,6 +8,7 @@ from moelab_tools.compare import routers, wording
 from moelab_tools.compare import verdict as words
 from moelab_tools.compare.comparison import Comparison, Line
 from moelab_tools.compare.power import MOST_SEEDS
+from moelab_tools.compare.routers import NEVER_BETTER
 from moelab_tools.compare.verdict import Verdict
 
 AXIS_NAMES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
@@ -116,7 +117,10 @@ def _difference(name: str, other: str, found: Verdict, unit: str, base: float | 
     if found.verdict == words.TWO_SEEDS:
         return f"{name} ended {amount} {lower} than {other} with two seeds; {interval}: {NO_VERDICT}."
     if found.verdict == words.WITHHELD:
-        return f"{name} ended {amount} {lower} than {other}; {interval}. No verdict: a router has learnt nothing."
+        return (
+            f"{name} ended {amount} {lower} than {other}; {interval}. No verdict: the router of the lower one has "
+            "learnt nothing."
+        )
     if found.verdict == words.NO_SPREAD:
         return (
             f"{name} ended {amount} {lower} than {other} in every pair of seeds alike: the seeds change nothing here."
@@ -149,9 +153,14 @@ def could_have_seen(found: Verdict, base: float | None) -> str:
     if found.smaller is None:
         return f"{text}."
     smaller = f"{100 * found.smaller / base:g} %"
-    if found.seeds_for_smaller is None:
-        return f"{text}; for {smaller} not even {MOST_SEEDS} are enough: take more held-out documents, or longer runs."
-    return f"{text}; for {smaller} it needs {found.seeds_for_smaller}."
+    if found.seeds_for_smaller is not None:
+        return f"{text}; for {smaller} it needs {found.seeds_for_smaller}."
+    if found.seen_at_best is None or found.seen_at_best < found.smaller:
+        return f"{text}; for {smaller} it needs more than {MOST_SEEDS}."
+    best = f"to {100 * found.seen_at_best / base:.2g} % at best"
+    return (
+        f"{text}; more seeds would bring that {best}: the rest is the choice of held-out text (evaluation.sequences)."
+    )
 
 
 def share(value: float, base: float | None) -> str:
@@ -174,7 +183,7 @@ def parts(found: Verdict) -> str:
 
 def remarks(comparison: Comparison) -> list[str]:
     """What has to be known of the runs that the differences are of; each once."""
-    untaught = [f"No verdict: {line.untaught}" for line in comparison.lines if line.untaught]
+    untaught = [f"{NEVER_BETTER}: {line.untaught}" for line in comparison.lines if line.untaught]
     return list(dict.fromkeys(untaught + [told for line in comparison.lines for told in line.remarks]))
 
 

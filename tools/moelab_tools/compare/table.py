@@ -22,22 +22,23 @@ ROOM = 1000  # characters: enough for any table, to measure it in
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Conflicts and seen text in bold first, then the table, the verdicts, what they rest on, and the warnings."""
+    unbroken = not console.is_terminal  # a terminal's lines break between words
     for conflict in comparison.conflicts:
-        console.print(f"[bold red]NOT COMPARABLE: {escape(conflict)}[/]", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]NOT COMPARABLE: {escape(conflict)}[/]", highlight=False, soft_wrap=unbroken)
     for told in comparison.seen:
-        console.print(f"[bold red]{escape(told)}[/]", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]{escape(told)}[/]", highlight=False, soft_wrap=unbroken)
     for table in _tables(comparison, console.width):
         console.print(table)
     for told in (*sentences.headlines(comparison), *wording.budgets(comparison), *sentences.multipliers(comparison)):
-        console.print(escape(told), highlight=False, soft_wrap=True)
+        console.print(escape(told), highlight=False, soft_wrap=unbroken)
     for told in sentences.remarks(comparison):
-        console.print(f"[bold]{escape(told)}[/]", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{escape(told)}[/]", highlight=False, soft_wrap=unbroken)
     for told in sentences.alarms(comparison):
-        console.print(f"[yellow]{escape(told)}[/]", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]{escape(told)}[/]", highlight=False, soft_wrap=unbroken)
     for told in sentences.what_intervals_cover(comparison):
-        console.print(f"[dim]{escape(told)}[/]", highlight=False, soft_wrap=True)
+        console.print(f"[dim]{escape(told)}[/]", highlight=False, soft_wrap=unbroken)
     for warning in comparison.warnings:
-        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=unbroken)
 
 
 @dataclass(frozen=True)

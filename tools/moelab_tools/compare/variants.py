@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moelab_tools.compare.differences import flatten, is_bookkeeping
+from moelab_tools.compare.endings import rewarmed
 from moelab_tools.compare.measure import Measure
 from moelab_tools.compare.runs import Document, Run
 
@@ -85,6 +86,8 @@ def recipe(run: Run) -> str:
     start = (run.summary.get("lineage") or {}).get("recipe")
     if start is not None:
         keys["train.init_from"] = start
+    if rewarmed(run):
+        keys["rewarmed"] = rewarmed(run)
     return json.dumps(keys, sort_keys=True, default=str)
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from moelab_tools.compare.contrast import LEVEL, Contrast
 from moelab_tools.compare.families import all_pairs_level, baseline_level, holm, moderated
 from moelab_tools.compare.pairing import LEAST_PAIRS, Key, Losses, Matched, distinct, match
-from moelab_tools.compare.power import detectable, seeds_needed
+from moelab_tools.compare.power import detectable, seeds_needed, text_limit
 from moelab_tools.compare.sequential import Plan, prospect
 
 BETTER, WORSE, NOT_RESOLVED, NEGLIGIBLE = "better", "worse", "not resolved", "negligible"
@@ -77,6 +77,7 @@ class Verdict:
     seeds_for_smaller: int | None
     remarks: tuple[str, ...] = ()
     prospect: float | None = None  # the chance of a word at the last look; None where none is left
+    seen_at_best: float | None = None  # what endlessly many pairs could have seen: the rest is the text's part
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,7 @@ def _verdict(name: str, one: Matched, family: _Family, asked: tuple[Rules, float
         seeds_for_smaller=needed,
         remarks=remarks,
         prospect=_prospect(contrast, one, family, rules, limit) if tested else None,
+        seen_at_best=text_limit(contrast, family.word_level) if tested else None,
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from moelab_tools.compare.budgets import Budget
 from moelab_tools.compare.comparison import Comparison, Line
-from moelab_tools.compare.remarks import FEW
+from moelab_tools.compare.differences import some
 
 MISSING = "–"
+MOST_SPANS = 4  # runs: of more only the furthest spans are told
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
@@ -38,11 +39,12 @@ def signed(value: float) -> str:
 
 
 def components(line: Line) -> str:
-    """layout · router · losses, or that it has no experts."""
+    """layout · router · losses · what single layers have instead, or that it has no experts."""
     known = line.components
     if not known.get("router"):
         return "no experts"
     parts = [known.get("layout", ""), known["router"], known.get("balance_losses") or known.get("loss", "")]
+    parts += [f"layers {known['layers']}"] if known.get("layers") else []
     return " · ".join(part if part != "none" else "no balance loss" for part in parts if part)
 
 
@@ -112,18 +114,18 @@ def _budget(comparison: Comparison, budget: Budget) -> str:
     text = f"At {names[budget.axis]} ({spend(budget)}, {spent}), {budget.unit}: {listing or 'none known'}."
     if budget.between:
         text += f" Interpolated linearly from the evaluations around it: {_spans(budget)}."
-    for run, why in budget.missing.items():
-        text += f" {run} {why}."
+    for why in dict.fromkeys(budget.missing.values()):
+        text += f" {some([run for run, reason in budget.missing.items() if reason == why])} {why}."
     return text
 
 
 def _spans(budget: Budget) -> str:
-    """Where the evaluations lie that a loss was interpolated between: run by run, or for many runs how far at most."""
-    shares = {run: (low / budget.amount, high / budget.amount) for run, (low, high) in budget.between.items()}
-    if len(shares) > FEW:
-        lows, highs = zip(*shares.values(), strict=True)
-        return f"{len(shares)} runs, all between {min(lows):.2f} and {max(highs):.2f} of it"
-    return ", ".join(f"{run} between {low:.2f} and {high:.2f} of it" for run, (low, high) in shares.items())
+    """Where the evaluations were that each run is read between; of many runs, those that were furthest."""
+    spans = {run: (low / budget.amount, high / budget.amount) for run, (low, high) in budget.between.items()}
+    if len(spans) <= MOST_SPANS:
+        return ", ".join(f"{run} between {low:.2f} and {high:.2f} of it" for run, (low, high) in spans.items())
+    low, high = min(low for low, _ in spans.values()), max(high for _, high in spans.values())
+    return f"{len(spans)} runs, by evaluations from {low:.2f} to {high:.2f} of it"
 
 
 def spend(budget: Budget) -> str:

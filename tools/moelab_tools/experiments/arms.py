@@ -13,7 +13,7 @@ from moelab.config.typed import SCHEMA
 from moelab.errors import ConfigError
 from moelab.origin import Origin
 from moelab.planning.match import Match
-from moelab.train.start import model_differences, refuse_others
+from moelab.training.start import model_differences, refuse_others
 from moelab_tools.experiments.declaration import Declaration
 from moelab_tools.experiments.prepared import Preparation
 from moelab_tools.sweep.launch import Task

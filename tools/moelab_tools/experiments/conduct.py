@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from moelab.errors import ConfigError, RunFailure
 from moelab.safe_files import Reading, read_object
-from moelab.train.run_folder import write_json
+from moelab.training.run_folder import write_json
 from moelab_tools.compare.comparison import Comparison, compare
 from moelab_tools.compare.report import write_report
 from moelab_tools.compare.runs import read_runs

@@ -132,7 +132,10 @@ class Declaration:
 
 
 def read_declaration(name: str | Path) -> Declaration:
-    """Of a folder, a file, or the name of a shipped experiment. Raises ConfigError naming file and key."""
+    """Of a folder, a file, or a shipped experiment, with or without `configs/experiments/` before its name.
+
+    Raises ConfigError naming file and key.
+    """
     path = _find(name)
     config = load_config([str(path)], ExperimentConfig).config
     folder = path.parent
@@ -154,7 +157,7 @@ def find_near(word: str, folder: Path) -> Path:
 
 def _find(name: str | Path) -> Path:
     asked = user_path(name, "experiment")
-    shipped = config_folder() / "experiments" / asked
+    shipped = config_folder() / "experiments" / str(asked).removeprefix("configs/experiments/")
     for place in (asked, asked / FILE, shipped / FILE):
         if place.is_file():
             return place

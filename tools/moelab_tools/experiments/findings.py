@@ -10,7 +10,7 @@ from typing import Any
 
 from moelab.atomic import write_file
 from moelab.safe_files import Reading, read_object, read_text
-from moelab.train.run_folder import write_json
+from moelab.training.run_folder import write_json
 from moelab_tools.compare import sentences
 from moelab_tools.compare.comparison import Comparison
 from moelab_tools.compare.verdict import Verdict

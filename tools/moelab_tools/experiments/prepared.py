@@ -28,7 +28,7 @@ from moelab.hookspecs import (
 )
 from moelab.registry import Registry
 from moelab.safe_files import Reading, read_object
-from moelab.train.run_folder import is_finished, write_json
+from moelab.training.run_folder import is_finished, write_json
 from moelab_tools.experiments.declaration import Declaration, Step, reference
 from moelab_tools.sweep.launch import Task
 from moelab_tools.sweep.plan import PlannedRun, digest, plan_run
@@ -197,7 +197,7 @@ class Preparation:
         except ConfigError as error:
             raise ConfigError(f"{error}; in the step {step.name} of {self.declaration.path}") from error
         config = loaded.config
-        registry = Registry(config.plugins, config.entry_points, loaded.search_path)
+        registry = Registry(config.plugins, config.entry_points, loaded.places("plugins"))
         for axis, point in AXES.items():
             registry.resolve(point, getattr(config.recipe, axis), f"recipe.{axis}")
         dense = self._tree(step.source).tree

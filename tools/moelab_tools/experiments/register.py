@@ -10,7 +10,7 @@ from typing import Any
 from moelab.config.scalars import settle
 from moelab.errors import UserError
 from moelab.safe_files import Reading, read_object
-from moelab.train.run_folder import write_json
+from moelab.training.run_folder import write_json
 from moelab_tools.compare.differences import flatten
 from moelab_tools.experiments.declaration import Declaration
 from moelab_tools.sweep.plan import RUNS

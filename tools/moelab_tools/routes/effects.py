@@ -16,7 +16,7 @@ from moelab.data.token_classes import CLASSES, class_of_ids
 from moelab.data.tokenizer import Tokenizer
 from moelab.nn.transformer import Transformer
 from moelab.routes.counterfactuals import Counterfactual, TokenLosses, losses
-from moelab.train.precision import Precision
+from moelab.training.precision import Precision
 from moelab_tools.routes.intervals import Estimate, estimates
 from moelab_tools.waiting import Waiting
 

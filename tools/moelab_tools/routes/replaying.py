@@ -18,7 +18,7 @@ from moelab.routes.files import read_trace
 from moelab.routes.record import weights_fingerprint
 from moelab.routes.replay import Replay, check_replayable, trace_batches
 from moelab.routes.trace import Trace
-from moelab.train.precision import Precision, choose_precision
+from moelab.training.precision import Precision, choose_precision
 from moelab_tools.routes.intervals import Estimate, estimates
 from moelab_tools.waiting import Waiting
 

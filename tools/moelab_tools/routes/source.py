@@ -22,9 +22,9 @@ from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab.routes.record import weights_fingerprint
 from moelab.safe_files import Reading, read_text
-from moelab.train.evaluate import evaluation_batch_size
-from moelab.train.precision import Precision, choose_precision, set_threads
-from moelab.train.setup import build_corpus_of, resolve_run
+from moelab.training.evaluate import evaluation_batch_size
+from moelab.training.precision import Precision, choose_precision, set_threads
+from moelab.training.setup import build_corpus_of, resolve_run
 from moelab_tools.checkpoints import evaluation_config, tokenizer_of
 
 HELD_OUT, TRAIN = "held-out", "train"

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from moelab.errors import UserError
 from moelab.printable import printable
-from moelab.train.interruption import Interruption
+from moelab.training.interruption import Interruption
 from moelab_tools.sweep.board import Board, tail
 
 POLL_SECONDS = 0.2

@@ -22,8 +22,8 @@ from moelab.errors import ConfigError
 from moelab.origin import check_vocabulary
 from moelab.paths import user_path
 from moelab.registry import Registry
-from moelab.train.setup import resolve_run
-from moelab.train.start import find_start
+from moelab.training.setup import resolve_run
+from moelab.training.start import find_start
 from moelab_tools.checkpoints import load_run, take_up_plugins
 from moelab_tools.compare.differences import flatten, is_bookkeeping
 from moelab_tools.sweep.axes import Axis, Words
@@ -109,14 +109,11 @@ def plan_run(
 
 
 def check_run(loaded: Loaded[RunConfig], *, trust: bool, start: bool = True) -> Registry:
-    """Build all but weights and data, as `moelab.train.setup.prepare` will; the config is resolved in place."""
+    """Build all but weights and data, as `moelab.training.setup.prepare` will; the config is resolved in place."""
     config = loaded.config
-    config.search_path = list(
-        dict.fromkeys([*config.search_path, *(str(path.resolve()) for path in loaded.search_path)])
-    )
     if trust:
         take_up_plugins(config)
-    registry = Registry(config.plugins, config.entry_points, [user_path(p, "search_path") for p in config.search_path])
+    registry = Registry(config.plugins, config.entry_points, config.places("plugins"))
     resolve_run(config, registry)
     build_balance_losses(config.model, registry)
     build_model(config.model, registry, device="meta", seed=None)

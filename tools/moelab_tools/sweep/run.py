@@ -15,8 +15,8 @@ from rich.markup import escape
 
 from moelab.errors import ConfigError, RunFailure, UserError, near
 from moelab.planning.match import Match
-from moelab.train.run_folder import prepare_run_folder, write_json
-from moelab.train.run_lock import hold
+from moelab.training.run_folder import prepare_run_folder, write_json
+from moelab.training.run_lock import hold
 from moelab_tools.compare.comparison import Comparison, compare
 from moelab_tools.compare.report import write_report
 from moelab_tools.compare.runs import read_runs

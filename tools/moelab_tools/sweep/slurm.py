@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from moelab.errors import ConfigError, UserError
 from moelab.safe_files import Reading, read_object
-from moelab.train.run_folder import write_json
+from moelab.training.run_folder import write_json
 from moelab_tools.sweep.launch import Job, Worker
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from moelab.data.lineage import lineage_of
 from moelab.errors import ConfigError, UserError
 from moelab.paths import user_path
 from moelab.safe_files import Reading, read_object
-from moelab.train.run_folder import SUMMARY, is_finished
-from moelab.train.run_lock import LOCK
+from moelab.training.run_folder import SUMMARY, is_finished
+from moelab.training.run_lock import LOCK
 from moelab_tools.sweep.plan import PlannedRun, settled_keys
 
 MOST_KEYS = 4  # in a sentence

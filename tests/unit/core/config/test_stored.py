@@ -76,7 +76,10 @@ def test_any_text_survives_storing_and_every_way_of_reading(tmp_path: Path) -> N
         assert read_stored(path, RunConfig) == config
         assert load_config([str(path)], RunConfig).config == config  # the run's folder, named by the user
         (tmp_path / "copied.yaml").write_text(path.read_text())
-        assert load_config([str(tmp_path / "copied.yaml")], RunConfig).config == config  # a file of the user's
+        copied = load_config(
+            [str(tmp_path / "copied.yaml")], RunConfig
+        ).config  # a file of the user's, in a place of its own
+        assert dataclasses.replace(copied, search_path=config.search_path) == config
         assert load_config(["seed=3"], RunConfig, below=_under(path)).config == dataclasses.replace(config, seed=3)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import yaml
 
+from moelab.config.interpolation import leaves
 from moelab.config.scalars import settle
 from moelab.config.text import read_tree, write_tree
 from moelab.errors import ConfigError
@@ -20,6 +22,12 @@ TRICKY = [
     "${a}", "\\${a}",
     "\\\\${a}", "é", "🙂", "\u2028", "\x85", "\ufeffa", "\x1b[31m", "a" * 500, ("a" * 130 + " ") * 3, "---", "...",
     "a:", ":a", "::",
+]  # fmt: skip
+QUICK = [
+    *(path.read_text() for path in sorted((Path(__file__).parents[4] / "configs").rglob("*.yaml"))),
+    write_tree({f"key {i}": [text, {text or "none": text}] for i, text in enumerate(TRICKY)}), "", "a: &b [1, {c: *b}]",
+    "a: &b {c: 1}\nd: {<<: *b, e: 0123}", "a: 1e-3\nb: .inf\nc: null\nd:\n- - 1\n  - 2\n", "a: 1\na: 2",
+    "a: !!python/x 1",
 ]  # fmt: skip
 BOMB = "- &a0 [x]\n" + "".join(f"- &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 8))
 
@@ -100,3 +108,20 @@ def test_what_is_no_config_is_one_line_with_its_place(text: str, words: list[str
     assert len(message) < 500
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("text", QUICK)
+def test_the_quick_reader_reads_what_the_patient_one_reads(text: str) -> None:
+    def read(quick: bool) -> str:
+        try:
+            return repr([(path, type(leaf), leaf) for path, leaf in leaves(read_tree(text, "x", quick=quick))])
+        except ConfigError as error:
+            return str(error)
+
+    assert read(quick=True) == read(quick=False)
+
+
+@pytest.mark.parametrize("deep", ["[" * 100_000, "- " * 100_000, "? " * 100_000, "{a: " * 100_000])
+def test_what_is_nested_without_end_takes_no_stack(deep: str) -> None:
+    with pytest.raises(ConfigError, match=r"nested too deeply|can't be read"):
+        read_tree(deep, "x", quick=True)

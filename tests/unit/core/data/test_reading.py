@@ -9,6 +9,12 @@ import pytest
 from moelab.data.account import Account
 from moelab.data.reading import distinct_files, read_text, resolve_files, resolve_path
 from moelab.errors import DataError, UserError
+from moelab.paths import Places
+
+
+def at(folder: Path) -> Places:
+    """Beside a config in this folder."""
+    return Places(search=(folder,))
 
 
 def test_a_path_is_looked_for_beside_the_config_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,12 +24,12 @@ def test_a_path_is_looked_for_beside_the_config_first(tmp_path: Path, monkeypatc
         (folder / "both.txt").write_text("x")
     (here / "one.txt").write_text("x")
     monkeypatch.chdir(here)
-    assert resolve_path("both.txt", base) == base / "both.txt"
-    assert resolve_path("one.txt", base) == here / "one.txt"
-    assert resolve_path(str(here / "both.txt"), base) == here / "both.txt"
-    assert resolve_files("one*.txt", base)[1] == [here / "one.txt"]
+    assert resolve_path("both.txt", at(base)) == base / "both.txt"
+    assert resolve_path("one.txt", at(base)) == here / "one.txt"
+    assert resolve_path(str(here / "both.txt"), at(base)) == here / "both.txt"
+    assert resolve_files("one*.txt", at(base))[1] == [here / "one.txt"]
     with pytest.raises(DataError, match=r"no file or folder 'none\.txt'.*base.*here"):
-        resolve_path("none.txt", base)
+        resolve_path("none.txt", at(base))
 
 
 def test_folders_and_globs_are_searched_in_order_without_hidden_files(tmp_path: Path) -> None:
@@ -31,12 +37,12 @@ def test_folders_and_globs_are_searched_in_order_without_hidden_files(tmp_path: 
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("x")
-    assert resolve_files(".", tmp_path)[1] == [tmp_path / "a/c.md", tmp_path / "b.txt"]
-    root, files = resolve_files("a/*.md", tmp_path)
+    assert resolve_files(".", at(tmp_path))[1] == [tmp_path / "a/c.md", tmp_path / "b.txt"]
+    root, files = resolve_files("a/*.md", at(tmp_path))
     assert (root, files) == (tmp_path / "a", [tmp_path / "a/c.md"])
-    assert resolve_files("b.txt", tmp_path) == (tmp_path, [tmp_path / "b.txt"])
+    assert resolve_files("b.txt", at(tmp_path)) == (tmp_path, [tmp_path / "b.txt"])
     with pytest.raises(DataError, match=r"no file matches '\*\.rst'"):
-        resolve_files("*.rst", tmp_path)
+        resolve_files("*.rst", at(tmp_path))
 
 
 def made(folder: Path, *names: str) -> Path:
@@ -49,14 +55,14 @@ def made(folder: Path, *names: str) -> Path:
 def found(path: str, base: Path, *patterns: str) -> tuple[list[str], dict[str, int]]:
     """(names below the folder that was searched, {cause: count})."""
     account = Account()
-    root, files = resolve_files(path, base, patterns or ("**/*",), account)
+    root, files = resolve_files(path, at(base), patterns or ("**/*",), account)
     return [file.relative_to(root).as_posix() for file in files], {w: c.count for w, c in account.causes.items()}
 
 
 @pytest.mark.parametrize("name", ["a[1].txt", "[a]/b.txt", "what?.txt", "star*.txt"])
 def test_a_name_that_exists_is_no_pattern(name: str, tmp_path: Path) -> None:
     made(tmp_path, name, "a1.txt", "a/b.txt", "whatx.txt", "starx.txt")
-    assert resolve_files(name, tmp_path) == ((tmp_path / name).parent, [tmp_path / name])
+    assert resolve_files(name, at(tmp_path)) == ((tmp_path / name).parent, [tmp_path / name])
     folder = str(Path(name).parent)
     assert (tmp_path / name).name in found(folder, tmp_path)[0] or folder == "."
 
@@ -97,14 +103,14 @@ def test_a_file_reached_twice_is_read_once_and_told(tmp_path: Path) -> None:
     (tmp_path / "data" / "c.txt").symlink_to(tmp_path / "data" / "a.txt")
     account = Account()
     paths = [(1, "data/b.txt"), (2, "data")]
-    read = [(key, file.name) for key, _, file in distinct_files(paths, tmp_path, ("**/*",), account)]
+    read = [(key, file.name) for key, _, file in distinct_files(paths, at(tmp_path), ("**/*",), account)]
     assert read == [(1, "b.txt"), (2, "a.txt")]
     assert {what: cause.count for what, cause in account.causes.items()} == {"files read once, reached twice": 2}
 
 
 def test_a_name_that_is_too_long_is_said_to_be_no_path(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no path"):
-        resolve_files("x" * 300, tmp_path)
+        resolve_files("x" * 300, at(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moelab import ConfigError, Corpus, DataContext, DataError, Registry
+from moelab import ConfigError, Corpus, DataContext, DataError, Places, Registry
 from moelab.data.byte_tokenizer import ByteTokenizer
 from moelab.hookspecs import DATA_SOURCES
 
@@ -17,7 +17,7 @@ LINES = [{"text": f"Text {n} é", "body": f"Body {n}", "from": "ab"[n % 2]} for 
 
 
 def build(base: Path, **options: Any) -> Corpus:
-    context = DataContext(ByteTokenizer(), validation_fraction=0.5, base=base)
+    context = DataContext(ByteTokenizer(), validation_fraction=0.5, places=Places(search=(base,)))
     return Registry(entry_points=False).build(DATA_SOURCES, {"name": "jsonl", **options}, context, "data.source")
 
 

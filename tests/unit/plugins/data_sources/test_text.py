@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moelab import ConfigError, Corpus, DataContext, DataError, Registry
+from moelab import ConfigError, Corpus, DataContext, DataError, Places, Registry
 from moelab.data.byte_tokenizer import ByteTokenizer
 from moelab.hookspecs import DATA_SOURCES
 
@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def build(base: Path, **options: Any) -> Corpus:
-    context = DataContext(ByteTokenizer(), validation_fraction=0.5, base=base)
+    context = DataContext(ByteTokenizer(), validation_fraction=0.5, places=Places(search=(base,)))
     return Registry(entry_points=False).build(DATA_SOURCES, {"name": "text", **options}, context, "data.source")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moelab import ConfigError, Corpus, DataContext, DataError, Registry
+from moelab import ConfigError, Corpus, DataContext, DataError, Places, Registry
 from moelab.data.batches import ValidationBatches
 from moelab.data.byte_tokenizer import ByteTokenizer
 from moelab.hookspecs import DATA_SOURCES
@@ -19,7 +19,7 @@ TOKENS = np.concatenate(DOCUMENTS).astype(np.uint16)
 
 
 def build(base: Path, **options: Any) -> Corpus:
-    context = DataContext(ByteTokenizer(), validation_fraction=0.2, base=base)
+    context = DataContext(ByteTokenizer(), validation_fraction=0.2, places=Places(search=(base,)))
     return Registry(entry_points=False).build(DATA_SOURCES, {"name": "tokens", **options}, context, "data.source")
 
 

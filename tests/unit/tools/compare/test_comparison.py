@@ -254,11 +254,9 @@ def test_a_loss_that_still_falls_fast_is_warned_of(make_run: MakeRun) -> None:
 def test_many_runs_are_told_as_a_range_and_not_one_by_one(make_run: MakeRun) -> None:
     several = [make_run(f"dear{n}", steps=240, seed=n, flops_per_token=2e6) for n in range(5)]
     comparison = compared(make_run("cheap", flops_per_token=1e6), *several)
-    assert "evaluations around it: 5 runs, all between 0.80 and 1.20 of it." in " ".join(wording.budgets(comparison))
-    falling = compared(*(make_run(f"a{n}", steps=40, seed=n) for n in range(5)))
-    warning = next(one for one in falling.warnings if "still falling fast" in one)
-    assert "5 of 5 runs, by " in warning
-    assert warning.count("a0") + warning.count("a1") + warning.count("a2") + warning.count("a3") < 2
+    assert "around it: 5 runs, by evaluations from 0.80 to 1.20 of it." in " ".join(wording.budgets(comparison))
+    falling = compared(*(make_run(f"a{n}", steps=40, seed=n) for n in range(12)))
+    assert re.search(r" and \d more\)", next(one for one in falling.warnings if "still falling fast" in one))
 
 
 def test_what_looks_at_later_tokens_is_said(make_run: MakeRun) -> None:

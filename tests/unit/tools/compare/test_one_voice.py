@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from moelab_tools.compare import sentences
 from moelab_tools.compare.board import board_text
 from moelab_tools.compare.budgets import AXES
+from moelab_tools.compare.charts import Cast
 from moelab_tools.compare.comparison import Comparison, compare
 from moelab_tools.compare.forest import BAD, GOOD, OPEN, forest
 from moelab_tools.compare.report import render, write_json, write_report
@@ -111,16 +113,16 @@ def test_a_lost_seed_is_told_everywhere_and_its_variant_is_judged_by_the_others(
 
 
 def test_the_first_chart_shows_every_difference_in_the_colour_of_its_word(comparison: Comparison, page: str) -> None:
-    chart = forest(comparison)
+    chart = forest(comparison, Cast.of(comparison))
     assert chart is not None
-    names = chart.layout["yaxis"]["ticktext"]
-    ends = {
-        names[round(place)]: trace["marker"]["color"]
-        for trace in chart.traces
-        if trace["name"] == "at the end of each run"
-        for place in trace["y"]
-    }
-    assert ends == {"lower": GOOD, "same": OPEN, "single": OPEN, "higher": BAD}
+    rows = {row["name"]: row for row in chart.data["rows"]}
+    assert {name: row["tone"] for name, row in rows.items()} == {
+        "lower": GOOD, "same": OPEN, "single": OPEN, "higher": BAD
+    }  # fmt: skip
+    for line in comparison.lines:
+        if line.name in rows:
+            assert rows[line.name]["word"] == line.verdict
+            assert rows[line.name]["text"].startswith(f"{line.difference.difference:+.4f}".replace("-", "−"))
     assert page.index('id="forest"') < page.index('id="table"')
 
 
@@ -181,7 +183,7 @@ def test_tensorboard_gets_the_verdicts_once(comparison: Comparison, tmp_path: Pa
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    (event,) = events.Tensors("verdicts/text_summary")
+    (event,) = events.Tensors("verdicts")
     assert event.tensor_proto.string_val[0].decode() == board_text(comparison)
 
 
@@ -190,3 +192,20 @@ def test_names_mean_nothing_to_markdown(make_run: MakeRun) -> None:
     summary = json.loads((path / "summary.json").read_text())
     (path / "summary.json").write_text(json.dumps(summary | {"name": "a|b](http://x)<b>"}))
     assert "a\\|b\\](http://x)\\<b\\>" in board_text(compare(read_runs([path])))
+
+
+def test_what_more_seeds_can_do_is_said_with_what_they_cannot(comparison: Comparison) -> None:
+    """A smaller difference takes so many pairs, or the text is the limit: then it says where seeds end."""
+    line = next(line for line in comparison.lines if line.name == "lower")
+    found = line.difference
+    assert found is not None and found.could_have_seen is not None and found.seen_at_best is not None
+    assert found.seen_at_best < found.could_have_seen
+    few = replace(found, could_have_seen=0.0064, smaller=0.002, seeds_for_smaller=7, seen_at_best=0.001)
+    assert sentences.could_have_seen(few, 1.0) == "With 4 pairs it could have seen 0.64 %; for 0.2 % it needs 7."
+    text = replace(few, seeds_for_smaller=None, seen_at_best=0.0058)
+    assert sentences.could_have_seen(text, 1.0) == (
+        "With 4 pairs it could have seen 0.64 %; more seeds would bring that to 0.58 % at best: the rest is the choice "
+        "of held-out text (evaluation.sequences)."
+    )
+    many = replace(few, seeds_for_smaller=None)
+    assert sentences.could_have_seen(many, 1.0).endswith("for 0.2 % it needs more than 200.")

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from moelab_tools.compare.contrast import Contrast, over_pairs
-from moelab_tools.compare.power import POWER, detectable, power, seeds_needed, with_pairs
+from moelab_tools.compare.power import POWER, detectable, power, seeds_needed, text_limit, with_pairs
 
 
 def known(seed_error: float, seeds: int, text_error: float = 0.0) -> Contrast:
@@ -51,3 +51,12 @@ def test_the_seeds_needed_are_the_fewest_that_suffice() -> None:
 
 def test_when_the_text_is_the_limit_no_number_of_seeds_is_proposed() -> None:
     assert seeds_needed(0.1, known(0.01, 3, 0.1), 3) is None
+
+
+def test_endless_seeds_leave_what_the_text_leaves_open() -> None:
+    """`text_limit` is where the power of very many pairs reaches POWER, and no number of pairs sees less."""
+    contrast = Contrast(0.0, 0.01, 2.0, 0.004, 60.0)
+    limit = text_limit(contrast)
+    assert power(limit, with_pairs(contrast, 3, 10**7)) == pytest.approx(POWER, abs=1e-3)
+    assert detectable(contrast) > detectable(with_pairs(contrast, 3, 200)) > limit
+    assert seeds_needed(0.95 * limit, contrast, 3) is None

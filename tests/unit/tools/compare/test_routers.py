@@ -75,6 +75,20 @@ def test_a_run_whose_router_learnt_nothing_is_never_called_better(
         )
 
 
+@pytest.mark.parametrize("untaught", ["variant", "baseline"])
+def test_that_a_router_without_teaching_is_worse_is_said(
+    variants: Callable[..., list[Path]], tmp_path: Path, untaught: str
+) -> None:
+    folders = variants()  # "bad" is lower than "good"
+    for folder in folders[:3]:
+        with_summary(folder, alarms=[UNTAUGHT])
+    named, other, word = ("bad", "good", "worse") if untaught == "variant" else ("good", "bad", "better")
+    comparison = compare(read_runs(folders), named)
+    assert words(comparison)[other] == word
+    for where, told in everything(comparison, tmp_path).items():
+        assert "Not to be called better: the router of good has learnt nothing" in " ".join(told.split()), where
+
+
 def test_without_the_alarm_the_same_runs_get_their_words(variants: Callable[..., list[Path]]) -> None:
     assert words(compare(read_runs(variants()), "good")) == {"bad": "better", "good": "baseline"}
 

@@ -94,3 +94,10 @@ def test_an_experiment_is_found_by_folder_file_and_shipped_name(tmp_path: Path) 
     assert read_declaration("shared_expert").config.baseline == "shared"
     with pytest.raises(ConfigError, match=r"no such experiment.*shared_expert"):
         read_declaration(tmp_path / "nothing")
+
+
+def test_a_shipped_experiment_is_found_as_a_checkout_and_as_a_wheel_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_declaration("configs/experiments/shared_expert") == read_declaration("shared_expert")

@@ -9,7 +9,7 @@ import torch
 
 from moelab.errors import ConfigError
 from moelab.registry import Registry
-from moelab.train.setup import Setup, prepare
+from moelab.training.setup import Setup, prepare
 from moelab_tools.sweep.axes import parse_words
 from moelab_tools.sweep.matching import Matching
 from moelab_tools.sweep.plan import plan_run, plan_runs, variant_names

@@ -1,0 +1,71 @@
+"""The one door to FSDP2 and DTensor: a built model is laid over meshes, in place, and stays unaware.
+
+Sums, never means: every term of a loss is divided by the global batch's tokens already, so gradients add over ranks.
+FSDP's own default divides dense gradients by the dense mesh and experts' by their smaller one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from moelab.errors import ConfigError
+from moelab.moe.balance import NamedLoss
+from moelab.nn.count import moe_blocks
+from moelab.nn.transformer import Transformer
+from moelab.parallel.exchange import ExchangeBackend
+from moelab.parallel.mesh import Meshes
+
+
+def parallelise(model: Transformer, meshes: Meshes, losses: Sequence[NamedLoss] = ()) -> None:
+    """Lay `model` over the meshes: experts to their owners, the rest cut by FSDP2, a layer a unit.
+
+    Call it before the optimizer is built and behind activation checkpointing; all ranks with equal weights.
+    Raises ConfigError for experts that don't divide, and for a part that declares `shardable = False`.
+    """
+    _refuse_unshardable(model, meshes, losses)
+    # Records hold views of what routers return; nothing of moelab writes in place to what a layer returns.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+    for block in moe_blocks(model):
+        bank = block.experts
+        if meshes.expert.size() > 1:
+            for name, parameter in list(bank.named_parameters()):
+                dealt = distribute_tensor(parameter.detach(), meshes.expert, [Shard(0)], src_data_rank=None)
+                bank.register_parameter(name, nn.Parameter(dealt, requires_grad=parameter.requires_grad))
+            block.dealt = partial(ExchangeBackend, mesh=meshes.expert)
+        block.in_pieces = True
+        _cut(bank, meshes.bank)
+    for layer in model.layers:
+        _cut(layer, meshes.dense)
+    _cut(
+        model, meshes.dense, reshard=False
+    )  # what is gathered last in the forward pass comes first in the backward one
+
+
+def _cut(module: nn.Module, mesh: DeviceMesh, reshard: bool = True) -> None:
+    unit = fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
+    unit.set_gradient_divide_factor(1.0)
+    unit.set_force_sum_reduction_for_comms(True)
+    unit.set_reduce_scatter_unused_params(True)  # a router that no token of this rank reached
+
+
+def _refuse_unshardable(model: Transformer, meshes: Meshes, losses: Sequence[NamedLoss]) -> None:
+    ranks = meshes.expert.size()
+    for block in moe_blocks(model):
+        if block.layout.num_experts % ranks:
+            raise ConfigError(
+                f"parallel.expert: {ranks} does not divide the {block.layout.num_experts} experts of layer "
+                f"{block.layer_id}; take a number that divides those of all layers"
+            )
+        for part, built in block.plugin_parts():
+            if not getattr(built, "shardable", True):
+                raise ConfigError(f"parallel: {part.title} declares that it can't be laid over several processes")
+    for named in losses:
+        if not getattr(named.loss, "shardable", True):
+            raise ConfigError(f"parallel: {named.part.title} declares that it can't be laid over several processes")

@@ -1,0 +1,53 @@
+"""What a step must know of the other processes: their sums, and which micro-batches are its own.
+
+Every process (rank) reads other sequences of one global batch, whatever axes of the mesh it lies on, so whatever is
+summed over micro-batches is then summed over all ranks. `Ranks` itself is the single process, which sums nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+PartT = TypeVar("PartT")
+
+
+class Ranks:
+    """One process alone."""
+
+    rank = 0
+    size = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over ranks, on every rank. All ranks call it, in the same order."""
+        return value
+
+    def own(self, parts: Sequence[PartT]) -> list[tuple[int, PartT]]:
+        """This rank's micro-batches with their places in the global batch, which key their noise: a run of them."""
+        each, rest = divmod(len(parts), self.size)
+        assert rest == 0, f"{len(parts)} micro-batches don't divide among {self.size} processes"
+        first = self.rank * each
+        return list(enumerate(parts))[first : first + each]
+
+    def first(self, found: str | None) -> str | None:
+        """What the first rank that found something found, on every rank."""
+        return found
+
+    def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """L2 norm of the whole gradient, a scalar, the same on every rank."""
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def clip(self, parameters: Iterable[nn.Parameter], most: float, norm: Tensor) -> None:
+        """Scale gradients whose `norm` is larger than `most` down to it."""
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+
+
+ALONE = Ranks()

@@ -1,0 +1,1 @@
+"""Run folders as records: found under a folder, read without torch, selected, sorted, and as a pandas DataFrame."""

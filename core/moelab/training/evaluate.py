@@ -1,0 +1,118 @@
+"""Held-out loss, summed over tokens and kept by document, so that runs can be paired over documents; and samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moelab.config.run import EvaluationConfig, RunConfig
+from moelab.data.batches import Batch, ValidationBatches
+from moelab.data.tokenizer import Tokenizer
+from moelab.nn.generate import Sampling, generate
+from moelab.nn.transformer import TokenContext, Transformer
+from moelab.training.evaluation import Evaluation, Floats, Sums, bin_names, bin_of, tokens_before
+from moelab.training.precision import Precision
+
+# Tokens of a forward pass without gradients: on a CPU a smaller one is slower and a larger one no faster
+# (benchmarks/results/evaluation.md); it keeps one layer's activations at a time and no logits.
+TOKENS_AT_ONCE = 1 << 14
+AXES = ("position", "context")  # of `Evaluation.places`
+
+
+def evaluation_batch_size(config: RunConfig) -> int:
+    """Sequences in a forward pass: what the config says, else as many as are not slower, and at least a micro-batch."""
+    train = config.train
+    at_least = train.micro_batch_size or train.batch_size
+    return config.evaluation.batch_size or max(at_least, ceil(TOKENS_AT_ONCE / train.sequence_length))
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, batches: ValidationBatches, precision: Precision) -> Evaluation:
+    """The loss of every held-out token, each counted once.
+
+    The batch size changes no number beyond the rounding of a matrix product of another shape (1e-7 of a document's
+    loss in float32): in evaluation no router lets sequences of a batch touch each other, unless it is given an
+    `eval_capacity_factor`.
+    """
+    was_training = model.training
+    model.eval()
+    found = _Found.of(batches)
+    waiting: tuple[Batch, Tensor] | None = None
+    for batch in batches:
+        part = batch.to(precision.device)
+        with precision.autocast():
+            context = TokenContext(part.document_id, part.domain_id)
+            output = model(part.input_ids, part.attention_mask, targets=part.targets, tokens=context)
+        assert output.token_loss is not None
+        if waiting is not None:  # a device computes this batch while the host sums the one before
+            found.add(*waiting)
+        waiting = (batch, output.token_loss)
+    if waiting is not None:
+        found.add(*waiting)
+    model.train(was_training)
+    return found.evaluation(batches)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Sums that grow batch by batch, on the host."""
+
+    row: np.ndarray  # [all documents] int64: place among the scored ones
+    total: Tensor  # [3, n] float64: nats, tokens, bytes
+    placed: dict[str, Tensor]  # axis -> [3, n * P]
+    bins: list[str]  # P
+
+    @classmethod
+    def of(cls, batches: ValidationBatches) -> _Found:
+        scored = batches.documents_scored()
+        bins, count = bin_names(batches.sequence_length), int(scored.sum())
+        placed = {axis: torch.zeros(3, count * len(bins), dtype=torch.float64) for axis in AXES}
+        return cls(np.cumsum(scored) - 1, torch.zeros(3, count, dtype=torch.float64), placed, bins)
+
+    def add(self, batch: Batch, token_loss: Tensor) -> None:
+        """token_loss [B, S], on whatever device."""
+        assert batch.target_document_id is not None
+        scored = batch.targets >= 0
+        sizes = torch.zeros_like(scored, dtype=torch.float64) if batch.target_bytes is None else batch.target_bytes
+        values = torch.stack([token_loss.cpu().double(), scored.double(), sizes]).flatten(1)  # [3, B S]
+        target = batch.target_document_id.numpy()
+        row = self.row[target]  # [B, S]
+        self.total.index_add_(1, torch.from_numpy(row.reshape(-1)), values)
+        document = np.concatenate([batch.document_id.numpy()[:, :1], target], 1)  # [B, S + 1]
+        for axis, before in zip(AXES, tokens_before(document), strict=True):
+            key = row * len(self.bins) + bin_of(before)
+            self.placed[axis].index_add_(1, torch.from_numpy(key.reshape(-1)), values)
+
+    def evaluation(self, batches: ValidationBatches) -> Evaluation:
+        """With a row for every document of the stream, zeros for those that were not read."""
+        stream = batches.stream
+        known = stream.token_bytes is not None or stream.id_bytes is not None
+        scored = np.zeros((3, len(self.row)))
+        scored[:, batches.documents_scored()] = self.total.numpy()
+        places = {axis: self._bins(found.numpy(), known) for axis, found in self.placed.items()}
+        return Evaluation(scored[0], scored[1], scored[2] if known else None, stream.exact_bytes, places)
+
+    def _bins(self, found: Floats, known: bool) -> dict[str, Sums]:
+        """found [3, n * P] -> the bins that were met."""
+        sums = found.reshape(3, -1, len(self.bins))
+        return {
+            name: Sums(sums[0, :, index], sums[1, :, index], sums[2, :, index] if known else None)
+            for index, name in enumerate(self.bins)
+            if sums[1, :, index].any()
+        }
+
+
+def sample_texts(model: Transformer, tokenizer: Tokenizer, config: EvaluationConfig, seed: int) -> list[str]:
+    """Each prompt with its continuation; the same seed draws the same numbers for every model."""
+    if config.sample_tokens == 0:
+        return []
+    sampling = Sampling(config.sample_tokens, config.temperature, seed=seed, end_token_ids=(tokenizer.eos_token_id,))
+    texts = []
+    for prompt in config.prompts:
+        ids = tokenizer.encode(prompt).tolist() or [tokenizer.eos_token_id]
+        texts.append(prompt + tokenizer.decode(list(generate(model, ids, sampling))))
+    return texts

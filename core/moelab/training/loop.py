@@ -1,0 +1,54 @@
+"""What one run carries from step to step; the trainer's parts (logged, held_out, saving) read and change it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moelab.alarms import AlarmChange, AlarmWatch
+from moelab.training.best import Best
+from moelab.training.interruption import Interruption
+from moelab.training.observers import Observers
+from moelab.training.plan import Plan
+from moelab.training.progress import Progress
+from moelab.training.run_folder import MetricsLog
+from moelab.training.run_lock import RunLock
+from moelab.training.save_clock import SaveClock
+from moelab.training.setup import Setup
+from moelab.training.step import Update
+from moelab.training.summary import backends
+
+
+@dataclass
+class Loop:
+    """What one run carries from step to step."""
+
+    setup: Setup
+    run_dir: Path
+    lock: RunLock
+    observers: Observers
+    metrics: MetricsLog
+    progress: Progress
+    alarms: AlarmWatch
+    plan: Plan
+    best: Best
+    loads: dict[str, list[float]] = field(default_factory=dict)  # layer -> shares of the last logged step
+    backends: list[str] = field(default_factory=list)  # that served so far
+    samples: list[str] = field(default_factory=list)  # of the last evaluation
+    changes: list[AlarmChange] = field(default_factory=list)  # of alarms, that no log has shown yet
+    resumed: Path | None = None  # the checkpoint that the run goes on from
+    saved: int | None = None  # the step of the last checkpoint, or of the start: nothing is lost since
+    update: Update = field(default_factory=Update)
+    clock: SaveClock = field(default_factory=SaveClock)
+    interruption: Interruption = field(default_factory=Interruption)
+    ended_early: bool = False  # train.patience is over
+    damaged: set[str] = field(default_factory=set)  # names of checkpoints that were passed over
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def served_backends(loop: Loop) -> list[str]:
+    """Those that served this process and, as its checkpoint says, those before it."""
+    return sorted({*loop.backends, *backends(loop.setup)})

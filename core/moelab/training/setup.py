@@ -1,0 +1,247 @@
+"""From a config to all that a run needs, before anything is written: wrong input dies here."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moelab.alarms import Alarm
+from moelab.builder import build_balance_losses, build_model, resolve_model
+from moelab.checkpoint import CONFIG, STATE, read_run_config, read_state
+from moelab.config.run import RunConfig
+from moelab.config.scalars import settle
+from moelab.config.stored import is_sealed, stored, to_yaml
+from moelab.data.batches import TrainBatches, ValidationBatches
+from moelab.data.corpus import Corpus, DataContext
+from moelab.data.lineage import LINEAGE, READING, Lineage, lineage_of, trained
+from moelab.data.promises import corpus_fault
+from moelab.data.seen import RECORD, DataRecord, SeenText, history_of, record_of_run, seen_text
+from moelab.data.tokenizer import Tokenizer, load_tokenizer
+from moelab.errors import ConfigError
+from moelab.hookspecs import DATA_SOURCES, OBSERVERS
+from moelab.moe.balance import NamedLoss
+from moelab.moe.block import MoEBlock
+from moelab.nn.allocator import keep_freed_memory
+from moelab.nn.checkpointing import apply_activation_checkpointing
+from moelab.nn.count import Parameters, ServedCosts, count_parameters, flops_per_token, served_costs
+from moelab.nn.room import TRAINING, check_room
+from moelab.nn.transformer import Transformer
+from moelab.origin import check_vocabulary
+from moelab.records import Record
+from moelab.registry import Registry
+from moelab.training.causality import Causality
+from moelab.training.evaluate import evaluation_batch_size
+from moelab.training.freeze import freeze
+from moelab.training.optimizer import build_adamw
+from moelab.training.precision import choose_precision, set_threads
+from moelab.training.rehearsal import probe_step
+from moelab.training.start import Start, find_start, starting_model
+from moelab.training.step import StepSettings
+
+logger = logging.getLogger("moelab")
+
+# What may differ when a run is resumed: none of it changes the numbers of a step.
+FREE_ON_RESUME = {
+    "run_dir", "resume", "name", "declaration", "observers", "evaluation", "search_path", "store_environment",
+}  # fmt: skip
+REPLANS = ("train.steps", "schedule.rewarm_steps")  # may differ where `moelab.training.plan` knows what that means
+FREE_TRAIN_KEYS = {
+    "log_every",
+    "probe_every",
+    "save_every",
+    "keep_checkpoints",
+    "init_from",
+    "init_overrides",
+    "keep_best",
+    "patience",
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run, ready for its first step."""
+
+    config: RunConfig  # resolved: every plugin default written out
+    registry: Registry
+    tokenizer: Tokenizer
+    corpus: Corpus
+    history: DataRecord  # the text that the starting weights have met
+    lineage: Lineage | None  # how they were made; None: random weights
+    batches: TrainBatches
+    validation: ValidationBatches
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    balance_losses: list[NamedLoss]
+    step_settings: StepSettings
+    threads: int
+    parameters: Parameters
+    start: Start
+    flops_per_token: float  # forward and backward, as the routers declare
+    causality: Causality  # which layers look at later tokens
+    costs: ServedCosts  # by which the run counts what its experts served
+    alarms: list[Alarm]  # found before the first step
+
+    @property
+    def seen(self) -> SeenText:
+        """How much of the held-out text the starting weights have met."""
+        source, scored = self.config.train.init_from, self.validation.documents_scored()
+        return seen_text(self.history, source, self.corpus, self.tokenizer, scored)
+
+    @property
+    def blocks(self) -> list[MoEBlock]:
+        return [module for module in self.model.modules() if isinstance(module, MoEBlock)]
+
+
+def prepare(config: RunConfig, registry: Registry, *, verify: bool = True) -> Setup:
+    """Build everything; nothing is written. Raises UserError for whatever is wrong, naming key, file or plugin.
+
+    `verify`: a checkpoint that it starts from is compared with its checksums.
+    """
+    config = copy.deepcopy(config)
+    threads = set_threads(config.train)
+    precision = choose_precision(config.train)
+    if precision.device.type == "cpu":
+        keep_freed_memory()
+    resolve_run(config, registry)
+    losses = build_balance_losses(config.model, registry)
+    # Before the data: a wrong shape, or one that no memory holds, fails at once.
+    check_room(build_model(config.model, registry, device="meta", seed=None), precision.device, TRAINING)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_vocabulary(config.model.vocab_size, tokenizer, config.data.tokenizer)
+    start = find_start(config, tokenizer, registry, verify=verify)
+    for line in start.told:
+        logger.warning(line)
+    corpus = build_corpus_of(config, registry, tokenizer)
+    train, micro = config.train, config.train.micro_batch_size or config.train.batch_size
+    batches = TrainBatches(corpus.train, train.batch_size, train.sequence_length, config.order_seed)
+    validation = ValidationBatches(
+        corpus.validation, config.evaluation.sequences, train.sequence_length, evaluation_batch_size(config)
+    )
+    model = starting_model(config, registry, precision.device, start)
+    freeze(model, train.freeze)
+    history = starting_history(config, start)
+    settings = StepSettings(micro, train.grad_clip, config.seed, precision)
+    rehearsal = probe_step(model, losses, batches.batch(0), settings)
+    if train.activation_checkpointing:
+        apply_activation_checkpointing(model, train.activation_checkpointing)
+    return Setup(
+        config=config,
+        registry=registry,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        history=history,
+        lineage=starting_lineage(config, start),
+        batches=batches,
+        validation=validation,
+        model=model,
+        optimizer=build_adamw(model, config.optimizer),
+        balance_losses=losses,
+        step_settings=settings,
+        threads=threads,
+        parameters=count_parameters(model),
+        start=start,
+        flops_per_token=flops_per_token(model, train.sequence_length),
+        costs=served_costs(model, train.sequence_length),
+        alarms=rehearsal.alarms,
+        causality=rehearsal.causality,
+    )
+
+
+def resolve_run(config: RunConfig, registry: Registry) -> None:
+    """Write every default of every chosen plugin into the config, in place."""
+    resolve_model(config.model, registry)
+    config.data.source = registry.resolve(DATA_SOURCES, config.data.source, "data.source")
+    config.observers = [registry.resolve(OBSERVERS, o, f"observers.{i}") for i, o in enumerate(config.observers)]
+
+
+def build_corpus_of(config: RunConfig, registry: Registry, tokenizer: Tokenizer) -> Corpus:
+    """The corpus that `data` describes."""
+    data = config.data
+    context = DataContext(tokenizer, data.validation_fraction, data.seed, config.places("data"), data.split_seed)
+    corpus = registry.build(DATA_SOURCES, data.source, context, "data.source")
+    fault = corpus_fault(corpus, tokenizer.vocab_size)
+    if fault is not None:
+        chosen, _ = registry.select(DATA_SOURCES, data.source, "data.source")
+        raise registry.part(DATA_SOURCES, data.source, "data.source").fault(fault, chosen.build)
+    return corpus
+
+
+def starting_lineage(config: RunConfig, start: Start) -> Lineage | None:
+    """How the weights of `train.init_from` were made; None where a run starts from random ones.
+
+    A run that goes on knows it from its own checkpoint: the folder it once started from may be gone.
+    """
+    source = config.train.init_from
+    if source is None or start.origin is None:
+        return None
+    if not start.origin.own:
+        return lineage_of(start.origin.folder, source)
+    state = Record(str(start.origin.folder / STATE), read_state(start.origin.folder), READING)
+    return Lineage.from_record(state.record("lineage")) if "lineage" in state else Lineage.unknown(source)
+
+
+def starting_history(config: RunConfig, start: Start) -> DataRecord:
+    """What the weights that the run starts from were trained on, as far as is recorded beside them.
+
+    Nothing of a run that goes on: its own checkpoint brings the record.
+    """
+    if start.origin is None or start.origin.own or config.train.init_from is None:
+        return DataRecord()
+    return history_of([start.origin.folder], [config.train.init_from])
+
+
+def checkpoint_files(setup: Setup, step: int, made: Mapping[str, Any]) -> dict[str, bytes]:
+    """What goes into the checkpoint of this step beside its tensors. `made`: of their making, what no config says."""
+    record = setup.history | record_of_run(setup.corpus, setup.tokenizer, setup.batches.documents_read(step))
+    lineage = trained(setup.config, setup.lineage, made)
+    own = {CONFIG: to_yaml(setup.config).encode(), RECORD: record.to_bytes(), LINEAGE: lineage.to_bytes()}
+    return own | setup.tokenizer.files() | setup.start.files
+
+
+def check_same_run(setup: Setup, checkpoint: Path) -> None:
+    """Refuse to resume under another config. Raises ConfigError naming the keys that differ."""
+    then, now = _fixed_part(stored(read_run_config(checkpoint))), _fixed_part(stored(setup.config))
+    known = all(isinstance(config["train.steps"], int) for config in (then, now))  # and not from the environment
+    free = REPLANS if known else ()
+    different = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key not in free)
+    if different:
+        lines = "; ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in different[:5])
+        raise ConfigError(
+            f"{different[0]}: {checkpoint} was written under another config ({lines}); resume with the same, "
+            "or start a new run from these weights with train.init_from"
+        )
+    outside = fixed_environment(setup.config)
+    sealed = str(read_state(checkpoint).get("environment", ""))
+    if outside and not is_sealed(outside, sealed):
+        raise ConfigError(
+            f"{next(iter(outside))}: {checkpoint} was written in another environment: what {', '.join(outside)} took "
+            "from it then is something else now; set the variables as they were, or start a new run with "
+            "train.init_from"
+        )
+
+
+def fixed_environment(config: RunConfig) -> dict[str, Any]:
+    """{key: value} of what came from the environment and must be the same when the run goes on."""
+    values = _fixed_part(dataclasses.asdict(config))
+    return {key: values[key] for key in map(".".join, sorted(config.as_written)) if key in values}
+
+
+def _fixed_part(config: dict[str, Any]) -> dict[str, Any]:
+    tree = {k: settle(v) for k, v in config.items() if k not in FREE_ON_RESUME}
+    tree["train"] = {k: v for k, v in tree["train"].items() if k not in FREE_TRAIN_KEYS}
+    return dict(_flat(tree, ()))
+
+
+def _flat(tree: Any, key_path: tuple[str, ...]) -> list[tuple[str, Any]]:
+    if isinstance(tree, list) and tree:
+        tree = dict(enumerate(tree))
+    if isinstance(tree, dict) and tree:
+        return [leaf for key, value in tree.items() for leaf in _flat(value, (*key_path, str(key)))]
+    return [(".".join(key_path), tree)]

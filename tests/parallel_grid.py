@@ -1,0 +1,184 @@
+"""The same steps on one process and on several: what a spawned process imports and runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+import moelab
+from moelab.builder import build_balance_losses
+from moelab.config.model import ModelConfig, MoEConfig
+from moelab.data.batches import Batch
+from moelab.errors import ConfigError
+from moelab.nn.checkpointing import apply_activation_checkpointing
+from moelab.nn.count import moe_blocks
+from moelab.parallel.group import Group
+from moelab.parallel.mesh import ParallelConfig, make_meshes
+from moelab.parallel.parallelise import parallelise
+from moelab.parallel.ranks import ALONE, Ranks
+from moelab.training.failure import NotFinite
+from moelab.training.precision import Precision
+from moelab.training.step import Observe, StepSettings, train_step
+
+PRECISION = Precision(torch.device("cpu"), torch.float32)
+STEPS = 4
+GLOBAL = {"name": "load_balance", "weight": 0.5, "scope": "global"}
+SEQUENCE = {"name": "load_balance", "weight": 0.5, "scope": "sequence"}
+
+# name -> (router, losses, more of the MoE)
+MODELS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]] = {
+    "softmax_global": ({"name": "softmax_topk"}, [GLOBAL, {"name": "router_z", "weight": 0.1}], {}),
+    "softmax_chunks": ({"name": "softmax_topk"}, [SEQUENCE], {"expert_chunk": 10}),
+    "sigmoid_bias": ({"name": "sigmoid_topk"}, [], {}),
+    "sigmoid_groups": ({"name": "sigmoid_topk", "n_group": 4, "topk_group": 2}, [GLOBAL], {}),
+    "quantile": ({"name": "sigmoid_topk", "balance": "quantile"}, [{"name": "hf_load_balance", "weight": 0.5}], {}),
+    "top_p": ({"name": "top_p"}, [SEQUENCE], {}),
+    "remoe": ({"name": "remoe"}, [{"name": "remoe_l1", "weight": 0.01}], {}),
+    "noisy": ({"name": "noisy_topk"}, [], {}),
+    "hash": ({"name": "hash"}, [], {}),
+    "orthogonal": ({"name": "softmax_topk"}, [{"name": "router_orthogonality", "weight": 0.1}], {}),
+}
+# name -> (parallel, micro-batch size); the batch has 8 sequences
+LAYOUTS: dict[str, tuple[dict[str, int], int]] = {
+    "replicate2": ({"replicate": 2}, 2),
+    "shard2": ({"shard": 2}, 4),
+    "shard2_micro": ({"shard": 2}, 2),
+    "expert2": ({"shard": 2, "expert": 2}, 2),
+    "expert4": ({"shard": 4, "expert": 4}, 2),
+    "shard4": ({"shard": 4}, 1),
+    "shard4_expert2": ({"shard": 4, "expert": 2}, 2),
+    "replicate2_shard2": ({"replicate": 2, "shard": 2}, 2),
+    "replicate2_expert2": ({"replicate": 2, "shard": 2, "expert": 2}, 1),
+}
+
+
+def model_config(name: str) -> ModelConfig:
+    router, losses, more = MODELS[name]
+    moe = MoEConfig(
+        layout={"name": "uniform", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        router=router,
+        shared_expert={"name": "gated", "intermediate_size": 24},
+        balance_losses=losses,
+        **more,
+    )
+    return ModelConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, tie_word_embeddings=True, moe=moe,
+    )  # fmt: skip
+
+
+def batch_of(step: int) -> Batch:
+    """8 sequences of 24, of which the last third of some is padding."""
+    stream = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, 64, (8, 25), generator=stream)
+    lengths = torch.tensor([24, 24, 20, 24, 16, 24, 24, 22])
+    mask = torch.arange(24) < lengths[:, None]
+    same = torch.arange(8)[:, None].expand(8, 24).contiguous()
+    targets = ids[:, 1:].masked_fill(~mask, -100)
+    return Batch(ids[:, :-1].contiguous(), targets.contiguous(), same, torch.zeros_like(same), mask)
+
+
+def steps(name: str, parallel: dict[str, int] | None, micro: int, checkpointing: bool = False) -> dict[str, Any]:
+    """A few steps of SGD; AdamW would hide a wrong scale and blow up rounding where the gradient is zero."""
+    registry = moelab.Registry(entry_points=False)
+    config = model_config(name)
+    model = moelab.build_model(config, registry, seed=1)
+    losses = build_balance_losses(config, registry)
+    if checkpointing:
+        apply_activation_checkpointing(model)
+    ranks: Ranks = ALONE
+    if parallel is not None:
+        ranks = Group()
+        parallelise(model, make_meshes(ParallelConfig(**parallel), ranks.size, "cpu"), losses)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    told = []
+    for step in range(STEPS):
+        settings = StepSettings(micro, 1.0, 0, PRECISION)
+        found = train_step(
+            model, optimizer, losses, batch_of(step), step, settings, observe=Observe(routing=True), ranks=ranks
+        )
+        report = found.statistics.reduce(ranks.sum)
+        assert found.served is not None
+        told.append(
+            {
+                "losses": {key: float(value) for key, value in found.losses.items()},
+                "norm": float(found.grad_norm),
+                "served": found.served.tolist(),
+                "metrics": report.metrics,
+            }
+        )
+    weights = {key: _whole(value) for key, value in model.state_dict().items()}
+    return {"steps": told, "weights": weights, "blocks": len(list(moe_blocks(model)))}
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone().contiguous()
+
+
+def run_layouts(layouts: list[str], models: list[str], folder: str, checkpointing: bool) -> dict[str, Any]:
+    """On each rank: every model under every layout; rank 0 writes the weights."""
+    results: dict[str, Any] = {}
+    for layout in layouts:
+        parallel, micro = LAYOUTS[layout]
+        for name in models:
+            found = steps(name, parallel, micro, checkpointing)
+            weights = found.pop("weights")
+            if torch.distributed.get_rank() == 0:
+                save_file(_apart(weights), Path(folder) / f"{layout}-{name}.safetensors")
+            results[f"{layout}-{name}"] = found
+    return results
+
+
+def _apart(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in weights.items()}
+
+
+def poisoned_step(parallel: dict[str, int]) -> str:
+    """What a step says when one micro-batch, of rank 1, meets a NaN in the embedding of a token that only it holds."""
+    registry = moelab.Registry(entry_points=False)
+    config = model_config("softmax_global")
+    model, losses = moelab.build_model(config, registry, seed=1), build_balance_losses(config, registry)
+    ranks = Group()
+    parallelise(model, make_meshes(ParallelConfig(**parallel), ranks.size, "cpu"), losses)
+    if ranks.rank == 1:
+        model.layers[0].self_attn.register_forward_hook(lambda module, inputs, y: y * float("nan"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    try:
+        train_step(model, optimizer, losses, batch_of(0), 0, StepSettings(2, 1.0, 0, PRECISION), ranks=ranks)
+    except NotFinite as error:
+        return str(error)
+    return "nothing was said"
+
+
+def refusals() -> list[str]:
+    """What is said of meshes and parts that can't be."""
+    registry = moelab.Registry(entry_points=False)
+    config = model_config("softmax_global")
+    assert config.moe is not None
+    three = dataclasses.replace(
+        config, moe=dataclasses.replace(config.moe, layout=config.moe.layout | {"num_experts": 3})
+    )
+    stubborn = moelab.build_model(config, registry, seed=1)
+    next(iter(moe_blocks(stubborn))).router.shardable = False
+    size = Group().size
+    tries: list[Callable[[], object]] = [
+        lambda: make_meshes(ParallelConfig(replicate=3), size, "cpu"),
+        lambda: make_meshes(ParallelConfig(replicate=2, expert=2), size, "cpu"),
+        lambda: parallelise(
+            moelab.build_model(three, registry, seed=1), make_meshes(ParallelConfig(shard=2, expert=2), size, "cpu")
+        ),
+        lambda: parallelise(stubborn, make_meshes(ParallelConfig(shard=2), size, "cpu")),
+    ]
+    told = []
+    for attempt in tries:
+        try:
+            attempt()
+        except ConfigError as error:
+            told.append(str(error))
+    return told

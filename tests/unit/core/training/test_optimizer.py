@@ -1,0 +1,108 @@
+"""AdamW's decay groups and its state as named tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import moelab
+from moelab.config.model import ModelConfig
+from moelab.config.run import OptimizerConfig
+from moelab.errors import CheckpointError
+from moelab.training.optimizer import build_adamw, optimizer_tensors, restore_optimizer
+
+SMALL = ModelConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    model = moelab.build(SMALL)
+    decayed = {id(p) for p in build_adamw(model, OptimizerConfig()).param_groups[0]["params"]}
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in decayed) == (not name.endswith("bias") and "norm" not in name), name
+
+
+def test_each_parameter_is_updated_once_though_the_head_is_tied() -> None:
+    model = moelab.build(SMALL)
+    groups = build_adamw(model, OptimizerConfig()).param_groups
+    assert sum(p.numel() for group in groups for p in group["params"]) == sum(p.numel() for p in model.parameters())
+
+
+def test_state_survives_the_way_through_named_tensors() -> None:
+    model, twin = moelab.build(SMALL), moelab.build(SMALL)
+    first, second = build_adamw(model, OptimizerConfig()), build_adamw(twin, OptimizerConfig())
+    ids = torch.arange(8)[None]
+    for _ in range(2):
+        model(ids, targets=ids).token_loss.sum().backward()
+        first.step()
+    twin.load_state_dict(model.state_dict())
+    restore_optimizer(twin, second, optimizer_tensors(model, first))
+    for m, o in ((model, first), (twin, second)):
+        o.zero_grad()
+        m(ids, targets=ids).token_loss.sum().backward()
+        o.step()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def _stepped() -> tuple[moelab.nn.transformer.Transformer, dict[str, torch.Tensor]]:
+    model = moelab.build(SMALL)
+    optimizer = build_adamw(model, OptimizerConfig())
+    ids = torch.arange(8)[None]
+    model(ids, targets=ids).token_loss.sum().backward()
+    optimizer.step()
+    return model, optimizer_tensors(model, optimizer)
+
+
+def _rename(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["norm.weight/exp_avf"] = tensors.pop("norm.weight/exp_avg")
+
+
+def _foreign(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["nprm.weight/exp_avg"] = tensors.pop("norm.weight/exp_avg")
+
+
+def _lack(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["norm.weight/step"]
+
+
+def _beside(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["norm.weight/max_exp_avg_sq"] = tensors["norm.weight/exp_avg"]
+
+
+def _scalar(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["norm.weight/exp_avg"] = torch.tensor(0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_rename, r"'norm.weight' lacks \['exp_avg'\] and holds \['exp_avf'\]"),
+        (_foreign, "'nprm.weight', which this model does not train"),
+        (_lack, r"'norm.weight' lacks \['step'\]"),
+        (_beside, r"lacks \[\] and holds \['max_exp_avg_sq'\] beside"),
+        (_scalar, r"'norm.weight/exp_avg' is \[\], not \["),
+    ],
+)
+def test_moments_under_other_names_are_refused_and_the_parameter_named(
+    change: Callable[[dict[str, torch.Tensor]], None], said: str
+) -> None:
+    model, tensors = _stepped()
+    change(tensors)
+    optimizer = build_adamw(model, OptimizerConfig())
+    with pytest.raises(CheckpointError, match=said):
+        restore_optimizer(model, optimizer, tensors)
+    assert not optimizer.state
+
+
+def test_a_parameter_without_moments_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model, tensors = _stepped()
+    kept = {name: value for name, value in tensors.items() if not name.startswith("norm.weight/")}
+    with caplog.at_level(logging.WARNING, logger="moelab"):
+        restore_optimizer(model, build_adamw(model, OptimizerConfig()), kept)
+    assert "no optimizer state of norm.weight" in caplog.text
