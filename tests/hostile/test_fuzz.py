@@ -20,7 +20,7 @@ from moelab.errors import ConfigError
 from moelab_tools.cli import COMMANDS
 
 # What takes no folder of anybody's, and what starts `moelab train` on configs of the user's own.
-NO_FOLDER = {"doctor", "sweep", "experiment"}
+NO_FOLDER = {"doctor", "sweep", "experiment", "demo", "new"}
 PLANTED = ("triton", "colorama", "gmpy2", "tabulate", "IPython", "sitecustomize", "numpy", "yaml", "json", "torch")
 
 
