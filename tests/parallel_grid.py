@@ -14,12 +14,13 @@ from torch.distributed.tensor import DTensor
 import moelab
 from moelab.builder import build_balance_losses
 from moelab.config.model import ModelConfig, MoEConfig
+from moelab.config.run import ParallelConfig
 from moelab.data.batches import Batch
 from moelab.errors import ConfigError
 from moelab.nn.checkpointing import apply_activation_checkpointing
 from moelab.nn.count import moe_blocks
 from moelab.parallel.group import Group
-from moelab.parallel.mesh import ParallelConfig, make_meshes
+from moelab.parallel.mesh import make_meshes
 from moelab.parallel.parallelise import parallelise
 from moelab.parallel.ranks import ALONE, Ranks
 from moelab.training.failure import NotFinite

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,6 +20,7 @@ from moelab.atomic import where_it_may_be
 from moelab.config.run import RunConfig
 from moelab.config.stored import read_stored
 from moelab.errors import CheckpointError, ConfigError
+from moelab.nn.pieces import fill, is_piece
 from moelab.nn.transformer import Transformer
 from moelab.safe_files import Reading, read_object, read_tensor_header
 
@@ -86,9 +86,8 @@ def load_model_tensors(folder: Path, model: Transformer) -> None:
     found = read_tensors(folder / MODEL)
     wanted = model_tensors(model)
     refuse_misfits(folder / MODEL, *({name: tuple(t.shape) for name, t in side.items()} for side in (found, wanted)))
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(found[name])
+    for name, tensor in wanted.items():
+        fill(tensor, found[name])
 
 
 def refuse_misfits(path: Path, found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> None:
@@ -107,7 +106,7 @@ def model_tensors(model: Transformer) -> dict[str, Tensor]:
     tensors = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return {name: t.detach() if is_piece(t) else t.detach().contiguous() for name, t in tensors.items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

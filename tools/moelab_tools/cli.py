@@ -100,7 +100,9 @@ def _run(arguments: list[str]) -> int:
         from moelab_tools.completion import use_bash
 
         use_bash()
-    teller = _Warnings(logging.WARNING)
+    if _one_of_many():  # which the first of them speaks for
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+    teller = logging.NullHandler() if _one_of_many() else _Warnings(logging.WARNING)
     logging.getLogger("moelab").addHandler(teller)
     try:
         moelab.main(arguments, prog_name="moelab", standalone_mode=False)
@@ -122,6 +124,11 @@ def _run(arguments: list[str]) -> int:
     finally:
         logging.getLogger("moelab").removeHandler(teller)
     return 0
+
+
+def _one_of_many() -> bool:
+    """Whether torchrun started this process beside another one that speaks."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
 
 
 class _Warnings(logging.Handler):
@@ -146,6 +153,8 @@ def _explain(error: Exception) -> int:
     from moelab.plugin_faults import strangers_fault
     from moelab.shortage import shortage
 
+    if isinstance(error, UserError | RunFailure) and _one_of_many():
+        return EXIT_USER if isinstance(error, UserError) else EXIT_FAILED
     if isinstance(error, UserError):
         _tell(f"error: {error}")
         return EXIT_USER

@@ -15,7 +15,7 @@ from moelab.printable import printable
 BOOKKEEPING = (
     "run_dir", "name", "declaration", "resume", "search_path", "store_environment", "observers", "train.log_every",
     "train.save_every", "train.keep_checkpoints", "train.keep_best", "train.gradient_shares_every",
-    "train.probe_every", "schedule.rewarm_steps",
+    "train.probe_every", "schedule.rewarm_steps", "parallel",
 )  # fmt: skip
 MOST_COUNTED = 2_000  # values that are counted against each other
 Differences = list[dict[str, Any]]  # one mapping of dotted keys for each config, in their order

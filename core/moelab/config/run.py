@@ -93,6 +93,32 @@ class EvaluationConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How a run is laid over processes, whose number is torchrun's: replicate x shard of them."""
+
+    replicate: int = 1  # groups of processes that hold the same
+    shard: int = 1  # processes that share out parameters, gradients and optimizer state (FSDP2)
+    expert: int = 1  # of these, processes that share out whole experts
+    timeout: float = 600.0  # seconds that one waits for another before the run ends
+
+    @property
+    def world(self) -> int:
+        """Processes."""
+        return self.replicate * self.shard
+
+    def check(self) -> None:
+        """Raise ConfigError for what can't be, naming the key."""
+        for key in ("replicate", "shard", "expert"):
+            _at_least("parallel", self, key, 1)
+        if self.shard % self.expert:
+            raise ConfigError(
+                f"parallel.expert: {self.expert} does not divide parallel.shard {self.shard}, of which it is a part"
+            )
+        if self.timeout <= 0:
+            raise ConfigError(f"parallel.timeout: must be positive, not {self.timeout}")
+
+
+@dataclass
 class RunConfig:
     """All of a `moelab train` run."""
 
@@ -109,6 +135,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     # What watches and records the run.
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     observers: list[Part] = field(default_factory=lambda: [{"name": "tensorboard"}, {"name": "recorder"}])
     resume: bool = False  # go on from the newest checkpoint in run_dir
     declaration: str | None = None  # hash of the experiment.yaml that this run was made for (moelab experiment)
@@ -116,8 +143,11 @@ class RunConfig:
 
     # The keys whose ${oc.env:...} is stored as it was written; what is not here, a checkpoint needs to be opened.
     STORED_AS_WRITTEN: ClassVar[frozenset[str]] = frozenset(
-        {"run_dir", "name", "seed", "data", "train", "optimizer", "schedule", "evaluation", "observers", "resume"}
-    )
+        {
+            "run_dir", "name", "seed", "data", "train", "optimizer", "schedule", "evaluation", "observers", "resume",
+            "parallel",
+        }
+    )  # fmt: skip
 
     SEARCHED: ClassVar[tuple[str, ...]] = ("plugins", "data")  # what names modules and files
 
@@ -144,6 +174,7 @@ class RunConfig:
         _check_train(self.train)
         _check_schedule(self.schedule)
         _check_optimizer(self.optimizer)
+        _check_parallel(self.parallel, self.train)
         if not 0 < self.data.validation_fraction < 1:
             raise ConfigError(f"data.validation_fraction: must be between 0 and 1, not {self.data.validation_fraction}")
         if self.train.sequence_length > self.model.max_position_embeddings:
@@ -206,6 +237,16 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
     _at_least("optimizer", optimizer, "weight_decay", 0)
     if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
         raise ConfigError(f"optimizer.betas: must be two numbers in 0 .. 1, not {optimizer.betas}")
+
+
+def _check_parallel(parallel: ParallelConfig, train: TrainConfig) -> None:
+    parallel.check()
+    micro = train.micro_batch_size or max(train.batch_size // parallel.world, 1)
+    if train.batch_size % (micro * parallel.world):
+        raise ConfigError(
+            f"train.batch_size: {train.batch_size} sequences don't divide into micro-batches of {micro} for each of "
+            f"{parallel.world} processes; make it a multiple of {micro * parallel.world}"
+        )
 
 
 def _at_least(section: str, holder: object, key: str, bound: int) -> None:

@@ -15,14 +15,18 @@ from moelab.parallel.ranks import Ranks
 class Group(Ranks):
     """All ranks of the default process group, which must be there."""
 
-    def __init__(self) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.rank, self.size, self._device = dist.get_rank(), dist.get_world_size(), torch.device(device)
 
     def sum(self, value: Tensor) -> Tensor:
         """By one all-reduce, of a copy."""
         summed = value.detach().clone()
         dist.all_reduce(summed)
         return summed
+
+    def any(self, flag: bool) -> bool:
+        """By one all-reduce of a number."""
+        return bool(self.sum(torch.tensor(float(flag), device=self._device)) > 0)
 
     def first(self, found: str | None) -> str | None:
         """Between our own processes, so what is exchanged is nobody else's."""

@@ -14,33 +14,8 @@ from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moelab.config.run import ParallelConfig
 from moelab.errors import ConfigError
-
-
-@dataclass
-class ParallelConfig:
-    """How a run is laid over processes; their number is torchrun's."""
-
-    replicate: int = 1  # groups of ranks that hold the same
-    shard: int = 1  # ranks that share parameters, gradients and optimizer state
-    expert: int = 1  # of them, ranks that share out the experts
-    timeout: float = 600.0  # seconds that a rank waits for another one before the run ends
-
-    @property
-    def world(self) -> int:
-        return self.replicate * self.shard
-
-    def check(self) -> None:
-        """Raise ConfigError for what can't be, naming the key."""
-        for key in ("replicate", "shard", "expert"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"parallel.{key}: must be at least 1, not {getattr(self, key)}")
-        if self.shard % self.expert:
-            raise ConfigError(
-                f"parallel.expert: {self.expert} does not divide parallel.shard {self.shard}, of which it is a part"
-            )
-        if self.timeout <= 0:
-            raise ConfigError(f"parallel.timeout: must be positive, not {self.timeout}")
 
 
 @dataclass(frozen=True)
@@ -60,14 +35,20 @@ class Meshes:
         return self.sparse["replicate", "eshard"]
 
 
+def check_world(config: ParallelConfig, world: int) -> None:
+    """Raise ConfigError where another number of processes runs than the config lays out."""
+    if config.world != world:
+        raise ConfigError(
+            f"parallel: replicate {config.replicate} x shard {config.shard} is {config.world}, and {world} "
+            f"process{'es run' if world > 1 else ' runs'}; start it with torchrun --nproc-per-node {config.world} -m "
+            "moelab train ..., or change one of the two"
+        )
+
+
 def make_meshes(config: ParallelConfig, world: int, device: str) -> Meshes:
     """Raises ConfigError where the axes don't multiply to the world."""
     config.check()
-    if config.world != world:
-        raise ConfigError(
-            f"parallel: replicate {config.replicate} x shard {config.shard} is {config.world}, and {world} processes "
-            f"run; start torchrun with --nproc-per-node {config.world}, or change one of the two"
-        )
+    check_world(config, world)
     eshard = config.shard // config.expert
     return Meshes(
         init_device_mesh(device, (config.replicate, config.shard), mesh_dim_names=("replicate", "shard")),

@@ -37,6 +37,10 @@ class Ranks:
         first = self.rank * each
         return list(enumerate(parts))[first : first + each]
 
+    def any(self, flag: bool) -> bool:
+        """Whether it holds on a rank; on every rank the same."""
+        return flag
+
     def first(self, found: str | None) -> str | None:
         """What the first rank that found something found, on every rank."""
         return found

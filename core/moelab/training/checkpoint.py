@@ -17,7 +17,9 @@ from moelab.checkpoint import MODEL, STATE, TRAINING, load_model_tensors, model_
 from moelab.errors import CheckpointError
 from moelab.manifest import MANIFEST, manifest_bytes, plain_entry
 from moelab.moe.balance import NamedLoss
+from moelab.nn.pieces import is_piece, whole
 from moelab.nn.transformer import Transformer
+from moelab.parallel.ranks import ALONE, Ranks
 from moelab.tensor_file import write_tensors
 from moelab.training.limits import check_disk
 from moelab.training.optimizer import optimizer_tensors, restore_optimizer
@@ -32,10 +34,52 @@ class TrainingState:
 
 
 def save_checkpoint(
-    folder: Path, model: Transformer, training: TrainingState, state: Mapping[str, Any], files: Mapping[str, bytes]
+    folder: Path,
+    model: Transformer,
+    training: TrainingState,
+    state: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Write `folder` beside, its manifest last, sync it, rename it. `files`: config.yaml and the tokenizer's."""
-    weights, moments = model_tensors(model), _training_tensors(model, training)
+    """Write `folder` beside, its manifest last, sync it, rename it. `files`: config.yaml and the tokenizer's.
+
+    All ranks call it; the main one gathers in its memory what lies in pieces, and writes. So a checkpoint is the same
+    whatever the mesh, and any number of processes goes on from it. What goes wrong there is raised on every rank.
+    """
+    weights = _gathered(model_tensors(model), ranks)
+    moments = _gathered(_training_tensors(model, training), ranks)
+    error: CheckpointError | None = None
+    if ranks.main:
+        try:
+            _write(folder, weights, moments, state, files)
+        except CheckpointError as problem:
+            error = problem
+    told = ranks.first(None if error is None else str(error))
+    if error is not None:
+        raise error
+    if told is not None:
+        raise CheckpointError(told)
+
+
+def _gathered(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Whole tensors, in the main process alone; one after the other, so that the others hold one at a time."""
+    if ranks.size == 1:
+        return dict(tensors)
+    found = {}
+    for name in sorted(tensors):
+        full = whole(tensors[name])
+        if ranks.main:
+            found[name] = full.cpu()
+    return found
+
+
+def _write(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    files: Mapping[str, bytes],
+) -> None:
     check_disk(folder, {MODEL: _bytes(weights), TRAINING: _bytes(moments)})
     beside = partial(folder)
     shutil.rmtree(beside, ignore_errors=True)
@@ -65,10 +109,7 @@ def restore_checkpoint(folder: Path, model: Transformer, training: TrainingState
     load_model_tensors(folder, model)
     path = folder / TRAINING
     tensors = read_tensors(path)
-    device = next(model.parameters()).device
-    moments = {
-        key.removeprefix("optimizer/"): v.to(device) for key, v in tensors.items() if key.startswith("optimizer/")
-    }
+    moments = {key.removeprefix("optimizer/"): v for key, v in tensors.items() if key.startswith("optimizer/")}
     losses: dict[str, dict[str, Tensor]] = {named.name: {} for named in training.balance_losses if _state_dict(named)}
     try:
         restore_optimizer(model, training.optimizer, moments)
@@ -111,7 +152,7 @@ def _training_tensors(model: Transformer, training: TrainingState) -> dict[str, 
     tensors = {f"optimizer/{key}": value for key, value in optimizer_tensors(model, training.optimizer).items()}
     for named in training.balance_losses:
         tensors |= {f"balance_losses/{named.name}/{key}": value for key, value in _state_dict(named).items()}
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return {name: t.detach() if is_piece(t) else t.detach().contiguous() for name, t in tensors.items()}
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

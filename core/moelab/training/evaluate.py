@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -14,6 +15,7 @@ from moelab.data.batches import Batch, ValidationBatches
 from moelab.data.tokenizer import Tokenizer
 from moelab.nn.generate import Sampling, generate
 from moelab.nn.transformer import TokenContext, Transformer
+from moelab.parallel.ranks import ALONE, Ranks
 from moelab.training.evaluation import Evaluation, Floats, Sums, bin_names, bin_of, tokens_before
 from moelab.training.precision import Precision
 
@@ -31,8 +33,8 @@ def evaluation_batch_size(config: RunConfig) -> int:
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, batches: ValidationBatches, precision: Precision) -> Evaluation:
-    """The loss of every held-out token, each counted once.
+def evaluate(model: Transformer, batches: ValidationBatches, precision: Precision, ranks: Ranks = ALONE) -> Evaluation:
+    """The loss of every held-out token, each counted once, by one of the ranks.
 
     The batch size changes no number beyond the rounding of a matrix product of another shape (1e-7 of a document's
     loss in float32): in evaluation no router lets sequences of a batch touch each other, unless it is given an
@@ -42,7 +44,7 @@ def evaluate(model: Transformer, batches: ValidationBatches, precision: Precisio
     model.eval()
     found = _Found.of(batches)
     waiting: tuple[Batch, Tensor] | None = None
-    for batch in batches:
+    for batch, counts in _share(batches, ranks):
         part = batch.to(precision.device)
         with precision.autocast():
             context = TokenContext(part.document_id, part.domain_id)
@@ -50,11 +52,23 @@ def evaluate(model: Transformer, batches: ValidationBatches, precision: Precisio
         assert output.token_loss is not None
         if waiting is not None:  # a device computes this batch while the host sums the one before
             found.add(*waiting)
-        waiting = (batch, output.token_loss)
+        waiting = (batch, output.token_loss) if counts else None
     if waiting is not None:
         found.add(*waiting)
     model.train(was_training)
+    found.reduce(ranks)
     return found.evaluation(batches)
+
+
+def _share(batches: ValidationBatches, ranks: Ranks) -> Iterator[tuple[Batch, bool]]:
+    """(this rank's batches in turn, whether they count): where others have one more, one of them comes once more."""
+    total, first = len(batches), None
+    for index, batch in enumerate(batches):
+        first = first or batch
+        if index % ranks.size == ranks.rank:
+            yield batch, True
+    if total % ranks.size and ranks.rank >= total % ranks.size and first is not None:
+        yield first, False  # the others still compute, and wait in every layer
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,11 @@ class _Found:
         for axis, before in zip(AXES, tokens_before(document), strict=True):
             key = row * len(self.bins) + bin_of(before)
             self.placed[axis].index_add_(1, torch.from_numpy(key.reshape(-1)), values)
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Add what the other ranks found."""
+        for sums in (self.total, *self.placed.values()):
+            sums.copy_(ranks.sum(sums))
 
     def evaluation(self, batches: ValidationBatches) -> Evaluation:
         """With a row for every document of the stream, zeros for those that were not read."""

@@ -16,7 +16,9 @@ from moelab.training.setup import Setup
 def evaluate_run(loop: Loop) -> None:
     setup = loop.setup
     loop.lock.check()
-    evaluation = loop.progress.evaluation = evaluate(setup.model, setup.validation, setup.step_settings.precision)
+    evaluation = loop.progress.evaluation = evaluate(
+        setup.model, setup.validation, setup.step_settings.precision, setup.ranks
+    )
     loss = evaluation.loss()
     told = loop.progress.step > 0 or setup.config.train.init_from is not None  # random weights have nothing to say
     lowest = told and loop.best.look(loop.progress.step, loss)

@@ -44,7 +44,9 @@ def log_step(loop: Loop, result: StepResult, rate: float) -> None:
 def probe(loop: Loop) -> dict[str, float]:
     """Show a fixed batch to the observers that want to see one; -> the numbers that they found, by tag."""
     setup, hook = loop.setup, loop.observers.hook.on_probe
-    if setup.config.train.probe_every == 0 or not setup.blocks or not loop.observers.listens("on_probe"):
+    if setup.config.train.probe_every == 0 or not setup.blocks:
+        return {}
+    if not setup.ranks.any(loop.observers.listens("on_probe")):
         return {}
     batch = probe_batch(setup.validation, setup.step_settings.micro_batch_size)
     shown = look(setup.model, batch, list(setup.corpus.domains), setup.step_settings.precision)

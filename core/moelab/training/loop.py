@@ -41,6 +41,7 @@ class Loop:
     update: Update = field(default_factory=Update)
     clock: SaveClock = field(default_factory=SaveClock)
     interruption: Interruption = field(default_factory=Interruption)
+    agreed: bool = False  # all processes of the run end at this step together
     ended_early: bool = False  # train.patience is over
     damaged: set[str] = field(default_factory=set)  # names of checkpoints that were passed over
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moelab.config.run import OptimizerConfig
 from moelab.errors import CheckpointError
+from moelab.nn.pieces import spread_as
 
 logger = logging.getLogger("moelab")
 
@@ -66,4 +67,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     for name, moments in found.items():
         for key, value in moments.items():
             # AdamW's step count stays a scalar on the CPU unless fused on an accelerator wants it there.
-            optimizer.state[parameters[name]][key] = value.to(parameters[name].device).clone()
+            parameter = parameters[name]
+            optimizer.state[parameter][key] = (
+                value.to(parameter.device).clone() if key == "step" else spread_as(value, parameter)
+            )

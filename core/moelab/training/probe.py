@@ -28,6 +28,6 @@ def look(model: Transformer, batch: Batch, domains: list[str], precision: Precis
     part = batch.to(precision.device)
     with precision.autocast():
         context = TokenContext(part.document_id, part.domain_id, measure=True)
-        _, records = model.hidden_states(part.input_ids, part.attention_mask, tokens=context)
+        records = model(part.input_ids, part.attention_mask, tokens=context, head=False).records
     model.train(was_training)
     return Probe(records, part.input_ids.reshape(-1), part.domain_id.reshape(-1), domains)

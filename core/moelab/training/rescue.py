@@ -13,6 +13,8 @@ from torch import nn
 
 from moelab.config.run import RunConfig
 from moelab.errors import CheckpointError, RunFailure, UserError
+from moelab.parallel.process_group import peer_is_gone
+from moelab.parallel.ranks import ALONE, Ranks
 from moelab.plugin_faults import quoted, strangers_fault
 from moelab.registry import Registry
 from moelab.shortage import shortage
@@ -31,7 +33,12 @@ class State:
 
 
 def save_what_is_good(
-    model: nn.Module, optimizer: torch.optim.Optimizer, save: Callable[[], None], error: BaseException, state: State
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    save: Callable[[], None],
+    error: BaseException,
+    state: State,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Save what a run that ended with `error` leaves, if it is the state of a step; says so, or why not.
 
@@ -40,7 +47,7 @@ def save_what_is_good(
     if isinstance(error, CheckpointError):  # it was this very state that could not be saved
         return
     step = state.step
-    bad = bad_parameter(model) if state.whole else "an update that was under way"
+    bad = ranks.first(bad_parameter(model)) if state.whole else "an update that was under way"
     if bad is not None:
         logger.warning("the state after step %d is not saved, because of %s; earlier checkpoints stand", step, bad)
         return
@@ -60,7 +67,12 @@ def ending(error: BaseException, config: RunConfig, registry: Registry, step: in
     if not isinstance(error, Exception) or isinstance(error, UserError | RunFailure):
         return error
     found = shortage(error)
-    if found is not None:
+    if peer_is_gone(error):
+        failure = RunFailure(
+            f"step {step}: another process of this run ended, or did not come within parallel.timeout: what it said is "
+            "the cause. The newest checkpoint stands, and --resume goes on from it"
+        )
+    elif found is not None:
         traceback.clear_frames(error.__traceback__)  # they hold the step's activations
         failure = RunFailure(f"step {step}: {told(found, config, registry)}")
     else:

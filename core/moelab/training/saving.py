@@ -76,7 +76,7 @@ def _write(loop: Loop, folder: Path, made: Mapping[str, Any], beside: Mapping[st
     for own in loop.observers.hook.on_checkpoint(step=progress.step):
         files = {**(own or {}), **files}
     with loop.clock.saving():
-        save_checkpoint(folder, setup.model, training_state(setup), state, {**files, **beside})
+        save_checkpoint(folder, setup.model, training_state(setup), state, {**files, **beside}, setup.ranks)
 
 
 def _prune(loop: Loop, newest: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,14 @@ from moelab.nn.count import Parameters, ServedCosts, count_parameters, flops_per
 from moelab.nn.room import TRAINING, check_room
 from moelab.nn.transformer import Transformer
 from moelab.origin import check_vocabulary
+from moelab.parallel.ranks import ALONE, Ranks
 from moelab.records import Record
 from moelab.registry import Registry
 from moelab.training.causality import Causality
 from moelab.training.evaluate import evaluation_batch_size
 from moelab.training.freeze import freeze
 from moelab.training.optimizer import build_adamw
-from moelab.training.precision import choose_precision, set_threads
+from moelab.training.precision import Precision, choose_precision, set_threads
 from moelab.training.rehearsal import probe_step
 from moelab.training.start import Start, find_start, starting_model
 from moelab.training.step import StepSettings
@@ -50,6 +52,7 @@ logger = logging.getLogger("moelab")
 # What may differ when a run is resumed: none of it changes the numbers of a step.
 FREE_ON_RESUME = {
     "run_dir", "resume", "name", "declaration", "observers", "evaluation", "search_path", "store_environment",
+    "parallel",
 }  # fmt: skip
 REPLANS = ("train.steps", "schedule.rewarm_steps")  # may differ where `moelab.training.plan` knows what that means
 FREE_TRAIN_KEYS = {
@@ -87,6 +90,7 @@ class Setup:
     causality: Causality  # which layers look at later tokens
     costs: ServedCosts  # by which the run counts what its experts served
     alarms: list[Alarm]  # found before the first step
+    ranks: Ranks = ALONE  # the processes over which the run is laid
 
     @property
     def seen(self) -> SeenText:
@@ -99,10 +103,11 @@ class Setup:
         return [module for module in self.model.modules() if isinstance(module, MoEBlock)]
 
 
-def prepare(config: RunConfig, registry: Registry, *, verify: bool = True) -> Setup:
+def prepare(config: RunConfig, registry: Registry, *, verify: bool = True, ranks: Ranks = ALONE) -> Setup:
     """Build everything; nothing is written. Raises UserError for whatever is wrong, naming key, file or plugin.
 
-    `verify`: a checkpoint that it starts from is compared with its checksums.
+    `verify`: a checkpoint that it starts from is compared with its checksums. `ranks`: over which the model is laid
+    where they are several; none of them waits for another here.
     """
     config = copy.deepcopy(config)
     threads = set_threads(config.train)
@@ -119,7 +124,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True) -> Se
     for line in start.told:
         logger.warning(line)
     corpus = build_corpus_of(config, registry, tokenizer)
-    train, micro = config.train, config.train.micro_batch_size or config.train.batch_size
+    train, micro = config.train, config.train.micro_batch_size or config.train.batch_size // ranks.size
     batches = TrainBatches(corpus.train, train.batch_size, train.sequence_length, config.order_seed)
     validation = ValidationBatches(
         corpus.validation, config.evaluation.sequences, train.sequence_length, evaluation_batch_size(config)
@@ -131,6 +136,10 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True) -> Se
     rehearsal = probe_step(model, losses, batches.batch(0), settings)
     if train.activation_checkpointing:
         apply_activation_checkpointing(model, train.activation_checkpointing)
+    parameters, costs = count_parameters(model), served_costs(model, train.sequence_length)
+    declared = flops_per_token(model, train.sequence_length)
+    if ranks.size > 1:
+        _lay_over(ranks, config, model, losses, precision)
     return Setup(
         config=config,
         registry=registry,
@@ -145,13 +154,25 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True) -> Se
         balance_losses=losses,
         step_settings=settings,
         threads=threads,
-        parameters=count_parameters(model),
+        parameters=parameters,
         start=start,
-        flops_per_token=flops_per_token(model, train.sequence_length),
-        costs=served_costs(model, train.sequence_length),
+        flops_per_token=declared,
+        costs=costs,
         alarms=rehearsal.alarms,
         causality=rehearsal.causality,
+        ranks=ranks,
     )
+
+
+def _lay_over(
+    ranks: Ranks, config: RunConfig, model: Transformer, losses: Sequence[NamedLoss], precision: Precision
+) -> None:
+    """Cut the model over the ranks, in place; what is not done there yet is said."""
+    parallel: Any = import_module("moelab.parallel.parallelise")  # a second of imports that one process saves
+    meshes = import_module("moelab.parallel.mesh").make_meshes(config.parallel, ranks.size, precision.device.type)
+    parallel.parallelise(model, meshes, losses)
+    if config.train.gradient_shares_every:
+        logger.warning("train.gradient_shares_every: not measured over several processes; the shares are left out")
 
 
 def resolve_run(config: RunConfig, registry: Registry) -> None:

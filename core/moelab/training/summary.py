@@ -33,12 +33,15 @@ LOADS, BACKENDS = "expert_load", "backends"  # of summary.json, and of state.jso
 
 def log_metrics(result: StepResult, rate: float, progress: Progress, setup: Setup) -> RouterReport:
     """All scalars of one logged step, and the loads. This is where the host waits for the device."""
-    router = result.statistics.reduce()
+    router = result.statistics.reduce(setup.ranks.sum)
     since = progress.interval()
     metrics = {f"train/{name}": float(value) for name, value in result.losses.items()}
     metrics |= {"train/grad_norm": float(result.grad_norm), "train/lr": rate}
     peak = peak_flops(setup.step_settings.precision)
-    metrics |= {"perf/tokens_per_second": since.tokens / since.seconds, "perf/mfu": since.flops / since.seconds / peak}
+    metrics |= {
+        "perf/tokens_per_second": since.tokens / since.seconds,
+        "perf/mfu": since.flops / since.seconds / peak / setup.ranks.size,
+    }
     metrics |= {
         "compute/served_flops_per_token": since.flops / since.tokens,
         "compute/declared_flops_per_token": setup.flops_per_token,

@@ -17,16 +17,21 @@ from moelab.checkpoint import BEST, CONFIG
 from moelab.config.run import RunConfig
 from moelab.config.stored import stored, to_yaml
 from moelab.data.seen import read_record
+from moelab.parallel.process_group import joined, together
+from moelab.parallel.ranks import Ranks
 from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab.training.best import Best, with_folder
+from moelab.training.failure import NotFinite
 from moelab.training.format import BEST_EVALUATION, ENDED_EARLY, REPLANNED
 from moelab.training.held_out import ends_early, evaluate_run, write_evaluation
+from moelab.training.interruption import Interruption
 from moelab.training.limits import warn_of_disk
 from moelab.training.logged import alarm_watch, log_step, probe
 from moelab.training.loop import Loop, due, served_backends
 from moelab.training.observers import gather_observers, threads_told
 from moelab.training.plan import Plan, to_json
+from moelab.training.precision import choose_precision
 from moelab.training.progress import Progress
 from moelab.training.rescue import State, ending, save_what_is_good, shortages_told
 from moelab.training.resume import find_resume, own_choice, replan, restore
@@ -46,6 +51,7 @@ from moelab.training.run_folder import (
 from moelab.training.run_lock import hold
 from moelab.training.saving import save
 from moelab.training.setup import prepare
+from moelab.training.shadow import writing_folder
 from moelab.training.step import Observe, train_step
 from moelab.training.summary import BACKENDS, LOADS, environment_facts, summary
 
@@ -57,15 +63,27 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
 
     A run is resumed from its newest checkpoint that is as it was written; not `verify`: from the newest.
 
+    Several processes that torchrun started all call it, and share the run as `config.parallel` says.
+
     Raises UserError before anything is written when the config, data, plugins or run folder are wrong;
     RunFailure when the loss stops being finite.
     """
     run_dir = user_path(config.run_dir, "run_dir")
+    device = choose_precision(config.train).device
+    with joined(config.parallel, device) as ranks, writing_folder(run_dir, ranks, resume=config.resume) as folder:
+        _train(config, ranks, folder, observers if ranks.main else (), force=force, verify=verify)
+    return run_dir
+
+
+def _train(
+    config: RunConfig, ranks: Ranks, run_dir: Path, observers: Sequence[object], *, force: bool, verify: bool
+) -> None:
+    """The part of one of the ranks, which writes into `run_dir`."""
     with ExitStack() as stack:
-        with HeldLog() as held:
+        with HeldLog() as held, together(ranks):
             registry = Registry(config.plugins, config.entry_points, config.places("plugins"))
             with shortages_told(config, registry):
-                setup = prepare(config, registry, verify=verify)
+                setup = prepare(config, registry, verify=verify, ranks=ranks)
             lock = stack.enter_context(hold(run_dir))
             choice = own_choice(setup)
             resumed = find_resume(setup, choice, run_dir)
@@ -78,9 +96,10 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
                 setup = replace(setup, history=history)
             for line in setup.seen.lines():
                 logger.warning("train.init_from: %s", line)
-            if is_finished(run_dir) and (done := _nothing_left(config, state, best)):
+            done = _nothing_left(config, state, best) if is_finished(run_dir) else None
+            if done is not None:
                 logger.warning("%s %s", run_dir, done)
-                return run_dir
+                return
             forget_results(run_dir)
             if state and config.train.keep_best:
                 anew = to_json(plan.changes) != state.get(REPLANNED, [])
@@ -91,7 +110,8 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
                 keys = ", ".join(map(".".join, config.as_written))
                 logger.warning("stored as written, not as resolved: %s; store_environment=true stores the values", keys)
             write_file(run_dir / CONFIG, to_yaml(setup.config))
-            manager = gather_observers(setup.config.observers, registry, run_dir, observers)
+            chosen = setup.config.observers if ranks.main else ()
+            manager = gather_observers(chosen, registry, run_dir, observers)
             with closing(MetricsLog(run_dir / METRICS, state.get("step"))) as metrics:
                 progress = Progress.of(state, setup.costs, setup.flops_per_token)
                 watch = alarm_watch(setup, state)
@@ -105,7 +125,6 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
                     _run(loop)
         finally:
             close_log(handler)
-    return run_dir
 
 
 def _nothing_left(config: RunConfig, state: Mapping[str, Any], best: Best) -> str | None:
@@ -124,6 +143,7 @@ def _run(loop: Loop) -> None:
     facts = environment_facts(setup) | {REPLANNED: to_json(loop.plan.changes)}
     logger.info("%s: %s", facts["name"], {key: facts[key] for key in ("components", "parameters")})
     error: BaseException | None = None
+    stack = ExitStack()
     try:
         loop.observers.hook.on_train_begin(
             run_dir=loop.run_dir, config=stored(setup.config), facts=facts, step=progress.step,
@@ -137,7 +157,9 @@ def _run(loop: Loop) -> None:
                 evaluate_run(loop)  # the run ended in it, and saved the step before
             while progress.step < setup.config.train.steps and not loop.ended_early:
                 one_step(loop)
-                loop.interruption.check()
+                if setup.ranks.any(loop.interruption.requested):
+                    loop.agreed = True
+                    raise KeyboardInterrupt
         if loop.ended_early:
             logger.warning(loop.best.sentence(setup.config.train.patience, progress.step, setup.config.train.steps))
         if not due(progress.step, setup.config.evaluation.every) or progress.evaluation is None:
@@ -145,13 +167,20 @@ def _run(loop: Loop) -> None:
         write_evaluation(loop)
         save(loop)
     except BaseException as problem:
+        if (
+            setup.ranks.size > 1
+        ):  # the launcher ends all processes when it hears of one: that waits for what is said here
+            stack.enter_context(Interruption())
         error = ending(problem, setup.config, setup.registry, progress.step)
-        if loop.saved != progress.step:
+        # A rank that fails alone can't save what lies on all of them; the others hear of it when it is gone.
+        agreed = setup.ranks.size == 1 or loop.agreed or isinstance(error, NotFinite)
+        if loop.saved != progress.step and agreed:
             state = State(progress.step, whole=not loop.update.under_way)
-            save_what_is_good(setup.model, setup.optimizer, partial(save, loop, prune=False), error, state)
-    _end(loop, facts, error)
-    if error is not None:
-        raise error
+            save_what_is_good(setup.model, setup.optimizer, partial(save, loop, prune=False), error, state, setup.ranks)
+    with stack:
+        _end(loop, facts, error)
+        if error is not None:
+            raise error
 
 
 def _end(loop: Loop, facts: dict[str, Any], error: BaseException | None) -> None:
@@ -188,11 +217,11 @@ def one_step(loop: Loop) -> None:
     batch = setup.batches.batch(progress.step)
     last = progress.step + 1 == config.train.steps
     observe = due(progress.step + 1, config.train.log_every) or last
-    every = config.train.gradient_shares_every
+    every = config.train.gradient_shares_every if setup.ranks.size == 1 else 0
     what = Observe(observe, observe and (due(progress.step + 1, every) or (last and every > 0)))
     result = train_step(
         setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings,
-        observe=what, update=loop.update,
+        observe=what, update=loop.update, ranks=setup.ranks,
     )  # fmt: skip
     with loop.interruption.held():
         progress.advance(batch.token_count, result.served, time.perf_counter() - started)
@@ -202,5 +231,5 @@ def one_step(loop: Loop) -> None:
     if due(progress.step, config.evaluation.every):
         evaluate_run(loop)
     save_every = config.train.save_every
-    if loop.clock.due() if save_every is None else due(progress.step, save_every):
+    if setup.ranks.any(loop.clock.due()) if save_every is None else due(progress.step, save_every):
         save(loop)

@@ -1,0 +1,97 @@
+"""Joining the other processes that torchrun started, and what fails on one of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib import import_module
+
+import torch
+import torch.distributed as dist
+
+from moelab.config.run import ParallelConfig
+from moelab.errors import ConfigError, RunFailure, UserError
+from moelab.parallel.mesh import check_world
+from moelab.parallel.ranks import ALONE, Ranks
+
+# What gloo says, as a plain RuntimeError.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+OLDEST = (2, 13)  # torch: what is asked of FSDP2 (force_sum_reduction, unused parameters) is not in earlier ones
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def main_process() -> bool:
+    """Whether this process writes and speaks: known before the others are joined."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def joined(config: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
+    """The ranks of this run; alone where there is one process.
+
+    Raises ConfigError where the config's mesh is not of the world's size, and for a torch that is too old.
+    """
+    config.check()
+    check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if config.world == 1:
+        yield ALONE
+        return
+    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if found < OLDEST:
+        needed = ".".join(map(str, OLDEST))
+        raise ConfigError(f"parallel: several processes need torch {needed} or newer, and {torch.__version__} is here")
+    begun = not dist.is_initialized()
+    if begun:
+        _begin(config, device)
+    try:
+        yield import_module("moelab.parallel.group").Group(device)  # its imports take a second, which one process saves
+        if begun:
+            dist.barrier()
+    finally:
+        if begun:
+            dist.destroy_process_group()
+
+
+def _begin(config: ParallelConfig, device: torch.device) -> None:
+    """With a store of this attempt's own: after a restart the old processes' addresses stand in the shared one."""
+    timeout = timedelta(seconds=config.timeout)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    base = dist.TCPStore(address, port, world, is_master=not agent and rank == 0, timeout=timeout)
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def peer_is_gone(error: BaseException) -> bool:
+    """Whether a collective failed because another process ended, or did not come in time."""
+    if not isinstance(error, RuntimeError):  # torch's DistBackendError and DistNetworkError are of it
+        return False
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in LOST)
+
+
+@contextmanager
+def together(ranks: Ranks) -> Iterator[None]:
+    """What a user's mistake ends on one rank ends on all, before any of them goes on; with its own message.
+
+    Nothing inside waits for another rank. The main process tells it; the others raise it too, and are silent.
+    """
+    error: UserError | RunFailure | None = None
+    try:
+        yield
+    except (UserError, RunFailure) as problem:
+        error = problem
+    told = ranks.first(None if error is None else str(error))
+    if error is not None:
+        raise error
+    if told is not None:
+        raise UserError(told)

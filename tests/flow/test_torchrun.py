@@ -1,0 +1,149 @@
+"""`torchrun -m moelab train`: the run of one process, on several, through its checkpoints, and through its mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moelab_tools.cli import run
+
+NEWEST = "checkpoints/step_00000006"
+# AdamW divides the rounding of a gradient that is truly 0 by its own size: softmax is blind to the keys' bias.
+BLIND = "k_proj.bias"
+UNLIKE = ("perf/", "seconds", "train/router_gradient_share", "text_gradient_share", "expert_similarity")
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, root: Path) -> list[str]:
+    text = tmp_path / "a.jsonl"
+    text.write_text("".join(json.dumps({"text": f"document {n} says {n * n} " * 8}) + "\n" for n in range(60)))
+    return [
+        str(root / "configs/train/tiny_moe.yaml"), f"data.source={{name: jsonl, paths: [{text}]}}",
+        "data.validation_fraction=0.3", "train.steps=6", "train.batch_size=8", "train.micro_batch_size=2",
+        "train.sequence_length=32", "train.log_every=2", "train.save_every=3", "train.keep_checkpoints=0",
+        "evaluation.every=3", "evaluation.sequences=9", "evaluation.batch_size=2", "evaluation.sample_tokens=4",
+    ]  # fmt: skip
+
+
+def torchrun(world: int, arguments: list[str], *, wait: bool = True) -> Any:
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    command += ["-m", "moelab", "train", *arguments]
+    if wait:
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def same(one: Path, other: Path) -> None:
+    """Weights, moments and every number that both logged."""
+    for name in ("model.safetensors", "training.safetensors"):
+        ours, theirs = load_file(one / NEWEST / name), load_file(other / NEWEST / name)
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            close = 6 * 3e-3 if BLIND in key else 1e-5  # its own bound: steps times rate
+            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=close, msg=lambda m, k=key: f"{k}: {m}")
+    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+    for ours, theirs in zip(*rows, strict=True):
+        for key in set(ours) & set(theirs):
+            if isinstance(ours[key], float) and not any(part in key for part in UNLIKE):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), (ours["step"], key)
+
+
+@pytest.mark.slow
+def test_a_run_is_the_same_on_any_number_of_processes_and_goes_on_on_any(tmp_path: Path, arguments: list[str]) -> None:
+    one, two, four, back = (tmp_path / name for name in ("one", "two", "four", "back"))
+    assert run(["train", *arguments, f"run_dir={one}"]) == 0
+    found = torchrun(2, [*arguments, f"run_dir={two}", "parallel.shard=2", "parallel.expert=2"])
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("done:") + found.stderr.count("done:") == 1  # told by one of them
+    same(one, two)
+
+    for folder, source in ((four, two), (back, two)):
+        shutil.copytree(source, folder)
+        shutil.rmtree(folder / NEWEST)
+        (folder / "summary.json").unlink()
+    mesh = ["parallel.replicate=2", "parallel.shard=2"]
+    found = torchrun(4, [*arguments, f"run_dir={four}", *mesh, "--resume"])
+    assert found.returncode == 0, found.stderr
+    same(one, four)
+    assert run(["train", *arguments, f"run_dir={back}", "--resume"]) == 0
+    same(one, back)
+
+
+def wait_for_steps(process: Any, folder: Path) -> None:
+    """Until a few rows are logged; raises what was said where it ended."""
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 200
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 2):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_all_at_one_step_and_what_they_saved_goes_on(tmp_path: Path, arguments: list[str]) -> None:
+    folder = tmp_path / "run"
+    endless = ["parallel.shard=2", "train.steps=100000", "schedule.name=constant"]
+    process = torchrun(2, [*arguments, f"run_dir={folder}", *endless], wait=False)
+    wait_for_steps(process, folder)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=120)[0]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "interrupted", told
+    newest = max((folder / "checkpoints").glob("step_*"))
+    assert json.loads((newest / "state.json").read_text())["step"] == summary["steps"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process of a rank through /proc")
+def test_the_others_notice_one_that_is_killed_and_name_the_way_on(tmp_path: Path, arguments: list[str]) -> None:
+    folder = tmp_path / "run"
+    endless = ["parallel.shard=2", "train.steps=100000", "schedule.name=constant"]
+    process = torchrun(2, [*arguments, f"run_dir={folder}", *endless], wait=False)
+    wait_for_steps(process, folder)
+    os.kill(_process_of_rank(1, folder), signal.SIGKILL)
+    told = process.communicate(timeout=100)[0]
+    assert "another process of this run ended" in told, told
+    assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+    assert list((folder / "checkpoints").glob("step_*"))
+
+
+def _process_of_rank(rank: int, folder: Path) -> int:
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                environment = (path / "environ").read_bytes().split(b"\0")
+                command = (path / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if f"RANK={rank}".encode() in environment and str(folder).encode() in command:
+                return int(path.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+@pytest.mark.slow
+def test_mistakes_are_told_once(tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", *arguments, f"run_dir={tmp_path / 'a'}", "parallel.shard=2"]) == 2
+    assert "is 2, and 1 process runs; start it with torchrun --nproc-per-node 2" in capsys.readouterr().err
+    assert run(["train", *arguments, f"run_dir={tmp_path / 'a'}", "parallel.shard=3"]) == 2
+    assert "train.batch_size: 8 sequences don't divide" in capsys.readouterr().err
+    assert run(["train", *arguments, f"run_dir={tmp_path / 'a'}", "parallel.shard=4", "parallel.expert=3"]) == 2
+    assert "parallel.expert: 3 does not divide parallel.shard 4" in capsys.readouterr().err
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "config.yaml").write_text("name: x\n")
+    found = torchrun(2, [*arguments, f"run_dir={taken}", "parallel.shard=2"])
+    assert found.returncode != 0
+    assert found.stderr.count("already holds a run") == 1
+    assert sorted(path.name for path in taken.iterdir()) == ["config.yaml"]
