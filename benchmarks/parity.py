@@ -12,16 +12,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("core", "plugins", "upcycling", "tools", "tests")]
 
-import parallel_grid as grid  # noqa: E402  (after the path)
 import torch  # noqa: E402
-from processes import run_on  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+
+import parallel_grid as grid  # noqa: E402  (after the path)
+from processes import run_on  # noqa: E402
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    print(f"# A step on several processes against one\n\n`python benchmarks/parity.py`: gloo, torch {torch.__version__}, "
-          f"{grid.STEPS} steps of SGD, fp32; the largest difference of a loss and of a weight.\n")  # fmt: skip
+    print("# A step on several processes against one\n")
+    print(f"`python benchmarks/parity.py`: gloo, torch {torch.__version__}, {grid.STEPS} steps of SGD in fp32;")
+    print("the largest difference of a loss and of a weight.\n")
     print("| layout | processes | router and losses | loss | weight | assignments served |\n|---|---|---|---|---|---|")
     alone = {}
     for layout, (parallel, micro) in grid.LAYOUTS.items():

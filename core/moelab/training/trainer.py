@@ -167,9 +167,7 @@ def _run(loop: Loop) -> None:
         write_evaluation(loop)
         save(loop)
     except BaseException as problem:
-        if (
-            setup.ranks.size > 1
-        ):  # the launcher ends all processes when it hears of one: that waits for what is said here
+        if setup.ranks.size > 1:  # the launcher ends all when it hears of one: that waits for what is said here
             stack.enter_context(Interruption())
         error = ending(problem, setup.config, setup.registry, progress.step)
         # A rank that fails alone can't save what lies on all of them; the others hear of it when it is gone.

@@ -37,6 +37,7 @@ class ExpertSimilarity:
     """
 
     needs_batch_counts = False
+    shardable = False  # over processes no one holds all experts
 
     def __init__(self, options: ExpertSimilarityOptions, context: BalanceLossContext) -> None:
         self.weight = options.weight
