@@ -1,4 +1,4 @@
-"""Is a step on several processes that of one? Every model of tests/parallel_grid.py on every layout; largest differences.
+"""Is a step on several processes that of one? Every model of tests/parallel_grid.py on every layout.
 
 python benchmarks/parity.py > benchmarks/results/parity.md
 """

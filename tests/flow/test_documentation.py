@@ -74,6 +74,10 @@ DECLARED: dict[str, Instead | Not] = {
     "moelab demo": Not("CI runs it in small, from the checkout (make short-demo) and from the wheel (.ci/wheel)"),
     'eval "$(_MOELAB_COMPLETE=bash_source moelab)"': Not("of the shell one is in; tests/unit/tools/test_completion.py"),
     "python examples/minimal_loop.py train/tiny_moe train.steps=20 run_dir=unused": Not("tests/unit/test_examples.py"),
+    "torchrun --nproc-per-node 2 -m moelab train configs/train/tiny_moe.yaml run_dir=runs/two parallel.shard=2 "
+    "parallel.expert=2": Not("starts processes: tests/flow/test_torchrun.py does"),
+    "torchrun --nproc-per-node 4 -m moelab train configs/train/tiny_moe.yaml parallel.shard=4 parallel.expert=2 "
+    "train.micro_batch_size=2": Not("starts processes: tests/flow/test_torchrun.py does"),
     "tensorboard --logdir runs": Not("a server that runs until it is stopped"),
     "pip install triton==3.7.1 setuptools wheel packaging": Not("make setup-megablocks, which CI runs, does the same"),
     "pip install --no-deps --no-build-isolation stanford-stk==0.7.1 megablocks==0.10.0": Not(

@@ -107,7 +107,7 @@ class BalanceLoss(Protocol):
     Optional, looked up by name:
     - `after_step(context)`: called once after each optimizer step with the whole batch's counts, to adapt `weight`.
     - `shardable`: False for one that can't be laid over several processes (a router, shared expert or backend says it
-      alike): it needs weights that no process holds whole, decides by its data whether a parameter is used, or the like.
+      alike): it needs weights that no process holds whole, or decides by its data whether a parameter is used.
     - `split_invariant`: False for a loss whose total depends on how the batch is split into micro-batches.
     - `state_dict()` and `load_state_dict(state)`: what it must remember over a restart.
     - `qwen2_moe_fields() -> dict | str`: its `router_aux_loss_coef` in a Qwen2-MoE config.json, or why it has none.
