@@ -21,16 +21,6 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out wait
 OLDEST = (2, 13)  # torch: what is asked of FSDP2 (force_sum_reduction, unused parameters) is not in earlier ones
 
 
-def started_by_torchrun() -> bool:
-    """Whether this process is one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def main_process() -> bool:
-    """Whether this process writes and speaks: known before the others are joined."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 @contextmanager
 def joined(config: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
     """The ranks of this run; alone where there is one process.
