@@ -64,7 +64,7 @@ def _begin(config: ParallelConfig, device: torch.device) -> None:
 
 def peer_is_gone(error: BaseException) -> bool:
     """Whether a collective failed because another process ended, or did not come in time."""
-    if not isinstance(error, RuntimeError):  # torch's DistBackendError and DistNetworkError are of it
+    if not dist.is_available() or not isinstance(error, RuntimeError):  # of which torch's DistErrors are
         return False
     return isinstance(error, dist.DistError) or any(text in str(error) for text in LOST)
 
