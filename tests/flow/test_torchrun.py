@@ -61,7 +61,7 @@ def same(one: Path, other: Path) -> None:
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), (ours["step"], key)
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_a_run_is_the_same_on_any_number_of_processes_and_goes_on_on_any(tmp_path: Path, arguments: list[str]) -> None:
     one, two, four, back = (tmp_path / name for name in ("one", "two", "four", "back"))
     assert run(["train", *arguments, f"run_dir={one}"]) == 0
@@ -69,6 +69,8 @@ def test_a_run_is_the_same_on_any_number_of_processes_and_goes_on_on_any(tmp_pat
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("done:") + found.stderr.count("done:") == 1  # told by one of them
     same(one, two)
+    logged = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= row["moe/layer_00/rank_violation"] <= 1 for row in logged if "train/loss" in row)
 
     for folder, source in ((four, two), (back, two)):
         shutil.copytree(source, folder)
@@ -91,7 +93,7 @@ def wait_for_a_checkpoint(process: Any, folder: Path) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_a_signal_ends_all_at_one_step_and_what_they_saved_goes_on(tmp_path: Path, arguments: list[str]) -> None:
     folder = tmp_path / "run"
     endless = ["parallel.shard=2", "train.steps=100000", "schedule.name=constant"]
@@ -105,7 +107,7 @@ def test_a_signal_ends_all_at_one_step_and_what_they_saved_goes_on(tmp_path: Pat
     assert json.loads((newest / "state.json").read_text())["step"] == summary["steps"]
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process of a rank through /proc")
 def test_the_others_notice_one_that_is_killed_and_name_the_way_on(tmp_path: Path, arguments: list[str]) -> None:
     folder = tmp_path / "run"
@@ -132,7 +134,7 @@ def _process_of_rank(rank: int, folder: Path) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_mistakes_are_told_once(tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", *arguments, f"run_dir={tmp_path / 'a'}", "parallel.shard=2"]) == 2
     assert "is 2, and 1 process runs; start it with torchrun --nproc-per-node 2" in capsys.readouterr().err

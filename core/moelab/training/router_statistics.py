@@ -7,7 +7,7 @@ ranges and what is alarming, are in docs/metrics.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +93,22 @@ class RouterStatistics:
             metrics.update({f"moe/layer_{layer_id:02d}/{key}": value for key, value in values.items()})
         metrics.update({f"moe/mean/{key}": value for key, value in _mean_over_layers(per_layer)})
         return RouterReport(metrics, loads)
+
+
+def rank_metrics(loads: Mapping[int, Sequence[float]], ranks: int) -> dict[str, float]:
+    """How unevenly `ranks` processes that share out the experts compute: {tag: largest over mean, less one}.
+
+    loads: layer -> each expert's share of the assignments, as `RouterReport` has them; a process owns a run of
+    E / ranks experts. Each waits for the one that has most, in every layer. Nothing for one process.
+    """
+    if ranks == 1 or not loads:
+        return {}
+    found = {}
+    for layer, shares in sorted(loads.items()):
+        each = len(shares) // ranks
+        rows = [sum(shares[first : first + each]) for first in range(0, len(shares), each)]
+        found[f"moe/layer_{layer:02d}/rank_violation"] = max(rows) * ranks / sum(rows) - 1
+    return found | {"moe/mean/rank_violation": sum(found.values()) / len(found)}
 
 
 def _distribution(routing: Routing) -> Tensor | None:

@@ -21,7 +21,7 @@ from moelab.training.peak import peak_flops
 from moelab.training.progress import Progress
 from moelab.training.router_gradient import learns
 from moelab.training.router_numbers import gradient_metrics, idle_metrics
-from moelab.training.router_statistics import RouterReport
+from moelab.training.router_statistics import RouterReport, rank_metrics
 from moelab.training.start import OVERRIDES
 from moelab.training.step import StepResult
 
@@ -49,6 +49,7 @@ def log_metrics(result: StepResult, rate: float, progress: Progress, setup: Setu
     }
     metrics |= gradient_metrics(setup.model, setup.blocks, result) | idle_metrics(setup.blocks, since.counts)
     metrics["perf/memory_gb"] = memory_gb(setup.step_settings.precision.device)
+    metrics |= rank_metrics(router.loads, setup.config.parallel.expert)
     return replace(router, metrics=metrics | router.metrics)
 
 

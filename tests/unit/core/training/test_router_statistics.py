@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moelab.moe.routing import LayerRecord, Routing
-from moelab.training.router_statistics import RouterReport, RouterStatistics
+from moelab.training.router_statistics import RouterReport, RouterStatistics, rank_metrics
 
 E, K = 8, 2
 
@@ -174,3 +174,12 @@ def test_a_layer_that_no_token_reached_says_so_and_has_no_load() -> None:
     }  # fmt: skip
     refused = Routing.from_assignments(nothing, nothing, torch.zeros(0), 8, E, dropped=torch.tensor(16))
     assert reduce(LayerRecord(0, refused, refused.counts()))["moe/layer_00/dropped_fraction"] == 1.0
+
+
+def test_processes_that_share_out_experts_are_as_uneven_as_the_runs_of_experts_that_they_own() -> None:
+    loads = {0: [0.1, 0.1, 0.4, 0.4], 3: [0.25, 0.25, 0.25, 0.25]}
+    assert rank_metrics(loads, 1) == {}
+    assert rank_metrics(loads, 2) == pytest.approx(
+        {"moe/layer_00/rank_violation": 0.6, "moe/layer_03/rank_violation": 0.0, "moe/mean/rank_violation": 0.3}
+    )
+    assert rank_metrics(loads, 4)["moe/layer_00/rank_violation"] == pytest.approx(0.6)  # each owns one: MaxVio
