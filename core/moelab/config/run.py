@@ -133,9 +133,9 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     # What watches and records the run.
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     observers: list[Part] = field(default_factory=lambda: [{"name": "tensorboard"}, {"name": "recorder"}])
     resume: bool = False  # go on from the newest checkpoint in run_dir
     declaration: str | None = None  # hash of the experiment.yaml that this run was made for (moelab experiment)
