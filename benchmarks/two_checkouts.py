@@ -16,6 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +46,11 @@ def measure(shape: str, threads: int, steps: int) -> float:
     from moelab.data.batches import Batch
     from moelab.nn.allocator import keep_freed_memory
     from moelab.registry import Registry
-    from moelab.training.optimizer import build_adamw
-    from moelab.training.precision import choose_precision
-    from moelab.training.step import StepSettings, train_step
+
+    room = "moelab.training" if find_spec("moelab.training") else "moelab.train"  # as it was called before
+    build_adamw = import_module(f"{room}.optimizer").build_adamw
+    choose_precision = import_module(f"{room}.precision").choose_precision
+    step_of = import_module(f"{room}.step")
 
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -58,14 +62,14 @@ def measure(shape: str, threads: int, steps: int) -> float:
     resolve_model(config, registry)
     model, losses = build_model(config, registry, seed=0), build_balance_losses(config, registry)
     optimizer = build_adamw(model, OptimizerConfig())
-    settings = StepSettings(SEQUENCES, 1.0, 0, choose_precision(TrainConfig(steps=1, device="cpu")))
+    settings = step_of.StepSettings(SEQUENCES, 1.0, 0, choose_precision(TrainConfig(steps=1, device="cpu")))
     ids = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
     none = torch.zeros_like(ids)
     batch = Batch(ids, ids.roll(-1, 1), none, none, None)
     seconds = []
     for step in range(WARM_UP + steps):
         started = time.perf_counter()
-        train_step(model, optimizer, losses, batch, step, settings)
+        step_of.train_step(model, optimizer, losses, batch, step, settings)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[WARM_UP:])
 
