@@ -168,7 +168,11 @@ def refusals() -> list[str]:
     stubborn = moelab.build_model(config, registry, seed=1)
     next(iter(moe_blocks(stubborn))).router.shardable = False
     size = Group().size
+    mixed = dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend={"name": "densemixer"}))
     tries: list[Callable[[], object]] = [
+        lambda: parallelise(
+            moelab.build_model(mixed, registry, seed=1), make_meshes(ParallelConfig(shard=2), size, "cpu")
+        ),
         lambda: make_meshes(ParallelConfig(replicate=3), size, "cpu"),
         lambda: make_meshes(ParallelConfig(replicate=2, expert=2), size, "cpu"),
         lambda: parallelise(

@@ -63,7 +63,7 @@ def same(one: Path, other: Path) -> None:
 
 @pytest.mark.processes
 def test_a_run_is_the_same_on_any_number_of_processes_and_goes_on_on_any(tmp_path: Path, arguments: list[str]) -> None:
-    one, two, four, back = (tmp_path / name for name in ("one", "two", "four", "back"))
+    one, two, four, back, again = (tmp_path / name for name in ("one", "two", "four", "back", "again"))
     assert run(["train", *arguments, f"run_dir={one}"]) == 0
     found = torchrun(2, [*arguments, f"run_dir={two}", "parallel.shard=2", "parallel.expert=2"])
     assert found.returncode == 0, found.stderr
@@ -72,7 +72,7 @@ def test_a_run_is_the_same_on_any_number_of_processes_and_goes_on_on_any(tmp_pat
     logged = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
     assert all(0 <= row["moe/layer_00/rank_violation"] <= 1 for row in logged if "train/loss" in row)
 
-    for folder, source in ((four, two), (back, two)):
+    for folder, source in ((four, two), (back, two), (again, two)):
         shutil.copytree(source, folder)
         shutil.rmtree(folder / NEWEST)
         (folder / "summary.json").unlink()
@@ -82,6 +82,10 @@ def test_a_run_is_the_same_on_any_number_of_processes_and_goes_on_on_any(tmp_pat
     same(one, four)
     assert run(["train", *arguments, f"run_dir={back}", "--resume"]) == 0
     same(one, back)
+    found = torchrun(2, [*arguments, f"run_dir={again}", "parallel.shard=2", "parallel.expert=2", "--resume"])
+    assert found.returncode == 0, found.stderr
+    for name in ("model.safetensors", "training.safetensors"):  # on the same mesh bit for bit
+        assert (again / NEWEST / name).read_bytes() == (two / NEWEST / name).read_bytes(), name
 
 
 def wait_for_a_checkpoint(process: Any, folder: Path) -> None:

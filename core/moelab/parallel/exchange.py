@@ -38,7 +38,7 @@ class ExchangeBackend:
         plan = dispatch_plan(routing)
         there = plan.counts.view(ranks, -1)  # [R, E / R]: rows for each expert of each rank
         here = wait_tensor(all_to_all_single(there.contiguous(), None, None, self.mesh))  # [R, E / R]: from each rank
-        send, receive = there.sum(1).tolist(), here.sum(1).tolist()
+        send, receive = torch.stack([there.sum(1), here.sum(1)]).tolist()
         rows = _exchange(gather_rows(x, plan), receive, send, self.mesh)
         out = self.inner(rows, _arrived(here, rows.shape[0]), _local(bank))
         back = _exchange(out, send, receive, self.mesh)

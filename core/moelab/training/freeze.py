@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from moelab.errors import ConfigError, near
+from moelab.errors import ConfigError
 
 logger = logging.getLogger("moelab")
 KEY = "train.freeze"
@@ -29,7 +30,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         matching = {name for name in named if fnmatchcase(name, pattern)}
         if not matching:
-            raise ConfigError(f"{KEY}: '{pattern}' matches no parameter of this model{near(pattern, named)}")
+            nearest = get_close_matches(pattern, named, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{KEY}: '{pattern}' matches no parameter of this model; the nearest name is '{nearest}'")
         frozen |= matching
     for name in frozen:
         named[name].requires_grad_(False)

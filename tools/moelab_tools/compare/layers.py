@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,19 +27,24 @@ _LAYER = re.compile(r"moe/layer_(\d+)/max_violation")
 
 def balance_by_layer(cast: Cast) -> Section:
     """A picture a variant: a row a layer, time to the right; one of MEASURES at a time."""
-    charts: list[Chart] = []
-    folded: list[Chart] = []
-    for place, line in enumerate(cast.lines):
-        chart = _over_time(cast.counted(line), line, place)
-        if chart is not None:
-            (charts if cast.is_main(place) else folded).append(chart)
-    return Section(
+    return _by_variant(
+        cast,
         "Balance by layer over time",
         "One row a layer, tokens to the right, means over seeds. A layer that goes wrong is a row of its own colour, "
         "which the means above hide.",
-        charts,
-        folded,
+        _over_time,
     )
+
+
+def _by_variant(cast: Cast, title: str, text: str, draw: Callable[[Sequence[Run], Line, int], Chart | None]) -> Section:
+    """A chart for each variant that has one; those beyond the main ones are folded away."""
+    charts: list[Chart] = []
+    folded: list[Chart] = []
+    for place, line in enumerate(cast.lines):
+        chart = draw(cast.counted(line), line, place)
+        if chart is not None:
+            (charts if cast.is_main(place) else folded).append(chart)
+    return Section(title, text, charts, folded)
 
 
 def _over_time(runs: Sequence[Run], line: Line, place: int) -> Chart | None:
@@ -90,18 +95,12 @@ def _carried(values: Floats) -> Floats:
 
 def loads_at_the_end(cast: Cast) -> Section:
     """A picture a variant, of the run whose fullest expert is the fullest."""
-    charts: list[Chart] = []
-    folded: list[Chart] = []
-    for place, line in enumerate(cast.lines):
-        chart = _loads(cast.counted(line), line, place)
-        if chart is not None:
-            (charts if cast.is_main(place) else folded).append(chart)
-    return Section(
+    return _by_variant(
+        cast,
         "Expert load at the end",
         "One row a layer, one column an expert, in multiples of its fair share. Of several seeds the one with the "
         "fullest expert is shown.",
-        charts,
-        folded,
+        _loads,
     )
 
 

@@ -59,7 +59,8 @@ def test_a_fault_of_one_process_is_told_by_all(tmp_path: Path) -> None:
 def test_what_does_not_divide_is_refused(tmp_path: Path) -> None:
     told = run_on(2, grid.refusals, tmp_path)
     assert told[0] == told[1]
-    mesh, expert, count, part = told[0]
+    mixed, mesh, expert, count, part = told[0]
+    assert mixed.startswith("parallel: expert backend 'densemixer'")
     assert mesh.startswith("parallel: replicate 3 x shard 1 is 3, and 2 processes run")
     assert expert == "parallel.expert: 2 does not divide parallel.shard 1, of which it is a part"
     assert count.startswith("parallel.expert: 2 does not divide the 3 experts of layer 0")
