@@ -15,10 +15,10 @@ from moelab.checkpoint import (
     model_tensors,
     read_run_config,
     refuse_misfits,
+    stored_tensors,
 )
 from moelab.data.tokenizer import load_tokenizer
 from moelab.errors import CheckpointError
-from moelab.hf.files import read_header
 from moelab.hf.load import load_hf
 from moelab.integrity import verified
 from moelab.nn.generate import Speech
@@ -91,5 +91,5 @@ def check_shapes(folder: Path, model: Transformer) -> None:
 
     Raises CheckpointError naming what is missing, or of another shape.
     """
-    found = {name: tensor.shape for name, tensor in read_header(folder / MODEL).items()}
+    found = {name: tensor.shape for name, tensor in stored_tensors(folder, MODEL).items()}
     refuse_misfits(folder / MODEL, found, {name: tuple(t.shape) for name, t in model_tensors(model).items()})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moelab.atomic import partial, put_in_place, sync
-from moelab.checkpoint import MODEL, STATE, TRAINING, load_model_tensors, model_tensors, read_state, read_tensors
+from moelab.checkpoint import MODEL, STATE, TRAINING, load_model_tensors, model_tensors, read_state, stored_tensors
 from moelab.errors import CheckpointError
 from moelab.manifest import MANIFEST, manifest_bytes, plain_entry
 from moelab.moe.balance import NamedLoss
@@ -108,7 +108,7 @@ def restore_checkpoint(folder: Path, model: Transformer, training: TrainingState
     """
     load_model_tensors(folder, model)
     path = folder / TRAINING
-    tensors = read_tensors(path)
+    tensors = stored_tensors(folder, TRAINING)
     moments = {key.removeprefix("optimizer/"): v for key, v in tensors.items() if key.startswith("optimizer/")}
     losses: dict[str, dict[str, Tensor]] = {named.name: {} for named in training.balance_losses if _state_dict(named)}
     try:
@@ -120,7 +120,7 @@ def restore_checkpoint(folder: Path, model: Transformer, training: TrainingState
         name, _, part = rest.partition("/")
         if kind != "balance_losses" or name not in losses:
             raise CheckpointError(f"{path}: holds '{key}', which nothing of this run keeps; use an earlier checkpoint")
-        losses[name][part] = tensors[key]
+        losses[name][part] = tensors[key].read()
     for named in training.balance_losses:
         if named.name in losses:
             _restore_loss(named, losses[named.name], path)
