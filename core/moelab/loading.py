@@ -19,13 +19,14 @@ from moelab.checkpoint import (
 )
 from moelab.data.tokenizer import load_tokenizer
 from moelab.errors import CheckpointError
-from moelab.hf.load import load_hf
+from moelab.hf.load import load_hf, stored_hf
 from moelab.integrity import verified
 from moelab.nn.generate import Speech
 from moelab.nn.transformer import Transformer
 from moelab.origin import end_token_ids, read_origin
 from moelab.paths import user_path
 from moelab.registry import Registry
+from moelab.tensor_parts import Stored
 from moelab.trust import stored_registry
 
 
@@ -84,6 +85,23 @@ def speech_of(folder: Path) -> Speech:
     tokenizer = load_tokenizer(origin.tokenizer)
     ends = end_token_ids(folder)
     return Speech(tokenizer, ends[0] if ends else (tokenizer.eos_token_id,))
+
+
+def stored_model(folder: Path, registry: Registry) -> dict[str, Stored]:
+    """Where each tensor lies of a folder that `verified` gave: {our name: where}, a tied head as its embedding.
+
+    Raises CheckpointError where they are not those of the folder's own config; no weight is read.
+    """
+    if is_moelab(folder):
+        config = read_run_config(folder)
+        model = build_model(config.model, stored_registry(config, folder, registry=registry), device="meta", seed=None)
+        check_shapes(folder, model)
+        stored = stored_tensors(folder, MODEL)
+    else:
+        model, stored = stored_hf(folder)
+    if model.config.tie_word_embeddings:
+        stored["lm_head.weight"] = stored["embed_tokens.weight"]
+    return stored
 
 
 def check_shapes(folder: Path, model: Transformer) -> None:

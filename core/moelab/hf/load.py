@@ -12,10 +12,12 @@ from moelab.hf.config import read_config
 from moelab.hf.files import TensorFolder
 from moelab.hf.names import EMBEDDING, LM_HEAD, Piece, Shape, pieces
 from moelab.hf.sizes import check_sizes
+from moelab.nn.pieces import fill_from
 from moelab.nn.room import check_room
 from moelab.nn.transformer import Transformer
 from moelab.paths import user_path
 from moelab.registry import Registry
+from moelab.tensor_parts import Part, Stored
 
 
 def load_hf(
@@ -29,6 +31,25 @@ def load_hf(
     Raises CheckpointError naming file, tensor and cure, before any weight is read.
     """
     folder = user_path(folder)
+    model, stored = stored_hf(folder, registry)
+    check_room(model, device)
+    if _unsaved_buffers(model):
+        # Only the constructor knows their values, so it must run for real.
+        model = build_model(model.config, registry, device=device, seed=None).to(dtype)
+    else:
+        model = model.to(dtype).to_empty(device=device)
+        model.tie_weights()
+    ours = model.state_dict()
+    for name, found in stored.items():
+        fill_from(ours[name], found)
+    return model.eval()
+
+
+def stored_hf(folder: Path, registry: Registry | None = None) -> tuple[Transformer, dict[str, Stored]]:
+    """(the model of a folder on the meta device, where each of our tensors lies); a tied head is left out.
+
+    In the order in which they lie. Raises CheckpointError as `load_hf`; no weight is read.
+    """
     config = read_config(folder)
     stored = TensorFolder(folder)
     check_sizes(config, stored)
@@ -41,15 +62,15 @@ def load_hf(
         {piece.name: piece.shape(shape) for shape, found in wanted.values() for piece in found},
         tied=(LM_HEAD, EMBEDDING) if config.tie_word_embeddings else None,
     )
-    check_room(model, device)
-    if _unsaved_buffers(model):
-        # Only the constructor knows their values, so it must run for real.
-        model = build_model(config, registry, device=device, seed=None).to(dtype)
-    else:
-        model = model.to(dtype).to_empty(device=device)
-        model.tie_weights()
-    _fill(model, stored, wanted)
-    return model.eval()
+    found = {name: Stored(shape, tuple(_part(stored, p) for p in parts)) for name, (shape, parts) in wanted.items()}
+    # One file after the other: a disk reads that best.
+    order = sorted(found, key=lambda name: min((part.path, part.offset) for part in found[name].parts))
+    return model, {name: found[name] for name in order}
+
+
+def _part(stored: TensorFolder, piece: Piece) -> Part:
+    at = stored.tensors[piece.name]
+    return Part(at.path, at.name, at.offset, at.dtype, at.shape, piece.index, piece.transposed)
 
 
 def _unsaved_buffers(model: Transformer) -> list[str]:
@@ -68,14 +89,3 @@ def _wanted(model: Transformer, stored: TensorFolder) -> dict[str, tuple[Shape, 
         fused = pieces(name, shape, fused=True)
         wanted[name] = (shape, fused if all(p.name in stored.tensors for p in fused) else pieces(name, shape))
     return wanted
-
-
-@torch.no_grad()
-def _fill(model: Transformer, stored: TensorFolder, wanted: dict[str, tuple[Shape, list[Piece]]]) -> None:
-    ours = model.state_dict()
-    by_file = sorted(
-        ((stored.tensors[piece.name].path, piece, name) for name, (_, found) in wanted.items() for piece in found),
-        key=lambda entry: entry[0],
-    )  # one file after the other: a disk reads that best
-    for _, piece, name in by_file:
-        piece.view(ours[name]).copy_(stored.read(piece.name))

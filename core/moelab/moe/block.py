@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -46,6 +47,7 @@ class MoEBlock(nn.Module):
         self.in_pieces = (
             False  # the parameters are whole in the forward pass alone, so records hold no experts' weights
         )
+        self.gathered: Callable[[], AbstractContextManager[None]] = nullcontext  # makes them whole elsewhere too
         self._looked_at: set[bool] = set()  # in training, in evaluation
         built = {"router": router, "backend": backend, "shared_expert": shared_expert}
         named = {key: PluginPart.of(key.replace("_", " "), part, layer_id) for key, part in built.items()}
@@ -70,7 +72,8 @@ class MoEBlock(nn.Module):
         # On a CPU the number of real assignments is known at no cost; elsewhere placeholders of weight 0 are computed.
         served = routing.compact() if x.device.type == "cpu" else routing
         self._check_backend(x, served)
-        y = self.experts(x, served, self._compute())
+        inner = self.backend if self.chunk is None else InChunks(self.backend, self.chunk)
+        y = self.experts(x, served, self.reach(inner))
         if first:
             self._refuse("backend", promises.output(y, x))
         if routing.bypass is not None:
@@ -81,9 +84,8 @@ class MoEBlock(nn.Module):
             self._looked_at.add(self.training)
         return (y if shared is None else y + shared), self._record(routing, info, y, shared)
 
-    def _compute(self) -> ExpertBackend:
-        """The backend, in chunks where a cap is set, and around both the exchange with other processes."""
-        inner = self.backend if self.chunk is None else InChunks(self.backend, self.chunk)
+    def reach(self, inner: ExpertBackend) -> ExpertBackend:
+        """A backend with the exchange around it where the experts lie on several processes."""
         return inner if self.dealt is None else self.dealt(inner)
 
     def believe(self) -> None:

@@ -7,8 +7,10 @@ FSDP's own default divides dense gradients by the dense mesh and experts' by the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,6 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from moelab.errors import ConfigError
 from moelab.moe.balance import NamedLoss
+from moelab.moe.block import MoEBlock
 from moelab.nn.count import moe_blocks
 from moelab.nn.transformer import Transformer
 from moelab.parallel.exchange import ExchangeBackend
@@ -26,7 +29,7 @@ from moelab.parallel.mesh import Meshes
 def parallelise(model: Transformer, meshes: Meshes, losses: Sequence[NamedLoss] = ()) -> None:
     """Lay `model` over the meshes: experts to their owners, the rest cut by FSDP2, a layer a unit.
 
-    Call it before the optimizer is built and behind activation checkpointing; all ranks with equal weights.
+    Call it before the optimizer is built; all ranks with equal weights, or none yet (`parallel.filling`).
     Raises ConfigError for experts that don't divide, and for a part that declares `shardable = False`.
     """
     _refuse_unshardable(model, meshes, losses)
@@ -43,9 +46,23 @@ def parallelise(model: Transformer, meshes: Meshes, losses: Sequence[NamedLoss] 
         _cut(bank, meshes.bank)
     for layer in model.layers:
         _cut(layer, meshes.dense)
+        if isinstance(layer.mlp, MoEBlock):
+            layer.mlp.gathered = partial(_gathered, [layer, layer.mlp.experts])
     _cut(
         model, meshes.dense, reshard=False
     )  # what is gathered last in the forward pass comes first in the backward one
+
+
+@contextmanager
+def _gathered(units: Sequence[Any]) -> Iterator[None]:
+    """Outside of a forward pass; all ranks alike."""
+    for unit in units:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
 
 
 def _cut(module: nn.Module, mesh: DeviceMesh, reshard: bool = True) -> None:

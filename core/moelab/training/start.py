@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +24,12 @@ from moelab.hf.carried import tokenizer_side_files
 from moelab.hookspecs import ROUTERS, SHARED_EXPERTS, ExtensionPoint
 from moelab.integrity import verified
 from moelab.layouts import build_layouts
-from moelab.loading import read_model
+from moelab.loading import read_model, stored_model
 from moelab.moe.per_layer import layer_parts
 from moelab.nn.transformer import Transformer
 from moelab.origin import Origin, model_files, origin_of, same_tokenizer, tokenizer_files
 from moelab.registry import Registry
+from moelab.tensor_parts import Shape, Stored
 
 TOKENIZER = "data.tokenizer"
 OVERRIDES = "init_overrides"  # of summary.json and of a checkpoint's state.json
@@ -196,17 +197,37 @@ def starting_model(config: RunConfig, registry: Registry, device: torch.device, 
         source = read_model(start.origin.folder, device=device, registry=registry).state_dict()
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"train.init_from: {error}") from error
-    wanted = dict(model.state_dict())
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    missing = sorted(parameters - source.keys())
-    misfits = [n for n in sorted(wanted.keys() & source.keys()) if wanted[n].shape != source[n].shape]
+    _refuse_misfits(config, model, {name: tuple(tensor.shape) for name, tensor in source.items()})
+    wanted = model.state_dict()
+    with torch.no_grad():
+        for name in source:
+            wanted[name].copy_(source[name])
+    return model
+
+
+def starting_weights(config: RunConfig, registry: Registry, start: Start) -> dict[str, Stored]:
+    """What `starting_model` fills in, as it lies on disk: {our name: where}; nothing of a run that begins at random.
+
+    Raises CheckpointError as it does.
+    """
+    if start.origin is None or start.origin.own:
+        return {}
+    try:
+        found = stored_model(start.origin.folder, registry)
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(f"train.init_from: {error}") from error
+    model = build_model(config.model, registry, device="meta", seed=None)
+    _refuse_misfits(config, model, {name: stored.shape for name, stored in found.items()})
+    return found
+
+
+def _refuse_misfits(config: RunConfig, model: Transformer, source: Mapping[str, Shape]) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = sorted({name for name, _ in model.named_parameters(remove_duplicate=False)} - source.keys())
+    misfits = [n for n in sorted(wanted.keys() & source.keys()) if wanted[n] != source[n]]
     unexpected = sorted(source.keys() - wanted.keys())
     if missing or misfits or unexpected:
         raise CheckpointError(
             f"train.init_from: {config.train.init_from} does not fit `model`: missing {missing[:3]}, of another shape "
             f"{misfits[:3]}, unexpected {unexpected[:3]}; give `model` the checkpoint's dimensions"
         )
-    with torch.no_grad():
-        for name in source:
-            wanted[name].copy_(source[name])
-    return model
