@@ -11,8 +11,9 @@ spelled in one way only, so that it is covered too. It is written last. Any numb
                                                                  "bytes": 256, "checksum": "..."}}}},
      "checksum": "..."}
 
-`offset` counts from the file's first byte. A tensor that several processes wrote lies in several files, some of its rows
-(axis 0) in each: there "rows": {"first": 12, "of": 48} stands beside its shape, which is that of its part. It finds damage, not forgery. Free of torch.
+`offset` counts from the file's first byte. A tensor that several processes wrote lies in several files, some of its
+rows (axis 0) in each: there "rows": {"first": 12, "of": 48} stands beside its shape, which is that of its part. It
+finds damage, not forgery. Free of torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tensors that lie in files in parts, and any block of one read straight into memory: no file is mapped, no whole built.
+"""Tensors that lie in files in parts, and any block of one, read straight into memory: no file is mapped.
 
 A part is a stored tensor and the place of ours that it holds: rows of it, in a checkpoint of several processes; one
 expert's matrix, transposed, in a Hugging Face folder. A process that holds a block of a tensor reads the bytes of that
@@ -78,7 +78,8 @@ def read_block(stored: Stored, first: Sequence[int], out: Tensor) -> None:
         ]
         if any(low >= high for low, high in ours):
             continue
-        into, taken = out, []
+        into = out
+        taken: list[tuple[int, int]] = []
         for axis in reversed(range(out.dim())):
             (low, high), (origin, _) = ours[axis], place[axis]
             if axis < len(part.index) and isinstance(part.index[axis], int):
@@ -127,7 +128,7 @@ def _fill(descriptor: int, part: Part, offset: int, out: Tensor) -> None:
     """All bytes of `out`, contiguous on the CPU, from the file."""
     flat = out.detach().reshape(-1).view(torch.uint8)
     data = memoryview(flat.numpy())  # type: ignore[arg-type]
-    while len(data):
+    while data:
         count = os.preadv(descriptor, [data[: 1 << 30]], offset)
         if not count:
             raise CheckpointError(f"{part.path}: {part.name}: is cut short; use an earlier checkpoint, or restore it")

@@ -46,6 +46,9 @@ class TrainConfig:
     # Steps; 0: only at the end; null: every 15 minutes, or less often, so that saving takes at most 1 % of the time. A
     # run that is stopped, or fails with its state whole, saves too.
     save_every: int | None = None
+    # Checkpoints are copied to memory and written while the run goes on: a longer save for a shorter halt, and as much
+    # memory again as weights and moments take on a process. null: where several processes share the run.
+    save_in_background: bool | None = None
     keep_checkpoints: int = 2  # the newest ones; 0: all
     keep_best: bool = False  # beside them, in run_dir/best, the one of the lowest held-out loss (evaluation.every)
     patience: int | None = None  # evaluations in a row without a lower held-out loss that end the run; null: none do

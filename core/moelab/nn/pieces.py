@@ -1,4 +1,4 @@
-"""Tensors of which each process holds a piece (DTensor): made whole, and filled from whole ones.
+"""Tensors of which each process holds a piece (DTensor): where it lies, and how it is filled.
 
 A plain tensor is its own whole, so what stores and restores a model need not know whether it is spread.
 """
@@ -20,11 +20,12 @@ def is_piece(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of it, on every process. All of them ask, for the same tensors in the same order."""
-    spread: Any = tensor
-    full: Tensor = spread.full_tensor() if is_piece(tensor) else tensor
-    return full
+def is_writer(piece: Tensor, turn: int) -> bool:
+    """Whether this process writes what it holds of it: of those that hold the same, each in its turn."""
+    spread: Any = piece
+    mesh = spread.device_mesh
+    alike = [axis for axis, placement in enumerate(spread.placements) if placement.is_replicate()]
+    return all(mesh.get_local_rank(axis) == turn % mesh.size(axis) for axis in alike)
 
 
 def _place() -> Callable[..., tuple[tuple[int, ...], tuple[int, ...]]]:

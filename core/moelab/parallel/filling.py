@@ -25,7 +25,7 @@ def make_room(model: Transformer, device: torch.device) -> list[str]:
     def real(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
-    model._apply(real)  # noqa: SLF001  (what to_empty does, for those on the meta device alone)
+    model._apply(real)
     model.tie_weights()
     return hollow
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moelab.parallel.ranks import Ranks
+from moelab.parallel.ranks import PartT, Ranks
 
 
 class Group(Ranks):
@@ -28,11 +29,16 @@ class Group(Ranks):
         """By one all-reduce of a number."""
         return bool(self.sum(torch.tensor(float(flag), device=self._device)) > 0)
 
-    def first(self, found: str | None) -> str | None:
+    def gather(self, value: PartT) -> list[PartT]:
         """Between our own processes, so what is exchanged is nobody else's."""
-        all_found: list[str | None] = [None] * self.size
-        dist.all_gather_object(all_found, found)
-        return next((f"{text} (rank {rank})" for rank, text in enumerate(all_found) if text is not None), None)
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def first(self, found: str | None) -> str | None:
+        """By `gather`."""
+        told = enumerate(self.gather(found))
+        return next((f"{text} (rank {rank})" for rank, text in told if text is not None), None)
 
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Each element once: a piece that several ranks hold alike counts for one of them.

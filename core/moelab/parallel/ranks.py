@@ -41,6 +41,10 @@ class Ranks:
         """Whether it holds on a rank; on every rank the same."""
         return flag
 
+    def gather(self, value: PartT) -> list[PartT]:
+        """What each rank gives, on every rank; small plain values."""
+        return [value]
+
     def first(self, found: str | None) -> str | None:
         """What the first rank that found something found, on every rank."""
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,15 @@ from moelab.training.save_clock import SaveClock
 from moelab.training.setup import Setup
 from moelab.training.step import Update
 from moelab.training.summary import backends
+from moelab.training.writing import Staging, Writing
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A checkpoint under way, and what follows when it is in its place."""
+
+    writing: Writing
+    then: Callable[[], None]
 
 
 @dataclass
@@ -38,6 +48,8 @@ class Loop:
     changes: list[AlarmChange] = field(default_factory=list)  # of alarms, that no log has shown yet
     resumed: Path | None = None  # the checkpoint that the run goes on from
     saved: int | None = None  # the step of the last checkpoint, or of the start: nothing is lost since
+    saving: Saving | None = None  # the checkpoint that is written in the background
+    staging: Staging = field(default_factory=Staging)
     update: Update = field(default_factory=Update)
     clock: SaveClock = field(default_factory=SaveClock)
     interruption: Interruption = field(default_factory=Interruption)

@@ -60,6 +60,7 @@ FREE_TRAIN_KEYS = {
     "log_every",
     "probe_every",
     "save_every",
+    "save_in_background",
     "keep_checkpoints",
     "init_from",
     "init_overrides",

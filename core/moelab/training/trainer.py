@@ -49,7 +49,7 @@ from moelab.training.run_folder import (
     write_json,
 )
 from moelab.training.run_lock import hold
-from moelab.training.saving import save
+from moelab.training.saving import save, settle_if_done, settled
 from moelab.training.setup import prepare
 from moelab.training.shadow import writing_folder
 from moelab.training.step import Observe, train_step
@@ -165,7 +165,7 @@ def _run(loop: Loop) -> None:
         if not due(progress.step, setup.config.evaluation.every) or progress.evaluation is None:
             evaluate_run(loop)
         write_evaluation(loop)
-        save(loop)
+        save(loop, wait=True)
     except BaseException as problem:
         if setup.ranks.size > 1:  # the launcher ends all when it hears of one: that waits for what is said here
             stack.enter_context(Interruption())
@@ -174,7 +174,10 @@ def _run(loop: Loop) -> None:
         agreed = setup.ranks.size == 1 or loop.agreed or isinstance(error, NotFinite)
         if loop.saved != progress.step and agreed:
             state = State(progress.step, whole=not loop.update.under_way)
-            save_what_is_good(setup.model, setup.optimizer, partial(save, loop, prune=False), error, state, setup.ranks)
+            saving = partial(save, loop, prune=False, wait=True)
+            save_what_is_good(setup.model, setup.optimizer, saving, error, state, setup.ranks)
+        if agreed:
+            settled(loop)
     with stack:
         _end(loop, facts, error)
         if error is not None:
@@ -231,3 +234,5 @@ def one_step(loop: Loop) -> None:
     save_every = config.train.save_every
     if setup.ranks.any(loop.clock.due()) if save_every is None else due(progress.step, save_every):
         save(loop)
+    else:
+        settle_if_done(loop)
