@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,9 +21,13 @@ from moelab.atomic import where_it_may_be
 from moelab.config.run import RunConfig
 from moelab.config.stored import read_stored
 from moelab.errors import CheckpointError, ConfigError
-from moelab.nn.pieces import fill, is_piece
+from moelab.hf.files import read_header
+from moelab.nn.pieces import fill as fill_piece
+from moelab.nn.pieces import is_piece
 from moelab.nn.transformer import Transformer
 from moelab.safe_files import Reading, read_object, read_tensor_header
+from moelab.stored_weights import fill
+from moelab.tensor_values import read_values
 
 Shape = tuple[int, ...]
 READING = Reading(CheckpointError, "the checkpoint is damaged or not complete: use an earlier one")
@@ -81,13 +86,36 @@ def read_state(folder: Path) -> dict[str, Any]:
     return read_object(folder / STATE, READING, finite=False)
 
 
+class OwnWeights:
+    """The tensors of a checkpoint's model.safetensors; opening it reads the header alone."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError where it is missing or damaged."""
+        self.path = folder / MODEL
+        self._stored = read_header(self.path)
+        order = sorted(self._stored.values(), key=lambda tensor: tensor.offset)
+        self.shapes: dict[str, Shape] = {tensor.name: tensor.shape for tensor in order}
+
+    def check(self, model: Transformer) -> None:
+        """Every tensor must be there, fit, and be asked for. Raises CheckpointError where one doesn't."""
+        refuse_misfits(self.path, self.shapes, {name: tuple(t.shape) for name, t in model_tensors(model).items()})
+
+    def read_into(self, name: str, tensor: Tensor) -> None:
+        """Set it to the stored values; of one that lies in pieces, this process's own."""
+        found = self._stored[name]
+        if is_piece(tensor):
+            whole = torch.empty(found.shape, dtype=tensor.dtype)
+            read_values(found.path, found.offset, found.dtype, whole, READING)
+            fill_piece(tensor, whole)
+        else:
+            read_values(found.path, found.offset, found.dtype, tensor, READING)
+
+
 def load_model_tensors(folder: Path, model: Transformer) -> None:
-    """Fill the model from model.safetensors; every tensor must be there, fit, and be asked for."""
-    found = read_tensors(folder / MODEL)
-    wanted = model_tensors(model)
-    refuse_misfits(folder / MODEL, *({name: tuple(t.shape) for name, t in side.items()} for side in (found, wanted)))
-    for name, tensor in wanted.items():
-        fill(tensor, found[name])
+    """Fill the model from model.safetensors, tensor by tensor."""
+    stored = OwnWeights(folder)
+    stored.check(model)
+    fill(model, stored)
 
 
 def refuse_misfits(path: Path, found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,12 @@ class TensorFolder:
         except OSError as error:
             raise CheckpointError(f"{a.path}: can't be read: {error.strerror}") from error
         return True
+
+    def read_into(self, name: str, tensor: Tensor) -> None:
+        """Set a tensor of the same shape to the stored values, in its own type: no copy of them is made beside it."""
+        found = self.tensors[name]
+        values: Any = import_module("moelab.tensor_values")  # torch, which upcycling's processes don't have
+        values.read_values(found.path, found.offset, found.dtype, tensor, READING)
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moelab.builder import build_model
 from moelab.errors import CheckpointError, ConfigError
@@ -16,6 +17,7 @@ from moelab.nn.room import check_room
 from moelab.nn.transformer import Transformer
 from moelab.paths import user_path
 from moelab.registry import Registry
+from moelab.stored_weights import build_empty, fill
 
 
 def load_hf(
@@ -28,34 +30,41 @@ def load_hf(
 
     Raises CheckpointError naming file, tensor and cure, before any weight is read.
     """
-    folder = user_path(folder)
-    config = read_config(folder)
-    stored = TensorFolder(folder)
-    check_sizes(config, stored)
-    try:
-        model = build_model(config, registry, device="meta", seed=None)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: can't be built: {error}") from error
-    wanted = _wanted(model, stored)
-    stored.check(
-        {piece.name: piece.shape(shape) for shape, found in wanted.values() for piece in found},
-        tied=(LM_HEAD, EMBEDDING) if config.tie_word_embeddings else None,
-    )
-    check_room(model, device)
-    if _unsaved_buffers(model):
-        # Only the constructor knows their values, so it must run for real.
-        model = build_model(config, registry, device=device, seed=None).to(dtype)
-    else:
-        model = model.to(dtype).to_empty(device=device)
-        model.tie_weights()
-    _fill(model, stored, wanted)
+    weights = HFWeights(user_path(folder), registry)
+    check_room(weights.model, device)
+    model = build_empty(weights.model.config, registry, weights.shapes, dtype=dtype, device=device)
+    fill(model, weights)
     return model.eval()
 
 
-def _unsaved_buffers(model: Transformer) -> list[str]:
-    """Names of buffers that no checkpoint holds; a plugin may have some."""
-    saved = model.state_dict().keys()
-    return [name for name, _ in model.named_buffers() if name not in saved]
+class HFWeights:
+    """The weights of a Qwen2 or Qwen2-MoE folder under our names; opening it checks them all and reads none."""
+
+    def __init__(self, folder: Path, registry: Registry | None = None) -> None:
+        """Raises CheckpointError naming file, tensor and cure."""
+        config = read_config(folder)
+        self._stored = TensorFolder(folder)
+        check_sizes(config, self._stored)
+        try:
+            self.model = build_model(config, registry, device="meta", seed=None)  # without a number in it
+        except ConfigError as error:
+            raise CheckpointError(f"{folder / 'config.json'}: can't be built: {error}") from error
+        wanted = _wanted(self.model, self._stored)
+        self._stored.check(
+            {piece.name: piece.shape(shape) for shape, found in wanted.values() for piece in found},
+            tied=(LM_HEAD, EMBEDDING) if config.tie_word_embeddings else None,
+        )
+        places = self._stored.tensors
+        order = sorted(
+            wanted, key=lambda name: min((places[p.name].path, places[p.name].offset) for p in wanted[name][1])
+        )
+        self.shapes: dict[str, Shape] = {name: wanted[name][0] for name in order}
+        self._pieces = {name: found for name, (_, found) in wanted.items()}
+
+    def read_into(self, name: str, tensor: Tensor) -> None:
+        """`name` as the model has it: each expert's matrices into their bank."""
+        for piece in self._pieces[name]:
+            self._stored.read_into(piece.name, piece.view(tensor))
 
 
 def _wanted(model: Transformer, stored: TensorFolder) -> dict[str, tuple[Shape, list[Piece]]]:
@@ -68,14 +77,3 @@ def _wanted(model: Transformer, stored: TensorFolder) -> dict[str, tuple[Shape, 
         fused = pieces(name, shape, fused=True)
         wanted[name] = (shape, fused if all(p.name in stored.tensors for p in fused) else pieces(name, shape))
     return wanted
-
-
-@torch.no_grad()
-def _fill(model: Transformer, stored: TensorFolder, wanted: dict[str, tuple[Shape, list[Piece]]]) -> None:
-    ours = model.state_dict()
-    by_file = sorted(
-        ((stored.tensors[piece.name].path, piece, name) for name, (_, found) in wanted.items() for piece in found),
-        key=lambda entry: entry[0],
-    )  # one file after the other: a disk reads that best
-    for _, piece, name in by_file:
-        piece.view(ours[name]).copy_(stored.read(piece.name))

@@ -5,6 +5,8 @@ So two variants of a model start from the same bits wherever they share a parame
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -13,12 +15,12 @@ from moelab.seeds import generator
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, std: float, seed: int) -> None:
+def initialise(model: nn.Module, std: float, seed: int, stored: Collection[str] = ()) -> None:
     """Matrices ~ N(0, std^2) drawn in fp32, Linear biases 0, norms 1.
 
     A module that offers `initialise(generator)` (a plugin, say) does it itself, and one that offers
     `after_initialise()` has the last word on its own values;
-    other vectors and scalars stay as their constructor made them.
+    other vectors and scalars stay as their constructor made them. Parameters that are `stored` elsewhere are left out.
     """
     done: set[int] = set()
     for name, module in model.named_modules():
@@ -27,7 +29,7 @@ def initialise(model: nn.Module, std: float, seed: int) -> None:
             custom(generator(seed, "init", name))
             done |= {id(parameter) for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
-        if id(parameter) in done:
+        if id(parameter) in done or name in stored:
             continue
         owner = model.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, RMSNorm):
