@@ -17,7 +17,7 @@ from moelab.checkpoint import MODEL, load_model_tensors
 from moelab.config.model import ModelConfig
 from moelab.config.run import OptimizerConfig, ParallelConfig
 from moelab.errors import CheckpointError
-from moelab.hf.load import stored_hf
+from moelab.loading import open_weights
 from moelab.moe.balance import NamedLoss
 from moelab.nn.pieces import held, is_piece
 from moelab.nn.transformer import Transformer
@@ -26,7 +26,7 @@ from moelab.parallel.group import Group
 from moelab.parallel.mesh import make_meshes
 from moelab.parallel.parallelise import parallelise
 from moelab.parallel.ranks import ALONE, Ranks
-from moelab.tensor_parts import Stored
+from moelab.stored_weights import StoredWeights
 from moelab.training import writing
 from moelab.training.checkpoint import TrainingState, own_tensors, restore_checkpoint, save_checkpoint
 from moelab.training.optimizer import build_adamw, optimizer_tensors
@@ -56,12 +56,12 @@ def config_of(name: str) -> ModelConfig:
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, layout=layout, balance_losses=[]))
 
 
-def spread(name: str, mesh: str, seed: int = 1, stored: dict[str, Stored] | None = None) -> Transformer:
+def spread(name: str, mesh: str, seed: int = 1, stored: StoredWeights | None = None) -> Transformer:
     """A model in pieces over the four processes, as a run makes it."""
     config = config_of(name)
     model = build_hollow(config, moelab.Registry(entry_points=False), device=CPU, seed=seed)
     parallelise(model, make_meshes(ParallelConfig(**MESHES[mesh]), Group().size, "cpu"))
-    fill_hollow(model, make_room(model, CPU), stored or {}, config.initializer_range, seed)
+    fill_hollow(model, make_room(model, CPU), stored, config.initializer_range, seed)
     return model
 
 
@@ -100,7 +100,7 @@ def saves(folder: str, hugging_face: str, alone: str) -> dict[str, Any]:
     ranks, found, root = Group(), {}, Path(folder)
     for name in ("softmax_global", "noisy", "sigmoid_bias", "unlike"):
         found[f"drawn {name}"] = digest(spread(name, "expert2"))
-    stored = stored_hf(Path(hugging_face))[1]
+    stored = open_weights(Path(hugging_face))
     found["read from Hugging Face"] = digest(spread("softmax_global", "expert2", 5, stored))
     model, training = fresh("expert2", 5)
     restore_checkpoint(Path(alone), model, training)

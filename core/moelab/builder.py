@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,9 +33,11 @@ def build_model(
     *,
     device: torch.device | str = "cpu",
     seed: int | None = 0,
+    stored: Collection[str] = (),
 ) -> Transformer:
     """A model with fp32 parameters on `device`, initialised by `seed`; None leaves its weights to be loaded.
 
+    `stored`: parameters that are loaded all the same, for which nothing is drawn.
     Raises ConfigError naming the key, the plugin and its owner for whatever can't be built.
     """
     config.check()
@@ -45,7 +47,7 @@ def build_model(
         model = Transformer(config, list(_mlps(config, registry)))
     if seed is not None and device.type != "meta":
         with plugins_told():  # a router may fill its own parameters
-            initialise(model, config.initializer_range, seed)
+            initialise(model, config.initializer_range, seed, stored)
     return model
 
 

@@ -25,7 +25,7 @@ from moelab.manifest import MANIFEST, read_manifest
 from moelab.nn.pieces import fill_from, is_piece
 from moelab.nn.transformer import Transformer
 from moelab.safe_files import Reading, read_object
-from moelab.tensor_file import DTYPES
+from moelab.stored_weights import fill
 from moelab.tensor_parts import Part, Shape, Stored
 
 READING = Reading(CheckpointError, "the checkpoint is damaged or not complete: use an earlier one")
@@ -84,13 +84,31 @@ def read_state(folder: Path) -> dict[str, Any]:
     return read_object(folder / STATE, READING, finite=False)
 
 
+class OwnWeights:
+    """The weights of a checkpoint, of one file or of those of several processes; opening it reads headers alone."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError where a file is missing or damaged."""
+        self.path = folder / MODEL
+        found = stored_tensors(folder, MODEL)
+        order = sorted(found, key=lambda name: (found[name].parts[0].path, found[name].parts[0].offset))
+        self._stored = {name: found[name] for name in order}
+        self.shapes: dict[str, Shape] = {name: stored.shape for name, stored in self._stored.items()}
+
+    def check(self, model: Transformer) -> None:
+        """Every tensor must be there, fit, and be asked for. Raises CheckpointError where one doesn't."""
+        refuse_misfits(self.path, self.shapes, {name: tuple(t.shape) for name, t in model_tensors(model).items()})
+
+    def read_into(self, name: str, tensor: Tensor) -> None:
+        """Set it to the stored values; of one that lies in pieces, this process's own."""
+        fill_from(tensor, self._stored[name])
+
+
 def load_model_tensors(folder: Path, model: Transformer) -> None:
-    """Fill the model, or what of it this process holds; every tensor must be there, fit, and be asked for."""
-    found = stored_tensors(folder, MODEL)
-    wanted = model_tensors(model)
-    refuse_misfits(folder / MODEL, *({name: tuple(t.shape) for name, t in side.items()} for side in (found, wanted)))
-    for name, tensor in wanted.items():
-        fill_from(tensor, found[name])
+    """Fill the model, or what of it this process holds, tensor by tensor."""
+    stored = OwnWeights(folder)
+    stored.check(model)
+    fill(model, stored)
 
 
 def refuse_misfits(path: Path, found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> None:
@@ -162,8 +180,6 @@ def stored_tensors(folder: Path, name: str) -> dict[str, Stored]:
 
 def _parts(path: Path, rows: Mapping[str, tuple[int, int]] | None = None) -> Iterator[tuple[str, Part]]:
     for name, stored in read_header(path).items():
-        if stored.dtype not in DTYPES:
-            raise CheckpointError(f"{path}: {name}: is stored as {stored.dtype}, which moelab does not read")
         first = (rows or {}).get(name, (0, 0))[0]
         index = (slice(first, first + stored.shape[0]),) if rows and name in rows and stored.shape else ()
         yield name, Part(path, name, stored.offset, stored.dtype, stored.shape, index)

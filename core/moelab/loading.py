@@ -8,25 +8,17 @@ from pathlib import Path
 import torch
 
 from moelab.builder import build_model
-from moelab.checkpoint import (
-    MODEL,
-    is_moelab,
-    load_model_tensors,
-    model_tensors,
-    read_run_config,
-    refuse_misfits,
-    stored_tensors,
-)
+from moelab.checkpoint import OwnWeights, is_moelab, read_run_config
 from moelab.data.tokenizer import load_tokenizer
 from moelab.errors import CheckpointError
-from moelab.hf.load import load_hf, stored_hf
+from moelab.hf.load import HFWeights, load_hf
 from moelab.integrity import verified
 from moelab.nn.generate import Speech
 from moelab.nn.transformer import Transformer
 from moelab.origin import end_token_ids, read_origin
 from moelab.paths import user_path
 from moelab.registry import Registry
-from moelab.tensor_parts import Stored
+from moelab.stored_weights import StoredWeights, build_empty, fill
 from moelab.trust import stored_registry
 
 
@@ -65,13 +57,34 @@ def read_model(
         model = load_hf(folder, dtype=dtype, device=device)
         model.speech = partial(speech_of, folder)
         return model
-    config = read_run_config(folder)
-    plugins = stored_registry(config, folder, registry=registry, trust=trust)
-    check_shapes(folder, build_model(config.model, plugins, device="meta", seed=None))
-    model = build_model(config.model, plugins, device=device, seed=None)
-    load_model_tensors(folder, model)
+    plugins = stored_registry(read_run_config(folder), folder, registry=registry, trust=trust)
+    model = _own(folder, plugins, dtype, device)
     model.speech = partial(speech_of, folder)
-    return model.to(dtype).eval()
+    return model.eval()
+
+
+def open_weights(folder: Path, *, registry: Registry | None = None) -> StoredWeights:
+    """The weights of a folder that `verified` gave, each checked to be there and to fit the folder's own config.
+
+    Raises CheckpointError naming the file and the cure.
+    """
+    if not is_moelab(folder):
+        return HFWeights(folder)
+    config = read_run_config(folder)
+    weights = OwnWeights(folder)
+    weights.check(
+        build_model(config.model, stored_registry(config, folder, registry=registry), device="meta", seed=None)
+    )
+    return weights
+
+
+def _own(folder: Path, plugins: Registry, dtype: torch.dtype, device: torch.device | str) -> Transformer:
+    """Of a moelab checkpoint. What does not fit is refused before memory is asked for."""
+    config, weights = read_run_config(folder).model, OwnWeights(folder)
+    weights.check(build_model(config, plugins, device="meta", seed=None))
+    model = build_empty(config, plugins, weights.shapes, dtype=dtype, device=device)
+    fill(model, weights)
+    return model
 
 
 def speech_of(folder: Path) -> Speech:
@@ -85,29 +98,3 @@ def speech_of(folder: Path) -> Speech:
     tokenizer = load_tokenizer(origin.tokenizer)
     ends = end_token_ids(folder)
     return Speech(tokenizer, ends[0] if ends else (tokenizer.eos_token_id,))
-
-
-def stored_model(folder: Path, registry: Registry) -> dict[str, Stored]:
-    """Where each tensor lies of a folder that `verified` gave: {our name: where}, a tied head as its embedding.
-
-    Raises CheckpointError where they are not those of the folder's own config; no weight is read.
-    """
-    if is_moelab(folder):
-        config = read_run_config(folder)
-        model = build_model(config.model, stored_registry(config, folder, registry=registry), device="meta", seed=None)
-        check_shapes(folder, model)
-        stored = stored_tensors(folder, MODEL)
-    else:
-        model, stored = stored_hf(folder)
-    if model.config.tie_word_embeddings:
-        stored["lm_head.weight"] = stored["embed_tokens.weight"]
-    return stored
-
-
-def check_shapes(folder: Path, model: Transformer) -> None:
-    """Whether the file holds what `model`, on the meta device, is made of: before memory is asked for.
-
-    Raises CheckpointError naming what is missing, or of another shape.
-    """
-    found = {name: tensor.shape for name, tensor in stored_tensors(folder, MODEL).items()}
-    refuse_misfits(folder / MODEL, found, {name: tuple(t.shape) for name, t in model_tensors(model).items()})

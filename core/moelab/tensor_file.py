@@ -33,6 +33,7 @@ _NAMES = {
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _PIECE = 512 << 10  # bytes: stays in the second-level cache between the hash and the write
 _RANK = {dtype: rank for rank, dtype in enumerate(_NAMES)}
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}  # by the names of safetensors
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Stored:
     @property
     def dtype(self) -> torch.dtype:
         """Of its first part."""
-        return DTYPES[self.parts[0].dtype]
+        return _dtype(self.parts[0])
 
     def read(self) -> Tensor:
         """All of it, as it is stored, on the CPU."""
@@ -94,7 +94,7 @@ def read_block(stored: Stored, first: Sequence[int], out: Tensor) -> None:
 
 def _read(part: Part, taken: Sequence[tuple[int, int]], into: Tensor) -> None:
     """taken: [(first, end)] on each axis of the stored tensor; `into` has that shape."""
-    dtype = DTYPES[part.dtype]
+    dtype = _dtype(part)
     row = dtype.itemsize
     for size in part.shape[1:]:
         row *= size
@@ -116,6 +116,12 @@ def _read(part: Part, taken: Sequence[tuple[int, int]], into: Tensor) -> None:
             os.close(descriptor)
     except OSError as error:
         raise CheckpointError(f"{part.path}: {part.name}: can't be read: {error.strerror}") from error
+
+
+def _dtype(part: Part) -> torch.dtype:
+    if part.dtype not in DTYPES:
+        raise CheckpointError(f"{part.path}: {part.name}: is stored as {part.dtype}, which moelab does not read")
+    return DTYPES[part.dtype]
 
 
 def _runs(first: int, end: int, most: int) -> Iterator[tuple[int, int]]:

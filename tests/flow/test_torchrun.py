@@ -86,7 +86,7 @@ def test_a_run_is_the_same_on_any_number_of_processes_and_goes_on_on_any(tmp_pat
     same(one, back)
     found = torchrun(2, [*arguments, f"run_dir={again}", "parallel.shard=2", "parallel.expert=2", "--resume"])
     assert found.returncode == 0, found.stderr
-    files = sorted((two / NEWEST).glob("*.safetensors"))  # on the same mesh bit for bit
+    files = sorted((two / NEWEST).glob("*-of-00002.safetensors"))  # on the same mesh bit for bit
     assert len(files) == 4
     for path in files:
         assert (again / NEWEST / path.name).read_bytes() == path.read_bytes(), path.name

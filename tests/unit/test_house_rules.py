@@ -43,6 +43,7 @@ FLOORS = (
     {"registry"},
     {"layouts", "trust"},
     {"builder"},
+    {"stored_weights"},
     {"hf", "planning"},
     {"checkpoint"},
     {"integrity"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moelab.builder import build_model
 from moelab.errors import CheckpointError, ConfigError
@@ -17,6 +18,7 @@ from moelab.nn.room import check_room
 from moelab.nn.transformer import Transformer
 from moelab.paths import user_path
 from moelab.registry import Registry
+from moelab.stored_weights import build_empty, fill
 from moelab.tensor_parts import Part, Stored
 
 
@@ -30,53 +32,42 @@ def load_hf(
 
     Raises CheckpointError naming file, tensor and cure, before any weight is read.
     """
-    folder = user_path(folder)
-    model, stored = stored_hf(folder, registry)
-    check_room(model, device)
-    if _unsaved_buffers(model):
-        # Only the constructor knows their values, so it must run for real.
-        model = build_model(model.config, registry, device=device, seed=None).to(dtype)
-    else:
-        model = model.to(dtype).to_empty(device=device)
-        model.tie_weights()
-    ours = model.state_dict()
-    for name, found in stored.items():
-        fill_from(ours[name], found)
+    weights = HFWeights(user_path(folder), registry)
+    check_room(weights.model, device)
+    model = build_empty(weights.model.config, registry, weights.shapes, dtype=dtype, device=device)
+    fill(model, weights)
     return model.eval()
 
 
-def stored_hf(folder: Path, registry: Registry | None = None) -> tuple[Transformer, dict[str, Stored]]:
-    """(the model of a folder on the meta device, where each of our tensors lies); a tied head is left out.
+class HFWeights:
+    """The weights of a Qwen2 or Qwen2-MoE folder under our names; opening it checks them all and reads none."""
 
-    In the order in which they lie. Raises CheckpointError as `load_hf`; no weight is read.
-    """
-    config = read_config(folder)
-    stored = TensorFolder(folder)
-    check_sizes(config, stored)
-    try:
-        model = build_model(config, registry, device="meta", seed=None)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: can't be built: {error}") from error
-    wanted = _wanted(model, stored)
-    stored.check(
-        {piece.name: piece.shape(shape) for shape, found in wanted.values() for piece in found},
-        tied=(LM_HEAD, EMBEDDING) if config.tie_word_embeddings else None,
-    )
-    found = {name: Stored(shape, tuple(_part(stored, p) for p in parts)) for name, (shape, parts) in wanted.items()}
-    # One file after the other: a disk reads that best.
-    order = sorted(found, key=lambda name: min((part.path, part.offset) for part in found[name].parts))
-    return model, {name: found[name] for name in order}
+    def __init__(self, folder: Path, registry: Registry | None = None) -> None:
+        """Raises CheckpointError naming file, tensor and cure."""
+        config = read_config(folder)
+        self._stored = TensorFolder(folder)
+        check_sizes(config, self._stored)
+        try:
+            self.model = build_model(config, registry, device="meta", seed=None)  # without a number in it
+        except ConfigError as error:
+            raise CheckpointError(f"{folder / 'config.json'}: can't be built: {error}") from error
+        wanted = _wanted(self.model, self._stored)
+        self._stored.check(
+            {piece.name: piece.shape(shape) for shape, found in wanted.values() for piece in found},
+            tied=(LM_HEAD, EMBEDDING) if config.tie_word_embeddings else None,
+        )
+        parts = {name: Stored(shape, tuple(map(self._part, found))) for name, (shape, found) in wanted.items()}
+        order = sorted(parts, key=lambda name: min((part.path, part.offset) for part in parts[name].parts))
+        self._parts = {name: parts[name] for name in order}
+        self.shapes: dict[str, Shape] = {name: wanted[name][0] for name in order}
 
+    def read_into(self, name: str, tensor: Tensor) -> None:
+        """`name` as the model has it: each expert's matrices into their bank; of a piece of it, what lies there."""
+        fill_from(tensor, self._parts[name])
 
-def _part(stored: TensorFolder, piece: Piece) -> Part:
-    at = stored.tensors[piece.name]
-    return Part(at.path, at.name, at.offset, at.dtype, at.shape, piece.index, piece.transposed)
-
-
-def _unsaved_buffers(model: Transformer) -> list[str]:
-    """Names of buffers that no checkpoint holds; a plugin may have some."""
-    saved = model.state_dict().keys()
-    return [name for name, _ in model.named_buffers() if name not in saved]
+    def _part(self, piece: Piece) -> Part:
+        at = self._stored.tensors[piece.name]
+        return Part(at.path, at.name, at.offset, at.dtype, at.shape, piece.index, piece.transposed)
 
 
 def _wanted(model: Transformer, stored: TensorFolder) -> dict[str, tuple[Shape, list[Piece]]]:

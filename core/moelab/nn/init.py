@@ -6,6 +6,8 @@ process that holds a piece of a tensor draws the whole of it, one at a time, and
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -16,12 +18,13 @@ from moelab.seeds import generator
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, std: float, seed: int) -> None:
+def initialise(model: nn.Module, std: float, seed: int, stored: Collection[str] = ()) -> None:
     """Matrices ~ N(0, std^2) drawn in fp32, Linear biases 0, norms 1.
 
     A module that offers `initialise(generator)` (a plugin, say) does it itself, and one that offers
     `after_initialise()` has the last word on its own values;
-    other vectors and scalars stay as their constructor made them. What is on the meta device stays there.
+    other vectors and scalars stay as their constructor made them. Parameters that are `stored` elsewhere are left out,
+    and what is on the meta device stays there.
     """
     done: set[int] = set()
     for name, module in model.named_modules():
@@ -30,7 +33,7 @@ def initialise(model: nn.Module, std: float, seed: int) -> None:
             custom(generator(seed, "init", name))
             done |= {id(parameter) for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in done and not parameter.is_meta:
+        if id(parameter) not in done and not parameter.is_meta and name not in stored:
             draw(model, name, std, seed)
     for module in model.modules():
         finish = getattr(module, "after_initialise", None)

@@ -6,16 +6,13 @@ read one tensor after the other. What it takes at most is the pieces and one ten
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from moelab.nn.count import moe_blocks
 from moelab.nn.init import draw, trim_pieces
-from moelab.nn.pieces import fill_from
 from moelab.nn.transformer import Transformer
-from moelab.tensor_parts import Stored
+from moelab.stored_weights import StoredWeights, fill
 
 
 def make_room(model: Transformer, device: torch.device) -> list[str]:
@@ -30,14 +27,13 @@ def make_room(model: Transformer, device: torch.device) -> list[str]:
     return hollow
 
 
-def fill_hollow(model: Transformer, hollow: list[str], stored: Mapping[str, Stored], std: float, seed: int) -> None:
+def fill_hollow(model: Transformer, hollow: list[str], stored: StoredWeights | None, std: float, seed: int) -> None:
     """Draw what is not `stored`, with the numbers of one process, and read the rest, buffers too."""
-    drawn = [name for name in hollow if name not in stored]
+    drawn = [name for name in hollow if stored is None or name not in stored.shapes]
     for name in drawn:
         draw(model, name, std, seed)
     for block in moe_blocks(model):
         if any(model.get_parameter(name) is block.experts.down for name in drawn):
             trim_pieces(block.experts)
-    tensors = model.state_dict()
-    for name, found in stored.items():
-        fill_from(tensors[name], found)
+    if stored is not None:
+        fill(model, stored)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from moelab.builder import build_model, resolve_model
-from moelab.checkpoint import read_state
+from moelab.checkpoint import model_tensors, read_state
 from moelab.config.model import ModelConfig
 from moelab.config.run import RunConfig
 from moelab.data.tokenizer import Tokenizer
@@ -24,12 +24,12 @@ from moelab.hf.carried import tokenizer_side_files
 from moelab.hookspecs import ROUTERS, SHARED_EXPERTS, ExtensionPoint
 from moelab.integrity import verified
 from moelab.layouts import build_layouts
-from moelab.loading import read_model, stored_model
+from moelab.loading import open_weights
 from moelab.moe.per_layer import layer_parts
 from moelab.nn.transformer import Transformer
 from moelab.origin import Origin, model_files, origin_of, same_tokenizer, tokenizer_files
 from moelab.registry import Registry
-from moelab.tensor_parts import Shape, Stored
+from moelab.stored_weights import StoredWeights, build_empty, fill
 
 TOKENIZER = "data.tokenizer"
 OVERRIDES = "init_overrides"  # of summary.json and of a checkpoint's state.json
@@ -39,6 +39,7 @@ FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
 )  # fmt: skip
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 POINTS: dict[str, ExtensionPoint[Any, Any]] = {"router": ROUTERS, "shared_expert": SHARED_EXPERTS}
 
 
@@ -188,44 +189,52 @@ def refuse_others(found: Sequence[Difference], origin: Origin, names: Sequence[s
 def starting_model(config: RunConfig, registry: Registry, device: torch.device, start: Start) -> Transformer:
     """A fresh model, or the weights of `start` in the config's own parts; of a run that is resumed they come later.
 
-    The checkpoint must have the same tensors: a router with state of its own keeps what `seed` gives it.
+    The checkpoint must have the same parameters: a router with state of its own keeps what `seed` gives it. Each is
+    read to where it stays, so that it takes the memory of the weights once, and nothing is drawn for it.
     """
-    model = build_model(config.model, registry, device=device, seed=config.seed)
-    if start.origin is None or start.origin.own:
-        return model
-    try:
-        source = read_model(start.origin.folder, device=device, registry=registry).state_dict()
-    except (CheckpointError, ConfigError) as error:
-        raise CheckpointError(f"train.init_from: {error}") from error
-    _refuse_misfits(config, model, {name: tuple(tensor.shape) for name, tensor in source.items()})
-    wanted = model.state_dict()
-    with torch.no_grad():
-        for name in source:
-            wanted[name].copy_(source[name])
+    weights = starting_weights(config, registry, start)
+    if weights is None:
+        return build_model(config.model, registry, device=device, seed=config.seed)
+    model = build_empty(config.model, registry, weights.shapes, device=device, seed=config.seed)
+    fill(model, weights)
     return model
 
 
-def starting_weights(config: RunConfig, registry: Registry, start: Start) -> dict[str, Stored]:
-    """What `starting_model` fills in, as it lies on disk: {our name: where}; nothing of a run that begins at random.
+def starting_weights(config: RunConfig, registry: Registry, start: Start) -> StoredWeights | None:
+    """The weights that a run starts from, none read yet; None where it begins at random, or restores its own later.
 
-    Raises CheckpointError as it does.
+    Raises CheckpointError where they are not those of the config's model.
     """
     if start.origin is None or start.origin.own:
-        return {}
+        return None
     try:
-        found = stored_model(start.origin.folder, registry)
+        weights = open_weights(start.origin.folder, registry=registry)
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"train.init_from: {error}") from error
+    if not config.model.tie_word_embeddings and HEAD not in weights.shapes:
+        weights = _Untied(weights)
+    _check_fit(config, registry, weights)
+    return weights
+
+
+class _Untied:
+    """Weights of a model that ties its head to its embedding, for one that doesn't: its head begins as a copy."""
+
+    def __init__(self, inner: StoredWeights) -> None:
+        self._inner = inner
+        self.shapes = {**inner.shapes, HEAD: inner.shapes[EMBEDDING]}
+
+    def read_into(self, name: str, tensor: torch.Tensor) -> None:
+        self._inner.read_into(EMBEDDING if name == HEAD else name, tensor)
+
+
+def _check_fit(config: RunConfig, registry: Registry, weights: StoredWeights) -> None:
+    """Raises CheckpointError where the config's model isn't made of these tensors; no memory is asked for."""
     model = build_model(config.model, registry, device="meta", seed=None)
-    _refuse_misfits(config, model, {name: stored.shape for name, stored in found.items()})
-    return found
-
-
-def _refuse_misfits(config: RunConfig, model: Transformer, source: Mapping[str, Shape]) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing = sorted({name for name, _ in model.named_parameters(remove_duplicate=False)} - source.keys())
-    misfits = [n for n in sorted(wanted.keys() & source.keys()) if wanted[n] != source[n]]
-    unexpected = sorted(source.keys() - wanted.keys())
+    wanted, found = model_tensors(model), weights.shapes
+    missing = sorted({name for name, _ in model.named_parameters()} - found.keys())  # a tied matrix comes once
+    misfits = [n for n in sorted(wanted.keys() & found.keys()) if tuple(wanted[n].shape) != found[n]]
+    unexpected = sorted(found.keys() - wanted.keys())
     if missing or misfits or unexpected:
         raise CheckpointError(
             f"train.init_from: {config.train.init_from} does not fit `model`: missing {missing[:3]}, of another shape "
