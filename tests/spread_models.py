@@ -101,7 +101,10 @@ def saves(folder: str, hugging_face: str, alone: str) -> dict[str, Any]:
     for name in ("softmax_global", "noisy", "sigmoid_bias", "unlike"):
         found[f"drawn {name}"] = digest(spread(name, "expert2"))
     stored = open_weights(Path(hugging_face))
-    found["read from Hugging Face"] = digest(spread("softmax_global", "expert2", 5, stored))
+    model = spread("softmax_global", "expert2", 5, stored)
+    found["read from Hugging Face"] = digest(model)
+    training = TrainingState(build_adamw(model, OPTIMIZER), [])
+    save_checkpoint(root / "exported", model, training, {}, {"config.yaml": CONFIG}, ranks)
     model, training = fresh("expert2", 5)
     restore_checkpoint(Path(alone), model, training)
     found["read from one"] = digest(model, training)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from moelab.builder import build_model
+from moelab.builder import build_hollow, build_model
 from moelab.checkpoint import OwnWeights, is_moelab, read_run_config
 from moelab.data.tokenizer import load_tokenizer
 from moelab.errors import CheckpointError
@@ -61,6 +61,24 @@ def read_model(
     model = _own(folder, plugins, dtype, device)
     model.speech = partial(speech_of, folder)
     return model.eval()
+
+
+def open_model(folder: Path, *, trust: bool = False) -> tuple[Transformer, StoredWeights]:
+    """The model of a folder that `verified` gave, its matrices on the meta device, and the weights to read them from.
+
+    For who takes one tensor after the other. Raises CheckpointError as `open_weights`.
+    """
+    plugins = Registry()
+    if is_moelab(folder):
+        plugins = stored_registry(read_run_config(folder), folder, trust=trust)
+    weights = open_weights(folder, registry=plugins)
+    config = weights.model.config if isinstance(weights, HFWeights) else read_run_config(folder).model
+    model = build_hollow(config, plugins, device=torch.device("cpu"), seed=0)
+    tensors = model.state_dict()
+    for name in weights.shapes:
+        if not tensors[name].is_meta:  # what a plugin may answer by
+            weights.read_into(name, tensors[name])
+    return model.eval(), weights
 
 
 def open_weights(folder: Path, *, registry: Registry | None = None) -> StoredWeights:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import moelab
 import spread_models as spread
-from moelab.checkpoint import MODEL, TRAINING, stored_tensors
+from moelab.checkpoint import MODEL, TRAINING, OwnWeights, stored_tensors
 from moelab.errors import CheckpointError
 from moelab.hf.save import save_hf
 from moelab.integrity import inspect
@@ -80,6 +80,18 @@ def test_a_killed_save_has_no_folder_of_its_name(saved: tuple[Path, dict[str, An
     folder = saved[0]
     assert not (folder / "killed").exists()
     assert not (folder / ".killed.partial" / "manifest.json").exists()
+
+
+def test_it_is_exported_tensor_by_tensor(saved: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """From the files of four processes as from one, with no model in memory."""
+    model = moelab.build_model(spread.config_of("softmax_global"), moelab.Registry(entry_points=False), seed=3)
+    save_hf(model, tmp_path / "whole", max_shard_size=20_000)
+    hollow = moelab.build_model(spread.config_of("softmax_global"), device="meta", seed=None)
+    save_hf(hollow, tmp_path / "read", max_shard_size=20_000, weights=OwnWeights(saved[0] / "exported"))
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "read").iterdir())
+    for name in files:
+        assert (tmp_path / "read" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 MIDDLE = "model-00003-of-00004.safetensors"
