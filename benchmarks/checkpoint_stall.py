@@ -50,7 +50,7 @@ def config_of() -> ModelConfig:
         num_key_value_heads=2, tie_word_embeddings=True,
         moe=MoEConfig(layout={"name": "uniform", "num_experts": 16, "num_experts_per_tok": 2,
                               "moe_intermediate_size": 256},
-                      router={"name": "softmax_topk"}, shared_expert=None),
+                      router={"name": "softmax_topk"}, shared_expert={"name": "none"}),
     )  # fmt: skip
     resolve_model(config, moelab.Registry(entry_points=False))
     return config
