@@ -185,8 +185,6 @@ def _spread_model(
         parallel.parallelise(model, meshes, losses)
         hollow = filling.make_room(model, precision.device)
         filling.fill_hollow(model, hollow, stored, config.model.initializer_range, config.seed)
-    if config.train.gradient_shares_every:
-        logger.warning("train.gradient_shares_every: not measured over several processes; the shares are left out")
     return model
 
 
