@@ -24,6 +24,7 @@ from moelab.hf.files import read_header
 from moelab.manifest import MANIFEST, read_manifest
 from moelab.nn.pieces import fill_from, is_piece
 from moelab.nn.transformer import Transformer
+from moelab.printable import printable
 from moelab.safe_files import Reading, read_object
 from moelab.stored_weights import fill
 from moelab.tensor_parts import Part, Shape, Stored
@@ -32,6 +33,9 @@ READING = Reading(CheckpointError, "the checkpoint is damaged or not complete: u
 CHECKPOINTS = "checkpoints"  # of a run folder
 BEST = "best"  # of a run folder with train.keep_best: the checkpoint of the lowest held-out loss
 MODEL, TRAINING, STATE, CONFIG = "model.safetensors", "training.safetensors", "state.json", "config.yaml"
+
+# What torch writes, its distributed checkpoint among it: it runs code when it is loaded, so it isn't.
+PICKLES = (".distcp", ".metadata", ".pt", ".pth", ".bin", ".ckpt")
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -62,7 +66,11 @@ def resolve_checkpoint(path: Path) -> Path:
             f"{path}: holds both {STATE} (moelab) and config.json (Hugging Face), one of them left over; remove it"
         )
     if not is_moelab(path) and not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: holds no checkpoint: neither {STATE} (moelab) nor config.json (Hugging Face)")
+        pickles = sorted(item.name for item in path.iterdir() if item.name.endswith(PICKLES))
+        there = f"; {', '.join(pickles[:3])} there is not opened: a pickle runs code" if pickles else ""
+        raise CheckpointError(
+            f"{path}: holds no checkpoint: neither {STATE} (moelab) nor config.json (Hugging Face){printable(there)}"
+        )
     return path
 
 

@@ -17,6 +17,7 @@ from moelab.checkpoint import (
     CHECKPOINTS,
     CONFIG,
     MODEL,
+    PICKLES,
     READING,
     STATE,
     TRAINING,
@@ -35,9 +36,7 @@ from moelab.printable import printable
 logger = logging.getLogger("moelab")
 
 _NEEDED = (MODEL, TRAINING, STATE, CONFIG)
-# What holds tensors, or is a pickle of them (torch's distributed checkpoint among them), could be taken for a part of a
-# checkpoint that does not list it.
-_WEIGHTS = (".safetensors", ".distcp", ".metadata", ".pt", ".pth", ".bin", ".ckpt")
+_WEIGHTS = (".safetensors", *PICKLES)  # what could be taken for a part of a checkpoint that does not list it
 _SETTLED = 1_000_000_000  # ns: a change as recent as this could leave the times that the system keeps as they are
 _CURES = ("; use an earlier checkpoint, or restore it", f"; {READING.cure}", f"; {HF_READING.cure}")
 

@@ -79,6 +79,12 @@ def loss(ranks: Ranks, when: str) -> UserError | RunFailure:
     return error
 
 
+def processes_here(world: int) -> int:
+    """How many of the processes run on this machine, as torchrun says; where it says nothing, all."""
+    said = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return min(int(said), world) if said.isdecimal() and world > 1 else world
+
+
 def peer_is_gone(error: BaseException) -> bool:
     """Whether a collective failed because another process ended, or did not come in time."""
     if not dist.is_available() or not isinstance(error, RuntimeError):  # of which torch's DistErrors are

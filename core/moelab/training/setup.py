@@ -35,7 +35,7 @@ from moelab.nn.count import Parameters, ServedCosts, count_parameters, flops_per
 from moelab.nn.room import TRAINING, check_room
 from moelab.nn.transformer import Transformer
 from moelab.origin import check_vocabulary
-from moelab.parallel.process_group import together
+from moelab.parallel.process_group import processes_here, together
 from moelab.parallel.ranks import ALONE, Ranks
 from moelab.records import Record
 from moelab.registry import Registry
@@ -119,7 +119,8 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True, ranks
     resolve_run(config, registry)
     losses = build_balance_losses(config.model, registry)
     # Before the data: a wrong shape, or one that no memory holds, fails at once.
-    check_room(build_model(config.model, registry, device="meta", seed=None), precision.device, TRAINING)
+    hollow, beside = build_model(config.model, registry, device="meta", seed=None), processes_here(ranks.size)
+    check_room(hollow, precision.device, TRAINING, shard=config.parallel.shard, beside=beside)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config.model.vocab_size, tokenizer, config.data.tokenizer)
     start = find_start(config, tokenizer, registry, verify=verify)

@@ -150,6 +150,13 @@ def test_a_file_that_is_not_as_written_is_named(
     assert any(problem.startswith(f"{named}: ") for problem in inspect(tmp_path / "step").problems)
 
 
+def test_a_folder_of_pickles_is_refused_unopened(tmp_path: Path) -> None:
+    """As torch's distributed checkpoint leaves one."""
+    _pickle(tmp_path, tmp_path)
+    with pytest.raises(CheckpointError, match=r"\.metadata, __0_0\.distcp there is not opened: a pickle runs code"):
+        moelab.load(tmp_path)
+
+
 @pytest.mark.parametrize("damage", [_remove, _cut])
 def test_unverified_too_a_missing_or_short_file_is_refused_by_name(
     damage: Callable[[Path, Path], None], saved: tuple[Path, dict[str, Any]], tmp_path: Path
