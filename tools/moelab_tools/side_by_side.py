@@ -147,7 +147,7 @@ def _compared(
 def _kl(a: Tensor, b: Tensor) -> Tensor:
     """Of log probabilities [n, V] each -> [n] float64.
 
-    sum p (q / p - 1 - ln(q / p)): no term is negative, so that roundings of an equal function don't add up to one that isn't.
+    sum p (q / p - 1 - ln(q / p)): no term is negative, so that the roundings of an equal function add up to nothing.
     """
     gap = (b - a).double()
     return (a.exp() * (gap.expm1() - gap)).sum(-1)
