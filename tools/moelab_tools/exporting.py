@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moelab.checkpoint import is_moelab
+from moelab.checkpoint import MODEL, is_moelab, stored_tensors
 from moelab.data.lineage import carried_lineage
 from moelab.data.seen import carried_record
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
@@ -19,7 +19,7 @@ from moelab.hf.files import TensorFolder, read_json
 from moelab.hf.save import save_hf
 from moelab.hf.tokenizer_config import as_it_is, llama_cpp_remark, named_token_ids
 from moelab.integrity import verified
-from moelab.loading import read_model
+from moelab.loading import open_model
 from moelab.nn.transformer import Transformer
 from moelab.origin import Origin, carried_ids, check_vocabulary, end_token_ids, read_origin
 from moelab_tools.tokenizer_check import check_auto_tokenizer
@@ -43,7 +43,7 @@ def export(
     CheckpointError or ConfigError for what can't be read, or can't be said in that format, before anything is written.
     """
     origin = read_origin(verified(checkpoint, verify=verify))
-    model = read_model(origin.folder, trust=trust)
+    model, weights = open_model(origin.folder, trust=trust)
     tokenizer = load_tokenizer(origin.tokenizer) if origin.tokenizer is not None else None
     if tokenizer is not None:
         check_vocabulary(model.config.vocab_size, tokenizer, str(origin.tokenizer))
@@ -57,6 +57,7 @@ def export(
         extra_files=files,
         config_extra=_ids(origin, tokenizer, files),
         force=force,
+        weights=weights,
     )
     return [
         f"written: {output}",
@@ -69,7 +70,12 @@ def export(
 
 def _dtype(origin: Origin, asked: str | None) -> tuple[torch.dtype, str]:
     """(what to write, why)."""
-    stored = Counter(t.dtype for t in TensorFolder(origin.folder).tensors.values() if len(t.shape) > 1)
+    if is_moelab(origin.folder):
+        whole = stored_tensors(origin.folder, MODEL).values()
+        found = [(tensor.parts[0].dtype, len(tensor.shape)) for tensor in whole]
+    else:
+        found = [(tensor.dtype, len(tensor.shape)) for tensor in TensorFolder(origin.folder).tensors.values()]
+    stored = Counter(dtype for dtype, axes in found if axes > 1)
     own = DTYPES.get(stored.most_common(1)[0][0], torch.float32) if stored else torch.float32
     name = str(own).removeprefix("torch.")
     if asked is not None:

@@ -10,13 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from moelab.config.load import load_config
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import ConfigError, RunFailure
 from moelab.paths import user_path
 from moelab_tools.terminal import make_console
+from moelab_tools.upcycle_probe import probe_of
 from moelab_tools.upcycle_receipt import print_receipt, write_receipt
 from moelab_tools.upcycle_report import print_outcome, print_plan
 from moelab_upcycling.convert import convert, prepare, registry_of
@@ -67,7 +76,11 @@ def run_upcycle(request: UpcycleRequest) -> None:
         )
     print_outcome(console, plan, outcome, output)
     if request.receipt and outcome.complete and output is not None:
-        print_receipt(console, write_receipt(plan, registry, output))
+        with layers_bar(console) as bar:
+            task = bar.add_task("receipt", total=plan.target.num_hidden_layers)
+            probe = probe_of(config, Path(plan.sources[0]), plan.target.vocab_size, plan.seed, loaded.places("receipt"))
+            receipt = write_receipt(plan, registry, output, probe, lambda: bar.advance(task))
+        print_receipt(console, receipt)
 
 
 def run_verify(output: Path, sources: Sequence[Path], full: bool, layers: str | None, *, trust: bool = False) -> None:
@@ -113,6 +126,13 @@ def bytes_bar(console: Console) -> Progress:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=console,
+    )
+
+
+def layers_bar(console: Console) -> Progress:
+    """Progress in layers."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     )
 
 

@@ -46,6 +46,9 @@ class TrainConfig:
     # Steps; 0: only at the end; null: every 15 minutes, or less often, so that saving takes at most 1 % of the time. A
     # run that is stopped, or fails with its state whole, saves too.
     save_every: int | None = None
+    # Checkpoints are copied to memory and written while the run goes on: a longer save for a shorter halt, and as much
+    # memory again as weights and moments take on a process. null: where several processes share the run.
+    save_in_background: bool | None = None
     keep_checkpoints: int = 2  # the newest ones; 0: all
     keep_best: bool = False  # beside them, in run_dir/best, the one of the lowest held-out loss (evaluation.every)
     patience: int | None = None  # evaluations in a row without a lower held-out loss that end the run; null: none do
@@ -100,6 +103,9 @@ class ParallelConfig:
     shard: int = 1  # processes that share out parameters, gradients and optimizer state (FSDP2)
     expert: int = 1  # of these, processes that share out whole experts
     timeout: float = 600.0  # seconds that one waits for another before the run ends
+    # Over a step's micro-batches of one process gradients add up `whole`, to be reduced once, or in `pieces`: a shard's
+    # memory, and a reduction for each.
+    accumulate: str = "whole"
 
     @property
     def world(self) -> int:
@@ -114,6 +120,8 @@ class ParallelConfig:
             raise ConfigError(
                 f"parallel.expert: {self.expert} does not divide parallel.shard {self.shard}, of which it is a part"
             )
+        if self.accumulate not in ("whole", "pieces"):
+            raise ConfigError(f"parallel.accumulate: must be whole or pieces, not '{self.accumulate}'")
         if self.timeout <= 0:
             raise ConfigError(f"parallel.timeout: must be positive, not {self.timeout}")
 

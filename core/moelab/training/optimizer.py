@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from moelab.config.run import OptimizerConfig
 from moelab.errors import CheckpointError
-from moelab.nn.pieces import spread_as
+from moelab.nn.pieces import read_as
+from moelab.tensor_parts import Stored
 
 logger = logging.getLogger("moelab")
 
@@ -40,14 +41,14 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return tensors
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave.
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Stored]) -> None:
+    """Put back what `optimizer_tensors` gave, as it is stored; each process reads its own pieces.
 
     Raises CheckpointError for a parameter that is not the model's, and for moments of one that are not all, and only,
     AdamW's. A parameter without any is told: AdamW begins anew with it, as with one that never had a gradient.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, Stored]] = {}
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")
         if name not in parameters:
@@ -69,5 +70,5 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
             # AdamW's step count stays a scalar on the CPU unless fused on an accelerator wants it there.
             parameter = parameters[name]
             optimizer.state[parameter][key] = (
-                value.to(parameter.device).clone() if key == "step" else spread_as(value, parameter)
+                value.read().to(parameter.device) if key == "step" else read_as(value, parameter)
             )

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 import moelab
+from moelab.checkpoint import TRAINING, stored_tensors
 from moelab.config.model import ModelConfig
 from moelab.config.run import OptimizerConfig
 from moelab.errors import CheckpointError
+from moelab.tensor_file import write_tensors
+from moelab.tensor_parts import Stored
 from moelab.training.optimizer import build_adamw, optimizer_tensors, restore_optimizer
 
 SMALL = ModelConfig(
@@ -33,7 +37,12 @@ def test_each_parameter_is_updated_once_though_the_head_is_tied() -> None:
     assert sum(p.numel() for group in groups for p in group["params"]) == sum(p.numel() for p in model.parameters())
 
 
-def test_state_survives_the_way_through_named_tensors() -> None:
+def on_disk(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, Stored]:
+    write_tensors(folder / TRAINING, tensors)
+    return stored_tensors(folder, TRAINING)
+
+
+def test_state_survives_the_way_through_named_tensors(tmp_path: Path) -> None:
     model, twin = moelab.build(SMALL), moelab.build(SMALL)
     first, second = build_adamw(model, OptimizerConfig()), build_adamw(twin, OptimizerConfig())
     ids = torch.arange(8)[None]
@@ -41,7 +50,7 @@ def test_state_survives_the_way_through_named_tensors() -> None:
         model(ids, targets=ids).token_loss.sum().backward()
         first.step()
     twin.load_state_dict(model.state_dict())
-    restore_optimizer(twin, second, optimizer_tensors(model, first))
+    restore_optimizer(twin, second, on_disk(optimizer_tensors(model, first), tmp_path))
     for m, o in ((model, first), (twin, second)):
         o.zero_grad()
         m(ids, targets=ids).token_loss.sum().backward()
@@ -90,19 +99,19 @@ def _scalar(tensors: dict[str, torch.Tensor]) -> None:
     ],
 )
 def test_moments_under_other_names_are_refused_and_the_parameter_named(
-    change: Callable[[dict[str, torch.Tensor]], None], said: str
+    change: Callable[[dict[str, torch.Tensor]], None], said: str, tmp_path: Path
 ) -> None:
     model, tensors = _stepped()
     change(tensors)
     optimizer = build_adamw(model, OptimizerConfig())
     with pytest.raises(CheckpointError, match=said):
-        restore_optimizer(model, optimizer, tensors)
+        restore_optimizer(model, optimizer, on_disk(tensors, tmp_path))
     assert not optimizer.state
 
 
-def test_a_parameter_without_moments_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_parameter_without_moments_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, tensors = _stepped()
     kept = {name: value for name, value in tensors.items() if not name.startswith("norm.weight/")}
     with caplog.at_level(logging.WARNING, logger="moelab"):
-        restore_optimizer(model, build_adamw(model, OptimizerConfig()), kept)
+        restore_optimizer(model, build_adamw(model, OptimizerConfig()), on_disk(kept, tmp_path))
     assert "no optimizer state of norm.weight" in caplog.text
