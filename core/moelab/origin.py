@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moelab import launcher
 from moelab.checkpoint import CONFIG, is_moelab, read_run_config, resolve_checkpoint
 from moelab.config.files import Layer, subtree
 from moelab.config.model import ModelConfig
@@ -85,8 +86,9 @@ def origin_of(config: Mapping[str, Any], *, verify: bool = True) -> Origin | Non
 
     Of its own the newest that is as it was written (not `verify`: the newest), CheckpointError where all are damaged.
     """
-    if config.get("resume") and config.get("run_dir"):
-        choice = newest_whole(user_path(config["run_dir"], "run_dir"), verify=verify)
+    run_dir = user_path(config["run_dir"], "run_dir") if config.get("run_dir") else None
+    if run_dir is not None and (config.get("resume") or launcher.has_begun(run_dir)):
+        choice = newest_whole(run_dir, verify=verify)
         if choice.folder is not None:
             return dataclasses.replace(read_origin(choice.folder), own=choice)
     init_from = subtree(config, ("train", "init_from"))

@@ -30,7 +30,7 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 # The floors of core, lowest first: a room imports from its own and from lower floors, never from above or next door.
 FLOORS = (
     {"printable"},
-    {"errors", "seeds", "components", "checksums", "shortage"},
+    {"errors", "launcher", "seeds", "components", "checksums", "shortage"},
     {"paths", "safe_files", "alarms", "plugin_faults", "atomic"},
     {"records", "lock"},
     {"manifest", "tensor_file"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 
 import torch
@@ -9,14 +10,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moelab.parallel.ranks import Ranks
+from moelab.errors import RunFailure, UserError
+from moelab.parallel.ranks import Lost, Ranks
+from moelab.parallel.roll import Roll
 
 
 class Group(Ranks):
     """All ranks of the default process group, which must be there."""
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", roll: Roll | None = None) -> None:
         self.rank, self.size, self._device = dist.get_rank(), dist.get_world_size(), torch.device(device)
+        self._roll = roll
+        self._left = False
 
     def sum(self, value: Tensor) -> Tensor:
         """By one all-reduce, of a copy."""
@@ -33,6 +38,19 @@ class Group(Ranks):
         all_found: list[str | None] = [None] * self.size
         dist.all_gather_object(all_found, found)
         return next((f"{text} (rank {rank})" for rank, text in enumerate(all_found) if text is not None), None)
+
+    def lost(self) -> Lost:
+        """As the roll says."""
+        self._left = True  # its own end is another's
+        return super().lost() if self._roll is None else self._roll.lost()
+
+    def leave(self, error: BaseException) -> None:
+        """Its first error counts."""
+        if self._roll is not None and not self._left:
+            self._left = True
+            words = str(error) if isinstance(error, UserError | RunFailure) else f"{type(error).__name__}: {error}"
+            with contextlib.suppress(Exception):  # the store may be gone, and this error is the one to be heard
+                self._roll.leave(words, mistake=isinstance(error, UserError))
 
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Each element once: a piece that several ranks hold alike counts for one of them.

@@ -7,12 +7,22 @@ summed over micro-batches is then summed over all ranks. `Ranks` itself is the s
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 PartT = TypeVar("PartT")
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Why a collective failed: which process ended, with its own words where it left some."""
+
+    text: str
+    left_to_main: bool  # whether the main process tells it: it is not the one that ended
+    mistake: bool = False  # the user's
 
 
 class Ranks:
@@ -44,6 +54,13 @@ class Ranks:
     def first(self, found: str | None) -> str | None:
         """What the first rank that found something found, on every rank."""
         return found
+
+    def lost(self) -> Lost:
+        """After a collective that failed: whose end that was. Waits a few seconds, and for no other rank."""
+        return Lost("another process ended, or did not come in time", left_to_main=True)
+
+    def leave(self, error: BaseException) -> None:
+        """This rank ends with an error of its own, which the main one is to tell."""
 
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """L2 norm of the whole gradient, a scalar, the same on every rank."""

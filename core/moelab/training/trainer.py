@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moelab import launcher
 from moelab.alarms import AlarmChange
 from moelab.atomic import write_file
 from moelab.checkpoint import BEST, CONFIG
@@ -70,6 +72,10 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
     """
     run_dir = user_path(config.run_dir, "run_dir")
     device = choose_precision(config.train).device
+    if launcher.has_begun(run_dir):  # another attempt of the same torchrun
+        config, force = copy.copy(config), False
+        config.resume = True
+        logger.warning("%s: torchrun starts it again (attempt %d): it goes on", run_dir, launcher.attempt())
     with joined(config.parallel, device) as ranks, writing_folder(run_dir, ranks, resume=config.resume) as folder:
         _train(config, ranks, folder, observers if ranks.main else (), force=force, verify=verify)
     return run_dir
@@ -100,6 +106,7 @@ def _train(
             if done is not None:
                 logger.warning("%s %s", run_dir, done)
                 return
+            launcher.begin(run_dir)
             forget_results(run_dir)
             if state and config.train.keep_best:
                 anew = to_json(plan.changes) != state.get(REPLANNED, [])
@@ -169,7 +176,7 @@ def _run(loop: Loop) -> None:
     except BaseException as problem:
         if setup.ranks.size > 1:  # the launcher ends all when it hears of one: that waits for what is said here
             stack.enter_context(Interruption())
-        error = ending(problem, setup.config, setup.registry, progress.step)
+        error = ending(problem, setup.config, setup.registry, progress.step, setup.ranks)
         # A rank that fails alone can't save what lies on all of them; the others hear of it when it is gone.
         agreed = setup.ranks.size == 1 or loop.agreed or isinstance(error, NotFinite)
         if loop.saved != progress.step and agreed:
