@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ def main() -> int:
             if key not in references:
                 undisturbed = Launch(*key)
                 references[key] = soak(undisturbed, Path(name) / "run", None, 0, ends)
-                assert undisturbed.code == 0 and not undisturbed.unasked, undisturbed
+                assert (undisturbed.code, undisturbed.unasked) == (0, []), undisturbed
             most = asked.kills - sum(len(one.killed) for one in launches)
             found = soak(launch, Path(name) / "run", draw, most, ends)
             launch.different = differences(references[key], found)
@@ -87,10 +86,8 @@ def main() -> int:
 def soak(launch: Launch, folder: Path, draw: random.Random | None, most: int, ends: float) -> dict[str, Any]:
     """One launch to its end, with kills by `draw`; -> what its folder holds."""
     shutil.rmtree(folder, ignore_errors=True)
-    config = write_config(
-        folder, train={"steps": STEPS, "batch_size": 4, "save_every": launch.save_every, "log_every": 10, "gradient_shares_every": 0},
-        evaluation={"every": 80},
-    )  # fmt: skip
+    train = {"steps": STEPS, "batch_size": 4, "save_every": launch.save_every, "log_every": 10}
+    config = write_config(folder, train=train, evaluation={"every": 80})
     parallel = MESHES[launch.mesh]
     world = parallel.get("replicate", 1) * parallel.get("shard", 1)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
@@ -108,8 +105,9 @@ def soak(launch: Launch, folder: Path, draw: random.Random | None, most: int, en
         launch.code = launcher.wait()
     text = log.read_text()
     failed = [code for code, _ in FAILED.findall(text)]
-    asked = Counter(failed)["-9"]
-    launch.unasked = [code for code in failed if code != "-9"] + ["-9"] * max(0, asked - len(launch.killed))
+    # torchrun tells of the first that it sees: at times it is one that lost the killed one, and ended with 1.
+    launch.unasked = [code for code in failed if code not in ("-9", "1")]
+    launch.unasked += ["surplus"] * max(0, len(failed) - len(launch.killed) - len(launch.unasked))
     launch.named = len(re.findall(r"rank \d+ \(process \d+ on .*was killed", text))
     if launch.code or launch.unasked:
         print(text[-6000:], file=sys.stderr)
@@ -179,8 +177,8 @@ def tell(launches: list[Launch], asked: argparse.Namespace) -> int:
         f"\n{kills} kills of a random process in {len(launches)} launches of {STEPS} steps (seed {asked.seed}); "
         f"{len(launches) - len(bad)} ended by themselves with every file equal to the undisturbed run's. All other "
         f"processes were gone {stopped[len(stopped) // 2] if stopped else 0} s after a kill (median), "
-        f"{stopped[-1] if stopped else 0} s at most. A process that is killed before it has joined the others, or after "
-        "it has left them, has no one to name it.\n"
+        f"{stopped[-1] if stopped else 0} s at most. A process that is killed before it has joined the others, or "
+        "after it has left them, has no one to name it.\n"
     )
     write_results(
         asked.output, "restart_soak", machine(), [vars(one) for one in launches],

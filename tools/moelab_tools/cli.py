@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 from importlib import import_module
-
 from typing import TYPE_CHECKING
 
 import click

@@ -100,6 +100,9 @@ class ParallelConfig:
     shard: int = 1  # processes that share out parameters, gradients and optimizer state (FSDP2)
     expert: int = 1  # of these, processes that share out whole experts
     timeout: float = 600.0  # seconds that one waits for another before the run ends
+    # Over a step's micro-batches of one process gradients add up `whole`, to be reduced once, or in `pieces`: a shard's
+    # memory, and a reduction for each.
+    accumulate: str = "whole"
 
     @property
     def world(self) -> int:
@@ -114,6 +117,8 @@ class ParallelConfig:
             raise ConfigError(
                 f"parallel.expert: {self.expert} does not divide parallel.shard {self.shard}, of which it is a part"
             )
+        if self.accumulate not in ("whole", "pieces"):
+            raise ConfigError(f"parallel.accumulate: must be whole or pieces, not '{self.accumulate}'")
         if self.timeout <= 0:
             raise ConfigError(f"parallel.timeout: must be positive, not {self.timeout}")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 from moelab.moe.contracts import ExpertBackend, ExpertProblem
 from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
@@ -56,6 +56,18 @@ def _arrived(here: Tensor, rows: int) -> Routing:
     expert = ids.repeat_interleave(here.flatten(), output_size=rows)
     weight = torch.ones(rows, 1, device=here.device)
     return Routing.from_topk(expert[:, None], weight, experts)
+
+
+def whole_experts(bank: ExpertBank) -> tuple[Tensor, Tensor]:
+    """(gate_up [E, 2F, D], down [E, F, D]) of all ranks, inside the bank's forward pass; as tensors that outlive it.
+
+    Each rank's gradient of them is a part of the whole: parts add up at the owner, as those of tokens do.
+    """
+    parts = (bank.gate_up, bank.down)
+    gate_up, down = (
+        part.full_tensor(grad_placements=[Partial()]) if isinstance(part, DTensor) else part.clone() for part in parts
+    )
+    return gate_up, down
 
 
 class _LocalBank(ExpertBank):

@@ -19,7 +19,7 @@ from moelab.errors import ConfigError
 from moelab.moe.balance import NamedLoss
 from moelab.nn.count import moe_blocks
 from moelab.nn.transformer import Transformer
-from moelab.parallel.exchange import ExchangeBackend
+from moelab.parallel.exchange import ExchangeBackend, whole_experts
 from moelab.parallel.mesh import Meshes
 
 
@@ -39,7 +39,12 @@ def parallelise(model: Transformer, meshes: Meshes, losses: Sequence[NamedLoss] 
                 dealt = distribute_tensor(parameter.detach(), meshes.expert, [Shard(0)], src_data_rank=None)
                 bank.register_parameter(name, nn.Parameter(dealt, requires_grad=parameter.requires_grad))
             block.dealt = partial(ExchangeBackend, mesh=meshes.expert)
-        block.in_pieces = True
+        block.whole_experts = whole_experts
+        block.shows_experts = any(
+            getattr(named.loss, "needs_expert_weights", False)
+            and (named.layers is None or block.layer_id in named.layers)
+            for named in losses
+        )
         _cut(bank, meshes.bank)
     for layer in model.layers:
         _cut(layer, meshes.dense)
@@ -62,6 +67,11 @@ def _refuse_unshardable(model: Transformer, meshes: Meshes, losses: Sequence[Nam
             raise ConfigError(
                 f"parallel.expert: {ranks} does not divide the {block.layout.num_experts} experts of layer "
                 f"{block.layer_id}; take a number that divides those of all layers"
+            )
+        if ranks > 1 and not getattr(block.backend, "dealable", True):
+            raise ConfigError(
+                f"parallel.expert: {block.parts['backend'].title} can't have its experts on other processes: it needs "
+                "more of a token than its row; take parallel.expert=1, with which parallel.shard cuts them too"
             )
         for part, built in block.plugin_parts():
             if not getattr(built, "shardable", True):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,8 @@ def joined(config: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
         raise ConfigError(f"parallel: several processes need torch {needed} or newer, and {torch.__version__} is here")
     begun = not dist.is_initialized()
     roll = _begin(config, device) if begun else None
-    ranks: Ranks = import_module("moelab.parallel.group").Group(device, roll)  # a second, which one process saves
+    group: Any = import_module("moelab.parallel.group")  # a second, which one process saves
+    ranks: Ranks = group.Group(device, roll, accumulate=config.accumulate)
     try:
         yield ranks
         if begun:

@@ -12,6 +12,7 @@ from typing import Any
 
 from moelab.lock import runs_here, this_process
 from moelab.parallel.ranks import Lost
+from moelab.safe_files import Reading, an_object, parse_json
 
 PATIENCE = 5.0  # seconds until the launcher, or the other machine's processes, have seen that one is gone
 _LOOK_EVERY = 0.1
@@ -26,7 +27,7 @@ class Roll:
 
     def leave(self, words: str, *, mistake: bool) -> None:
         """This process ends with an error of its own. `mistake`: the user's, which is another exit code."""
-        self._store.set(f"words/{self._rank}", json.dumps([words, mistake]))
+        self._store.set(f"words/{self._rank}", json.dumps({"words": words, "mistake": mistake}))
 
     def lost(self) -> Lost:
         """Who ended, when a collective failed. Waits for as long as `PATIENCE`, and never raises."""
@@ -46,8 +47,8 @@ class Roll:
     def _ended(self) -> Lost | None:
         for other in self._others:
             if self._knows(f"words/{other}"):
-                words, mistake = json.loads(self._store.get(f"words/{other}"))
-                return Lost(f"{words} (rank {other})", left_to_main=True, mistake=mistake)
+                left = self._told(f"words/{other}")
+                return Lost(f"{left['words']} (rank {other})", left_to_main=True, mistake=bool(left["mistake"]))
         gone = [other for other in self._others if self._is_gone(other)]
         if not gone:
             return None
@@ -66,7 +67,7 @@ class Roll:
         """Seen from here, or told by a process of its machine."""
         if self._knows(f"victim/{other}") or not self._knows(f"process/{other}"):
             return False
-        if runs_here(json.loads(self._store.get(f"process/{other}"))) is False:
+        if runs_here(self._told(f"process/{other}")) is False:
             self._store.set(f"gone/{other}", "")
         return self._knows(f"gone/{other}")
 
@@ -77,8 +78,11 @@ class Roll:
     def _process(self, other: int) -> str:
         if not self._knows(f"process/{other}"):
             return ""
-        process = json.loads(self._store.get(f"process/{other}"))
+        process = self._told(f"process/{other}")
         return f" (process {process['pid']} on {process['host']})"
+
+    def _told(self, key: str) -> dict[str, Any]:
+        return an_object(parse_json(self._store.get(key), key, Reading()), key, Reading())
 
     def _knows(self, key: str) -> bool:
         return bool(self._store.check([key]))

@@ -167,12 +167,10 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True, ranks
 def _lay_over(
     ranks: Ranks, config: RunConfig, model: Transformer, losses: Sequence[NamedLoss], precision: Precision
 ) -> None:
-    """Cut the model over the ranks, in place; what is not done there yet is said."""
+    """Cut the model over the ranks, in place."""
     parallel: Any = import_module("moelab.parallel.parallelise")  # a second of imports that one process saves
     meshes = import_module("moelab.parallel.mesh").make_meshes(config.parallel, ranks.size, precision.device.type)
     parallel.parallelise(model, meshes, losses)
-    if config.train.gradient_shares_every:
-        logger.warning("train.gradient_shares_every: not measured over several processes; the shares are left out")
 
 
 def resolve_run(config: RunConfig, registry: Registry) -> None:

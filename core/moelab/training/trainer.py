@@ -222,7 +222,7 @@ def one_step(loop: Loop) -> None:
     batch = setup.batches.batch(progress.step)
     last = progress.step + 1 == config.train.steps
     observe = due(progress.step + 1, config.train.log_every) or last
-    every = config.train.gradient_shares_every if setup.ranks.size == 1 else 0
+    every = config.train.gradient_shares_every
     what = Observe(observe, observe and (due(progress.step + 1, every) or (last and every > 0)))
     result = train_step(
         setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings,
