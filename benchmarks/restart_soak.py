@@ -39,7 +39,11 @@ MESHES: dict[str, dict[str, int]] = {
 }
 SAVES = (1, 4, 20)  # steps between checkpoints
 STEPS = 200
-LATEST = 16.0  # seconds after a start: torch alone takes 5 of them to import here
+BEGINS = 10.0  # seconds after a start within which it is killed that is to be killed while it begins
+LASTS = 4.0  # seconds after all have joined and built the model, for the others
+EACH = 15  # kills in a launch
+RUNNING = 0.7  # of the kills
+BUILT = "parameters, "  # the main process says how many, when it has
 FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 
 
@@ -51,6 +55,8 @@ class Launch:
     save_every: int
     killed: list[tuple[int, float]] = field(default_factory=list)  # (rank, seconds after its start)
     stopped: list[float] = field(default_factory=list)  # seconds from a kill until all others were gone
+    running: int = 0  # kills of a process that trained, saved or evaluated
+    built: int = 0  # attempts that got so far
     named: int = 0  # kills of which a message named the rank
     code: int = 0
     unasked: list[str] = field(default_factory=list)  # failures of processes that nobody killed
@@ -75,7 +81,7 @@ def main() -> int:
                 undisturbed = Launch(*key)
                 references[key] = soak(undisturbed, Path(name) / "run", None, 0, ends)
                 assert (undisturbed.code, undisturbed.unasked) == (0, []), undisturbed
-            most = asked.kills - sum(len(one.killed) for one in launches)
+            most = min(EACH, asked.kills - sum(len(one.killed) for one in launches))
             found = soak(launch, Path(name) / "run", draw, most, ends)
             launch.different = differences(references[key], found)
             launches.append(launch)
@@ -99,7 +105,7 @@ def soak(launch: Launch, folder: Path, draw: random.Random | None, most: int, en
         launcher = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment)
         attempt = 0
         while draw is not None and len(launch.killed) < most and time.monotonic() < ends:
-            if not kill_one(launch, launcher, attempt, world, draw):
+            if not kill_one(launch, launcher, log, attempt, world, draw):
                 break
             attempt += 1
         launch.code = launcher.wait()
@@ -114,24 +120,29 @@ def soak(launch: Launch, folder: Path, draw: random.Random | None, most: int, en
     return contents(folder / "run")
 
 
-def kill_one(launch: Launch, launcher: Any, attempt: int, world: int, draw: random.Random) -> bool:
+def kill_one(launch: Launch, launcher: Any, log: Path, attempt: int, world: int, draw: random.Random) -> bool:
     """Kill one process of this attempt, at a moment; False where the run ended before."""
     while len(ranks := processes(launcher.pid, attempt)) < world:
         if launcher.poll() is not None:
             return False
         time.sleep(0.05)
-    started, after = time.monotonic(), draw.uniform(1.0, LATEST)
-    rank = draw.randrange(world)
-    while time.monotonic() < started + after:
+    started, rank, running = time.monotonic(), draw.randrange(world), draw.random() < RUNNING
+    begun, after = None, draw.uniform(0.0, LASTS if running else BEGINS)
+    while begun is None or time.monotonic() < begun + after:
         if launcher.poll() is not None:
             return False
+        if begun is None and (not running or log.read_text().count(BUILT) > launch.built):
+            begun = time.monotonic()
         time.sleep(0.01)
+    launch.built = log.read_text().count(BUILT)
+    after = time.monotonic() - started
     try:
         os.kill(ranks[rank], signal.SIGKILL)
     except ProcessLookupError:
         return False
     killed = time.monotonic()
     launch.killed.append((rank, round(after, 2)))
+    launch.running += running
     while processes(launcher.pid, attempt) and launcher.poll() is None:
         time.sleep(0.02)
     launch.stopped.append(round(time.monotonic() - killed, 2))
@@ -159,22 +170,23 @@ def processes(parent: int, attempt: int) -> dict[int, int]:
 
 def tell(launches: list[Launch], asked: argparse.Namespace) -> int:
     """The results; 1 where something was wrong."""
+    running = sum(one.running for one in launches)
     kills = sum(len(one.killed) for one in launches)
     stopped = sorted(seconds for one in launches for seconds in one.stopped)
     bad = [one for one in launches if one.code or one.unasked or one.different]
     rows = [
         [
-            one.mesh, str(one.save_every), str(len(one.killed)), str(one.named), str(one.code),
+            one.mesh, str(one.save_every), str(len(one.killed)), str(one.running), str(one.named), str(one.code),
             ", ".join(one.unasked) or "none", "; ".join(one.different[:2]) or "none",
         ]
         for one in launches
     ]  # fmt: skip
     head = [
-        "mesh", "steps between saves", "kills", "messages with the rank", "torchrun's exit code",
+        "mesh", "steps between saves", "kills", "of these while it ran", "messages with the rank", "torchrun's exit code",
         "failures that were no kill", "differences",
     ]  # fmt: skip
     summary = (
-        f"\n{kills} kills of a random process in {len(launches)} launches of {STEPS} steps (seed {asked.seed}); "
+        f"\n{kills} kills of a random process ({running} while it trained, saved or evaluated, the others while it began) in {len(launches)} launches of {STEPS} steps (seed {asked.seed}); "
         f"{len(launches) - len(bad)} ended by themselves with every file equal to the undisturbed run's. All other "
         f"processes were gone {stopped[len(stopped) // 2] if stopped else 0} s after a kill (median), "
         f"{stopped[-1] if stopped else 0} s at most. A process that is killed before it has joined the others, or "
