@@ -182,11 +182,13 @@ def tell(launches: list[Launch], asked: argparse.Namespace) -> int:
         for one in launches
     ]  # fmt: skip
     head = [
-        "mesh", "steps between saves", "kills", "of these while it ran", "messages with the rank", "torchrun's exit code",
+        "mesh", "steps between saves", "kills", "of these while it ran", "messages with the rank",
+        "torchrun's exit code",
         "failures that were no kill", "differences",
     ]  # fmt: skip
     summary = (
-        f"\n{kills} kills of a random process ({running} while it trained, saved or evaluated, the others while it began) in {len(launches)} launches of {STEPS} steps (seed {asked.seed}); "
+        f"\n{kills} kills of a random process ({running} while it trained, saved or evaluated, the others "
+        f"while it began) in {len(launches)} launches of {STEPS} steps (seed {asked.seed}); "
         f"{len(launches) - len(bad)} ended by themselves with every file equal to the undisturbed run's. All other "
         f"processes were gone {stopped[len(stopped) // 2] if stopped else 0} s after a kill (median), "
         f"{stopped[-1] if stopped else 0} s at most. A process that is killed before it has joined the others, or "

@@ -11,6 +11,7 @@ from moelab.training.interruption import Interruption
 from moelab.training.observers import Observers
 from moelab.training.plan import Plan
 from moelab.training.progress import Progress
+from moelab.training.reading import Reading
 from moelab.training.run_folder import MetricsLog
 from moelab.training.run_lock import RunLock
 from moelab.training.save_clock import SaveClock
@@ -43,6 +44,7 @@ class Loop:
     interruption: Interruption = field(default_factory=Interruption)
     agreed: bool = False  # all processes of the run end at this step together
     ended_early: bool = False  # train.patience is over
+    reading: Reading = field(default_factory=Reading)
     damaged: set[str] = field(default_factory=set)  # names of checkpoints that were passed over
 
 

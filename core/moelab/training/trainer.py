@@ -219,7 +219,8 @@ def one_step(loop: Loop) -> None:
     rate = config.optimizer.lr * loop.plan.factor(progress.step)
     for group in setup.optimizer.param_groups:
         group["lr"] = rate
-    batch = setup.batches.batch(progress.step)
+    with loop.reading.timed():
+        batch = setup.batches.batch(progress.step)
     last = progress.step + 1 == config.train.steps
     observe = due(progress.step + 1, config.train.log_every) or last
     every = config.train.gradient_shares_every

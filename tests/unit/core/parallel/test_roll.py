@@ -8,7 +8,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from moelab.lock import runs_here, this_process
+from moelab.lock import _born, runs_here, this_process
 from moelab.parallel import roll as module
 from moelab.parallel.ranks import Lost
 from moelab.parallel.roll import Roll
@@ -73,7 +73,7 @@ def test_a_store_that_is_gone_is_no_other_error() -> None:
 def test_a_process_that_ended_does_not_run_though_nobody_has_asked_how() -> None:
     child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
     assert child.stdin is not None
-    born = module.runs_here.__globals__["_born"](child.pid)
+    born = _born(child.pid)
     process = this_process() | {"pid": child.pid, "born": born}
     if born is None:
         pytest.skip("no /proc")
