@@ -76,6 +76,9 @@ DECLARED: dict[str, Instead | Not] = {
     "python examples/minimal_loop.py train/tiny_moe train.steps=20 run_dir=unused": Not("tests/unit/test_examples.py"),
     "torchrun --nproc-per-node 2 -m moelab train configs/train/tiny_moe.yaml run_dir=runs/two parallel.shard=2 "
     "parallel.expert=2": Not("starts processes: tests/flow/test_torchrun.py does"),
+    "torchrun --nproc-per-node 4 --max-restarts 100 -m moelab train configs/train/tiny_moe.yaml parallel.shard=4": Not(
+        "starts processes: tests/flow/test_torchrun.py does"
+    ),
     "torchrun --nproc-per-node 4 -m moelab train configs/train/tiny_moe.yaml parallel.shard=4 parallel.expert=2 "
     "train.micro_batch_size=2": Not("starts processes: tests/flow/test_torchrun.py does"),
     "tensorboard --logdir runs": Not("a server that runs until it is stopped"),
