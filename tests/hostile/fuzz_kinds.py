@@ -208,6 +208,7 @@ KINDS: dict[str, Kind] = {
                     ("generate", "hf", *SHORT),
                     (*TRAIN, "train.init_from=hf"),
                     ("explain", "hf"),
+                    ("coefficient", "0.01", "--model", "hf"),
                     ("evaluate", "hf", "mine.yaml"),
                     ("plan", "hf"),
                 ),

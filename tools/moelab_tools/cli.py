@@ -38,6 +38,7 @@ COMMANDS = {
     "plugins": "List every plugin with its options.",
     "new": "Write a package with a router of your own, or another part, that passes the kit.",
     "explain": "Print what each layer of a config is built from, with parameters and FLOPs.",
+    "coefficient": "Convert a balance loss's coefficient from one program's convention to another's.",
     "architectures": "Print the table of the shipped model configs.",
     "plan": "Predict the memory and communication of a config on N devices.",
     "doctor": "Tell what this machine has and which expert backends work on it.",
