@@ -1,9 +1,9 @@
 """On 2 and 4 processes a step does what it does on one: losses, norms, counts, metrics and weights.
 
-One test a world, since starting processes is what takes time. Faults that others have published show in it: an auxiliary
-loss whose gradient is off by the number of expert-parallel ranks, experts' gradients scaled by another mesh than the dense
-ones' (SGD hides neither, as Adam would), a clipping norm that leaves out a mesh (every norm here is above the bound), padding
-that counts in bias updates (a third of some sequences is).
+One test a world, since starting processes is what takes time. Faults that others have published show in it: an
+auxiliary loss whose gradient is off by the number of expert-parallel ranks, experts' gradients scaled by another mesh
+than the dense ones' (SGD hides neither, as Adam would), a clipping norm that leaves out a mesh (all norms here exceed
+the bound), padding that counts in bias updates (a third of some sequences is).
 """
 
 from __future__ import annotations
