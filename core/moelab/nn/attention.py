@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moelab.nn.causal_attention import blocks_pay, causal_attention
-from moelab.nn.kv_cache import KVCache
+from moelab.nn.kv_cache import Appending
 from moelab.nn.linear import Linear
 from moelab.nn.rope import rotate
 
@@ -20,7 +20,7 @@ class AttentionInputs:
     cos: Tensor  # [B, 1, S, head_dim]
     sin: Tensor
     mask: Tensor | None  # [B, 1, S, S_all] bool, True where a query may look; None: plain causal
-    cache: KVCache | None = None
+    cache: Appending | None = None
 
 
 class Attention(nn.Module):
@@ -39,7 +39,7 @@ class Attention(nn.Module):
         self.attend = attend
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        query, key, value = (self._heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (self.heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
         query = rotate(query, inputs.cos.to(query.dtype), inputs.sin.to(query.dtype))
         key = rotate(key, inputs.cos.to(key.dtype), inputs.sin.to(key.dtype))
         if inputs.cache is not None:
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return projected
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def heads(self, x: Tensor) -> Tensor:
         """[B, S, H * head_dim] -> [B, H, S, head_dim]."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 

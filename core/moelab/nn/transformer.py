@@ -57,6 +57,13 @@ class LayerState:
     info: TokenInfo
     records: list[LayerRecord]  # of the MoE layers below, in order
 
+    def after(self, layer: Callable[..., tuple[Tensor, LayerRecord | None]]) -> LayerState:
+        """What stands behind one more layer; this state stays as it is."""
+        x, record = layer(self.x, self.inputs, self.info)
+        if record is None:
+            return replace(self, x=x)
+        return LayerState(x, self.inputs, replace(self.info, previous=record.routing), [*self.records, record])
+
 
 class DecoderLayer(nn.Module):
     """Pre-norm residual layer."""
@@ -203,7 +210,7 @@ class Transformer(nn.Module):
         x = self.embed_tokens(input_ids)
         cos, sin = self.rope.tables(position_ids, x.dtype)
         inputs = AttentionInputs(cos, sin, _attention_mask(seen, seq, past, x.device), cache)
-        return LayerState(x, inputs, self._token_info(input_ids, position_ids, mask, tokens or TokenContext()), [])
+        return LayerState(x, inputs, self.token_info(input_ids, position_ids, mask, tokens or TokenContext()), [])
 
     def run_layers(self, state: LayerState, first: int = 0, last: int | None = None) -> LayerState:
         """Layers `first` .. `last` - 1 on what stands before them; None: to the end. The state given stays as it is."""
@@ -215,14 +222,15 @@ class Transformer(nn.Module):
                 info = replace(info, previous=record.routing)
         return LayerState(x, state.inputs, info, records)
 
-    def _token_info(
-        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, tokens: TokenContext
+    def token_info(
+        self, input_ids: Tensor | None, position_ids: Tensor, mask: Tensor | None, tokens: TokenContext
     ) -> TokenInfo:
-        batch, seq = input_ids.shape
-        sequence_id = torch.arange(batch, device=input_ids.device)[:, None].expand(batch, seq).reshape(-1)
+        """What routers may know of tokens: all [B, S]. Without ids a router that asks for them fails."""
+        batch, seq = position_ids.shape
+        sequence_id = torch.arange(batch, device=position_ids.device)[:, None].expand(batch, seq).reshape(-1)
         zeros = torch.zeros_like(sequence_id)
         return TokenInfo(
-            token_id=input_ids.reshape(-1),
+            token_id=None if input_ids is None else input_ids.reshape(-1),  # type: ignore[arg-type]
             document_id=sequence_id if tokens.document_id is None else tokens.document_id.reshape(-1),
             domain_id=zeros if tokens.domain_id is None else tokens.domain_id.reshape(-1),
             position=position_ids.reshape(-1),

@@ -1,0 +1,271 @@
+"""`MoelabForCausalLM`: a model of moelab inside transformers' `PreTrainedModel`, with any router, dense ones too.
+
+Its config.json holds the model's part of a moelab config under model_type "moelab". A folder is data here as everywhere:
+its weights are safetensors or not read, its plugins the installed ones or those that the caller names. Works with
+transformers 4.57 and 5.x (docs/judges.md says what was run).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from moelab.adapter.forward import Checkpointing, Inputs, run, start
+from moelab.builder import build_model
+from moelab.config.model import ModelConfig
+from moelab.config.typed import Typing
+from moelab.errors import CheckpointError, ConfigError
+from moelab.nn.transformer import Transformer
+from moelab.registry import Registry
+from moelab.seeds import generator
+
+MODEL_TYPE = "moelab"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "model.lm_head.weight"
+FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
+VERSION = int(transformers.__version__.partition(".")[0])
+
+
+class MoelabConfig(PretrainedConfig):
+    """The fields of `ModelConfig` under their names; `moe` is the plain tree that a config file has there.
+
+    The defaults are of a toy, since transformers wants every config to have some.
+    """
+
+    model_type = MODEL_TYPE
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (as transformers reads it)
+
+    def __init__(
+        self,
+        vocab_size: int = 512,
+        hidden_size: int = 64,
+        intermediate_size: int = 128,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int = 4,
+        num_key_value_heads: int = 2,
+        head_dim: int | None = None,
+        max_position_embeddings: int = 32768,
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float = 1_000_000.0,
+        tie_word_embeddings: bool = False,
+        initializer_range: float = 0.02,
+        moe: dict[str, Any] | None = None,
+        use_cache: bool = True,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        given = dict(locals())
+        for name in FIELDS:
+            setattr(self, name, given[name])
+        self.use_cache = use_cache
+        ids = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **ids, **kwargs)
+        for name, value in ids.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def of(cls, config: ModelConfig, **kwargs: Any) -> MoelabConfig:
+        """The config of a model that was built."""
+        return cls(**dataclasses.asdict(config), **kwargs)
+
+    def model_config(self) -> ModelConfig:
+        """What `moelab.build` takes. Raises ConfigError naming the key of config.json that is wrong."""
+        config = Typing(settled=True).build(ModelConfig, {name: getattr(self, name) for name in FIELDS})
+        config.check("config.json")
+        return config
+
+
+class MoelabForCausalLM(PreTrainedModel, GenerationMixin):
+    """`model` is the `moelab.nn.transformer.Transformer`; nothing of it is copied.
+
+    Balance losses are the trainer's, so `loss` is the cross-entropy alone. Attention is ours whatever
+    `attn_implementation` says ("eager" or "sdpa"; others are refused by transformers).
+    """
+
+    config_class = MoelabConfig
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _tied_weights_keys = {HEAD: EMBEDDING} if VERSION >= 5 else [HEAD]  # noqa: RUF012
+    gradient_checkpointing = False
+
+    def __init__(
+        self, config: MoelabConfig, decoder: Transformer | None = None, *, registry: Registry | None = None
+    ) -> None:
+        """`decoder`: what to wrap, its weights left as they are; None: one is built, initialised by seed 0."""
+        super().__init__(config)
+        if decoder is None:
+            device = torch.get_default_device()
+            dtype = torch.get_default_dtype()
+            decoder = build_model(config.model_config(), registry, device=device, seed=0).to(dtype)
+        self.model = decoder
+        self.vocab_size = config.vocab_size
+        self._checkpointing: Checkpointing = torch.utils.checkpoint.checkpoint
+        self._checkpoint_every = 1
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
+        """input_ids [B, S] or inputs_embeds [B, S, D] -> logits [B, S, V], or the last `logits_to_keep` of them.
+
+        attention_mask [B, P + S] or [B, 1, S, P + S]; position_ids [B, S], and where they begin anew without a mask,
+        as sequences packed into one; labels [B, S], shifted here, -100 ignored. Padding is left out of what
+        routers count. Raises ValueError, naming the argument, for what contradicts itself.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: give exactly one of them")
+        checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        cache = self._cache(past_key_values, use_cache, checkpointed)
+        passed = self._pass(
+            Inputs(input_ids, inputs_embeds, attention_mask, position_ids, cache),
+            states=self._asked(output_hidden_states, "output_hidden_states"),
+            attentions=self._asked(output_attentions, "output_attentions"),
+            checkpointing=self._checkpointing if checkpointed else None,
+            every=self._checkpoint_every,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.model.lm_head(passed.hidden[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        router_logits = tuple(r.routing.logits for r in passed.records if r.routing.logits is not None)
+        output = MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache,
+            hidden_states=passed.states or None,
+            attentions=passed.attentions or None,
+            router_logits=(router_logits or None) if output_router_logits else None,
+        )
+        return output if self._asked(return_dict, "return_dict") else output.to_tuple()
+
+    def _pass(self, given: Inputs, **wanted: Any) -> Any:
+        if given.input_ids is not None:
+            return run(self.model, start(self.model, given), **wanted)
+        try:
+            return run(self.model, start(self.model, given), **wanted)
+        except (TypeError, AttributeError) as error:
+            raise ConfigError("inputs_embeds: a router of this model reads token ids; give input_ids") from error
+
+    def _asked(self, said: bool | None, name: str) -> bool:
+        return bool(getattr(self.config, name, False) if said is None else said)
+
+    def _cache(self, past: Cache | None, use_cache: bool | None, checkpointed: bool) -> Cache | None:
+        if past is not None and not isinstance(past, Cache):
+            raise ValueError(
+                f"past_key_values: must be a transformers Cache, not {type(past).__name__}; tuples are "
+                "DynamicCache.from_legacy_cache(...) in the versions that have them"
+            )
+        wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if not wanted:
+            return past if use_cache is None or past is not None else None
+        if checkpointed:
+            return past
+        return DynamicCache() if past is None else past
+
+    # --- what transformers asks of a model -------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value  # type: ignore[assignment]
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.model.lm_head = new_embeddings  # type: ignore[assignment]
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As transformers does it. Raises ConfigError where a router has a row for each token id."""
+        if new_num_tokens is not None and new_num_tokens != self.config.vocab_size:
+            self._refuse_tables()
+        resized: nn.Embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.model.config = dataclasses.replace(self.model.config, vocab_size=self.config.vocab_size)
+        return resized
+
+    def _refuse_tables(self) -> None:
+        for name, tensor in (*self.model.named_buffers(), *self.model.named_parameters()):
+            if ".mlp.router" in name and tensor.dim() > 0 and tensor.shape[0] == self.config.vocab_size:
+                raise ConfigError(
+                    f"resize_token_embeddings: {name} has a row for each of the {self.config.vocab_size} token ids, and "
+                    "only its router knows what new ones would be; use a router that reads no ids"
+                )
+
+    def init_weights(self) -> None:
+        """Only ties: the weights were made when the decoder was built, or are loaded."""
+        self.tie_weights()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """What a folder lacks, as a new model has it; transformers names such tensors in a warning."""
+        own = [p for p in module.parameters(recurse=False) if not getattr(p, "_is_hf_initialized", False)]
+        if not own:
+            return
+        custom = getattr(module, "initialise", None)
+        if callable(custom) and len(own) == len(list(module.parameters(recurse=False))):
+            custom(generator(0, "init", type(module).__name__))
+        elif isinstance(module, nn.Linear | nn.Embedding) or "RMSNorm" in type(module).__name__:
+            super()._init_weights(module)
+        else:
+            for parameter in own:
+                if parameter.dim() > 1:
+                    nn.init.normal_(parameter, 0.0, self.config.initializer_range)
+        finish = getattr(module, "after_initialise", None)
+        if callable(finish):
+            finish()
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
+    ) -> None:
+        """Never the reentrant kind, which would cut the routers' records off from the gradient."""
+        self.gradient_checkpointing = enable
+        func = gradient_checkpointing_func or torch.utils.checkpoint.checkpoint
+        keywords = getattr(func, "keywords", {}) | {"use_reentrant": False}
+        self._checkpointing = functools.partial(getattr(func, "func", func), **keywords)
+        self._checkpoint_every = every_n_layers
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Of a run folder, a moelab checkpoint, a Hugging Face folder of Qwen2 or what `save_pretrained` wrote.
+
+        `registry`, `trust`: as `moelab.load` takes them. Raises CheckpointError naming the file and the cure.
+        """
+        from moelab.adapter.folders import is_ours, read_folder  # it makes models of this class
+
+        if is_ours(pretrained_model_name_or_path):
+            return read_folder(Path(pretrained_model_name_or_path), kwargs)
+        if not kwargs.setdefault("use_safetensors", True):
+            raise CheckpointError("use_safetensors: other files of weights are programs (pickle); they aren't read")
+        kwargs.pop("trust", None)
+        if kwargs.get("registry", 0) is None:
+            kwargs.pop("registry")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)

@@ -1,0 +1,176 @@
+"""One forward pass under transformers' conventions: its positions, masks and caches, told to our layers.
+
+transformers itself is not imported here. B sequences, S new positions, P those a cache holds, D hidden size, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moelab.moe.routing import LayerRecord
+from moelab.nn.attention import AttentionInputs, attention_mask
+from moelab.nn.rope import rotate
+from moelab.nn.transformer import DecoderLayer, LayerState, TokenContext, Transformer
+
+Checkpointing = Callable[..., Any]  # torch.utils.checkpoint.checkpoint, with what it is to be called with
+
+
+class ForeignCache:
+    """A cache of transformers as `Attention` asks ours: all keys and values in use, also of a cache of fixed length."""
+
+    def __init__(self, cache: Any, past: int, seq: int, device: torch.device) -> None:
+        self._cache = cache
+        self._length = past + seq
+        # transformers 4.57 wants to be told where a cache of fixed length is written; 5.x counts for itself.
+        self._where = {"cache_position": torch.arange(past, past + seq, device=device)}
+
+    def append(self, layer_id: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """key, value [B, G, S, head_dim] -> [B, G, P + S, head_dim]."""
+        keys, values = self._cache.update(key, value, layer_id, self._where)
+        return keys[:, :, : self._length], values[:, :, : self._length]
+
+
+class Watched:
+    """Remembers the keys of the layer that ran last: its attention weights are computed from them afterwards."""
+
+    def __init__(self, inner: ForeignCache | None) -> None:
+        self._inner = inner
+        self.keys: Tensor | None = None
+
+    def append(self, layer_id: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """As the cache behind it; without one, what came."""
+        if self._inner is not None:
+            key, value = self._inner.append(layer_id, key, value)
+        self.keys = key
+        return key, value
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a forward pass of transformers is given; `embeddings` in place of ids."""
+
+    input_ids: Tensor | None  # [B, S] int64
+    embeddings: Tensor | None  # [B, S, D]
+    mask: Tensor | None  # [B, P + S] 1 or True for real tokens; or [B, 1, S, P + S] as attention wants it
+    position_ids: Tensor | None  # [B or 1, S]; None: those that follow the cache's
+    cache: Any  # of transformers, or None
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What the layers gave."""
+
+    hidden: Tensor  # [B, S, D] after the last norm
+    records: list[LayerRecord]
+    states: tuple[Tensor, ...]  # before each layer and after the last norm; empty where not asked for
+    attentions: tuple[Tensor, ...]  # [B, H, S, P + S] of each layer; empty where not asked for
+
+
+def start(decoder: Transformer, given: Inputs) -> LayerState:
+    """What stands before the first layer. Raises ValueError for a mask of another length than cache and ids have."""
+    x = decoder.embed_tokens(given.input_ids) if given.embeddings is None else given.embeddings
+    batch, seq = x.shape[:2]
+    past = 0 if given.cache is None else int(given.cache.get_seq_length())
+    positions = given.position_ids
+    if positions is None:
+        positions = torch.arange(past, past + seq, device=x.device)[None]
+    positions = positions.expand(batch, seq)
+    mask, real = _masks(given.mask, seq, past, x.device)
+    document_id = None
+    if given.mask is None and past == 0 and given.position_ids is not None:
+        document_id = _packed(positions)
+    if document_id is not None:
+        causal = torch.ones(seq, seq, dtype=torch.bool, device=x.device).tril()
+        mask = (causal & (document_id[:, :, None] == document_id[:, None, :]))[:, None]
+        document_id = document_id + seq * torch.arange(batch, device=x.device)[:, None]
+    cos, sin = decoder.rope.tables(positions, x.dtype)
+    cache = None if given.cache is None else ForeignCache(given.cache, past, seq, x.device)
+    info = decoder.token_info(given.input_ids, positions, real, TokenContext(document_id=document_id))
+    return LayerState(x, AttentionInputs(cos, sin, mask, cache), info, [])
+
+
+def run(
+    decoder: Transformer,
+    state: LayerState,
+    *,
+    states: bool = False,
+    attentions: bool = False,
+    checkpointing: Checkpointing | None = None,
+    every: int = 1,
+) -> Passed:
+    """All layers and the last norm. `checkpointing` wraps each `every`-th layer, which is then computed twice."""
+    seen: list[Tensor] = []
+    weights: list[Tensor] = []
+    for index, layer in enumerate(decoder.layers):
+        assert isinstance(layer, DecoderLayer)
+        wrapped = checkpointing is not None and index % every == 0
+        if states:
+            seen.append(state.x)
+        if attentions:
+            state, found = _watched_layer(layer, state)
+            weights.append(found)
+        else:
+            state = state.after(partial(checkpointing, layer) if checkpointing is not None and wrapped else layer)
+    hidden = decoder.norm(state.x)
+    return Passed(hidden, state.records, (*seen, hidden) if states else (), tuple(weights))
+
+
+def _watched_layer(layer: DecoderLayer, state: LayerState) -> tuple[LayerState, Tensor]:
+    """A layer, and the weights of its attention [B, H, S, P + S], computed a second time to be shown."""
+    inputs = state.inputs
+    assert inputs.cache is None or isinstance(inputs.cache, ForeignCache)
+    watched = Watched(inputs.cache)
+    after = LayerState(state.x, AttentionInputs(inputs.cos, inputs.sin, inputs.mask, watched), state.info, state.records)
+    after = after.after(layer)
+    assert watched.keys is not None
+    attention = layer.self_attn
+    query = attention.heads(attention.q_proj(layer.input_layernorm(state.x)))
+    query = rotate(query, inputs.cos.to(query.dtype), inputs.sin.to(query.dtype))
+    keys = watched.keys.repeat_interleave(query.shape[1] // watched.keys.shape[1], dim=1)
+    scores = query @ keys.transpose(-1, -2) * attention.head_dim**-0.5
+    seq, length = scores.shape[-2:]
+    mask = inputs.mask
+    if mask is None:
+        mask = torch.ones(seq, length, dtype=torch.bool, device=scores.device).tril(length - seq)
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    shown = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return LayerState(after.x, inputs, after.info, after.records), shown
+
+
+def _masks(mask: Tensor | None, seq: int, past: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """-> what attention sees [B, 1, S, P + S], and which of the new tokens are real [B, S]; None: plain, and all."""
+    if mask is not None and mask.dim() == 4:
+        if mask.shape[-2] != seq or mask.shape[-1] < past + seq:
+            raise ValueError(
+                f"attention_mask: its last two sizes must be {seq} and {past + seq}, not {tuple(mask.shape[-2:])}"
+            )
+        return mask[..., : past + seq], None
+    if mask is not None and (mask.dim() != 2 or mask.shape[1] < past + seq):
+        raise ValueError(
+            f"attention_mask: must be [batch, {past + seq}], {past} cached positions and {seq} new ones, not "
+            f"{tuple(mask.shape)}"
+        )
+    if mask is not None:
+        mask = mask[:, : past + seq].to(device=device, dtype=torch.bool)
+        if device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
+            mask = None  # known at no cost, and attention without a mask is the quicker one
+    real = None if mask is None else mask[:, past:]
+    return attention_mask(mask, seq, past, device), real
+
+
+def _packed(positions: Tensor) -> Tensor | None:
+    """positions [B, S] -> which document each stands in [B, S], counted from 0; None where there is one alone.
+
+    As transformers finds sequences packed into one row: a position that does not follow the one before it begins
+    another (masking_utils.py, find_packed_sequence_indices).
+    """
+    begins = torch.zeros_like(positions)
+    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    return begins.cumsum(1) if bool(begins.any()) else None
