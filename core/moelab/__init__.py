@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moelab.adapter.folders import as_transformers, register_with_transformers, transformers_tokenizer
+    from moelab.adapter.registration import as_transformers, register_with_transformers, transformers_tokenizer
     from moelab.builder import build, build_model
     from moelab.components import Component, component
     from moelab.config.run import RunConfig
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOMES = {
-    "moelab.adapter.folders": ("as_transformers", "register_with_transformers", "transformers_tokenizer"),
+    "moelab.adapter.registration": ("as_transformers", "register_with_transformers", "transformers_tokenizer"),
     "moelab.builder": ("build", "build_model"),
     "moelab.components": ("Component", "component"),
     "moelab.config.run": ("RunConfig",),

@@ -1,8 +1,8 @@
 """`MoelabForCausalLM`: a model of moelab inside transformers' `PreTrainedModel`, with any router, dense ones too.
 
-Its config.json holds the model's part of a moelab config under model_type "moelab". A folder is data here as everywhere:
-its weights are safetensors or not read, its plugins the installed ones or those that the caller names. Works with
-transformers 4.57 and 5.x (docs/judges.md says what was run).
+Its config.json holds the model's part of a moelab config under model_type "moelab". A folder is data here as
+everywhere: its weights are safetensors or not read, its plugins the installed ones or those that the caller names.
+Works with transformers 4.57 and 5.x (docs/judges.md says what was run).
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from moelab.adapter.forward import Checkpointing, Inputs, run, start
+from moelab.adapter.folders import MODEL_TYPE, is_ours, read_folder
+from moelab.adapter.forward import Inputs, Passed, run, start
 from moelab.builder import build_model
 from moelab.config.model import ModelConfig
 from moelab.config.typed import Typing
-from moelab.errors import CheckpointError, ConfigError
-from moelab.nn.transformer import Transformer
+from moelab.errors import CheckpointError, ConfigError, UserError
+from moelab.moe.block import MoEBlock
+from moelab.nn.transformer import DecoderLayer, Transformer
 from moelab.registry import Registry
 from moelab.seeds import generator
 
-MODEL_TYPE = "moelab"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "model.lm_head.weight"
 FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 VERSION = int(transformers.__version__.partition(".")[0])
@@ -64,6 +67,7 @@ class MoelabConfig(PretrainedConfig):
         eos_token_id: int | list[int] | None = None,
         **kwargs: Any,
     ) -> None:
+        head_dim = head_dim or hidden_size // num_attention_heads  # caches of transformers read it
         given = dict(locals())
         for name in FIELDS:
             setattr(self, name, given[name])
@@ -85,6 +89,10 @@ class MoelabConfig(PretrainedConfig):
         return config
 
 
+class CheckpointedLayer(GradientCheckpointingLayer, DecoderLayer):
+    """A decoder layer that transformers may compute a second time in the backward pass; else the same."""
+
+
 class MoelabForCausalLM(PreTrainedModel, GenerationMixin):
     """`model` is the `moelab.nn.transformer.Transformer`; nothing of it is copied.
 
@@ -93,12 +101,12 @@ class MoelabForCausalLM(PreTrainedModel, GenerationMixin):
     """
 
     config_class = MoelabConfig
+    base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
-    _tied_weights_keys = {HEAD: EMBEDDING} if VERSION >= 5 else [HEAD]  # noqa: RUF012
-    gradient_checkpointing = False
+    _tied_weights_keys = {HEAD: EMBEDDING} if VERSION >= 5 else [HEAD]
 
     def __init__(
         self, config: MoelabConfig, decoder: Transformer | None = None, *, registry: Registry | None = None
@@ -109,10 +117,11 @@ class MoelabForCausalLM(PreTrainedModel, GenerationMixin):
             device = torch.get_default_device()
             dtype = torch.get_default_dtype()
             decoder = build_model(config.model_config(), registry, device=device, seed=0).to(dtype)
+        for layer in decoder.layers:
+            if type(layer) is DecoderLayer:
+                layer.__class__ = CheckpointedLayer  # the same object: parameters, names and hooks stay
         self.model = decoder
         self.vocab_size = config.vocab_size
-        self._checkpointing: Checkpointing = torch.utils.checkpoint.checkpoint
-        self._checkpoint_every = 1
         self.post_init()
 
     def forward(
@@ -139,14 +148,11 @@ class MoelabForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give exactly one of them")
-        checkpointed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        cache = self._cache(past_key_values, use_cache, checkpointed)
+        cache = self._cache(past_key_values, use_cache)
         passed = self._pass(
             Inputs(input_ids, inputs_embeds, attention_mask, position_ids, cache),
             states=self._asked(output_hidden_states, "output_hidden_states"),
             attentions=self._asked(output_attentions, "output_attentions"),
-            checkpointing=self._checkpointing if checkpointed else None,
-            every=self._checkpoint_every,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.lm_head(passed.hidden[:, keep])
@@ -164,7 +170,7 @@ class MoelabForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return output if self._asked(return_dict, "return_dict") else output.to_tuple()
 
-    def _pass(self, given: Inputs, **wanted: Any) -> Any:
+    def _pass(self, given: Inputs, **wanted: bool) -> Passed:
         if given.input_ids is not None:
             return run(self.model, start(self.model, given), **wanted)
         try:
@@ -175,18 +181,14 @@ class MoelabForCausalLM(PreTrainedModel, GenerationMixin):
     def _asked(self, said: bool | None, name: str) -> bool:
         return bool(getattr(self.config, name, False) if said is None else said)
 
-    def _cache(self, past: Cache | None, use_cache: bool | None, checkpointed: bool) -> Cache | None:
+    def _cache(self, past: Cache | None, use_cache: bool | None) -> Cache | None:
         if past is not None and not isinstance(past, Cache):
-            raise ValueError(
-                f"past_key_values: must be a transformers Cache, not {type(past).__name__}; tuples are "
-                "DynamicCache.from_legacy_cache(...) in the versions that have them"
-            )
-        wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if not wanted:
-            return past if use_cache is None or past is not None else None
-        if checkpointed:
-            return past
-        return DynamicCache() if past is None else past
+            raise ValueError(f"past_key_values: must be a transformers Cache, not {type(past).__name__}")
+        if use_cache is None:  # a training step has no use for one, and it would keep keys and values alive
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past is None and not (self.training and self.is_gradient_checkpointing):
+            return DynamicCache()
+        return past
 
     # --- what transformers asks of a model -------------------------------------------------------------------
 
@@ -211,12 +213,16 @@ class MoelabForCausalLM(PreTrainedModel, GenerationMixin):
         return resized
 
     def _refuse_tables(self) -> None:
-        for name, tensor in (*self.model.named_buffers(), *self.model.named_parameters()):
-            if ".mlp.router" in name and tensor.dim() > 0 and tensor.shape[0] == self.config.vocab_size:
-                raise ConfigError(
-                    f"resize_token_embeddings: {name} has a row for each of the {self.config.vocab_size} token ids, and "
-                    "only its router knows what new ones would be; use a router that reads no ids"
-                )
+        blocks = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoEBlock)]
+        for block in blocks:
+            router: Any = block.router
+            for name, tensor in (*router.named_buffers(), *router.named_parameters()):
+                if tensor.dim() > 0 and tensor.shape[0] == self.config.vocab_size != block.layout.num_experts:
+                    raise ConfigError(
+                        f"resize_token_embeddings: {name} of layer {block.layer_id}'s router has a row for each of the "
+                        f"{self.config.vocab_size} token ids, and only the router knows what new ones would be; use "
+                        "one that reads no ids"
+                    )
 
     def init_weights(self) -> None:
         """Only ties: the weights were made when the decoder was built, or are loaded."""
@@ -242,14 +248,27 @@ class MoelabForCausalLM(PreTrainedModel, GenerationMixin):
             finish()
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
     ) -> None:
         """Never the reentrant kind, which would cut the routers' records off from the gradient."""
-        self.gradient_checkpointing = enable
-        func = gradient_checkpointing_func or torch.utils.checkpoint.checkpoint
-        keywords = getattr(func, "keywords", {}) | {"use_reentrant": False}
-        self._checkpointing = functools.partial(getattr(func, "func", func), **keywords)
-        self._checkpoint_every = every_n_layers
+        func = functools.partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, func, **kwargs)
+
+    @classmethod
+    def wrap(cls, model: Transformer) -> MoelabForCausalLM:
+        """`model` itself, in the mode it is in, told where its texts end if its folder says so."""
+        adapted = cls(MoelabConfig.of(model.config, dtype=model.embed_tokens.weight.dtype), model)
+        adapted.train(model.training)
+        try:
+            speech = model.speech() if callable(model.speech) else model.speech
+        except UserError:  # a folder without a tokenizer
+            speech = None
+        if speech is not None:
+            model.speech = speech
+            ends = list(speech.end_token_ids)
+            adapted.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+            adapted.generation_config.pad_token_id = ends[0]
+        return adapted
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -259,10 +278,11 @@ class MoelabForCausalLM(PreTrainedModel, GenerationMixin):
 
         `registry`, `trust`: as `moelab.load` takes them. Raises CheckpointError naming the file and the cure.
         """
-        from moelab.adapter.folders import is_ours, read_folder  # it makes models of this class
-
         if is_ours(pretrained_model_name_or_path):
-            return read_folder(Path(pretrained_model_name_or_path), kwargs)
+            adapted = cls.wrap(read_folder(Path(pretrained_model_name_or_path), kwargs))
+            adapted.name_or_path = str(pretrained_model_name_or_path)
+            told: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+            return (adapted, told | {"error_msgs": []}) if kwargs.get("output_loading_info") else adapted
         if not kwargs.setdefault("use_safetensors", True):
             raise CheckpointError("use_safetensors: other files of weights are programs (pickle); they aren't read")
         kwargs.pop("trust", None)

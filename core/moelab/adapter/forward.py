@@ -5,9 +5,7 @@ transformers itself is not imported here. B sequences, S new positions, P those 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,10 +13,7 @@ from torch import Tensor
 
 from moelab.moe.routing import LayerRecord
 from moelab.nn.attention import AttentionInputs, attention_mask
-from moelab.nn.rope import rotate
-from moelab.nn.transformer import DecoderLayer, LayerState, TokenContext, Transformer
-
-Checkpointing = Callable[..., Any]  # torch.utils.checkpoint.checkpoint, with what it is to be called with
+from moelab.nn.transformer import LayerState, TokenContext, Transformer
 
 
 class ForeignCache:
@@ -36,19 +31,23 @@ class ForeignCache:
         return keys[:, :, : self._length], values[:, :, : self._length]
 
 
-class Watched:
-    """Remembers the keys of the layer that ran last: its attention weights are computed from them afterwards."""
+class Shown:
+    """Attention that keeps its weights, as transformers' eager one computes them."""
 
-    def __init__(self, inner: ForeignCache | None) -> None:
-        self._inner = inner
-        self.keys: Tensor | None = None
+    def __init__(self) -> None:
+        self.weights: list[Tensor] = []  # [B, H, S, P + S] of each layer
 
-    def append(self, layer_id: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """As the cache behind it; without one, what came."""
-        if self._inner is not None:
-            key, value = self._inner.append(layer_id, key, value)
-        self.keys = key
-        return key, value
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """query [B, H, S, d], key and value [B, G, P + S, d] -> [B, H, S, d]."""
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        seq, length = scores.shape[-2:]
+        if mask is None:
+            mask = torch.ones(seq, length, dtype=torch.bool, device=scores.device).tril(length - seq)
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+        self.weights.append(scores.softmax(-1, dtype=torch.float32).to(query.dtype))
+        return self.weights[-1] @ value
 
 
 @dataclass(frozen=True)
@@ -95,53 +94,20 @@ def start(decoder: Transformer, given: Inputs) -> LayerState:
     return LayerState(x, AttentionInputs(cos, sin, mask, cache), info, [])
 
 
-def run(
-    decoder: Transformer,
-    state: LayerState,
-    *,
-    states: bool = False,
-    attentions: bool = False,
-    checkpointing: Checkpointing | None = None,
-    every: int = 1,
-) -> Passed:
-    """All layers and the last norm. `checkpointing` wraps each `every`-th layer, which is then computed twice."""
+def run(decoder: Transformer, state: LayerState, *, states: bool = False, attentions: bool = False) -> Passed:
+    """All layers and the last norm."""
     seen: list[Tensor] = []
-    weights: list[Tensor] = []
-    for index, layer in enumerate(decoder.layers):
-        assert isinstance(layer, DecoderLayer)
-        wrapped = checkpointing is not None and index % every == 0
-        if states:
+    shown = Shown()
+    if attentions:
+        state = replace(state, inputs=replace(state.inputs, attend=shown))
+    if states:
+        for index in range(len(decoder.layers)):
             seen.append(state.x)
-        if attentions:
-            state, found = _watched_layer(layer, state)
-            weights.append(found)
-        else:
-            state = state.after(partial(checkpointing, layer) if checkpointing is not None and wrapped else layer)
+            state = decoder.run_layers(state, index, index + 1)
+    else:
+        state = decoder.run_layers(state)
     hidden = decoder.norm(state.x)
-    return Passed(hidden, state.records, (*seen, hidden) if states else (), tuple(weights))
-
-
-def _watched_layer(layer: DecoderLayer, state: LayerState) -> tuple[LayerState, Tensor]:
-    """A layer, and the weights of its attention [B, H, S, P + S], computed a second time to be shown."""
-    inputs = state.inputs
-    assert inputs.cache is None or isinstance(inputs.cache, ForeignCache)
-    watched = Watched(inputs.cache)
-    after = LayerState(state.x, AttentionInputs(inputs.cos, inputs.sin, inputs.mask, watched), state.info, state.records)
-    after = after.after(layer)
-    assert watched.keys is not None
-    attention = layer.self_attn
-    query = attention.heads(attention.q_proj(layer.input_layernorm(state.x)))
-    query = rotate(query, inputs.cos.to(query.dtype), inputs.sin.to(query.dtype))
-    keys = watched.keys.repeat_interleave(query.shape[1] // watched.keys.shape[1], dim=1)
-    scores = query @ keys.transpose(-1, -2) * attention.head_dim**-0.5
-    seq, length = scores.shape[-2:]
-    mask = inputs.mask
-    if mask is None:
-        mask = torch.ones(seq, length, dtype=torch.bool, device=scores.device).tril(length - seq)
-    lowest = torch.finfo(scores.dtype).min
-    scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    shown = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return LayerState(after.x, inputs, after.info, after.records), shown
+    return Passed(hidden, state.records, (*seen, hidden) if states else (), tuple(shown.weights))
 
 
 def _masks(mask: Tensor | None, seq: int, past: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

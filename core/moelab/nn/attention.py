@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from moelab.nn.kv_cache import Appending
 from moelab.nn.linear import Linear
 from moelab.nn.rope import rotate
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # as `attend`
+
 
 @dataclass(frozen=True)
 class AttentionInputs:
@@ -21,6 +24,7 @@ class AttentionInputs:
     sin: Tensor
     mask: Tensor | None  # [B, 1, S, S_all] bool, True where a query may look; None: plain causal
     cache: Appending | None = None
+    attend: Attend | None = None  # computes in place of `Attention.attend`: for a look at the weights
 
 
 class Attention(nn.Module):
@@ -39,16 +43,16 @@ class Attention(nn.Module):
         self.attend = attend
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        query, key, value = (self.heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (self._heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
         query = rotate(query, inputs.cos.to(query.dtype), inputs.sin.to(query.dtype))
         key = rotate(key, inputs.cos.to(key.dtype), inputs.sin.to(key.dtype))
         if inputs.cache is not None:
             key, value = inputs.cache.append(self.layer_id, key, value)
-        out = self.attend(query, key, value, inputs.mask)
+        out = (inputs.attend or self.attend)(query, key, value, inputs.mask)
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return projected
 
-    def heads(self, x: Tensor) -> Tensor:
+    def _heads(self, x: Tensor) -> Tensor:
         """[B, S, H * head_dim] -> [B, H, S, head_dim]."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 

@@ -57,13 +57,6 @@ class LayerState:
     info: TokenInfo
     records: list[LayerRecord]  # of the MoE layers below, in order
 
-    def after(self, layer: Callable[..., tuple[Tensor, LayerRecord | None]]) -> LayerState:
-        """What stands behind one more layer; this state stays as it is."""
-        x, record = layer(self.x, self.inputs, self.info)
-        if record is None:
-            return replace(self, x=x)
-        return LayerState(x, self.inputs, replace(self.info, previous=record.routing), [*self.records, record])
-
 
 class DecoderLayer(nn.Module):
     """Pre-norm residual layer."""
