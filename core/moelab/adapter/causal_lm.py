@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from moelab.adapter.folders import MODEL_TYPE, is_ours, read_folder
-from moelab.adapter.forward import Inputs, Passed, run, start
+from moelab.adapter.forward import Inputs, run, start
 from moelab.builder import build_model
 from moelab.config.model import ModelConfig
 from moelab.config.typed import Typing
@@ -122,6 +122,8 @@ class MoelabForCausalLM(PreTrainedModel, GenerationMixin):
                 layer.__class__ = CheckpointedLayer  # the same object: parameters, names and hooks stay
         self.model = decoder
         self.vocab_size = config.vocab_size
+        self._registry = registry
+        self._constants: dict[str, Tensor] | None = None  # buffers as constructors make them, when first needed
         self.post_init()
 
     def forward(
@@ -148,9 +150,10 @@ class MoelabForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give exactly one of them")
-        cache = self._cache(past_key_values, use_cache)
-        passed = self._pass(
-            Inputs(input_ids, inputs_embeds, attention_mask, position_ids, cache),
+        cache = self._cache_to_use(past_key_values, use_cache)
+        passed = run(
+            self.model,
+            start(self.model, Inputs(input_ids, inputs_embeds, attention_mask, position_ids, cache)),
             states=self._asked(output_hidden_states, "output_hidden_states"),
             attentions=self._asked(output_attentions, "output_attentions"),
         )
@@ -170,18 +173,10 @@ class MoelabForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return output if self._asked(return_dict, "return_dict") else output.to_tuple()
 
-    def _pass(self, given: Inputs, **wanted: bool) -> Passed:
-        if given.input_ids is not None:
-            return run(self.model, start(self.model, given), **wanted)
-        try:
-            return run(self.model, start(self.model, given), **wanted)
-        except (TypeError, AttributeError) as error:
-            raise ConfigError("inputs_embeds: a router of this model reads token ids; give input_ids") from error
-
     def _asked(self, said: bool | None, name: str) -> bool:
         return bool(getattr(self.config, name, False) if said is None else said)
 
-    def _cache(self, past: Cache | None, use_cache: bool | None) -> Cache | None:
+    def _cache_to_use(self, past: Cache | None, use_cache: bool | None) -> Cache | None:
         if past is not None and not isinstance(past, Cache):
             raise ValueError(f"past_key_values: must be a transformers Cache, not {type(past).__name__}")
         if use_cache is None:  # a training step has no use for one, and it would keep keys and values alive
@@ -231,6 +226,7 @@ class MoelabForCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """What a folder lacks, as a new model has it; transformers names such tensors in a warning."""
+        self._init_buffers(module)
         own = [p for p in module.parameters(recurse=False) if not getattr(p, "_is_hf_initialized", False)]
         if not own:
             return
@@ -246,6 +242,22 @@ class MoelabForCausalLM(PreTrainedModel, GenerationMixin):
         finish = getattr(module, "after_initialise", None)
         if callable(finish):
             finish()
+
+    def _init_buffers(self, module: nn.Module) -> None:
+        """What only the constructor knows: a folder without it, or a model begun on the meta device, gets it anew."""
+        lacking = [
+            (name, buffer)
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.device.type != "meta" and not getattr(buffer, "_is_hf_initialized", False)
+        ]
+        if not lacking:
+            return
+        if self._constants is None:  # its parameters are not touched, so they take no memory
+            fresh = build_model(self.config.model_config(), self._registry, seed=None)
+            self._constants = dict(fresh.named_buffers())
+        path = next(name for name, other in self.model.named_modules() if other is module)
+        for name, buffer in lacking:
+            buffer.copy_(self._constants[f"{path}.{name}"])
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any

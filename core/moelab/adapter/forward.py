@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moelab.errors import ConfigError
 from moelab.moe.routing import LayerRecord
 from moelab.nn.attention import AttentionInputs, attention_mask
 from moelab.nn.transformer import LayerState, TokenContext, Transformer
@@ -29,6 +30,21 @@ class ForeignCache:
         """key, value [B, G, S, head_dim] -> [B, G, P + S, head_dim]."""
         keys, values = self._cache.update(key, value, layer_id, self._where)
         return keys[:, :, : self._length], values[:, :, : self._length]
+
+
+class NoIds:
+    """Stands where token ids would: whoever reads it is told what is missing."""
+
+    def reshape(self, *shape: int) -> NoIds:
+        """Itself, in any shape."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        raise ConfigError("inputs_embeds: a router of this model reads token ids; give input_ids")
+
+    @classmethod
+    def __torch_function__(cls, *call: Any, **keywords: Any) -> Any:
+        return cls().shape
 
 
 class Shown:
@@ -90,7 +106,8 @@ def start(decoder: Transformer, given: Inputs) -> LayerState:
         document_id = document_id + seq * torch.arange(batch, device=x.device)[:, None]
     cos, sin = decoder.rope.tables(positions, x.dtype)
     cache = None if given.cache is None else ForeignCache(given.cache, past, seq, x.device)
-    info = decoder.token_info(given.input_ids, positions, real, TokenContext(document_id=document_id))
+    ids: Any = NoIds() if given.input_ids is None else given.input_ids
+    info = decoder.token_info(ids, positions, real, TokenContext(document_id=document_id))
     return LayerState(x, AttentionInputs(cos, sin, mask, cache), info, [])
 
 

@@ -216,14 +216,14 @@ class Transformer(nn.Module):
         return LayerState(x, state.inputs, info, records)
 
     def token_info(
-        self, input_ids: Tensor | None, position_ids: Tensor, mask: Tensor | None, tokens: TokenContext
+        self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, tokens: TokenContext
     ) -> TokenInfo:
-        """What routers may know of tokens: all [B, S]. Without ids a router that asks for them fails."""
+        """What routers may know of tokens; all [B, S], ids and positions int64, mask bool."""
         batch, seq = position_ids.shape
         sequence_id = torch.arange(batch, device=position_ids.device)[:, None].expand(batch, seq).reshape(-1)
         zeros = torch.zeros_like(sequence_id)
         return TokenInfo(
-            token_id=None if input_ids is None else input_ids.reshape(-1),  # type: ignore[arg-type]
+            token_id=input_ids.reshape(-1),
             document_id=sequence_id if tokens.document_id is None else tokens.document_id.reshape(-1),
             domain_id=zeros if tokens.domain_id is None else tokens.domain_id.reshape(-1),
             position=position_ids.reshape(-1),
