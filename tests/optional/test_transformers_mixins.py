@@ -55,7 +55,7 @@ LEFT_OUT = {
         "test_resize_tokens_embeddings": NO_NEW_IDS,
         "test_resize_embeddings_untied": NO_NEW_IDS,
         "test_resize_embeddings_untied_no_reinit_on_post_init": NO_NEW_IDS,
-        "test_all_tensors_are_parameter_or_buffer": "it runs on memory as found, and a table of that is refused by name",
+        "test_all_tensors_are_parameter_or_buffer": "a table of what memory held is refused by name",
     }
 }
 

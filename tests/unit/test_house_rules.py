@@ -142,6 +142,7 @@ def test_core_is_built_in_floors() -> None:
         ("stk", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
         ("triton", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
         ("transformers", ("core/moelab/adapter/", "tools/moelab_tools/tokenizer_check.py")),
+        ("lm_eval", "tools/moelab_tools/judging.py"),
         ("pandas", "core/moelab/run_table/frame.py"),
         ("xxhash", "core/moelab/checksums.py"),
     ],

@@ -121,6 +121,7 @@ class MoelabForCausalLM(PreTrainedModel, GenerationMixin):
             if type(layer) is DecoderLayer:
                 layer.__class__ = CheckpointedLayer  # the same object: parameters, names and hooks stay
         self.model = decoder
+        self._built_empty = any(parameter.is_meta for parameter in decoder.parameters())
         self.vocab_size = config.vocab_size
         self._registry = registry
         self._constants: dict[str, Tensor] | None = None  # buffers as constructors make them, when first needed
@@ -220,8 +221,11 @@ class MoelabForCausalLM(PreTrainedModel, GenerationMixin):
                     )
 
     def init_weights(self) -> None:
-        """Only ties: the weights were made when the decoder was built, or are loaded."""
-        self.tie_weights()
+        """Only ties, since a decoder is built with its weights or loaded; one built on the meta device is filled."""
+        if self._built_empty and not any(parameter.is_meta for parameter in self.parameters()):
+            super().init_weights()
+        else:
+            self.tie_weights()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -17,7 +17,7 @@ from moelab.errors import CheckpointError, ConfigError
 from moelab.nn.transformer import Transformer
 
 transformers = pytest.importorskip("transformers")
-from parity.reference import DENSE, MOE, reference_model
+from parity.reference import DENSE, MOE, reference_model  # noqa: E402 (it imports transformers)
 
 UNIFORM = {"name": "uniform", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 ROUTERS = ["softmax_topk", "sigmoid_topk", "null_experts", "hash", "top_p", "remoe"]
@@ -130,7 +130,7 @@ def test_what_save_pretrained_writes_is_read_again_by_its_auto_class(router: str
     model = built(router, tie_word_embeddings=True)
     moelab.as_transformers(model).save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(again(some_ids()).logits, model(some_ids()).logits)
+    torch.testing.assert_close(again(some_ids()).logits, model(some_ids()).logits, **CLOSE)
     assert again.model.config == moelab.as_transformers(model).config.model_config()
 
 
@@ -157,7 +157,7 @@ def test_embeddings_in_place_of_ids_are_refused_where_a_router_reads_ids() -> No
     embeddings = model.embed_tokens(some_ids())
     with pytest.raises(ConfigError, match="reads token ids"):
         moelab.as_transformers(model)(inputs_embeds=embeddings)
-    with pytest.raises(ConfigError, match="one row|a row for each"):
+    with pytest.raises(ConfigError, match="a row for each"):
         moelab.as_transformers(model).resize_token_embeddings(70)
     plain = built()
     taken = moelab.as_transformers(plain)(inputs_embeds=plain.embed_tokens(some_ids())).logits
