@@ -75,6 +75,26 @@ def test_loss_hidden_states_and_attentions_are_transformers_own(both: tuple[Any,
             torch.testing.assert_close(mine, other, **CLOSE)
 
 
+@pytest.mark.parametrize(
+    "said", [{}, {"num_items_in_batch": torch.tensor(7)}, {"shift_labels": torch.arange(12).reshape(2, 6)}]
+)
+def test_a_loss_has_the_gradients_of_transformers_own(both: tuple[Any, Any], said: dict[str, Any]) -> None:
+    ids = torch.arange(5, 17).reshape(2, 6)
+    adapted = both[1]
+    found = []
+    for hooked in (False, True):  # with a hook on the head it is transformers' function
+        hook = adapted.model.lm_head.register_forward_hook(lambda *_: None) if hooked else None
+        adapted.zero_grad()
+        loss = adapted(ids, labels=ids, **said).loss
+        loss.backward()
+        found.append((loss.detach(), adapted.model.embed_tokens.weight.grad.clone()))
+        if hook is not None:
+            hook.remove()
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+    torch.testing.assert_close(found[0][0], both[0](ids, labels=ids, **said).loss.detach(), **CLOSE)
+
+
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}])
 def test_a_left_padded_batch_is_continued_as_transformers_does(both: tuple[Any, Any], how: dict[str, Any]) -> None:
     """Weights this strong leave no near-ties among so few steps; a wrong cache or position changes the text."""
