@@ -81,6 +81,15 @@ DECLARED: dict[str, Instead | Not] = {
     ),
     "torchrun --nproc-per-node 4 -m moelab train configs/train/tiny_moe.yaml parallel.shard=4 parallel.expert=2 "
     "train.micro_batch_size=2": Not("starts processes: tests/flow/test_torchrun.py does"),
+    "moelab evaluate runs/tiny_moe --tasks heldout_continuation,heldout_perplexity": Not(
+        "needs the extra lm-eval: tests/optional/test_judging.py"
+    ),
+    "moelab evaluate runs/tiny_moe --tasks arc_easy,my_task.yaml --limit 100": Not(
+        "needs the extra lm-eval: tests/optional/test_judging.py"
+    ),
+    "moelab evaluate runs/tiny_moe --tasks heldout_continuation": Not(
+        "needs the extra lm-eval: tests/optional/test_judging.py"
+    ),
     "tensorboard --logdir runs": Not("a server that runs until it is stopped"),
     "pip install triton==3.7.1 setuptools wheel packaging": Not("make setup-megablocks, which CI runs, does the same"),
     "pip install --no-deps --no-build-isolation stanford-stk==0.7.1 megablocks==0.10.0": Not(

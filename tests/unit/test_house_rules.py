@@ -49,6 +49,7 @@ FLOORS = (
     {"integrity"},
     {"origin"},
     {"loading", "parallel"},
+    {"adapter"},
     {"training"},
     {"session"},
     {"routes", "run_table"},
@@ -142,12 +143,13 @@ def test_core_is_built_in_floors() -> None:
         ("megablocks", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
         ("stk", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
         ("triton", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
-        ("transformers", "tools/moelab_tools/tokenizer_check.py"),
+        ("transformers", ("core/moelab/adapter/", "tools/moelab_tools/tokenizer_check.py")),
+        ("lm_eval", "tools/moelab_tools/judging.py"),
         ("pandas", "core/moelab/run_table/frame.py"),
         ("xxhash", "core/moelab/checksums.py"),
     ],
 )
-def test_one_door_per_library(library: str, door: str) -> None:
+def test_one_door_per_library(library: str, door: str | tuple[str, ...]) -> None:
     def is_library(name: str) -> bool:
         """`torch.utils.tensorboard` is; a module of our own that is named after it is not."""
         top = name.partition(".")[0]
