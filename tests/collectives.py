@@ -98,7 +98,14 @@ class Case:
     def mesh(self) -> ParallelConfig:
         return ParallelConfig(**self.parallel)
 
+    def __str__(self) -> str:
+        mesh = ", ".join(f"{axis} {size}" for axis, size in self.parallel.items()) or "alone"
+        again = f", every {self.checkpointing}. layer twice" if self.checkpointing else ""
+        micro, dtype = self.problem().micro_batches, str(self.dtype).removeprefix("torch.")
+        return f"{mesh}; {micro} x {self.micro} x {self.length}, {dtype}{again}"
+
     def problem(self) -> Problem:
+        """As `moelab plan` takes it."""
         each = self.batch // self.micro // self.mesh.world
         return Problem(self.micro, self.length, self.dtype, "cpu", self.mesh, each, self.checkpointing)
 
@@ -118,10 +125,10 @@ def counted_steps(config: ModelConfig, cases: list[Case]) -> list[dict[str, list
         parallelise(model, meshes, losses)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         settings = StepSettings(case.micro, 1.0, 0, Precision(torch.device("cpu"), case.dtype))
-        train_step(model, optimizer, losses, _batch(config, case, 0), 0, settings, ranks=ranks)
+        train_step(model, optimizer, losses, batch_of(config, case, 0), 0, settings, ranks=ranks)
         leaving = _count_leaving(model, meshes)
         with Collectives() as seen:
-            train_step(model, optimizer, losses, _batch(config, case, 1), 1, settings, ranks=ranks)
+            train_step(model, optimizer, losses, batch_of(config, case, 1), 1, settings, ranks=ranks)
         problem = case.problem()
         extra = counts_before(problem, losses)
         sparse = [index for index, layer in enumerate(plain.layers) if layer in _sparse(plain)]
@@ -164,7 +171,8 @@ def _count_leaving(model: Transformer, meshes: Meshes) -> list[int]:
     return leaving
 
 
-def _batch(config: ModelConfig, case: Case, step: int) -> Batch:
+def batch_of(config: ModelConfig, case: Case, step: int) -> Batch:
+    """The whole batch of a step, without padding."""
     stream = torch.Generator().manual_seed(step)
     ids = torch.randint(0, config.vocab_size, (case.batch, case.length + 1), generator=stream)
     same = torch.arange(case.batch)[:, None].expand(case.batch, case.length).contiguous()

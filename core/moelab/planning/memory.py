@@ -249,6 +249,7 @@ def _cast_from(tensor: Tensor) -> int | None:
     node = tensor.grad_fn
     while node is not None and len(node.next_functions) == 1:
         node = node.next_functions[0][0]
-        if hasattr(node, "variable"):  # AccumulateGrad: the parameter
-            return id(node.variable)
+        parameter = getattr(node, "variable", None)  # AccumulateGrad has one
+        if parameter is not None:
+            return id(parameter)
     return None

@@ -24,7 +24,7 @@ from torch import nn
 from moelab.config.run import ParallelConfig
 from moelab.moe.balance import NamedLoss
 from moelab.moe.block import MoEBlock
-from moelab.nn.count import expected_assignments
+from moelab.nn.count import expected_assignments, moe_blocks
 from moelab.nn.transformer import Transformer
 
 GATHER, REDUCE, SUM, EXCHANGE = "all-gather", "reduce-scatter", "all-reduce", "all-to-all"
@@ -138,8 +138,8 @@ def communication(
     """The collectives of one step of a device on the mesh of `problem`.
 
     Tokens go to as many experts as the routers declare (`Router.expected_assignments`), evenly over all devices.
-    `leaving`: instead, for each MoE layer, the rows of a step that go to others, of a mean device: one to whom more come
-    than leave it sends more on the way back.
+    `leaving`: instead, for each MoE layer, the rows of a step that go to others, of a mean device: one to whom more
+    come than leave it sends more on the way back.
     """
     if problem.parallel.world == 1:
         return CommunicationPlan(())
@@ -172,24 +172,24 @@ def _of_tokens(
     model: Transformer, problem: Problem, losses: Sequence[NamedLoss], leaving: Sequence[float] | None
 ) -> list[Collective]:
     ranks, micro, extra = problem.parallel.expert, problem.micro_batches, counts_before(problem, losses)
-    found, sparse = [], [(index, layer) for index, layer in enumerate(model.layers) if isinstance(layer.mlp, MoEBlock)]
-    for place, (index, layer) in enumerate(sparse):
-        again = problem.recomputes(index)
+    found: list[Collective] = []
+    for place, block in enumerate(moe_blocks(model)):
+        again = problem.recomputes(block.layer_id)
         if leaving is None:
-            rows = micro * problem.tokens * expected_assignments(layer.mlp).per_token
+            rows = micro * problem.tokens * expected_assignments(block).per_token
         else:
             rows = leaving[place] * ranks / (ranks - 1) if ranks > 1 else 0.0
         width = problem.dtype.itemsize * model.config.hidden_size
         ways = 2 * (2 + again + extra)  # there and back: forward, backward, and what is computed besides
         found.append(Collective(TOKENS, EXCHANGE, ranks, 1, rows * width * ways, micro * ways))
         counted = micro * (1 + again + extra)
-        found.append(Collective(TOKENS, EXCHANGE, ranks, 1, INT64 * layer.mlp.layout.num_experts * counted, counted))
+        found.append(Collective(TOKENS, EXCHANGE, ranks, 1, INT64 * block.layout.num_experts * counted, counted))
     return found
 
 
 def _of_sums(model: Transformer, problem: Problem, losses: Sequence[NamedLoss]) -> list[Collective]:
     """Of a step that is not logged. What a router reports beside its counts is not known here, and small."""
-    experts = [layer.mlp.layout.num_experts for layer in model.layers if isinstance(layer.mlp, MoEBlock)]
+    experts = [block.layout.num_experts for block in moe_blocks(model)]
     before = any(named.loss.needs_batch_counts for named in losses)
     passes = 1 + before  # with one micro-batch the counts of its own forward pass are added
     sizes = [INT64] * passes  # tokens

@@ -178,9 +178,9 @@ def test_the_published_57b_model_is_planned_without_its_memory():
 
 
 def test_a_mesh_that_cannot_be_is_refused():
-    with pytest.raises(ConfigError, match="parallel.expert: 3 does not divide parallel.shard 8"):
+    with pytest.raises(ConfigError, match=r"parallel\.expert: 3 does not divide parallel\.shard 8"):
         predict(_config(), replace(PROBLEM, parallel=ParallelConfig(shard=8, expert=3)))
-    with pytest.raises(ConfigError, match="parallel.expert: 32 does not divide the 16 experts of layer 0"):
+    with pytest.raises(ConfigError, match=r"parallel\.expert: 32 does not divide the 16 experts of layer 0"):
         predict(_config(), replace(PROBLEM, parallel=ParallelConfig(shard=32, expert=32)))
 
 

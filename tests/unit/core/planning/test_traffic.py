@@ -60,7 +60,8 @@ def test_a_step_sends_what_the_formula_says(tmp_path: Path) -> None:
     ranks = run_on(2, counted_steps, tmp_path, grid.model_config("softmax_global"), cases)
     for place, case in enumerate(cases):
         for kind in ranks[0][place]:
-            formula, _, counted, calls, made = (sum(column) for column in zip(*(rank[place][kind] for rank in ranks)))
+            rows = [rank[place][kind] for rank in ranks]
+            formula, _, counted, calls, made = (sum(column) for column in zip(*rows, strict=True))
             assert (formula, calls) == (pytest.approx(counted, rel=1e-12), made), (case.parallel, kind)
 
 
