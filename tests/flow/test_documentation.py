@@ -92,9 +92,8 @@ DECLARED: dict[str, Instead | Not] = {
         "moelab plan configs/train/tiny_moe.yaml parallel.shard=4 parallel.expert=2 train.activation_checkpointing=1 "
         "--device-memory 80"
     ),
-    "RUN=runs/mine PROCESSES=8 sbatch --gpus-per-node=8 examples/slurm/train.sbatch train/tiny_moe parallel.shard=8": Not(
-        "needs Slurm; tests/unit/test_examples.py runs the script on programs of Slurm's names"
-    ),
+    "sbatch --export=ALL,RUN=runs/mine,PROCESSES=8 --gpus-per-node=8 examples/slurm/train.sbatch train/tiny_moe "
+    "parallel.shard=8": Not("needs Slurm; tests/unit/test_examples.py runs the script on programs of Slurm's names"),
     "moelab upcycle configs/upcycle/qwen2_57b_a14b.yaml source=DIR output=DIR model.vocab_size=null "
     "model.moe.layout.moe_intermediate_size=80 model.moe.shared_expert.intermediate_size=640": Instead(
         "moelab upcycle configs/upcycle/qwen2_57b_a14b.yaml source=Qwen2-7B output=elsewhere"
