@@ -332,7 +332,7 @@ KINDS: dict[str, Kind] = {
                     ("export", "run", "o", "--max-shard-size", "1MB", "--dtype", "bfloat16"),
                     ("compare", "run", "run2", "--output", "o"),
                     ("explain", "mine.yaml", "--match", "mine.yaml", "--measure", "active"),
-                    ("plan", "mine.yaml", "--devices", "2"),
+                    ("plan", "mine.yaml", "parallel.shard=2"),
                     ("verify", "up", "--source", "dense", "--layers", "0:1"),
                     ("plugins", "--json"),
                     ("config", "mine.yaml", "train.steps=2"),

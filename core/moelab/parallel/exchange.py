@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from moelab.moe.contracts import ExpertBackend, ExpertProblem
 from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
-from moelab.moe.experts import ExpertBank
+from moelab.moe.experts import ExpertBank, compute_dtype
 from moelab.moe.routing import Routing
 
 
@@ -39,7 +39,8 @@ class ExchangeBackend:
         there = plan.counts.view(ranks, -1)  # [R, E / R]: rows for each expert of each rank
         here = wait_tensor(all_to_all_single(there.contiguous(), None, None, self.mesh))  # [R, E / R]: from each rank
         send, receive = torch.stack([there.sum(1), here.sum(1)]).tolist()
-        rows = _exchange(gather_rows(x, plan), receive, send, self.mesh)
+        narrow = x.to(compute_dtype(x))  # as the inner backend will, and half the bytes where that is bf16
+        rows = _exchange(gather_rows(narrow, plan), receive, send, self.mesh)
         out = self.inner(rows, _arrived(here, rows.shape[0]), _local(bank))
         back = _exchange(out, send, receive, self.mesh)
         return combine_rows(back, routing.weight, plan).to(x.dtype)
