@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moelab.registry import Registry
+from moelab_tools.upcycle_report import source_lines
 from moelab_upcycling.maker import build_parts, logit_std
 from moelab_upcycling.plan import Plan
 from moelab_upcycling.source import DenseSource
@@ -50,9 +51,10 @@ def write_receipt(plan: Plan, registry: Registry, output: Path) -> dict[str, Any
     """Compare, and store beside the checkpoint: as many first layers as fit into half of the free memory."""
     receipt: dict[str, Any] = {"layers": {str(i): _expected(plan, registry, i) for i in plan.target.layouts}}
     layers = _layers_that_fit(plan)
+    receipt["source"] = source_lines(plan)
     receipt["layers_compared"], receipt["of_layers"] = layers, plan.target.num_hidden_layers
     if layers:
-        receipt |= _compare(Path(plan.sources[0]), output, layers, plan, receipt["layers"])
+        receipt |= _compare(plan, output, layers, receipt["layers"], registry)
     write_text(output / RECEIPT, json.dumps(receipt, indent=2) + "\n")
     return receipt
 
@@ -83,7 +85,7 @@ def print_receipt(console: Console, receipt: dict[str, Any]) -> None:
 def _expected(plan: Plan, registry: Registry, layer_id: int) -> dict[str, float]:
     """What follows from the plan and the norm alone."""
     parts = build_parts(plan, registry, layer_id)
-    with DenseSource(Path(plan.sources[0])) as source:
+    with DenseSource(Path(plan.sources[0]), registry) as source:
         sharpness = logit_std(source, layer_id, parts.router.std)
     layout = plan.target.layouts[layer_id]
     mass = top_k_mass(layout.num_experts, layout.num_experts_per_tok, sharpness, plan.target.norm_topk_prob)
@@ -113,12 +115,13 @@ def _layers_that_fit(plan: Plan) -> int:
     return count
 
 
-def _compare(source: Path, output: Path, layers: int, plan: Plan, by_layer: dict[str, Any]) -> dict[str, Any]:
+def _compare(plan: Plan, output: Path, layers: int, by_layer: dict[str, Any], registry: Registry) -> dict[str, Any]:
     import torch
 
-    tokens, probe = _probe(source, plan.target.vocab_size, plan.seed)
-    dense = _read(source, layers, tokens, plan.target.vocab_size)
-    made = _read(output, layers, tokens, plan.target.vocab_size)
+    source = Path(plan.sources[0])
+    tokens, probe = _probe(output, plan.target.vocab_size, plan.seed)
+    dense = _read(source, layers, tokens, plan.target.vocab_size, registry)
+    made = _read(output, layers, tokens, plan.target.vocab_size, registry)
     for layer, mass, busiest in zip(sorted(map(int, by_layer)), made.masses, made.most_loaded, strict=False):
         by_layer[str(layer)] |= {"top_k_mass": mass, "busiest": busiest}
     targets = torch.tensor(tokens[1:])
@@ -134,12 +137,12 @@ def _compare(source: Path, output: Path, layers: int, plan: Plan, by_layer: dict
     }
 
 
-def _probe(source: Path, vocab_size: int, seed: int) -> tuple[list[int], str]:
-    """Token ids of a text where the source has a tokenizer, else random ones."""
-    if (source / "tokenizer.json").exists():
+def _probe(folder: Path, vocab_size: int, seed: int) -> tuple[list[int], str]:
+    """Token ids of a text where a tokenizer went along with the source, else random ones."""
+    if (folder / "tokenizer.json").exists():
         from moelab.data.tokenizer_file import guarded, load_fast
 
-        path = source / "tokenizer.json"
+        path = folder / "tokenizer.json"
         tokens = guarded(lambda: load_fast(path).encode(_PROBE).ids, path)[:SEQUENCE]
         if len(tokens) > 1 and max(tokens) < vocab_size:
             return tokens, "text"
@@ -147,10 +150,10 @@ def _probe(source: Path, vocab_size: int, seed: int) -> tuple[list[int], str]:
     return [int(word) % vocab_size for word in raw], "random token ids (the source has no tokenizer.json)"
 
 
-def _read(folder: Path, layers: int, tokens: list[int], vocab_size: int) -> _Reading:
+def _read(folder: Path, layers: int, tokens: list[int], vocab_size: int, registry: Registry) -> _Reading:
     import torch
 
-    model = _load_first_layers(folder, layers)
+    model = _load_first_layers(folder, layers, registry)
     with torch.inference_mode():
         answer = model(torch.tensor([tokens]))
     masses, busiest = [], []
@@ -162,19 +165,18 @@ def _read(folder: Path, layers: int, tokens: list[int], vocab_size: int) -> _Rea
     return _Reading(answer.logits[0, :, :vocab_size].double().log_softmax(-1), masses, busiest)
 
 
-def _load_first_layers(folder: Path, layers: int) -> Transformer:
+def _load_first_layers(folder: Path, layers: int, registry: Registry) -> Transformer:
     """The checkpoint's model cut off after some layers, in float32."""
     import torch
 
     from moelab.builder import build_model
-    from moelab.hf.config import read_config
-    from moelab.hf.files import TensorFolder
+    from moelab.hf.checkpoint_folder import open_folder
     from moelab.hf.names import LM_HEAD, pieces
 
-    config = replace(read_config(folder), num_hidden_layers=layers)
+    opened = open_folder(folder, registry)
+    config, stored = replace(opened.config, num_hidden_layers=layers), opened.stored
     model = build_model(config, device="meta", seed=None).to_empty(device="cpu")
     model.tie_weights()
-    stored = TensorFolder(folder)
     with torch.no_grad():
         for name, parameter in model.state_dict().items():
             if name == LM_HEAD and config.tie_word_embeddings:

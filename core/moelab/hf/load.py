@@ -8,10 +8,9 @@ import torch
 
 from moelab.builder import build_model
 from moelab.errors import CheckpointError, ConfigError
-from moelab.hf.config import read_config
+from moelab.hf.checkpoint_folder import open_folder
 from moelab.hf.files import TensorFolder
 from moelab.hf.names import EMBEDDING, LM_HEAD, Piece, Shape, pieces
-from moelab.hf.sizes import check_sizes
 from moelab.nn.room import check_room
 from moelab.nn.transformer import Transformer
 from moelab.paths import user_path
@@ -24,14 +23,13 @@ def load_hf(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Transformer:
-    """The model of a Qwen2 or Qwen2-MoE checkpoint, in evaluation mode, cast to `dtype` as `model.to` does.
+    """The model of a folder, of any kind that hf/config.py reads, for evaluation, cast to `dtype` as `model.to` does.
 
     Raises CheckpointError naming file, tensor and cure, before any weight is read.
     """
     folder = user_path(folder)
-    config = read_config(folder)
-    stored = TensorFolder(folder)
-    check_sizes(config, stored)
+    opened = open_folder(folder, registry)
+    config, stored = opened.config, opened.stored
     try:
         model = build_model(config, registry, device="meta", seed=None)
     except ConfigError as error:
