@@ -38,7 +38,7 @@ FLOORS = (
     {"config"},
     {"data"},
     {"moe"},
-    {"nn", "initialisers"},
+    {"nn", "initialisers", "dense_sources"},
     {"hookspecs", "plugin_modules", "installed", "initialiser_promises"},
     {"registry"},
     {"layouts", "trust"},

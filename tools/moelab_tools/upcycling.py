@@ -78,7 +78,7 @@ def run_upcycle(request: UpcycleRequest) -> None:
     if request.receipt and outcome.complete and output is not None:
         with layers_bar(console) as bar:
             task = bar.add_task("receipt", total=plan.target.num_hidden_layers)
-            probe = probe_of(config, Path(plan.sources[0]), plan.target.vocab_size, plan.seed, loaded.places("receipt"))
+            probe = probe_of(config, output, plan.target.vocab_size, plan.seed, loaded.places("receipt"))
             receipt = write_receipt(plan, registry, output, probe, lambda: bar.advance(task))
         print_receipt(console, receipt)
 

@@ -26,7 +26,7 @@ FORMAT = 1  # of the bytes: raised whenever the same recipe and seed would give 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of the output. `role`: copy, expert, shared, router or shared_gate."""
+    """One tensor of the output. `role`: copy, zeros, expert, shared, router or shared_gate."""
 
     name: str
     dtype: str
@@ -188,7 +188,11 @@ def _split(tensors: list[OutputTensor], limit: int) -> list[list[OutputTensor]]:
 def _layer(target: Target, layer_id: int, dtype: str, sources: list[DenseSource]) -> list[OutputTensor]:
     """In the order of making: all that needs one source matrix stands together, so one at a time is held."""
     hidden = target.hidden_size
-    made = [_copy(sources, name, dtype) for name in names.attention(layer_id)]
+    found = names.attention(layer_id, qkv_bias=target.qkv_bias, use_qk_norm=target.use_qk_norm)
+    made = [
+        _copy(sources, name, dtype) if name in sources[0].tensors else _zero_bias(sources, name, dtype)
+        for name in found
+    ]
     layout = target.layouts.get(layer_id)
     if layout is None:
         return made + [_copy(sources, names.dense_ffn(layer_id, matrix), dtype) for matrix in MATRICES]
@@ -215,6 +219,12 @@ def _rest(target: Target, dtype: str, sources: list[DenseSource]) -> list[Output
     head = names.LM_HEAD if names.LM_HEAD in sources[0].tensors else names.EMBEDDING  # untie: tied in the source
     made.append(_copy(sources, head, dtype, rows=target.vocab_size, name=names.LM_HEAD))
     return made
+
+
+def _zero_bias(sources: list[DenseSource], name: str, dtype: str) -> OutputTensor:
+    """A bias that the source hasn't got: the same function."""
+    rows = sources[0].tensors[name.removesuffix("bias") + "weight"].shape[0]
+    return OutputTensor(name, dtype, (rows,), "zeros")
 
 
 def _copy(

@@ -12,9 +12,8 @@ from moelab.config.typed import OPTIONS, SCHEMA
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import CheckpointError, ConfigError, near
 from moelab.hf.carried import check_vocabulary
-from moelab.hf.config import CONFIG_FILE, read_config
-from moelab.hf.files import TensorFolder, read_json
-from moelab.hf.sizes import check_sizes
+from moelab.hf.checkpoint_folder import CheckpointFolder
+from moelab.hf.config import read_fields
 from moelab.layouts import build_layouts
 from moelab.moe.layout import ExpertLayout
 from moelab.registry import Registry
@@ -22,7 +21,7 @@ from moelab.registry import Registry
 # What the weights fix: a recipe may repeat these, not change them.
 _FIXED = (
     "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "rope_scaling", "qkv_bias", "use_qk_norm",
 )  # fmt: skip
 # Fields of a dense config.json that mean the same in a Qwen2-MoE one.
 _CARRIED = (
@@ -40,6 +39,8 @@ class Target:
     num_hidden_layers: int
     vocab_size: int
     tie_word_embeddings: bool
+    qkv_bias: bool
+    use_qk_norm: bool
     initializer_range: float
     layouts: Mapping[int, ExpertLayout]  # of the sparse layers
     shared_intermediate_size: int
@@ -49,13 +50,13 @@ class Target:
     config: Mapping[str, Any]  # the output's config.json, without its dtype
 
 
-def resolve_target(config: UpcycleConfig, stored: TensorFolder, registry: Registry) -> tuple[ModelConfig, Target]:
+def resolve_target(config: UpcycleConfig, opened: CheckpointFolder, registry: Registry) -> tuple[ModelConfig, Target]:
     """The source's model and the output's. ConfigError where the recipe's `model` does not fit the source."""
-    folder, path = stored.folder, stored.folder / CONFIG_FILE
-    source, raw = read_config(folder), read_json(path)
-    check_sizes(source, stored)
+    folder, source = opened.stored.folder, opened.config
+    fields = read_fields(folder)
+    path, raw = fields.path, fields.values
     if source.moe is not None:
-        raise CheckpointError(f"{path}: is a Qwen2-MoE already; only a dense Qwen2 can be upcycled")
+        raise CheckpointError(f"{path}: has experts already; only a dense model can be upcycled")
     dense = replace(source)
     given = dict(config.model)
     moe = given.pop("moe", None)
@@ -83,6 +84,7 @@ def resolve_target(config: UpcycleConfig, stored: TensorFolder, registry: Regist
         raise ConfigError("model.moe: names no layout; write model.moe.layout, as configs/upcycle/*.yaml do")
     if config.untie:
         dense.tie_word_embeddings = False
+    dense.qkv_bias = True  # Qwen2-MoE's readers all have them: zero ones, exactly what the source computes
     dense.check()
     return source, _with_experts(dense, _moe(moe), raw, registry)
 
@@ -134,6 +136,8 @@ def _with_experts(dense: ModelConfig, moe: MoEConfig, raw: Mapping[str, Any], re
         num_hidden_layers=dense.num_hidden_layers,
         vocab_size=dense.vocab_size,
         tie_word_embeddings=dense.tie_word_embeddings,
+        qkv_bias=dense.qkv_bias,
+        use_qk_norm=dense.use_qk_norm,
         initializer_range=dense.initializer_range,
         layouts=layouts,
         shared_intermediate_size=width,
@@ -167,8 +171,11 @@ def _config_json(dense: ModelConfig, raw: Mapping[str, Any], moe_fields: Mapping
     """In the style of transformers 4: 4.57 reads theta 10,000 from a config that has only `rope_parameters`."""
     carried = {key: raw[key] for key in _CARRIED if raw.get(key) is not None}
     sizes = {field.name: getattr(dense, field.name) for field in fields(ModelConfig) if field.name != "moe"}
-    if sizes["head_dim"] is None:
-        del sizes["head_dim"]
+    for key in ("qkv_bias", "use_qk_norm"):
+        del sizes[key]  # what the kind of model says
+    for key in ("head_dim", "rope_scaling"):
+        if sizes[key] is None:
+            del sizes[key]
     return {
         "architectures": ["Qwen2MoeForCausalLM"],
         "model_type": "qwen2_moe",

@@ -134,10 +134,10 @@ def verify(
     verdict.differences += _check_index(output, plan)
     chosen = {shard.file: _chosen(shard, plan, full) for shard in shards}
     announce(sum(tensor.nbytes for tensors in chosen.values() for tensor, _ in tensors))
-    sources = [DenseSource(Path(folder)) for folder in plan.sources]
     registry = registry_of(
         UpcycleConfig(plugins=list(plan.plugins), entry_points=plan.entry_points), [Path(p) for p in plan.search_path]
     )
+    sources = [DenseSource(Path(folder), registry) for folder in plan.sources]
     maker = Maker(plan, registry, sources)
     try:
         for shard in shards:

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from moelab.builder import build_model
 from moelab.errors import CheckpointError, ConfigError
-from moelab.hf.config import read_config
+from moelab.hf.checkpoint_folder import open_folder
 from moelab.hf.files import TensorFolder
 from moelab.hf.names import EMBEDDING, LM_HEAD, Piece, Shape, pieces
-from moelab.hf.sizes import check_sizes
 from moelab.nn.room import check_room
 from moelab.nn.transformer import Transformer
 from moelab.paths import user_path
@@ -26,7 +25,7 @@ def load_hf(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Transformer:
-    """The model of a Qwen2 or Qwen2-MoE checkpoint, in evaluation mode, cast to `dtype` as `model.to` does.
+    """The model of a folder, of any kind that hf/config.py reads, for evaluation, cast to `dtype` as `model.to` does.
 
     Raises CheckpointError naming file, tensor and cure, before any weight is read.
     """
@@ -42,9 +41,8 @@ class HFWeights:
 
     def __init__(self, folder: Path, registry: Registry | None = None) -> None:
         """Raises CheckpointError naming file, tensor and cure."""
-        config = read_config(folder)
-        self._stored = TensorFolder(folder)
-        check_sizes(config, self._stored)
+        opened = open_folder(folder, registry)
+        config, self._stored = opened.config, opened.stored
         try:
             self.model = build_model(config, registry, device="meta", seed=None)  # without a number in it
         except ConfigError as error:
