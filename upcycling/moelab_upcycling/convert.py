@@ -59,6 +59,8 @@ def prepare(config: UpcycleConfig, registry: Registry, search_path: Sequence[Pat
     try:
         dense, target = resolve_target(config, sources[0].opened, registry)
         recipe = replace(config.recipe)
+        if not target.shared_intermediate_size:
+            recipe.shared = {"name": "zero"}  # nothing is made of it
         for axis, point in AXES.items():
             setattr(recipe, axis, registry.resolve(point, getattr(recipe, axis), f"recipe.{axis}"))
         plan = make_plan(config, dense, target, recipe, sources)

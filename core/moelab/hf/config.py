@@ -51,7 +51,11 @@ def read_config(folder: Path, registry: Registry | None = None) -> ModelConfig:
 
 def describe(folder: Path, registry: Registry | None = None) -> Described:
     """`read_config`, and the kind of model that it is."""
-    fields = read_fields(folder)
+    return described_by(read_fields(folder), registry)
+
+
+def described_by(fields: Fields, registry: Registry | None = None) -> Described:
+    """`describe` of fields in the words of config.json."""
     model_type, kind = _kind(fields, registry)
     _check_supported(fields, kind)
     heads = fields.number("num_attention_heads", int)

@@ -31,6 +31,40 @@ class MoEFormat:
     window: int | None = None
     parts: Callable[[str, ModelConfig], list[Part]] = as_named
     stored_name: Callable[[str], str] = str  # Qwen2-MoE's name of a tensor -> its name here
+    has_shared: bool = False  # a gated shared expert, which must be there
+    # config.json in Qwen2-MoE's fields -> in its own
+    written: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+
+    always_normalised: bool = False  # the weights of the chosen experts sum to one
+    always_sparse: bool = False  # every layer has experts
+
+    def misfits(self, *, norm_topk_prob: bool, some_dense: bool) -> list[str]:
+        """Why it can't hold such a router and such layers; [] where it can."""
+        found = []
+        if self.always_normalised and not norm_topk_prob:
+            found.append(f"the router's norm_topk_prob is false, and {self.title}'s weights sum to one")
+        if self.always_sparse and some_dense:
+            found.append(f"some layers are dense, and all of {self.title}'s have experts")
+        return found
+
+
+def _as_qwen2_moe(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`qkv_bias` only where it is not the default, which readers other than transformers assume."""
+    return {key: value for key, value in fields.items() if key != "qkv_bias" or not value}
+
+
+def _as_qwen3_moe(fields: Mapping[str, Any]) -> dict[str, Any]:
+    absent = ("qkv_bias", "shared_expert_intermediate_size")
+    return {key: value for key, value in fields.items() if key not in absent} | {"attention_bias": False}
+
+
+def _as_mixtral(fields: Mapping[str, Any]) -> dict[str, Any]:
+    absent = (
+        "qkv_bias", "shared_expert_intermediate_size", "num_experts", "moe_intermediate_size", "norm_topk_prob",
+        "decoder_sparse_step", "mlp_only_layers", "use_sliding_window", "max_window_layers",
+    )  # fmt: skip
+    own = {"num_local_experts": fields["num_experts"], "intermediate_size": fields["moe_intermediate_size"]}
+    return {key: value for key, value in fields.items() if key not in absent} | own | {"sliding_window": None}
 
 
 def _qwen2_moe(config: ModelConfig, fields: Fields) -> None:
@@ -46,7 +80,11 @@ def _qwen3_moe(config: ModelConfig, fields: Fields) -> None:
 
 
 def _qwen_layers(fields: Fields) -> MoEConfig | None:
-    num_experts = fields.number("num_experts", int)
+    # transformers 5 writes Qwen3-MoE's as num_local_experts (attribute_map of its config)
+    key = "num_experts" if fields.get("num_experts") is not None else "num_local_experts"
+    num_experts = fields.number("num_experts" if fields.get(key) is None else key, int)
+    if fields.get("num_local_experts", num_experts) != num_experts:
+        fields.refuse("num_local_experts", f"num_experts says {num_experts}: remove the wrong one")
     if num_experts == 0:  # transformers: every layer dense
         return None
     step = fields.number("decoder_sparse_step", int, 1)
@@ -113,13 +151,17 @@ MOE_FORMATS: Mapping[str, MoEFormat] = {
         _qwen2_moe,
         only={"attention_bias": ((True,), "Qwen2-MoE says it with qkv_bias; remove this key")},
         unused=frozenset({"qkv_bias"}),
+        has_shared=True,
+        written=_as_qwen2_moe,
     ),
     "qwen3_moe": MoEFormat(
         "Qwen3MoeForCausalLM",
         "Qwen3-MoE",
         _qwen3_moe,
         model={"qkv_bias": False, "use_qk_norm": True},
+        unused=frozenset({"num_local_experts"}),
         only=WITHOUT_BIASES,
+        written=_as_qwen3_moe,
     ),
     "mixtral": MoEFormat(
         "MixtralForCausalLM",
@@ -131,5 +173,8 @@ MOE_FORMATS: Mapping[str, MoEFormat] = {
         unused=frozenset({"num_local_experts", "router_jitter_noise"}),  # the noise is training's
         parts=_mixtral_parts,
         stored_name=_mixtral_name,
+        written=_as_mixtral,
+        always_normalised=True,
+        always_sparse=True,
     ),
 }

@@ -46,16 +46,11 @@ def write_config(
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     _check_parameters(model, blocks, fields, model_type)
-    fields |= OF_KIND.get(model_type, lambda fields: {})(fields)
     constants = _constants() | ({"output_router_logits": False} | aux_loss_fields(model.config) if blocks else {})
     for key in extra or {}:
         if key in fields and key not in constants:
             raise ValueError(f"config_extra: {key} is decided by the model, so it can't be given")
-    left = {**constants, **fields, **dict(extra or {})}
-    return {key: left[key] for key in sorted(left) if left[key] is not _ABSENT}
-
-
-_ABSENT = object()  # a field that a kind has not got
+    return dict(sorted(WRITTEN[model_type]({**constants, **fields, **dict(extra or {})}).items()))
 
 
 def model_type_of(model: Transformer) -> tuple[str, str]:
@@ -82,26 +77,18 @@ def _blocks(model: Transformer) -> dict[int, MoEBlock]:
     return {i: layer.mlp for i, layer in enumerate(model.layers) if isinstance(layer.mlp, MoEBlock)}
 
 
-def _of_llama(fields: Mapping[str, Any]) -> dict[str, Any]:
-    window = ("use_sliding_window", "sliding_window", "max_window_layers")
-    return {"attention_bias": False, "mlp_bias": False, **dict.fromkeys(window, _ABSENT)}
+def _as_llama(fields: Mapping[str, Any]) -> dict[str, Any]:
+    absent = ("use_sliding_window", "sliding_window", "max_window_layers")
+    kept = {key: value for key, value in fields.items() if key not in absent}
+    return kept | {"attention_bias": False, "mlp_bias": False}
 
 
-def _of_mixtral(fields: Mapping[str, Any]) -> dict[str, Any]:
-    absent = (
-        "num_experts", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
-        "use_sliding_window", "max_window_layers",
-    )  # fmt: skip
-    own = {"num_local_experts": fields["num_experts"], "intermediate_size": fields["moe_intermediate_size"]}
-    return {**dict.fromkeys(absent, _ABSENT), **own}
-
-
-# {model_type: what config.json says otherwise than Qwen2's or Qwen2-MoE's}
-OF_KIND: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "llama": _of_llama,
-    "qwen3": lambda fields: {"attention_bias": False},
-    "qwen3_moe": lambda fields: {"attention_bias": False},
-    "mixtral": _of_mixtral,
+# {model_type: config.json in Qwen2's fields -> in its own}
+WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "llama": _as_llama,
+    "qwen2": dict,
+    "qwen3": lambda fields: {**fields, "attention_bias": False},
+    **{model_type: kind.written for model_type, kind in MOE_FORMATS.items()},
 }
 
 
@@ -130,8 +117,8 @@ def _dense_fields(model: Transformer, model_type: str) -> dict[str, Any]:
     fields["max_window_layers"] = config.num_hidden_layers
     if config.rope_scaling is not None:
         fields["rope_scaling"] = dict(config.rope_scaling)
-    if model_type == "qwen2_moe" and not config.qkv_bias:
-        fields["qkv_bias"] = False
+    if model_type in MOE_FORMATS:
+        fields["qkv_bias"] = config.qkv_bias
     named = model_type in ("qwen3", "qwen3_moe")  # whose default is no quotient of sizes
     if named or config.attention_head_dim * config.num_attention_heads != config.hidden_size:
         fields["head_dim"] = config.attention_head_dim
@@ -157,11 +144,9 @@ def _moe_fields(model: Transformer, blocks: Mapping[int, MoEBlock], model_type: 
                 if agreed != value:
                     reasons.append(f"layer {layer_id}, {part}: {key} is {value}, but {agreed} in layer {first}")
     step, dense = _sparse_pattern(set(blocks), model.config.num_hidden_layers)
-    if model_type == "mixtral":
-        if not chosen.get("norm_topk_prob", (0, True))[1]:
-            reasons.append("its router's norm_topk_prob is false, and Mixtral's weights sum to one")
-        if step != 1 or dense:
-            reasons.append("some layers are dense, and all of Mixtral's have experts")
+    reasons += MOE_FORMATS[model_type].misfits(
+        norm_topk_prob=chosen.get("norm_topk_prob", (0, True))[1], some_dense=step != 1 or bool(dense)
+    )
     _raise(reasons, model_type)
     return {
         **{key: value for key, (_, value) in chosen.items()},
@@ -171,7 +156,7 @@ def _moe_fields(model: Transformer, blocks: Mapping[int, MoEBlock], model_type: 
 
 
 def _shared_fields(block: MoEBlock, model_type: str) -> dict[str, Any] | str:
-    if model_type == "qwen2_moe":
+    if MOE_FORMATS[model_type].has_shared:
         return qwen2_moe_fields(block.shared_expert)
     return {} if block.shared_expert is None else f"there is one, and {MOE_FORMATS[model_type].title} has none"
 
