@@ -32,7 +32,7 @@ FLOORS = (
     {"printable"},
     {"errors", "seeds", "components", "checksums", "shortage"},
     {"paths", "safe_files", "alarms", "plugin_faults", "atomic"},
-    {"records", "lock"},
+    {"records", "lock", "hub"},
     {"manifest", "tensor_file"},
     {"tensor_values"},
     {"config"},

@@ -23,6 +23,7 @@ from rich.progress import (
 from moelab.config.load import load_config
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import ConfigError, RunFailure
+from moelab.hub import user_folder
 from moelab.paths import user_path
 from moelab_tools.terminal import make_console
 from moelab_tools.upcycle_probe import probe_of
@@ -51,6 +52,7 @@ def run_upcycle(request: UpcycleRequest) -> None:
     loaded = load_config(request.arguments, UpcycleConfig)
     config = loaded.config
     try:
+        config.source = [str(user_folder(source, "source")) for source in config.sources]
         folders = loaded.places("plugins").all()
         registry = registry_of(config, folders)
         plan = prepare(config, registry, folders)
