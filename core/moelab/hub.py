@@ -30,7 +30,7 @@ def user_folder(text: str | Path, key: str | None = None) -> Path:
     """
     path = user_path(text, key) if key is not None else user_path(text)
     match = _NAME.fullmatch(str(text)) if isinstance(text, str) else None
-    if match is None or path.exists():
+    if match is None or path.parent.exists():  # runs/nothing is a path that was mistyped, and no name
         return path
     found = _snapshot(match[1], match[2])
     if found is None:

@@ -125,7 +125,7 @@ def tokenizer_files(spec: str) -> dict[str, bytes]:
     """What stands beside the tokenizer.json that `data.tokenizer` names."""
     if spec == BYTES:
         return {}
-    path = user_path(spec, "data.tokenizer")
+    path = user_folder(spec, "data.tokenizer")
     return tokenizer_side_files(path if path.is_dir() else path.parent)
 
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from moelab.errors import DataError
+from moelab.hub import user_folder
 from moelab.paths import unresolved_hint
 from moelab.safe_files import Reading, read_bytes
 
