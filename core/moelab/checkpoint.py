@@ -21,6 +21,7 @@ from moelab.config.run import RunConfig
 from moelab.config.stored import read_stored
 from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.files import read_header
+from moelab.hf.gguf_file import gguf_of
 from moelab.manifest import MANIFEST, read_manifest
 from moelab.nn.pieces import fill_from, is_piece
 from moelab.nn.transformer import Transformer
@@ -50,6 +51,8 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 def resolve_checkpoint(path: Path) -> Path:
     """The folder that holds the weights. Raises CheckpointError when there is none."""
+    if gguf_of(path) is not None:  # a file, or a folder of one
+        return path
     if not path.is_dir():
         hint = where_it_may_be(path) or "; give a run folder, a checkpoint, or a Hugging Face folder"
         raise CheckpointError(f"{path}: no such folder{hint}")

@@ -20,6 +20,7 @@ import pluggy
 if TYPE_CHECKING:
     from moelab.alarms import Alarm, AlarmChange
     from moelab.data.corpus import Corpus, DataContext
+    from moelab.dense_sources import DenseArchitecture
     from moelab.initialisers import (
         ExpertInitialiser,
         OutputScaling,
@@ -99,6 +100,10 @@ ROUTER_INITIALISERS: ExtensionPoint[UpcycleContext, RouterInitialiser] = Extensi
 OUTPUT_SCALINGS: ExtensionPoint[UpcycleContext, OutputScaling] = ExtensionPoint(
     "output scaling", "moelab_output_scalings", "recipe.scaling", "moelab_upcycling.initialisers.scaling",
     "Upcycling, axis `recipe.scaling`: the factor on the routed experts' down projections.",
+)  # fmt: skip
+DENSE_SOURCES: ExtensionPoint[Mapping[str, Any], DenseArchitecture] = ExtensionPoint(
+    "dense source", "moelab_dense_sources", "source", "moelab_upcycling.sources",
+    "Which dense models can be read, by `model_type`: config.json's fields -> how fields and tensors are read.",
 )  # fmt: skip
 DATA_SOURCES: ExtensionPoint[DataContext, Corpus] = ExtensionPoint(
     "data source", "moelab_data_sources", "data.source", "moelab_plugins.data_sources",

@@ -12,11 +12,11 @@ from moelab.checkpoint import OwnWeights, is_moelab, read_run_config
 from moelab.data.tokenizer import load_tokenizer
 from moelab.errors import CheckpointError
 from moelab.hf.load import HFWeights, load_hf
+from moelab.hub import user_folder
 from moelab.integrity import verified
 from moelab.nn.generate import Speech
 from moelab.nn.transformer import Transformer
 from moelab.origin import end_token_ids, read_origin
-from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab.stored_weights import StoredWeights, build_empty, fill
 from moelab.trust import stored_registry
@@ -40,7 +40,7 @@ def load(
     `registry`: the plugins that you name, `Registry(["my_router"])`; None: the installed ones. Other code that the
     folder names is imported only with `trust`. Raises CheckpointError naming the file and the cure.
     """
-    folder = verified(user_path(path), verify=verify)
+    folder = verified(user_folder(path), verify=verify)
     return read_model(folder, dtype=dtype, device=device, registry=registry, trust=trust)
 
 

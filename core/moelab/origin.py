@@ -32,6 +32,7 @@ from moelab.hf.carried import (
 )
 from moelab.hf.config import CONFIG_FILE, read_config
 from moelab.hf.files import READING, read_json
+from moelab.hub import user_folder
 from moelab.integrity import Choice, newest_whole
 from moelab.paths import unresolved_hint, user_path
 from moelab.registry import Registry
@@ -76,7 +77,7 @@ def read_origin(path: str | Path) -> Origin:
 
     Raises CheckpointError naming the file and the cure.
     """
-    folder = resolve_checkpoint(user_path(path))
+    folder = resolve_checkpoint(user_folder(path))
     model = read_run_config(folder).model if is_moelab(folder) else read_config(folder)
     return Origin(folder, model, _tokenizer(folder))
 
@@ -95,7 +96,7 @@ def origin_of(config: Mapping[str, Any], *, verify: bool = True) -> Origin | Non
     if init_from is None:
         return None
     try:
-        return read_origin(user_path(init_from, "train.init_from"))
+        return read_origin(user_folder(init_from, "train.init_from"))
     except CheckpointError as error:
         raise CheckpointError(f"train.init_from: {error}{unresolved_hint(init_from)}") from error
 
@@ -126,7 +127,7 @@ def tokenizer_files(spec: str) -> dict[str, bytes]:
     """What stands beside the tokenizer.json that `data.tokenizer` names."""
     if spec == BYTES:
         return {}
-    path = user_path(spec, "data.tokenizer")
+    path = user_folder(spec, "data.tokenizer")
     return tokenizer_side_files(path if path.is_dir() else path.parent)
 
 

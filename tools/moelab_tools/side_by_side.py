@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moelab.hf.load import HFWeights
 from moelab.nn.transformer import LayerState
+from moelab.registry import Registry
 
 _PIECE = 128  # tokens whose logits stand at once
 LOOKED_AT = 16  # every so many tokens a layer's own prediction is read off
@@ -46,8 +47,8 @@ class SideBySide:
 class _Streamed:
     """A model of which embedding, norm and head stay, and each layer comes when it is its turn."""
 
-    def __init__(self, folder: Path) -> None:
-        self.weights = HFWeights(folder)
+    def __init__(self, folder: Path, registry: Registry | None) -> None:
+        self.weights = HFWeights(folder, registry)
         self.model = self.weights.model.float().eval()
         for name in ("embed_tokens", "norm"):
             self._bring(name)
@@ -91,13 +92,19 @@ class _Streamed:
 
 @torch.inference_mode()
 def side_by_side(
-    first: Path, second: Path, ids: Tensor, targets: Tensor, progress: Callable[[], None] = lambda: None
+    first: Path,
+    second: Path,
+    ids: Tensor,
+    targets: Tensor,
+    *,
+    registry: Registry | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> SideBySide:
     """Two Hugging Face folders with as many layers, in float32; ids [B, S] and targets [B, S], -100 where none is.
 
     The vocabularies may differ in rows beyond the smaller one, which are left out. `progress` is called after a layer.
     """
-    models = (_Streamed(first), _Streamed(second))
+    models = (_Streamed(first, registry), _Streamed(second, registry))
     vocabulary = min(model.model.config.vocab_size for model in models)
     for model in models:
         model.begin(ids)

@@ -30,6 +30,7 @@ class Probe:
     document: Tensor  # [B, S] int64, of the target
     said: str  # what it is, for the receipt
     text: bool
+    registry: Registry  # of the plugins with torch: of the data source, and of the models
 
 
 def probe_of(config: UpcycleConfig, folder: Path, vocab_size: int, seed: int, places: Places) -> Probe:
@@ -39,27 +40,29 @@ def probe_of(config: UpcycleConfig, folder: Path, vocab_size: int, seed: int, pl
     """
     import torch
 
+    registry = Registry(config.plugins, config.entry_points, places)
     sequences = -(-config.receipt.tokens // LENGTH)
     reason = "the source has no tokenizer.json"
     if (folder / "tokenizer.json").is_file():
         try:
-            return _text(config, folder, vocab_size, sequences, places)
+            return _text(config, folder, vocab_size, sequences, registry, places)
         except DataError as error:
             reason = str(error)
     logger.warning("receipt: random token ids, on which no loss means anything: %s", reason)
     raw = stream(seed, "receipt/2", 0, "probe").random_raw(sequences * (LENGTH + 1))
     ids = torch.tensor([int(word) % vocab_size for word in raw]).view(sequences, LENGTH + 1)
     document = torch.arange(sequences)[:, None].expand(-1, LENGTH)
-    return Probe(ids[:, :-1], ids[:, 1:], document, f"random token ids ({reason})", text=False)
+    return Probe(ids[:, :-1], ids[:, 1:], document, f"random token ids ({reason})", False, registry)
 
 
-def _text(config: UpcycleConfig, folder: Path, vocab_size: int, sequences: int, places: Places) -> Probe:
+def _text(
+    config: UpcycleConfig, folder: Path, vocab_size: int, sequences: int, registry: Registry, places: Places
+) -> Probe:
     from moelab.data.batches import ValidationBatches
     from moelab.data.corpus import DataContext
     from moelab.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder))
-    registry = Registry(config.plugins, config.entry_points, places, points=[DATA_SOURCES])
     context = DataContext(tokenizer, places=places)
     corpus = registry.build(DATA_SOURCES, config.receipt.source, context, "receipt.source")
     batch = next(iter(ValidationBatches(corpus.validation, sequences, LENGTH, sequences)))
@@ -71,4 +74,4 @@ def _text(config: UpcycleConfig, folder: Path, vocab_size: int, sequences: int, 
     if found < config.receipt.tokens:
         logger.warning("receipt: %d held-out tokens are all that receipt.source has", found)
     said = f"held-out text of {config.receipt.source['name']}"
-    return Probe(batch.input_ids, batch.targets, batch.target_document_id, said, text=True)
+    return Probe(batch.input_ids, batch.targets, batch.target_document_id, said, True, registry)

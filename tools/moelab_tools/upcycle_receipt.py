@@ -12,6 +12,7 @@ from rich.table import Table
 
 from moelab.registry import Registry
 from moelab_tools.upcycle_probe import Probe
+from moelab_tools.upcycle_report import source_lines
 from moelab_upcycling.maker import build_parts, logit_std
 from moelab_upcycling.plan import Plan
 from moelab_upcycling.source import DenseSource
@@ -27,7 +28,8 @@ def write_receipt(
 ) -> dict[str, Any]:
     """Compare with the first source, all layers, one after the other, and store it beside the checkpoint."""
     receipt: dict[str, Any] = {"layers": {str(i): _expected(plan, registry, i) for i in plan.target.layouts}}
-    receipt |= _compare(Path(plan.sources[0]), output, probe, plan, receipt["layers"], progress)
+    receipt["source"] = source_lines(plan)
+    receipt |= _compare(output, probe, plan, receipt["layers"], progress)
     write_text(output / RECEIPT, json.dumps(receipt, indent=2) + "\n")
     return receipt
 
@@ -62,7 +64,7 @@ def print_receipt(console: Console, receipt: dict[str, Any]) -> None:
 def _expected(plan: Plan, registry: Registry, layer_id: int) -> dict[str, float]:
     """What follows from the plan and the norm alone."""
     parts = build_parts(plan, registry, layer_id)
-    with DenseSource(Path(plan.sources[0])) as source:
+    with DenseSource(Path(plan.sources[0]), registry) as source:
         sharpness = logit_std(source, layer_id, parts.router.std)
     layout = plan.target.layouts[layer_id]
     mass = top_k_mass(layout.num_experts, layout.num_experts_per_tok, sharpness, plan.target.norm_topk_prob)
@@ -70,14 +72,15 @@ def _expected(plan: Plan, registry: Registry, layer_id: int) -> dict[str, float]
 
 
 def _compare(
-    source: Path, output: Path, probe: Probe, plan: Plan, by_layer: dict[str, Any], progress: Callable[[], None]
+    output: Path, probe: Probe, plan: Plan, by_layer: dict[str, Any], progress: Callable[[], None]
 ) -> dict[str, Any]:
     import numpy as np
 
     from moelab_tools.compare.start import judge_start
     from moelab_tools.side_by_side import side_by_side
 
-    found = side_by_side(source, output, probe.ids, probe.targets, progress)
+    source = Path(plan.sources[0])
+    found = side_by_side(source, output, probe.ids, probe.targets, registry=probe.registry, progress=progress)
     for layer, difference in enumerate(found.layers):
         row = by_layer.setdefault(str(layer), {})
         row |= {"difference": difference.relative, "kl": difference.kl}

@@ -10,6 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from moelab.config.upcycle import UpcycleConfig
+from moelab.hf.gguf_file import describe_types, gguf_of
+from moelab.registry import Registry
 from moelab_upcycling.convert import Outcome, registry_of
 from moelab_upcycling.dtypes import STORAGE, TORCH_NAMES
 from moelab_upcycling.maker import build_parts
@@ -34,6 +36,8 @@ def print_plan(console: Console, plan: Plan, config: UpcycleConfig, *, ledger: b
         f"{plan.target.shared_intermediate_size}; dense FFN {plan.target.intermediate_size}",
         soft_wrap=True,
     )
+    for line in source_lines(plan):
+        console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
     for axis in ("experts", "shared", "router", "scaling"):
         part = dict(getattr(plan.recipe, axis))
         name = part.pop("name")
@@ -57,12 +61,20 @@ def print_plan(console: Console, plan: Plan, config: UpcycleConfig, *, ledger: b
     for warning in warnings(plan, config):
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     if ledger:
-        print_ledger(console, plan)
+        print_ledger(console, plan, registry_of(config, [Path(p) for p in plan.search_path]))
 
 
-def print_ledger(console: Console, plan: Plan) -> None:
+def source_lines(plan: Plan) -> list[str]:
+    """What was decoded, and what the target has that the source lacks."""
+    files = [gguf for source in plan.sources if (gguf := gguf_of(Path(source))) is not None]
+    zeros = [tensor.name for tensor in plan.tensors if tensor.role == "zeros"]
+    added = [f"added, exactly: {len(zeros)} biases of zero on q, k and v ({zeros[0]}, ...)"] if zeros else []
+    return [f"source: {describe_types(file)}" for file in files] + added
+
+
+def print_ledger(console: Console, plan: Plan, registry: Registry) -> None:
     """Every source tensor and what it becomes; layers that fare alike stand together."""
-    sources = [DenseSource(Path(folder)) for folder in plan.sources]
+    sources = [DenseSource(Path(folder), registry) for folder in plan.sources]
     fates = ledger(plan, sources)
     grouped: Counter[tuple[str, str]] = Counter()
     for name, fate in fates.items():

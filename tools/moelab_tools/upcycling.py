@@ -23,6 +23,7 @@ from rich.progress import (
 from moelab.config.load import load_config
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import ConfigError, RunFailure
+from moelab.hub import user_folder
 from moelab.paths import user_path
 from moelab_tools.terminal import make_console
 from moelab_tools.upcycle_probe import probe_of
@@ -51,6 +52,7 @@ def run_upcycle(request: UpcycleRequest) -> None:
     loaded = load_config(request.arguments, UpcycleConfig)
     config = loaded.config
     try:
+        config.source = [str(user_folder(source, "source")) for source in config.sources]
         folders = loaded.places("plugins").all()
         registry = registry_of(config, folders)
         plan = prepare(config, registry, folders)
@@ -78,7 +80,7 @@ def run_upcycle(request: UpcycleRequest) -> None:
     if request.receipt and outcome.complete and output is not None:
         with layers_bar(console) as bar:
             task = bar.add_task("receipt", total=plan.target.num_hidden_layers)
-            probe = probe_of(config, Path(plan.sources[0]), plan.target.vocab_size, plan.seed, loaded.places("receipt"))
+            probe = probe_of(config, output, plan.target.vocab_size, plan.seed, loaded.places("receipt"))
             receipt = write_receipt(plan, registry, output, probe, lambda: bar.advance(task))
         print_receipt(console, receipt)
 

@@ -55,10 +55,12 @@ def registry_of(config: UpcycleConfig, search_path: Sequence[Path] = ()) -> Regi
 
 def prepare(config: UpcycleConfig, registry: Registry, search_path: Sequence[Path] = ()) -> Plan:
     """The plan of a config; reads headers and samples of the sources, and writes nothing."""
-    sources = [DenseSource(user_path(folder, "source")) for folder in config.sources]
+    sources = [DenseSource(user_path(folder, "source"), registry) for folder in config.sources]
     try:
-        dense, target = resolve_target(config, sources[0].stored, registry)
+        dense, target = resolve_target(config, sources[0].opened, registry)
         recipe = replace(config.recipe)
+        if not target.shared_intermediate_size:
+            recipe.shared = {"name": "zero"}  # nothing is made of it
         for axis, point in AXES.items():
             setattr(recipe, axis, registry.resolve(point, getattr(recipe, axis), f"recipe.{axis}"))
         plan = make_plan(config, dense, target, recipe, sources)

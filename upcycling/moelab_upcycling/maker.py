@@ -117,6 +117,9 @@ class Maker:
         if tensor.role == "copy":
             yield from self._copied(tensor)
             return
+        if tensor.role == "zeros":
+            yield np.zeros(tensor.shape, STORAGE[tensor.dtype])
+            return
         if self._layer is None or self._layer.layer_id != tensor.layer_id:
             self._layer = None  # frees the old matrices before the next are read
             self._layer = _Layer(self, tensor.layer_id)

@@ -15,6 +15,7 @@ from moelab.config.model import ModelConfig
 from moelab.config.upcycle import RecipeConfig, UpcycleConfig
 from moelab.errors import CheckpointError
 from moelab.hf import roles as names
+from moelab.hf.moe_formats import MOE_FORMATS
 from moelab.hf.names import hf_shapes, parameter_shapes
 from moelab.initialisers import MATRICES
 from moelab_upcycling.dtypes import SAFETENSORS_NAMES, STORAGE, TORCH_NAMES
@@ -26,7 +27,7 @@ FORMAT = 1  # of the bytes: raised whenever the same recipe and seed would give 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of the output. `role`: copy, expert, shared, router or shared_gate."""
+    """One tensor of the output. `role`: copy, zeros, expert, shared, router or shared_gate."""
 
     name: str
     dtype: str
@@ -188,22 +189,29 @@ def _split(tensors: list[OutputTensor], limit: int) -> list[list[OutputTensor]]:
 def _layer(target: Target, layer_id: int, dtype: str, sources: list[DenseSource]) -> list[OutputTensor]:
     """In the order of making: all that needs one source matrix stands together, so one at a time is held."""
     hidden = target.hidden_size
-    made = [_copy(sources, name, dtype) for name in names.attention(layer_id)]
+    found = names.attention(layer_id, qkv_bias=target.qkv_bias, use_qk_norm=target.use_qk_norm)
+    made = [
+        _copy(sources, name, dtype) if name in sources[0].tensors else _zero_bias(sources, name, dtype)
+        for name in found
+    ]
     layout = target.layouts.get(layer_id)
     if layout is None:
         return made + [_copy(sources, names.dense_ffn(layer_id, matrix), dtype) for matrix in MATRICES]
     experts = layout.num_experts
-    made.append(OutputTensor(names.router(layer_id), dtype, (experts, hidden), "router", layer_id=layer_id))
-    made.append(OutputTensor(names.shared_gate(layer_id), dtype, (1, hidden), "shared_gate", layer_id=layer_id))
+    stored = MOE_FORMATS[target.model_type].stored_name
+    made.append(OutputTensor(stored(names.router(layer_id)), dtype, (experts, hidden), "router", layer_id=layer_id))
+    shared = 1 if target.shared_intermediate_size else 0
+    if shared:
+        made.append(OutputTensor(names.shared_gate(layer_id), dtype, (1, hidden), "shared_gate", layer_id=layer_id))
     for matrix in MATRICES:
         for role, count, size in (
-            ("shared", 1, target.shared_intermediate_size),
+            ("shared", shared, target.shared_intermediate_size),
             ("expert", experts, layout.moe_intermediate_size),
         ):
             shape = (hidden, size) if matrix == "down" else (size, hidden)
             for e in range(count):
                 name = names.shared(layer_id, matrix) if role == "shared" else names.expert(layer_id, e, matrix)
-                made.append(OutputTensor(name, dtype, shape, role, layer_id=layer_id, expert=e, matrix=matrix))
+                made.append(OutputTensor(stored(name), dtype, shape, role, layer_id=layer_id, expert=e, matrix=matrix))
     return made
 
 
@@ -215,6 +223,12 @@ def _rest(target: Target, dtype: str, sources: list[DenseSource]) -> list[Output
     head = names.LM_HEAD if names.LM_HEAD in sources[0].tensors else names.EMBEDDING  # untie: tied in the source
     made.append(_copy(sources, head, dtype, rows=target.vocab_size, name=names.LM_HEAD))
     return made
+
+
+def _zero_bias(sources: list[DenseSource], name: str, dtype: str) -> OutputTensor:
+    """A bias that the source hasn't got: the same function."""
+    rows = sources[0].tensors[name.removesuffix("bias") + "weight"].shape[0]
+    return OutputTensor(name, dtype, (rows,), "zeros")
 
 
 def _copy(
@@ -247,9 +261,10 @@ def ledger(plan: Plan, sources: list[DenseSource]) -> Mapping[str, str]:
         if stored.dtype != tensor.dtype:
             verb += f", {stored.dtype} -> {tensor.dtype}"
         fate[tensor.source] = verb if tensor.name == tensor.source else f"{fate[tensor.source]}; also as {tensor.name}"
+    shared = " and the shared one" if plan.target.shared_intermediate_size else ""
     for layer_id, layout in plan.target.layouts.items():
         for matrix in MATRICES:
-            fate[names.dense_ffn(layer_id, matrix)] = f"derived: {layout.num_experts} experts and the shared one"
+            fate[names.dense_ffn(layer_id, matrix)] = f"derived: {layout.num_experts} experts{shared}"
     for name in sources[0].tensors:
         if name not in fate:
             fate[name] = "dropped: tied to embed_tokens"

@@ -1,4 +1,4 @@
-"""A dense checkpoint read as bytes: moelab.hf.files says what is there, pread brings it, the page cache is left alone.
+"""A dense checkpoint read as bytes: moelab.hf says what is there, pread brings it, the page cache is left alone.
 
 safetensors' own reader maps the file: on a cold 15 GB source its page faults cost five times the read itself.
 """
@@ -17,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moelab.errors import CheckpointError
-from moelab.hf.files import StoredTensor, TensorFolder
+from moelab.hf.checkpoint_folder import open_folder
+from moelab.hf.files import StoredTensor
+from moelab.registry import Registry
 from moelab_upcycling.dtypes import STORAGE, all_finite, raw_bytes
 
 _ITEM = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -27,10 +29,11 @@ _PIECE = 8 << 20  # bytes read at a time
 class DenseSource:
     """All tensors of a checkpoint folder, sharded or not. Picklable before the first read; close() after the last."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError for whatever `TensorFolder` refuses."""
+    def __init__(self, folder: Path, registry: Registry | None = None) -> None:
+        """Raises CheckpointError for whatever `open_folder` refuses; `registry` as there."""
         self.folder = folder
-        self.stored = TensorFolder(folder)
+        self.opened = open_folder(folder, registry)
+        self.stored = self.opened.stored
         self.tensors = self.stored.tensors
         self._open: dict[Path, int] = {}
 
@@ -86,7 +89,7 @@ class DenseSource:
         tensor = self.tensors[name]
         out = np.empty((len(rows), *tensor.shape[1:]), dtype=STORAGE[tensor.dtype])
         for place, row in enumerate(rows):
-            self._read_into(tensor, int(row) * out[0].nbytes, out[place])
+            self._read_rows(tensor, int(row), out[place : place + 1])
         return out
 
     def fingerprint(self) -> str:
@@ -104,12 +107,25 @@ class DenseSource:
 
     def _read_rows(self, tensor: StoredTensor, start: int, out: npt.NDArray[Any]) -> None:
         """Rows from `start` on. CheckpointError where a value is NaN or infinite."""
-        self._read_into(tensor, start * out[0].nbytes, out)
+        if tensor.is_plain:
+            self._read_into(tensor, start * out[0].nbytes, out)
+        else:
+            self._decode_rows(tensor, start, out)
         if not all_finite(out, tensor.dtype):
             raise CheckpointError(
                 f"{tensor.path}: '{tensor.name}' holds NaN or infinity in rows {start} to {start + len(out) - 1}; "
                 "the source is damaged: download it again"
             )
+
+    def _decode_rows(self, tensor: StoredTensor, start: int, out: npt.NDArray[Any]) -> None:
+        """Of a GGUF file; rows that are rotated come in whole heads."""
+        whole = tensor.shape[0] // tensor.paired_heads if tensor.paired_heads else 1
+        first, last = start // whole * whole, -(-(start + len(out)) // whole) * whole
+        size = tensor.nbytes // tensor.shape[0]
+        raw = np.empty((last - first, size), dtype=np.uint8)
+        self._read_into(tensor, first * size, raw)
+        heads = (last - first) // whole if tensor.paired_heads else 0
+        out[...] = tensor.decoded(raw, heads).reshape(last - first, -1)[start - first : start - first + len(out)]
 
     def _read_into(self, tensor: StoredTensor, offset: int, out: npt.NDArray[Any]) -> None:
         view = raw_bytes(out)

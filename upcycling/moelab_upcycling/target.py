@@ -12,9 +12,9 @@ from moelab.config.typed import OPTIONS, SCHEMA
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import CheckpointError, ConfigError, near
 from moelab.hf.carried import check_vocabulary
-from moelab.hf.config import CONFIG_FILE, read_config
-from moelab.hf.files import TensorFolder, read_json
-from moelab.hf.sizes import check_sizes
+from moelab.hf.checkpoint_folder import CheckpointFolder
+from moelab.hf.config import read_fields
+from moelab.hf.moe_formats import MOE_FORMATS, MoEFormat
 from moelab.layouts import build_layouts
 from moelab.moe.layout import ExpertLayout
 from moelab.registry import Registry
@@ -22,7 +22,7 @@ from moelab.registry import Registry
 # What the weights fix: a recipe may repeat these, not change them.
 _FIXED = (
     "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "rope_scaling", "qkv_bias", "use_qk_norm",
 )  # fmt: skip
 # Fields of a dense config.json that mean the same in a Qwen2-MoE one.
 _CARRIED = (
@@ -40,22 +40,25 @@ class Target:
     num_hidden_layers: int
     vocab_size: int
     tie_word_embeddings: bool
+    qkv_bias: bool
+    use_qk_norm: bool
     initializer_range: float
     layouts: Mapping[int, ExpertLayout]  # of the sparse layers
-    shared_intermediate_size: int
+    shared_intermediate_size: int  # 0: there is no shared expert
     norm_topk_prob: bool
     decoder_sparse_step: int
     mlp_only_layers: tuple[int, ...]
+    model_type: str
     config: Mapping[str, Any]  # the output's config.json, without its dtype
 
 
-def resolve_target(config: UpcycleConfig, stored: TensorFolder, registry: Registry) -> tuple[ModelConfig, Target]:
+def resolve_target(config: UpcycleConfig, opened: CheckpointFolder, registry: Registry) -> tuple[ModelConfig, Target]:
     """The source's model and the output's. ConfigError where the recipe's `model` does not fit the source."""
-    folder, path = stored.folder, stored.folder / CONFIG_FILE
-    source, raw = read_config(folder), read_json(path)
-    check_sizes(source, stored)
+    folder, source = opened.stored.folder, opened.config
+    fields = read_fields(folder)
+    path, raw = fields.path, fields.values
     if source.moe is not None:
-        raise CheckpointError(f"{path}: is a Qwen2-MoE already; only a dense Qwen2 can be upcycled")
+        raise CheckpointError(f"{path}: has experts already; only a dense model can be upcycled")
     dense = replace(source)
     given = dict(config.model)
     moe = given.pop("moe", None)
@@ -83,8 +86,26 @@ def resolve_target(config: UpcycleConfig, stored: TensorFolder, registry: Regist
         raise ConfigError("model.moe: names no layout; write model.moe.layout, as configs/upcycle/*.yaml do")
     if config.untie:
         dense.tie_word_embeddings = False
+    model_type = _target_kind(config, source)
+    dense.qkv_bias = MOE_FORMATS[model_type].model.get("qkv_bias", True)  # zero ones where the source has none
     dense.check()
-    return source, _with_experts(dense, _moe(moe), raw, registry)
+    return source, _with_experts(dense, _moe(moe), raw, registry, model_type)
+
+
+def _target_kind(config: UpcycleConfig, source: ModelConfig) -> str:
+    """The model_type of the output. ConfigError for one whose attention is not the source's."""
+    normed = {model_type: kind.model.get("use_qk_norm", False) for model_type, kind in MOE_FORMATS.items()}
+    own = next(model_type for model_type, has in normed.items() if has == source.use_qk_norm)
+    chosen = config.target or own
+    if chosen not in MOE_FORMATS:
+        raise ConfigError(f"target: must be one of {', '.join(MOE_FORMATS)}, not '{chosen}'")
+    kind = MOE_FORMATS[chosen]
+    if normed[chosen] != source.use_qk_norm:
+        has = "norms on q and k, which" if source.use_qk_norm else "no norms on q and k, and"
+        raise ConfigError(f"target: the source has {has} {kind.title} can't express; write target={own}")
+    if source.qkv_bias and not kind.model.get("qkv_bias", True):
+        raise ConfigError(f"target: the source has biases on q, k and v, and {kind.title} has none; write target={own}")
+    return chosen
 
 
 def _moe(node: Mapping[str, Any]) -> MoEConfig:
@@ -95,27 +116,26 @@ def _moe(node: Mapping[str, Any]) -> MoEConfig:
     return SCHEMA.build(MoEConfig, node, ("model", "moe"))
 
 
-def _with_experts(dense: ModelConfig, moe: MoEConfig, raw: Mapping[str, Any], registry: Registry) -> Target:
+def _with_experts(
+    dense: ModelConfig, moe: MoEConfig, raw: Mapping[str, Any], registry: Registry, model_type: str
+) -> Target:
+    kind = MOE_FORMATS[model_type]
     if moe.layers:
-        raise ConfigError("model.moe.layers: a Qwen2-MoE checkpoint has no parts by layer; leave it out")
+        raise ConfigError(f"model.moe.layers: a {kind.title} checkpoint has no parts by layer; leave it out")
     layouts = _layouts(dense, moe, registry)
     router, shared = dict(moe.router), dict(moe.shared_expert)
     if router.get("name") != "softmax_topk":
         raise ConfigError(
-            f"model.moe.router.name: '{router.get('name')}' can't be stored as Qwen2-MoE, softmax_topk can; "
+            f"model.moe.router.name: '{router.get('name')}' can't be stored as {kind.title}, softmax_topk can; "
             "a training config may put another router on the upcycled weights"
         )
-    if shared.get("name") != "gated":
-        raise ConfigError(
-            f"model.moe.shared_expert.name: '{shared.get('name')}' can't be stored as Qwen2-MoE, which always has a "
-            "gated one; write {name: gated, intermediate_size: ...}, with recipe.shared.name=zero to add nothing"
-        )
     where = ("model", "moe")
-    width = OPTIONS.convert(shared.get("intermediate_size"), int, (*where, "shared_expert", "intermediate_size"))
-    if width < 1:
-        raise ConfigError(f"model.moe.shared_expert.intermediate_size: must be at least 1, not {width}")
+    width = _shared_width(shared, kind)
     norm_topk_prob = OPTIONS.convert(router.get("norm_topk_prob", False), bool, (*where, "router", "norm_topk_prob"))
     step, dense_layers = _sparse_pattern(layouts, dense.num_hidden_layers)
+    misfits = kind.misfits(norm_topk_prob=norm_topk_prob, some_dense=len(layouts) < dense.num_hidden_layers)
+    if misfits:
+        raise ConfigError(f"model.moe: {misfits[0]}; change it, or take another target=")
     layout = layouts[min(layouts)]
     moe_fields = {
         "num_experts": layout.num_experts,
@@ -134,14 +154,37 @@ def _with_experts(dense: ModelConfig, moe: MoEConfig, raw: Mapping[str, Any], re
         num_hidden_layers=dense.num_hidden_layers,
         vocab_size=dense.vocab_size,
         tie_word_embeddings=dense.tie_word_embeddings,
+        qkv_bias=dense.qkv_bias,
+        use_qk_norm=dense.use_qk_norm,
         initializer_range=dense.initializer_range,
         layouts=layouts,
         shared_intermediate_size=width,
         norm_topk_prob=norm_topk_prob,
         decoder_sparse_step=step,
         mlp_only_layers=dense_layers,
-        config=_config_json(dense, raw, moe_fields),
+        model_type=model_type,
+        config=_config_json(dense, raw, moe_fields, model_type),
     )
+
+
+def _shared_width(shared: Mapping[str, Any], kind: MoEFormat) -> int:
+    """Of the shared expert; 0 where the target has none."""
+    name, key = shared.get("name"), "intermediate_size"
+    if not kind.has_shared:
+        if name != "none":
+            raise ConfigError(
+                f"model.moe.shared_expert.name: '{name}', but {kind.title} has no shared expert; write {{name: none}}"
+            )
+        return 0
+    if name != "gated":
+        raise ConfigError(
+            f"model.moe.shared_expert.name: '{name}' can't be stored as {kind.title}, which always has a "
+            "gated one; write {name: gated, intermediate_size: ...}, with recipe.shared.name=zero to add nothing"
+        )
+    width = OPTIONS.convert(shared.get(key), int, ("model", "moe", "shared_expert", key))
+    if width < 1:
+        raise ConfigError(f"model.moe.shared_expert.{key}: must be at least 1, not {width}")
+    return width
 
 
 def _layouts(dense: ModelConfig, moe: MoEConfig, registry: Registry) -> dict[int, ExpertLayout]:
@@ -149,7 +192,7 @@ def _layouts(dense: ModelConfig, moe: MoEConfig, registry: Registry) -> dict[int
     if not found:
         raise ConfigError("model.moe.layout: no layer is sparse, so there is nothing to upcycle")
     if len(set(found.values())) > 1:
-        raise ConfigError("model.moe.layout: Qwen2-MoE stores one layout for all sparse layers, this one varies")
+        raise ConfigError("model.moe.layout: a checkpoint stores one layout for all sparse layers, this one varies")
     return found
 
 
@@ -163,17 +206,23 @@ def _sparse_pattern(layouts: Mapping[int, ExpertLayout], layers: int) -> tuple[i
     return 1, tuple(i for i in range(layers) if i not in sparse)
 
 
-def _config_json(dense: ModelConfig, raw: Mapping[str, Any], moe_fields: Mapping[str, Any]) -> dict[str, Any]:
+def _config_json(
+    dense: ModelConfig, raw: Mapping[str, Any], moe_fields: Mapping[str, Any], model_type: str
+) -> dict[str, Any]:
     """In the style of transformers 4: 4.57 reads theta 10,000 from a config that has only `rope_parameters`."""
     carried = {key: raw[key] for key in _CARRIED if raw.get(key) is not None}
     sizes = {field.name: getattr(dense, field.name) for field in fields(ModelConfig) if field.name != "moe"}
-    if sizes["head_dim"] is None:
-        del sizes["head_dim"]
-    return {
-        "architectures": ["Qwen2MoeForCausalLM"],
-        "model_type": "qwen2_moe",
+    del sizes["use_qk_norm"]  # what the kind of model says
+    for key in ("head_dim", "rope_scaling"):
+        if sizes[key] is None:
+            del sizes[key]
+    kind = MOE_FORMATS[model_type]
+    said = {
+        "architectures": [kind.class_name],
+        "model_type": model_type,
         "use_sliding_window": False,
         **carried,
         **sizes,
         **moe_fields,
     }
+    return kind.written(said)

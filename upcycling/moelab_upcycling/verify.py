@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moelab.config.model import ModelConfig
 from moelab.config.typed import OPTIONS
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import CheckpointError, ConfigError
+from moelab.hf.config import described_by
+from moelab.hf.fields import Fields
 from moelab.hf.files import INDEX_FILE, READING, read_json, refuse_two_readings
 from moelab.paths import user_path
 from moelab.records import Record, read_record
@@ -72,16 +75,20 @@ def _config_of(stored: Record, sources: Sequence[Path]) -> UpcycleConfig:
     """The recipe that upcycle.json describes, over these sources."""
     identity = stored.record("identity")
     described, recipe = identity.record("config"), identity.record("recipe")
+    output = described_by(Fields(Path(f"{stored.where}: identity.config"), described.values))
+    if output.config.moe is None:
+        described.refuse("model_type", "of a model with experts")
     dtype = identity.text("dtype")
     if dtype not in TORCH_NAMES:
         identity.refuse("dtype", f"one of {', '.join(TORCH_NAMES)}")
     tree = {
         "source": [str(source) for source in sources],
-        "model": _model_node(described),
+        "model": _model_node(output.config),
+        "target": output.model_type,
         "recipe": dict(recipe.values),
         "seed": identity.integer("seed"),
         "dtype": TORCH_NAMES[dtype],
-        "untie": not described.flag("tie_word_embeddings"),
+        "untie": not output.config.tie_word_embeddings,
         "max_shard_size": str(identity.integer("max_shard_size", least=1)),
         "plugins": identity.listed("plugins", str),
         "entry_points": stored.flag("entry_points", True),
@@ -94,25 +101,12 @@ def _config_of(stored: Record, sources: Sequence[Path]) -> UpcycleConfig:
     return config
 
 
-def _model_node(described: Record) -> dict[str, Any]:
-    """The recipe's `model`, from the config.json that it led to."""
-    layout = (
-        "num_experts", "num_experts_per_tok", "moe_intermediate_size",
-        "decoder_sparse_step", "mlp_only_layers",
-    )  # fmt: skip
+def _model_node(model: ModelConfig) -> dict[str, Any]:
+    """The recipe's `model`, from the model that it led to."""
     free = ("vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "initializer_range")
-    found = described.values
-    for key in (*layout, *free, "norm_topk_prob", "shared_expert_intermediate_size"):
-        if key not in described:
-            described.refuse(key, "there")
-    return {
-        **{key: found[key] for key in free},
-        "moe": {
-            "layout": {"name": "uniform", **{key: found[key] for key in layout}},
-            "router": {"name": "softmax_topk", "norm_topk_prob": found["norm_topk_prob"]},
-            "shared_expert": {"name": "gated", "intermediate_size": found["shared_expert_intermediate_size"]},
-        },
-    }
+    assert model.moe is not None
+    parts = {key: getattr(model.moe, key) for key in ("layout", "router", "shared_expert")}
+    return {**{key: getattr(model, key) for key in free}, "moe": parts}
 
 
 def verify(
@@ -134,10 +128,10 @@ def verify(
     verdict.differences += _check_index(output, plan)
     chosen = {shard.file: _chosen(shard, plan, full) for shard in shards}
     announce(sum(tensor.nbytes for tensors in chosen.values() for tensor, _ in tensors))
-    sources = [DenseSource(Path(folder)) for folder in plan.sources]
     registry = registry_of(
         UpcycleConfig(plugins=list(plan.plugins), entry_points=plan.entry_points), [Path(p) for p in plan.search_path]
     )
+    sources = [DenseSource(Path(folder), registry) for folder in plan.sources]
     maker = Maker(plan, registry, sources)
     try:
         for shard in shards:

@@ -18,6 +18,7 @@ from typing import Any
 from moelab.checksums import checksum_of_span, running
 from moelab.errors import RunFailure
 from moelab.hookspecs import (
+    DENSE_SOURCES,
     EXPERT_INITIALISERS,
     EXPERT_LAYOUTS,
     OUTPUT_SCALINGS,
@@ -55,8 +56,9 @@ class ShardResult:
 
 
 def light_registry(plugins: tuple[str, ...], entry_points: bool, search_path: tuple[str, ...]) -> Registry:
-    """Layouts and initialisers only, so that no process imports torch for its 300 MB."""
-    points = (EXPERT_LAYOUTS, EXPERT_INITIALISERS, SHARED_INITIALISERS, ROUTER_INITIALISERS, OUTPUT_SCALINGS)
+    """Sources, layouts and initialisers only, so that no process imports torch for its 300 MB."""
+    initialisers = (EXPERT_INITIALISERS, SHARED_INITIALISERS, ROUTER_INITIALISERS, OUTPUT_SCALINGS)
+    points = (DENSE_SOURCES, EXPERT_LAYOUTS, *initialisers)
     return Registry(plugins, entry_points, Places(search=tuple(map(Path, search_path))), points=points)
 
 
@@ -66,8 +68,8 @@ class ShardMaker:
     def __init__(self, plan: Plan, output: str | None) -> None:
         """output None: the bytes are made and hashed, not kept."""
         self.plan, self.output = plan, output
-        self.sources = [DenseSource(Path(folder)) for folder in plan.sources]
         registry = light_registry(plan.plugins, plan.entry_points, plan.search_path)
+        self.sources = [DenseSource(Path(folder), registry) for folder in plan.sources]
         self.maker = Maker(plan, registry, self.sources)
 
     def do(self, job: Job, progress: Progress) -> ShardResult:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from omegaconf import MISSING
 
+from moelab.config.rope_scaling import check_rope_scaling
 from moelab.errors import ConfigError
 
 # So few that what is counted layer by layer ends, and that the bytes of one matrix are a number of 64 bits. The deepest
@@ -36,7 +37,7 @@ class MoEConfig:
 
 @dataclass
 class ModelConfig:
-    """A Qwen2 decoder; dense when `moe` is null."""
+    """A decoder of Qwen2's kind, or of its kin Llama, Mistral and Qwen3; dense when `moe` is null."""
 
     vocab_size: int = MISSING  # rows of the embedding: at least the tokenizer's ids
     hidden_size: int = MISSING  # width of a token's state
@@ -48,6 +49,11 @@ class ModelConfig:
     max_position_embeddings: int = 32768  # tokens of the longest sequence
     rms_norm_eps: float = 1e-6  # added to the mean square under the root
     rope_theta: float = 1_000_000.0  # base of the rotary embedding's wavelengths
+    # Wavelengths stretched as Llama 3.1's: {rope_type: llama3, factor, low_freq_factor, high_freq_factor,
+    # original_max_position_embeddings}; null: plain.
+    rope_scaling: dict[str, Any] | None = None
+    qkv_bias: bool = True  # biases on q, k and v: Qwen2 has them; Llama, Mistral and Qwen3 don't
+    use_qk_norm: bool = False  # RMSNorm over each head of q and k, as Qwen3 has it
     tie_word_embeddings: bool = False  # the output projection is the embedding
     initializer_range: float = 0.02  # standard deviation of new weights
     moe: MoEConfig | None = None  # experts in place of the dense FFN; null: none
@@ -93,3 +99,5 @@ class ModelConfig:
             )
         if self.rms_norm_eps <= 0 or self.rope_theta <= 1:
             raise ConfigError(f"{where}: rms_norm_eps must be positive and rope_theta greater than 1")
+        if self.rope_scaling is not None:
+            self.rope_scaling = check_rope_scaling(self.rope_scaling, f"{where}.rope_scaling")

@@ -68,6 +68,9 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of the first and the second moment
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # decoupled, times the learning rate; of matrices alone
+    # Factors on the learning rate by patterns over names of parameters, {"embed_tokens.*": 0.1}: of several
+    # that match a name the last one counts. Decay goes along, since it is times the rate.
+    learning_rates: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -243,6 +246,12 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
         if getattr(optimizer, key) <= 0:
             raise ConfigError(f"optimizer.{key}: must be positive, not {getattr(optimizer, key)}")
     _at_least("optimizer", optimizer, "weight_decay", 0)
+    for pattern, factor in optimizer.learning_rates.items():
+        if factor <= 0:
+            raise ConfigError(
+                f"optimizer.learning_rates: the factor of '{pattern}' must be positive, not {factor}; train.freeze "
+                "leaves parameters as they are"
+            )
     if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
         raise ConfigError(f"optimizer.betas: must be two numbers in 0 .. 1, not {optimizer.betas}")
 

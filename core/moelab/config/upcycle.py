@@ -47,6 +47,9 @@ class UpcycleConfig:
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     receipt: ReceiptConfig = field(default_factory=ReceiptConfig)
     seed: int = 0  # of what is drawn
+    # Kind of the output, as transformers calls it: qwen2_moe, qwen3_moe or mixtral. None: qwen3_moe of a source with
+    # norms on q and k, else qwen2_moe.
+    target: str | None = None
     dtype: str | None = None  # bfloat16, float16 or float32; None: the source's
     untie: bool = False  # write lm_head although the source ties it: SGLang and llama.cpp read no tied Qwen2-MoE
     workers: int = 2  # processes; the bytes do not depend on it

@@ -13,6 +13,8 @@ from typing import Any
 
 from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.files import READING, read_json
+from moelab.hf.gguf_file import GGUFFile, gguf_of
+from moelab.hf.gguf_tokenizer import carried_by
 from moelab.safe_files import read_bytes
 
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
@@ -27,7 +29,13 @@ ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of config.json
 
 
 def carried_files(folder: Path) -> dict[str, bytes]:
-    """{name: content} of all that a copy of the weights in a Hugging Face folder keeps, but for config.json."""
+    """{name: content} of all that a copy of the weights in a Hugging Face folder keeps, but for config.json.
+
+    Of a GGUF file what its metadata says of the same; of a folder that holds one its licence too.
+    """
+    gguf = gguf_of(folder)
+    if gguf is not None:
+        return (terms(folder) if folder.is_dir() else {}) | carried_by(GGUFFile.of(gguf))
     names = [name for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE) if (folder / name).is_file()]
     tokenizer = {name: _read(folder / name) for name in names}
     return tokenizer | tokenizer_side_files(folder) | generation_settings(folder) | terms(folder)
@@ -78,6 +86,10 @@ def largest_token_id(folder: Path) -> tuple[int, Path] | None:
 
     None where there is no tokenizer. Raises CheckpointError for a file that can't be read.
     """
+    gguf = gguf_of(folder)
+    if gguf is not None:
+        tokens = GGUFFile.of(gguf).value("tokenizer.ggml.tokens", [])
+        return (len(tokens) - 1, gguf) if tokens else None
     found: list[tuple[int, Path]] = []
     names = [TOKENIZER_FILE] if (folder / TOKENIZER_FILE).is_file() else ["vocab.json", "added_tokens.json"]
     for name in [*names, TOKENIZER_CONFIG_FILE]:

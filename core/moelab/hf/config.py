@@ -1,41 +1,65 @@
-"""Hugging Face's config.json of Qwen2ForCausalLM and Qwen2MoeForCausalLM -> ModelConfig.
+"""Hugging Face's config.json of a dense model, or of one with experts -> ModelConfig.
 
-Read as transformers 4.x writes it (`rope_theta`, `torch_dtype`) and as 5.x does (`rope_parameters`, `dtype`).
+Dense kinds are plugins (dense_sources.py); kinds with experts stand in hf/moe_formats.py. Read as transformers 4.x
+writes config.json (`rope_theta`, `torch_dtype`) and as 5.x does (`rope_parameters`, `dtype`).
 What this decoder would compute differently is refused, never ignored.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
-from moelab.config.model import ModelConfig, MoEConfig
+from moelab.atomic import where_it_may_be
+from moelab.config.model import ModelConfig
+from moelab.config.rope_scaling import NUMBERS
+from moelab.dense_sources import DenseArchitecture
 from moelab.errors import CheckpointError, ConfigError
-from moelab.hf.fields import HARMLESS, ONLY, READ
+from moelab.hf.fields import HARMLESS, ONLY, READ, Fields
 from moelab.hf.files import read_json
+from moelab.hf.gguf_file import GGUFFile, gguf_of
+from moelab.hf.moe_formats import MOE_FORMATS, MoEFormat
+from moelab.hookspecs import DENSE_SOURCES
+from moelab.registry import Registry
 
 CONFIG_FILE = "config.json"
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
 HF_ROPE_THETA = 10_000.0  # transformers' default where config.json names none; Qwen2's own is 1e6
 
 logger = logging.getLogger("moelab")
 
-T = TypeVar("T", int, float, bool)
+
+@dataclass(frozen=True)
+class Described:
+    """What a folder says of its model."""
+
+    config: ModelConfig
+    kind: DenseArchitecture | MoEFormat
+    model_type: str
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The model that `folder/config.json` describes.
+def read_config(folder: Path, registry: Registry | None = None) -> ModelConfig:
+    """The model that `folder/config.json` describes, or the metadata of a GGUF file.
 
-    Raises CheckpointError naming file, key, found value and what would do.
+    `registry`: the plugins that may know its kind; None: the installed ones. Raises CheckpointError naming file, key,
+    found value and what would do.
     """
-    fields = _Fields.read(folder / CONFIG_FILE)
-    model_type = _model_type(fields)
-    _check_supported(fields, model_type)
+    return describe(folder, registry).config
+
+
+def describe(folder: Path, registry: Registry | None = None) -> Described:
+    """`read_config`, and the kind of model that it is."""
+    return described_by(read_fields(folder), registry)
+
+
+def described_by(fields: Fields, registry: Registry | None = None) -> Described:
+    """`describe` of fields in the words of config.json."""
+    model_type, kind = _kind(fields, registry)
+    _check_supported(fields, kind)
     heads = fields.number("num_attention_heads", int)
+    said = kind.defaults
     config = ModelConfig(
         vocab_size=fields.number("vocab_size", int),
         hidden_size=fields.number("hidden_size", int),
@@ -44,94 +68,82 @@ def read_config(folder: Path) -> ModelConfig:
         num_attention_heads=heads,
         # null means as many as heads, to transformers too
         num_key_value_heads=fields.number(
-            "num_key_value_heads", int, heads if fields.is_null("num_key_value_heads") else None
+            "num_key_value_heads",
+            int,
+            heads if fields.is_null("num_key_value_heads") else said.get("num_key_value_heads"),
         ),
-        head_dim=fields.number("head_dim", int) if fields.get("head_dim") is not None else None,
-        max_position_embeddings=fields.number("max_position_embeddings", int, 32768),
-        rms_norm_eps=fields.number("rms_norm_eps", float, 1e-6),
-        rope_theta=_rope_theta(fields),
+        head_dim=_head_dim(fields, said),
+        max_position_embeddings=_positions(fields, kind),
+        rms_norm_eps=fields.number("rms_norm_eps", float, said.get("rms_norm_eps", 1e-6)),
+        rope_theta=_rope_theta(fields, said.get("rope_theta", HF_ROPE_THETA)),
+        rope_scaling=_rope_scaling(fields),
         tie_word_embeddings=fields.number("tie_word_embeddings", bool, False),
         initializer_range=fields.number("initializer_range", float, 0.02),
-        moe=_moe(fields) if model_type == "qwen2_moe" else None,
+        **kind.model,
     )
+    if isinstance(kind, MoEFormat):
+        kind.complete(config, fields)
     try:
         config.check("model")
     except ConfigError as error:
         raise CheckpointError(f"{fields.path}: {str(error).replace('model.', '')}") from error
-    return config
+    return Described(config, kind, model_type)
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """config.json with the path that its messages need."""
-
-    path: Path
-    values: Mapping[str, Any]
-
-    @classmethod
-    def read(cls, path: Path) -> _Fields:
-        missing = "a Hugging Face checkpoint is a folder with config.json and .safetensors files"
-        return cls(path, read_json(path, missing))
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.values.get(key, default)
-
-    def is_null(self, key: str) -> bool:
-        return key in self.values and self.values[key] is None
-
-    def number(self, key: str, kind: type[T], default: T | None = None) -> T:
-        """A field of this type; the default stands for an absent or null one, and without it that is an error."""
-        value = self.get(key)
-        if value is None:
-            if default is None:
-                raise CheckpointError(f"{self.path}: {key}: is missing; it must be a {kind.__name__}")
-            return default
-        fits = isinstance(value, (int, float) if kind is float else kind) and (
-            kind is bool or not isinstance(value, bool)
-        )
-        if not fits:
-            raise CheckpointError(f"{self.path}: {key}: must be a {kind.__name__}, not {value!r}")
-        return kind(value)
-
-    def refuse(self, key: str, cure: str) -> NoReturn:
-        raise CheckpointError(f"{self.path}: {key}: {json.dumps(self.get(key))} is not supported; {cure}")
+def read_fields(folder: Path) -> Fields:
+    """config.json of a folder, or what a GGUF file says in its words."""
+    gguf = gguf_of(folder)
+    if gguf is not None:
+        return Fields(gguf, GGUFFile.of(gguf).fields())
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder{where_it_may_be(folder)}")
+    missing = "a Hugging Face checkpoint is a folder with config.json and .safetensors files"
+    return Fields(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE, missing))
 
 
-def _model_type(fields: _Fields) -> str:
+def _kind(fields: Fields, registry: Registry | None) -> tuple[str, DenseArchitecture | MoEFormat]:
+    """(model_type, what it means)."""
     model_type, architectures = fields.get("model_type"), fields.get("architectures")
-    known = ", ".join(f"{architecture} (model_type '{kind}')" for kind, architecture in ARCHITECTURES.items())
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        fields.refuse("model_type", f"moelab reads {known}")
-    expected = ARCHITECTURES[model_type]
-    if architectures is not None and architectures != [expected]:
-        fields.refuse(
-            "architectures", f"with model_type '{model_type}' it must be [\"{expected}\"]; moelab reads {known}"
-        )
-    return model_type
+    registry = registry or Registry(points=(DENSE_SOURCES,))
+    dense = registry.components(DENSE_SOURCES)
+    if not isinstance(model_type, str) or model_type not in dense.keys() | MOE_FORMATS.keys():
+        known = ", ".join([*dense, *MOE_FORMATS])
+        fields.refuse("model_type", f"moelab reads {known}; a plugin may add a kind (hook moelab_dense_sources)")
+    kind: DenseArchitecture | MoEFormat
+    if model_type in MOE_FORMATS:
+        kind = MOE_FORMATS[model_type]
+    else:
+        kind = registry.build(DENSE_SOURCES, {"name": model_type}, fields.values, "source")
+        if kind.unexpressed:
+            fields.refuse("model_type", f"moelab's decoder can't compute {'; nor '.join(kind.unexpressed)}")
+    if architectures is not None and architectures != [kind.class_name]:
+        fields.refuse("architectures", f"with model_type '{model_type}' it must be [\"{kind.class_name}\"]")
+    return model_type, kind
 
 
-def _check_supported(fields: _Fields, model_type: str) -> None:
+def _check_supported(fields: Fields, kind: DenseArchitecture | MoEFormat) -> None:
     """Refuse what would change the result, and what two readers would understand differently."""
-    for key, (accepted, cure) in ONLY.items():
+    only = {**ONLY, **kind.only}
+    for key, (accepted, cure) in only.items():
         if fields.get(key) is not None and fields.get(key) not in accepted:
             fields.refuse(key, cure)
-    _check_window(fields, model_type)
+    _check_window(fields, first_layers=isinstance(kind, MoEFormat))
     if fields.get("torch_dtype", fields.get("dtype")) != fields.get("dtype", fields.get("torch_dtype")):
         raise CheckpointError(
             f"{fields.path}: torch_dtype {fields.get('torch_dtype')} and dtype {fields.get('dtype')} contradict each "
             "other; transformers 4.x takes the first and 5.x the second: remove the wrong one"
         )
-    unknown = sorted(fields.values.keys() - READ - ONLY.keys() - HARMLESS)
+    unknown = sorted(fields.values.keys() - READ - only.keys() - HARMLESS - kind.unused)
     if unknown:
         logger.warning(
-            "%s: %s: not known to moelab, nor to transformers' Qwen2; left out. If a field changes what the model "
-            "computes, this is not that model",
+            "%s: %s: not known to moelab, nor to transformers' model of this kind; left out. If a field changes what "
+            "the model computes, this is not that model",
             fields.path,
             ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""),
         )
 
 
-def _check_window(fields: _Fields, model_type: str) -> None:
+def _check_window(fields: Fields, *, first_layers: bool) -> None:
     """`sliding_window` alone is harmless: published configs have it unused. In use it is not there, and refused.
 
     transformers 5.23: of a dense Qwen2 the layers from max_window_layers on attend within the window, of a
@@ -139,7 +151,7 @@ def _check_window(fields: _Fields, model_type: str) -> None:
     """
     if fields.get("use_sliding_window", False):
         layers, first = fields.number("num_hidden_layers", int), fields.number("max_window_layers", int, 28)
-        if model_type != "qwen2" or first < layers:
+        if first_layers or first < layers:
             fields.refuse(
                 "use_sliding_window", "moelab attends to all earlier positions; set it to false if that is right"
             )
@@ -150,9 +162,28 @@ def _check_window(fields: _Fields, model_type: str) -> None:
         fields.refuse("layer_types", 'it must be a list, and every layer "full_attention"')
 
 
-def _rope_theta(fields: _Fields) -> float:
-    """The one theta that all places agree on: the top, `rope_scaling` and `rope_parameters`."""
-    found = {"rope_theta": fields.get("rope_theta")}
+def _head_dim(fields: Fields, said: Mapping[str, Any]) -> int | None:
+    default = None if fields.is_null("head_dim") else said.get("head_dim")
+    return default if fields.get("head_dim") is None else fields.number("head_dim", int)
+
+
+def _positions(fields: Fields, kind: DenseArchitecture | MoEFormat) -> int:
+    """The longest sequence; of a model with a sliding window no more than that, up to which it changes nothing."""
+    most = fields.number("max_position_embeddings", int, kind.defaults.get("max_position_embeddings", 32768))
+    window = kind.window
+    if window is None or window >= most:
+        return most
+    logger.warning(
+        "%s: sliding_window %d: moelab attends to all earlier positions, which is the same up to %d tokens; so "
+        "max_position_embeddings is %d, not %d: give it no longer text",
+        fields.path, window, window, window, most,
+    )  # fmt: skip
+    return window
+
+
+def _ropes(fields: Fields) -> dict[str, Mapping[str, Any]]:
+    """{field: object} of the places that speak of the rotary embedding beside `rope_theta`."""
+    found: dict[str, Mapping[str, Any]] = {}
     for key in ("rope_scaling", "rope_parameters"):
         rope = fields.get(key)
         if rope is None:
@@ -160,13 +191,36 @@ def _rope_theta(fields: _Fields) -> float:
         if not isinstance(rope, dict):
             fields.refuse(key, "it must be an object or null")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if (
-            kind != "default"
-            or rope.get("partial_rotary_factor", 1.0) != 1.0
-            or any(isinstance(v, dict) for v in rope.values())
-        ):
-            fields.refuse(key, 'only plain rotary embedding is: remove the key, or give {"rope_type": "default"}')
-        found[f"{key}.rope_theta"] = rope.get("rope_theta")
+        partial = rope.get("partial_rotary_factor", 1.0) != 1.0 or any(isinstance(v, dict) for v in rope.values())
+        if (kind != "default" and kind not in NUMBERS) or partial:
+            stretched = " or ".join(NUMBERS)
+            fields.refuse(
+                key,
+                f'only plain rotary embedding and {stretched} are: remove the key, or give {{"rope_type": "default"}}',
+            )
+        found[key] = rope
+    return found
+
+
+def _rope_scaling(fields: Fields) -> dict[str, Any] | None:
+    """The stretching that all places agree on."""
+    said: dict[str, dict[str, Any] | None] = {}
+    for key, rope in _ropes(fields).items():
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        numbers = NUMBERS.get(str(kind), ())
+        said[key] = {"rope_type": kind, **{k: rope[k] for k in numbers if k in rope}} if numbers else None
+    if len(said) > 1 and said["rope_scaling"] != said["rope_parameters"]:
+        raise CheckpointError(
+            f"{fields.path}: rope_scaling and rope_parameters contradict each other; transformers 4.x takes the first "
+            "and 5.x the last: remove the wrong one"
+        )
+    return next(iter(said.values()), None)
+
+
+def _rope_theta(fields: Fields, default: float) -> float:
+    """The one theta that all places agree on: the top, `rope_scaling` and `rope_parameters`."""
+    found = {"rope_theta": fields.get("rope_theta")}
+    found |= {f"{key}.rope_theta": rope.get("rope_theta") for key, rope in _ropes(fields).items()}
     said = {place: theta for place, theta in found.items() if theta is not None}
     if any(theta != next(iter(said.values())) for theta in said.values()):
         listed = " and ".join(f"{place} {theta}" for place, theta in said.items())
@@ -175,33 +229,4 @@ def _rope_theta(fields: _Fields) -> float:
             "remove the wrong one"
         )
     theta = next(iter(said.values()), None)
-    return _Fields(fields.path, {"rope_theta": theta}).number("rope_theta", float, HF_ROPE_THETA)
-
-
-def _moe(fields: _Fields) -> MoEConfig | None:
-    num_experts = fields.number("num_experts", int)
-    if num_experts == 0:  # transformers: every layer dense
-        return None
-    step = fields.number("decoder_sparse_step", int, 1)
-    if step < 1:
-        fields.refuse("decoder_sparse_step", "it must be at least 1")
-    dense = fields.get("mlp_only_layers") or []
-    if not (isinstance(dense, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in dense)):
-        fields.refuse("mlp_only_layers", "it must be a list of layer numbers")
-    return MoEConfig(
-        layout={
-            "name": "uniform",
-            "num_experts": num_experts,
-            "num_experts_per_tok": fields.number("num_experts_per_tok", int),
-            "moe_intermediate_size": fields.number("moe_intermediate_size", int),
-            "decoder_sparse_step": step,
-            "mlp_only_layers": list(dense),
-        },
-        router={"name": "softmax_topk", "norm_topk_prob": fields.number("norm_topk_prob", bool, False)},
-        shared_expert={
-            "name": "gated",
-            "intermediate_size": fields.number("shared_expert_intermediate_size", int),
-        },
-        # A loss is a choice of the training run, not of the weights: router_aux_loss_coef is left to its config.
-        balance_losses=[],
-    )
+    return Fields(fields.path, {"rope_theta": theta}).number("rope_theta", float, default)

@@ -1,4 +1,4 @@
-"""Which fields of Hugging Face's config.json change what a Qwen2 computes, and which do not.
+"""Which fields of Hugging Face's config.json change what a model computes, and which do not, whatever its kind.
 
 After transformers 5.23: models/qwen2/configuration_qwen2.py, models/qwen2_moe/configuration_qwen2_moe.py,
 configuration_utils.py. A field in none of these tables is told when a folder is read.
@@ -6,26 +6,32 @@ configuration_utils.py. A field in none of these tables is told when a folder is
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
-# {field: (the values under which this decoder computes the same, what else to do)}. Fields of transformers' Qwen2 and
-# Qwen2-MoE, and those by which related models say what Qwen2 hasn't got.
+from moelab.errors import CheckpointError
+
+T = TypeVar("T", int, float, bool)
+
+# {field: (the values under which this decoder computes the same, what else to do)}. Fields of all kinds,
+# and those by which related models say what none of ours has; a kind says what else holds for it.
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), 'it must be "silu"'),
-    "qkv_bias": ((True,), "Qwen2 has biases on q, k and v; add zero biases to the weights and set it to true"),
-    "attention_bias": ((True,), "Qwen2 has biases on q, k and v; add zero biases to the weights and set it to true"),
-    "mlp_bias": ((False,), "Qwen2's FFN has no biases; set it to false if that is right"),
+    "mlp_bias": ((False,), "moelab's FFN has no biases; set it to false if that is right"),
     "attention_dropout": ((0.0, 0), "moelab has no dropout; set it to 0.0"),
     "quantization_config": (({},), "use the checkpoint in bfloat16 or float32 that it was made from"),
     "partial_rotary_factor": ((1.0, 1), "only plain rotary embedding is"),
-    "use_qk_norm": ((False,), "Qwen2 doesn't normalise queries and keys"),
-    "qk_layernorm": ((False,), "Qwen2 doesn't normalise queries and keys"),
-    "logits_scaling": ((1.0, 1), "Qwen2 doesn't scale its logits"),
-    "logit_scale": ((1.0, 1), "Qwen2 doesn't scale its logits"),
-    "final_logit_softcapping": ((0.0, 0), "Qwen2 doesn't cap its logits"),
-    "attn_logit_softcapping": ((0.0, 0), "Qwen2 doesn't cap its attention"),
-    "embedding_multiplier": ((1.0, 1), "Qwen2 doesn't scale its embeddings"),
-    "residual_multiplier": ((1.0, 1), "Qwen2 doesn't scale its residuals"),
+    "use_qk_norm": ((False,), "moelab's decoder doesn't normalise queries and keys"),
+    "qk_layernorm": ((False,), "moelab's decoder doesn't normalise queries and keys"),
+    "logits_scaling": ((1.0, 1), "moelab's decoder doesn't scale its logits"),
+    "logit_scale": ((1.0, 1), "moelab's decoder doesn't scale its logits"),
+    "final_logit_softcapping": ((0.0, 0), "moelab's decoder doesn't cap its logits"),
+    "attn_logit_softcapping": ((0.0, 0), "moelab's decoder doesn't cap its attention"),
+    "embedding_multiplier": ((1.0, 1), "moelab's decoder doesn't scale its embeddings"),
+    "residual_multiplier": ((1.0, 1), "moelab's decoder doesn't scale its residuals"),
     "is_encoder_decoder": ((False,), "moelab has decoders only"),
     "add_cross_attention": ((False,), "moelab has decoders only"),
 }
@@ -48,3 +54,34 @@ HARMLESS = frozenset((
     "use_cache", "use_return_dict", "_attn_implementation", "_attn_implementation_autoset",
     "_attn_implementation_internal", "_commit_hash", "_experts_implementation", "_name_or_path",
 ))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fields:
+    """config.json with the path that its messages need."""
+
+    path: Path
+    values: Mapping[str, Any]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.values.get(key, default)
+
+    def is_null(self, key: str) -> bool:
+        return key in self.values and self.values[key] is None
+
+    def number(self, key: str, kind: type[T], default: T | None = None) -> T:
+        """A field of this type; the default stands for an absent or null one, and without it that is an error."""
+        value = self.get(key)
+        if value is None:
+            if default is None:
+                raise CheckpointError(f"{self.path}: {key}: is missing; it must be a {kind.__name__}")
+            return default
+        fits = isinstance(value, (int, float) if kind is float else kind) and (
+            kind is bool or not isinstance(value, bool)
+        )
+        if not fits:
+            raise CheckpointError(f"{self.path}: {key}: must be a {kind.__name__}, not {value!r}")
+        return kind(value)
+
+    def refuse(self, key: str, cure: str) -> NoReturn:
+        raise CheckpointError(f"{self.path}: {key}: {json.dumps(self.get(key))} is not supported; {cure}")

@@ -7,8 +7,9 @@ folder in two ways. Never unpickles.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from moelab.atomic import where_it_may_be
 from moelab.errors import CheckpointError
+from moelab.hf.gguf_file import TYPES, GGUFFile, decode, gguf_of, halves
 from moelab.records import Record
 from moelab.safe_files import Reading, read_object, read_tensor_header
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
+HEAD = "lm_head.weight"
+_FUSED = re.compile(r"(qkv|query_key_value|W_pack|c_attn|gate_up|gate_and_up|wqkv)", re.IGNORECASE)
 FLOATS = ("F64", "F32", "BF16", "F16")
 SHOWN = 5  # names in a message
 READING = Reading(CheckpointError)
@@ -41,15 +45,36 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it: F32, BF16, ...
     offset: int  # of its first byte in the file
-    nbytes: int
+    nbytes: int  # as stored
+    key: str = ""  # what the file calls it, where that is not `name`
+    first: int = 0  # row of the tensor `key`, where it is a part of it
+    encoding: str = ""  # of a GGUF file: its type there; `dtype` is what it is decoded to
+    paired_heads: int = 0  # rows of so many heads lie in llama.cpp's order (hf/gguf_file.py: halves)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the bytes in the file are the values, in order."""
+        return self.encoding in ("", "F32", "F16", "BF16") and not self.paired_heads
+
+    def decoded(self, raw: np.ndarray, heads: int = 0) -> np.ndarray:
+        """Stored rows [n, bytes of a row] -> [n, columns]; of rotated ones as many as `heads` have."""
+        values = decode(raw, self.encoding)
+        return halves(values, heads) if heads else values
 
 
 class TensorFolder:
     """The tensors of a checkpoint folder, by name. Opening it reads every header and no weights."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError for absent, truncated or garbled files, and for what could be read in two ways."""
+        """Raises CheckpointError for absent, truncated or garbled files, and for what could be read in two ways.
+
+        `folder` may be a GGUF file, whose tensors get the names that Hugging Face's layout has for them.
+        """
         self.folder = folder
+        gguf = gguf_of(folder)
+        if gguf is not None:
+            self.tensors = _read_gguf(gguf)
+            return
         refuse_two_readings(folder)
         single, index = folder / SINGLE_FILE, folder / INDEX_FILE
         if single.exists():
@@ -79,9 +104,18 @@ class TensorFolder:
             for name in expected
             if name in found and found[name].dtype not in FLOATS
         ]
+        if tied is None and HEAD in missing:
+            problems.append(
+                f"{self.folder}: missing: {HEAD}, though config.json has tie_word_embeddings false; set it to true if "
+                "the embedding is the head, else download or write the checkpoint again"
+            )
+            missing.remove(HEAD)
         if missing:
             problems.append(f"{self.folder}: missing: {_some(missing)}; download or write the checkpoint again")
-        if unexpected:
+        fused = [name for name in unexpected if _FUSED.search(name)]
+        if fused:
+            problems.insert(0, self._fused(fused))
+        elif unexpected:
             owner = found[unexpected[0]].path
             problems.append(
                 f"{owner}: not part of the model of config.json: {_some(unexpected)}; is it another model's?"
@@ -91,6 +125,13 @@ class TensorFolder:
             raise CheckpointError("\n".join([*problems[:SHOWN], *more]))
         if tied is not None:
             self._check_tied(*tied)
+
+    def _fused(self, names: list[str]) -> str:
+        return (
+            f"{self.tensors[names[0]].path}: {_some(names)}: several matrices fused into one, in an order that this "
+            "kind of model doesn't say; cut them into q_proj, k_proj and v_proj (gate_proj and up_proj) and store "
+            "those, or add the kind as a plugin that says the rows (hook moelab_dense_sources)"
+        )
 
     def _check_tied(self, head: str, embedding: str) -> None:
         """A stored head beside tie_word_embeddings must be the embedding: readers differ on which of the two wins."""
@@ -121,13 +162,85 @@ class TensorFolder:
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU."""
-        path = self.tensors[name].path
+        stored = self.tensors[name]
         try:
-            with safe_open(str(path), framework="pt") as file:
+            if stored.encoding:
+                return _from_gguf(stored)
+            with safe_open(str(stored.path), framework="pt") as file:
+                if stored.key and stored.shape:
+                    part: Tensor = file.get_slice(stored.key)[stored.first : stored.first + stored.shape[0]]
+                    return part
                 tensor: Tensor = file.get_tensor(name)
                 return tensor
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: {name}: can't be read: {error}") from error
+            raise CheckpointError(f"{stored.path}: {name}: can't be read: {error}") from error
+
+    def rename(self, parts: Callable[[str], list[tuple[str, int, int | None]]], paired: Mapping[str, int]) -> None:
+        """Look at the tensors under other names: a stored name -> (name, first row, rows or None for all) of each part.
+
+        `paired`: the names whose rows lie in llama.cpp's order -> of how many heads. Raises CheckpointError where a
+        part reaches beyond its tensor.
+        """
+        found: dict[str, StoredTensor] = {}
+        for stored in self.tensors.values():
+            for name, first, rows in parts(stored.name):
+                if name in found:
+                    raise CheckpointError(f"{stored.path}: {stored.name}: '{name}' stands there twice; remove one")
+                found[name] = _part(stored, name, first, rows, paired.get(name, 0))
+        self.tensors = found
+
+
+def _part(stored: StoredTensor, name: str, first: int, rows: int | None, paired_heads: int) -> StoredTensor:
+    if name == stored.name and rows is None:
+        return replace(stored, paired_heads=paired_heads) if paired_heads else stored
+    if rows is None:
+        return replace(stored, name=name, key=stored.name, paired_heads=paired_heads)
+    if not stored.shape or first + rows > stored.shape[0]:
+        raise CheckpointError(
+            f"{stored.path}: {stored.name}: has shape {list(stored.shape)}, but rows {first} to {first + rows - 1} of "
+            f"it are {name}: config.json is another model's"
+        )
+    row = stored.nbytes // stored.shape[0]
+    return replace(
+        stored, name=name, key=stored.name, first=first, shape=(rows, *stored.shape[1:]),
+        offset=stored.offset + first * row, nbytes=rows * row, paired_heads=paired_heads,
+    )  # fmt: skip
+
+
+def _read_gguf(path: Path) -> dict[str, StoredTensor]:
+    file = GGUFFile.of(path)
+    file.types()
+    return {
+        name: StoredTensor(
+            name=name,
+            path=path,
+            shape=tuple(int(size) for size in reversed(entry.shape)),
+            dtype=TYPES[entry.tensor_type.name],
+            offset=int(entry.data_offset),
+            nbytes=int(entry.n_bytes),
+            key=entry.name,
+            encoding=entry.tensor_type.name,
+        )
+        for entry in file.entries
+        if (name := file.names.get(entry.name)) is not None
+    }
+
+
+def _from_gguf(stored: StoredTensor) -> Tensor:
+    """All of a tensor, decoded."""
+    import torch  # noqa: PLC0415  (headers are read without it)
+
+    raw = np.empty(stored.nbytes, np.uint8)
+    rows = stored.shape[0] if stored.shape else 1
+    with open(stored.path, "rb") as file:
+        file.seek(stored.offset)
+        count = file.readinto(raw.data)
+    if count != stored.nbytes:
+        raise CheckpointError(f"{stored.path}: became shorter while it was read; is it being written?")
+    values = stored.decoded(raw.reshape(rows, -1), stored.paired_heads).reshape(stored.shape)
+    if stored.dtype == "BF16":
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
 
 
 def refuse_two_readings(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,10 +10,9 @@ from torch import Tensor
 
 from moelab.builder import build_model
 from moelab.errors import CheckpointError, ConfigError
-from moelab.hf.config import read_config
+from moelab.hf.checkpoint_folder import open_folder
 from moelab.hf.files import TensorFolder
 from moelab.hf.names import EMBEDDING, LM_HEAD, Piece, Shape, pieces
-from moelab.hf.sizes import check_sizes
 from moelab.nn.pieces import fill_from
 from moelab.nn.room import check_room
 from moelab.nn.transformer import Transformer
@@ -28,7 +28,7 @@ def load_hf(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Transformer:
-    """The model of a Qwen2 or Qwen2-MoE checkpoint, in evaluation mode, cast to `dtype` as `model.to` does.
+    """The model of a folder, of any kind that hf/config.py reads, for evaluation, cast to `dtype` as `model.to` does.
 
     Raises CheckpointError naming file, tensor and cure, before any weight is read.
     """
@@ -44,9 +44,8 @@ class HFWeights:
 
     def __init__(self, folder: Path, registry: Registry | None = None) -> None:
         """Raises CheckpointError naming file, tensor and cure."""
-        config = read_config(folder)
-        self._stored = TensorFolder(folder)
-        check_sizes(config, self._stored)
+        opened = open_folder(folder, registry)
+        config, self._stored = opened.config, opened.stored
         try:
             self.model = build_model(config, registry, device="meta", seed=None)  # without a number in it
         except ConfigError as error:
@@ -67,7 +66,8 @@ class HFWeights:
 
     def _part(self, piece: Piece) -> Part:
         at = self._stored.tensors[piece.name]
-        return Part(at.path, at.name, at.offset, at.dtype, at.shape, piece.index, piece.transposed)
+        decoded = None if at.is_plain else partial(self._stored.read, piece.name)
+        return Part(at.path, at.name, at.offset, at.dtype, at.shape, piece.index, piece.transposed, decoded)
 
 
 def _wanted(model: Transformer, stored: TensorFolder) -> dict[str, tuple[Shape, list[Piece]]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moelab.config.model import ModelConfig
@@ -38,6 +38,10 @@ class Piece:
     index: tuple[int | slice, ...] = ()  # of our parameter; () is all of it
     transposed: bool = False  # the two last axes
 
+    def called(self, name: str) -> Piece:
+        """The same place under another name."""
+        return replace(self, name=name)
+
     def view(self, parameter: Any) -> Any:
         """The part of our parameter that this tensor is: a view in its shape, of a torch tensor or numpy array."""
         part = parameter[self.index] if self.index else parameter
@@ -59,7 +63,7 @@ class SparseShape:
 
     num_experts: int
     moe_intermediate_size: int
-    shared_expert_intermediate_size: int
+    shared_expert_intermediate_size: int  # 0: there is none
 
 
 def pieces(name: str, shape: Shape, *, fused: bool = False) -> list[Piece]:
@@ -91,8 +95,11 @@ def parameter_shapes(config: ModelConfig, sparse: Mapping[int, SparseShape]) -> 
         shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
         for projection, rows in {"q_proj": query, "k_proj": key, "v_proj": key}.items():
             shapes[f"{prefix}.self_attn.{projection}.weight"] = (rows, hidden)
-            shapes[f"{prefix}.self_attn.{projection}.bias"] = (rows,)
+            if config.qkv_bias:
+                shapes[f"{prefix}.self_attn.{projection}.bias"] = (rows,)
         shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, query)
+        if config.use_qk_norm:
+            shapes |= {f"{prefix}.self_attn.{part}.weight": (head_dim,) for part in ("q_norm", "k_norm")}
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
         layer = sparse.get(layer_id)
         if layer is None:
@@ -102,8 +109,9 @@ def parameter_shapes(config: ModelConfig, sparse: Mapping[int, SparseShape]) -> 
         shapes[f"{prefix}.mlp.router.weight"] = (experts, hidden)
         shapes[f"{prefix}.mlp.experts.gate_up"] = (experts, 2 * width, hidden)
         shapes[f"{prefix}.mlp.experts.down"] = (experts, width, hidden)
-        shapes |= _swiglu(f"{prefix}.mlp.shared_expert", hidden, layer.shared_expert_intermediate_size)
-        shapes[f"{prefix}.mlp.shared_expert.gate.weight"] = (1, hidden)
+        if layer.shared_expert_intermediate_size:
+            shapes |= _swiglu(f"{prefix}.mlp.shared_expert", hidden, layer.shared_expert_intermediate_size)
+            shapes[f"{prefix}.mlp.shared_expert.gate.weight"] = (1, hidden)
     shapes["norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes[LM_HEAD] = (config.vocab_size, hidden)

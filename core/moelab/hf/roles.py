@@ -34,12 +34,14 @@ def router_norm(layer_id: int) -> str:
     return f"{layer(layer_id)}.post_attention_layernorm.weight"
 
 
-def attention(layer_id: int) -> list[str]:
+def attention(layer_id: int, *, qkv_bias: bool, use_qk_norm: bool) -> list[str]:
     """What a layer has besides its FFN."""
     prefix = f"{layer(layer_id)}.self_attn"
+    kinds = ("weight", "bias") if qkv_bias else ("weight",)
     return [
         f"{layer(layer_id)}.input_layernorm.weight",
-        *(f"{prefix}.{part}.{kind}" for part in ("q_proj", "k_proj", "v_proj") for kind in ("weight", "bias")),
+        *(f"{prefix}.{part}.{kind}" for part in ("q_proj", "k_proj", "v_proj") for kind in kinds),
         f"{prefix}.o_proj.weight",
+        *(f"{prefix}.{part}.weight" for part in ("q_norm", "k_norm") if use_qk_norm),
         router_norm(layer_id),
     ]

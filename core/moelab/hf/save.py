@@ -19,6 +19,7 @@ from moelab.errors import CheckpointError
 from moelab.hf.carried import GENERATION_FILE, ID_FIELDS
 from moelab.hf.config import CONFIG_FILE
 from moelab.hf.files import INDEX_FILE, SINGLE_FILE
+from moelab.hf.moe_formats import MOE_FORMATS
 from moelab.hf.names import LM_HEAD, Piece, pieces
 from moelab.hf.write_config import write_config
 from moelab.lock import FileLock, hold_file
@@ -59,7 +60,7 @@ def save_hf(
     is in the way.
     """
     config = write_config(model, dtype=dtype, extra=config_extra)
-    shards = _shards(_tensors(model), dtype.itemsize, parse_size(max_shard_size))
+    shards = _shards(_tensors(model, str(config["model_type"])), dtype.itemsize, parse_size(max_shard_size))
     with new_folder(user_path(folder), force=force) as (temporary, lock):
         _write_json(temporary / CONFIG_FILE, config)
         ids = {key: config[key] for key in ID_FIELDS if config.get(key) is not None}
@@ -130,13 +131,17 @@ def _check_target(target: Path, force: bool) -> None:
         raise CheckpointError(f"{target}: holds no {CONFIG_FILE}, so it is no checkpoint, and --force won't delete it")
 
 
-def _tensors(model: Transformer) -> list[Written]:
+def _tensors(model: Transformer, model_type: str) -> list[Written]:
     """Every tensor to write, in the model's order."""
     found = []
+    stored_name = MOE_FORMATS[model_type].stored_name if model_type in MOE_FORMATS else str
     for name, parameter in model.state_dict().items():
         if name == LM_HEAD and model.config.tie_word_embeddings:
             continue
-        found += [Written(piece, name, parameter) for piece in pieces(name, tuple(parameter.shape))]
+        found += [
+            Written(piece.called(stored_name(piece.name)), name, parameter)
+            for piece in pieces(name, tuple(parameter.shape))
+        ]
     return found
 
 

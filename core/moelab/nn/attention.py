@@ -1,4 +1,4 @@
-"""Grouped-query attention with biases on q, k and v, as Qwen2 has it."""
+"""Grouped-query attention: with biases on q, k and v as Qwen2 has it, or without, or with normed heads as Qwen3."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moelab.config.model import ModelConfig
 from moelab.nn.causal_attention import blocks_pay, causal_attention
 from moelab.nn.kv_cache import Appending
 from moelab.nn.linear import Linear
+from moelab.nn.norm import RMSNorm
 from moelab.nn.rope import rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # as `attend`
@@ -30,20 +32,24 @@ class AttentionInputs:
 class Attention(nn.Module):
     """x [B, S, D] -> [B, S, D]."""
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int, layer_id: int
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer_id: int) -> None:
         super().__init__()
+        hidden_size, head_dim, bias = config.hidden_size, config.attention_head_dim, config.qkv_bias
+        num_heads, num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = head_dim
         self.layer_id = layer_id
-        self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=True)
-        self.k_proj = Linear(hidden_size, num_key_value_heads * head_dim, bias=True)
-        self.v_proj = Linear(hidden_size, num_key_value_heads * head_dim, bias=True)
+        self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
+        self.v_proj = Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
         self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.use_qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.use_qk_norm else None
         self.attend = attend
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         query, key, value = (self._heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
         query = rotate(query, inputs.cos.to(query.dtype), inputs.sin.to(query.dtype))
         key = rotate(key, inputs.cos.to(key.dtype), inputs.sin.to(key.dtype))
         if inputs.cache is not None:

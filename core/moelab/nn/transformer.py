@@ -1,4 +1,4 @@
-"""The decoder: embed, layers, norm, head. Dense Qwen2 and Qwen2-MoE differ only in their `mlp`s.
+"""The decoder: embed, layers, norm, head. Dense models and those with experts differ only in their `mlp`s.
 
 B sequences, S positions, T = B * S tokens, D hidden size, V vocabulary.
 """
@@ -64,13 +64,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer_id: int, mlp: SwiGLU | MoEBlock) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.attention_head_dim,
-            layer_id,
-        )
+        self.self_attn = Attention(config, layer_id)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
 
@@ -91,7 +85,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.speech: Callable[[], Speech] | Speech | None = None  # read when first asked; None: nobody knows
-        self.rope = Rope(config.attention_head_dim, config.rope_theta)
+        self.rope = Rope(config.attention_head_dim, config.rope_theta, config.rope_scaling)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, mlp) for i, mlp in enumerate(mlps))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -12,24 +12,53 @@ from moelab.config.run import OptimizerConfig
 from moelab.errors import CheckpointError
 from moelab.nn.pieces import read_as
 from moelab.tensor_parts import Stored
+from moelab.training.freeze import matching
 
 logger = logging.getLogger("moelab")
 
+LEARNING_RATES = "optimizer.learning_rates"
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # torch.optim.AdamW's state of a parameter, without amsgrad
 _CURE = "; use an earlier checkpoint, or restore it"
 
 
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Matrices (two axes or more) decay; biases, norms and other vectors don't. A tied matrix counts once."""
-    parameters = [p for p in model.parameters() if p.requires_grad]  # a shared parameter comes once
+    """Matrices (two axes or more) decay; biases, norms and other vectors don't. A tied matrix counts once.
+
+    A group's `factor` is that of its parameters' learning rate. Raises ConfigError for a pattern that matches nothing.
+    """
+    factors = learning_rate_factors(model, config.learning_rates)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]  # a shared parameter comes once
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in named if (p.ndim >= 2) == matrices and factors.get(name, 1.0) == factor],
+            "weight_decay": config.weight_decay if matrices else 0.0,
+            "factor": factor,
+        }
+        for factor in sorted({1.0, *factors.values()})
+        for matrices in (True, False)
     ]
     first, second = config.betas
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr, betas=(first, second), eps=config.eps, fused=True
     )
+
+
+def learning_rate_factors(model: nn.Module, patterns: Mapping[str, float]) -> dict[str, float]:
+    """{parameter: factor} of those that a pattern matches, of several the last; a tied matrix has both its names.
+
+    Raises ConfigError for a pattern that matches nothing.
+    """
+    by_name = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[int, float] = {}
+    for pattern, factor in patterns.items():
+        found |= dict.fromkeys((id(by_name[name]) for name in matching(by_name, pattern, LEARNING_RATES)), factor)
+    return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found}
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Of each group: times its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("factor", 1.0)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -37,7 +37,8 @@ OVERRIDES = "init_overrides"  # of summary.json and of a checkpoint's state.json
 # max_position_embeddings, which plain rotary embedding doesn't read (a longer sequence than the checkpoint's is said).
 FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
+    "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "qkv_bias", "use_qk_norm",
+    "tie_word_embeddings",
 )  # fmt: skip
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 POINTS: dict[str, ExtensionPoint[Any, Any]] = {"router": ROUTERS, "shared_expert": SHARED_EXPERTS}

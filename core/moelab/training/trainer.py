@@ -32,6 +32,7 @@ from moelab.training.limits import warn_of_disk
 from moelab.training.logged import alarm_watch, log_step, probe
 from moelab.training.loop import Loop, due, served_backends
 from moelab.training.observers import gather_observers, threads_told
+from moelab.training.optimizer import set_learning_rate
 from moelab.training.plan import Plan, to_json
 from moelab.training.precision import choose_precision
 from moelab.training.progress import Progress
@@ -220,8 +221,7 @@ def one_step(loop: Loop) -> None:
     setup, progress, config = loop.setup, loop.progress, loop.setup.config
     started = time.perf_counter()
     rate = config.optimizer.lr * loop.plan.factor(progress.step)
-    for group in setup.optimizer.param_groups:
-        group["lr"] = rate
+    set_learning_rate(setup.optimizer, rate)
     with loop.reading.timed():
         batch = setup.batches.batch(progress.step)
     last = progress.step + 1 == config.train.steps

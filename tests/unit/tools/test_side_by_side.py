@@ -37,7 +37,7 @@ def test_it_finds_what_two_whole_models_say(tmp_path: Path, tied: bool) -> None:
     targets = ids.roll(-1, 1).clone()
     targets[:, -1] = -100
     seen: list[int] = []
-    found = side_by_side(tmp_path / "dense", tmp_path / "sparse", ids, targets, lambda: seen.append(1))
+    found = side_by_side(tmp_path / "dense", tmp_path / "sparse", ids, targets, progress=lambda: seen.append(1))
     with torch.inference_mode():
         answers = [model(ids) for model in models]
         a, b = (answer.logits.double().log_softmax(-1)[:, :-1].flatten(0, 1) for answer in answers)

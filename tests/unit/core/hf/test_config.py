@@ -104,7 +104,7 @@ def test_an_end_that_is_no_token_id_is_refused(tmp_path: Path, value: Any):
 
 
 REFUSED = {
-    "another model": ({"model_type": "llama"}, r'model_type: "llama" is not supported; moelab reads Qwen2ForCausalLM'),
+    "another model": ({"model_type": "gpt2"}, r'model_type: "gpt2" is not supported; moelab reads gemma,.*hook'),
     "no model type": ({"model_type": None}, "model_type: null is not supported"),
     "another head": ({"architectures": ["Qwen2ForTokenClassification"]}, r"architectures: .*Qwen2ForCausalLM"),
     "sliding window": (

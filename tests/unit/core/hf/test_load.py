@@ -93,7 +93,7 @@ def test_a_folder_without_weights(whole: Path):
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path):
-    refused(tmp_path / "nowhere", "nowhere", "no such file")
+    refused(tmp_path / "nowhere", "nowhere", "no such folder")
 
 
 def test_pickled_weights_are_never_opened(whole: Path, tmp_path: Path):
