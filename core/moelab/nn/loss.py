@@ -53,11 +53,13 @@ class _LogitsAndCrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         labels = targets.clamp(min=0).unsqueeze(-1)  # [T, 1]
         logits = hidden.new_empty(hidden.shape[0], head.shape[0])
-        spread = hidden.new_empty(hidden.shape[0], 1, dtype=_wide(hidden.dtype))  # logsumexp of each row
+        nats = hidden.new_empty(hidden.shape[0], 1, dtype=_wide(hidden.dtype))
         for rows in _chunks(hidden, head):
             logits[rows] = _logits(hidden[rows], head)
-            spread[rows] = logits[rows].to(spread.dtype).logsumexp(-1, keepdim=True)
-        nats = (spread - logits.gather(-1, labels)).squeeze(-1).masked_fill_(targets == IGNORE_INDEX, 0.0)
+            found = torch.log_softmax(logits[rows], -1, dtype=nats.dtype)  # one pass, where logsumexp takes three
+            torch.neg(found.gather(-1, labels[rows]), out=nats[rows])
+        spread = nats + logits.gather(-1, labels)  # logsumexp of each row
+        nats = nats.squeeze(-1).masked_fill(targets == IGNORE_INDEX, 0.0)
         ctx.save_for_backward(hidden, head, targets, logits, spread)
         return logits, nats
 
@@ -71,9 +73,10 @@ class _LogitsAndCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_head = head.new_zeros(head.shape, dtype=spread.dtype) if needs_head else None
         for rows in _chunks(hidden, head):
-            part = torch.zeros_like(logits[rows], dtype=spread.dtype)
-            if scale is not None:
-                part = (logits[rows].to(spread.dtype) - spread[rows]).exp_()  # softmax(z)
+            if scale is None:
+                part = torch.zeros_like(logits[rows], dtype=spread.dtype)
+            else:
+                part = (logits[rows] - spread[rows]).exp_()  # softmax(z)
                 part.scatter_add_(-1, labels[rows], part.new_full((part.shape[0], 1), -1.0))
                 part.mul_(scale[rows].unsqueeze(-1))
             if by_logits is not None:
