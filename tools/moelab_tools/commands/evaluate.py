@@ -14,6 +14,7 @@ from moelab_tools.user_path import USER_PATH
 from moelab_tools.verify_option import NO_VERIFY
 
 if TYPE_CHECKING:
+    from moelab.training.evaluation import Evaluation
     from moelab_tools.judging import Score
 
 SCORES = "lm_eval.json"  # of a run folder: what `--tasks` found last
@@ -69,7 +70,6 @@ def command(
     from moelab.training.setup import build_corpus_of, resolve_run
     from moelab_tools.checkpoints import evaluation_config, tokenizer_of
     from moelab_tools.judging import Asked, judge
-    from moelab_tools.levels import WHOLE, levels, lines, measure_of
 
     folder = verified(checkpoint, verify=verify)
     run, registry = evaluation_config(folder, config, trust=trust)
@@ -91,11 +91,14 @@ def command(
         tell_scores(judge(model, tokenizer, corpus, asked), checkpoint, as_json=as_json)
         return
     evaluation = evaluate(model, batches, precision)
-    metrics = evaluation.metrics()
-    unit, found = (
-        measure_of(evaluation),
-        levels(evaluation, [corpus.domains[i] for i in batches.stream.document_domain]),
-    )
+    _tell(evaluation, [corpus.domains[i] for i in batches.stream.document_domain], as_json=as_json)
+
+
+def _tell(evaluation: Evaluation, domains: Sequence[str], *, as_json: bool) -> None:
+    """domains: of each document."""
+    from moelab_tools.levels import WHOLE, levels, lines, measure_of
+
+    metrics, unit, found = evaluation.metrics(), measure_of(evaluation), levels(evaluation, domains)
     if as_json:
         parts = {kind: {name: asdict(one) for name, one in part.items()} for kind, part in found.items()}
         whole = parts.pop(WHOLE)[WHOLE]
