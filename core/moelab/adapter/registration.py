@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from moelab.adapter.causal_lm import MoelabConfig, MoelabForCausalLM
 from moelab.adapter.folders import MODEL_TYPE, is_run
 from moelab.data.tokenizer import Tokenizer
+from moelab.data.tokenizer_file import fast_tokenizer
 from moelab.hf.carried import TOKENIZER_FILE
 from moelab.nn.transformer import Transformer
 from moelab.origin import read_origin
@@ -27,8 +27,7 @@ def as_transformers(model: Transformer) -> MoelabForCausalLM:
 
 def transformers_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """A tokenizer of moelab as one of transformers: the same ids, no token added, the end of a text as its padding."""
-    definition = tokenizer.files()[TOKENIZER_FILE].decode("utf-8")
-    fast = FastTokenizer.from_str(definition)
+    fast = fast_tokenizer(tokenizer.files()[TOKENIZER_FILE], "the tokenizer")
     end = fast.id_to_token(tokenizer.eos_token_id)
     return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=end, pad_token=end, padding_side="left")
 
