@@ -43,6 +43,11 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 def resolve_checkpoint(path: Path) -> Path:
     """The folder that holds the weights. Raises CheckpointError when there is none."""
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        raise CheckpointError(
+            f"{path}: a GGUF file is read by `moelab upcycle`, and by `moelab export {path} FOLDER`, which makes a "
+            "Hugging Face folder of it for everything else"
+        )
     if not path.is_dir():
         hint = where_it_may_be(path) or "; give a run folder, a checkpoint, or a Hugging Face folder"
         raise CheckpointError(f"{path}: no such folder{hint}")
