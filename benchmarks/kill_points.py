@@ -96,14 +96,17 @@ def has_a_checkpoint(folder: Path, done: Sequence[Operation]) -> list[str]:
 
 def readable(folder: Path) -> list[str]:
     """The newest checkpoint, if there is a folder of checkpoints that are not half written."""
-    from moelab.checkpoint import MODEL, TRAINING, newest_checkpoint, read_state, read_tensors
+    from moelab.checkpoint import MODEL, TRAINING, newest_checkpoint, read_state, stored_tensors
     from moelab.errors import CheckpointError
 
     newest = newest_checkpoint(folder / RUN)
     if newest is None:
         return ["no checkpoint is left"] if list((folder / RUN / "checkpoints").glob("step_*")) else []
     try:
-        read_state(newest), read_tensors(newest / MODEL), read_tensors(newest / TRAINING)
+        (
+            read_state(newest),
+            [stored.read() for name in (MODEL, TRAINING) for stored in stored_tensors(newest, name).values()],
+        )
     except CheckpointError as error:
         return [f"the newest checkpoint can't be read: {error}"]
     return []

@@ -10,8 +10,8 @@ from pathlib import Path
 SHELL = ("bash", "sh", "console")  # a block of this language holds nothing but commands and their comments
 # What a block begins with that is to be typed into a shell and doesn't say its language: all its lines are commands.
 PROGRAMS = (
-    "moelab", "torchrun", "python", "python3", "pip", "make", "bash", "tensorboard", "docker", "hf", "git", ".",
-    "source", "eval", "export", "cd", "conda", "uv", "wandb", "trackio", "jupyter", "vllm", "llama-cli", "ollama",
+    "moelab", "torchrun", "python", "python3", "pip", "make", "bash", "tensorboard", "docker", "hf", "git", "sbatch",
+    ".", "source", "eval", "export", "cd", "conda", "uv", "wandb", "trackio", "jupyter", "vllm", "llama-cli", "ollama",
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moelab
 from moelab.builder import build_balance_losses
@@ -32,6 +33,7 @@ STEPS = 4
 GLOBAL = {"name": "load_balance", "weight": 0.5, "scope": "global"}
 SEQUENCE = {"name": "load_balance", "weight": 0.5, "scope": "sequence"}
 
+WEIGHTS = [{"name": "router_orthogonality", "weight": 0.1}, {"name": "expert_similarity", "weight": 0.3, "layers": "1"}]
 # name -> (router, losses, more of the MoE)
 MODELS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]] = {
     "softmax_global": ({"name": "softmax_topk"}, [GLOBAL, {"name": "router_z", "weight": 0.1}], {}),
@@ -43,8 +45,11 @@ MODELS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]] =
     "remoe": ({"name": "remoe"}, [{"name": "remoe_l1", "weight": 0.01}], {}),
     "noisy": ({"name": "noisy_topk"}, [], {}),
     "hash": ({"name": "hash"}, [], {}),
-    "orthogonal": ({"name": "softmax_topk"}, [{"name": "router_orthogonality", "weight": 0.1}], {}),
+    "weights": ({"name": "softmax_topk"}, WEIGHTS, {}),
+    "expert_choice": ({"name": "expert_choice"}, [], {"allow_noncausal": True}),
+    "densemixer": ({"name": "softmax_topk"}, [], {"backend": {"name": "densemixer"}}),
 }
+UNDEALT = ("densemixer",)  # can't have its experts on other processes
 # name -> (parallel, micro-batch size); the batch has 8 sequences
 LAYOUTS: dict[str, tuple[dict[str, int], int]] = {
     "replicate2": ({"replicate": 2}, 2),
@@ -85,7 +90,14 @@ def batch_of(step: int) -> Batch:
     return Batch(ids[:, :-1].contiguous(), targets.contiguous(), same, torch.zeros_like(same), mask)
 
 
-def steps(name: str, parallel: dict[str, int] | None, micro: int, checkpointing: bool = False) -> dict[str, Any]:
+def fits(layout: str, name: str) -> bool:
+    """Whether a model can be laid so."""
+    return name not in UNDEALT or LAYOUTS[layout][0].get("expert", 1) == 1
+
+
+def steps(
+    name: str, parallel: dict[str, int] | None, micro: int, checkpointing: bool = False, dtype: str = "float32"
+) -> dict[str, Any]:
     """A few steps of SGD; AdamW would hide a wrong scale and blow up rounding where the gradient is zero."""
     registry = moelab.Registry(entry_points=False)
     config = model_config(name)
@@ -100,9 +112,9 @@ def steps(name: str, parallel: dict[str, int] | None, micro: int, checkpointing:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     told = []
     for step in range(STEPS):
-        settings = StepSettings(micro, 1.0, 0, PRECISION)
+        settings = StepSettings(micro, 1.0, 0, Precision(torch.device("cpu"), getattr(torch, dtype)))
         found = train_step(
-            model, optimizer, losses, batch_of(step), step, settings, observe=Observe(routing=True), ranks=ranks
+            model, optimizer, losses, batch_of(step), step, settings, observe=Observe(True, step == 0), ranks=ranks
         )
         report = found.statistics.reduce(ranks.sum)
         assert found.served is not None
@@ -112,6 +124,7 @@ def steps(name: str, parallel: dict[str, int] | None, micro: int, checkpointing:
                 "norm": float(found.grad_norm),
                 "served": found.served.tolist(),
                 "metrics": report.metrics,
+                "shares": {name: norms.tolist() for name, norms in found.gradient_norms.items()},
             }
         )
     weights = {key: _whole(value) for key, value in model.state_dict().items()}
@@ -122,13 +135,15 @@ def _whole(value: torch.Tensor) -> torch.Tensor:
     return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone().contiguous()
 
 
-def run_layouts(layouts: list[str], models: list[str], folder: str, checkpointing: bool) -> dict[str, Any]:
+def run_layouts(
+    layouts: list[str], models: list[str], folder: str, checkpointing: bool, dtype: str = "float32"
+) -> dict[str, Any]:
     """On each rank: every model under every layout; rank 0 writes the weights."""
     results: dict[str, Any] = {}
     for layout in layouts:
         parallel, micro = LAYOUTS[layout]
-        for name in models:
-            found = steps(name, parallel, micro, checkpointing)
+        for name in (name for name in models if fits(layout, name)):
+            found = steps(name, parallel, micro, checkpointing, dtype)
             weights = found.pop("weights")
             if torch.distributed.get_rank() == 0:
                 save_file(_apart(weights), Path(folder) / f"{layout}-{name}.safetensors")
@@ -171,7 +186,7 @@ def refusals() -> list[str]:
     mixed = dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend={"name": "densemixer"}))
     tries: list[Callable[[], object]] = [
         lambda: parallelise(
-            moelab.build_model(mixed, registry, seed=1), make_meshes(ParallelConfig(shard=2), size, "cpu")
+            moelab.build_model(mixed, registry, seed=1), make_meshes(ParallelConfig(shard=2, expert=2), size, "cpu")
         ),
         lambda: make_meshes(ParallelConfig(replicate=3), size, "cpu"),
         lambda: make_meshes(ParallelConfig(replicate=2, expert=2), size, "cpu"),
@@ -187,3 +202,30 @@ def refusals() -> list[str]:
         except ConfigError as error:
             told.append(str(error))
     return told
+
+
+def reductions(tries: list[tuple[int, str]]) -> list[int]:
+    """Of one step of a model that needs no routing pass, for each (micro-batch size, way to accumulate)."""
+    registry = moelab.Registry(entry_points=False)
+    config = model_config("softmax_chunks")
+    found = []
+    for micro, accumulate in tries:
+        model, losses = moelab.build_model(config, registry, seed=1), build_balance_losses(config, registry)
+        ranks = Group(accumulate=accumulate)
+        parallelise(model, make_meshes(ParallelConfig(shard=2), ranks.size, "cpu"), losses)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        counting = _Counting()
+        with counting:
+            train_step(model, optimizer, losses, batch_of(0), 0, StepSettings(micro, 1.0, 0, PRECISION), ranks=ranks)
+        found.append(counting.names.count("c10d::_reduce_scatter_base_"))
+    return found
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))

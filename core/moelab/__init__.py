@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moelab.adapter.registration import as_transformers, register_with_transformers, transformers_tokenizer
     from moelab.builder import build, build_model
     from moelab.components import Component, component
     from moelab.config.run import RunConfig
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOMES = {
+    "moelab.adapter.registration": ("as_transformers", "register_with_transformers", "transformers_tokenizer"),
     "moelab.builder": ("build", "build_model"),
     "moelab.components": ("Component", "component"),
     "moelab.config.run": ("RunConfig",),
@@ -107,6 +109,7 @@ __all__ = [
     "TrainedRun",
     "UserError",
     "__version__",
+    "as_transformers",
     "build",
     "build_corpus",
     "build_model",
@@ -118,9 +121,11 @@ __all__ = [
     "load",
     "load_config",
     "prepare",
+    "register_with_transformers",
     "run_records",
     "runs",
     "train",
+    "transformers_tokenizer",
     "user_path",
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from moelab.moe.contracts import BackendContext, BalanceLossContext, ExpertBacke
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
 from moelab.moe.per_layer import LayerParts, layer_parts, match_layers
-from moelab.nn.init import initialise
+from moelab.nn.init import initialise, release
 from moelab.nn.mlp import SwiGLU
 from moelab.nn.transformer import Transformer
 from moelab.plugin_faults import PluginPart, plugins_told
@@ -33,23 +33,45 @@ def build_model(
     *,
     device: torch.device | str = "cpu",
     seed: int | None = 0,
+    stored: Collection[str] = (),
 ) -> Transformer:
     """A model with fp32 parameters on `device`, initialised by `seed`; None leaves its weights to be loaded.
 
+    `stored`: parameters that are loaded all the same, for which nothing is drawn.
     Raises ConfigError naming the key, the plugin and its owner for whatever can't be built.
     """
     config.check()
     registry = registry or Registry()
     device = torch.device(device)
     with _seeded(derive_seed(seed or 0, "build")), device:
-        model = Transformer(config, _mlps(config, registry))
+        model = Transformer(config, list(_mlps(config, registry)))
     if seed is not None and device.type != "meta":
         with plugins_told():  # a router may fill its own parameters
-            initialise(model, config.initializer_range, seed)
+            initialise(model, config.initializer_range, seed, stored)
     return model
 
 
 build = build_model
+
+
+def build_hollow(config: ModelConfig, registry: Registry, *, device: torch.device, seed: int) -> Transformer:
+    """`build_model`'s, of which the meta device holds what the rule of initialisation decides (`nn.init.draw`).
+
+    So each process of many cuts it and fills in what it keeps. Built layer by layer, for the sake of what plugins'
+    constructors decide; what they draw is what `build_model` has them draw.
+    """
+    config.check()
+    with _seeded(derive_seed(seed, "build")):
+        mlps = []
+        with device:
+            for mlp in _mlps(config, registry):
+                release(mlp)
+                mlps.append(mlp)
+        with torch.device("meta"):
+            model = Transformer(config, mlps)
+    with plugins_told():
+        initialise(model, config.initializer_range, seed)
+    return model
 
 
 def build_balance_losses(config: ModelConfig, registry: Registry) -> list[NamedLoss]:
@@ -108,11 +130,13 @@ def moe_context(config: ModelConfig, layout: ExpertLayout, layer_id: int) -> MoE
     )
 
 
-def _mlps(config: ModelConfig, registry: Registry) -> list[SwiGLU | MoEBlock]:
+def _mlps(config: ModelConfig, registry: Registry) -> Iterator[SwiGLU | MoEBlock]:
     if config.moe is None:
-        return [SwiGLU(config.hidden_size, config.intermediate_size) for _ in range(config.num_hidden_layers)]
-    every = layer_parts(config.moe, config.num_hidden_layers)
-    return [_mlp(config, registry, parts, layer_id) for layer_id, parts in enumerate(every)]
+        for _ in range(config.num_hidden_layers):
+            yield SwiGLU(config.hidden_size, config.intermediate_size)
+        return
+    for layer_id, parts in enumerate(layer_parts(config.moe, config.num_hidden_layers)):
+        yield _mlp(config, registry, parts, layer_id)
 
 
 def _mlp(config: ModelConfig, registry: Registry, parts: LayerParts, layer_id: int) -> SwiGLU | MoEBlock:

@@ -2,33 +2,41 @@
 
 checkpoints/step_00000100/ holds model.safetensors (parameters and plugin buffers under the model's names),
 training.safetensors (optimizer moments, state of the balance losses), state.json, config.yaml, the tokenizer, and
-manifest.json with the checksums of all of them. Safetensors and JSON, complete or absent, never pickled. What writes
-them is training/checkpoint.py, what compares them with their checksums integrity.py.
+manifest.json with the checksums of all of them. Several processes write a file each, model-00001-of-00004.safetensors
+and so on, of the rows that they hold; which rows, the manifest says. Safetensors and JSON, complete or absent, never
+pickled. What writes them is training/checkpoint.py, what compares them with their checksums integrity.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from moelab.atomic import where_it_may_be
 from moelab.config.run import RunConfig
 from moelab.config.stored import read_stored
 from moelab.errors import CheckpointError, ConfigError
-from moelab.nn.pieces import fill, is_piece
+from moelab.hf.files import read_header
+from moelab.hf.gguf_file import gguf_of
+from moelab.manifest import MANIFEST, read_manifest
+from moelab.nn.pieces import fill_from, is_piece
 from moelab.nn.transformer import Transformer
-from moelab.safe_files import Reading, read_object, read_tensor_header
+from moelab.printable import printable
+from moelab.safe_files import Reading, read_object
+from moelab.stored_weights import fill
+from moelab.tensor_parts import Part, Shape, Stored
 
-Shape = tuple[int, ...]
 READING = Reading(CheckpointError, "the checkpoint is damaged or not complete: use an earlier one")
 CHECKPOINTS = "checkpoints"  # of a run folder
 BEST = "best"  # of a run folder with train.keep_best: the checkpoint of the lowest held-out loss
 MODEL, TRAINING, STATE, CONFIG = "model.safetensors", "training.safetensors", "state.json", "config.yaml"
+
+# What torch writes, its distributed checkpoint among it: it runs code when it is loaded, so it isn't.
+PICKLES = (".distcp", ".metadata", ".pt", ".pth", ".bin", ".ckpt")
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -43,11 +51,8 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 def resolve_checkpoint(path: Path) -> Path:
     """The folder that holds the weights. Raises CheckpointError when there is none."""
-    if path.suffix.lower() == ".gguf" and path.is_file():
-        raise CheckpointError(
-            f"{path}: a GGUF file is read by `moelab upcycle`, and by `moelab export {path} FOLDER`, which makes a "
-            "Hugging Face folder of it for everything else"
-        )
+    if gguf_of(path) is not None:  # a file, or a folder of one
+        return path
     if not path.is_dir():
         hint = where_it_may_be(path) or "; give a run folder, a checkpoint, or a Hugging Face folder"
         raise CheckpointError(f"{path}: no such folder{hint}")
@@ -64,7 +69,11 @@ def resolve_checkpoint(path: Path) -> Path:
             f"{path}: holds both {STATE} (moelab) and config.json (Hugging Face), one of them left over; remove it"
         )
     if not is_moelab(path) and not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: holds no checkpoint: neither {STATE} (moelab) nor config.json (Hugging Face)")
+        pickles = sorted(item.name for item in path.iterdir() if item.name.endswith(PICKLES))
+        there = f"; {', '.join(pickles[:3])} there is not opened: a pickle runs code" if pickles else ""
+        raise CheckpointError(
+            f"{path}: holds no checkpoint: neither {STATE} (moelab) nor config.json (Hugging Face){printable(there)}"
+        )
     return path
 
 
@@ -86,13 +95,31 @@ def read_state(folder: Path) -> dict[str, Any]:
     return read_object(folder / STATE, READING, finite=False)
 
 
+class OwnWeights:
+    """The weights of a checkpoint, of one file or of those of several processes; opening it reads headers alone."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError where a file is missing or damaged."""
+        self.path = folder / MODEL
+        found = stored_tensors(folder, MODEL)
+        order = sorted(found, key=lambda name: (found[name].parts[0].path, found[name].parts[0].offset))
+        self._stored = {name: found[name] for name in order}
+        self.shapes: dict[str, Shape] = {name: stored.shape for name, stored in self._stored.items()}
+
+    def check(self, model: Transformer) -> None:
+        """Every tensor must be there, fit, and be asked for. Raises CheckpointError where one doesn't."""
+        refuse_misfits(self.path, self.shapes, {name: tuple(t.shape) for name, t in model_tensors(model).items()})
+
+    def read_into(self, name: str, tensor: Tensor) -> None:
+        """Set it to the stored values; of one that lies in pieces, this process's own."""
+        fill_from(tensor, self._stored[name])
+
+
 def load_model_tensors(folder: Path, model: Transformer) -> None:
-    """Fill the model from model.safetensors; every tensor must be there, fit, and be asked for."""
-    found = read_tensors(folder / MODEL)
-    wanted = model_tensors(model)
-    refuse_misfits(folder / MODEL, *({name: tuple(t.shape) for name, t in side.items()} for side in (found, wanted)))
-    for name, tensor in wanted.items():
-        fill(tensor, found[name])
+    """Fill the model, or what of it this process holds, tensor by tensor."""
+    stored = OwnWeights(folder)
+    stored.check(model)
+    fill(model, stored)
 
 
 def refuse_misfits(path: Path, found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> None:
@@ -114,12 +141,77 @@ def model_tensors(model: Transformer) -> dict[str, Tensor]:
     return {name: t.detach() if is_piece(t) else t.detach().contiguous() for name, t in tensors.items()}
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """{name: tensor} of a safetensors file. Raises CheckpointError when it is missing or damaged."""
-    read_tensor_header(path, READING)  # before all of it is mapped
+def shard_name(name: str, rank: int, world: int) -> str:
+    """model.safetensors -> what rank 0 of 4 writes of it, model-00001-of-00004.safetensors; alone the name itself."""
+    stem, _, kind = name.partition(".")
+    return name if world == 1 else f"{stem}-{rank + 1:05d}-of-{world:05d}.{kind}"
+
+
+def tensor_files(name: str, listed: Collection[str]) -> list[str]:
+    """The files that `name` is made of: itself, or one of each process that wrote it.
+
+    `listed`: what a manifest names. Raises CheckpointError naming one that is missing there.
+    """
+    if name in listed:
+        return [name]
+    stem, _, kind = name.partition(".")
+    pattern = re.compile(rf"{stem}-\d{{5}}-of-(\d{{5}})\.{kind}")
+    worlds = {int(found[1]) for found in map(pattern.fullmatch, listed) if found is not None}
+    for world in worlds:
+        files = [shard_name(name, rank, world) for rank in range(world)]
+        if len(worlds) == 1 and world > 1 and set(files) <= set(listed):
+            return files
+    missing = [shard_name(name, rank, world) for world in worlds for rank in range(world)] or [name]
+    missing = [file for file in missing if file not in listed] or missing
+    raise CheckpointError(f"{MANIFEST}: lists no {missing[0]}")
+
+
+def stored_tensors(folder: Path, name: str) -> dict[str, Stored]:
+    """The tensors of model.safetensors or training.safetensors, or of the files of several processes.
+
+    Headers are read, no weights. Raises CheckpointError naming the file that is missing or damaged, and a tensor of
+    which rows are missing or twice there.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:  # as one process of an earlier version wrote it
+        return {tensor: Stored(part.shape, (part,)) for tensor, part in _parts(folder / name)}
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: can't be read ({error}); it is cut short or damaged, use an earlier one"
-        ) from error
+        files = tensor_files(name, manifest.files.keys())
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}/{error}; {READING.cure}") from error
+    found: dict[str, list[Part]] = {}
+    counts: dict[str, int] = {}
+    for file in files:
+        rows = {part.name: part.rows for part in manifest.files[file] if part.rows is not None}
+        for tensor, part in _parts(folder / file, rows):
+            found.setdefault(tensor, []).append(part)
+            counts.setdefault(tensor, rows[tensor][1] if tensor in rows else -1)
+    return {tensor: _whole(folder, tensor, parts, counts[tensor]) for tensor, parts in found.items()}
+
+
+def _parts(path: Path, rows: Mapping[str, tuple[int, int]] | None = None) -> Iterator[tuple[str, Part]]:
+    for name, stored in read_header(path).items():
+        first = (rows or {}).get(name, (0, 0))[0]
+        index = (slice(first, first + stored.shape[0]),) if rows and name in rows and stored.shape else ()
+        yield name, Part(path, name, stored.offset, stored.dtype, stored.shape, index)
+
+
+def _whole(folder: Path, name: str, parts: list[Part], rows: int) -> Stored:
+    """rows: of the whole; -1 where it lies in one file."""
+    if rows < 0 and len(parts) == 1:
+        return Stored(parts[0].shape, tuple(parts))
+    parts = sorted(parts, key=_first_row)
+    end = 0
+    for part in parts:
+        if not part.index or _first_row(part) != end or part.shape[1:] != parts[0].shape[1:]:
+            break
+        end += part.shape[0]
+    if end != rows or len({part.dtype for part in parts}) > 1:
+        files = ", ".join(sorted({part.path.name for part in parts}))
+        raise CheckpointError(f"{folder}: {name}: {files} do not hold each of its rows once; {READING.cure}")
+    return Stored((rows, *parts[0].shape[1:]), tuple(parts))
+
+
+def _first_row(part: Part) -> int:
+    at = part.index[0] if part.index else 0
+    return int(at.start) if isinstance(at, slice) else at

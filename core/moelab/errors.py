@@ -14,6 +14,8 @@ class UserError(ValueError):
     Whatever it quotes of a stranger's is spelled out and cut here, for the terminal and for who calls from Python.
     """
 
+    left_to_main = False  # whether the main process of several tells it, so that it is heard once
+
     def __init__(self, message: object = "") -> None:
         super().__init__(printable(message, LONGEST_MESSAGE, keep="\n"))
 
@@ -32,6 +34,8 @@ class DataError(UserError):
 
 class RunFailure(RuntimeError):
     """A run stopped through no fault of its input, say on a NaN loss; the command line exits with 1."""
+
+    left_to_main = False  # as above
 
     def __init__(self, message: object = "") -> None:
         super().__init__(printable(message, LONGEST_MESSAGE, keep="\n"))

@@ -68,6 +68,7 @@ class ExpertInitialiser(Protocol):
 
     - `prepare(load)`: called before the first plan where that depends on weights; load(matrix) -> DenseMatrix
     - `warnings`: sentences for the user, in the plan that is printed
+    - `keeps_with`: {"shared", "router", "scaling": names} of the parts beside which the start is the dense function
     """
 
     def plan(self, expert: int) -> NeuronPlan:
@@ -81,7 +82,10 @@ class ExpertInitialiser(Protocol):
 
 @runtime_checkable
 class SharedInitialiser(Protocol):
-    """The shared expert of one layer: the same two steps, a factor on down, and its gate. May offer `warnings`."""
+    """The shared expert of one layer: the same two steps, a factor on down, and its gate. May offer `warnings`.
+
+    `whole` (optional) says that with its gain it gives all of the dense output but the routed experts' share.
+    """
 
     gain: float  # on the down matrix
 

@@ -17,6 +17,7 @@ from moelab.checkpoint import (
     CHECKPOINTS,
     CONFIG,
     MODEL,
+    PICKLES,
     READING,
     STATE,
     TRAINING,
@@ -24,16 +25,18 @@ from moelab.checkpoint import (
     newest_checkpoint,
     read_state,
     resolve_checkpoint,
+    stored_tensors,
+    tensor_files,
 )
 from moelab.errors import CheckpointError
 from moelab.hf.files import READING as HF_READING
-from moelab.hf.files import read_header
-from moelab.manifest import MANIFEST, Progress, differences, read_manifest, unlisted
+from moelab.manifest import MANIFEST, Manifest, Progress, differences, read_manifest, unlisted
 from moelab.printable import printable
 
 logger = logging.getLogger("moelab")
 
 _NEEDED = (MODEL, TRAINING, STATE, CONFIG)
+_WEIGHTS = (".safetensors", *PICKLES)  # what could be taken for a part of a checkpoint that does not list it
 _SETTLED = 1_000_000_000  # ns: a change as recent as this could leave the times that the system keeps as they are
 _CURES = ("; use an earlier checkpoint, or restore it", f"; {READING.cure}", f"; {HF_READING.cure}")
 
@@ -71,9 +74,15 @@ def inspect(folder: Path, progress: Progress = lambda nbytes: None) -> Finding:
         manifest = read_manifest(folder)
         if manifest is None:
             return _outlines(folder)
-        problems = [f"{MANIFEST}: lists no {name}" for name in _NEEDED if name not in manifest.files]
+        problems = [f"{MANIFEST}: lists no {name}" for name in (STATE, CONFIG) if name not in manifest.files]
+        problems += _without(MODEL, manifest) + _without(TRAINING, manifest)
         problems += differences(folder, manifest, progress)
         added = unlisted(folder, manifest)
+        foreign = [name for name in added if name.endswith(_WEIGHTS)]
+        problems += [f"{name}: is not of this checkpoint: {MANIFEST} does not list it; remove it" for name in foreign]
+        if not problems:
+            for name in (MODEL, TRAINING):
+                stored_tensors(folder, name)  # that the files of several processes are of one whole
     except CheckpointError as error:
         return Finding(folder, (_short(error, folder),))
     except OSError as error:
@@ -132,12 +141,20 @@ def _outlines(folder: Path) -> Finding:
         try:
             if read_state(folder).get("manifest"):
                 problems.append(f"{MANIFEST}: is missing")
-            read_header(folder / MODEL)
-            read_header(folder / TRAINING)
+            for name in (MODEL, TRAINING):
+                stored_tensors(folder, name)
         except CheckpointError as error:
             problems.append(_short(error, folder))
     remark = f"{folder}: can't be verified: it has no {MANIFEST}, as an earlier version of moelab wrote it"
     return Finding(folder, tuple(problems), () if problems else (remark,), verifiable=False)
+
+
+def _without(name: str, manifest: Manifest) -> list[str]:
+    try:
+        tensor_files(name, manifest.files.keys())
+    except CheckpointError as error:
+        return [str(error)]
+    return []
 
 
 def _cure(folder: Path) -> str:

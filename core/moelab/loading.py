@@ -7,25 +7,17 @@ from pathlib import Path
 
 import torch
 
-from moelab.builder import build_model
-from moelab.checkpoint import (
-    MODEL,
-    is_moelab,
-    load_model_tensors,
-    model_tensors,
-    read_run_config,
-    refuse_misfits,
-)
-from moelab.data.tokenizer import load_tokenizer
+from moelab.builder import build_hollow, build_model
+from moelab.checkpoint import OwnWeights, is_moelab, read_run_config
 from moelab.errors import CheckpointError
-from moelab.hf.files import read_header
-from moelab.hf.load import load_hf
+from moelab.hf.load import HFWeights, load_hf
+from moelab.hub import user_folder
 from moelab.integrity import verified
 from moelab.nn.generate import Speech
 from moelab.nn.transformer import Transformer
 from moelab.origin import end_token_ids, read_origin
-from moelab.paths import user_path
 from moelab.registry import Registry
+from moelab.stored_weights import StoredWeights, build_empty, fill
 from moelab.trust import stored_registry
 
 
@@ -47,7 +39,7 @@ def load(
     `registry`: the plugins that you name, `Registry(["my_router"])`; None: the installed ones. Other code that the
     folder names is imported only with `trust`. Raises CheckpointError naming the file and the cure.
     """
-    folder = verified(user_path(path), verify=verify)
+    folder = verified(user_folder(path), verify=verify)
     return read_model(folder, dtype=dtype, device=device, registry=registry, trust=trust)
 
 
@@ -64,13 +56,52 @@ def read_model(
         model = load_hf(folder, dtype=dtype, device=device)
         model.speech = partial(speech_of, folder)
         return model
-    config = read_run_config(folder)
-    plugins = stored_registry(config, folder, registry=registry, trust=trust)
-    check_shapes(folder, build_model(config.model, plugins, device="meta", seed=None))
-    model = build_model(config.model, plugins, device=device, seed=None)
-    load_model_tensors(folder, model)
+    plugins = stored_registry(read_run_config(folder), folder, registry=registry, trust=trust)
+    model = _own(folder, plugins, dtype, device)
     model.speech = partial(speech_of, folder)
-    return model.to(dtype).eval()
+    return model.eval()
+
+
+def open_model(folder: Path, *, trust: bool = False) -> tuple[Transformer, StoredWeights]:
+    """The model of a folder that `verified` gave, its matrices on the meta device, and the weights to read them from.
+
+    For who takes one tensor after the other. Raises CheckpointError as `open_weights`.
+    """
+    plugins = Registry()
+    if is_moelab(folder):
+        plugins = stored_registry(read_run_config(folder), folder, trust=trust)
+    weights = open_weights(folder, registry=plugins)
+    config = weights.model.config if isinstance(weights, HFWeights) else read_run_config(folder).model
+    model = build_hollow(config, plugins, device=torch.device("cpu"), seed=0)
+    tensors = model.state_dict()
+    for name in weights.shapes:
+        if not tensors[name].is_meta:  # what a plugin may answer by
+            weights.read_into(name, tensors[name])
+    return model.eval(), weights
+
+
+def open_weights(folder: Path, *, registry: Registry | None = None) -> StoredWeights:
+    """The weights of a folder that `verified` gave, each checked to be there and to fit the folder's own config.
+
+    Raises CheckpointError naming the file and the cure.
+    """
+    if not is_moelab(folder):
+        return HFWeights(folder)
+    config = read_run_config(folder)
+    weights = OwnWeights(folder)
+    weights.check(
+        build_model(config.model, stored_registry(config, folder, registry=registry), device="meta", seed=None)
+    )
+    return weights
+
+
+def _own(folder: Path, plugins: Registry, dtype: torch.dtype, device: torch.device | str) -> Transformer:
+    """Of a moelab checkpoint. What does not fit is refused before memory is asked for."""
+    config, weights = read_run_config(folder).model, OwnWeights(folder)
+    weights.check(build_model(config, plugins, device="meta", seed=None))
+    model = build_empty(config, plugins, weights.shapes, dtype=dtype, device=device)
+    fill(model, weights)
+    return model
 
 
 def speech_of(folder: Path) -> Speech:
@@ -79,17 +110,8 @@ def speech_of(folder: Path) -> Speech:
     Raises CheckpointError where it has none.
     """
     origin = read_origin(folder)
-    if origin.tokenizer is None:
+    tokenizer = origin.own_tokenizer()
+    if tokenizer is None:
         raise CheckpointError(f"{folder}: holds no tokenizer.json; name one, tokenizer=PATH, or tokenizer='bytes'")
-    tokenizer = load_tokenizer(origin.tokenizer)
     ends = end_token_ids(folder)
     return Speech(tokenizer, ends[0] if ends else (tokenizer.eos_token_id,))
-
-
-def check_shapes(folder: Path, model: Transformer) -> None:
-    """Whether the file holds what `model`, on the meta device, is made of: before memory is asked for.
-
-    Raises CheckpointError naming what is missing, or of another shape.
-    """
-    found = {name: tensor.shape for name, tensor in read_header(folder / MODEL).items()}
-    refuse_misfits(folder / MODEL, found, {name: tuple(t.shape) for name, t in model_tensors(model).items()})

@@ -116,7 +116,7 @@ def _take(descriptor: int, what: str, otherwise: str) -> None:
             f"{what} is being written by process {holder.get('pid', '?')} on {holder.get('host', '?')}, "
             f"since {holder.get('started', '?')}; wait for it, stop it, or {otherwise}"
         )
-    text = json.dumps(_self()).encode()
+    text = json.dumps(this_process()).encode()
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, text, 0)
 
@@ -128,7 +128,8 @@ def _read(descriptor: int) -> dict[str, Any]:
         return {}
 
 
-def _self() -> dict[str, Any]:
+def this_process() -> dict[str, Any]:
+    """By what `runs_here` knows it again, on this machine or another one."""
     started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     pid = os.getpid()
     return {
@@ -140,9 +141,15 @@ def _self() -> dict[str, Any]:
 def _alive(holder: dict[str, Any], touched: float) -> bool:
     if not holder:
         return False
-    if holder.get("boot") and holder.get("boot") == _boot() and holder.get("namespace") == _namespace():
-        return _born(holder.get("pid")) == holder.get("born") is not None
-    return time.time() - touched < BEAT_SECONDS
+    here = runs_here(holder)
+    return time.time() - touched < BEAT_SECONDS if here is None else here
+
+
+def runs_here(process: dict[str, Any]) -> bool | None:
+    """Whether what `this_process` told in that process still runs; None where that can't be seen from here."""
+    if process.get("boot") and process.get("boot") == _boot() and process.get("namespace") == _namespace():
+        return _born(process.get("pid")) == process.get("born") is not None
+    return None
 
 
 def _boot() -> str | None:
@@ -162,8 +169,12 @@ def _namespace() -> str | None:
 
 
 def _born(pid: object) -> str | None:
-    """When a process began, in clock ticks since the start: a number that is used again has another one."""
+    """When a process began, in clock ticks since the start: a number that is used again has another one.
+
+    None for one that is gone, or that has ended and waits for its parent to ask how.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        state, *facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else facts[18]
+    except (OSError, ValueError, IndexError):
         return None

@@ -11,7 +11,9 @@ spelled in one way only, so that it is covered too. It is written last. Any numb
                                                                  "bytes": 256, "checksum": "..."}}}},
      "checksum": "..."}
 
-`offset` counts from the file's first byte. It finds damage, not forgery. Free of torch.
+`offset` counts from the file's first byte. A tensor that several processes wrote lies in several files, some of its
+rows (axis 0) in each: there "rows": {"first": 12, "of": 48} stands beside its shape, which is that of its part. It
+finds damage, not forgery. Free of torch.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ class Part:
     offset: int
     nbytes: int
     checksum: str
+    rows: tuple[int, int] | None = None  # (the first one, of how many) of a tensor whose other rows lie in other files
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def _parts(name: str, entry: Record) -> Iterator[Part]:
     end = header.integer("bytes", least=0, most=total)
     yield Part("", 0, end, header.text(_CHECKSUM))
     tensors = [
-        Part(tensor, said.integer("offset"), said.integer("bytes", least=0), said.text(_CHECKSUM))
+        Part(tensor, said.integer("offset"), said.integer("bytes", least=0), said.text(_CHECKSUM), _rows(said))
         for tensor, said in entry.record("tensors").records()
     ]
     for part in sorted(tensors, key=lambda part: (part.offset, part.nbytes)):
@@ -146,6 +149,14 @@ def _parts(name: str, entry: Record) -> Iterator[Part]:
         yield part
     if end != total:
         entry.reading.refuse(entry.where, "leaves bytes of its file out, or counts them twice")
+
+
+def _rows(said: Record) -> tuple[int, int] | None:
+    if "rows" not in said:
+        return None
+    rows = said.record("rows")
+    of = rows.integer("of", least=1, most=_LARGEST)
+    return rows.integer("first", least=0, most=of - 1), of
 
 
 def _spelled(content: Mapping[str, Any]) -> bytes:

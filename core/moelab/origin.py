@@ -14,23 +14,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moelab import launcher
 from moelab.checkpoint import CONFIG, is_moelab, read_run_config, resolve_checkpoint
 from moelab.config.files import Layer, subtree
 from moelab.config.model import ModelConfig
 from moelab.config.stored import read_stored_tree
+from moelab.data.json_tokenizer import JsonTokenizer
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.data.tokenizer_file import definition_of
 from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.carried import (
     GENERATION_FILE,
+    TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
+    carried_files,
     generation_settings,
     terms,
     token_ids,
     tokenizer_side_files,
 )
-from moelab.hf.config import CONFIG_FILE, read_config
+from moelab.hf.config import CONFIG_FILE, read_config, read_fields
 from moelab.hf.files import READING, read_json
+from moelab.hf.gguf_file import gguf_of
+from moelab.hub import user_folder
 from moelab.integrity import Choice, newest_whole
 from moelab.paths import unresolved_hint, user_path
 from moelab.registry import Registry
@@ -55,6 +61,15 @@ class Origin:
         """The plugins that `model` is built with: those that the user named. CheckpointError where it needs others."""
         return stored_registry(read_run_config(self.folder), self.folder, registry=named) if self.is_run else named
 
+    def own_tokenizer(self) -> Tokenizer | None:
+        """What lies with the weights; of a GGUF file what its metadata makes. None where there is none."""
+        if self.tokenizer is not None:
+            return load_tokenizer(self.tokenizer)
+        files = carried_files(self.folder) if gguf_of(self.folder) is not None else {}
+        if TOKENIZER_FILE not in files:
+            return None
+        return JsonTokenizer(files[TOKENIZER_FILE], str(self.folder), files[TOKENIZER_CONFIG_FILE])
+
     @property
     def is_run(self) -> bool:
         """Whether it is a moelab checkpoint, which has the config of its run."""
@@ -75,7 +90,7 @@ def read_origin(path: str | Path) -> Origin:
 
     Raises CheckpointError naming the file and the cure.
     """
-    folder = resolve_checkpoint(user_path(path))
+    folder = resolve_checkpoint(user_folder(path))
     model = read_run_config(folder).model if is_moelab(folder) else read_config(folder)
     return Origin(folder, model, _tokenizer(folder))
 
@@ -85,15 +100,16 @@ def origin_of(config: Mapping[str, Any], *, verify: bool = True) -> Origin | Non
 
     Of its own the newest that is as it was written (not `verify`: the newest), CheckpointError where all are damaged.
     """
-    if config.get("resume") and config.get("run_dir"):
-        choice = newest_whole(user_path(config["run_dir"], "run_dir"), verify=verify)
+    run_dir = user_path(config["run_dir"], "run_dir") if config.get("run_dir") else None
+    if run_dir is not None and (config.get("resume") or launcher.has_begun(run_dir)):
+        choice = newest_whole(run_dir, verify=verify)
         if choice.folder is not None:
             return dataclasses.replace(read_origin(choice.folder), own=choice)
     init_from = subtree(config, ("train", "init_from"))
     if init_from is None:
         return None
     try:
-        return read_origin(user_path(init_from, "train.init_from"))
+        return read_origin(user_folder(init_from, "train.init_from"))
     except CheckpointError as error:
         raise CheckpointError(f"train.init_from: {error}{unresolved_hint(init_from)}") from error
 
@@ -124,7 +140,7 @@ def tokenizer_files(spec: str) -> dict[str, bytes]:
     """What stands beside the tokenizer.json that `data.tokenizer` names."""
     if spec == BYTES:
         return {}
-    path = user_path(spec, "data.tokenizer")
+    path = user_folder(spec, "data.tokenizer")
     return tokenizer_side_files(path if path.is_dir() else path.parent)
 
 
@@ -141,6 +157,9 @@ def model_files(folder: Path, *, ids: bool) -> dict[str, bytes]:
 
 def carried_ids(folder: Path) -> dict[str, Any]:
     """The token ids of config.json, or those that a moelab checkpoint carries along."""
+    gguf = gguf_of(folder)
+    if gguf is not None:
+        return token_ids(read_fields(folder).values, gguf)
     path = folder / (FIELDS_FILE if is_moelab(folder) else CONFIG_FILE)
     return token_ids(read_json(path), path) if path.is_file() else {}
 

@@ -30,8 +30,10 @@ _NAMES = {
     torch.bfloat16: "BF16", torch.int32: "I32", torch.uint32: "U32", torch.float32: "F32",
     torch.float64: "F64", torch.int64: "I64", torch.uint64: "U64",
 }  # fmt: skip
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _PIECE = 512 << 10  # bytes: stays in the second-level cache between the hash and the write
 _RANK = {dtype: rank for rank, dtype in enumerate(_NAMES)}
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}  # by the names of safetensors
 
 
 @dataclass(frozen=True)

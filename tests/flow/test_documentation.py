@@ -76,8 +76,20 @@ DECLARED: dict[str, Instead | Not] = {
     "python examples/minimal_loop.py train/tiny_moe train.steps=20 run_dir=unused": Not("tests/unit/test_examples.py"),
     "torchrun --nproc-per-node 2 -m moelab train configs/train/tiny_moe.yaml run_dir=runs/two parallel.shard=2 "
     "parallel.expert=2": Not("starts processes: tests/flow/test_torchrun.py does"),
+    "torchrun --nproc-per-node 4 --max-restarts 100 -m moelab train configs/train/tiny_moe.yaml parallel.shard=4": Not(
+        "starts processes: tests/flow/test_torchrun.py does"
+    ),
     "torchrun --nproc-per-node 4 -m moelab train configs/train/tiny_moe.yaml parallel.shard=4 parallel.expert=2 "
     "train.micro_batch_size=2": Not("starts processes: tests/flow/test_torchrun.py does"),
+    "moelab evaluate runs/tiny_moe --tasks heldout_continuation,heldout_perplexity": Not(
+        "needs the extra lm-eval: tests/optional/test_judging.py"
+    ),
+    "moelab evaluate runs/tiny_moe --tasks arc_easy,my_task.yaml --limit 100": Not(
+        "needs the extra lm-eval: tests/optional/test_judging.py"
+    ),
+    "moelab evaluate runs/tiny_moe --tasks heldout_continuation": Not(
+        "needs the extra lm-eval: tests/optional/test_judging.py"
+    ),
     "tensorboard --logdir runs": Not("a server that runs until it is stopped"),
     "pip install triton==3.7.1 setuptools wheel packaging": Not("make setup-megablocks, which CI runs, does the same"),
     "pip install --no-deps --no-build-isolation stanford-stk==0.7.1 megablocks==0.10.0": Not(
@@ -87,9 +99,13 @@ DECLARED: dict[str, Instead | Not] = {
     "moelab sweep configs/train/tiny_moe.yaml seed=0..9 --slurm --slurm-option slurm_partition=gpu --slurm-option "
     "timeout_min=240": Not("needs Slurm; tests/unit/tools/sweep/test_slurm.py runs it on submitit's local executor"),
     "moelab train FILE... [KEY=VALUE...]": Instead("moelab train configs/train/tiny_moe.yaml run_dir=runs/form"),
-    "moelab plan CONFIG --devices N [--expert-parallel M] [--checkpointing] [--device-memory GB]": Instead(
-        "moelab plan configs/train/tiny_moe.yaml --devices 4 --expert-parallel 2 --checkpointing --device-memory 80"
+    "moelab plan CONFIG [parallel.shard=N] [parallel.expert=M] [train.activation_checkpointing=1] "
+    "[--device-memory GB]": Instead(
+        "moelab plan configs/train/tiny_moe.yaml parallel.shard=4 parallel.expert=2 train.activation_checkpointing=1 "
+        "--device-memory 80"
     ),
+    "sbatch --export=ALL,RUN=runs/mine,PROCESSES=8 --gpus-per-node=8 examples/slurm/train.sbatch train/tiny_moe "
+    "parallel.shard=8": Not("needs Slurm; tests/unit/test_examples.py runs the script on programs of Slurm's names"),
     "moelab upcycle configs/upcycle/qwen2_57b_a14b.yaml source=DIR output=DIR model.vocab_size=null "
     "model.moe.layout.moe_intermediate_size=80 model.moe.shared_expert.intermediate_size=640": Instead(
         "moelab upcycle configs/upcycle/qwen2_57b_a14b.yaml source=Qwen2-7B output=elsewhere"

@@ -112,8 +112,10 @@ def test_transformers_computes_the_dense_models_logits(
     difference = float((before - after).abs().max() / before.abs().max())
     assert (difference < 1e-5) if exact else (1e-4 < difference < 1)
     receipt = json.loads((tmp_path / "out/upcycle_receipt.json").read_text())
-    assert receipt["layers_compared"] == 2
+    assert len(receipt["layers"]) == 2
     assert (receipt["kl"] < 1e-8) == exact
+    assert (receipt["start"] == "dense") == exact
+    assert ("start: dense" in done.stdout) == exact, "what was promised is what is measured"
 
 
 def test_the_command_says_what_it_did_and_verify_agrees(dense: Path, tmp_path: Path, capsys):

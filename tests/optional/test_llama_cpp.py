@@ -110,12 +110,19 @@ def difference(a: Logits, b: Logits) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
+def perplexity(logits: Logits) -> float:
+    """Of TOKENS; logits [S, V]."""
+    nats = torch.nn.functional.cross_entropy(torch.tensor(logits[:-1]).double(), torch.tensor(TOKENS[1:]))
+    return float(nats.exp())
+
+
 def test_llama_cpp_computes_the_upcycled_models_logits(dense: Path, tmp_path: Path):
     made = upcycled(dense, tmp_path / "made", "untie=true")
     theirs = by_llama_cpp(made)
     found = {"transformers": difference(theirs, by_transformers(made)), "moelab": difference(theirs, by_moelab(made))}
     print(found)
     assert max(found.values()) < TOLERANCE, found
+    assert perplexity(theirs) == pytest.approx(perplexity(by_moelab(made)), rel=1e-3)
     # The redrawn experts do something: half a model would not pass.
     assert difference(theirs, by_transformers(dense)) > 1e-2
 

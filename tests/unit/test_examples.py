@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -73,3 +76,55 @@ def test_the_minimal_loop_is_a_script(
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     assert capsys.readouterr().out.count(": loss ") == 2
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Path:
+    """Programs of Slurm's names: srun runs what it is given, and torchrun is one process that leaves a summary."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, body in {
+        "scontrol": 'if [ "$1" = show ]; then echo node7; else echo "$@" >> "$LOG"; fi',
+        "srun": 'exec "$@"',
+        "python": 'if [ "$1" = -c ]; then exec "$REAL" "$@"; fi\necho "$@" >> "$LOG"; eval "$DOES"',
+    }.items():
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (programs / name).chmod(0o755)
+    return programs
+
+
+@pytest.mark.parametrize(
+    ("does", "code", "requeued"),
+    [
+        ('echo \'{"status": "finished"}\' > "$RUN/summary.json"', 0, False),
+        ('echo \'{"status": "interrupted"}\' > "$RUN/summary.json"; exit 1', 0, True),
+        ('echo \'{"status": "failed"}\' > "$RUN/summary.json"; exit 1', 1, False),
+        ("exit 2", 2, False),  # a mistake in the config: the summary is that of the time before
+    ],
+    ids=["finished", "interrupted", "failed", "mistaken"],
+)
+def test_the_slurm_script_requeues_what_was_interrupted_and_nothing_else(
+    slurm: Path, tmp_path: Path, does: str, code: int, requeued: bool
+) -> None:
+    log, run = tmp_path / "log", tmp_path / "run"
+    run.mkdir()
+    (run / "summary.json").write_text('{"status": "interrupted"}')
+    os.utime(run / "summary.json", (1, 1))
+    environment = os.environ | {
+        "PATH": f"{slurm}:{os.environ['PATH']}", "REAL": sys.executable, "LOG": str(log), "DOES": does,
+        "RUN": str(run), "PROCESSES": "2", "SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2",
+    }  # fmt: skip
+    script = EXAMPLE.parent / "slurm" / "train.sbatch"
+    done = subprocess.run(
+        ["bash", script, "train/tiny_moe", "parallel.shard=4"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    lines = log.read_text().splitlines()
+    assert lines[1:] == (["requeue 12"] if requeued else [])
+    wanted = ["--nnodes 2", "--nproc-per-node 2", "--rdzv-endpoint node7:20012", "-m moelab train train/tiny_moe"]
+    assert all(part in lines[0] for part in wanted), lines[0]
+    assert lines[0].endswith(f"parallel.shard=4 run_dir={run} --resume")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from moelab import launcher
 from moelab.checkpoint import CONFIG, is_moelab, read_run_config
 from moelab.config.files import Layer, is_override
 from moelab.config.load import Loaded, load_config
@@ -32,11 +33,12 @@ def tokenizer_of(path: Path, given: str | None) -> Tokenizer:
     if given is not None:
         return load_tokenizer(given)
     origin = read_origin(path)
-    if origin.tokenizer is None:
+    own = origin.own_tokenizer()
+    if own is None:
         raise CheckpointError(
             f"{origin.folder}: holds no tokenizer.json; name one with --tokenizer, or use --tokenizer bytes"
         )
-    return load_tokenizer(origin.tokenizer)
+    return own
 
 
 def load_run(
@@ -118,7 +120,7 @@ def _check_origin(run: RunConfig, origin: Origin, registry: Registry) -> None:
 
 def tell_origin(loaded: Loaded[RunConfig]) -> None:
     """Say on stderr where model and tokenizer come from, if from a checkpoint."""
-    if loaded.below is not None:
+    if loaded.below is not None and launcher.rank() == 0:
         told = (
             f"model: as in {loaded.below.origin}, where the config does not say it; "
             f"tokenizer: {loaded.config.data.tokenizer}"

@@ -6,11 +6,15 @@ import logging
 import os
 import sys
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import click
 
 from moelab import __version__
 from moelab.printable import LONGEST_MESSAGE, printable
+
+if TYPE_CHECKING:
+    from moelab.errors import RunFailure, UserError
 
 # Name -> what `moelab --help` says. The file commands/NAME.py holds `command`, imported when it is run.
 COMMANDS = {
@@ -34,6 +38,7 @@ COMMANDS = {
     "plugins": "List every plugin with its options.",
     "new": "Write a package with a router of your own, or another part, that passes the kit.",
     "explain": "Print what each layer of a config is built from, with parameters and FLOPs.",
+    "coefficient": "Convert a balance loss's coefficient from one program's convention to another's.",
     "architectures": "Print the table of the shipped model configs.",
     "plan": "Predict the memory and communication of a config on N devices.",
     "doctor": "Tell what this machine has and which expert backends work on it.",
@@ -84,7 +89,12 @@ def moelab() -> None:
 
 def main() -> None:
     """The console script. Exit codes: 0 done, 1 failed, 2 the user's input."""
-    sys.exit(run(sys.argv[1:]))
+    from moelab import launcher
+
+    code = run(sys.argv[1:])
+    if launcher.world() > 1:
+        launcher.end(code, mistake=code == EXIT_USER)
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -128,7 +138,19 @@ def _run(arguments: list[str]) -> int:
 
 def _one_of_many() -> bool:
     """Whether torchrun started this process beside another one that speaks."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
+    from moelab import launcher
+
+    return launcher.world() > 1 and launcher.rank() != 0
+
+
+def _left_to_others(error: UserError | RunFailure) -> bool:
+    """Whether another process that torchrun started says this, or has said it: a mistake is heard once."""
+    from moelab import launcher
+    from moelab.errors import UserError
+
+    if launcher.rank() != 0 and error.left_to_main:
+        return True
+    return isinstance(error, UserError) and launcher.was_said(str(error))
 
 
 class _Warnings(logging.Handler):
@@ -153,7 +175,7 @@ def _explain(error: Exception) -> int:
     from moelab.plugin_faults import strangers_fault
     from moelab.shortage import shortage
 
-    if isinstance(error, UserError | RunFailure) and _one_of_many():
+    if isinstance(error, UserError | RunFailure) and _left_to_others(error):
         return EXIT_USER if isinstance(error, UserError) else EXIT_FAILED
     if isinstance(error, UserError):
         _tell(f"error: {error}")

@@ -8,20 +8,18 @@ from typing import Any
 
 import torch
 
-from moelab.checkpoint import is_moelab
+from moelab.checkpoint import MODEL, is_moelab, stored_tensors
 from moelab.data.lineage import carried_lineage
 from moelab.data.seen import carried_record
-from moelab.data.tokenizer import Tokenizer, load_tokenizer
+from moelab.data.tokenizer import Tokenizer
 from moelab.data.tokenizer_file import definition_of
-from moelab.hf.carried import ID_FIELDS, TOKENIZER_FILE, carried_files
-from moelab.hf.config import CONFIG_FILE, read_fields
+from moelab.hf.carried import TOKENIZER_FILE, carried_files
+from moelab.hf.config import CONFIG_FILE
 from moelab.hf.files import TensorFolder, read_json
-from moelab.hf.gguf_file import describe_types, gguf_of
-from moelab.hf.load import load_hf
 from moelab.hf.save import save_hf
 from moelab.hf.tokenizer_config import as_it_is, llama_cpp_remark, named_token_ids
 from moelab.integrity import verified
-from moelab.loading import read_model
+from moelab.loading import open_model
 from moelab.nn.transformer import Transformer
 from moelab.origin import Origin, carried_ids, check_vocabulary, end_token_ids, read_origin
 from moelab_tools.tokenizer_check import check_auto_tokenizer
@@ -44,14 +42,11 @@ def export(
     `dtype`: bfloat16, float32 or float16; None: the one in which the checkpoint stores its matrices. Raises
     CheckpointError or ConfigError for what can't be read, or can't be said in that format, before anything is written.
     """
-    gguf = gguf_of(checkpoint)
-    if gguf is not None:
-        return _export_gguf(gguf, output, dtype=dtype, max_shard_size=max_shard_size, force=force)
     origin = read_origin(verified(checkpoint, verify=verify))
-    model = read_model(origin.folder, trust=trust)
-    tokenizer = load_tokenizer(origin.tokenizer) if origin.tokenizer is not None else None
+    model, weights = open_model(origin.folder, trust=trust)
+    tokenizer = origin.own_tokenizer()
     if tokenizer is not None:
-        check_vocabulary(model.config.vocab_size, tokenizer, str(origin.tokenizer))
+        check_vocabulary(model.config.vocab_size, tokenizer, origin.tokenizer or str(origin.folder))
     chosen, why = _dtype(origin, dtype)
     files = _files(origin, tokenizer, dense=model.config.moe is None)
     save_hf(
@@ -62,6 +57,7 @@ def export(
         extra_files=files,
         config_extra=_ids(origin, tokenizer, files),
         force=force,
+        weights=weights,
     )
     return [
         f"written: {output}",
@@ -72,30 +68,14 @@ def export(
     ]
 
 
-def _export_gguf(path: Path, output: Path, *, dtype: str | None, max_shard_size: str, force: bool) -> list[str]:
-    """Decoded, in the layout of its kind; the tokenizer where the metadata gives one with the same ids."""
-    model = load_hf(path)
-    files = carried_files(path)
-    if TOKENIZER_FILE in files:
-        files = as_it_is(files, dense=True)
-    ids = {key: value for key, value in read_fields(path).values.items() if key in ID_FIELDS}
-    chosen: torch.dtype = getattr(torch, dtype or "float32")
-    save_hf(
-        model, output, dtype=chosen, max_shard_size=max_shard_size, extra_files=files, config_extra=ids, force=force
-    )
-    tokenizer = load_tokenizer(str(output)) if TOKENIZER_FILE in files else None
-    return [
-        f"written: {output}",
-        f"source: {describe_types(path)}",
-        f"dtype: {str(chosen).removeprefix('torch.')}, {'as asked' if dtype else 'which holds it all exactly'}",
-        _kept(files, output),
-        *_tokenizer_lines(output, tokenizer, files, model),
-    ]
-
-
 def _dtype(origin: Origin, asked: str | None) -> tuple[torch.dtype, str]:
     """(what to write, why)."""
-    stored = Counter(t.dtype for t in TensorFolder(origin.folder).tensors.values() if len(t.shape) > 1)
+    if is_moelab(origin.folder):
+        whole = stored_tensors(origin.folder, MODEL).values()
+        found = [(tensor.parts[0].dtype, len(tensor.shape)) for tensor in whole]
+    else:
+        found = [(tensor.dtype, len(tensor.shape)) for tensor in TensorFolder(origin.folder).tensors.values()]
+    stored = Counter(dtype for dtype, axes in found if axes > 1)
     own = DTYPES.get(stored.most_common(1)[0][0], torch.float32) if stored else torch.float32
     name = str(own).removeprefix("torch.")
     if asked is not None:

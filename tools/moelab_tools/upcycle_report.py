@@ -16,6 +16,7 @@ from moelab_upcycling.convert import Outcome, registry_of
 from moelab_upcycling.dtypes import STORAGE, TORCH_NAMES
 from moelab_upcycling.maker import build_parts
 from moelab_upcycling.plan import Plan, ledger
+from moelab_upcycling.promised_start import promised_start
 from moelab_upcycling.source import DenseSource
 
 _SECONDS_PER_GB = 2.3  # of a processor core, measured: docs/upcycling.md
@@ -52,6 +53,11 @@ def print_plan(console: Console, plan: Plan, config: UpcycleConfig, *, ledger: b
         "where the disk keeps up",
         soft_wrap=True,
     )
+    start = promised_start(
+        plan, build_parts(plan, registry_of(config, [Path(p) for p in plan.search_path]), min(plan.target.layouts))
+    )
+    style = {"dense": "green", "far": "yellow"}.get(start.kind, "bold")
+    console.print(f"start: [{style}]{start.kind}[/]: {escape(start.sentence)}", highlight=False, soft_wrap=True)
     for warning in warnings(plan, config):
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     if ledger:

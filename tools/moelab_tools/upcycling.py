@@ -11,15 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from moelab.config.files import is_override
 from moelab.config.load import load_config
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import ConfigError, RunFailure
 from moelab.hf.gguf_file import SUFFIX
+from moelab.hub import user_folder
 from moelab.paths import user_path
 from moelab_tools.terminal import make_console
+from moelab_tools.upcycle_probe import probe_of
 from moelab_tools.upcycle_receipt import print_receipt, write_receipt
 from moelab_tools.upcycle_report import print_outcome, print_plan
 from moelab_upcycling.convert import convert, prepare, registry_of
@@ -46,6 +56,7 @@ def run_upcycle(request: UpcycleRequest) -> None:
     loaded = load_config(spelled_out(request.arguments), UpcycleConfig)
     config = loaded.config
     try:
+        config.source = [str(user_folder(source, "source")) for source in config.sources]
         folders = loaded.places("plugins").all()
         registry = registry_of(config, folders)
         plan = prepare(config, registry, folders)
@@ -71,7 +82,11 @@ def run_upcycle(request: UpcycleRequest) -> None:
         )
     print_outcome(console, plan, outcome, output)
     if request.receipt and outcome.complete and output is not None:
-        print_receipt(console, write_receipt(plan, registry, output))
+        with layers_bar(console) as bar:
+            task = bar.add_task("receipt", total=plan.target.num_hidden_layers)
+            probe = probe_of(config, output, plan.target.vocab_size, plan.seed, loaded.places("receipt"))
+            receipt = write_receipt(plan, registry, output, probe, lambda: bar.advance(task))
+        print_receipt(console, receipt)
 
 
 def spelled_out(arguments: Sequence[str]) -> list[str]:
@@ -131,6 +146,13 @@ def bytes_bar(console: Console) -> Progress:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=console,
+    )
+
+
+def layers_bar(console: Console) -> Progress:
+    """Progress in layers."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     )
 
 

@@ -29,6 +29,8 @@ class Gate:
         self.options, self.context = options, context
         automatic = 2.0 * (1.0 - context.routed_share) if options.gate == "constant" else 1.0
         self.gain = automatic if options.gain is None else options.gain
+        # A constant of 1e-12 or 0: its sigmoid is 1/2 whatever x is, and the gain makes up for it.
+        self.exact = options.gate == "constant" and abs(options.gate_value) < 1e-6 and self.gain == automatic
         self.warnings = []
         if options.gate == "constant" and options.gate_value == 0:
             self.warnings.append("llama.cpp: a shared gate of exact zeros is NaN there; leave gate_value at 1e-12")

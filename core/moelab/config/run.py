@@ -46,6 +46,9 @@ class TrainConfig:
     # Steps; 0: only at the end; null: every 15 minutes, or less often, so that saving takes at most 1 % of the time. A
     # run that is stopped, or fails with its state whole, saves too.
     save_every: int | None = None
+    # Checkpoints are copied to memory and written while the run goes on: a longer save for a shorter halt, and as much
+    # memory again as weights and moments take on a process. null: where several processes share the run.
+    save_in_background: bool | None = None
     keep_checkpoints: int = 2  # the newest ones; 0: all
     keep_best: bool = False  # beside them, in run_dir/best, the one of the lowest held-out loss (evaluation.every)
     patience: int | None = None  # evaluations in a row without a lower held-out loss that end the run; null: none do
@@ -65,6 +68,9 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of the first and the second moment
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # decoupled, times the learning rate; of matrices alone
+    # Factors on the learning rate by patterns over names of parameters, {"embed_tokens.*": 0.1}: of several
+    # that match a name the last one counts. Decay goes along, since it is times the rate.
+    learning_rates: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -100,6 +106,9 @@ class ParallelConfig:
     shard: int = 1  # processes that share out parameters, gradients and optimizer state (FSDP2)
     expert: int = 1  # of these, processes that share out whole experts
     timeout: float = 600.0  # seconds that one waits for another before the run ends
+    # Over a step's micro-batches of one process gradients add up `whole`, to be reduced once, or in `pieces`: a shard's
+    # memory, and a reduction for each.
+    accumulate: str = "whole"
 
     @property
     def world(self) -> int:
@@ -114,6 +123,8 @@ class ParallelConfig:
             raise ConfigError(
                 f"parallel.expert: {self.expert} does not divide parallel.shard {self.shard}, of which it is a part"
             )
+        if self.accumulate not in ("whole", "pieces"):
+            raise ConfigError(f"parallel.accumulate: must be whole or pieces, not '{self.accumulate}'")
         if self.timeout <= 0:
             raise ConfigError(f"parallel.timeout: must be positive, not {self.timeout}")
 
@@ -235,6 +246,12 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
         if getattr(optimizer, key) <= 0:
             raise ConfigError(f"optimizer.{key}: must be positive, not {getattr(optimizer, key)}")
     _at_least("optimizer", optimizer, "weight_decay", 0)
+    for pattern, factor in optimizer.learning_rates.items():
+        if factor <= 0:
+            raise ConfigError(
+                f"optimizer.learning_rates: the factor of '{pattern}' must be positive, not {factor}; train.freeze "
+                "leaves parameters as they are"
+            )
     if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
         raise ConfigError(f"optimizer.betas: must be two numbers in 0 .. 1, not {optimizer.betas}")
 

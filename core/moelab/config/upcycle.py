@@ -28,6 +28,16 @@ class RecipeConfig:
 
 
 @dataclass
+class ReceiptConfig:
+    """On what the result is compared with its source, before any training."""
+
+    tokens: int = 2048  # at least so many: fewer can't tell 0.003 nats from none
+    source: Part = field(
+        default_factory=lambda: {"name": "embedded", "max_bytes_per_domain": 300_000}
+    )  # as data.source; its held-out tenth is read
+
+
+@dataclass
 class UpcycleConfig:
     """All of a `moelab upcycle` run. What `model` does not name comes from the source's config.json."""
 
@@ -38,6 +48,7 @@ class UpcycleConfig:
     # proportions, `model` names all sizes.
     scale: str | None = None
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    receipt: ReceiptConfig = field(default_factory=ReceiptConfig)
     seed: int = 0  # of what is drawn
     # Kind of the output, as transformers calls it: qwen2_moe, qwen3_moe or mixtral. None: qwen3_moe of a source with
     # norms on q and k, else qwen2_moe.
@@ -51,7 +62,7 @@ class UpcycleConfig:
     store_environment: bool = False  # write into the output what ${oc.env:NAME} stood for; otherwise it is refused
 
     # The keys that leave no trace in the output, so that ${oc.env:...} may stand there unasked.
-    STORED_AS_WRITTEN: ClassVar[frozenset[str]] = frozenset({"source", "output", "workers"})
+    STORED_AS_WRITTEN: ClassVar[frozenset[str]] = frozenset({"source", "output", "workers", "receipt"})
 
     @property
     def sources(self) -> list[str]:
@@ -70,6 +81,8 @@ class UpcycleConfig:
         """Raise ConfigError for values out of range, naming the key."""
         if not self.sources or not all(self.sources):
             raise ConfigError("source: names no folder; write source=DIR of a dense Qwen2 checkpoint")
+        if self.receipt.tokens < 2:
+            raise ConfigError(f"receipt.tokens: must be at least 2, not {self.receipt.tokens}")
         if self.seed < 0:
             raise ConfigError(f"seed: must not be negative, not {self.seed}")
         if self.workers < 1:

@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from moelab.errors import DataError
-from moelab.paths import unresolved_hint, user_path
+from moelab.hub import user_folder
+from moelab.paths import unresolved_hint
 from moelab.safe_files import Reading, read_bytes
 
 READING = Reading(DataError, "data.tokenizer names it: write it again, or name another")
@@ -64,7 +65,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     byte_tokenizer = ByteTokenizer()
     if spec == "bytes":
         return byte_tokenizer
-    path = user_path(spec, "data.tokenizer")
+    path = user_folder(spec, "data.tokenizer")
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.is_file():

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moelab.builder import build_model
 from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.checkpoint_folder import open_folder
 from moelab.hf.files import TensorFolder
 from moelab.hf.names import EMBEDDING, LM_HEAD, Piece, Shape, pieces
+from moelab.nn.pieces import fill_from
 from moelab.nn.room import check_room
 from moelab.nn.transformer import Transformer
 from moelab.paths import user_path
 from moelab.registry import Registry
+from moelab.stored_weights import build_empty, fill
+from moelab.tensor_parts import Part, Stored
 
 
 def load_hf(
@@ -27,33 +32,42 @@ def load_hf(
 
     Raises CheckpointError naming file, tensor and cure, before any weight is read.
     """
-    folder = user_path(folder)
-    opened = open_folder(folder, registry)
-    config, stored = opened.config, opened.stored
-    try:
-        model = build_model(config, registry, device="meta", seed=None)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: can't be built: {error}") from error
-    wanted = _wanted(model, stored)
-    stored.check(
-        {piece.name: piece.shape(shape) for shape, found in wanted.values() for piece in found},
-        tied=(LM_HEAD, EMBEDDING) if config.tie_word_embeddings else None,
-    )
-    check_room(model, device)
-    if _unsaved_buffers(model):
-        # Only the constructor knows their values, so it must run for real.
-        model = build_model(config, registry, device=device, seed=None).to(dtype)
-    else:
-        model = model.to(dtype).to_empty(device=device)
-        model.tie_weights()
-    _fill(model, stored, wanted)
+    weights = HFWeights(user_path(folder), registry)
+    check_room(weights.model, device)
+    model = build_empty(weights.model.config, registry, weights.shapes, dtype=dtype, device=device)
+    fill(model, weights)
     return model.eval()
 
 
-def _unsaved_buffers(model: Transformer) -> list[str]:
-    """Names of buffers that no checkpoint holds; a plugin may have some."""
-    saved = model.state_dict().keys()
-    return [name for name, _ in model.named_buffers() if name not in saved]
+class HFWeights:
+    """The weights of a Qwen2 or Qwen2-MoE folder under our names; opening it checks them all and reads none."""
+
+    def __init__(self, folder: Path, registry: Registry | None = None) -> None:
+        """Raises CheckpointError naming file, tensor and cure."""
+        opened = open_folder(folder, registry)
+        config, self._stored = opened.config, opened.stored
+        try:
+            self.model = build_model(config, registry, device="meta", seed=None)  # without a number in it
+        except ConfigError as error:
+            raise CheckpointError(f"{folder / 'config.json'}: can't be built: {error}") from error
+        wanted = _wanted(self.model, self._stored)
+        self._stored.check(
+            {piece.name: piece.shape(shape) for shape, found in wanted.values() for piece in found},
+            tied=(LM_HEAD, EMBEDDING) if config.tie_word_embeddings else None,
+        )
+        parts = {name: Stored(shape, tuple(map(self._part, found))) for name, (shape, found) in wanted.items()}
+        order = sorted(parts, key=lambda name: min((part.path, part.offset) for part in parts[name].parts))
+        self._parts = {name: parts[name] for name in order}
+        self.shapes: dict[str, Shape] = {name: wanted[name][0] for name in order}
+
+    def read_into(self, name: str, tensor: Tensor) -> None:
+        """`name` as the model has it: each expert's matrices into their bank; of a piece of it, what lies there."""
+        fill_from(tensor, self._parts[name])
+
+    def _part(self, piece: Piece) -> Part:
+        at = self._stored.tensors[piece.name]
+        decoded = None if at.is_plain else partial(self._stored.read, piece.name)
+        return Part(at.path, at.name, at.offset, at.dtype, at.shape, piece.index, piece.transposed, decoded)
 
 
 def _wanted(model: Transformer, stored: TensorFolder) -> dict[str, tuple[Shape, list[Piece]]]:
@@ -66,14 +80,3 @@ def _wanted(model: Transformer, stored: TensorFolder) -> dict[str, tuple[Shape, 
         fused = pieces(name, shape, fused=True)
         wanted[name] = (shape, fused if all(p.name in stored.tensors for p in fused) else pieces(name, shape))
     return wanted
-
-
-@torch.no_grad()
-def _fill(model: Transformer, stored: TensorFolder, wanted: dict[str, tuple[Shape, list[Piece]]]) -> None:
-    ours = model.state_dict()
-    by_file = sorted(
-        ((stored.tensors[piece.name].path, piece, name) for name, (_, found) in wanted.items() for piece in found),
-        key=lambda entry: entry[0],
-    )  # one file after the other: a disk reads that best
-    for _, piece, name in by_file:
-        piece.view(ours[name]).copy_(stored.read(piece.name))

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,19 @@ from moelab.hf.write_config import write_config
 from moelab.lock import FileLock, hold_file
 from moelab.nn.transformer import Transformer
 from moelab.paths import user_path
+from moelab.stored_weights import StoredWeights
 from moelab.tensor_file import write_tensors
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Written:
+    """A tensor to write: a piece of the parameter of this name."""
+
+    piece: Piece
+    name: str
+    parameter: Tensor
 
 
 def save_hf(
@@ -38,12 +49,15 @@ def save_hf(
     extra_files: Mapping[str, bytes] | None = None,
     config_extra: Mapping[str, Any] | None = None,
     force: bool = False,
+    weights: StoredWeights | None = None,
 ) -> None:
     """Write config.json, the weights in `dtype`, and `extra_files` (a tokenizer, say) as a new folder.
 
     A generation_config.json among `extra_files` is kept; else one is made of the token ids in `config_extra`. Experts
     are written apart, as every client reads them; a tied head is left out. `force` replaces an existing
-    checkpoint. Raises CheckpointError if the format can't hold the model, or the folder is in the way.
+    checkpoint. `weights`: from where each tensor is read when it is written, so that `model` may be on the meta device
+    and what it takes is a file and one tensor. Raises CheckpointError if the format can't hold the model, or the folder
+    is in the way.
     """
     config = write_config(model, dtype=dtype, extra=config_extra)
     shards = _shards(_tensors(model, str(config["model_type"])), dtype.itemsize, parse_size(max_shard_size))
@@ -52,7 +66,7 @@ def save_hf(
         ids = {key: config[key] for key in ID_FIELDS if config.get(key) is not None}
         if ids and GENERATION_FILE not in (extra_files or {}):
             _write_json(temporary / GENERATION_FILE, {"_from_model_config": True, **ids})
-        _write_shards(temporary, shards, dtype, lock)
+        _write_shards(temporary, shards, dtype, lock, weights)
         for name, content in (extra_files or {}).items():
             path = temporary / name
             if path.parent != temporary or path.exists():
@@ -117,45 +131,70 @@ def _check_target(target: Path, force: bool) -> None:
         raise CheckpointError(f"{target}: holds no {CONFIG_FILE}, so it is no checkpoint, and --force won't delete it")
 
 
-def _tensors(model: Transformer, model_type: str) -> list[tuple[Piece, Tensor]]:
-    """(piece, our parameter) of every tensor to write, in the model's order."""
+def _tensors(model: Transformer, model_type: str) -> list[Written]:
+    """Every tensor to write, in the model's order."""
     found = []
     stored_name = MOE_FORMATS[model_type].stored_name if model_type in MOE_FORMATS else str
     for name, parameter in model.state_dict().items():
         if name == LM_HEAD and model.config.tie_word_embeddings:
             continue
-        found += [(piece.called(stored_name(piece.name)), parameter) for piece in pieces(name, tuple(parameter.shape))]
+        found += [
+            Written(piece.called(stored_name(piece.name)), name, parameter)
+            for piece in pieces(name, tuple(parameter.shape))
+        ]
     return found
 
 
-def _shards(tensors: list[tuple[Piece, Tensor]], itemsize: int, limit: int) -> list[list[tuple[Piece, Tensor]]]:
+def _shards(tensors: list[Written], itemsize: int, limit: int) -> list[list[Written]]:
     """Cut the list so that no shard exceeds `limit` bytes, a single larger tensor excepted."""
-    shards: list[list[tuple[Piece, Tensor]]] = [[]]
+    shards: list[list[Written]] = [[]]
     filled = 0
-    for piece, parameter in tensors:
-        size = piece.view(parameter).numel() * itemsize
+    for written in tensors:
+        size = written.piece.view(written.parameter).numel() * itemsize
         if shards[-1] and filled + size > limit:
             shards.append([])
             filled = 0
-        shards[-1].append((piece, parameter))
+        shards[-1].append(written)
         filled += size
     return shards
 
 
-def _write_shards(folder: Path, shards: list[list[tuple[Piece, Tensor]]], dtype: torch.dtype, lock: FileLock) -> None:
-    """One shard's copy is in memory at a time."""
+def _write_shards(
+    folder: Path, shards: list[list[Written]], dtype: torch.dtype, lock: FileLock, weights: StoredWeights | None
+) -> None:
+    """One shard's copy is in memory at a time, and of what is read one parameter."""
+    source = _Source(weights)
     weight_map: dict[str, str] = {}
     total = 0
     for number, shard in enumerate(shards, start=1):
         lock.beat()
         name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {piece.name: _copy(piece.view(parameter), dtype) for piece, parameter in shard}
+        tensors = {w.piece.name: _copy(w.piece.view(source.values(w)), dtype) for w in shard}
         write_tensors(folder / name, tensors, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(folder / INDEX_FILE, index)
+
+
+class _Source:
+    """The parameters' values: their own, or read; of those read the last is kept, for the next piece is of it too."""
+
+    def __init__(self, weights: StoredWeights | None) -> None:
+        self._weights = weights
+        self._name = ""
+        self._read = torch.empty(0)
+
+    def values(self, written: Written) -> Tensor:
+        if self._weights is None:
+            return written.parameter
+        if self._name != written.name:
+            self._read = torch.empty(0)  # before the next one is there
+            self._read = torch.empty(written.parameter.shape, dtype=written.parameter.dtype)
+            self._weights.read_into(written.name, self._read)
+            self._name = written.name
+        return self._read
 
 
 def _copy(view: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -43,9 +44,11 @@ class MoEBlock(nn.Module):
         self.shared_expert = shared_expert
         self.chunk = chunk
         self.dealt: Callable[[ExpertBackend], ExpertBackend] | None = None  # wraps what computes: experts elsewhere
-        self.in_pieces = (
-            False  # the parameters are whole in the forward pass alone, so records hold no experts' weights
-        )
+        # Where parameters lie in pieces they are whole in the forward pass alone: what then makes the bank's (gate_up,
+        # down) whole tensors of their own, and whether a loss asks for them, since that takes memory and a gather.
+        self.whole_experts: Callable[[ExpertBank], tuple[Tensor, Tensor]] | None = None
+        self.shows_experts = False
+        self.gathered: Callable[[], AbstractContextManager[None]] = nullcontext  # makes them whole elsewhere too
         self._looked_at: set[bool] = set()  # in training, in evaluation
         built = {"router": router, "backend": backend, "shared_expert": shared_expert}
         named = {key: PluginPart.of(key.replace("_", " "), part, layer_id) for key, part in built.items()}
@@ -70,7 +73,8 @@ class MoEBlock(nn.Module):
         # On a CPU the number of real assignments is known at no cost; elsewhere placeholders of weight 0 are computed.
         served = routing.compact() if x.device.type == "cpu" else routing
         self._check_backend(x, served)
-        y = self.experts(x, served, self._compute())
+        shown: list[Tensor] = []
+        y = self.experts(x, served, self._compute(shown if self.shows_experts or info.measure else None))
         if first:
             self._refuse("backend", promises.output(y, x))
         if routing.bypass is not None:
@@ -79,30 +83,48 @@ class MoEBlock(nn.Module):
         if first:
             self._refuse("shared_expert", None if shared is None else promises.output(shared, x))
             self._looked_at.add(self.training)
-        return (y if shared is None else y + shared), self._record(routing, info, y, shared)
+        return (y if shared is None else y + shared), self._record(routing, info, y, shared, shown)
 
-    def _compute(self) -> ExpertBackend:
-        """The backend, in chunks where a cap is set, and around both the exchange with other processes."""
-        inner = self.backend if self.chunk is None else InChunks(self.backend, self.chunk)
+    def reach(self, inner: ExpertBackend) -> ExpertBackend:
+        """A backend with the exchange around it where the experts lie on several processes."""
         return inner if self.dealt is None else self.dealt(inner)
+
+    def _compute(self, shown: list[Tensor] | None) -> Callable[[Tensor, Routing, ExpertBank], Tensor]:
+        """The backend, in chunks where a cap is set, and around both the exchange with other processes.
+
+        `shown`: takes the whole weights of the experts, where they lie in pieces.
+        """
+        compute = self.reach(self.backend if self.chunk is None else InChunks(self.backend, self.chunk))
+        whole = self.whole_experts
+        if shown is None or whole is None:
+            return compute
+
+        def showing(x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
+            shown.extend(whole(bank))
+            return compute(x, routing, bank)
+
+        return showing
 
     def believe(self) -> None:
         """Don't look at what the parts return: where tensors have no values, or that was done already."""
         self._looked_at = {True, False}
 
-    def _record(self, routing: Routing, info: TokenInfo, routed: Tensor, shared: Tensor | None) -> LayerRecord:
+    def _record(
+        self, routing: Routing, info: TokenInfo, routed: Tensor, shared: Tensor | None, shown: Sequence[Tensor]
+    ) -> LayerRecord:
         counts = routing.counts()
         measured = {"routed_norm": routed, "shared_norm": shared} if info.measure else {}
-        weight = getattr(self.router, "weight", None)
+        weight, in_pieces = getattr(self.router, "weight", None), self.whole_experts is not None
+        gate_up, down = (shown or (None, None)) if in_pieces else (self.experts.gate_up, self.experts.down)
         return LayerRecord(
             self.layer_id,
             replace(routing, bypass=None),  # [T, D]: of no use to a loss, and it would live until the backward pass
             counts,
-            weight.clone() if self.in_pieces and weight is not None else weight,
+            weight.clone() if in_pieces and weight is not None else weight,
             demand=counts if routing.choices is None else routing.demand(),
             info=info,
-            gate_up=None if self.in_pieces else self.experts.gate_up,
-            down=None if self.in_pieces else self.experts.down,
+            gate_up=gate_up,
+            down=down,
             **{name: y.detach().float().norm(dim=-1) for name, y in measured.items() if y is not None},
         )
 

@@ -5,6 +5,7 @@ They differ in what perfect balance costs at a coefficient of one, and in whethe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from moelab.errors import ConfigError, near
@@ -17,17 +18,22 @@ class Convention:
     times_top_k: bool
     times_layers: bool
     says: str
+    unless: str | None = None  # where a converted coefficient is not exact at every load
+    inexact_at: Callable[[int], bool] = lambda top_k: False
 
 
 CONVENTIONS = {
     "moelab": Convention(False, False, "E sum f P, f summing to one; mean over layers. Balanced: 1"),
-    "huggingface": Convention(True, False, "load_balancing_loss_func: f summing to K, layers pooled. Balanced: K"),
+    "huggingface": Convention(True, False, "load_balancing_loss_func: f summing to K, layers pooled. Balanced: K",
+                              "layers differ in their loads: it pools them before it multiplies", lambda top_k: True),
     "megatron": Convention(False, True, "Megatron-Core: E sum f P for each layer, layers summed. Balanced: L"),
     "megablocks": Convention(False, False, "MegaBlocks: divided by layers, tokens and K. Balanced: 1"),
-    "deepspeed": Convention(False, True, "DeepSpeed: mean(m_e c_e) E^2 for each layer, layers summed. Balanced: L"),
-    "mesh": Convention(False, True, "mesh-tensorflow: mean(m_e c_e) E^2 of first choices, layers added. Balanced: L"),
+    "deepspeed": Convention(False, True, "DeepSpeed: mean(m_e c_e) E^2 for each layer, layers summed. Balanced: L",
+                            "K = 2: its top2gating counts first choices alone", lambda top_k: top_k == 2),
+    "mesh": Convention(False, True, "mesh-tensorflow: mean(m_e c_e) E^2 of first choices, layers added. Balanced: L",
+                       "K > 1: it counts first choices alone", lambda top_k: top_k > 1),
     "t5x": Convention(True, False, "T5X, flaxformer: f summing to K, mean over layers. Balanced: K"),
-}
+}  # fmt: skip
 
 
 def convert_coefficient(value: float, source: str, target: str, *, top_k: int, num_layers: int) -> float:
@@ -40,6 +46,17 @@ def convert_coefficient(value: float, source: str, target: str, *, top_k: int, n
     Raises ConfigError for a name that is none of CONVENTIONS.
     """
     return value * _scale(source, top_k, num_layers) / _scale(target, top_k, num_layers)
+
+
+def inexact(source: str, target: str, top_k: int) -> list[str]:
+    """Why a coefficient converted between the two is not exact at every load; empty where it is."""
+    if source == target:
+        return []
+    return [
+        f"{name}: not exact where {one.unless}"
+        for name in (source, target)
+        if (one := find_convention(name)).inexact_at(top_k)
+    ]
 
 
 def find_convention(name: str) -> Convention:

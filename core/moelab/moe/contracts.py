@@ -108,6 +108,8 @@ class BalanceLoss(Protocol):
     - `after_step(context)`: called once after each optimizer step with the whole batch's counts, to adapt `weight`.
     - `shardable`: False for one that can't be laid over several processes (a router, shared expert or backend says it
       alike): it needs weights that no process holds whole, or decides by its data whether a parameter is used.
+    - `needs_expert_weights`: True for one that reads `LayerRecord.gate_up` or `down`, which over several processes are
+      gathered for it, in every forward pass.
     - `split_invariant`: False for a loss whose total depends on how the batch is split into micro-batches.
     - `state_dict()` and `load_state_dict(state)`: what it must remember over a restart.
     - `qwen2_moe_fields() -> dict | str`: its `router_aux_loss_coef` in a Qwen2-MoE config.json, or why it has none.
@@ -155,7 +157,8 @@ class ExpertBackend(Protocol):
     """Computes y[t] = sum over t's assignments of weight * down(act(gate x_t) * up x_t). Owns no parameters.
 
     One that in training also computes, forward, the experts that a token did not take says so with
-    `computes_every_expert = True`; its FLOPs are counted then.
+    `computes_every_expert = True`; its FLOPs are counted then. One that needs more of the tokens than rows and the
+    experts they go to says `dealable = False`: whole experts can't be dealt out to other processes then.
     """
 
     name: str

@@ -32,14 +32,17 @@ class ExpertBank(nn.Module):
         return backend(x, routing, self)
 
     @torch.no_grad()
-    def after_initialise(self) -> None:
-        """Zero the neurons beyond each expert's own width: gate, up and down all zero have no gradient and stay so."""
+    def trim(self, gate_up: Tensor, down: Tensor, first: int = 0) -> None:
+        """Zero the neurons beyond each expert's own width: gate, up and down all zero have no gradient and stay so.
+
+        gate_up [e, 2F, D] and down [e, F, D] are those of e experts from the `first` on.
+        """
         if self._expert_widths is None:
             return
-        widths = torch.tensor(self._expert_widths, device=self.down.device)
-        beyond = torch.arange(self.moe_intermediate_size, device=self.down.device) >= widths[:, None]  # [E, F]
-        self.down.masked_fill_(beyond.unsqueeze(-1), 0.0)
-        self.gate_up.masked_fill_(beyond.repeat(1, 2).unsqueeze(-1), 0.0)
+        widths = torch.tensor(self._expert_widths[first : first + down.shape[0]], device=down.device)
+        beyond = torch.arange(self.moe_intermediate_size, device=down.device) >= widths[:, None]  # [e, F]
+        down.masked_fill_(beyond.unsqueeze(-1), 0.0)
+        gate_up.masked_fill_(beyond.repeat(1, 2).unsqueeze(-1), 0.0)
 
     @property
     def num_experts(self) -> int:

@@ -202,7 +202,9 @@ class LayerRecord:
     router_weight: Tensor | None = None  # [E, D], when the router offers `weight`: for losses on the router itself
     demand: Tensor | None = None  # [E'] int64, assignments asked for, padding excluded; None: the same as `counts`
     info: TokenInfo | None = None  # of the layer's tokens
-    gate_up: Tensor | None = None  # [E, 2F, D], the experts' own parameters: for losses on the experts
+    # [E, 2F, D], the experts' own parameters: for losses on the experts. Over several processes gathered for those that
+    # say `needs_expert_weights`, and for observers of a probe; None otherwise.
+    gate_up: Tensor | None = None
     down: Tensor | None = None  # [E, F, D]
     routed_norm: Tensor | None = None  # [T] fp32, L2 norm of what experts and bypass gave; only where it was asked for
     shared_norm: Tensor | None = None  # [T] fp32, the same of the shared expert

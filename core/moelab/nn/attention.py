@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 
 from moelab.config.model import ModelConfig
 from moelab.nn.causal_attention import blocks_pay, causal_attention
-from moelab.nn.kv_cache import KVCache
+from moelab.nn.kv_cache import Appending
 from moelab.nn.linear import Linear
 from moelab.nn.norm import RMSNorm
 from moelab.nn.rope import rotate
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # as `attend`
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class AttentionInputs:
     cos: Tensor  # [B, 1, S, head_dim]
     sin: Tensor
     mask: Tensor | None  # [B, 1, S, S_all] bool, True where a query may look; None: plain causal
-    cache: KVCache | None = None
+    cache: Appending | None = None
+    attend: Attend | None = None  # computes in place of `Attention.attend`: for a look at the weights
 
 
 class Attention(nn.Module):
@@ -50,7 +54,7 @@ class Attention(nn.Module):
         key = rotate(key, inputs.cos.to(key.dtype), inputs.sin.to(key.dtype))
         if inputs.cache is not None:
             key, value = inputs.cache.append(self.layer_id, key, value)
-        out = self.attend(query, key, value, inputs.mask)
+        out = (inputs.attend or self.attend)(query, key, value, inputs.mask)
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return projected
 

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+
+class Appending(Protocol):
+    """What attention asks of a cache; `KVCache` is one."""
+
+    def append(self, layer_id: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class KVCache:

@@ -31,6 +31,61 @@ def token_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor
     return nats.view(targets.shape)
 
 
+def logits_and_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same loss for who wants the logits too: -> logits [B, S, V] in the matmul's dtype, nats [B, S] fp32.
+
+    They are computed once and kept whole, whatever their number; gradients flow through both.
+    """
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits, nats = _LogitsAndCrossEntropy.apply(flat.to(dtype), head.to(dtype), targets.reshape(-1))
+    return logits.view(*targets.shape, head.shape[0]), nats.view(targets.shape)
+
+
+class _LogitsAndCrossEntropy(torch.autograd.Function):
+    """z = hidden head^T, nats[t] = logsumexp(z[t]) - z[t, target]."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        labels = targets.clamp(min=0).unsqueeze(-1)  # [T, 1]
+        logits = hidden.new_empty(hidden.shape[0], head.shape[0])
+        spread = hidden.new_empty(hidden.shape[0], 1, dtype=_wide(hidden.dtype))  # logsumexp of each row
+        for rows in _chunks(hidden, head):
+            logits[rows] = _logits(hidden[rows], head)
+            spread[rows] = logits[rows].to(spread.dtype).logsumexp(-1, keepdim=True)
+        nats = (spread - logits.gather(-1, labels)).squeeze(-1).masked_fill_(targets == IGNORE_INDEX, 0.0)
+        ctx.save_for_backward(hidden, head, targets, logits, spread)
+        return logits, nats
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden, head, targets, logits, spread = ctx.saved_tensors
+        by_logits, by_nats = grads
+        scale = None if by_nats is None else by_nats.to(spread.dtype).masked_fill(targets == IGNORE_INDEX, 0.0)
+        labels = targets.clamp(min=0).unsqueeze(-1)
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_head = head.new_zeros(head.shape, dtype=spread.dtype) if needs_head else None
+        for rows in _chunks(hidden, head):
+            part = torch.zeros_like(logits[rows], dtype=spread.dtype)
+            if scale is not None:
+                part = (logits[rows].to(spread.dtype) - spread[rows]).exp_()  # softmax(z)
+                part.scatter_add_(-1, labels[rows], part.new_full((part.shape[0], 1), -1.0))
+                part.mul_(scale[rows].unsqueeze(-1))
+            if by_logits is not None:
+                part += by_logits[rows]
+            part = part.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = _logits(part, head.t())
+            if grad_head is not None:
+                _add_product(grad_head, part, hidden[rows])
+        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None
+
+
 class _TokenCrossEntropy(torch.autograd.Function):
     """nats[t] = -log softmax(z[t])[target], z = hidden head^T; d nats / d z = softmax(z) - onehot(target)."""
 
@@ -68,18 +123,22 @@ class _TokenCrossEntropy(torch.autograd.Function):
             part = part.mul_(scale[rows]).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = _logits(part, head.t())
-            if grad_head is None:
-                continue
-            if grad_head.dtype == part.dtype:
-                grad_head.addmm_(part.t(), hidden[rows])
-            else:
-                grad_head += part.t() @ hidden[rows]
+            if grad_head is not None:
+                _add_product(grad_head, part, hidden[rows])
         return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None
 
 
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:
     """hidden [r, D], head [V, D] -> [r, V]."""
     return product(hidden, head) if prefers_onednn(hidden, head.shape[0]) else hidden @ head.t()
+
+
+def _add_product(total: Tensor, part: Tensor, hidden: Tensor) -> None:
+    """total [V, D] += part [r, V]^T hidden [r, D]."""
+    if total.dtype == part.dtype:
+        total.addmm_(part.t(), hidden)
+    else:
+        total += part.t() @ hidden
 
 
 def _probabilities(hidden: Tensor, head: Tensor, kept: Tensor | None, wide: torch.dtype) -> Tensor:

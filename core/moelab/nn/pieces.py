@@ -1,4 +1,4 @@
-"""Tensors of which each process holds a piece (DTensor): made whole, and filled from whole ones.
+"""Tensors of which each process holds a piece (DTensor): where it lies, and how it is filled.
 
 A plain tensor is its own whole, so what stores and restores a model need not know whether it is spread.
 """
@@ -12,17 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moelab.tensor_parts import Stored, read_block
+
 
 def is_piece(tensor: Tensor) -> bool:
     """Whether other processes hold the rest of it."""
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of it, on every process. All of them ask, for the same tensors in the same order."""
-    spread: Any = tensor
-    full: Tensor = spread.full_tensor() if is_piece(tensor) else tensor
-    return full
+def is_writer(piece: Tensor, turn: int) -> bool:
+    """Whether this process writes what it holds of it: of those that hold the same, each in its turn."""
+    spread: Any = piece
+    mesh = spread.device_mesh
+    alike = [axis for axis, placement in enumerate(spread.placements) if placement.is_replicate()]
+    return all(mesh.get_local_rank(axis) == turn % mesh.size(axis) for axis in alike)
 
 
 def _place() -> Callable[..., tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -31,32 +34,54 @@ def _place() -> Callable[..., tuple[tuple[int, ...], tuple[int, ...]]]:
     return found.compute_local_shape_and_global_offset
 
 
+def held(tensor: Tensor) -> Tensor:
+    """What this process holds of it: its own memory."""
+    spread: Any = tensor
+    local: Tensor = spread.to_local() if is_piece(tensor) else tensor
+    return local
+
+
+def first_of(tensor: Tensor) -> tuple[int, ...]:
+    """Where in the whole the first element lies that this process holds."""
+    if not is_piece(tensor):
+        return (0,) * tensor.dim()
+    spread: Any = tensor
+    _, offset = _place()(spread.shape, spread.device_mesh, spread.placements)
+    return tuple(min(begin, size) for begin, size in zip(offset, tensor.shape, strict=True))
+
+
 def own_part(full: Tensor, like: Tensor) -> Tensor:
     """What this process holds of `full` where it lies as `like` does, on its device."""
-    if not is_piece(like):
-        return full.to(like.device)
-    spread: Any = like
-    shape, offset = _place()(full.shape, spread.device_mesh, spread.placements)
-    for axis, (size, begin) in enumerate(zip(shape, offset, strict=True)):
-        full = full.narrow(axis, min(begin, full.shape[axis]), size)
+    if is_piece(like):
+        for axis, (size, begin) in enumerate(zip(held(like).shape, first_of(like), strict=True)):
+            full = full.narrow(axis, begin, size)
     return full.to(like.device)
 
 
 @torch.no_grad()
 def fill(tensor: Tensor, full: Tensor) -> None:
     """Set `tensor` to the values of `full`, each process its own piece."""
-    spread: Any = tensor
-    held: Tensor = spread.to_local() if is_piece(tensor) else tensor
-    held.copy_(own_part(full, tensor))
+    held(tensor).copy_(own_part(full, tensor))
 
 
-def spread_as(full: Tensor, like: Tensor) -> Tensor:
-    """`full` as it lies where `like` does: a new tensor, of which this process holds its piece."""
-    part = own_part(full, like).clone()
+@torch.no_grad()
+def fill_from(tensor: Tensor, stored: Stored) -> None:
+    """Set `tensor` to what is stored, each process its own piece, of which alone it reads the bytes."""
+    read_block(stored, first_of(tensor), held(tensor))
+
+
+def read_as(stored: Stored, like: Tensor) -> Tensor:
+    """What is stored, as it lies where `like` does and in its own type: a new tensor."""
+    part = torch.empty(held(like).shape, dtype=stored.dtype, device=like.device)
+    read_block(stored, first_of(like), part)
+    return _spread(part, like)
+
+
+def _spread(part: Tensor, like: Tensor) -> Tensor:
     if not is_piece(like):
         return part
     spread: Any = like
     made: Tensor = type(spread).from_local(
-        part, spread.device_mesh, spread.placements, run_check=False, shape=full.shape, stride=full.stride()
+        part, spread.device_mesh, spread.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
     return made

@@ -197,7 +197,7 @@ class Transformer(nn.Module):
         x = self.embed_tokens(input_ids)
         cos, sin = self.rope.tables(position_ids, x.dtype)
         inputs = AttentionInputs(cos, sin, _attention_mask(seen, seq, past, x.device), cache)
-        return LayerState(x, inputs, self._token_info(input_ids, position_ids, mask, tokens or TokenContext()), [])
+        return LayerState(x, inputs, self.token_info(input_ids, position_ids, mask, tokens or TokenContext()), [])
 
     def run_layers(self, state: LayerState, first: int = 0, last: int | None = None) -> LayerState:
         """Layers `first` .. `last` - 1 on what stands before them; None: to the end. The state given stays as it is."""
@@ -209,11 +209,12 @@ class Transformer(nn.Module):
                 info = replace(info, previous=record.routing)
         return LayerState(x, state.inputs, info, records)
 
-    def _token_info(
+    def token_info(
         self, input_ids: Tensor, position_ids: Tensor, mask: Tensor | None, tokens: TokenContext
     ) -> TokenInfo:
-        batch, seq = input_ids.shape
-        sequence_id = torch.arange(batch, device=input_ids.device)[:, None].expand(batch, seq).reshape(-1)
+        """What routers may know of tokens; all [B, S], ids and positions int64, mask bool."""
+        batch, seq = position_ids.shape
+        sequence_id = torch.arange(batch, device=position_ids.device)[:, None].expand(batch, seq).reshape(-1)
         zeros = torch.zeros_like(sequence_id)
         return TokenInfo(
             token_id=input_ids.reshape(-1),

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 from moelab.moe.contracts import ExpertBackend, ExpertProblem
 from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
-from moelab.moe.experts import ExpertBank
+from moelab.moe.experts import ExpertBank, compute_dtype
 from moelab.moe.routing import Routing
 
 
@@ -39,7 +39,8 @@ class ExchangeBackend:
         there = plan.counts.view(ranks, -1)  # [R, E / R]: rows for each expert of each rank
         here = wait_tensor(all_to_all_single(there.contiguous(), None, None, self.mesh))  # [R, E / R]: from each rank
         send, receive = torch.stack([there.sum(1), here.sum(1)]).tolist()
-        rows = _exchange(gather_rows(x, plan), receive, send, self.mesh)
+        narrow = x.to(compute_dtype(x))  # as the inner backend will, and half the bytes where that is bf16
+        rows = _exchange(gather_rows(narrow, plan), receive, send, self.mesh)
         out = self.inner(rows, _arrived(here, rows.shape[0]), _local(bank))
         back = _exchange(out, send, receive, self.mesh)
         return combine_rows(back, routing.weight, plan).to(x.dtype)
@@ -56,6 +57,18 @@ def _arrived(here: Tensor, rows: int) -> Routing:
     expert = ids.repeat_interleave(here.flatten(), output_size=rows)
     weight = torch.ones(rows, 1, device=here.device)
     return Routing.from_topk(expert[:, None], weight, experts)
+
+
+def whole_experts(bank: ExpertBank) -> tuple[Tensor, Tensor]:
+    """(gate_up [E, 2F, D], down [E, F, D]) of all ranks, inside the bank's forward pass; as tensors that outlive it.
+
+    Each rank's gradient of them is a part of the whole: parts add up at the owner, as those of tokens do.
+    """
+    parts = (bank.gate_up, bank.down)
+    gate_up, down = (
+        part.full_tensor(grad_placements=[Partial()]) if isinstance(part, DTensor) else part.clone() for part in parts
+    )
+    return gate_up, down
 
 
 class _LocalBank(ExpertBank):

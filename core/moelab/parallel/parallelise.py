@@ -7,8 +7,10 @@ FSDP's own default divides dense gradients by the dense mesh and experts' by the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,16 +19,17 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from moelab.errors import ConfigError
 from moelab.moe.balance import NamedLoss
+from moelab.moe.block import MoEBlock
 from moelab.nn.count import moe_blocks
 from moelab.nn.transformer import Transformer
-from moelab.parallel.exchange import ExchangeBackend
+from moelab.parallel.exchange import ExchangeBackend, whole_experts
 from moelab.parallel.mesh import Meshes
 
 
 def parallelise(model: Transformer, meshes: Meshes, losses: Sequence[NamedLoss] = ()) -> None:
     """Lay `model` over the meshes: experts to their owners, the rest cut by FSDP2, a layer a unit.
 
-    Call it before the optimizer is built and behind activation checkpointing; all ranks with equal weights.
+    Call it before the optimizer is built; all ranks with equal weights, or none yet (`parallel.filling`).
     Raises ConfigError for experts that don't divide, and for a part that declares `shardable = False`.
     """
     _refuse_unshardable(model, meshes, losses)
@@ -39,13 +42,32 @@ def parallelise(model: Transformer, meshes: Meshes, losses: Sequence[NamedLoss] 
                 dealt = distribute_tensor(parameter.detach(), meshes.expert, [Shard(0)], src_data_rank=None)
                 bank.register_parameter(name, nn.Parameter(dealt, requires_grad=parameter.requires_grad))
             block.dealt = partial(ExchangeBackend, mesh=meshes.expert)
-        block.in_pieces = True
+        block.whole_experts = whole_experts
+        block.shows_experts = any(
+            getattr(named.loss, "needs_expert_weights", False)
+            and (named.layers is None or block.layer_id in named.layers)
+            for named in losses
+        )
         _cut(bank, meshes.bank)
     for layer in model.layers:
         _cut(layer, meshes.dense)
+        if isinstance(layer.mlp, MoEBlock):
+            layer.mlp.gathered = partial(_gathered, [layer, layer.mlp.experts])
     _cut(
         model, meshes.dense, reshard=False
     )  # what is gathered last in the forward pass comes first in the backward one
+
+
+@contextmanager
+def _gathered(units: Sequence[Any]) -> Iterator[None]:
+    """Outside of a forward pass; all ranks alike."""
+    for unit in units:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
 
 
 def _cut(module: nn.Module, mesh: DeviceMesh, reshard: bool = True) -> None:
@@ -62,6 +84,11 @@ def _refuse_unshardable(model: Transformer, meshes: Meshes, losses: Sequence[Nam
             raise ConfigError(
                 f"parallel.expert: {ranks} does not divide the {block.layout.num_experts} experts of layer "
                 f"{block.layer_id}; take a number that divides those of all layers"
+            )
+        if ranks > 1 and not getattr(block.backend, "dealable", True):
+            raise ConfigError(
+                f"parallel.expert: {block.parts['backend'].title} can't have its experts on other processes: it needs "
+                "more of a token than its row; take parallel.expert=1, with which parallel.shard cuts them too"
             )
         for part, built in block.plugin_parts():
             if not getattr(built, "shardable", True):

@@ -6,13 +6,25 @@ summed over micro-batches is then summed over all ranks. `Ranks` itself is the s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from moelab.moe.balance import router_gradient_norms
+
 PartT = TypeVar("PartT")
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Why a collective failed: which process ended, with its own words where it left some."""
+
+    text: str
+    left_to_main: bool  # whether the main process tells it: it is not the one that ended
+    mistake: bool = False  # the user's
 
 
 class Ranks:
@@ -41,13 +53,37 @@ class Ranks:
         """Whether it holds on a rank; on every rank the same."""
         return flag
 
+    def gather(self, value: PartT) -> list[PartT]:
+        """What each rank gives, on every rank; small plain values."""
+        return [value]
+
     def first(self, found: str | None) -> str | None:
         """What the first rank that found something found, on every rank."""
         return found
 
+    def lost(self) -> Lost:
+        """After a collective that failed: whose end that was. Waits a few seconds, and for no other rank."""
+        return Lost("another process ended, or did not come in time", left_to_main=True)
+
+    def leave(self, error: BaseException) -> None:
+        """This rank ends with an error of its own, which the main one is to tell."""
+
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """L2 norm of the whole gradient, a scalar, the same on every rank."""
         return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def accumulate(self, model: nn.Module, *, last: bool) -> None:
+        """Before each micro-batch: the next backward pass is, or isn't, the one behind which gradients are summed."""
+
+    def router_norms(
+        self, terms: Mapping[str, Tensor], routers: Sequence[Sequence[nn.Parameter]], model: nn.Module
+    ) -> dict[str, Tensor]:
+        """{term: norms [len(routers)]}: how much of each router's gradient comes from each term of the loss.
+
+        terms: {name: weighted scalar} of the batch's first micro-batch, on the rank that has it; of another one on the
+        others, where they count nothing. Before any backward pass of the step, and no gradient is left.
+        """
+        return router_gradient_norms(terms, routers)
 
     def clip(self, parameters: Iterable[nn.Parameter], most: float, norm: Tensor) -> None:
         """Scale gradients whose `norm` is larger than `most` down to it."""

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from moelab.builder import build_model
+from moelab.builder import build_balance_losses, build_model
 from moelab.config.model import ModelConfig
 from moelab.errors import ConfigError
-from moelab.moe.block import MoEBlock
 from moelab.moe.contracts import ExpertProblem, Router
 from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
 from moelab.moe.experts import ExpertBank, compute_dtype, swiglu
@@ -24,10 +23,11 @@ from moelab.moe.routing import Routing, TokenInfo
 from moelab.nn.attention import Attention, torch_attention
 from moelab.nn.count import moe_blocks
 from moelab.nn.transformer import Transformer
-from moelab.planning.traffic import CommunicationPlan, Problem, communication, model_sizes
+from moelab.planning.machine import Machine
+from moelab.planning.times import Times, times_of
+from moelab.planning.traffic import FP32, CommunicationPlan, Problem, Units, communication, counts_before, units_of
 from moelab.registry import Registry
 
-FP32 = 4
 ADAMW = 2  # moments, in the parameters' dtype
 # A process that trains on a CPU, beside its tensors: measured with Python 3.11 and torch 2.13 (CPU) on Linux, 0.31 GB
 # of mapped libraries and 0.13 GB of objects that malloc holds (modules, corpus, oneDNN's primitives).
@@ -79,35 +79,70 @@ class Plan:
     memory: MemoryPlan
     communication: CommunicationPlan
     total_parameters: int
+    times: Times | None  # of a step, on a machine that is known
 
 
-def predict(config: ModelConfig, problem: Problem, registry: Registry | None = None) -> Plan:
-    """The plan of `config` on `problem`. Raises ConfigError where the parts can't be counted without data."""
-    if problem.devices % problem.expert_parallel:
-        raise ConfigError(f"expert_parallel {problem.expert_parallel} does not divide devices {problem.devices}")
+def predict(
+    config: ModelConfig, problem: Problem, registry: Registry | None = None, machine: Machine | None = None
+) -> Plan:
+    """The plan of `config` on `problem`, and how long a step takes on `machine`.
+
+    Raises ConfigError for a mesh that can't be, and where the parts can't be counted without data.
+    """
+    problem.parallel.check()
+    registry = registry or Registry()
+    losses = build_balance_losses(config, registry)
     with FakeTensorMode():
         model = build_model(config, registry, seed=None)
+        _check_dealt(model, problem)
         saved = _saved(model, problem)
-        sizes = model_sizes(model)
-    units = _unit_sizes(model, problem.expert_parallel)
-    layers = len(model.layers)
+    sent = communication(model, problem, losses)
+    times = times_of(model, problem, sent, machine, counts_before(problem, losses)) if machine else None
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return Plan(problem, _memory(model, problem, saved), sent, total, times)
+
+
+def _check_dealt(model: Transformer, problem: Problem) -> None:
+    for block in moe_blocks(model):
+        if block.layout.num_experts % problem.parallel.expert:
+            raise ConfigError(
+                f"parallel.expert: {problem.parallel.expert} does not divide the {block.layout.num_experts} experts of "
+                f"layer {block.layer_id}; take a number that divides those of all layers"
+            )
+
+
+def _memory(model: Transformer, problem: Problem, saved: _Saved) -> MemoryPlan:
+    units, mesh, layers = units_of(model, problem.parallel), problem.parallel, len(model.layers)
+    held = (units.root + sum(units.layers)) // mesh.shard + sum(units.banks) // problem.copies
+    again = [problem.recomputes(index) for index in range(layers)]
     per_layer = saved.activations // layers
-    activations = saved.activations
-    if problem.checkpointing:
-        activations = layers * problem.tokens * config.hidden_size * FP32
-    memory = MemoryPlan(
-        parameters=FP32 * sizes.total // problem.devices,
-        gradients=FP32 * sizes.total // problem.devices,
-        optimizer=ADAMW * FP32 * sizes.total // problem.devices,
-        # Sharded: the unit in use and the one fetched ahead; alone: autocast's copies live until the backward pass.
-        weights_in_use=saved.casts if problem.devices == 1 else 2 * max(units) * problem.dtype.itemsize,
-        activations=activations,
+    # A layer that is computed again keeps its input; what lies between the layers counts as theirs.
+    kept = sum(problem.tokens * model.config.hidden_size * FP32 if twice else per_layer for twice in again)
+    return MemoryPlan(
+        parameters=FP32 * held,
+        gradients=FP32 * held,
+        optimizer=ADAMW * FP32 * held,
+        weights_in_use=(saved.casts if not all(again) else saved.cached) + _whole(units, problem),
+        activations=kept if any(again) else saved.activations,
         # Gradients of one layer's activations, about half of which live at once; and the layer itself if recomputed.
-        working=per_layer // 2 + (per_layer if problem.checkpointing else 0),
+        working=per_layer // 2 + (per_layer if any(again) else 0) + _whole_gradients(units, problem),
         process=CPU_PROCESS if problem.device == "cpu" else 0,
         heap=problem.device == "cpu",
     )
-    return Plan(problem, memory, communication(model, sizes, problem), sizes.total)
+
+
+def _whole(units: Units, problem: Problem) -> int:
+    """Bytes of gathered parameters: what is not cut again before the backward pass, a layer, and one fetched ahead."""
+    if problem.parallel.world == 1:
+        return 0
+    return FP32 * (units.root + 2 * units.largest)
+
+
+def _whole_gradients(units: Units, problem: Problem) -> int:
+    """Bytes of gradients before they are reduced, and their copies in the order of the devices."""
+    if problem.parallel.world == 1:
+        return 0
+    return FP32 * 2 * max(units.root, units.largest)
 
 
 @dataclass(frozen=True)
@@ -116,6 +151,7 @@ class _Saved:
 
     activations: int
     casts: int  # of weights to the matmuls' dtype
+    cached: int  # of these, what autocast holds until the forward pass ends: not experts', which are cast by hand
 
 
 class _CountedExperts:
@@ -123,8 +159,8 @@ class _CountedExperts:
 
     name = "counted"
 
-    def __init__(self, fused: bool) -> None:
-        self._fused = fused
+    def __init__(self, fused: bool, dealt: bool) -> None:
+        self._fused, self._dealt = fused, dealt
 
     def supports(self, problem: ExpertProblem) -> str | None:
         return None
@@ -134,9 +170,12 @@ class _CountedExperts:
         dtype = compute_dtype(x)
         plan = dispatch_plan(routing)
         gate_up, down = bank.gate_up.to(dtype), bank.down.to(dtype)
-        if self._fused:
+        if self._fused and not self._dealt:
             y: Tensor = _KeepFused.apply(x.to(dtype), routing.weight, gate_up, down)
             return y.to(x.dtype)
+        if self._fused:  # of rows that came from other processes, as many as went to them
+            rows = gather_rows(x.to(dtype), plan)
+            return combine_rows(_KeepFused.apply(rows, routing.weight, gate_up, down), routing.weight, plan).to(x.dtype)
         rows = gather_rows(x.to(dtype), plan)
         with torch.autocast("cpu", enabled=False):
             out = swiglu(rows @ gate_up[0].t()) @ down[0]
@@ -166,19 +205,19 @@ class _KeepFused(torch.autograd.Function):
 
 def _saved(model: Transformer, problem: Problem) -> _Saved:
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, tuple[torch.UntypedStorage, bool]] = {}  # held, so that no other storage gets its address
+    kept: dict[int, tuple[torch.UntypedStorage, int | None]] = {}  # held, so that no other storage gets its address
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters and storage._cdata not in kept:
-            kept[storage._cdata] = (storage, _is_cast_weight(tensor))
+            kept[storage._cdata] = (storage, _cast_from(tensor))
         return tensor
 
     routers = [block.router for block in moe_blocks(model)]
     for block in moe_blocks(model):
         block.believe()  # the look at the first routing's values needs values
         block.router = _Placeholders(block.router)
-        block.backend, block.chunk = _CountedExperts(problem.device == "cpu"), None
+        block.backend, block.chunk = _CountedExperts(problem.device == "cpu", problem.parallel.expert > 1), None
     if problem.device != "cpu":  # the fake tensors are the CPU's
         for attention in (module for module in model.modules() if isinstance(module, Attention)):
             attention.attend = torch_attention
@@ -198,27 +237,19 @@ def _saved(model: Transformer, problem: Problem) -> _Saved:
     finally:
         for block, router in zip(moe_blocks(model), routers, strict=True):
             block.router = router
-    sizes = [(storage.nbytes(), is_weight) for storage, is_weight in kept.values()]
-    return _Saved(sum(n for n, is_weight in sizes if not is_weight), sum(n for n, is_weight in sizes if is_weight))
+    experts = {id(parameter) for block in moe_blocks(model) for parameter in block.experts.parameters()}
+    activations = sum(storage.nbytes() for storage, source in kept.values() if source is None)
+    cached = sum(storage.nbytes() for storage, source in kept.values() if source is not None and source not in experts)
+    routed = sum(storage.nbytes() for storage, source in kept.values() if source in experts)
+    return _Saved(activations, cached + routed // problem.parallel.expert, cached)
 
 
-def _is_cast_weight(tensor: Tensor) -> bool:
-    """Whether autograd made it from one parameter alone, by casts and views."""
+def _cast_from(tensor: Tensor) -> int | None:
+    """The identity of the parameter from which alone autograd made it, by casts and views; None: it is no weight."""
     node = tensor.grad_fn
     while node is not None and len(node.next_functions) == 1:
         node = node.next_functions[0][0]
-        if hasattr(node, "variable"):  # AccumulateGrad: the parameter
-            return True
-    return False
-
-
-def _unit_sizes(model: Transformer, expert_parallel: int) -> list[int]:
-    """Parameters of what is gathered at once: each layer with this device's experts, the embedding, the head."""
-    units = [sum(p.numel() for p in unit.parameters()) for unit in (model.embed_tokens, model.lm_head)]
-    for layer in model.layers:
-        size = sum(parameter.numel() for parameter in layer.parameters())
-        if isinstance(layer.mlp, MoEBlock):
-            routed = sum(parameter.numel() for parameter in layer.mlp.experts.parameters())
-            size -= routed - routed // expert_parallel
-        units.append(size)
-    return units
+        parameter = getattr(node, "variable", None)  # AccumulateGrad has one
+        if parameter is not None:
+            return id(parameter)
+    return None

@@ -52,7 +52,7 @@ def probe_causality(
     declared: dict[str, dict[str, list[int]]] = {}
     for block, x, info in calls:
         for training, mode in MODES.items():
-            with _mode(block, training), torch.random.fork_rng(devices=[]):
+            with block.gathered(), _mode(block, training), torch.random.fork_rng(devices=[]):
                 fault = _fault(block, x, replace(info, training=training), vocab_size)
             said = not getattr(block.router, "causal" if training else "causal_in_evaluation", True)
             if fault is not None and not (said and fault[0] is block.parts["router"]) and not allowed:
@@ -126,7 +126,7 @@ def _route(block: MoEBlock, x: Tensor, info: TokenInfo) -> Routing:
 
 
 def _compute(block: MoEBlock, routing: Routing, x: Tensor) -> Tensor:
-    return block.backend(x, routing, block.experts)
+    return block.reach(block.backend)(x, routing, block.experts)
 
 
 def _changed(x: Tensor, info: TokenInfo, cut: int, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:

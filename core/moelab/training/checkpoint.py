@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelab.atomic import partial, put_in_place, sync
-from moelab.checkpoint import MODEL, STATE, TRAINING, load_model_tensors, model_tensors, read_state, read_tensors
+from moelab.checkpoint import MODEL, TRAINING, load_model_tensors, model_tensors, read_state, stored_tensors
 from moelab.errors import CheckpointError
-from moelab.manifest import MANIFEST, manifest_bytes, plain_entry
 from moelab.moe.balance import NamedLoss
-from moelab.nn.pieces import is_piece, whole
+from moelab.nn.pieces import first_of, held, is_piece, is_writer
 from moelab.nn.transformer import Transformer
 from moelab.parallel.ranks import ALONE, Ranks
-from moelab.tensor_file import write_tensors
-from moelab.training.limits import check_disk
 from moelab.training.optimizer import optimizer_tensors, restore_optimizer
+from moelab.training.writing import Held, Writing
 
 
 @dataclass(frozen=True)
@@ -43,62 +38,35 @@ def save_checkpoint(
 ) -> None:
     """Write `folder` beside, its manifest last, sync it, rename it. `files`: config.yaml and the tokenizer's.
 
-    All ranks call it; the main one gathers in its memory what lies in pieces, and writes. So a checkpoint is the same
-    whatever the mesh, and any number of processes goes on from it. What goes wrong there is raised on every rank.
+    All ranks call it; each writes what it holds, and any number of processes goes on from it, on any mesh. What goes
+    wrong on one of them is raised on every rank.
     """
-    weights = _gathered(model_tensors(model), ranks)
-    moments = _gathered(_training_tensors(model, training), ranks)
-    error: CheckpointError | None = None
-    if ranks.main:
-        try:
-            _write(folder, weights, moments, state, files)
-        except CheckpointError as problem:
-            error = problem
-    told = ranks.first(None if error is None else str(error))
-    if error is not None:
-        raise error
-    if told is not None:
-        raise CheckpointError(told)
+    writing = Writing(folder, own_tensors(model, training, ranks), state, files, ranks)
+    writing.write()
+    writing.finish()
 
 
-def _gathered(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """Whole tensors, in the main process alone; one after the other, so that the others hold one at a time."""
-    if ranks.size == 1:
-        return dict(tensors)
-    found = {}
-    for name in sorted(tensors):
-        full = whole(tensors[name])
-        if ranks.main:
-            found[name] = full.cpu()
-    return found
+def own_tensors(model: Transformer, training: TrainingState, ranks: Ranks = ALONE) -> dict[str, dict[str, Held]]:
+    """{file: {tensor: what this rank writes of it}}; over all ranks every number comes once."""
+    tensors = {MODEL: model_tensors(model), TRAINING: _training_tensors(model, training)}
+    return {file: dict(_own(found, ranks)) for file, found in tensors.items()}
 
 
-def _write(
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    moments: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    files: Mapping[str, bytes],
-) -> None:
-    check_disk(folder, {MODEL: _bytes(weights), TRAINING: _bytes(moments)})
-    beside = partial(folder)
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    small = {STATE: (json.dumps({**state, "manifest": MANIFEST}, indent=2) + "\n").encode(), **files}
-    try:
-        entries = {name: plain_entry(content) for name, content in small.items()}
-        entries[MODEL] = write_tensors(beside / MODEL, weights).entry()
-        entries[TRAINING] = write_tensors(beside / TRAINING, moments).entry()
-        for name, content in {**small, MANIFEST: manifest_bytes(entries)}.items():
-            (beside / name).write_bytes(content)
-        for path in (*beside.iterdir(), beside):
-            sync(path)
-        put_in_place(beside, folder)
-    except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(
-            f"{folder}: can't be written: {error}; free some space and go on with --resume"
-        ) from error
+def _own(tensors: Mapping[str, Tensor], ranks: Ranks) -> Iterator[tuple[str, Held]]:
+    """What all ranks hold alike the main one writes; what groups of them do, now one of them, now another."""
+    for turn, (name, tensor) in enumerate(sorted(tensors.items())):
+        if not is_piece(tensor):
+            if ranks.main:
+                yield name, Held(tensor)
+            continue
+        local = held(tensor)
+        if not local.numel() or not is_writer(tensor, turn):
+            continue
+        if local.shape == tensor.shape:
+            yield name, Held(local)
+        else:
+            assert local.shape[1:] == tensor.shape[1:], f"{name} is cut along another axis than the first"
+            yield name, Held(local, (first_of(tensor)[0], tensor.shape[0]))
 
 
 def restore_checkpoint(folder: Path, model: Transformer, training: TrainingState) -> dict[str, Any]:
@@ -108,7 +76,7 @@ def restore_checkpoint(folder: Path, model: Transformer, training: TrainingState
     """
     load_model_tensors(folder, model)
     path = folder / TRAINING
-    tensors = read_tensors(path)
+    tensors = stored_tensors(folder, TRAINING)
     moments = {key.removeprefix("optimizer/"): v for key, v in tensors.items() if key.startswith("optimizer/")}
     losses: dict[str, dict[str, Tensor]] = {named.name: {} for named in training.balance_losses if _state_dict(named)}
     try:
@@ -120,7 +88,7 @@ def restore_checkpoint(folder: Path, model: Transformer, training: TrainingState
         name, _, part = rest.partition("/")
         if kind != "balance_losses" or name not in losses:
             raise CheckpointError(f"{path}: holds '{key}', which nothing of this run keeps; use an earlier checkpoint")
-        losses[name][part] = tensors[key]
+        losses[name][part] = tensors[key].read()
     for named in training.balance_losses:
         if named.name in losses:
             _restore_loss(named, losses[named.name], path)
@@ -153,7 +121,3 @@ def _training_tensors(model: Transformer, training: TrainingState) -> dict[str, 
     for named in training.balance_losses:
         tensors |= {f"balance_losses/{named.name}/{key}": value for key, value in _state_dict(named).items()}
     return {name: t.detach() if is_piece(t) else t.detach().contiguous() for name, t in tensors.items()}
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())

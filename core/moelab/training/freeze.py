@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -13,6 +13,15 @@ from moelab.errors import ConfigError
 
 logger = logging.getLogger("moelab")
 KEY = "train.freeze"
+
+
+def matching(names: Iterable[str], pattern: str, key: str) -> set[str]:
+    """The names that a pattern (`*.router.*`, `layers.0.*`) matches. Raises ConfigError, naming the key, for none."""
+    found = {name for name in names if fnmatchcase(name, pattern)}
+    if not found:
+        nearest = get_close_matches(pattern, list(names), n=1, cutoff=0.0)[0]
+        raise ConfigError(f"{key}: '{pattern}' matches no parameter of this model; the nearest name is '{nearest}'")
+    return found
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -28,11 +37,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     named = dict(model.named_parameters(remove_duplicate=False))
     frozen: set[str] = set()
     for pattern in patterns:
-        matching = {name for name in named if fnmatchcase(name, pattern)}
-        if not matching:
-            nearest = get_close_matches(pattern, named, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{KEY}: '{pattern}' matches no parameter of this model; the nearest name is '{nearest}'")
-        frozen |= matching
+        frozen |= matching(named, pattern, KEY)
     for name in frozen:
         named[name].requires_grad_(False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

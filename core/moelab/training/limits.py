@@ -41,11 +41,11 @@ def fitting(config: RunConfig, registry: Registry) -> str | None:
     there = memory_there(device)
     if there is None:
         return None
-    micro = train.micro_batch_size or train.batch_size
+    micro = train.micro_batch_size or train.batch_size // config.parallel.world
 
     def peak(sequences: int, checkpointing: bool) -> int:
         dtype = getattr(torch, train.dtype)
-        problem = Problem(sequences, train.sequence_length, dtype, device.type, checkpointing=checkpointing)
+        problem = Problem(sequences, train.sequence_length, dtype, device.type, config.parallel, 1, int(checkpointing))
         return predict(config.model, problem, registry).memory.peak
 
     kept = bool(train.activation_checkpointing)

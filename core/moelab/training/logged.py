@@ -24,10 +24,11 @@ def log_step(loop: Loop, result: StepResult, rate: float) -> None:
     if chosen != loop.backends:  # `auto` decides when it sees a size for the first time
         logger.info("expert backends: %s", "; ".join(chosen))
         loop.backends = chosen
+    elapsed = loop.progress.seconds - loop.progress.logged[0]
     report = log_metrics(result, rate, loop.progress, loop.setup)
     step, train = loop.progress.step, loop.setup.config.train
     probed = probe(loop) if due(step, train.probe_every) or step == train.steps else {}
-    metrics = probed | report.metrics
+    metrics = probed | report.metrics | loop.reading.metrics(step, elapsed, loop.setup.ranks)
     loop.loads = {str(layer): shares for layer, shares in report.loads.items()}
     changes = loop.alarms.look(step, metrics)
     for change in changes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,12 +12,22 @@ from moelab.training.interruption import Interruption
 from moelab.training.observers import Observers
 from moelab.training.plan import Plan
 from moelab.training.progress import Progress
+from moelab.training.reading import Reading
 from moelab.training.run_folder import MetricsLog
 from moelab.training.run_lock import RunLock
 from moelab.training.save_clock import SaveClock
 from moelab.training.setup import Setup
 from moelab.training.step import Update
 from moelab.training.summary import backends
+from moelab.training.writing import Staging, Writing
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A checkpoint under way, and what follows when it is in its place."""
+
+    writing: Writing
+    then: Callable[[], None]
 
 
 @dataclass
@@ -38,11 +49,14 @@ class Loop:
     changes: list[AlarmChange] = field(default_factory=list)  # of alarms, that no log has shown yet
     resumed: Path | None = None  # the checkpoint that the run goes on from
     saved: int | None = None  # the step of the last checkpoint, or of the start: nothing is lost since
+    saving: Saving | None = None  # the checkpoint that is written in the background
+    staging: Staging = field(default_factory=Staging)
     update: Update = field(default_factory=Update)
     clock: SaveClock = field(default_factory=SaveClock)
     interruption: Interruption = field(default_factory=Interruption)
     agreed: bool = False  # all processes of the run end at this step together
     ended_early: bool = False  # train.patience is over
+    reading: Reading = field(default_factory=Reading)
     damaged: set[str] = field(default_factory=set)  # names of checkpoints that were passed over
 
 

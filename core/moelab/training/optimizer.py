@@ -10,25 +10,55 @@ from torch import Tensor, nn
 
 from moelab.config.run import OptimizerConfig
 from moelab.errors import CheckpointError
-from moelab.nn.pieces import spread_as
+from moelab.nn.pieces import read_as
+from moelab.tensor_parts import Stored
+from moelab.training.freeze import matching
 
 logger = logging.getLogger("moelab")
 
+LEARNING_RATES = "optimizer.learning_rates"
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # torch.optim.AdamW's state of a parameter, without amsgrad
 _CURE = "; use an earlier checkpoint, or restore it"
 
 
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Matrices (two axes or more) decay; biases, norms and other vectors don't. A tied matrix counts once."""
-    parameters = [p for p in model.parameters() if p.requires_grad]  # a shared parameter comes once
+    """Matrices (two axes or more) decay; biases, norms and other vectors don't. A tied matrix counts once.
+
+    A group's `factor` is that of its parameters' learning rate. Raises ConfigError for a pattern that matches nothing.
+    """
+    factors = learning_rate_factors(model, config.learning_rates)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]  # a shared parameter comes once
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in named if (p.ndim >= 2) == matrices and factors.get(name, 1.0) == factor],
+            "weight_decay": config.weight_decay if matrices else 0.0,
+            "factor": factor,
+        }
+        for factor in sorted({1.0, *factors.values()})
+        for matrices in (True, False)
     ]
     first, second = config.betas
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr, betas=(first, second), eps=config.eps, fused=True
     )
+
+
+def learning_rate_factors(model: nn.Module, patterns: Mapping[str, float]) -> dict[str, float]:
+    """{parameter: factor} of those that a pattern matches, of several the last; a tied matrix has both its names.
+
+    Raises ConfigError for a pattern that matches nothing.
+    """
+    by_name = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[int, float] = {}
+    for pattern, factor in patterns.items():
+        found |= dict.fromkeys((id(by_name[name]) for name in matching(by_name, pattern, LEARNING_RATES)), factor)
+    return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found}
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Of each group: times its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("factor", 1.0)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -40,14 +70,14 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return tensors
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave.
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Stored]) -> None:
+    """Put back what `optimizer_tensors` gave, as it is stored; each process reads its own pieces.
 
     Raises CheckpointError for a parameter that is not the model's, and for moments of one that are not all, and only,
     AdamW's. A parameter without any is told: AdamW begins anew with it, as with one that never had a gradient.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, Stored]] = {}
     for path, value in tensors.items():
         name, _, key = path.rpartition("/")
         if name not in parameters:
@@ -69,5 +99,5 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
             # AdamW's step count stays a scalar on the CPU unless fused on an accelerator wants it there.
             parameter = parameters[name]
             optimizer.state[parameter][key] = (
-                value.to(parameter.device).clone() if key == "step" else spread_as(value, parameter)
+                value.read().to(parameter.device) if key == "step" else read_as(value, parameter)
             )

@@ -88,7 +88,8 @@ def _rehearse_after_step(
         if hasattr(block.router, "after_step"):
             counts, mean = statistics.wanted[block.layer_id], statistics.mean_statistics(block.layer_id)
             step = partial(_step_of_router, counts=counts, mean=mean)
-            _rehearse(block.parts["router"], block.router, step)
+            with block.gathered():
+                _rehearse(block.parts["router"], block.router, step)
     for named in balance_losses:
         if hasattr(named.loss, "after_step"):
             _rehearse(named.part, named.loss, lambda loss: loss.after_step(statistics.context()))
@@ -113,11 +114,15 @@ def _rehearse(part: PluginPart, built: object, call: Callable[[Any], None]) -> N
 
 @contextmanager
 def _no_trace(model: Transformer) -> Iterator[None]:
-    """Buffers and random numbers are as before the block; what a MoE layer was told once it need not be told again."""
+    """Buffers and random numbers are as before the block; what a MoE layer was told once it need not be told again.
+
+    Of a model in pieces, what a forward pass left gathered for a backward pass that does not come is let go.
+    """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.random.fork_rng(devices=[]):
         yield
     model.train()
+    getattr(model, "reshard", lambda: None)()
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])

@@ -13,7 +13,7 @@ from torch import nn
 
 from moelab.config.run import RunConfig
 from moelab.errors import CheckpointError, RunFailure, UserError
-from moelab.parallel.process_group import peer_is_gone
+from moelab.parallel.process_group import loss, peer_is_gone
 from moelab.parallel.ranks import ALONE, Ranks
 from moelab.plugin_faults import quoted, strangers_fault
 from moelab.registry import Registry
@@ -62,17 +62,29 @@ def save_what_is_good(
         logger.warning("the state after step %d is saved; %s", step, how)
 
 
-def ending(error: BaseException, config: RunConfig, registry: Registry, step: int) -> BaseException:
-    """`error`, or the RunFailure that tells it in one line: what ran out, or whose plugin raised it."""
+def ending(
+    error: BaseException, config: RunConfig, registry: Registry, step: int, ranks: Ranks = ALONE
+) -> BaseException:
+    """`error`, or what tells it in one line: what ran out, whose plugin raised it, or which other process ended.
+
+    An error of this rank alone is left for the main one, which hears of it by its end.
+    """
+    if isinstance(error, Exception) and peer_is_gone(error):
+        failure = loss(ranks, f"step {step}")
+        failure.__cause__ = error
+        return failure
+    told = _told(error, config, registry, step)
+    ranks.leave(told)
+    if isinstance(told, UserError | RunFailure):
+        told.left_to_main = ranks.size > 1
+    return told
+
+
+def _told(error: BaseException, config: RunConfig, registry: Registry, step: int) -> BaseException:
     if not isinstance(error, Exception) or isinstance(error, UserError | RunFailure):
         return error
     found = shortage(error)
-    if peer_is_gone(error):
-        failure = RunFailure(
-            f"step {step}: another process of this run ended, or did not come within parallel.timeout: what it said is "
-            "the cause. The newest checkpoint stands, and --resume goes on from it"
-        )
-    elif found is not None:
+    if found is not None:
         traceback.clear_frames(error.__traceback__)  # they hold the step's activations
         failure = RunFailure(f"step {step}: {told(found, config, registry)}")
     else:

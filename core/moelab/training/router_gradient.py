@@ -61,7 +61,9 @@ def warn_of_untaught_routers(
     untaught: dict[str, list[int]] = {}
     for block in blocks:
         call = calls.get(block.layer_id)
-        if call is not None and isinstance(block.router, nn.Module) and not hears_the_text(block.router, *call):
+        with block.gathered():
+            deaf = call is not None and isinstance(block.router, nn.Module) and not hears_the_text(block.router, *call)
+        if deaf:
             untaught.setdefault(parts[block.layer_id].where("router"), []).append(block.layer_id)
     for where, layers in untaught.items():
         logger.warning(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moelab.moe.routing import LayerRecord, Routing
+from moelab.parallel.placement import contiguous, violation
 
 SUMS = 4  # after the E counts: token entropy, top-k mass, tokens, dropped assignments
 
@@ -105,9 +106,7 @@ def rank_metrics(loads: Mapping[int, Sequence[float]], ranks: int) -> dict[str, 
         return {}
     found = {}
     for layer, shares in sorted(loads.items()):
-        each = len(shares) // ranks
-        rows = [sum(shares[first : first + each]) for first in range(0, len(shares), each)]
-        found[f"moe/layer_{layer:02d}/rank_violation"] = max(rows) * ranks / sum(rows) - 1
+        found[f"moe/layer_{layer:02d}/rank_violation"] = violation(shares, contiguous(shares, ranks), ranks)
     return found | {"moe/mean/rank_violation": sum(found.values()) / len(found)}
 
 

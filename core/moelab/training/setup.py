@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moelab.alarms import Alarm
-from moelab.builder import build_balance_losses, build_model, resolve_model
+from moelab.builder import build_balance_losses, build_hollow, build_model, resolve_model
 from moelab.checkpoint import CONFIG, STATE, read_run_config, read_state
 from moelab.config.run import RunConfig
 from moelab.config.scalars import settle
@@ -35,6 +35,7 @@ from moelab.nn.count import Parameters, ServedCosts, count_parameters, flops_per
 from moelab.nn.room import TRAINING, check_room
 from moelab.nn.transformer import Transformer
 from moelab.origin import check_vocabulary
+from moelab.parallel.process_group import processes_here, together
 from moelab.parallel.ranks import ALONE, Ranks
 from moelab.records import Record
 from moelab.registry import Registry
@@ -44,7 +45,7 @@ from moelab.training.freeze import freeze
 from moelab.training.optimizer import build_adamw
 from moelab.training.precision import Precision, choose_precision, set_threads
 from moelab.training.rehearsal import probe_step
-from moelab.training.start import Start, find_start, starting_model
+from moelab.training.start import Start, find_start, starting_model, starting_weights
 from moelab.training.step import StepSettings
 
 logger = logging.getLogger("moelab")
@@ -59,6 +60,7 @@ FREE_TRAIN_KEYS = {
     "log_every",
     "probe_every",
     "save_every",
+    "save_in_background",
     "keep_checkpoints",
     "init_from",
     "init_overrides",
@@ -107,7 +109,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True, ranks
     """Build everything; nothing is written. Raises UserError for whatever is wrong, naming key, file or plugin.
 
     `verify`: a checkpoint that it starts from is compared with its checksums. `ranks`: over which the model is laid
-    where they are several; none of them waits for another here.
+    where they are several; a mistake that ends one of them ends all.
     """
     config = copy.deepcopy(config)
     threads = set_threads(config.train)
@@ -117,7 +119,8 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True, ranks
     resolve_run(config, registry)
     losses = build_balance_losses(config.model, registry)
     # Before the data: a wrong shape, or one that no memory holds, fails at once.
-    check_room(build_model(config.model, registry, device="meta", seed=None), precision.device, TRAINING)
+    hollow, beside = build_model(config.model, registry, device="meta", seed=None), processes_here(ranks.size)
+    check_room(hollow, precision.device, TRAINING, shard=config.parallel.shard, beside=beside)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config.model.vocab_size, tokenizer, config.data.tokenizer)
     start = find_start(config, tokenizer, registry, verify=verify)
@@ -129,17 +132,16 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True, ranks
     validation = ValidationBatches(
         corpus.validation, config.evaluation.sequences, train.sequence_length, evaluation_batch_size(config)
     )
-    model = starting_model(config, registry, precision.device, start)
-    freeze(model, train.freeze)
+    if ranks.size > 1:
+        model = _spread_model(ranks, config, registry, losses, precision, start)
+    else:
+        model = starting_model(config, registry, precision.device, start)
+        freeze(model, train.freeze)
     history = starting_history(config, start)
     settings = StepSettings(micro, train.grad_clip, config.seed, precision)
     rehearsal = probe_step(model, losses, batches.batch(0), settings)
     if train.activation_checkpointing:
         apply_activation_checkpointing(model, train.activation_checkpointing)
-    parameters, costs = count_parameters(model), served_costs(model, train.sequence_length)
-    declared = flops_per_token(model, train.sequence_length)
-    if ranks.size > 1:
-        _lay_over(ranks, config, model, losses, precision)
     return Setup(
         config=config,
         registry=registry,
@@ -154,25 +156,37 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True, ranks
         balance_losses=losses,
         step_settings=settings,
         threads=threads,
-        parameters=parameters,
+        parameters=count_parameters(model),
         start=start,
-        flops_per_token=declared,
-        costs=costs,
+        flops_per_token=flops_per_token(model, train.sequence_length),
+        costs=served_costs(model, train.sequence_length),
         alarms=rehearsal.alarms,
         causality=rehearsal.causality,
         ranks=ranks,
     )
 
 
-def _lay_over(
-    ranks: Ranks, config: RunConfig, model: Transformer, losses: Sequence[NamedLoss], precision: Precision
-) -> None:
-    """Cut the model over the ranks, in place; what is not done there yet is said."""
+def _spread_model(
+    ranks: Ranks,
+    config: RunConfig,
+    registry: Registry,
+    losses: Sequence[NamedLoss],
+    precision: Precision,
+    start: Start,
+) -> Transformer:
+    """The starting model in pieces over the ranks: cut before there is a number in it, so that none holds it all."""
     parallel: Any = import_module("moelab.parallel.parallelise")  # a second of imports that one process saves
+    filling: Any = import_module("moelab.parallel.filling")
+    with together(ranks):  # what fails on one of them fails before they wait for each other
+        stored = starting_weights(config, registry, start)
+        model = build_hollow(config.model, registry, device=precision.device, seed=config.seed)
+        freeze(model, config.train.freeze)
     meshes = import_module("moelab.parallel.mesh").make_meshes(config.parallel, ranks.size, precision.device.type)
-    parallel.parallelise(model, meshes, losses)
-    if config.train.gradient_shares_every:
-        logger.warning("train.gradient_shares_every: not measured over several processes; the shares are left out")
+    with together(ranks):
+        parallel.parallelise(model, meshes, losses)
+        hollow = filling.make_room(model, precision.device)
+        filling.fill_hollow(model, hollow, stored, config.model.initializer_range, config.seed)
+    return model
 
 
 def resolve_run(config: RunConfig, registry: Registry) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from moelab.builder import build_model, resolve_model
-from moelab.checkpoint import read_state
+from moelab.checkpoint import model_tensors, read_state
 from moelab.config.model import ModelConfig
 from moelab.config.run import RunConfig
 from moelab.data.tokenizer import Tokenizer
@@ -24,11 +24,12 @@ from moelab.hf.carried import tokenizer_side_files
 from moelab.hookspecs import ROUTERS, SHARED_EXPERTS, ExtensionPoint
 from moelab.integrity import verified
 from moelab.layouts import build_layouts
-from moelab.loading import read_model
+from moelab.loading import open_weights
 from moelab.moe.per_layer import layer_parts
 from moelab.nn.transformer import Transformer
 from moelab.origin import Origin, model_files, origin_of, same_tokenizer, tokenizer_files
 from moelab.registry import Registry
+from moelab.stored_weights import StoredWeights, build_empty, fill
 
 TOKENIZER = "data.tokenizer"
 OVERRIDES = "init_overrides"  # of summary.json and of a checkpoint's state.json
@@ -39,6 +40,7 @@ FIELDS = (
     "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "qkv_bias", "use_qk_norm",
     "tie_word_embeddings",
 )  # fmt: skip
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 POINTS: dict[str, ExtensionPoint[Any, Any]] = {"router": ROUTERS, "shared_expert": SHARED_EXPERTS}
 
 
@@ -188,26 +190,54 @@ def refuse_others(found: Sequence[Difference], origin: Origin, names: Sequence[s
 def starting_model(config: RunConfig, registry: Registry, device: torch.device, start: Start) -> Transformer:
     """A fresh model, or the weights of `start` in the config's own parts; of a run that is resumed they come later.
 
-    The checkpoint must have the same tensors: a router with state of its own keeps what `seed` gives it.
+    The checkpoint must have the same parameters: a router with state of its own keeps what `seed` gives it. Each is
+    read to where it stays, so that it takes the memory of the weights once, and nothing is drawn for it.
     """
-    model = build_model(config.model, registry, device=device, seed=config.seed)
+    weights = starting_weights(config, registry, start)
+    if weights is None:
+        return build_model(config.model, registry, device=device, seed=config.seed)
+    model = build_empty(config.model, registry, weights.shapes, device=device, seed=config.seed)
+    fill(model, weights)
+    return model
+
+
+def starting_weights(config: RunConfig, registry: Registry, start: Start) -> StoredWeights | None:
+    """The weights that a run starts from, none read yet; None where it begins at random, or restores its own later.
+
+    Raises CheckpointError where they are not those of the config's model.
+    """
     if start.origin is None or start.origin.own:
-        return model
+        return None
     try:
-        source = read_model(start.origin.folder, device=device, registry=registry).state_dict()
+        weights = open_weights(start.origin.folder, registry=registry)
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"train.init_from: {error}") from error
-    wanted = dict(model.state_dict())
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    missing = sorted(parameters - source.keys())
-    misfits = [n for n in sorted(wanted.keys() & source.keys()) if wanted[n].shape != source[n].shape]
-    unexpected = sorted(source.keys() - wanted.keys())
+    if not config.model.tie_word_embeddings and HEAD not in weights.shapes:
+        weights = _Untied(weights)
+    _check_fit(config, registry, weights)
+    return weights
+
+
+class _Untied:
+    """Weights of a model that ties its head to its embedding, for one that doesn't: its head begins as a copy."""
+
+    def __init__(self, inner: StoredWeights) -> None:
+        self._inner = inner
+        self.shapes = {**inner.shapes, HEAD: inner.shapes[EMBEDDING]}
+
+    def read_into(self, name: str, tensor: torch.Tensor) -> None:
+        self._inner.read_into(EMBEDDING if name == HEAD else name, tensor)
+
+
+def _check_fit(config: RunConfig, registry: Registry, weights: StoredWeights) -> None:
+    """Raises CheckpointError where the config's model isn't made of these tensors; no memory is asked for."""
+    model = build_model(config.model, registry, device="meta", seed=None)
+    wanted, found = model_tensors(model), weights.shapes
+    missing = sorted({name for name, _ in model.named_parameters()} - found.keys())  # a tied matrix comes once
+    misfits = [n for n in sorted(wanted.keys() & found.keys()) if tuple(wanted[n].shape) != found[n]]
+    unexpected = sorted(found.keys() - wanted.keys())
     if missing or misfits or unexpected:
         raise CheckpointError(
             f"train.init_from: {config.train.init_from} does not fit `model`: missing {missing[:3]}, of another shape "
             f"{misfits[:3]}, unexpected {unexpected[:3]}; give `model` the checkpoint's dimensions"
         )
-    with torch.no_grad():
-        for name in source:
-            wanted[name].copy_(source[name])
-    return model

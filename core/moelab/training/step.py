@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moelab.data.batches import Batch
-from moelab.moe.balance import NamedLoss, router_gradient_norms
+from moelab.moe.balance import NamedLoss
 from moelab.moe.batch_statistics import BatchStatistics
 from moelab.moe.routing import LayerRecord
 from moelab.nn.count import moe_blocks
@@ -114,7 +114,11 @@ def train_step(
     ]
     sums = _Sums(BatchStatistics(for_losses=bool(balance_losses)))
     for index, compute in enumerate(computing):
-        sums.add(*compute(), observe, routers if index == 0 else None)
+        terms, records = compute()
+        if index == 0 and observe.gradient_shares:
+            sums.by_term = ranks.router_norms(_weighted(terms), routers, model)
+        ranks.accumulate(model, last=index + 1 == len(computing))
+        sums.add(terms, records, observe)
     losses = dict(zip(sums.losses, ranks.sum(torch.stack(list(sums.losses.values()))).unbind(), strict=True))
     norm = ranks.gradient_norm(model.parameters())
     if not bool(torch.isfinite(losses["loss"] + norm)):  # before clipping, which would make every gradient NaN
@@ -142,18 +146,9 @@ class _Sums:
     statistics: RouterStatistics = field(default_factory=RouterStatistics)
     served: list[Tensor] = field(default_factory=list)
 
-    def add(
-        self,
-        terms: Terms,
-        records: Sequence[LayerRecord],
-        observe: Observe,
-        routers: Sequence[Sequence[nn.Parameter]] | None,
-    ) -> None:
-        """Backward, and the sums. `routers`: of the first micro-batch, whose gradient shares are measured if asked."""
-        weighted = {name: value * weight for name, (value, weight) in terms.items()}
-        if observe.gradient_shares and routers is not None:
-            self.by_term = router_gradient_norms(weighted, routers)
-        loss = torch.stack(list(weighted.values())).sum()
+    def add(self, terms: Terms, records: Sequence[LayerRecord], observe: Observe) -> None:
+        """Backward, and the sums."""
+        loss = torch.stack(list(_weighted(terms).values())).sum()
         loss.backward()
         self.seen.add(records)
         self.served += [torch.cat([record.counts for record in records])] if records else []
@@ -161,6 +156,10 @@ class _Sums:
             self.statistics.add(records)
         found = {name: value.detach() for name, (value, _) in terms.items()} | {"loss": loss.detach()}
         self.losses = {name: self.losses.get(name, 0) + value for name, value in found.items()}
+
+
+def _weighted(terms: Terms) -> dict[str, Tensor]:
+    return {name: value * weight for name, (value, weight) in terms.items()}
 
 
 def batch_terms(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moelab import launcher
 from moelab.alarms import AlarmChange
 from moelab.atomic import write_file
 from moelab.checkpoint import BEST, CONFIG
@@ -30,6 +32,7 @@ from moelab.training.limits import warn_of_disk
 from moelab.training.logged import alarm_watch, log_step, probe
 from moelab.training.loop import Loop, due, served_backends
 from moelab.training.observers import gather_observers, threads_told
+from moelab.training.optimizer import set_learning_rate
 from moelab.training.plan import Plan, to_json
 from moelab.training.precision import choose_precision
 from moelab.training.progress import Progress
@@ -49,7 +52,7 @@ from moelab.training.run_folder import (
     write_json,
 )
 from moelab.training.run_lock import hold
-from moelab.training.saving import save
+from moelab.training.saving import save, settle_if_done, settled
 from moelab.training.setup import prepare
 from moelab.training.shadow import writing_folder
 from moelab.training.step import Observe, train_step
@@ -70,6 +73,10 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
     """
     run_dir = user_path(config.run_dir, "run_dir")
     device = choose_precision(config.train).device
+    if launcher.has_begun(run_dir):  # another attempt of the same torchrun
+        config, force = copy.copy(config), False
+        config.resume = True
+        logger.warning("%s: torchrun starts it again (attempt %d): it goes on", run_dir, launcher.attempt())
     with joined(config.parallel, device) as ranks, writing_folder(run_dir, ranks, resume=config.resume) as folder:
         _train(config, ranks, folder, observers if ranks.main else (), force=force, verify=verify)
     return run_dir
@@ -100,6 +107,7 @@ def _train(
             if done is not None:
                 logger.warning("%s %s", run_dir, done)
                 return
+            launcher.begin(run_dir)
             forget_results(run_dir)
             if state and config.train.keep_best:
                 anew = to_json(plan.changes) != state.get(REPLANNED, [])
@@ -165,16 +173,19 @@ def _run(loop: Loop) -> None:
         if not due(progress.step, setup.config.evaluation.every) or progress.evaluation is None:
             evaluate_run(loop)
         write_evaluation(loop)
-        save(loop)
+        save(loop, wait=True)
     except BaseException as problem:
         if setup.ranks.size > 1:  # the launcher ends all when it hears of one: that waits for what is said here
             stack.enter_context(Interruption())
-        error = ending(problem, setup.config, setup.registry, progress.step)
+        error = ending(problem, setup.config, setup.registry, progress.step, setup.ranks)
         # A rank that fails alone can't save what lies on all of them; the others hear of it when it is gone.
         agreed = setup.ranks.size == 1 or loop.agreed or isinstance(error, NotFinite)
         if loop.saved != progress.step and agreed:
             state = State(progress.step, whole=not loop.update.under_way)
-            save_what_is_good(setup.model, setup.optimizer, partial(save, loop, prune=False), error, state, setup.ranks)
+            saving = partial(save, loop, prune=False, wait=True)
+            save_what_is_good(setup.model, setup.optimizer, saving, error, state, setup.ranks)
+        if agreed:
+            settled(loop)
     with stack:
         _end(loop, facts, error)
         if error is not None:
@@ -210,12 +221,12 @@ def one_step(loop: Loop) -> None:
     setup, progress, config = loop.setup, loop.progress, loop.setup.config
     started = time.perf_counter()
     rate = config.optimizer.lr * loop.plan.factor(progress.step)
-    for group in setup.optimizer.param_groups:
-        group["lr"] = rate
-    batch = setup.batches.batch(progress.step)
+    set_learning_rate(setup.optimizer, rate)
+    with loop.reading.timed():
+        batch = setup.batches.batch(progress.step)
     last = progress.step + 1 == config.train.steps
     observe = due(progress.step + 1, config.train.log_every) or last
-    every = config.train.gradient_shares_every if setup.ranks.size == 1 else 0
+    every = config.train.gradient_shares_every
     what = Observe(observe, observe and (due(progress.step + 1, every) or (last and every > 0)))
     result = train_step(
         setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings,
@@ -231,3 +242,5 @@ def one_step(loop: Loop) -> None:
     save_every = config.train.save_every
     if setup.ranks.any(loop.clock.due()) if save_every is None else due(progress.step, save_every):
         save(loop)
+    else:
+        settle_if_done(loop)

@@ -33,11 +33,12 @@ class ExpertSimilarity:
     1; independent experts: about 0; one expert: 0.
     Source: Lo et al. (2406.18219) 3; the plainest answer to "did upcycled experts diverge?".
     Use: at weight 0 to watch it, above to push experts apart. Neurons in another order count as different.
-    Cost: 3 E^2 F D multiply-adds a layer and micro-batch, as much as the experts cost for E^2 / K tokens.
+    Cost: 3 E^2 F D multiply-adds a layer and micro-batch, as much as the experts cost for E^2 / K tokens; over several
+    processes every one of them gathers the layer's experts, and keeps them until the backward pass.
     """
 
     needs_batch_counts = False
-    shardable = False  # over processes no one holds all experts
+    needs_expert_weights = True
 
     def __init__(self, options: ExpertSimilarityOptions, context: BalanceLossContext) -> None:
         self.weight = options.weight

@@ -32,7 +32,7 @@ class DenseMixerBackend:
     """
 
     name = "densemixer"
-    shardable = False  # on the rank that owns an expert nothing is known of the scores
+    dealable = False  # on the rank that owns an expert nothing is known of the scores
     computes_every_expert = True  # forward, in training; see moelab.nn.count
 
     def __init__(self, options: DenseMixerOptions, context: BackendContext) -> None:

@@ -8,6 +8,8 @@ import click
 
 from moelab_tools.user_path import USER_PATH
 
+SHOWN = 2048  # tokens of a trace: a report of several stays small
+
 
 @click.command("compare")
 @click.argument("run", nargs=-1, required=True, type=USER_PATH, metavar="RUN...")
@@ -25,6 +27,10 @@ from moelab_tools.user_path import USER_PATH
     help="Pool the noise of three or more variants: finer with two or three seeds, but it assumes like noise.",
 )
 @click.option("--best", is_flag=True, help="The lowest evaluation of each run, not the last; too low by chance.")
+@click.option("--routes", type=USER_PATH, multiple=True, metavar="TRACE",
+              help="Show a trace (`moelab trace`) in the report as coloured text; may be given again.")  # fmt: skip
+@click.option("--routes-tokenizer", metavar="SPEC",
+              help="Of the traces: bytes, a run, or a tokenizer.json. Default: bytes.")  # fmt: skip
 @click.option("--allow-different-data", is_flag=True, help="Go on though data, tokenizer or held-out text differ.")
 def command(
     run: tuple[Path, ...],
@@ -34,6 +40,8 @@ def command(
     practical: float,
     screening: bool,
     best: bool,
+    routes: tuple[Path, ...],
+    routes_tokenizer: str | None,
     allow_different_data: bool,
 ) -> None:
     """Compare runs: which is better, by how much, and how sure.
@@ -46,20 +54,25 @@ def command(
     Example:
       moelab compare runs/dense runs/moe --baseline runs/dense --output report
       moelab compare runs/moe_seed* runs/dense_seed* --baseline dense
+      moelab compare runs/moe runs/other --routes traces/moe --routes traces/other
     """
     from moelab_tools.compare.comparison import compare
     from moelab_tools.compare.endings import at_best
-    from moelab_tools.compare.report import write_json, write_report
+    from moelab_tools.compare.report import RoutesPage, write_json, write_report
     from moelab_tools.compare.runs import read_runs
     from moelab_tools.compare.table import print_comparison
+    from moelab_tools.routes.view import view_of
     from moelab_tools.terminal import make_console
 
+    pages = [
+        RoutesPage(str(one), *view_of(one, tokenizer=routes_tokenizer, tokens=SHOWN, against=None)) for one in routes
+    ]
     runs = read_runs(run)
     if best:
         runs = [at_best(one) for one in runs]
     comparison = compare(runs, baseline, allow_different_data, practical=practical / 100, screening=screening)
     print_comparison(comparison, make_console())
-    report = write_report(comparison, output)
+    report = write_report(comparison, output, pages)
     if json_file is not None:
         write_json(comparison, json_file)
     click.echo(f"report: {report}")

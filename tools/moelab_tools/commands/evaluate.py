@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from moelab_tools.user_path import USER_PATH
 from moelab_tools.verify_option import NO_VERIFY
+
+if TYPE_CHECKING:
+    from moelab_tools.judging import Score
+
+SCORES = "lm_eval.json"  # of a run folder: what `--tasks` found last
 
 
 @click.command("evaluate")
@@ -22,8 +29,20 @@ from moelab_tools.verify_option import NO_VERIFY
     is_flag=True,
     help="Import the plugin modules that the checkpoint names; they run as you.",
 )
+@click.option(
+    "--tasks", help="Tasks of lm-evaluation-harness in place of the loss, with commas between: docs/judges.md."
+)
+@click.option("--limit", type=click.IntRange(1), help="With --tasks: examples of each task.")
 @NO_VERIFY
-def command(checkpoint: Path, config: tuple[str, ...], as_json: bool, trust: bool, verify: bool) -> None:
+def command(
+    checkpoint: Path,
+    config: tuple[str, ...],
+    as_json: bool,
+    trust: bool,
+    verify: bool,
+    tasks: str | None,
+    limit: int | None,
+) -> None:
     """Loss, perplexity and bits per byte on held-out text: of all of it, by domain, and by place in the sequence.
 
     Each with a 95 % interval over documents: how it would move with other text of these kinds. What another training
@@ -36,6 +55,7 @@ def command(checkpoint: Path, config: tuple[str, ...], as_json: bool, trust: boo
     \b
     Example:
       moelab evaluate runs/tiny_moe
+      moelab evaluate runs/tiny_moe --tasks heldout_continuation
       moelab evaluate exported/tiny_moe configs/train/tiny_moe.yaml \\
           evaluation.sequences=128
     """
@@ -48,6 +68,7 @@ def command(checkpoint: Path, config: tuple[str, ...], as_json: bool, trust: boo
     from moelab.training.precision import choose_precision, set_threads
     from moelab.training.setup import build_corpus_of, resolve_run
     from moelab_tools.checkpoints import evaluation_config, tokenizer_of
+    from moelab_tools.judging import Asked, judge
     from moelab_tools.levels import WHOLE, levels, lines, measure_of
 
     folder = verified(checkpoint, verify=verify)
@@ -65,6 +86,10 @@ def command(checkpoint: Path, config: tuple[str, ...], as_json: bool, trust: boo
     for line in seen_text(history, str(checkpoint), corpus, tokenizer, batches.documents_scored()).lines():
         click.echo(f"warning: {line}", err=True)
     model = read_model(folder, device=precision.device, registry=registry)
+    if tasks is not None:
+        asked = Asked(tuple(tasks.split(",")), evaluation_batch_size(run), run.train.sequence_length, limit)
+        tell_scores(judge(model, tokenizer, corpus, asked), checkpoint, as_json=as_json)
+        return
     evaluation = evaluate(model, batches, precision)
     metrics = evaluation.metrics()
     unit, found = (
@@ -81,3 +106,15 @@ def command(checkpoint: Path, config: tuple[str, ...], as_json: bool, trust: boo
         click.echo(f"{tag:<32} {value:.4f}")
     for line in ["", *lines(found, unit)]:
         click.echo(line)
+
+
+def tell_scores(scores: Sequence[Score], checkpoint: Path, *, as_json: bool) -> None:
+    """Print them, and keep them in a run folder; another folder's checksums say what lies in it."""
+    from moelab.atomic import write_file
+    from moelab.checkpoint import CHECKPOINTS
+
+    text = json.dumps([asdict(score) for score in scores], indent=2)
+    click.echo(text if as_json else "\n".join(score.line() for score in scores))
+    if (checkpoint / CHECKPOINTS).is_dir():
+        write_file(checkpoint / SCORES, text + "\n")
+        click.echo(f"kept in {checkpoint / SCORES}", err=True)

@@ -1,114 +1,191 @@
-"""`moelab plan`: memory and communication of a training step on N devices, before there is one."""
+"""`moelab plan`: memory, traffic and time of a training step on the mesh of a config, before there is one."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
     from moelab.config.run import RunConfig
+    from moelab.planning.machine import Machine
     from moelab.planning.memory import Plan
+    from moelab.planning.times import Times
+    from moelab.planning.traffic import CommunicationPlan
 
 ANY = ("run_dir=plan", "train.steps=1000000000")  # what a run must have and a plan does not look at
-GB, MB = 1e9, 1e6
+GB, MB, TERA, MICRO = 1e9, 1e6, 1e12, 1e-6
+MS = 1e-3
 
 
 @click.command("plan")
 @click.argument("config", nargs=-1, required=True, metavar="[FOLDER] [CONFIG...] [KEY=VALUE...]")
-@click.option("--devices", default=1, show_default=True, help="Data parallel; all state is sharded over them.")
-@click.option("--expert-parallel", default=1, show_default=True, help="Devices that share one set of experts.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: train.device; auto is cuda beyond one.")
-@click.option("--checkpointing", is_flag=True, help="Keep each layer's input only, and compute it again.")
 @click.option("--device-memory", type=float, metavar="GB", help="Say whether it fits, e.g. 141 for an H200.")
+@click.option("--machine", metavar="NAME", help="Give times, and say whether it fits: h100 (nodes of 8 by InfiniBand).")
+@click.option("--node", type=click.IntRange(min=1), metavar="N", help="Devices of a node.")
+@click.option("--bandwidth", type=(float, float), metavar="GB/S GB/S", help="Of a device, inside a node and out of it.")
+@click.option("--latency", type=(float, float), metavar="US US", help="Of a message, inside a node and out of it.")
+@click.option("--tflops", type=float, metavar="T", help="What matrix products reach. Default: the machine's peak.")
 @click.option(
     "--trust-plugins", "trust", is_flag=True, help="Import the plugin modules that a folder names; they run as you."
 )
 def command(
     config: tuple[str, ...],
-    devices: int,
-    expert_parallel: int,
     device: str | None,
-    checkpointing: bool,
     device_memory: float | None,
+    machine: str | None,
+    node: int | None,
+    bandwidth: tuple[float, float] | None,
+    latency: tuple[float, float] | None,
+    tflops: float | None,
     trust: bool,
 ) -> None:
-    """Predict memory and communication of a config per device, for one micro-batch. Nothing is allocated.
+    """Predict memory, traffic and time of a step on each device. Nothing is allocated.
 
-    Parameters, gradients and AdamW's moments are fp32, and sharded over the devices. Activations are counted
-    by running the model on tensors without data; tokens go to as many experts as the routers declare. On a CPU the
-    peak is the resident set of the process; measured ones were within 12 % (docs/compute.md). On a GPU: not measured.
+    The mesh is the config's: parallel.replicate, shard and expert; so are micro-batches and recomputation.
+    Parameters, gradients and AdamW's moments are fp32. Activations are counted by running the model on tensors
+    without data; tokens go to as many experts as the routers declare, evenly. On a CPU the peak is the resident
+    set of a process (docs/compute.md). Bytes are those of a ring, and were counted in real steps (docs/planning.md).
+    On a GPU: not measured.
 
     \b
     Example:
       moelab plan configs/train/tiny_moe.yaml
-      moelab plan model/qwen2-57b-a14b --devices 64 --checkpointing \\
-          train.sequence_length=4096 train.micro_batch_size=1 \\
-          train.batch_size=1 train.dtype=bfloat16 --device-memory 141
+      moelab plan model/qwen2-57b-a14b parallel.shard=64 parallel.expert=8 \\
+          train.sequence_length=4096 train.batch_size=64 train.dtype=bfloat16 \\
+          train.activation_checkpointing=1 --machine h100
     """
     import torch
 
     from moelab.errors import ConfigError
-    from moelab.planning.memory import Problem, predict
+    from moelab.planning.memory import predict
+    from moelab.planning.traffic import Problem
     from moelab.registry import Registry
     from moelab_tools.checkpoints import load_run, plugin_places, tell_origin
 
-    if min(devices, expert_parallel) < 1:
-        raise ConfigError(f"--devices and --expert-parallel: at least 1, not {min(devices, expert_parallel)}")
+    chosen = _machine(machine, node, bandwidth, latency, tflops)
     loaded = load_run(config, ANY, trust=trust)
     tell_origin(loaded)
     run = loaded.config
+    train, world = run.train, run.parallel.world
+    sequences = train.micro_batch_size or train.batch_size // world
+    if train.batch_size % (sequences * world):
+        raise ConfigError(f"train.batch_size: {train.batch_size} is not a multiple of {sequences} x {world} devices")
     problem = Problem(
-        sequences=run.train.micro_batch_size or run.train.batch_size,
-        sequence_length=run.train.sequence_length,
-        dtype=getattr(torch, run.train.dtype),
-        device=device or _device(run, devices),
-        devices=devices,
-        expert_parallel=expert_parallel,
-        checkpointing=checkpointing,
+        sequences=sequences,
+        sequence_length=train.sequence_length,
+        dtype=getattr(torch, train.dtype),
+        device=device or _device(run),
+        parallel=run.parallel,
+        micro_batches=train.batch_size // (sequences * world),
+        checkpointing=train.activation_checkpointing,
     )
     registry = Registry(run.plugins, run.entry_points, plugin_places(loaded, trust=trust))
-    _print(predict(run.model, problem, registry), device_memory)
+    if device_memory is None and chosen is not None and chosen.memory:
+        device_memory = chosen.memory / GB
+    _print(predict(run.model, problem, registry, chosen), device_memory)
 
 
-def _device(run: RunConfig, devices: int) -> str:
+def _machine(
+    name: str | None,
+    node: int | None,
+    bandwidth: tuple[float, float] | None,
+    latency: tuple[float, float] | None,
+    tflops: float | None,
+) -> Machine | None:
+    """What was named, with what was given beside; None: no times are asked for."""
+    from moelab.errors import ConfigError, near
+    from moelab.planning.machine import MACHINES, Machine
+
+    if name is not None and name not in MACHINES:
+        raise ConfigError(f"--machine: no '{name}'{near(name, list(MACHINES))} Known: {', '.join(MACHINES)}")
+    if min((*(bandwidth or (1,)), tflops or 1)) <= 0 or min(latency or (0,)) < 0:
+        raise ConfigError("--bandwidth and --tflops: must be positive, and --latency not negative")
+    if name is None and bandwidth is None and tflops is None:
+        if node is not None or latency is not None:
+            raise ConfigError("--node and --latency: say nothing without --machine, or --bandwidth and --tflops")
+        return None
+    found = MACHINES[name] if name is not None else Machine()
+    found = replace(found, node=node or found.node)
+    if bandwidth is not None:
+        found = replace(found, inside=bandwidth[0] * GB, between=bandwidth[1] * GB)
+    if latency is not None:
+        found = replace(found, latency_inside=latency[0] * MICRO, latency_between=latency[1] * MICRO)
+    if tflops is not None:
+        found = replace(found, reached=tflops * TERA, peak=found.peak or tflops * TERA)
+    if not found.peak or not found.inside:
+        raise ConfigError("--bandwidth and --tflops: without --machine times need both")
+    return found
+
+
+def _device(run: RunConfig) -> str:
     import torch
 
     if run.train.device != "auto":
         return run.train.device.split(":")[0]
-    return "cuda" if devices > 1 or torch.cuda.is_available() else "cpu"
+    return "cuda" if run.parallel.world > 1 or torch.cuda.is_available() else "cpu"
 
 
 def _print(plan: Plan, device_memory: float | None) -> None:
-    problem, memory, sent = plan.problem, plan.memory, plan.communication
+    problem, memory, mesh = plan.problem, plan.memory, plan.problem.parallel
+    times = "" if problem.micro_batches == 1 else f"{problem.micro_batches} x "
     click.echo(
-        f"{plan.total_parameters:,} parameters; {problem.devices} x {problem.device}, {problem.sequences} x "
+        f"{plan.total_parameters:,} parameters; {mesh.world} x {problem.device}, {times}{problem.sequences} x "
         f"{problem.sequence_length} tokens each, {str(problem.dtype).removeprefix('torch.')} matmuls"
         + (", activation checkpointing" if problem.checkpointing else "")
     )
+    if mesh.world > 1:
+        click.echo(f"replicate {mesh.replicate} x shard {mesh.shard}, of which expert {mesh.expert}")
     rows: dict[str, int] = {
         "parameters (fp32)": memory.parameters,
         "gradients (fp32)": memory.gradients,
         "AdamW's moments (fp32)": memory.optimizer,
         "weights in use": memory.weights_in_use,
         "activations": memory.activations,
-        "layer being computed": memory.working,
+        "being computed or reduced": memory.working,
     }
     if problem.device == "cpu":
         rows["Python and its libraries"] = memory.process
     rows["peak"] = memory.peak
     _section("memory per device", rows)
-    if problem.devices > 1:
-        rows = {
-            "all-gather of parameters": sent.gather_parameters,
-            "reduce-scatter of gradients": sent.reduce_gradients,
-            "all-to-all, as declared": sent.exchange_tokens,
-            "total": sent.total,
-        }
-        _section("sent by each device in a step", rows)
+    if mesh.world > 1:
+        _print_traffic(plan.communication)
+    if plan.times is not None:
+        _print_times(plan.times)
     if device_memory is not None:
         verdict = "fits" if memory.peak <= device_memory * GB else "does not fit"
         click.echo(f"\n{verdict} in {device_memory:g} GB")
+
+
+def _titles() -> dict[str, str]:
+    from moelab.planning import traffic
+
+    return {
+        traffic.PARAMETERS: "all-gather of parameters",
+        traffic.GRADIENTS: "reduce-scatter of gradients",
+        traffic.REPLICAS: "all-reduce over replicas",
+        traffic.TOKENS: "all-to-all, as declared",
+        traffic.SUMS: "sums of counts and losses",
+    }
+
+
+def _print_traffic(sent: CommunicationPlan) -> None:
+    rows = {title: round(sent.of(what)) for what, title in _titles().items() if sent.of(what)}
+    _section("sent by each device in a step", rows | {"total": round(sent.total)})
+
+
+def _print_times(times: Times) -> None:
+    click.echo("\ntime of a step, at best")
+    rows = {"matrix products": times.compute}
+    rows |= {title: times.communication.get(what, 0.0) for what, title in _titles().items()}
+    for name, seconds in rows.items():
+        if seconds:
+            click.echo(f"  {name:<28}{seconds / MS:>12,.2f} ms")
+    for name, seconds in {"nothing overlaps": times.apart, "everything overlaps": times.together}.items():
+        rate, used = times.tokens / seconds, times.utilisation(seconds)
+        click.echo(f"  {name:<28}{seconds / MS:>12,.2f} ms  {rate:,.0f} tokens/s, {used:.1%} of the peak")
 
 
 def _section(title: str, rows: dict[str, int]) -> None:

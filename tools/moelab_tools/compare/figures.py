@@ -55,6 +55,10 @@ def sections(comparison: Comparison, cast: Cast) -> list[Section]:
                 plot.curve("moe/mean/dead_fraction", "tokens", "Dead experts", "share without any token; 0 is best"),
                 plot.curve("moe/mean/load_entropy", "tokens", "Load entropy", "1: all experts equally loaded"),
                 plot.curve("moe/mean/router_entropy", "tokens", "Router entropy", "nats; 0: certain of each token"),
+                plot.curve(
+                    "moe/mean/rank_violation", "tokens", "Rank violation",
+                    "the fullest expert-parallel process's excess; 0 is best",
+                ),
             ],
         ),
         balance_by_layer(cast),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,23 @@ LICENSES = ("LICENSE-d3", "LICENSE-plot")
 _OURS = Reading(cure="install moelab again")
 
 
-def write_report(comparison: Comparison, folder: Path) -> Path:
+@dataclass(frozen=True)
+class RoutesPage:
+    """A page of text coloured by expert (`moelab view`), shown in the report in a frame of its own."""
+
+    name: str
+    page: str  # HTML
+    lines: list[str]  # what its tables say, in text
+
+
+def write_report(comparison: Comparison, folder: Path, routes: Sequence[RoutesPage] = ()) -> Path:
     """report.html, comparison.json and a folder for TensorBoard in `folder`; -> the report's path."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {folder}: can't be made ({error.strerror}); choose another folder") from error
     write_json(comparison, folder / NUMBERS)
-    _write(folder / REPORT, render(comparison))
+    _write(folder / REPORT, render(comparison, routes))
     write_board(comparison, folder / BOARD)
     return folder / REPORT
 
@@ -44,7 +55,7 @@ def write_json(comparison: Comparison, path: Path) -> None:
     _write(path, json.dumps(_finite(comparison.to_json() | told), indent=2, allow_nan=False) + "\n")
 
 
-def render(comparison: Comparison) -> str:
+def render(comparison: Comparison, routes: Sequence[RoutesPage] = ()) -> str:
     """The page, with the library that draws its charts inside."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from jinja2.utils import htmlsafe_json_dumps
@@ -64,6 +75,7 @@ def render(comparison: Comparison) -> str:
         cast=cast,
         figures=htmlsafe_json_dumps({"variants": cast.to_json(), "figures": figures}, dumps=_dumps),
         samples=written,
+        routes=routes,
         config=recipes.config_by_variant(comparison),
         facts_shared=shared,
         facts_apart=apart,

@@ -28,6 +28,13 @@ JOINED = 4  # tokens that together may spell one character
 
 def write_view(folder: Path, page: Path, *, tokenizer: str | None, tokens: int, against: Path | None) -> list[str]:
     """Write the page -> lines for the terminal. Raises UserError for traces and tokenizers that do not fit."""
+    text, lines = view_of(folder, tokenizer=tokenizer, tokens=tokens, against=against)
+    _write(page, text)
+    return lines
+
+
+def view_of(folder: Path, *, tokenizer: str | None, tokens: int, against: Path | None) -> tuple[str, list[str]]:
+    """The page, and lines for the terminal. Raises UserError for traces and tokenizers that do not fit."""
     trace = read_trace(folder)
     known = tokenizer_for(trace, tokenizer, folder)
     other = None if against is None else read_trace(against)
@@ -38,8 +45,8 @@ def write_view(folder: Path, page: Path, *, tokenizer: str | None, tokens: int, 
     with Waiting("reading what experts mean, layers", layers) as waiting:
         found = meaning(trace, kinds, seen=waiting.step)
         others = [] if other is None else meaning(other, kinds, seen=waiting.step)
-    _write(page, render(trace, known, found, others, tokens, str(folder), None if against is None else str(against)))
-    return _lines(found, _by_layer(others))
+    page = render(trace, known, found, others, tokens, str(folder), None if against is None else str(against))
+    return page, _lines(found, _by_layer(others))
 
 
 def tokenizer_for(trace: Trace, spec: str | None, folder: Path) -> Tokenizer:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moelab.nn import loss
-from moelab.nn.loss import token_cross_entropy
+from moelab.nn.loss import IGNORE_INDEX, logits_and_cross_entropy, token_cross_entropy
 
 
 def _problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,3 +84,24 @@ def test_without_gradients_no_logits_are_kept():
     hidden, head, targets = _problem()
     with torch.no_grad():
         assert token_cross_entropy(hidden, head, targets).grad_fn is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_logits_beside_the_loss_have_the_gradients_of_both(dtype: torch.dtype) -> None:
+    """Against torch's own cross-entropy on materialised logits, of which a caller uses both."""
+    random = torch.Generator().manual_seed(3)
+    targets = torch.tensor([[1, IGNORE_INDEX, 5], [0, 2, IGNORE_INDEX]])
+    found = []
+    for ours in (True, False):
+        random.manual_seed(3)
+        hidden = torch.randn(2, 3, 8, generator=random, dtype=dtype, requires_grad=True)
+        head = torch.randn(7, 8, generator=random, dtype=dtype, requires_grad=True)
+        if ours:
+            logits, nats = logits_and_cross_entropy(hidden, head, targets)
+        else:
+            logits = hidden @ head.t()
+            nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        (nats.sum() + 0.1 * logits.square().sum()).backward()
+        found.append((logits.detach(), nats.detach(), hidden.grad, head.grad))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)

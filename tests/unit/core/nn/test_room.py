@@ -36,6 +36,17 @@ def test_training_needs_four_times_the_weights(monkeypatch: pytest.MonkeyPatch) 
         check_room(model, "cpu", TRAINING)
 
 
+def test_processes_that_share_a_model_out_need_their_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a machine's memory as many parts as processes run there; of an accelerator's one."""
+    model = build_model(_model(16), device="meta", seed=None)
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr("moelab.nn.room.memory_of", lambda device: 3 * weights)
+    check_room(model, "cpu", TRAINING, shard=8, beside=4)
+    check_room(model, "cuda", TRAINING, shard=2, beside=2)
+    with pytest.raises(ConfigError, match="of it here"):
+        check_room(model, "cpu", TRAINING, shard=8, beside=8)
+
+
 def test_a_process_counts_with_the_least_of_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (12345, -1))
     assert memory_of(torch.device("cpu")) == 12345

@@ -12,9 +12,11 @@ import torch
 
 from moelab import build
 from moelab.config.model import ModelConfig, MoEConfig
+from moelab.config.run import ParallelConfig
 from moelab.errors import ConfigError
 from moelab.hookspecs import ROUTERS
-from moelab.planning.memory import Problem, predict
+from moelab.planning.memory import predict
+from moelab.planning.traffic import GRADIENTS, PARAMETERS, TOKENS, Problem
 from moelab.registry import Registry
 
 PROBLEM = Problem(sequences=4, sequence_length=128, device="cpu")
@@ -86,7 +88,8 @@ import re, sys, torch
 from moelab import build
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.nn.allocator import keep_freed_memory
-from moelab.planning.memory import Problem, predict
+from moelab.planning.memory import predict
+from moelab.planning.traffic import Problem
 from moelab.registry import Registry
 
 def resident(key):
@@ -131,14 +134,17 @@ def test_a_training_process_grows_as_predicted():
 def test_state_is_16_bytes_a_parameter_and_is_shared_by_all_devices():
     config = _config()
     total = sum(p.numel() for p in build(config).parameters())
-    one, four = predict(config, PROBLEM).memory, predict(config, replace(PROBLEM, devices=4)).memory
+    one = predict(config, PROBLEM).memory
+    four = predict(config, replace(PROBLEM, parallel=ParallelConfig(shard=4))).memory
     assert one.parameters + one.gradients + one.optimizer == 16 * total
-    assert four.parameters + four.gradients + four.optimizer == 4 * total
+    padding = 2 * 3 * 128  # the shared experts' gates are one row, and each device holds one
+    assert four.parameters + four.gradients + four.optimizer == 4 * (total + padding)
     assert four.activations == one.activations
+    assert four.working > one.working  # gradients are whole until they are reduced
 
 
 def test_checkpointing_keeps_one_residual_stream_a_layer():
-    plan = predict(_config(layers=3), replace(PROBLEM, checkpointing=True)).memory
+    plan = predict(_config(layers=3), replace(PROBLEM, checkpointing=1)).memory
     assert plan.activations == 3 * PROBLEM.tokens * 128 * 4
     assert plan.peak < predict(_config(layers=3), PROBLEM).memory.peak
 
@@ -146,12 +152,17 @@ def test_checkpointing_keeps_one_residual_stream_a_layer():
 def test_collectives_send_what_rings_send():
     config = _config()
     model = build(config)
-    total = sum(p.numel() for p in model.parameters())
+    root = sum(p.numel() for p in (model.embed_tokens.weight, model.lm_head.weight, model.norm.weight))
     routed = sum(p.numel() for layer in model.layers for p in layer.mlp.experts.parameters())
-    sent = predict(config, replace(PROBLEM, devices=8, expert_parallel=4)).communication
-    once = 4 * (total - routed) * 7 // 8 + 4 * (routed // 4) * 1 // 2
-    assert (sent.gather_parameters, sent.reduce_gradients) == (2 * once, once)
-    assert sent.exchange_tokens == 4 * (2 * PROBLEM.tokens * 4 * 128) * 4 * 3 // 4  # 2 layers, top-4, 4 ways, fp32
+    rest = sum(p.numel() for p in model.parameters()) - routed - root
+    gates = 2 * 7 * 128  # the shared experts' gates of one row are padded to eight
+    mesh = ParallelConfig(shard=8, expert=4)
+    sent = predict(config, replace(PROBLEM, parallel=mesh)).communication
+    once = 4 * (rest + gates + root) * 7 / 8 + 4 * (routed / 4) / 2
+    assert sent.of(GRADIENTS) == once
+    assert sent.of(PARAMETERS) == 2 * once - 4 * root * 7 / 8  # which is gathered once for both passes
+    exchanged = 4 * (2 * PROBLEM.tokens * 4 * 128) * 4  # 2 layers, top-4, 4 ways, fp32
+    assert sent.of(TOKENS) == (exchanged + 2 * 16 * 8) * 3 / 4
     assert predict(config, PROBLEM).communication.total == 0
 
 
@@ -162,13 +173,15 @@ def test_the_published_57b_model_is_planned_without_its_memory():
         num_key_value_heads=4,
         moe=MoEConfig(layout=layout, shared_expert={"name": "gated", "intermediate_size": 20480}),
     )  # fmt: skip
-    plan = predict(config, Problem(1, 4096, torch.bfloat16, devices=64))
+    plan = predict(config, Problem(1, 4096, torch.bfloat16, parallel=ParallelConfig(shard=64)))
     assert plan.total_parameters == 57_408_658_944
 
 
-def test_devices_must_form_whole_groups():
-    with pytest.raises(ConfigError, match="expert_parallel 3 does not divide devices 8"):
-        predict(_config(), replace(PROBLEM, devices=8, expert_parallel=3))
+def test_a_mesh_that_cannot_be_is_refused():
+    with pytest.raises(ConfigError, match=r"parallel\.expert: 3 does not divide parallel\.shard 8"):
+        predict(_config(), replace(PROBLEM, parallel=ParallelConfig(shard=8, expert=3)))
+    with pytest.raises(ConfigError, match=r"parallel\.expert: 32 does not divide the 16 experts of layer 0"):
+        predict(_config(), replace(PROBLEM, parallel=ParallelConfig(shard=32, expert=32)))
 
 
 @pytest.mark.parametrize("router", sorted(Registry(entry_points=False).components(ROUTERS)))

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 import moelab
+from moelab.checkpoint import TRAINING, stored_tensors
 from moelab.config.model import ModelConfig
 from moelab.config.run import OptimizerConfig
-from moelab.errors import CheckpointError
-from moelab.training.optimizer import build_adamw, optimizer_tensors, restore_optimizer
+from moelab.errors import CheckpointError, ConfigError
+from moelab.tensor_file import write_tensors
+from moelab.tensor_parts import Stored
+from moelab.training.optimizer import (
+    build_adamw,
+    learning_rate_factors,
+    optimizer_tensors,
+    restore_optimizer,
+    set_learning_rate,
+)
 
 SMALL = ModelConfig(
     vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
@@ -33,7 +43,12 @@ def test_each_parameter_is_updated_once_though_the_head_is_tied() -> None:
     assert sum(p.numel() for group in groups for p in group["params"]) == sum(p.numel() for p in model.parameters())
 
 
-def test_state_survives_the_way_through_named_tensors() -> None:
+def on_disk(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, Stored]:
+    write_tensors(folder / TRAINING, tensors)
+    return stored_tensors(folder, TRAINING)
+
+
+def test_state_survives_the_way_through_named_tensors(tmp_path: Path) -> None:
     model, twin = moelab.build(SMALL), moelab.build(SMALL)
     first, second = build_adamw(model, OptimizerConfig()), build_adamw(twin, OptimizerConfig())
     ids = torch.arange(8)[None]
@@ -41,7 +56,7 @@ def test_state_survives_the_way_through_named_tensors() -> None:
         model(ids, targets=ids).token_loss.sum().backward()
         first.step()
     twin.load_state_dict(model.state_dict())
-    restore_optimizer(twin, second, optimizer_tensors(model, first))
+    restore_optimizer(twin, second, on_disk(optimizer_tensors(model, first), tmp_path))
     for m, o in ((model, first), (twin, second)):
         o.zero_grad()
         m(ids, targets=ids).token_loss.sum().backward()
@@ -90,19 +105,46 @@ def _scalar(tensors: dict[str, torch.Tensor]) -> None:
     ],
 )
 def test_moments_under_other_names_are_refused_and_the_parameter_named(
-    change: Callable[[dict[str, torch.Tensor]], None], said: str
+    change: Callable[[dict[str, torch.Tensor]], None], said: str, tmp_path: Path
 ) -> None:
     model, tensors = _stepped()
     change(tensors)
     optimizer = build_adamw(model, OptimizerConfig())
     with pytest.raises(CheckpointError, match=said):
-        restore_optimizer(model, optimizer, tensors)
+        restore_optimizer(model, optimizer, on_disk(tensors, tmp_path))
     assert not optimizer.state
 
 
-def test_a_parameter_without_moments_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_parameter_without_moments_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, tensors = _stepped()
     kept = {name: value for name, value in tensors.items() if not name.startswith("norm.weight/")}
     with caplog.at_level(logging.WARNING, logger="moelab"):
-        restore_optimizer(model, build_adamw(model, OptimizerConfig()), kept)
+        restore_optimizer(model, build_adamw(model, OptimizerConfig()), on_disk(kept, tmp_path))
     assert "no optimizer state of norm.weight" in caplog.text
+
+
+def test_a_parameters_rate_is_the_runs_times_its_factor() -> None:
+    """Without decay a step moves a parameter by the rate times what the moments say, so by its factor times as far."""
+    moved = {}
+    for patterns in ({}, {"layers.*": 0.5, "*.mlp.*": 0.25, "embed_tokens.weight": 2.0}):
+        model = moelab.build(SMALL).double()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = build_adamw(model, OptimizerConfig(weight_decay=0.0, learning_rates=patterns))
+        set_learning_rate(optimizer, 1e-3)
+        ids = torch.arange(8)[None]
+        model(ids, targets=ids).token_loss.sum().backward()
+        optimizer.step()
+        moved[len(patterns)] = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    for name, plain in moved[0].items():
+        factor = 0.25 if ".mlp." in name else 0.5 if name.startswith("layers.") else 2.0 if "embed" in name else 1.0
+        torch.testing.assert_close(moved[3][name], factor * plain, rtol=1e-9, atol=1e-15)
+
+
+def test_a_tied_matrix_is_found_under_both_its_names() -> None:
+    model = moelab.build(SMALL)
+    assert learning_rate_factors(model, {"lm_head.weight": 3.0}) == {"embed_tokens.weight": 3.0}
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer.learning_rates: '\*.rooter.\*' matches no parameter"):
+        build_adamw(moelab.build(SMALL), OptimizerConfig(learning_rates={"*.rooter.*": 0.1}))

@@ -141,7 +141,7 @@ def test_without_the_kernels_lock_the_text_decides(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    (tmp_path / LOCK).write_text(json.dumps(lock._self() | change))
+    (tmp_path / LOCK).write_text(json.dumps(lock.this_process() | change))
     os.utime(tmp_path / LOCK, (time.time() - age, time.time() - age))
     if held:
         with pytest.raises(UserError, match="is being written by process"), hold(tmp_path):

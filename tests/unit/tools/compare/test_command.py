@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from moelab.data.byte_tokenizer import ByteTokenizer
+from moelab.routes.files import write_trace
 from moelab_tools.cli import run as moelab
 from moelab_tools.compare.comparison import compare
 from moelab_tools.compare.runs import read_runs
 from moelab_tools.compare.table import print_comparison
+from traced_models import traced
 
 MakeRun = Callable[..., Path]
 
@@ -48,6 +53,24 @@ def test_the_report_needs_no_network_and_shows_every_part(make_run: MakeRun, tmp
                     "Against seconds of training", "MaxVio", "Balance by layer over time", "Expert load at the end",
                     "Throughput", "Config differences", "Data and machine", "Repeat it", "FAILED"):  # fmt: skip
         assert heading in own, heading
+
+
+def test_a_trace_stands_in_the_report_in_a_frame_of_its_own(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = traced({"name": "softmax_topk"})[1]
+    hostile = "</iframe><script>alert(1)</script>"
+    trace = replace(trace, facts=trace.facts | {"vocab_size": 257, "tokenizer": ByteTokenizer().fingerprint})
+    write_trace(replace(trace, documents=[(hostile, hostile)] * len(trace.documents)), tmp_path / "trace")
+    given = [str(make_run("moe")), "--output", str(tmp_path / "report"), "--routes"]
+    assert moelab(["compare", *given, str(tmp_path / "trace")]) == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    frame = re.search(r'<iframe class="routes"[^>]*sandbox="allow-scripts" srcdoc="([^"]*)"', page)
+    assert frame is not None
+    assert "Do the colours mean anything beyond the token?" in html.unescape(frame[1])
+    assert hostile not in page and "<script>" not in frame[1]
+    assert moelab(["compare", *given, str(tmp_path / "nowhere")]) == 2
+    assert "holds no trace" in capsys.readouterr().err
 
 
 def test_seen_text_is_said_in_bold_and_no_chart_claims_the_contrary(

@@ -30,6 +30,7 @@ class SparseExperts:
                 f"experts are whole copies, so moe_intermediate_size must be the dense FFN's "
                 f"{context.intermediate_size}, not {self.width}; take qwen2, drop or split for other widths"
             )
+        self.keeps_with = {"shared": ("zero",), "scaling": ("none",)} if context.norm_topk_prob else None
         self.warnings = [] if context.norm_topk_prob else ["weights don't sum to one (norm_topk_prob false)"]
 
     def plan(self, expert: int) -> NeuronPlan:

@@ -46,6 +46,10 @@ class VirtualGroupExperts:
         self.options, self.dense_width = options, context.intermediate_size
         self.group, self.width = group_size(context), context.layout.moe_intermediate_size
         self.streams = Streams(context.seed, "experts/virtual_group/1", context.layer_id)
+        exact = context.norm_topk_prob and options.reinit_fraction == 0
+        exact = exact and context.layout.num_experts_per_tok % self.group == 0
+        parts = {"shared": ("copy", "dup"), "router": ("tied_groups",), "scaling": ("virtual_group",)}
+        self.keeps_with = parts if exact else None
         self.warnings = []
         if context.layout.num_experts_per_tok % self.group:
             self.warnings.append(

@@ -33,7 +33,9 @@ class CopiedShared:
         self.streams = Streams(context.seed, "shared/copy/1", context.layer_id)
         self._gate = Gate(options, context)
         self.gain, self.warnings = self._gate.gain, list(self._gate.warnings)
-        if context.shared_intermediate_size < context.intermediate_size:
+        holds_all = context.shared_intermediate_size >= context.intermediate_size
+        self.whole = self._gate.exact and options.extra == "zero_down" and holds_all
+        if not holds_all:
             self.warnings.append(
                 f"the shared expert holds {context.shared_intermediate_size} of {context.intermediate_size} dense "
                 "neurons, chosen at random: it does not reproduce the dense FFN"

@@ -23,6 +23,7 @@ class DuplicatedShared:
         self.streams = Streams(context.seed, "shared/dup/1", context.layer_id)
         self._gate = Gate(options, context)
         self.gain, self.warnings = self._gate.gain, self._gate.warnings
+        self.whole = self._gate.exact
         if not self.dense <= self.width <= 2 * self.dense:
             raise ConfigError(
                 f"model.moe.shared_expert.intermediate_size {self.width} must be between the dense FFN's {self.dense} "

@@ -1,0 +1,56 @@
+"""What a user calls: a model, a tokenizer or a folder of moelab's for whoever takes those of transformers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from moelab.adapter.causal_lm import MoelabConfig, MoelabForCausalLM
+from moelab.adapter.folders import MODEL_TYPE, is_run
+from moelab.data.tokenizer import Tokenizer
+from moelab.hf.carried import TOKENIZER_FILE
+from moelab.nn.transformer import Transformer
+from moelab.origin import read_origin
+
+
+def as_transformers(model: Transformer) -> MoelabForCausalLM:
+    """`model` as a transformers causal language model, whatever its routers; nothing is copied.
+
+    `generate`, `labels`, masks, caches and `save_pretrained` are transformers' own. A model that `moelab.load` read
+    stops where its folder says. Imports transformers, which is no dependency of moelab: raises ImportError without it.
+    """
+    return MoelabForCausalLM.wrap(model)
+
+
+def transformers_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer of moelab as one of transformers: the same ids, no token added, the end of a text as its padding."""
+    definition = tokenizer.files()[TOKENIZER_FILE].decode("utf-8")
+    fast = FastTokenizer.from_str(definition)
+    end = fast.id_to_token(tokenizer.eos_token_id)
+    return PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=end, pad_token=end, padding_side="left")
+
+
+def register_with_transformers() -> None:
+    """Let `AutoConfig` and `AutoModelForCausalLM` read run folders, moelab checkpoints and model_type "moelab".
+
+    A run folder has no config.json, so `AutoConfig.from_pretrained` is asked here first. Calling it again changes
+    nothing. Hugging Face's own folders are read as before, by transformers' own classes.
+    """
+    AutoConfig.register(MODEL_TYPE, MoelabConfig, exist_ok=True)
+    AutoModelForCausalLM.register(MoelabConfig, MoelabForCausalLM, exist_ok=True)
+    theirs = AutoConfig.from_pretrained
+    if getattr(theirs, "reads_moelab", False):
+        return
+
+    @functools.wraps(theirs)
+    def from_pretrained(pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_run(pretrained_model_name_or_path):
+            return theirs(pretrained_model_name_or_path, *args, **kwargs)
+        config = MoelabConfig.of(read_origin(pretrained_model_name_or_path).model)
+        return (config, kwargs) if kwargs.pop("return_unused_kwargs", False) else config
+
+    from_pretrained.reads_moelab = True  # type: ignore[attr-defined]
+    AutoConfig.from_pretrained = staticmethod(from_pretrained)

