@@ -17,7 +17,7 @@ DOCS := $(VENV)/.docs
 help:
 	@echo "make demo    dense Qwen2 -> upcycle -> train MoE variants -> compare, three seeds, on real text (10 minutes)"
 	@echo "make test    all tests; make test-elsewhere: in another world, make test-lowest: with the lowest versions"
-	@echo "make test-extras   the optional packages (W&B, trackio, Parquet), each with its real client, without a network"
+	@echo "make test-extras   the optional packages (W&B, trackio, Parquet, GGUF), each with its real client, without a network"
 	@echo "make setup-megablocks   MegaBlocks, stk and triton beside torch; without a GPU their tests run interpreted"
 	@echo "make docs    the documentation as a site, in build/docs; warnings are errors"
 	@echo "make wheel-check   build the wheel, install it into a clean environment, use it from an empty folder"

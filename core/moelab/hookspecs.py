@@ -104,6 +104,7 @@ OUTPUT_SCALINGS: ExtensionPoint[UpcycleContext, OutputScaling] = ExtensionPoint(
 DENSE_SOURCES: ExtensionPoint[Mapping[str, Any], DenseArchitecture] = ExtensionPoint(
     "dense source", "moelab_dense_sources", "source", "moelab_upcycling.sources",
     "Which dense models can be read, by `model_type`: config.json's fields -> how fields and tensors are read.",
+    check="check_dense_source",
 )  # fmt: skip
 DATA_SOURCES: ExtensionPoint[DataContext, Corpus] = ExtensionPoint(
     "data source", "moelab_data_sources", "data.source", "moelab_plugins.data_sources",

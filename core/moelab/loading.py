@@ -9,7 +9,6 @@ import torch
 
 from moelab.builder import build_hollow, build_model
 from moelab.checkpoint import OwnWeights, is_moelab, read_run_config
-from moelab.data.tokenizer import load_tokenizer
 from moelab.errors import CheckpointError
 from moelab.hf.load import HFWeights, load_hf
 from moelab.hub import user_folder
@@ -111,8 +110,8 @@ def speech_of(folder: Path) -> Speech:
     Raises CheckpointError where it has none.
     """
     origin = read_origin(folder)
-    if origin.tokenizer is None:
+    tokenizer = origin.own_tokenizer()
+    if tokenizer is None:
         raise CheckpointError(f"{folder}: holds no tokenizer.json; name one, tokenizer=PATH, or tokenizer='bytes'")
-    tokenizer = load_tokenizer(origin.tokenizer)
     ends = end_token_ids(folder)
     return Speech(tokenizer, ends[0] if ends else (tokenizer.eos_token_id,))

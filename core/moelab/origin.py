@@ -19,19 +19,23 @@ from moelab.checkpoint import CONFIG, is_moelab, read_run_config, resolve_checkp
 from moelab.config.files import Layer, subtree
 from moelab.config.model import ModelConfig
 from moelab.config.stored import read_stored_tree
+from moelab.data.json_tokenizer import JsonTokenizer
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.data.tokenizer_file import definition_of
 from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.carried import (
     GENERATION_FILE,
+    TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
+    carried_files,
     generation_settings,
     terms,
     token_ids,
     tokenizer_side_files,
 )
-from moelab.hf.config import CONFIG_FILE, read_config
+from moelab.hf.config import CONFIG_FILE, read_config, read_fields
 from moelab.hf.files import READING, read_json
+from moelab.hf.gguf_file import gguf_of
 from moelab.hub import user_folder
 from moelab.integrity import Choice, newest_whole
 from moelab.paths import unresolved_hint, user_path
@@ -56,6 +60,15 @@ class Origin:
     def registry(self, named: Registry) -> Registry:
         """The plugins that `model` is built with: those that the user named. CheckpointError where it needs others."""
         return stored_registry(read_run_config(self.folder), self.folder, registry=named) if self.is_run else named
+
+    def own_tokenizer(self) -> Tokenizer | None:
+        """What lies with the weights; of a GGUF file what its metadata makes. None where there is none."""
+        if self.tokenizer is not None:
+            return load_tokenizer(self.tokenizer)
+        files = carried_files(self.folder) if gguf_of(self.folder) is not None else {}
+        if TOKENIZER_FILE not in files:
+            return None
+        return JsonTokenizer(files[TOKENIZER_FILE], str(self.folder), files[TOKENIZER_CONFIG_FILE])
 
     @property
     def is_run(self) -> bool:
@@ -144,6 +157,9 @@ def model_files(folder: Path, *, ids: bool) -> dict[str, bytes]:
 
 def carried_ids(folder: Path) -> dict[str, Any]:
     """The token ids of config.json, or those that a moelab checkpoint carries along."""
+    gguf = gguf_of(folder)
+    if gguf is not None:
+        return token_ids(read_fields(folder).values, gguf)
     path = folder / (FIELDS_FILE if is_moelab(folder) else CONFIG_FILE)
     return token_ids(read_json(path), path) if path.is_file() else {}
 

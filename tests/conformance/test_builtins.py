@@ -14,6 +14,7 @@ from moelab import Registry, testing
 from moelab.hookspecs import (
     BALANCE_LOSSES,
     DATA_SOURCES,
+    DENSE_SOURCES,
     EXPERT_BACKENDS,
     EXPERT_INITIALISERS,
     EXPERT_LAYOUTS,
@@ -174,6 +175,25 @@ def test_a_backend_conforms(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(REGISTRY.components(EXPERT_INITIALISERS)))
 def test_an_expert_initialiser_conforms(name: str) -> None:
     testing.check_initialiser(REGISTRY.components(EXPERT_INITIALISERS)[name], **INITIALISER_SIZES.get(name, {}))
+
+
+PHI3 = {
+    "model.embed_tokens.weight": (50, 24), "model.norm.weight": (24,),
+    **{
+        f"model.layers.{layer}.{name}": shape
+        for layer in range(2)
+        for name, shape in {
+            "input_layernorm.weight": (24,), "post_attention_layernorm.weight": (24,),
+            "self_attn.qkv_proj.weight": (40, 24), "self_attn.o_proj.weight": (24, 24),
+            "mlp.gate_up_proj.weight": (40, 24), "mlp.down_proj.weight": (24, 20),
+        }.items()
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY.components(DENSE_SOURCES)))
+def test_a_dense_source_conforms(name: str) -> None:
+    testing.check_dense_source(REGISTRY.components(DENSE_SOURCES)[name], stored={"phi3": PHI3}.get(name))
 
 
 TRACKERS = {"wandb", "trackio"}  # need their clients: tests/optional/test_trackers.py

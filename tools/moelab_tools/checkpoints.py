@@ -33,11 +33,12 @@ def tokenizer_of(path: Path, given: str | None) -> Tokenizer:
     if given is not None:
         return load_tokenizer(given)
     origin = read_origin(path)
-    if origin.tokenizer is None:
+    own = origin.own_tokenizer()
+    if own is None:
         raise CheckpointError(
             f"{origin.folder}: holds no tokenizer.json; name one with --tokenizer, or use --tokenizer bytes"
         )
-    return load_tokenizer(origin.tokenizer)
+    return own
 
 
 def load_run(

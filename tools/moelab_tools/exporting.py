@@ -11,7 +11,7 @@ import torch
 from moelab.checkpoint import MODEL, is_moelab, stored_tensors
 from moelab.data.lineage import carried_lineage
 from moelab.data.seen import carried_record
-from moelab.data.tokenizer import Tokenizer, load_tokenizer
+from moelab.data.tokenizer import Tokenizer
 from moelab.data.tokenizer_file import definition_of
 from moelab.hf.carried import TOKENIZER_FILE, carried_files
 from moelab.hf.config import CONFIG_FILE
@@ -44,9 +44,9 @@ def export(
     """
     origin = read_origin(verified(checkpoint, verify=verify))
     model, weights = open_model(origin.folder, trust=trust)
-    tokenizer = load_tokenizer(origin.tokenizer) if origin.tokenizer is not None else None
+    tokenizer = origin.own_tokenizer()
     if tokenizer is not None:
-        check_vocabulary(model.config.vocab_size, tokenizer, str(origin.tokenizer))
+        check_vocabulary(model.config.vocab_size, tokenizer, origin.tokenizer or str(origin.folder))
     chosen, why = _dtype(origin, dtype)
     files = _files(origin, tokenizer, dense=model.config.moe is None)
     save_hf(

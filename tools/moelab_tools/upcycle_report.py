@@ -36,7 +36,7 @@ def print_plan(console: Console, plan: Plan, config: UpcycleConfig, *, ledger: b
         f"{plan.target.shared_intermediate_size}; dense FFN {plan.target.intermediate_size}",
         soft_wrap=True,
     )
-    for line in source_lines(plan):
+    for line in (*plan.arithmetic, *source_lines(plan)):
         console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
     for axis in ("experts", "shared", "router", "scaling"):
         part = dict(getattr(plan.recipe, axis))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import types
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from moelab.config.files import is_override
 from moelab.config.load import load_config
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import ConfigError, RunFailure
+from moelab.hf.gguf_file import SUFFIX
 from moelab.hub import user_folder
 from moelab.paths import user_path
 from moelab_tools.terminal import make_console
@@ -32,6 +35,7 @@ from moelab_tools.upcycle_report import print_outcome, print_plan
 from moelab_upcycling.convert import convert, prepare, registry_of
 from moelab_upcycling.verify import plan_of_output, verify
 
+DEFAULT_SCALE = "qwen2-57b-a14b"  # of `moelab upcycle SOURCE OUTPUT`
 WIDE = 140  # characters of the tables where there is no terminal
 
 
@@ -49,7 +53,7 @@ class UpcycleRequest:
 def run_upcycle(request: UpcycleRequest) -> None:
     """All of `moelab upcycle`."""
     console = make_console(WIDE)
-    loaded = load_config(request.arguments, UpcycleConfig)
+    loaded = load_config(spelled_out(request.arguments), UpcycleConfig)
     config = loaded.config
     try:
         config.source = [str(user_folder(source, "source")) for source in config.sources]
@@ -83,6 +87,20 @@ def run_upcycle(request: UpcycleRequest) -> None:
             probe = probe_of(config, output, plan.target.vocab_size, plan.seed, loaded.places("receipt"))
             receipt = write_receipt(plan, registry, output, probe, lambda: bar.advance(task))
         print_receipt(console, receipt)
+
+
+def spelled_out(arguments: Sequence[str]) -> list[str]:
+    """SOURCE OUTPUT in place of a config: the published recipe, at the width of the source."""
+    plain = [argument for argument in arguments if not is_override(argument)]
+    if len(plain) != 2 or not (Path(plain[0]).is_dir() or Path(plain[0]).suffix == SUFFIX):
+        return list(arguments)
+    rest = [argument for argument in arguments if is_override(argument)]
+    return [f"source={quoted(plain[0])}", f"output={quoted(plain[1])}", f"scale={DEFAULT_SCALE}", *rest]
+
+
+def quoted(text: str) -> str:
+    """As a value of key=value that stays a text, whatever it looks like."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def run_verify(output: Path, sources: Sequence[Path], full: bool, layers: str | None, *, trust: bool = False) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import ConfigError
+from moelab.hf.moe_formats import MOE_FORMATS
 from moelab.hookspecs import (
     EXPERT_INITIALISERS,
     OUTPUT_SCALINGS,
@@ -23,8 +24,9 @@ from moelab.registry import Registry
 from moelab_upcycling.maker import build_parts
 from moelab_upcycling.output import OutputFolder, content_hash
 from moelab_upcycling.plan import Plan, make_plan
+from moelab_upcycling.scale import scaled
 from moelab_upcycling.source import DenseSource
-from moelab_upcycling.target import resolve_target
+from moelab_upcycling.target import resolve_target, target_kind
 from moelab_upcycling.worker import Job, Progress, do_all, light_registry
 
 AXES: dict[str, ExtensionPoint[Any, Any]] = {
@@ -57,7 +59,9 @@ def prepare(config: UpcycleConfig, registry: Registry, search_path: Sequence[Pat
     """The plan of a config; reads headers and samples of the sources, and writes nothing."""
     sources = [DenseSource(user_path(folder, "source"), registry) for folder in config.sources]
     try:
-        dense, target = resolve_target(config, sources[0].opened, registry)
+        opened = sources[0].opened
+        config, arithmetic = scaled(config, opened.config, MOE_FORMATS[target_kind(config, opened.config)])
+        dense, target = resolve_target(config, opened, registry)
         recipe = replace(config.recipe)
         if not target.shared_intermediate_size:
             recipe.shared = {"name": "zero"}  # nothing is made of it
@@ -67,7 +71,7 @@ def prepare(config: UpcycleConfig, registry: Registry, search_path: Sequence[Pat
     finally:
         for source in sources:
             source.close()
-    plan = replace(plan, search_path=tuple(str(p.resolve()) for p in search_path))
+    plan = replace(plan, arithmetic=arithmetic, search_path=tuple(str(p.resolve()) for p in search_path))
     for layer_id in plan.target.layouts:  # a recipe that does not fit is found here, not in a worker
         build_parts(plan, registry, layer_id)
     return plan

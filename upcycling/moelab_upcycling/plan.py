@@ -95,6 +95,7 @@ class Plan:
     plugins: tuple[str, ...]
     entry_points: bool
     search_path: tuple[str, ...] = ()
+    arithmetic: tuple[str, ...] = ()  # how `scale` came to its sizes, for who reads along
 
     @property
     def tensors(self) -> list[OutputTensor]:

@@ -53,12 +53,13 @@ class Target:
 
 
 def resolve_target(config: UpcycleConfig, opened: CheckpointFolder, registry: Registry) -> tuple[ModelConfig, Target]:
-    """The source's model and the output's. ConfigError where the recipe's `model` does not fit the source."""
+    """The source's model and the output's, of a config that `scaled` has completed.
+
+    ConfigError where the recipe's `model` does not fit the source.
+    """
     folder, source = opened.stored.folder, opened.config
     fields = read_fields(folder)
     path, raw = fields.path, fields.values
-    if source.moe is not None:
-        raise CheckpointError(f"{path}: has experts already; only a dense model can be upcycled")
     dense = replace(source)
     given = dict(config.model)
     moe = given.pop("moe", None)
@@ -83,17 +84,21 @@ def resolve_target(config: UpcycleConfig, opened: CheckpointFolder, registry: Re
         )
     check_vocabulary(dense.vocab_size, folder)
     if not isinstance(moe, Mapping):
-        raise ConfigError("model.moe: names no layout; write model.moe.layout, as configs/upcycle/*.yaml do")
+        raise ConfigError(
+            "model.moe: names no layout; write scale=qwen2-57b-a14b, or model.moe.layout as configs/upcycle/*.yaml do"
+        )
     if config.untie:
         dense.tie_word_embeddings = False
-    model_type = _target_kind(config, source)
+    model_type = target_kind(config, source)
     dense.qkv_bias = MOE_FORMATS[model_type].model.get("qkv_bias", True)  # zero ones where the source has none
     dense.check()
     return source, _with_experts(dense, _moe(moe), raw, registry, model_type)
 
 
-def _target_kind(config: UpcycleConfig, source: ModelConfig) -> str:
+def target_kind(config: UpcycleConfig, source: ModelConfig) -> str:
     """The model_type of the output. ConfigError for one whose attention is not the source's."""
+    if source.moe is not None:
+        raise CheckpointError(f"{config.sources[0]}: has experts already; only a dense model can be upcycled")
     normed = {model_type: kind.model.get("use_qk_norm", False) for model_type, kind in MOE_FORMATS.items()}
     own = next(model_type for model_type, has in normed.items() if has == source.use_qk_norm)
     chosen = config.target or own

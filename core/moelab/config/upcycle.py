@@ -44,6 +44,9 @@ class UpcycleConfig:
     source: str | list[str] = MISSING  # folder of a dense Qwen2 checkpoint, or a list of them to mix
     output: str | None = None  # folder that is made; not needed with --sink hash
     model: PartialModel = field(default_factory=dict)  # of the output, as far as it is not the source's
+    # A published model whose proportions give what `model` leaves out, at the source's width: qwen2-57b-a14b. None: no
+    # proportions, `model` names all sizes.
+    scale: str | None = None
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     receipt: ReceiptConfig = field(default_factory=ReceiptConfig)
     seed: int = 0  # of what is drawn

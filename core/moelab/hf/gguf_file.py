@@ -171,7 +171,7 @@ class GGUFFile:
                 f"{self.path}: {self.architecture}.rope.dimension_count: "
                 f"{self.of_model('rope.dimension_count')} of {size}: only rotary embedding of whole heads is supported"
             )
-        return None if whole and size == hidden // heads and hidden % heads == 0 else size
+        return size if isinstance(size, int) else None  # said, since some kinds take another size where it is not
 
     def _rope_scaling(self) -> dict[str, Any] | None:
         kind = self.of_model("rope.scaling.type", "none")

@@ -12,6 +12,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from moelab.data.tokenizer_file import fast_tokenizer
+from moelab.errors import DataError
 from moelab.hf.gguf_file import GGUFFile
 
 logger = logging.getLogger("moelab")
@@ -53,12 +55,18 @@ def carried_by(file: GGUFFile) -> dict[str, bytes]:
     if ids:
         found["generation_config.json"] = _json(ids)
     reason = why_not(file)
+    definition = b"" if reason else _json(_definition(file))
+    try:
+        if definition:
+            fast_tokenizer(definition, file.path)
+    except DataError as error:  # merges of tokens that aren't there, say
+        reason = str(error)
     if reason is not None:
         logger.warning(
             "%s: its tokenizer is left out: %s; put the original tokenizer.json beside the result", file.path, reason
         )
         return found
-    return found | {"tokenizer.json": _json(_definition(file)), "tokenizer_config.json": _json(_settings(file))}
+    return found | {"tokenizer.json": definition, "tokenizer_config.json": _json(_settings(file))}
 
 
 def why_not(file: GGUFFile) -> str | None:

@@ -11,6 +11,7 @@ failed. Needs no pytest.
 from moelab.testing.backends import BACKEND_CHECKS, BackendCase, check_backend
 from moelab.testing.balance_losses import BALANCE_LOSS_CHECKS, BalanceLossCase, check_balance_loss
 from moelab.testing.data_sources import DATA_SOURCE_CHECKS, DataSourceCase, check_data_source
+from moelab.testing.dense_sources import DENSE_SOURCE_CHECKS, DenseSourceCase, check_dense_source
 from moelab.testing.expert_layouts import EXPERT_LAYOUT_CHECKS, ExpertLayoutCase, check_expert_layout
 from moelab.testing.initialisers import INITIALISER_CHECKS, InitialiserCase, check_initialiser
 from moelab.testing.observers import OBSERVER_CHECKS, ObserverCase, check_observer
@@ -22,6 +23,7 @@ __all__ = [
     "BACKEND_CHECKS",
     "BALANCE_LOSS_CHECKS",
     "DATA_SOURCE_CHECKS",
+    "DENSE_SOURCE_CHECKS",
     "EXPERT_LAYOUT_CHECKS",
     "INITIALISER_CHECKS",
     "OBSERVER_CHECKS",
@@ -31,6 +33,7 @@ __all__ = [
     "BalanceLossCase",
     "ConformanceError",
     "DataSourceCase",
+    "DenseSourceCase",
     "ExpertLayoutCase",
     "InitialiserCase",
     "ObserverCase",
@@ -39,6 +42,7 @@ __all__ = [
     "check_backend",
     "check_balance_loss",
     "check_data_source",
+    "check_dense_source",
     "check_expert_layout",
     "check_initialiser",
     "check_observer",

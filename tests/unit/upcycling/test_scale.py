@@ -1,0 +1,87 @@
+"""A published recipe's proportions at other widths: the arithmetic, its overrides, and the published numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dense_checkpoints import Tiny, plan_for, write_dense
+from moelab.config.model import ModelConfig
+from moelab.config.upcycle import UpcycleConfig
+from moelab.errors import ConfigError
+from moelab.hf.moe_formats import MOE_FORMATS
+from moelab_tools.upcycling import spelled_out
+from moelab_upcycling.scale import scaled
+from unit.upcycling.test_plan import shipped_plan, sparse_source
+
+QWEN2_MOE, QWEN3_MOE = MOE_FORMATS["qwen2_moe"], MOE_FORMATS["qwen3_moe"]
+
+
+def source_of(width: int, rows: int = 49152) -> ModelConfig:
+    return ModelConfig(rows, 576, width, 30, 9, 3)
+
+
+def scale(width: int, kind: str = "qwen2_moe", rows: int = 49152, **model: object) -> UpcycleConfig:
+    config = UpcycleConfig(source="unused", scale="qwen2-57b-a14b", model=dict(model))
+    return scaled(config, source_of(width, rows), MOE_FORMATS[kind])[0]
+
+
+def test_qwen2_7b_gives_the_published_sizes(tmp_path: Path):
+    source = sparse_source(tmp_path / "source", "qwen2-7b")
+    made = plan_for(UpcycleConfig(source=str(source), scale="qwen2-57b-a14b"))
+    assert made.parameters == 57_408_658_944
+    assert made.target.config == shipped_plan(source).target.config
+
+
+@pytest.mark.parametrize(("width", "expert"), [(18944, 2560), (1536, 208), (4864, 656), (29568, 3992), (20, 8)])
+def test_the_expert_width_is_in_proportion_to_the_nearest_multiple_of_eight(width: int, expert: int):
+    moe = scale(width).model["moe"]
+    assert moe["layout"]["moe_intermediate_size"] == expert
+    assert moe["shared_expert"]["intermediate_size"] == 8 * expert
+
+
+def test_what_follows_from_an_overridden_number_follows_it():
+    moe = scale(1536, moe={"layout": {"num_experts_per_tok": 4, "moe_intermediate_size": 100}}).model["moe"]
+    assert moe["layout"] == {
+        "name": "uniform", "num_experts": 64, "num_experts_per_tok": 4, "moe_intermediate_size": 100,
+    }  # fmt: skip
+    assert moe["shared_expert"] == {"name": "gated", "intermediate_size": 400}
+
+
+def test_only_the_published_padding_is_cut():
+    assert scale(18944, rows=152064).model["vocab_size"] == 151936
+    assert scale(1536).model["vocab_size"] == 49152
+    assert scale(18944, rows=152064, vocab_size=None).model["vocab_size"] is None
+
+
+def test_a_target_without_a_shared_expert_begins_as_the_source():
+    config = scale(1536, "qwen3_moe")
+    assert config.model["moe"]["shared_expert"] == {"name": "none"}
+    assert config.model["moe"]["router"]["norm_topk_prob"] is True
+    assert (config.recipe.experts["name"], config.recipe.scaling["share"]) == ("virtual_group", 1.0)
+
+
+def test_every_number_is_told_with_where_it_comes_from():
+    config = UpcycleConfig(source="unused", scale="qwen2-57b-a14b", model={"moe": {"layout": {"num_experts": 32}}})
+    told = "\n".join(scaled(config, source_of(1536), QWEN2_MOE)[1])
+    for words in (
+        "num_experts: 32, as given",
+        "208 = 1536 x 2560 / 18944 = 207.568",
+        "1664 = 8 experts of 208",
+        "4.33",
+    ):
+        assert words in told
+
+
+def test_an_unknown_scale_is_named():
+    config = UpcycleConfig(source="unused", scale="qwen2-57b")
+    with pytest.raises(ConfigError, match=r"scale: no 'qwen2-57b'.*qwen2-57b-a14b"):
+        scaled(config, source_of(1536), QWEN3_MOE)
+
+
+def test_a_source_and_an_output_are_a_whole_command(tmp_path: Path):
+    source = write_dense(tmp_path / "dense", Tiny(layers=1))
+    given = spelled_out([str(source), str(tmp_path / "out"), "seed=3"])
+    assert given == [f'source="{source}"', f'output="{tmp_path / "out"}"', "scale=qwen2-57b-a14b", "seed=3"]
+    assert spelled_out(["configs/upcycle/sparse.yaml", "source=x"]) == ["configs/upcycle/sparse.yaml", "source=x"]
