@@ -43,6 +43,10 @@ class MemoryPlan:
     what stays, has no hole for the gradient of a whole bank, and the process grows by both. Measured resident sets of
     eight CPU runs of 68 to 280 million parameters (dense and MoE, fp32 and bf16, 512 and 4,096 tokens; docs/compute.md)
     are 0.98 to 1.06 of this sum, and 1.18 to 1.55 of what the larger of the two would predict.
+
+    Of several processes the same heap has no place for a gathered layer where the one before lay, since activations lie
+    there now: resident sets grew by each layer about twice (benchmarks/results/memory_per_rank.md; with large blocks
+    mapped one by one they are those of the tensors). That is a fit to what was seen, and bf16 is 25 % above it.
     """
 
     parameters: int
@@ -51,6 +55,7 @@ class MemoryPlan:
     weights_in_use: int  # copies that matmuls read: cast, or gathered from other devices
     activations: int  # kept from the forward pass for the backward pass
     working: int  # the layer that is being computed
+    passing: int = 0  # gathered in all passes of a step and freed again, layer after layer
     process: int = 0  # of a CPU, what the process holds beside its tensors
     heap: bool = False  # malloc's, which can't give the place of freed activations to gradients
 
@@ -62,8 +67,8 @@ class MemoryPlan:
 
     @property
     def unused(self) -> int:
-        """Freed activations that lie between what stays, so that no gradient fits into them."""
-        return min(self.activations, self.gradients) if self.heap else 0
+        """What was freed between what stays, so that nothing of its size fits there: activations, gathered layers."""
+        return min(self.activations, self.gradients) + self.passing if self.heap else 0
 
     @property
     def peak(self) -> int:
@@ -126,6 +131,7 @@ def _memory(model: Transformer, problem: Problem, saved: _Saved) -> MemoryPlan:
         activations=kept if any(again) else saved.activations,
         # Gradients of one layer's activations, about half of which live at once; and the layer itself if recomputed.
         working=per_layer // 2 + (per_layer if any(again) else 0) + _whole_gradients(units, problem),
+        passing=0 if mesh.world == 1 else 2 * FP32 * (sum(units.layers) + sum(units.banks)),
         process=CPU_PROCESS if problem.device == "cpu" else 0,
         heap=problem.device == "cpu",
     )

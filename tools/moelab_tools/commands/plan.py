@@ -147,6 +147,7 @@ def _print(plan: Plan, device_memory: float | None) -> None:
         "being computed or reduced": memory.working,
     }
     if problem.device == "cpu":
+        rows["freed and not reused"] = memory.unused
         rows["Python and its libraries"] = memory.process
     rows["peak"] = memory.peak
     _section("memory per device", rows)
