@@ -1,8 +1,8 @@
 """A real pretrained model upcycled, trained on and judged: from one wheel to the findings, and what each step took.
 
     pip install 'moelab[gguf]'
-    python examples/upcycle_a_real_model/run.py                        # about 40 minutes on 2 idle cores
-    python examples/upcycle_a_real_model/run.py train.steps=2 --seeds 0 --work /tmp/tried      # does it run at all?
+    python examples/upcycle_a_real_model/run.py                    # about 40 minutes on 2 idle cores
+    python examples/upcycle_a_real_model/run.py train.steps=2 evaluation.sequences=4 --work /tmp/tried   # only tried
 
 Each step is a moelab command that one can type as well; it is printed. A step that is done is left out, and a run that
 was stopped goes on, so the same command again finishes what is left. The wheel is fetched with pip once.
@@ -39,7 +39,6 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of every run, for trying it out")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder of everything that is made")
     parser.add_argument("--wheel", type=Path, help="where the wheel lies already")
-    parser.add_argument("--seeds", help="other than the declared ones: 0, or 0..1; the findings then stay in --work")
     options = parser.parse_args()
     work: Path = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -59,7 +58,7 @@ def main() -> None:
             steps.moelab(name, "upcycle", *recipe, f"source={work / 'dense'}", f"output={work / name}")
     for name in CONVERSIONS:
         print(f"{name}: {json.loads((work / name / 'upcycle_receipt.json').read_text())['verdict']}", flush=True)
-    steps.moelab("experiment", "experiment", declared(work, options.seeds), *options.overrides, "--out", work / "runs",
+    steps.moelab("experiment", "experiment", declared(work), *options.overrides, "--out", work / "runs",
                  "--results", work / "results")  # fmt: skip
     # Here lm-eval's tasks follow, for the dense and the upcycled runs alike: moelab evaluate RUN --tasks ...
     steps.table()
@@ -74,13 +73,11 @@ def fetch(work: Path) -> Path:
     return found
 
 
-def declared(work: Path, seeds: str | None) -> Path:
-    """The declaration, with the folder of the weights spelled out and other seeds where one tries it."""
+def declared(work: Path) -> Path:
+    """The declaration, with the folder of the weights spelled out."""
     folder = work / "declared"
     folder.mkdir(exist_ok=True)
     text = (HERE / "experiment.yaml").read_text().replace("=work/", f"={work}/")
-    if seeds is not None:
-        text = text.replace("seeds: 0..2", f"seeds: [{seeds}]" if seeds.isdigit() else f"seeds: {seeds}")
     (folder / "experiment.yaml").write_text(text)
     shutil.copy(HERE / "continued.yaml", folder)
     return folder
