@@ -49,8 +49,8 @@ CASES = [
 STEPS = 4
 
 WHAT = """The largest resident set (VmHWM, set back before the first step) of a process in four steps of AdamW, of the
-rank that holds most, against `moelab plan`'s peak, which counts Python and its libraries as 0.44 GB. Without them:
-grown since the process had joined the others and taken a step of a tiny model, against the plan without that constant.
+rank that holds most, against `moelab plan`'s peak, which counts Python and its libraries as 0.44 GB, and with bf16
+as 0.62. Without them: grown since the process had joined the others and taken a step of a tiny model, against the plan without that constant.
 The model is built whole, and what is cut away handed back to the system, so that its building does not count."""
 
 

@@ -32,6 +32,9 @@ ADAMW = 2  # moments, in the parameters' dtype
 # A process that trains on a CPU, beside its tensors: measured with Python 3.11 and torch 2.13 (CPU) on Linux, 0.31 GB
 # of mapped libraries and 0.13 GB of objects that malloc holds (modules, corpus, oneDNN's primitives).
 CPU_PROCESS = 440_000_000
+# And where experts compute in bf16: the same in every run that was measured, of 32 to 127 million parameters, on one
+# process and on two. Probably what oneDNN keeps of products whose shapes are ever new.
+CPU_BF16_EXPERTS = 180_000_000
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,11 @@ class MemoryPlan:
     the two; so does CUDA's, which keeps sizes apart (not measured). malloc does not: what is freed in pieces, between
     what stays, has no hole for the gradient of a whole bank, and the process grows by both. Measured resident sets of
     eight CPU runs of 68 to 280 million parameters (dense and MoE, fp32 and bf16, 512 and 4,096 tokens; docs/compute.md)
-    are 0.98 to 1.06 of this sum, and 1.18 to 1.55 of what the larger of the two would predict.
+    are 0.97 to 1.02 of this sum, and 1.18 to 1.55 of what the larger of the two would predict.
 
     Of several processes the same heap has no place for a gathered layer where the one before lay, since activations lie
     there now: resident sets grew by each layer about twice (benchmarks/results/memory_per_rank.md; with large blocks
-    mapped one by one they are those of the tensors). That is a fit to what was seen, and bf16 is 25 % above it.
+    mapped one by one they are those of the tensors). That is a fit to one size, and held on another.
     """
 
     parameters: int
@@ -132,9 +135,16 @@ def _memory(model: Transformer, problem: Problem, saved: _Saved) -> MemoryPlan:
         # Gradients of one layer's activations, about half of which live at once; and the layer itself if recomputed.
         working=per_layer // 2 + (per_layer if any(again) else 0) + _whole_gradients(units, problem),
         passing=0 if mesh.world == 1 else 2 * FP32 * (sum(units.layers) + sum(units.banks)),
-        process=CPU_PROCESS if problem.device == "cpu" else 0,
+        process=_process(model, problem),
         heap=problem.device == "cpu",
     )
+
+
+def _process(model: Transformer, problem: Problem) -> int:
+    if problem.device != "cpu":
+        return 0
+    experts = problem.dtype != torch.float32 and any(True for _ in moe_blocks(model))
+    return CPU_PROCESS + (CPU_BF16_EXPERTS if experts else 0)
 
 
 def _whole(units: Units, problem: Problem) -> int:
