@@ -69,6 +69,7 @@ class Not:
 
 A_BENCHMARK = Not("minutes, and figures of one machine; tests/unit/test_benchmarks.py runs it in small")
 BY_HAND = Not("minutes, and figures of one machine; run by hand, its results are committed")
+JUDGED = "needs the extra lm-eval: tests/optional/test_judging.py"
 DECLARED: dict[str, Instead | Not] = {
     ". .venv/bin/activate": Not("make setup has made it; the tests run in it"),
     "moelab demo": Not("CI runs it in small, from the checkout (make short-demo) and from the wheel (.ci/wheel)"),
@@ -90,6 +91,10 @@ DECLARED: dict[str, Instead | Not] = {
     "moelab evaluate runs/tiny_moe --tasks heldout_continuation": Not(
         "needs the extra lm-eval: tests/optional/test_judging.py"
     ),
+    "pip install 'moelab[lm-eval]'": Not("make test-extras installs it"),
+    "git clone --depth 1 --branch v5.23.0 https://github.com/huggingface/transformers FOLDER": Not("the network"),
+    "pip install parameterized": Not("what another library's tests need"),
+    "MOELAB_TRANSFORMERS_CHECKOUT=FOLDER python -m pytest tests/optional -k mixins": Not("needs that checkout"),
     "tensorboard --logdir runs": Not("a server that runs until it is stopped"),
     "pip install triton==3.7.1 setuptools wheel packaging": Not("make setup-megablocks, which CI runs, does the same"),
     "pip install --no-deps --no-build-isolation stanford-stk==0.7.1 megablocks==0.10.0": Not(
