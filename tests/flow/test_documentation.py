@@ -69,7 +69,6 @@ class Not:
 
 A_BENCHMARK = Not("minutes, and figures of one machine; tests/unit/test_benchmarks.py runs it in small")
 BY_HAND = Not("minutes, and figures of one machine; run by hand, its results are committed")
-JUDGED = "needs the extra lm-eval: tests/optional/test_judging.py"
 DECLARED: dict[str, Instead | Not] = {
     ". .venv/bin/activate": Not("make setup has made it; the tests run in it"),
     "moelab demo": Not("CI runs it in small, from the checkout (make short-demo) and from the wheel (.ci/wheel)"),
@@ -86,9 +85,6 @@ DECLARED: dict[str, Instead | Not] = {
         "needs the extra lm-eval: tests/optional/test_judging.py"
     ),
     "moelab evaluate runs/tiny_moe --tasks arc_easy,my_task.yaml --limit 100": Not(
-        "needs the extra lm-eval: tests/optional/test_judging.py"
-    ),
-    "moelab evaluate runs/tiny_moe --tasks heldout_continuation": Not(
         "needs the extra lm-eval: tests/optional/test_judging.py"
     ),
     "pip install 'moelab[lm-eval]'": Not("make test-extras installs it"),
