@@ -87,9 +87,10 @@ DECLARED: dict[str, Instead | Not] = {
     "moelab evaluate runs/tiny_moe --tasks arc_easy,my_task.yaml --limit 100": Not(
         "needs the extra lm-eval: tests/optional/test_judging.py"
     ),
-    "moelab evaluate runs/tiny_moe --tasks heldout_continuation": Not(
-        "needs the extra lm-eval: tests/optional/test_judging.py"
-    ),
+    "pip install 'moelab[lm-eval]'": Not("make test-extras installs it"),
+    "git clone --depth 1 --branch v5.23.0 https://github.com/huggingface/transformers FOLDER": Not("the network"),
+    "pip install parameterized": Not("what another library's tests need"),
+    "MOELAB_TRANSFORMERS_CHECKOUT=FOLDER python -m pytest tests/optional -k mixins": Not("needs that checkout"),
     "tensorboard --logdir runs": Not("a server that runs until it is stopped"),
     "pip install triton==3.7.1 setuptools wheel packaging": Not("make setup-megablocks, which CI runs, does the same"),
     "pip install --no-deps --no-build-isolation stanford-stk==0.7.1 megablocks==0.10.0": Not(

@@ -8,7 +8,7 @@ import pytest
 
 THEIRS = (
     "accelerate_tests", "flash_attn_test", "flash_attn_3_test", "flash_attn_4_test", "flash_attn_all_test", "generate",
-    "torch_compile_test", "torch_export_test", "training_ci", "tensor_parallel_ci", "not_device_test",
+    "torch_compile_test", "torch_export_test", "training_ci", "tensor_parallel_ci", "not_device_test", "order",
 )  # fmt: skip
 
 

@@ -34,13 +34,15 @@ from moelab.registry import Registry
 from moelab.seeds import generator
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "model.lm_head.weight"
-FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
+# Name in config.json -> field of ModelConfig. transformers 5 takes `rope_scaling` for itself and rewrites it.
+RENAMED = {"rope_scaling": "stretched_wavelengths"}
+STORED = {RENAMED.get(field.name, field.name): field.name for field in dataclasses.fields(ModelConfig)}
 SAID_TO_LOSS = {"shift_labels", "num_items_in_batch", "cache_position"}  # of forward's other arguments
 VERSION = int(transformers.__version__.partition(".")[0])
 
 
 class MoelabConfig(PretrainedConfig):
-    """The fields of `ModelConfig` under their names; `moe` is the plain tree that a config file has there.
+    """The fields of `ModelConfig`, named as there but for RENAMED; `moe` is the plain tree of a config file.
 
     The defaults are of a toy, since transformers wants every config to have some.
     """
@@ -60,6 +62,9 @@ class MoelabConfig(PretrainedConfig):
         max_position_embeddings: int = 32768,
         rms_norm_eps: float = 1e-6,
         rope_theta: float = 1_000_000.0,
+        stretched_wavelengths: dict[str, Any] | None = None,
+        qkv_bias: bool = True,
+        use_qk_norm: bool = False,
         tie_word_embeddings: bool = False,
         initializer_range: float = 0.02,
         moe: dict[str, Any] | None = None,
@@ -71,7 +76,7 @@ class MoelabConfig(PretrainedConfig):
     ) -> None:
         head_dim = head_dim or hidden_size // num_attention_heads  # caches of transformers read it
         given = dict(locals())
-        for name in FIELDS:
+        for name in STORED:
             setattr(self, name, given[name])
         self.use_cache = use_cache
         ids = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
@@ -82,11 +87,12 @@ class MoelabConfig(PretrainedConfig):
     @classmethod
     def of(cls, config: ModelConfig, **kwargs: Any) -> MoelabConfig:
         """The config of a model that was built."""
-        return cls(**dataclasses.asdict(config), **kwargs)
+        tree = dataclasses.asdict(config)
+        return cls(**{name: tree[field] for name, field in STORED.items()}, **kwargs)
 
     def model_config(self) -> ModelConfig:
         """What `moelab.build` takes. Raises ConfigError naming the key of config.json that is wrong."""
-        config = Typing(settled=True).build(ModelConfig, {name: getattr(self, name) for name in FIELDS})
+        config = Typing(settled=True).build(ModelConfig, {field: getattr(self, name) for name, field in STORED.items()})
         config.check("config.json")
         return config
 

@@ -15,6 +15,12 @@ from moelab.hf.carried import TOKENIZER_FILE
 from moelab.nn.transformer import Transformer
 from moelab.origin import read_origin
 
+# What `AutoConfig.from_pretrained` takes for itself: `AutoModel` hands these to a model's class a second time.
+OF_THE_HUB = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "code_revision", "subfolder", "token",
+    "trust_remote_code", "_from_auto", "_from_pipeline", "_commit_hash", "gguf_file",
+)  # fmt: skip
+
 
 def as_transformers(model: Transformer) -> MoelabForCausalLM:
     """`model` as a transformers causal language model, whatever its routers; nothing is copied.
@@ -49,7 +55,8 @@ def register_with_transformers() -> None:
         if not is_run(pretrained_model_name_or_path):
             return theirs(pretrained_model_name_or_path, *args, **kwargs)
         config = MoelabConfig.of(read_origin(pretrained_model_name_or_path).model)
-        return (config, kwargs) if kwargs.pop("return_unused_kwargs", False) else config
+        wants_rest = kwargs.pop("return_unused_kwargs", False)
+        return (config, {key: kwargs[key] for key in kwargs if key not in OF_THE_HUB}) if wants_rest else config
 
     from_pretrained.reads_moelab = True  # type: ignore[attr-defined]
     AutoConfig.from_pretrained = staticmethod(from_pretrained)

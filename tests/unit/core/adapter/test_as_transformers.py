@@ -154,6 +154,40 @@ def test_what_save_pretrained_writes_is_read_again_by_its_auto_class(router: str
     assert again.model.config == moelab.as_transformers(model).config.model_config()
 
 
+STRETCHED = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def test_no_field_of_a_model_is_lost_on_the_way(tmp_path: Path) -> None:
+    """Llama's and Qwen3's ways too; `STORED` is made of the fields there are, so a new one can't be forgotten."""
+    model = built(None, rope_scaling=STRETCHED, qkv_bias=False, use_qk_norm=True, head_dim=6, rms_norm_eps=1e-3)
+    adapted = moelab.as_transformers(model)
+    adapted.save_pretrained(tmp_path)
+    again = type(adapted).from_pretrained(tmp_path)
+    assert again.config.model_config() == model.config
+    torch.testing.assert_close(again(some_ids(seq=80)).logits, model(some_ids(seq=80)).logits, **CLOSE)
+
+
+def test_a_run_is_read_by_transformers_auto_class(tmp_path: Path) -> None:
+    """A run folder and its checkpoint, though neither has a config.json."""
+    moelab.register_with_transformers()
+    found = moelab.train(
+        "train/tiny_moe", f"run_dir={tmp_path / 'run'}", "train.steps=1", "model.num_hidden_layers=1",
+        "data.source.max_bytes_per_domain=100000", "evaluation.sequences=1", "evaluation.sample_tokens=0",
+        progress=False,
+    )  # fmt: skip
+    (checkpoint,) = (found.run_dir / "checkpoints").iterdir()
+    for folder in (found.run_dir, checkpoint):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        torch.testing.assert_close(model(some_ids()).logits, found.model(some_ids()).logits, **CLOSE)
+        assert model.generation_config.eos_token_id is not None
+        with pytest.raises(CheckpointError, match="max_memory"):
+            transformers.AutoModelForCausalLM.from_pretrained(folder, max_memory={0: "1GB"})
+
+
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     adapted = moelab.as_transformers(built())
     adapted.config.save_pretrained(tmp_path)
