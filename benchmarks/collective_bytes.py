@@ -25,6 +25,7 @@ TWO = [
     Case({"replicate": 2}, 8, 4, 128),
     Case({"shard": 2}, 8, 4, 128),
     Case({"shard": 2}, 8, 2, 128),
+    Case({"shard": 2, "accumulate": "pieces"}, 8, 2, 128),
     Case({"shard": 2}, 8, 4, 128, checkpointing=1),
     Case({"shard": 2, "expert": 2}, 8, 4, 128),
     Case({"shard": 2, "expert": 2}, 8, 2, 128, checkpointing=1),
@@ -36,6 +37,7 @@ FOUR = [
     Case({"shard": 4, "expert": 2}, 8, 2, 128),
     Case({"shard": 4, "expert": 2}, 8, 1, 128, checkpointing=2),
     Case({"replicate": 2, "shard": 2}, 8, 2, 128),
+    Case({"replicate": 2, "shard": 2, "expert": 2, "accumulate": "pieces"}, 8, 1, 128),
     Case({"replicate": 2, "shard": 2, "expert": 2}, 8, 1, 128, BF16, checkpointing=1),
     Case({"replicate": 4}, 8, 1, 128),
 ]

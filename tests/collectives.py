@@ -87,7 +87,7 @@ _KINDS = {"_allgather_base_": GATHER, "_reduce_scatter_base_": REDUCE, "allreduc
 class Case:
     """A step: `batch` sequences over all ranks, in micro-batches of `micro`."""
 
-    parallel: dict[str, int]
+    parallel: dict[str, Any]
     batch: int
     micro: int
     length: int
@@ -118,7 +118,7 @@ def counted_steps(config: ModelConfig, cases: list[Case]) -> list[dict[str, list
     for case in cases:
         plain = moelab.build_model(config, registry, device="meta", seed=None)
         losses = build_balance_losses(config, registry)
-        model, ranks = moelab.build_model(config, registry, seed=1), Group()
+        model, ranks = moelab.build_model(config, registry, seed=1), Group(accumulate=case.mesh.accumulate)
         if case.checkpointing:
             apply_activation_checkpointing(model, case.checkpointing)
         meshes = make_meshes(case.mesh, ranks.size, "cpu")

@@ -126,9 +126,10 @@ def _memory(model: Transformer, problem: Problem, saved: _Saved) -> MemoryPlan:
     per_layer = saved.activations // layers
     # A layer that is computed again keeps its input; what lies between the layers counts as theirs.
     kept = sum(problem.tokens * model.config.hidden_size * FP32 if twice else per_layer for twice in again)
+    adds_up = problem.micro_batches > 1 and problem.keeps_whole_gradients
     return MemoryPlan(
         parameters=FP32 * held,
-        gradients=FP32 * held,
+        gradients=FP32 * (units.whole if adds_up else held),
         optimizer=ADAMW * FP32 * held,
         weights_in_use=(saved.casts if not all(again) else saved.cached) + _whole(units, problem),
         activations=kept if any(again) else saved.activations,

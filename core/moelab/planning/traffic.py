@@ -6,8 +6,8 @@ The collectives are those that `moelab.parallel` and FSDP2 make, and are held ag
     parameters  a unit (a layer without its experts; the experts of a layer that lie here; embedding, norm and head) is
                 gathered for each forward and each backward pass, the last one once for both. Rows are padded to a
                 multiple of the devices, tensor by tensor
-    gradients   are reduced after each micro-batch: kept whole until the last one, they would be the whole model's
-    replicas    add the reduced gradients, after each micro-batch
+    gradients   are reduced after the last micro-batch, or with `parallel.accumulate: pieces` after each
+    replicas    add the reduced gradients, after the last micro-batch
     tokens      rows go to their experts and back, forward and backward; a layer that is computed again sends them
                 there and back once more, and gathers nothing more. Before them go E counts
     sums        counts, losses, the gradient's norm: hundreds of bytes
@@ -52,6 +52,11 @@ class Problem:
     def copies(self) -> int:
         """Devices among which the experts of one owner are cut."""
         return self.parallel.shard // self.parallel.expert
+
+    @property
+    def keeps_whole_gradients(self) -> bool:
+        """Whether gradients add up on each device, whole, until the last micro-batch is done."""
+        return self.parallel.world == 1 or self.parallel.accumulate == "whole"
 
     def recomputes(self, layer: int) -> bool:
         """Whether layer number `layer` is computed twice."""
@@ -100,6 +105,11 @@ class Units:
     root: int
     layers: tuple[int, ...]  # without their routed experts
     banks: tuple[int, ...]  # of each layer: the experts that lie on one device or are cut with others; 0 in a dense one
+
+    @property
+    def whole(self) -> int:
+        """All that passes through one device."""
+        return self.root + sum(self.layers) + sum(self.banks)
 
     @property
     def largest(self) -> int:
@@ -155,7 +165,7 @@ def counts_before(problem: Problem, losses: Sequence[NamedLoss]) -> bool:
 
 def _of_units(model: Transformer, problem: Problem, losses: Sequence[NamedLoss]) -> list[Collective]:
     mesh, units, micro = problem.parallel, units_of(model, problem.parallel), problem.micro_batches
-    extra = counts_before(problem, losses)
+    extra, reduced = counts_before(problem, losses), 1 if problem.keeps_whole_gradients else micro
     shard, copies = (mesh.shard, 1), (problem.copies, mesh.expert)
     sizes = [(units.root, micro, shard)]  # what the counting pass gathers serves the first micro-batch too
     for layer, bank in zip(units.layers, units.banks, strict=True):
@@ -163,8 +173,8 @@ def _of_units(model: Transformer, problem: Problem, losses: Sequence[NamedLoss])
         sizes += [(bank, micro * (2 + extra), copies)] if bank else []
     found = [Collective(PARAMETERS, GATHER, *group, FP32 * size * calls, calls) for size, calls, group in sizes]
     for size, _, group in sizes:
-        found.append(Collective(GRADIENTS, REDUCE, *group, FP32 * size * micro, micro))
-        found.append(Collective(REPLICAS, SUM, mesh.replicate, mesh.shard, FP32 * size * micro / group[0], micro))
+        found.append(Collective(GRADIENTS, REDUCE, *group, FP32 * size * reduced, reduced))
+        found.append(Collective(REPLICAS, SUM, mesh.replicate, mesh.shard, FP32 * size / group[0], 1))
     return found
 
 

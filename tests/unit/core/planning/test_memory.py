@@ -143,6 +143,13 @@ def test_state_is_16_bytes_a_parameter_and_is_shared_by_all_devices():
     assert four.working > one.working  # gradients are whole until they are reduced
 
 
+def test_gradients_add_up_whole_or_in_pieces():
+    config, mesh = _config(), ParallelConfig(shard=4, accumulate="pieces")
+    pieces = predict(config, replace(PROBLEM, parallel=mesh, micro_batches=2)).memory
+    whole = predict(config, replace(PROBLEM, parallel=replace(mesh, accumulate="whole"), micro_batches=2)).memory
+    assert (whole.gradients, pieces.gradients) == (4 * pieces.parameters, pieces.parameters)
+
+
 def test_checkpointing_keeps_one_residual_stream_a_layer():
     plan = predict(_config(layers=3), replace(PROBLEM, checkpointing=1)).memory
     assert plan.activations == 3 * PROBLEM.tokens * 128 * 4

@@ -56,6 +56,7 @@ def test_a_step_sends_what_the_formula_says(tmp_path: Path) -> None:
         Case({"shard": 2}, batch=8, micro=4, length=24),
         Case({"shard": 2, "expert": 2}, batch=8, micro=2, length=24, dtype=torch.bfloat16, checkpointing=2),
         Case({"replicate": 2}, batch=8, micro=2, length=24),
+        Case({"shard": 2, "accumulate": "pieces"}, batch=8, micro=2, length=24),
     ]
     ranks = run_on(2, counted_steps, tmp_path, grid.model_config("softmax_global"), cases)
     for place, case in enumerate(cases):
