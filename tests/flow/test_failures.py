@@ -96,7 +96,7 @@ def moelab_observers():
 def moelab_data_sources():
     return [moelab.component("listing", Options, lambda options, context: [1, 2])]
 '''
-TIMES = {"seconds", "perf/tokens_per_second", "perf/mfu", "perf/memory_gb"}
+TIMES = {"seconds", "perf/tokens_per_second", "perf/mfu", "perf/memory_gb", "perf/data_share"}
 NAME = "failing_lab"
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -21,7 +21,11 @@ BEST_EVALUATION, ENDED_EARLY, REPLANNED = "best_evaluation", "ended_early", "rep
 
 # What a clock or the machine decides, wherever it stands in summary.json, metrics.jsonl or state.json: two processes
 # that do the same steps agree in everything else. `logged` begins with seconds.
-CLOCK = frozenset({"seconds", "logged", "peak_flops", "perf/tokens_per_second", "perf/mfu", "perf/memory_gb"})
+CLOCK = frozenset(
+    {
+        "seconds", "logged", "peak_flops", "perf/tokens_per_second", "perf/mfu", "perf/memory_gb", "perf/data_share",
+    }
+)  # fmt: skip
 
 
 def without_clock(value: Any) -> Any:

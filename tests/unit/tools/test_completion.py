@@ -28,7 +28,7 @@ def _ask(shell: str, words: list[str], at: int) -> list[str]:
     ("line", "offered"),
     [
         ("moelab ru", ["plain,runs"]),
-        ("moelab train optimizer.l", ["plain,optimizer.lr="]),
+        ("moelab train optimizer.lr", ["plain,optimizer.lr="]),
         ("moelab train a.yaml model.moe.ro", ["plain,model.moe.router.name="]),
         ("moelab train a.yaml model.moe.router.name = sig", ["plain,sigmoid_topk"]),  # bash cuts at the =
         ("moelab train a.yaml data.source.name =", [f"plain,{n}" for n in ("embedded", "jsonl", "text", "tokens")]),

@@ -93,7 +93,10 @@ def test_a_partial_section_has_neither_defaults_nor_duties() -> None:
 
 def test_a_prefix_takes_whole_words() -> None:
     paths = [key.path for key in keys_under(RunConfig, "optimizer")]
-    assert paths == ["optimizer", *(f"optimizer.{name}" for name in ("lr", "betas", "eps", "weight_decay"))]
+    assert paths == [
+        "optimizer",
+        *(f"optimizer.{name}" for name in ("lr", "betas", "eps", "weight_decay", "learning_rates")),
+    ]
     with pytest.raises(ConfigError, match="did you mean 'optimizer'"):
         keys_under(RunConfig, "optimiser")
     with pytest.raises(ConfigError):
