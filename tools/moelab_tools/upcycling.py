@@ -21,7 +21,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from moelab.config.files import is_override
+from moelab.config.files import find_config, is_override
 from moelab.config.load import load_config
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import ConfigError, RunFailure
@@ -92,10 +92,23 @@ def run_upcycle(request: UpcycleRequest) -> None:
 def spelled_out(arguments: Sequence[str]) -> list[str]:
     """SOURCE OUTPUT in place of a config: the published recipe, at the width of the source."""
     plain = [argument for argument in arguments if not is_override(argument)]
-    if len(plain) != 2 or not (Path(plain[0]).is_dir() or Path(plain[0]).suffix == SUFFIX):
+    if len(plain) != 2 or not (_is_folder(plain[0]) or not any(map(_is_config, plain))):
         return list(arguments)
     rest = [argument for argument in arguments if is_override(argument)]
     return [f"source={quoted(plain[0])}", f"output={quoted(plain[1])}", f"scale={DEFAULT_SCALE}", *rest]
+
+
+def _is_folder(name: str) -> bool:
+    return user_path(name).is_dir() or name.endswith(SUFFIX)
+
+
+def _is_config(name: str) -> bool:
+    """Whether it is found as one, or spelt as one: a mistyped config is no source."""
+    try:
+        find_config(name)
+    except ConfigError:
+        return name.endswith((".yaml", ".yml"))
+    return True
 
 
 def quoted(text: str) -> str:

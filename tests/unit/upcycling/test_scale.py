@@ -84,4 +84,8 @@ def test_a_source_and_an_output_are_a_whole_command(tmp_path: Path):
     source = write_dense(tmp_path / "dense", Tiny(layers=1))
     given = spelled_out([str(source), str(tmp_path / "out"), "seed=3"])
     assert given == [f'source="{source}"', f'output="{tmp_path / "out"}"', "scale=qwen2-57b-a14b", "seed=3"]
+    for absent in ("nowhere", "org/name@main"):  # told as a source that is not there, or looked up on the hub
+        assert spelled_out([absent, "out"])[0] == f'source="{absent}"'
+    for configs in (["mistyped.yaml", "out"], ["nowhere", "upcycle/sparse"], ["upcycle/sparse", "other"]):
+        assert spelled_out(configs) == configs
     assert spelled_out(["configs/upcycle/sparse.yaml", "source=x"]) == ["configs/upcycle/sparse.yaml", "source=x"]
