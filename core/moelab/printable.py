@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 LONGEST_MESSAGE = 1900  # characters of an error; with the words around it a message stays under 2000
 # C0 and C1 controls (escape sequences begin with one), line and paragraph separators, halves of surrogate pairs, and
@@ -38,6 +39,17 @@ def cut(text: str, limit: int) -> str:
     room = max(0, limit - len(told))
     last = room // 4
     return (text[: room - last] + told + text[len(text) - last :])[:limit]
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """`0-3, 7`: whole numbers, in runs of neighbours."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def _spelled(character: str) -> str:

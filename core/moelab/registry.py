@@ -13,6 +13,7 @@ from typing import Any
 import pluggy
 from omegaconf import MISSING as REQUIRED
 
+from moelab import __version__
 from moelab.components import Component
 from moelab.config.typed import OPTIONS, KeyProblem
 from moelab.errors import ConfigError, UserError, near
@@ -45,9 +46,9 @@ class Registry:
         self.modules: set[str] = set()  # whose code is in: built-in, installed or named
         self._versions: dict[str, str] | None = None
         self.left_out: list[str] = []  # entry points that offer nothing at `points`
-        for point in points:
-            for path in builtin_modules(point):
-                self._register(importlib.import_module(path), path)
+        self._ours = [path for point in points for path in builtin_modules(point)]
+        for path in self._ours:
+            self._register(importlib.import_module(path), path)
         if entry_points:
             self._load_entry_points(points)
         places = places or Places()
@@ -129,15 +130,17 @@ class Registry:
         return known[name], _options(known[name], given, where)
 
     def versions(self) -> dict[str, str]:
-        """{distribution or module: version} of every plugin that is loaded."""
+        """{distribution or module: version} of every plugin that is loaded; the built-in ones are moelab's."""
         if self._versions is None:  # every checkpoint asks, and it reads the file list of all that is installed
             self._versions = self._find_versions()
         return dict(self._versions)
 
     def _find_versions(self) -> dict[str, str]:
         owners = packages_distributions()
-        found: dict[str, str] = {}
+        found = {"moelab": __version__} if self._ours else {}
         for name, plugin in self.manager.list_name_plugin():
+            if name in self._ours:  # told from a source tree too, where no distribution knows them
+                continue
             top = getattr(plugin, "__name__", name).split(".")[0]  # an entry point is registered under its own name
             distribution = owners.get(top, [top])[0]
             try:

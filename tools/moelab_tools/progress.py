@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from moelab.printable import printable
+from moelab.printable import printable, ranges
 from moelab_tools.terminal import make_console
 
 PARAMETER_UNIT = 1e6
@@ -77,10 +77,23 @@ class TrainingProgress:
     def on_train_end(self, step: int, summary: Mapping[str, Any], error: BaseException | None) -> None:
         """Alarms were told as warnings when they began; those that never ended are told again."""
         self._bar.stop()
-        on = [alarm for alarm in summary.get("alarms", []) if alarm["on"]]
-        for alarm in on:
-            where = "" if alarm["layer"] is None else f", layer {alarm['layer']}"
-            told = f"alarm still on: {alarm['name']}{where}, since step {alarm['first_step']}, {alarm['value']:.3g}"
+        for told in still_on(summary.get("alarms", [])):
             self.console.print(f"  [yellow]{escape(told)}[/yellow]", highlight=False)
         outcome = "done" if error is None else f"stopped at step {step}"
         self.console.print(f"{outcome}: {escape(str(self._run_dir))}", highlight=False, soft_wrap=True)
+
+
+def still_on(alarms: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line for each rule, not for each layer, of the alarms of a summary that had not ended."""
+    by_name: dict[str, list[Mapping[str, Any]]] = {}
+    for alarm in alarms:
+        if alarm["on"]:
+            by_name.setdefault(alarm["name"], []).append(alarm)
+    lines = []
+    for name, same in by_name.items():
+        layers = [alarm["layer"] for alarm in same if alarm["layer"] is not None]
+        where = f", layer{'s' if len(layers) > 1 else ''} {ranges(layers)}" if layers else ""
+        values = sorted({f"{alarm['value']:.3g}": alarm["value"] for alarm in same}.items(), key=lambda item: item[1])
+        between = f"{values[0][0]} to {values[-1][0]}" if len(values) > 1 else values[0][0]
+        lines.append(f"alarm still on: {name}{where}, since step {min(a['first_step'] for a in same)}, {between}")
+    return lines

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.alarms import RULE_OF, Alarm, AlarmChange
-from moelab.printable import printable
+from moelab.printable import printable, ranges
 
 SUFFIX = ".texts"  # of files that hold nothing but what `write_texts` wrote
 NOW, PAST = "alarms/now", "alarms/past"  # TensorBoard sorts them so
@@ -87,12 +87,5 @@ def _worst(alarms: list[Alarm]) -> Alarm:
 
 def _also(worst: Alarm, same: list[Alarm]) -> str:
     """` (and in layers 0-3, 7)`: where else it is, in runs of neighbours."""
-    others = sorted(alarm.layer for alarm in same if alarm is not worst and alarm.layer is not None)
-    runs: list[list[int]] = []
-    for layer in others:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    listed = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-    return f" (and in layer{'s' if len(others) > 1 else ''} {listed})" if others else ""
+    others = [alarm.layer for alarm in same if alarm is not worst and alarm.layer is not None]
+    return f" (and in layer{'s' if len(others) > 1 else ''} {ranges(others)})" if others else ""

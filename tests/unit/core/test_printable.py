@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from moelab.errors import CheckpointError, RunFailure
-from moelab.printable import LONGEST_MESSAGE, cut, printable
+from moelab.printable import LONGEST_MESSAGE, cut, printable, ranges
 
 
 def test_no_character_that_acts_is_left() -> None:
@@ -50,3 +50,8 @@ def test_an_error_is_short_and_printable_whatever_it_quotes(kind: type[Exception
     assert len(message) <= LONGEST_MESSAGE
     assert "\x1b" not in message
     assert message.endswith("is wrong\nmend it")
+
+
+def test_whole_numbers_are_told_in_runs_of_neighbours() -> None:
+    assert ranges([7, 1, 0, 2, 9, 10]) == "0-2, 7, 9-10"
+    assert ranges([]) == ""

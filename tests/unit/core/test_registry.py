@@ -180,3 +180,7 @@ def test_what_a_constructor_raises_is_told_and_a_shortage_is_left_alone(plugin: 
 
     with pytest.raises(MemoryError):
         registry.build(ROUTERS, {"name": "sharp"}, Greedy(), "x")  # type: ignore[arg-type]
+
+
+def test_the_built_in_plugins_are_told_as_one_package_with_its_version() -> None:
+    assert Registry(entry_points=False).versions() == {"moelab": moelab.__version__}

@@ -13,7 +13,8 @@ from moelab_tools.user_path import USER_PATH
 @click.argument("experiment")
 @click.argument("override", nargs=-1, metavar="[KEY=VALUE...]")
 @click.option("--out", type=USER_PATH, help="Folder for its runs. Default: runs/experiments/NAME.")
-@click.option("--results", type=USER_PATH, help="Folder for its findings. Default: results/ beside the declaration.")
+@click.option("--results", type=USER_PATH, help="Folder for its findings. Default: results/ beside the "
+              "declaration; of a shipped one of an installed moelab, in its runs' folder.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Runs at a time: 1, and all with --slurm.")
 @click.option("--amend", metavar="WHY",
               help="Go on though the declaration was changed after the first run; told in the findings.")  # fmt: skip

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moelab.printable import ranges
 from moelab_tools.completion import complete_config
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def _print(table: dict[str, Any]) -> None:
     for column in ("parameters\nof a layer", "declared\nactive", "declared\nMFLOP/token"):
         shown.add_column(column, justify="right", no_wrap=True)
     for row, layers in _rows(table).items():
-        shown.add_row(_ranges(layers), *row)
+        shown.add_row(ranges(layers), *row)
     console.print(shown)
     for line in _part_lines(table):
         console.print(escape(line), soft_wrap=not console.is_terminal)
@@ -215,18 +216,8 @@ def _part_lines(table: dict[str, Any]) -> list[str]:
             unsettled = "" if expected["settled"] else "; training decides"
             text = f"expects {expected['per_token']:.4g} experts a token in training ({expected['because']}{unsettled})"
             found.setdefault(text, []).append(layer["layer"])
-    lines = [f"{text}  layers {_ranges(layers)}" for text, layers in found.items()]
+    lines = [f"{text}  layers {ranges(layers)}" for text, layers in found.items()]
     for loss in table["balance_losses"]:
         options = ", ".join(f"{name}: {value}" for name, value in loss["options"].items() if name != "name")
-        lines.append(f"loss {loss['name']} ({loss['owner']}) {{{options}}}  layers {_ranges(loss['layers'])}")
+        lines.append(f"loss {loss['name']} ({loss['owner']}) {{{options}}}  layers {ranges(loss['layers'])}")
     return lines
-
-
-def _ranges(numbers: list[int]) -> str:
-    pieces: list[list[int]] = []
-    for number in numbers:
-        if pieces and pieces[-1][1] == number - 1:
-            pieces[-1][1] = number
-        else:
-            pieces.append([number, number])
-    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in pieces)

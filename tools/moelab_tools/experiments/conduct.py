@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+import moelab
 from moelab.errors import ConfigError, RunFailure
 from moelab.safe_files import Reading, read_object
 from moelab.training.run_folder import write_json
@@ -40,7 +41,7 @@ class ExperimentRequest:
 
     experiment: str | Path
     out: Path | None = None  # None: runs/experiments/NAME
-    results: Path | None = None  # None: beside the declaration
+    results: Path | None = None  # None: beside the declaration; of one that came with an installed moelab, in `out`
     jobs: int | None = None
     amend: str | None = None
     force: bool = False
@@ -202,8 +203,7 @@ def run_experiment(request: ExperimentRequest, console: Console, worker: Worker 
         if "=" not in word:
             raise ConfigError(f"{word}: an experiment takes overrides, KEY=VALUE; files are named in its declaration")
     out = folder_of(request)
-    own = declaration.path.parent / RESULTS
-    results = request.results or (out / RESULTS if request.extra else own)
+    results = request.results or results_folder(declaration, out, tried=bool(request.extra))
     register, bold = registered(declaration, out, results, request.amend)
     given = {"extra": request.extra, "trust": request.trust, "force": request.force}
     arms = Arms(declaration, out, Preparation(declaration, out, **given), **given)  # type: ignore[arg-type]
@@ -231,6 +231,13 @@ def folder_of(request: ExperimentRequest) -> Path:
     """Where its runs lie; what is only tried out has a folder of its own."""
     name = read_declaration(request.experiment).name + "_tried" * bool(request.extra)
     return request.out or Path("runs/experiments") / name
+
+
+def results_folder(declaration: Declaration, out: Path, tried: bool) -> Path:
+    """Where findings lie unless it was said: never inside an installed package, which pip owns."""
+    folder = declaration.path.resolve().parent
+    installed = folder.is_relative_to(Path(moelab.__file__).resolve().parent)
+    return (out if tried or installed else declaration.path.parent) / RESULTS
 
 
 def _tell(experiment: Experiment, planned: dict[str, list[PlannedRun]]) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+import moelab
 from moelab.errors import ConfigError, RunFailure, UserError
 from moelab_tools.compare.verdict import Verdict
-from moelab_tools.experiments.conduct import ExperimentRequest, run_experiment
+from moelab_tools.experiments.conduct import ExperimentRequest, results_folder, run_experiment
 from moelab_tools.experiments.declaration import read_declaration
 from moelab_tools.experiments.findings import KEPT, READING
 from sweeping import TINY, InProcess, quiet
@@ -185,6 +186,18 @@ def test_trying_out_leaves_no_findings_beside_the_declaration(tmp_path: Path) ->
         _run(folder, InProcess(before=lambda name: 1), extra=("train.steps=1",))
     assert not (folder / "results").exists()
     assert (tmp_path / "out" / "results" / "findings.json").is_file()
+
+
+def test_findings_of_an_experiment_that_came_installed_stay_out_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moelab, "__file__", str(tmp_path / "moelab/__init__.py"))
+    shipped = read_declaration(_declare(tmp_path / "moelab/configs/experiments/one", SCRATCH))
+    own = read_declaration(_declare(tmp_path / "mine/one", SCRATCH))
+    out = tmp_path / "runs"
+    assert results_folder(shipped, out, tried=False) == out / "results"
+    assert results_folder(own, out, tried=False) == tmp_path / "mine/one/results"
+    assert results_folder(own, out, tried=True) == out / "results"
 
 
 def test_variants_start_from_weights_that_are_prepared_for_each_seed(tmp_path: Path) -> None:
