@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moelab.components import Component, component
     from moelab.config.run import RunConfig
     from moelab.data.corpus import Corpus, DataContext, Document, TokenStream, build_corpus
+    from moelab.data.mixing import MixContext, Mixer, Phase
     from moelab.errors import CheckpointError, ConfigError, DataError, RunFailure, UserError
     from moelab.hookspecs import hookimpl
     from moelab.loading import load
@@ -47,6 +48,7 @@ _HOMES = {
     "moelab.builder": ("build", "build_model"),
     "moelab.components": ("Component", "component"),
     "moelab.config.run": ("RunConfig",),
+    "moelab.data.mixing": ("MixContext", "Mixer", "Phase"),
     "moelab.data.corpus": ("Corpus", "DataContext", "Document", "TokenStream", "build_corpus"),
     "moelab.errors": ("CheckpointError", "ConfigError", "DataError", "RunFailure", "UserError"),
     "moelab.hookspecs": ("hookimpl",),
@@ -94,7 +96,10 @@ __all__ = [
     "ExpertLayout",
     "LayerRecord",
     "LayoutContext",
+    "MixContext",
+    "Mixer",
     "MoEContext",
+    "Phase",
     "Places",
     "Registry",
     "Router",

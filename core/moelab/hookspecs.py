@@ -20,6 +20,7 @@ import pluggy
 if TYPE_CHECKING:
     from moelab.alarms import Alarm, AlarmChange
     from moelab.data.corpus import Corpus, DataContext
+    from moelab.data.mixing import MixContext, Mixer
     from moelab.dense_sources import DenseArchitecture
     from moelab.initialisers import (
         ExpertInitialiser,
@@ -110,6 +111,11 @@ DATA_SOURCES: ExtensionPoint[DataContext, Corpus] = ExtensionPoint(
     "data source", "moelab_data_sources", "data.source", "moelab_plugins.data_sources",
     "Where the text comes from: -> a tokenised corpus, split into training and held-out documents.",
     check="check_data_source",
+)  # fmt: skip
+MIXERS: ExtensionPoint[MixContext, Mixer] = ExtensionPoint(
+    "mixer", "moelab_mixers", "data.mixer", "moelab_plugins.mixers",
+    "What share of the training tokens each domain gets, phase by phase.",
+    check="check_mixer",
 )  # fmt: skip
 OBSERVERS: ExtensionPoint[Path, object] = ExtensionPoint(
     "observer", "moelab_observers", "observers", "moelab_plugins.observers",

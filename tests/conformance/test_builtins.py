@@ -18,6 +18,7 @@ from moelab.hookspecs import (
     EXPERT_BACKENDS,
     EXPERT_INITIALISERS,
     EXPERT_LAYOUTS,
+    MIXERS,
     OBSERVERS,
     ROUTERS,
     SHARED_EXPERTS,
@@ -215,6 +216,12 @@ def test_a_data_source_conforms(name: str, tmp_path: Path) -> None:
         (tmp_path / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     options = {"paths": [str(tmp_path if name == "text" else tmp_path / "all.jsonl")]}
     testing.check_data_source(REGISTRY.components(DATA_SOURCES)[name], options)
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY.components(MIXERS)))
+def test_a_mixer_conforms(name: str) -> None:
+    options = {"weights": {"code": 3, "prose": 1}} if name == "weights" else None
+    testing.check_mixer(REGISTRY.components(MIXERS)[name], options)
 
 
 # Whole copies are as wide as the dense layer of the kit, pieces make it up, and a mixture has several sources.

@@ -20,6 +20,7 @@ class DataConfig:
     """What is read, and in which pieces."""
 
     source: Part = field(default_factory=lambda: {"name": "embedded"})  # where the text comes from
+    mixer: Part | None = None  # shares of the domains in the training tokens; null: as much of each as there is
     tokenizer: str = "bytes"  # "bytes", or the path of a tokenizer.json
     validation_fraction: float = 0.1  # of the documents: those whose text hashes below it are held out
     seed: int = 0  # of the choice of text, where a source chooses (embedded: which files)

@@ -14,6 +14,7 @@ from moelab.testing.data_sources import DATA_SOURCE_CHECKS, DataSourceCase, chec
 from moelab.testing.dense_sources import DENSE_SOURCE_CHECKS, DenseSourceCase, check_dense_source
 from moelab.testing.expert_layouts import EXPERT_LAYOUT_CHECKS, ExpertLayoutCase, check_expert_layout
 from moelab.testing.initialisers import INITIALISER_CHECKS, InitialiserCase, check_initialiser
+from moelab.testing.mixers import MIXER_CHECKS, MixerCase, check_mixer
 from moelab.testing.observers import OBSERVER_CHECKS, ObserverCase, check_observer
 from moelab.testing.report import ConformanceError
 from moelab.testing.routers import ROUTER_CHECKS, RouterCase, check_router
@@ -26,6 +27,7 @@ __all__ = [
     "DENSE_SOURCE_CHECKS",
     "EXPERT_LAYOUT_CHECKS",
     "INITIALISER_CHECKS",
+    "MIXER_CHECKS",
     "OBSERVER_CHECKS",
     "ROUTER_CHECKS",
     "SHARED_EXPERT_CHECKS",
@@ -36,6 +38,7 @@ __all__ = [
     "DenseSourceCase",
     "ExpertLayoutCase",
     "InitialiserCase",
+    "MixerCase",
     "ObserverCase",
     "RouterCase",
     "SharedExpertCase",
@@ -45,6 +48,7 @@ __all__ = [
     "check_dense_source",
     "check_expert_layout",
     "check_initialiser",
+    "check_mixer",
     "check_observer",
     "check_router",
     "check_shared_expert",

@@ -9,6 +9,7 @@ from typing import Any
 from moelab.alarms import AlarmWatch
 from moelab.data.lineage import CONVERSION
 from moelab.training.loop import Loop, due, served_backends
+from moelab.training.mixture import mixture_metrics
 from moelab.training.probe import look, probe_batch
 from moelab.training.router_numbers import layer_facts
 from moelab.training.setup import Setup
@@ -28,7 +29,8 @@ def log_step(loop: Loop, result: StepResult, rate: float) -> None:
     report = log_metrics(result, rate, loop.progress, loop.setup)
     step, train = loop.progress.step, loop.setup.config.train
     probed = probe(loop) if due(step, train.probe_every) or step == train.steps else {}
-    metrics = probed | report.metrics | loop.reading.metrics(step, elapsed, loop.setup.ranks)
+    metrics = probed | report.metrics | mixture_metrics(loop.setup.batches, step)
+    metrics |= loop.reading.metrics(step, elapsed, loop.setup.ranks)
     loop.loads = {str(layer): shares for layer, shares in report.loads.items()}
     changes = loop.alarms.look(step, metrics)
     for change in changes:

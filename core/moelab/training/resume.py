@@ -13,6 +13,7 @@ from moelab.integrity import Choice
 from moelab.records import Record
 from moelab.safe_files import Reading
 from moelab.training.checkpoint import TrainingState, restore_checkpoint
+from moelab.training.mixture import check_mixture
 from moelab.training.plan import Plan, plan_of
 from moelab.training.progress import can_continue
 from moelab.training.run_lock import LOCK
@@ -100,6 +101,7 @@ def restore(setup: Setup, checkpoint: Path) -> dict[str, Any]:
     check_same_run(setup, checkpoint)
     state = restore_checkpoint(checkpoint, setup.model, training_state(setup))
     check_state(state, checkpoint, setup.corpus.fingerprint)
+    check_mixture(setup.batches, state, checkpoint)
     for line in other_versions(state, setup.registry.versions(), versions()):
         logger.warning(line)
     return state

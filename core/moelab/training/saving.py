@@ -15,6 +15,7 @@ from moelab.errors import CheckpointError
 from moelab.training.checkpoint import own_tensors
 from moelab.training.format import BEST_EVALUATION, REPLANNED
 from moelab.training.loop import Loop, Saving, served_backends
+from moelab.training.mixture import mixture_state
 from moelab.training.plan import to_json
 from moelab.training.resume import PLUGINS, VERSIONS, training_state
 from moelab.training.setup import checkpoint_files, fixed_environment
@@ -109,6 +110,7 @@ def _write(
         VERSIONS: versions(),
         OVERRIDES: setup.start.overrides,
         "lineage": setup.lineage.to_json() if setup.lineage else None,
+        "mixture": mixture_state(setup.batches),
         "alarms": loop.alarms.state(),
         LOADS: loop.loads,
         BACKENDS: served_backends(loop),

@@ -19,14 +19,14 @@ from moelab.checkpoint import CONFIG, STATE, read_run_config, read_state
 from moelab.config.run import RunConfig
 from moelab.config.scalars import settle
 from moelab.config.stored import is_sealed, stored, to_yaml
-from moelab.data.batches import TrainBatches, ValidationBatches
+from moelab.data.batches import ValidationBatches
 from moelab.data.corpus import Corpus, DataContext
 from moelab.data.lineage import LINEAGE, READING, Lineage, lineage_of, trained
 from moelab.data.promises import corpus_fault
 from moelab.data.seen import RECORD, DataRecord, SeenText, history_of, record_of_run, seen_text
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import ConfigError
-from moelab.hookspecs import DATA_SOURCES, OBSERVERS
+from moelab.hookspecs import DATA_SOURCES, MIXERS, OBSERVERS
 from moelab.moe.balance import NamedLoss
 from moelab.moe.block import MoEBlock
 from moelab.nn.allocator import keep_freed_memory
@@ -42,6 +42,7 @@ from moelab.registry import Registry
 from moelab.training.causality import Causality
 from moelab.training.evaluate import evaluation_batch_size
 from moelab.training.freeze import freeze
+from moelab.training.mixture import Batches, build_batches
 from moelab.training.optimizer import build_adamw
 from moelab.training.precision import Precision, choose_precision, set_threads
 from moelab.training.rehearsal import probe_step
@@ -79,7 +80,7 @@ class Setup:
     corpus: Corpus
     history: DataRecord  # the text that the starting weights have met
     lineage: Lineage | None  # how they were made; None: random weights
-    batches: TrainBatches
+    batches: Batches
     validation: ValidationBatches
     model: Transformer
     optimizer: torch.optim.Optimizer
@@ -128,7 +129,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True, ranks
         logger.warning(line)
     corpus = build_corpus_of(config, registry, tokenizer)
     train, micro = config.train, config.train.micro_batch_size or config.train.batch_size // ranks.size
-    batches = TrainBatches(corpus.train, train.batch_size, train.sequence_length, config.order_seed)
+    batches = build_batches(config, corpus, registry)
     validation = ValidationBatches(
         corpus.validation, config.evaluation.sequences, train.sequence_length, evaluation_batch_size(config)
     )
@@ -193,6 +194,8 @@ def resolve_run(config: RunConfig, registry: Registry) -> None:
     """Write every default of every chosen plugin into the config, in place."""
     resolve_model(config.model, registry)
     config.data.source = registry.resolve(DATA_SOURCES, config.data.source, "data.source")
+    if config.data.mixer is not None:
+        config.data.mixer = registry.resolve(MIXERS, config.data.mixer, "data.mixer")
     config.observers = [registry.resolve(OBSERVERS, o, f"observers.{i}") for i, o in enumerate(config.observers)]
 
 

@@ -16,6 +16,7 @@ import moelab
 from moelab.config.stored import stored
 from moelab.nn.count import expected_assignments
 from moelab.training.format import FORMAT_VERSION
+from moelab.training.mixture import mixture_facts
 from moelab.training.parts import components, own_options
 from moelab.training.peak import peak_flops
 from moelab.training.progress import Progress
@@ -85,6 +86,7 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
             "manifest": setup.corpus.manifest,
             "left_out": setup.corpus.left_out,
             "seen": asdict(setup.seen),
+            "mixture": mixture_facts(setup.batches, config.train.steps),  # as planned; {} without a mixer
         },
         "components": components(written["model"]["moe"]),
         "options": own_options(written["model"]["moe"], config.model.moe, setup.registry),  # not at their defaults

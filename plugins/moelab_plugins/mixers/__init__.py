@@ -1,0 +1,1 @@
+"""What share of the training tokens each domain gets."""
