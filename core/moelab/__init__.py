@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moelab.components import Component, component
     from moelab.config.run import RunConfig
     from moelab.data.corpus import Corpus, DataContext, Document, TokenStream, build_corpus
+    from moelab.data.filtering import FilterContext, Rejected, TextFilter
     from moelab.data.mixing import MixContext, Mixer, Phase
     from moelab.errors import CheckpointError, ConfigError, DataError, RunFailure, UserError
     from moelab.hookspecs import hookimpl
@@ -48,6 +49,7 @@ _HOMES = {
     "moelab.builder": ("build", "build_model"),
     "moelab.components": ("Component", "component"),
     "moelab.config.run": ("RunConfig",),
+    "moelab.data.filtering": ("FilterContext", "Rejected", "TextFilter"),
     "moelab.data.mixing": ("MixContext", "Mixer", "Phase"),
     "moelab.data.corpus": ("Corpus", "DataContext", "Document", "TokenStream", "build_corpus"),
     "moelab.errors": ("CheckpointError", "ConfigError", "DataError", "RunFailure", "UserError"),
@@ -94,6 +96,7 @@ __all__ = [
     "ExpectedAssignments",
     "ExpertBackend",
     "ExpertLayout",
+    "FilterContext",
     "LayerRecord",
     "LayoutContext",
     "MixContext",
@@ -102,12 +105,14 @@ __all__ = [
     "Phase",
     "Places",
     "Registry",
+    "Rejected",
     "Router",
     "Routing",
     "RunConfig",
     "RunFailure",
     "RunRecord",
     "SharedExpert",
+    "TextFilter",
     "TokenContext",
     "TokenInfo",
     "TokenStream",

@@ -20,6 +20,7 @@ import pluggy
 if TYPE_CHECKING:
     from moelab.alarms import Alarm, AlarmChange
     from moelab.data.corpus import Corpus, DataContext
+    from moelab.data.filtering import FilterContext, TextFilter
     from moelab.data.mixing import MixContext, Mixer
     from moelab.dense_sources import DenseArchitecture
     from moelab.initialisers import (
@@ -111,6 +112,11 @@ DATA_SOURCES: ExtensionPoint[DataContext, Corpus] = ExtensionPoint(
     "data source", "moelab_data_sources", "data.source", "moelab_plugins.data_sources",
     "Where the text comes from: -> a tokenised corpus, split into training and held-out documents.",
     check="check_data_source",
+)  # fmt: skip
+TEXT_FILTERS: ExtensionPoint[FilterContext, TextFilter] = ExtensionPoint(
+    "text filter", "moelab_text_filters", "stages", "moelab_plugins.text_filters",
+    "A stage of `moelab data`: document -> the document, as it is or changed, or why it is left out.",
+    check="check_text_filter",
 )  # fmt: skip
 MIXERS: ExtensionPoint[MixContext, Mixer] = ExtensionPoint(
     "mixer", "moelab_mixers", "data.mixer", "moelab_plugins.mixers",

@@ -22,6 +22,7 @@ from moelab.hookspecs import (
     OBSERVERS,
     ROUTERS,
     SHARED_EXPERTS,
+    TEXT_FILTERS,
 )
 from moelab.testing import initialisers
 from moelab.testing.routers import CONTEXT
@@ -222,6 +223,13 @@ def test_a_data_source_conforms(name: str, tmp_path: Path) -> None:
 def test_a_mixer_conforms(name: str) -> None:
     options = {"weights": {"code": 3, "prose": 1}} if name == "weights" else None
     testing.check_mixer(REGISTRY.components(MIXERS)[name], options)
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY.components(TEXT_FILTERS)))
+def test_a_text_filter_conforms(name: str, tmp_path: Path) -> None:
+    (tmp_path / "asked.txt").write_text("The cat sat on the mat")
+    options = {"against": ["asked.txt"], "words": 3} if name == "decontaminate" else None
+    testing.check_text_filter(REGISTRY.components(TEXT_FILTERS)[name], options, base=tmp_path)
 
 
 # Whole copies are as wide as the dense layer of the kit, pieces make it up, and a mixture has several sources.

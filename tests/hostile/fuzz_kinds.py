@@ -152,13 +152,16 @@ _KEYS = """
 KEYS = _KEYS.split()
 TRAIN = ("train", "mine.yaml")
 RESUME = (*TRAIN, "run_dir=run", "--resume")
+CURATE = ("stages=[{name: normalise}, {name: repetition}]", "output=o", "workers=1", "entry_points=false")
 CONFIGURED = (("explain", "mine.yaml"), TRAIN, ("plan", "mine.yaml"))
 
 
 def _corpora(*sources: str) -> Group:
     files = tuple(source.partition("@/")[2].partition("]")[0].partition(",")[0].rstrip("}") for source in sources)
-    commands = tuple((*TRAIN, f"data.source={source.replace('@/', '')}") for source in sources)
-    return Group(files, tuple(map(_corpus, sources)), commands)
+    relative = [source.replace("@/", "") for source in sources]
+    commands = tuple((*TRAIN, f"data.source={source}") for source in relative)
+    curated = tuple(("data", f"sources=[{source}]", *CURATE) for source in relative)
+    return Group(files, tuple(map(_corpus, sources)), commands + curated)
 
 
 KINDS: dict[str, Kind] = {

@@ -18,9 +18,10 @@ from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import ConfigError, near
 from moelab.hookspecs import EXTENSION_POINTS
 from moelab.registry import Registry, builtin_modules
+from moelab_tools.curate.declaration import CurateConfig
 from moelab_tools.describe_plugins import OptionEntry, PluginEntry, describe_point
 
-COMMANDS: dict[str, type] = {"train": RunConfig, "upcycle": UpcycleConfig}
+COMMANDS: dict[str, type] = {"train": RunConfig, "upcycle": UpcycleConfig, "data": CurateConfig}
 POINT_OF = {point.key: point for point in EXTENSION_POINTS}
 
 

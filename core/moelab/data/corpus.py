@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -110,6 +110,8 @@ class DataContext:
     places: Places = field(default_factory=Places)  # where files that the options name are looked for
     split_seed: int = 0  # of the split
     account: Account = field(default_factory=Account)  # what a source leaves out, it adds here
+    # Takes a source's documents instead of `build_corpus`, and answers for it: `moelab data` filters them.
+    tap: Callable[[Iterable[Document]], Corpus] | None = None
 
     def find(self, path: str) -> Path:
         """The file or folder that an option names: beside the config file with it, or in the current folder.
@@ -133,6 +135,8 @@ def build_corpus(
     version}} for the manifest. What is left out is told once a cause. Raises DataError for a NUL, or when too little
     is left.
     """
+    if context.tap is not None:
+        return context.tap(documents)
     try:
         given = [document for document in documents if _has_text(document, context.account)]
         if not given:

@@ -19,6 +19,7 @@ from moelab.testing.observers import OBSERVER_CHECKS, ObserverCase, check_observ
 from moelab.testing.report import ConformanceError
 from moelab.testing.routers import ROUTER_CHECKS, RouterCase, check_router
 from moelab.testing.shared_experts import SHARED_EXPERT_CHECKS, SharedExpertCase, check_shared_expert
+from moelab.testing.text_filters import TEXT_FILTER_CHECKS, TextFilterCase, check_text_filter
 
 __all__ = [
     "BACKEND_CHECKS",
@@ -31,6 +32,7 @@ __all__ = [
     "OBSERVER_CHECKS",
     "ROUTER_CHECKS",
     "SHARED_EXPERT_CHECKS",
+    "TEXT_FILTER_CHECKS",
     "BackendCase",
     "BalanceLossCase",
     "ConformanceError",
@@ -42,6 +44,7 @@ __all__ = [
     "ObserverCase",
     "RouterCase",
     "SharedExpertCase",
+    "TextFilterCase",
     "check_backend",
     "check_balance_loss",
     "check_data_source",
@@ -52,4 +55,5 @@ __all__ = [
     "check_observer",
     "check_router",
     "check_shared_expert",
+    "check_text_filter",
 ]

@@ -1,0 +1,176 @@
+"""`moelab data`: every document accounted for, the same bytes after a kill and with any number of processes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moelab_tools.cli import run as moelab
+from moelab_tools.curate import filtering
+from moelab_tools.curate.run import CurateRequest, run_curate
+
+SENTENCE = "Document {n} of {domain} says that {n} times seven is {m}, which nobody else has said in these words. "
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("library")
+    for domain in ("code", "prose"):
+        (folder / domain).mkdir()
+        for n in range(30):
+            lines = [SENTENCE.format(n=f"{n}-{k}", domain=domain, m=7 * n + k) for k in range(6)]
+            (folder / domain / f"{n:02d}.txt").write_text("\n".join(lines))
+    (folder / "prose/30.txt").write_text((folder / "prose/03.txt").read_text().upper())  # a copy but for its case
+    near = (folder / "prose/04.txt").read_text().split()
+    near[40] = "otherwise"
+    (folder / "prose/31.txt").write_text(" ".join(near))
+    (folder / "prose/32.txt").write_text("short")
+    (folder / "code/30.txt").write_text("short")
+    (folder / "code/31.txt").write_text("spaces at the end   \r\n" + SENTENCE.format(n=1, domain="x", m=2) * 2)
+    return folder
+
+
+STAGES = ["{name: normalise}", "{name: length, min_characters: 20, domains: [prose]}"]
+
+
+def words(library: Path, output: Path, **more: Any) -> list[str]:
+    given = {"sources": f"[{{name: text, paths: [{library}]}}]", "stages": f"[{', '.join(STAGES)}]", "output": output,
+             "workers": 1, "piece_mb": 0.004} | more  # fmt: skip
+    return [f"{key}={value}" for key, value in given.items()]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    return [
+        json.loads(line) for file in sorted(folder.glob("*.gz")) for line in gzip.open(file, "rt", encoding="utf-8")
+    ]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def made(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("made") / "out"
+    assert moelab(["data", *words(library, output, keep_rejected="true")]) == 0
+    return output
+
+
+def test_kept_and_left_out_are_together_what_was_read(made: Path, library: Path) -> None:
+    names = sorted(f"{row['domain']}/{row['name']}" for part in ("kept", "rejected") for row in rows(made / part))
+    assert len(names) == len(set(names)) == len(list(library.rglob("*.txt"))) == 65
+    account = json.loads((made / "account.json").read_text())["account"]
+    assert sum(account["documents"].values()) == 65 and sum(account["kept"].values()) == len(rows(made / "kept")) == 62
+    assert sum(count for *_, count in account["rejected"]) == 3
+
+
+def test_each_reason_is_counted_where_it_belongs(made: Path) -> None:
+    found = {Path(row["name"]).name: (row["stage"], row["reason"]) for row in rows(made / "rejected")}
+    assert found == {
+        "32.txt": ("2. length", "too few characters"),
+        "30.txt": ("deduplicate: exact", "copies"),
+        "31.txt": ("deduplicate: near", "near copies"),
+    }
+    texts = {(row["domain"], Path(row["name"]).name): row["text"] for row in rows(made / "kept")}
+    assert texts["code", "30.txt"] == "short"  # the rule is for prose alone
+    assert texts["code", "31.txt"].startswith("spaces at the end\n")
+    changed = json.loads((made / "account.json").read_text())["account"]["changed"]
+    assert ["1. normalise", "code", 1] in changed or any(row[:2] == ["1. normalise", "code"] for row in changed)
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    made: Path, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, done = tmp_path / "out", []
+    whole = filtering.make_piece
+
+    def dies(*arguments: Any) -> None:
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        whole(*arguments)
+        done.append(arguments[2])
+
+    monkeypatch.setattr("moelab_tools.curate.run.make_piece", dies)
+    request = CurateRequest(tuple(words(library, output, keep_rejected="true")))
+    with pytest.raises(KeyboardInterrupt):
+        run_curate(request)
+    assert not output.exists() and len(done) == 5
+    made_again: list[int] = []
+    monkeypatch.setattr("moelab_tools.curate.run.make_piece", lambda *a: (made_again.append(a[2]), whole(*a)))
+    run_curate(request)
+    assert made_again and not set(made_again) & set(done)
+    ours = {name: content for name, content in contents(output).items() if not name.startswith("account")}
+    assert ours == {name: content for name, content in contents(made).items() if not name.startswith("account")}
+    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == ["out"]
+
+
+def test_a_source_that_changed_is_read_anew(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "library"
+    shutil.copytree(library, own)
+    request = CurateRequest(tuple(words(own, tmp_path / "out")))
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr("moelab_tools.curate.run.Pieces", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run_curate(request)
+    (own / "code/05.txt").write_text("Something else altogether, and only now.")
+    run_curate(request)
+    assert "Something else altogether, and only now." in {row["text"] for row in rows(tmp_path / "out/kept")}
+
+
+def test_processes_change_nothing(made: Path, library: Path, tmp_path: Path) -> None:
+    assert (
+        moelab(["data", *words(library, tmp_path / "out", keep_rejected="true", workers=2, entry_points="false")]) == 0
+    )
+    for part in ("kept", "rejected"):
+        assert contents(tmp_path / "out" / part) == contents(made / part)
+
+
+def test_a_report_alone_writes_no_text(library: Path, tmp_path: Path) -> None:
+    assert moelab(["data", *words(library, tmp_path / "out"), "--report-only"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["account.html", "account.json"]
+
+
+def test_what_it_makes_can_be_trained_on(made: Path, tmp_path: Path) -> None:
+    source = f"data.source={{name: jsonl, paths: [{made / 'kept'}], domain_key: domain}}"
+    small = ["train.steps=1", "train.sequence_length=32", "train.batch_size=2", "evaluation.sequences=2",
+             "evaluation.prompts=[]", "observers=[]", f"run_dir={tmp_path / 'run'}"]  # fmt: skip
+    assert moelab(["train", "train/tiny_moe", source, *small]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"stages": "[{name: lenght}]"}, "stages.0.name: no text filter 'lenght', did you mean 'length'?"),
+        ({"stages": "[{name: length, domains: code}]"}, "stages.0.domains: 'code' is no list of domains"),
+        ({"sources": "[]"}, "sources: nothing to read"),
+        ({"sources": "[{name: text, paths: [nowhere]}]"}, "no file or folder 'nowhere'"),
+        ({"deduplicate": "{near: 1.5}"}, "deduplicate.near: 1.5 is no share"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_made(
+    changed: dict[str, str], said: str, library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert moelab(["data", *words(library, tmp_path / "out", **changed)]) == 2
+    assert said in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_there_is_not_replaced_unasked(
+    made: Path, library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(made, output)
+    assert moelab(["data", *words(library, output)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert contents(output) == contents(made)
+    assert moelab(["data", *words(library, output), "--force"]) == 0
+    assert not (output / "rejected").exists()

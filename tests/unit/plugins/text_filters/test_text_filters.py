@@ -1,0 +1,90 @@
+"""Each filter's rule, by texts that stand on either side of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moelab import ConfigError, Document, FilterContext, Places, Registry, Rejected
+from moelab.hookspecs import TEXT_FILTERS
+
+REGISTRY = Registry(entry_points=False, points=[TEXT_FILTERS])
+
+
+def ask(name: str, text: str, base: Path = Path(), **options: Any) -> Document | Rejected:
+    apply = REGISTRY.build(TEXT_FILTERS, {"name": name, **options}, FilterContext(Places(search=(base,))), "stages.0")
+    return apply(Document(text, "d", "n"))
+
+
+def kept(name: str, text: str, **options: Any) -> bool:
+    return isinstance(ask(name, text, **options), Document)
+
+
+def test_normalise_gives_one_spelling() -> None:
+    answer = ask("normalise", "\ufeffcafe\u0301 \r\nb\x07\t\rc  ")
+    assert isinstance(answer, Document) and answer.text == "caf\u00e9\nb\nc"
+    unchanged = ask("normalise", "a \x07", form=None, trailing_space=True, controls=True)
+    assert isinstance(unchanged, Document) and unchanged.text == "a \x07"
+
+
+def test_length_counts_characters_and_words() -> None:
+    assert kept("length", "abc def", min_characters=7, max_characters=7, min_words=2, max_words=2)
+    for limit in ({"min_characters": 8}, {"max_characters": 6}, {"min_words": 3}, {"max_words": 1}):
+        assert not kept("length", "abc def", **limit)
+
+
+def test_characters_counts_shares_of_what_is_no_white_space() -> None:
+    text = "ab \u4e2d 12 \n+-*/"  # 3 letters, 2 digits, 4 symbols
+    assert kept("characters", text, min_letters=3 / 9, max_digits=2 / 9, max_symbols=4 / 9 + 1e-9)
+    for limit in ({"min_letters": 0.34}, {"max_digits": 0.22}, {"max_symbols": 0.44}):
+        assert not kept("characters", text, **limit)
+
+
+WORDS = "a bb ccc dddd eeeee ffffff ggggggg hhhhhhhh iiiiiiiii jjjjjjjjjj"
+OFF = {
+    "duplicate_lines": None, "duplicate_line_characters": None, "duplicate_paragraphs": None,
+    "duplicate_paragraph_characters": None, "top_ngrams": [], "duplicate_ngrams": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "share"),
+    [
+        ("x\nx\ny\nz", "duplicate_lines", 1 / 4),
+        ("abcd\nabcd\nyz", "duplicate_line_characters", 4 / 12),
+        ("x\n\nx\n\ny", "duplicate_paragraphs", 1 / 3),
+        ("abcd\n\nabcd\n\nyz", "duplicate_paragraph_characters", 4 / 14),
+    ],
+)
+def test_repetition_counts_what_was_there_before(text: str, limit: str, share: float) -> None:
+    assert kept("repetition", text, **OFF | {limit: share + 1e-9})
+    assert not kept("repetition", text, **OFF | {limit: share - 1e-9})
+
+
+def test_repetition_of_ngrams_counts_characters_of_words_once() -> None:
+    total = sum(map(len, WORDS.split()))  # 55
+    twice = f"{WORDS} {WORDS}"
+    assert kept("repetition", twice, **OFF | {"duplicate_ngrams": [[5, 0.5 + 1e-9]]})
+    assert not kept("repetition", twice, **OFF | {"duplicate_ngrams": [[5, 0.5 - 1e-9]]})
+    assert kept("repetition", WORDS, **OFF | {"duplicate_ngrams": [[2, 0.0]], "top_ngrams": [[2, 0.0]]})
+    again = f"{WORDS} iiiiiiiii jjjjjjjjjj"  # the last two words stand twice: 2 * 19 of 74 characters
+    share = 38 / (total + 19)
+    assert kept("repetition", again, **OFF | {"top_ngrams": [[2, share + 1e-9]]})
+    assert not kept("repetition", again, **OFF | {"top_ngrams": [[2, share - 1e-9]]})
+    with pytest.raises(ConfigError, match=r"\[2.5, 0.1\] is no pair of a number of words and a share"):
+        ask("repetition", WORDS, top_ngrams=[[2.5, 0.1]])
+
+
+def test_decontaminate_finds_a_run_of_words_whatever_their_case(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text(
+        '{"question": "How many roads must a man walk down?", "choices": ["forty two"]}\n'
+    )
+    options = {"base": tmp_path, "against": ["test.jsonl"], "words": 5}
+    found = ask("decontaminate", "He sang: 'HOW MANY ROADS, must a' and left.", **options)
+    assert found == Rejected("tested on", "test.jsonl: 'how many roads must a'")
+    assert isinstance(ask("decontaminate", "how many roads must the", **options), Document)
+    assert isinstance(ask("decontaminate", "the answer is forty two", **options), Rejected)  # a short one is whole
+    with pytest.raises(ConfigError, match="nothing to look for"):
+        ask("decontaminate", "x")

@@ -1,0 +1,92 @@
+"""What became of every document: read, kept, changed, left out and why, by stage and domain, with examples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moelab.printable import printable
+
+EXAMPLES, LONGEST = 3, 160  # kept of each reason; characters of a text
+EXACT, NEAR = "deduplicate: exact", "deduplicate: near"
+SAME_TEXT, SAME_SHINGLES = "copies", "near copies"
+
+Key = tuple[str, str, str]  # stage, reason, domain
+
+
+@dataclass
+class Account:
+    """Adds up: of every domain `documents` read are those kept and those rejected."""
+
+    documents: Counter[str] = field(default_factory=Counter)  # {domain: read}
+    characters: Counter[str] = field(default_factory=Counter)
+    kept: Counter[str] = field(default_factory=Counter)
+    kept_characters: Counter[str] = field(default_factory=Counter)
+    changed: Counter[tuple[str, str]] = field(default_factory=Counter)  # {(stage, domain): texts it changed}
+    rejected: Counter[Key] = field(default_factory=Counter)
+    examples: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # {(stage, reason): "name: how, text"}
+
+    def reject(self, stage: str, reason: str, domain: str, name: str, measured: str, text: str) -> None:
+        """One document more that is left out."""
+        self.rejected[stage, reason, domain] += 1
+        shown = self.examples.setdefault((stage, reason), [])
+        if len(shown) < EXAMPLES:
+            how = f" ({measured})" if measured else ""
+            shown.append(printable(f"{domain}/{name}{how}: {' '.join(text.split())}", LONGEST))
+
+    def take_back(self, stage: str, reason: str, domain: str, name: str, measured: str, text: str) -> None:
+        """A document that was kept until all were in."""
+        self.kept[domain] -= 1
+        self.kept_characters[domain] -= len(text)
+        self.reject(stage, reason, domain, name, measured, text)
+
+    def add(self, other: Account) -> None:
+        """Of two pieces, in the order in which they were read."""
+        for name in ("documents", "characters", "kept", "kept_characters", "changed", "rejected"):
+            getattr(self, name).update(getattr(other, name))
+        for key, shown in other.examples.items():
+            self.examples[key] = (self.examples.get(key, []) + shown)[:EXAMPLES]
+
+    @property
+    def domains(self) -> list[str]:
+        return sorted(self.documents)
+
+    def of_stage(self, stages: Iterable[str]) -> list[tuple[str, str, dict[str, int]]]:
+        """(stage, reason, {domain: documents}) in the order of the stages, the commonest reason first."""
+        rows: list[tuple[str, str, dict[str, int]]] = []
+        for stage in stages:
+            reasons: dict[str, dict[str, int]] = {}
+            for (one, reason, domain), count in self.rejected.items():
+                if one == stage:
+                    reasons.setdefault(reason, {})[domain] = count
+            rows += [
+                (stage, reason, counts)
+                for reason, counts in sorted(reasons.items(), key=lambda item: (-sum(item[1].values()), item[0]))
+            ]
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "documents": dict(self.documents),
+            "characters": dict(self.characters),
+            "kept": dict(self.kept),
+            "kept_characters": dict(self.kept_characters),
+            "changed": [[*key, count] for key, count in self.changed.items()],
+            "rejected": [[*key, count] for key, count in self.rejected.items()],
+            "examples": [[*key, shown] for key, shown in self.examples.items()],
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Account:
+        """What `to_json` wrote."""
+        return cls(
+            documents=Counter(found["documents"]),
+            characters=Counter(found["characters"]),
+            kept=Counter(found["kept"]),
+            kept_characters=Counter(found["kept_characters"]),
+            changed=Counter({(stage, domain): count for stage, domain, count in found["changed"]}),
+            rejected=Counter({(stage, reason, domain): count for stage, reason, domain, count in found["rejected"]}),
+            examples={(stage, reason): list(shown) for stage, reason, shown in found["examples"]},
+        )

@@ -1,0 +1,81 @@
+"""What `moelab data` is told: sources, stages, and where the result lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from moelab.config.model import Part
+from moelab.errors import ConfigError
+
+
+@dataclass
+class DeduplicateConfig:
+    """Which copies go. Of a group the first in the order of reading stays."""
+
+    exact: bool = True  # the same text but for case and white space
+    near: float | None = 0.8  # estimated Jaccard similarity of 5-word shingles from which one is a copy; null: none is
+
+    def check(self) -> None:
+        """Raises ConfigError for a share that is none."""
+        if self.near is not None and not 0 < self.near <= 1:
+            raise ConfigError(f"deduplicate.near: {self.near} is no share above 0 and up to 1; null keeps near copies")
+
+
+@dataclass
+class CurateConfig:
+    """All of a `moelab data` run."""
+
+    sources: list[Part] = field(default_factory=list)  # data sources, as `data.source`
+    # Text filters in their order, each {name: ..., its options}. `domains: [...]` gives one these domains alone,
+    # `but: [...]` all others.
+    stages: list[Part] = field(default_factory=list)
+    deduplicate: DeduplicateConfig = field(default_factory=DeduplicateConfig)
+    output: str = MISSING  # folder that is made
+    workers: int = 2  # processes; the bytes do not depend on it
+    piece_mb: float = 4.0  # of text that a process takes at a time, and that a kill loses
+    seed: int = 0  # of the choice of text, where a source chooses
+    keep_rejected: bool = False  # write what is left out too, with the reason
+    report_only: bool = False  # count, and write no text
+    plugins: list[str] = field(default_factory=list)  # modules beside the config file, or on the path
+    entry_points: bool = True  # False: ignore installed packages' plugins
+
+    def check(self) -> None:
+        """Raises ConfigError naming the key."""
+        if not self.sources:
+            raise ConfigError("sources: nothing to read; give `sources: [{name: text, paths: [...]}]`")
+        if self.workers < 1:
+            raise ConfigError(f"workers: {self.workers}; at least 1")
+        if not self.piece_mb > 0:
+            raise ConfigError(f"piece_mb: {self.piece_mb}; above 0")
+        self.deduplicate.check()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A text filter and the domains that it is for."""
+
+    part: dict[str, Any]  # {name: ..., options}
+    domains: tuple[str, ...] | None  # None: all
+    but: tuple[str, ...]
+
+    def serves(self, domain: str) -> bool:
+        """Whether documents of this domain pass through it."""
+        return domain not in self.but and (self.domains is None or domain in self.domains)
+
+
+def stages(config: CurateConfig) -> list[Stage]:
+    """The stages, with their domains apart. Raises ConfigError for what is no list of names."""
+    found = []
+    for number, given in enumerate(config.stages):
+        options = dict(given)
+        limits: dict[str, tuple[str, ...] | None] = {}
+        for key in ("domains", "but"):
+            names = options.pop(key, None)
+            if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+                raise ConfigError(f"stages.{number}.{key}: {names!r} is no list of domains, as [code, maths]")
+            limits[key] = None if names is None else tuple(names)
+        found.append(Stage(options, limits["domains"], limits["but"] or ()))
+    return found

@@ -1,0 +1,157 @@
+"""What one process does with one piece: documents through the stages, and what is kept, with its account, to disk."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moelab.atomic import write_file
+from moelab.data.corpus import Document
+from moelab.data.filtering import FilterContext, Rejected, TextFilter
+from moelab.data.minhash import SIZE, signature
+from moelab.errors import DataError, UserError
+from moelab.hookspecs import TEXT_FILTERS
+from moelab.paths import Places
+from moelab.plugin_faults import PluginPart, article
+from moelab.registry import Registry
+from moelab.safe_files import Reading, read_object
+from moelab.shortage import shortage
+from moelab_tools.curate.account import Account
+from moelab_tools.curate.declaration import Stage
+
+READING = Reading(DataError, "delete the folder, or give --force")
+ZIPPED = 6  # level of gzip
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a process must know to build the filters as the others do."""
+
+    stages: tuple[Stage, ...]
+    plugins: tuple[str, ...]
+    entry_points: bool
+    places: Places  # of plugins
+    data_places: Places
+    settings: str  # digest of all that decides what becomes of a document
+    folder: Path  # of the pieces
+    write_text: bool
+    keep_rejected: bool
+    near: bool  # signatures are wanted
+
+
+@dataclass(frozen=True)
+class Built:
+    """A stage, ready."""
+
+    name: str  # as the account calls it
+    stage: Stage
+    apply: TextFilter
+    part: PluginPart
+
+
+def build_stages(work: Work) -> list[Built]:
+    """Raises ConfigError for whatever is wrong in a stage."""
+    registry = Registry(work.plugins, work.entry_points, work.places, points=[TEXT_FILTERS])
+    context, found = FilterContext(work.data_places), []
+    for number, stage in enumerate(work.stages):
+        where = f"stages.{number}"
+        apply = registry.build(TEXT_FILTERS, stage.part, context, where)
+        part = registry.part(TEXT_FILTERS, stage.part, where)
+        found.append(Built(f"{number + 1}. {stage.part['name']}", stage, apply, part))
+    return found
+
+
+def digest_of(documents: Iterable[Document]) -> str:
+    """Of the texts, domains and names, in their order."""
+    digest = hashlib.sha256()
+    for document in documents:
+        for text in (document.domain, document.name, document.text):
+            encoded = text.encode("utf-8", "replace")
+            digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()
+
+
+def is_done(work: Work, number: int, digest: str) -> bool:
+    """Whether an earlier start made this piece, of the same documents, under the same settings."""
+    path = work.folder / f"{number:06d}.json"
+    if not path.is_file():
+        return False
+    found = read_object(path, READING)
+    return (found.get("input"), found.get("settings")) == (digest, work.settings)
+
+
+def make_piece(work: Work, built: Sequence[Built], number: int, documents: Sequence[Document], digest: str) -> None:
+    """Writes NUMBER.jsonl.gz, NUMBER.npz and, when these are whole, NUMBER.json."""
+    account, kept = Account(), []
+    left_out: list[dict[str, str]] = []
+    for document in documents:
+        account.documents[document.domain] += 1
+        account.characters[document.domain] += len(document.text)
+        answer = _through(built, document, account, left_out)
+        if answer is not None:
+            account.kept[answer.domain] += 1
+            account.kept_characters[answer.domain] += len(answer.text)
+            kept.append(answer)
+    rows = [{"text": one.text, "domain": one.domain, "name": one.name} for one in kept]
+    _write_lines(work.folder / f"{number:06d}.jsonl.gz", rows)
+    if work.keep_rejected:
+        _write_lines(work.folder / f"{number:06d}.rejected.jsonl.gz", left_out)
+    signatures = [signature(one.text) for one in kept] if work.near else []
+    arrays = io.BytesIO()
+    np.savez(
+        arrays,
+        identities=np.array([one.identity for one in kept], np.uint64),
+        signatures=np.array(signatures, np.uint32).reshape(len(signatures), SIZE),
+    )
+    write_file(work.folder / f"{number:06d}.npz", arrays.getvalue())
+    told = {"input": digest, "settings": work.settings, "kept": len(kept), "account": account.to_json()}
+    write_file(work.folder / f"{number:06d}.json", json.dumps(told))
+
+
+def _through(
+    built: Sequence[Built], document: Document, account: Account, left_out: list[dict[str, str]]
+) -> Document | None:
+    if not document.text.strip():
+        account.reject("0. reading", "empty", document.domain, document.name, "", "")
+        return None
+    for one in built:
+        if not one.stage.serves(document.domain):
+            continue
+        answer = _ask(one, document)
+        if isinstance(answer, Rejected):
+            account.reject(one.name, answer.reason, document.domain, document.name, answer.measured, document.text)
+            left_out.append(
+                {"text": document.text, "domain": document.domain, "name": document.name, "stage": one.name,
+                 "reason": answer.reason, "measured": answer.measured}
+            )  # fmt: skip
+            return None
+        if answer.text != document.text:
+            account.changed[one.name, document.domain] += 1
+        document = answer
+    return document
+
+
+def _ask(one: Built, document: Document) -> Document | Rejected:
+    try:
+        answer = one.apply(document)
+    except UserError:
+        raise
+    except Exception as error:  # a stranger's: anything
+        if one.part.ours or shortage(error):
+            raise
+        raise one.part.raised(error) from error
+    if not isinstance(answer, Document | Rejected):
+        raise one.part.fault(f"returned {article(answer)}; it must return a moelab.Document or Rejected", one.apply)
+    return answer
+
+
+def _write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
+    write_file(path, gzip.compress(content, ZIPPED, mtime=0))
