@@ -12,11 +12,12 @@ from typing import BinaryIO
 import numpy as np
 
 from moelab.data.minhash import SIZE, near_copies
-from moelab.safe_files import parse_json, read_object
+from moelab.safe_files import parse_json, read_bytes, read_object
 from moelab_tools.curate.account import EXACT, NEAR, SAME_SHINGLES, SAME_TEXT, Account
 from moelab_tools.curate.declaration import DeduplicateConfig
 from moelab_tools.curate.filtering import READING, ZIPPED
 
+LARGEST = 1 << 30  # bytes of numbers of one piece
 SHARD = 256_000_000  # bytes of text in a file of the output
 KEPT, EXACT_COPY, NEAR_COPY = 0, 1, 2
 
@@ -37,8 +38,7 @@ class Pieces:
 
     def copies(self, config: DeduplicateConfig, account: Account) -> np.ndarray:
         """[n] int8 over all kept documents: KEPT, EXACT_COPY or NEAR_COPY; the account says so too."""
-        loaded = [np.load(self.folder / f"{number:06d}.npz") for number in range(self.count)]
-        identities = np.concatenate([one["identities"] for one in loaded] or [np.zeros(0, np.uint64)])
+        identities = np.concatenate([self._numbers(number, "identities", np.uint64) for number in range(self.count)])
         what = np.full(len(identities), KEPT, np.int8)
         if config.exact and len(identities):
             _, first = np.unique(identities, return_index=True)
@@ -82,10 +82,13 @@ class Pieces:
         held = np.memmap(path, np.uint32, "w+", shape=(count, SIZE))
         begin = 0
         for number in range(self.count):
-            found = np.load(self.folder / f"{number:06d}.npz")["signatures"]
+            found = self._numbers(number, "signatures", np.uint32).reshape(-1, SIZE)
             held[begin : begin + len(found)] = found
             begin += len(found)
         return held
+
+    def _numbers(self, number: int, what: str, dtype: type[np.generic]) -> np.ndarray:
+        return np.frombuffer(read_bytes(self.folder / f"{number:06d}.{what}", READING, LARGEST), dtype)
 
     def _rows(self) -> Iterator[dict[str, str]]:
         for number in range(self.count):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 from moelab.atomic import write_file
 from moelab.data.corpus import Document
 from moelab.data.filtering import FilterContext, Rejected, TextFilter
-from moelab.data.minhash import SIZE, signature
+from moelab.data.minhash import signature
 from moelab.errors import DataError, UserError
 from moelab.hookspecs import TEXT_FILTERS
 from moelab.paths import Places
@@ -88,7 +87,7 @@ def is_done(work: Work, number: int, digest: str) -> bool:
 
 
 def make_piece(work: Work, built: Sequence[Built], number: int, documents: Sequence[Document], digest: str) -> None:
-    """Writes NUMBER.jsonl.gz, NUMBER.npz and, when these are whole, NUMBER.json."""
+    """Writes NUMBER.jsonl.gz, .identities (uint64), .signatures (uint32) and, when these are whole, NUMBER.json."""
     account, kept = Account(), []
     left_out: list[dict[str, str]] = []
     for document in documents:
@@ -103,14 +102,11 @@ def make_piece(work: Work, built: Sequence[Built], number: int, documents: Seque
     _write_lines(work.folder / f"{number:06d}.jsonl.gz", rows)
     if work.keep_rejected:
         _write_lines(work.folder / f"{number:06d}.rejected.jsonl.gz", left_out)
-    signatures = [signature(one.text) for one in kept] if work.near else []
-    arrays = io.BytesIO()
-    np.savez(
-        arrays,
-        identities=np.array([one.identity for one in kept], np.uint64),
-        signatures=np.array(signatures, np.uint32).reshape(len(signatures), SIZE),
-    )
-    write_file(work.folder / f"{number:06d}.npz", arrays.getvalue())
+    identities = np.array([one.identity for one in kept], np.uint64)
+    write_file(work.folder / f"{number:06d}.identities", identities.tobytes())
+    if work.near:
+        signatures = b"".join(signature(one.text).tobytes() for one in kept)
+        write_file(work.folder / f"{number:06d}.signatures", signatures)
     told = {"input": digest, "settings": work.settings, "kept": len(kept), "account": account.to_json()}
     write_file(work.folder / f"{number:06d}.json", json.dumps(told))
 

@@ -84,11 +84,11 @@ def _make(loaded: Loaded[CurateConfig], registry: Registry, work: Work, output: 
     work.folder.mkdir(parents=True, exist_ok=True)
     with Reading() as reading, _workers(config.workers, work) as pool:
         count = _read_all(loaded, registry, work, pool, reading)
+    if not count:
+        raise UserError("sources: no document with any text in it; check the paths")
     pieces = Pieces(work.folder, count)
     account = pieces.account()
     dropped = pieces.copies(config.deduplicate, account)
-    if not account.documents.total():
-        raise UserError("sources: no document with any text in it; check the paths")
     names = [f"{number + 1}. {stage.part['name']}" for number, stage in enumerate(work.stages)]
     made = work.folder.parent / "made"
     shutil.rmtree(made, ignore_errors=True)  # what a killed run had begun to put together
