@@ -19,6 +19,8 @@ from moelab.checkpoint import BEST, CONFIG
 from moelab.config.run import RunConfig
 from moelab.config.stored import stored, to_yaml
 from moelab.data.seen import read_record
+from moelab.in_shares import in_shares
+from moelab.integrity import Verify
 from moelab.parallel.process_group import joined, together
 from moelab.parallel.ranks import Ranks
 from moelab.paths import user_path
@@ -78,12 +80,12 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
         config.resume = True
         logger.warning("%s: torchrun starts it again (attempt %d): it goes on", run_dir, launcher.attempt())
     with joined(config.parallel, device) as ranks, writing_folder(run_dir, ranks, resume=config.resume) as folder:
-        _train(config, ranks, folder, observers if ranks.main else (), force=force, verify=verify)
+        _train(config, ranks, folder, observers if ranks.main else (), force=force, verify=in_shares(verify))
     return run_dir
 
 
 def _train(
-    config: RunConfig, ranks: Ranks, run_dir: Path, observers: Sequence[object], *, force: bool, verify: bool
+    config: RunConfig, ranks: Ranks, run_dir: Path, observers: Sequence[object], *, force: bool, verify: Verify
 ) -> None:
     """The part of one of the ranks, which writes into `run_dir`."""
     with ExitStack() as stack:
