@@ -90,6 +90,11 @@ def _refuse_unshardable(model: Transformer, meshes: Meshes, losses: Sequence[Nam
                 f"parallel.expert: {block.parts['backend'].title} can't have its experts on other processes: it needs "
                 "more of a token than its row; take parallel.expert=1, with which parallel.shard cuts them too"
             )
+        if ranks > 1 and block.chunk is not None and hasattr(block.backend, "around"):
+            raise ConfigError(
+                f"model.moe.expert_chunk: {block.parts['backend'].title} can't have its experts on other processes in "
+                "chunks: it needs more of a token than they carry; leave it null, or take parallel.expert=1"
+            )
         for part, built in block.plugin_parts():
             if not getattr(built, "shardable", True):
                 raise ConfigError(f"parallel: {part.title} declares that it can't be laid over several processes")

@@ -9,7 +9,8 @@ The collectives are those that `moelab.parallel` and FSDP2 make, and are held ag
     gradients   are reduced after the last micro-batch, or with `parallel.accumulate: pieces` after each
     replicas    add the reduced gradients, after the last micro-batch
     tokens      rows go to their experts and back, forward and backward; a layer that is computed again sends them
-                there and back once more, and gathers nothing more. Before them go E counts
+                there and back once more, and gathers nothing more. Before them go E counts. A backend that computes
+                every expert sends each token's row to each of them and back, forward
     sums        counts, losses, the gradient's norm: hundreds of bytes
 """
 
@@ -193,6 +194,10 @@ def _of_tokens(
         ways = 2 * (2 + again + extra)  # there and back: forward, backward, and what is computed besides
         found.append(Collective(TOKENS, EXCHANGE, ranks, 1, rows * width * ways, micro * ways))
         counted = micro * (1 + again + extra)
+        if getattr(block.backend, "computes_every_expert", False):  # forward, and not where a pass merely counts
+            shown, beside = micro * problem.tokens * block.layout.num_experts, 1 + again
+            found.append(Collective(TOKENS, EXCHANGE, ranks, 1, shown * width * 2 * beside, micro * 2 * beside))
+            counted += micro * beside
         found.append(Collective(TOKENS, EXCHANGE, ranks, 1, INT64 * block.layout.num_experts * counted, counted))
     return found
 
