@@ -73,7 +73,7 @@ def _apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> fl
 
 def test_gradients_are_reduced_once_a_step_however_many_micro_batches(tmp_path: Path) -> None:
     whole, split, pieces = run_on(2, grid.reductions, tmp_path, [(4, "whole"), (1, "whole"), (1, "pieces")])[0]
-    units = 2 * 2 + 1  # of each layer itself and its experts, and the root
+    units = 2 + 1  # the layers and the root
     assert (whole, split, pieces) == (units, units, 4 * units)
 
 
