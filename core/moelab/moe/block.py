@@ -86,8 +86,11 @@ class MoEBlock(nn.Module):
         return (y if shared is None else y + shared), self._record(routing, info, y, shared, shown)
 
     def reach(self, inner: ExpertBackend) -> ExpertBackend:
-        """A backend with the exchange around it where the experts lie on several processes."""
-        return inner if self.dealt is None else self.dealt(inner)
+        """A backend with the exchange around it, or within, where the experts lie on several processes."""
+        if self.dealt is None:
+            return inner
+        around = getattr(inner, "around", None)
+        return self.dealt(inner) if around is None else around(self.dealt)
 
     def _compute(self, shown: list[Tensor] | None) -> Callable[[Tensor, Routing, ExpertBank], Tensor]:
         """The backend, in chunks where a cap is set, and around both the exchange with other processes.

@@ -157,8 +157,10 @@ class ExpertBackend(Protocol):
     """Computes y[t] = sum over t's assignments of weight * down(act(gate x_t) * up x_t). Owns no parameters.
 
     One that in training also computes, forward, the experts that a token did not take says so with
-    `computes_every_expert = True`; its FLOPs are counted then. One that needs more of the tokens than rows and the
-    experts they go to says `dealable = False`: whole experts can't be dealt out to other processes then.
+    `computes_every_expert = True`; its FLOPs are counted then. Where whole experts lie on other processes, a backend is
+    handed the rows that came to its own, with weights of 1, and knows nothing more of their tokens. One that must know
+    more and hands on to another backend has `around(wrap) -> ExpertBackend`: itself at home, with `wrap` around that
+    one, which rows leave through. One that can't be dealt out so says `dealable = False`, and is refused there.
     """
 
     name: str

@@ -103,8 +103,8 @@ def predict(
     with FakeTensorMode():
         model = build_model(config, registry, seed=None)
         _check_dealt(model, problem)
+        sent = communication(model, problem, losses)  # before other backends stand there, to be counted
         saved = _saved(model, problem)
-    sent = communication(model, problem, losses)
     times = times_of(model, problem, sent, machine, counts_before(problem, losses)) if machine else None
     total = sum(parameter.numel() for parameter in model.parameters())
     return Plan(problem, _memory(model, problem, saved), sent, total, times)

@@ -27,6 +27,7 @@ from moelab.data.seen import RECORD, DataRecord, SeenText, history_of, record_of
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import ConfigError
 from moelab.hookspecs import DATA_SOURCES, MIXERS, OBSERVERS
+from moelab.integrity import Verify
 from moelab.moe.balance import NamedLoss
 from moelab.moe.block import MoEBlock
 from moelab.nn.allocator import keep_freed_memory
@@ -106,7 +107,7 @@ class Setup:
         return [module for module in self.model.modules() if isinstance(module, MoEBlock)]
 
 
-def prepare(config: RunConfig, registry: Registry, *, verify: bool = True, ranks: Ranks = ALONE) -> Setup:
+def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ranks: Ranks = ALONE) -> Setup:
     """Build everything; nothing is written. Raises UserError for whatever is wrong, naming key, file or plugin.
 
     `verify`: a checkpoint that it starts from is compared with its checksums. `ranks`: over which the model is laid
