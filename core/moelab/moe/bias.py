@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-METHODS = ("none", "bias", "quantile")
+METHODS = ("none", "bias", "proportional", "quantile")
 BINS = 1000  # of a histogram of margins, K3's number
 FINEST, WIDEST = 1e-4, 16.0  # margins: bins are even below the first and geometric up to the second
 _REACH = math.asinh(WIDEST / FINEST)  # bins are even in asinh(margin / FINEST), from -_REACH to _REACH
@@ -27,6 +27,19 @@ def sign_update(bias: Tensor, counts: Tensor, rate: float, centred: bool) -> Ten
     if centred:
         step = step - step.mean()
     return bias + rate * step
+
+
+def proportional_update(bias: Tensor, counts: Tensor, rate: float, target: float | None = None) -> Tensor:
+    """b_i + u * (target - load_i), loads as shares of all choices: bias [N], counts [E'] int64, N <= E' -> [N] fp32.
+
+    LongCat-Flash (2509.01322; its equation read in notes on the report): target K_e / (K N) for each of N experts, of
+    which a token is to take K_e of its K choices; what else can be chosen has no bias. Without one all E' are even.
+    A batch without tokens moves nothing.
+    """
+    load = counts.to(bias.device, torch.float32)
+    total = load.sum()
+    wanted = 1 / len(load) if target is None else target
+    return bias + rate * (wanted - load[: len(bias)] / total.clamp_min(1)) * (total > 0)
 
 
 def margin_histogram(scores: Tensor, bias: Tensor, top_k: int, mask: Tensor | None) -> Tensor:
