@@ -103,6 +103,13 @@ LOSS_CASES: dict[str, list[tuple[dict[str, Any], str | None, dict[str, Any], flo
     ],
     "router_orthogonality": [({}, None, {}, None), ({"kind": "simbal"}, None, {}, None)],
     "expert_similarity": [({}, None, {}, None)],
+    "communication": [
+        ({"num_devices": 4, "devices_per_token": 2}, None, {}, None),
+        ({"num_devices": 4, "devices_per_token": 2, "scope": "global"}, None, {}, None),
+        ({"scope": "global"}, "sigmoid_topk", {"n_group": 4, "topk_group": 2}, None),
+        ({"num_devices": 4}, "null_experts", {"num_null_experts": 4}, None),
+    ],
+    "expert_router_coupling": [({}, None, {}, None), ({"noise": False, "alpha": 0.5}, "null_experts", {}, None)],
     "remoe_l1": [({}, "remoe", {}, None)],
     "null_load_balance": [
         ({}, "moe_plus_plus", {"gating_residual": False}, 1.0),
