@@ -75,6 +75,7 @@ ROUTER_CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     ],
     "moe_plus_plus": [({}, {}), ({"capacity_factor": 0.8}, {}), ({"weights": "released", "gate_layers": 2}, {})],
     "expert_choice": [({}, {}), ({"max_experts_per_token": 3}, {})],
+    "expert_threshold": [({}, {}), ({"k_max": 3}, {}), ({}, {"num_experts_per_tok": 8})],
     "mixture_of_depths": [({"capacity": 0.5}, {})],
     "token_rounding": [({"tile": 2}, {}), ({"tile": 4, "rounding": "up", "norm_topk_prob": True}, {})],
     "forced_random": [({}, {})],

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moelab import ConfigError, MoEContext, Registry
+from moelab import ConfigError, LayerRecord, MoEContext, Registry
 from moelab.builder import build_model
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.hookspecs import ROUTERS
+from moelab.moe.batch_statistics import BatchStatistics
 from moelab.moe.bias import proportional_update
 from moelab.moe.block import MoEBlock
 from moelab.testing.tensors import dense_weights, fill_parameters, make_info
@@ -254,3 +255,56 @@ def test_a_pool_needs_leave_to_look_ahead() -> None:
     options = REGISTRY.select(ROUTERS, {"name": "softmax_topk", "document_pool": {"smallest": 2, "largest": 3}}, "r")[1]
     with pytest.raises(ConfigError, match="all of its document"):
         make(options, replace(CONTEXT, allow_noncausal=False))
+
+
+# ---- Expert threshold ----
+
+
+def test_before_its_first_step_a_threshold_router_takes_the_best() -> None:
+    router = build("expert_threshold")
+    routing = router(tokens(), make_info(1, 24, 64, training=True)).compact()
+    wanted = torch.zeros(24, 8).scatter_(1, routing.logits.topk(2).indices, 1.0) * routing.scores
+    torch.testing.assert_close(dense_weights(routing), wanted)
+
+
+def test_thresholds_are_the_quantiles_of_the_whole_batch() -> None:
+    """After one step on any split of it: each expert serves K / E of the tokens, the best of them, whoever they are."""
+    x, found = tokens(512), []
+    for parts in (1, 4):
+        router = build("expert_threshold")
+        statistics = BatchStatistics()
+        for part in x.chunk(parts):
+            routing = router(part, make_info(1, len(part), 64, training=True))
+            statistics.add([LayerRecord(0, routing, routing.counts(), demand=routing.demand())])
+        router.after_step(statistics.wanted[0], statistics.mean_statistics(0))
+        found.append(router.threshold.clone())
+        exact = router(x, make_info(1, 512, 64, training=False)).logits.sort(0, descending=True).values
+        assert (router.threshold <= exact[127 - 3]).all()  # 512 K / E = 128, within the width of a bin
+        assert (router.threshold >= exact[128 + 3]).all()
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_threshold_follows_slowly_after_its_first_steps() -> None:
+    """An exponential mean once 1 / (1 - ema) steps are seen, a plain one before."""
+    router, x = build("expert_threshold", threshold_ema=0.5), tokens(256)
+    info = make_info(1, 256, 64, training=True)
+    at = []
+    for shift in (0.0, 8.0, 8.0):
+        with torch.no_grad():
+            seen = x + shift * router.weight.sum(0) / router.weight.sum(0).square().sum()
+        routing = router(seen, info)
+        router.after_step(routing.demand(), routing.statistics)
+        at.append(router.threshold.sum().item())
+    assert at[1] - at[0] == pytest.approx(4.0, rel=0.05)  # the mean of two: half way to a sum that is 8 higher
+    assert at[2] - at[0] == pytest.approx(6.0, rel=0.05)
+
+
+def test_a_cap_drops_the_least_sure_and_counts_them() -> None:
+    free, capped = build("expert_threshold"), build("expert_threshold", k_max=2)
+    for router in (free, capped):
+        router.updates += 1
+    info = make_info(1, 24, 64, training=False)
+    every, some = free(tokens(), info), capped(tokens(), info)
+    assert torch.equal(every.choice_map(), some.choice_map())
+    assert some.dropped.item() == every.counts().sum() - some.counts().sum() > 0
+    assert torch.equal(dense_weights(every), torch.where(every.logits > 0, every.scores, 0.0))
