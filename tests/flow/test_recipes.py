@@ -40,6 +40,16 @@ RECIPES: dict[str, list[str]] = {
     "moe_plus_plus": [],
     "remoe": [],
     "expert_choice": SMALL,
+    "llama4_scout": [E, f"{LAYOUT}.moe_intermediate_size=16", "model.moe.shared_expert.intermediate_size=16"],
+    "deepseek_v4": [*SMALL, "model.moe.shared_expert.intermediate_size=16", "model.num_hidden_layers=4"],
+    "longcat_flash": [
+        *SMALL, f"{LAYOUT}.num_experts_per_tok=3", "model.moe.router.num_null_experts=4",
+        "model.moe.router.target_experts=2",
+    ],
+    "emo": [
+        *SMALL, "model.moe.shared_expert.intermediate_size=16",
+        "model.moe.router.document_pool={smallest: 2, largest: 8}",
+    ],
 }  # fmt: skip
 # What else a router needs in the tiny config.
 NEEDS: dict[str, list[str]] = {
