@@ -43,8 +43,10 @@ class TopKOptions(GateOptions):
     capacity_factor: float | None = None  # in training; null: dropless
     eval_capacity_factor: float | None = None  # in evaluation; null: dropless, and causal
     drop_policy: str = "probs"  # probs: the heaviest stay; position: first come, first choices before second
-    document_pool: DocumentPool | None = None  # a document chooses experts, its tokens among them (EMO); null: no pools
-    # Experts by token id from a fixed table, weights from the scores (DeepSeek-V4's first layers); null: by the scores.
+    # A document chooses experts, its tokens among them (EMO): {smallest, largest, evaluation} experts; null: no pools.
+    document_pool: DocumentPool | None = None
+    # Experts by token id from a fixed table, {seed, frequencies}, weights from the scores (DeepSeek-V4's first layers);
+    # null: the scores choose.
     token_table: TokenTable | None = None
     weights_on: str = "output"  # of the experts, or input: each sees w x (Llama 4; Megatron: moe_apply_probs_on_input)
 
