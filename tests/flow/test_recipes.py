@@ -73,8 +73,8 @@ NEEDS: dict[str, list[str]] = {
 # Even by construction, or (forced_random) but for chance: about 0.17 with 64 assignments an expert.
 EXACT = {"expert_choice": 0.01, "forced_round_robin": 0.01, "forced_random": 0.5}
 ROUTER_NAMES = sorted(Registry(entry_points=False).components(ROUTERS))
-# hash has the text's own load; remoe's loss steers how many experts serve, not how evenly.
-BALANCED = sorted(set(ROUTER_NAMES) - EXACT.keys() - {"hash", "remoe"})
+# hash has the text's own load; remoe's loss steers how many experts serve, not how evenly; thresholds need no loss.
+BALANCED = sorted(set(ROUTER_NAMES) - EXACT.keys() - {"hash", "remoe", "expert_threshold"})
 LOSS = "model.moe.balance_losses"
 # 50 steps must do what a run has thousands for: the first loss with weight 1, or
 PRESSED = {
