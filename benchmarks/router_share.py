@@ -130,23 +130,27 @@ def main() -> None:
             turn = (seconds(baseline.step), seconds(variant.step), seconds(variant.route))
             turns[title].append(turn)
         print(f"round {index + 1} of {arguments.rounds}", flush=True)
+        report(turns, arguments)
+
+
+def report(turns: dict[str, list[tuple[float, float, float]]], arguments: argparse.Namespace) -> None:
+    """After each round, so that one that is stopped leaves those it had."""
     results = {title: summary(found) for title, found in turns.items()}
-    order = sorted(results, key=lambda title: results[title]["share"])
     rows = [
         [
             title, f"{r['router_ms']:.1f}", f"{r['step_ms']:.0f}", f"{r['share']:.1%}",
             f"{min(r['share_spread']):.1%} .. {max(r['share_spread']):.1%}", f"{r['step_ratio']:.2f}",
         ]
-        for title in order
-        for r in [results[title]]
+        for title, r in sorted(results.items(), key=lambda item: item[1]["share"])
     ]  # fmt: skip
     head = ["router", "its ms a step", "step ms", "share of the step", "quartiles", f"step, of {BASELINE}'s"]
+    rounds = len(next(iter(turns.values())))
     table = (
         f"\n{arguments.tokens} tokens, {LAYERS} layers, hidden {HIDDEN}, {TOP_K} of {EXPERTS} experts of width {WIDTH} "
-        f"(switch 1, gshard 2), no balance loss, float32, one thread; medians of {arguments.rounds} turns, processor "
-        f"time\n\n{markdown_table(head, rows)}\n"
+        f"(switch 1, gshard 2), no balance loss, float32, one thread; medians of {rounds} turns, processor time, on a "
+        f"machine with other work (load_average)\n\n{markdown_table(head, rows)}\n"
     )
-    print(table)
+    print(table, flush=True)
     if arguments.out is not None:
         write_results(arguments.out, "router_share", machine(), results, [table])
 

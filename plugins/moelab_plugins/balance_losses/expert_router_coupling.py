@@ -61,7 +61,7 @@ class ExpertRouterCoupling:
         return layer_mean(records, self._layer)
 
     def _layer(self, record: LayerRecord) -> Tensor:
-        if record.router_weight is None or record.gate_up is None:
+        if record.router_weight is None or record.gate_up is None or record.down is None:
             raise ConfigError(
                 f"layer {record.layer_id}: this loss needs a router with a 'weight', and experts' weights"
             )
@@ -73,7 +73,7 @@ class ExpertRouterCoupling:
                 "and experts that see what the router sees"
             )
         rows = record.router_weight[:experts].to(torch.promote_types(gate_up.dtype, torch.float32))
-        gate = gate_up[:, : gate_up.shape[1] // 2].to(rows.dtype)  # [E, F, D]
+        gate = gate_up[:, : record.down.shape[1]].to(rows.dtype)  # [E, F, D]
         with torch.autocast(rows.device.type, enabled=False):
             if self.noise:
                 rows = rows * self._noise(rows.detach(), record)
