@@ -64,7 +64,7 @@ class Variant:
 
 
 def build(router: dict[str, Any], tokens: int) -> Variant:
-    top_k = {"switch": 1, "gshard": 2}.get(router["name"], TOP_K)
+    top_k = {"switch": 1, "base": 1, "gshard": 2}.get(router["name"], TOP_K)
     layout = {
         "name": "uniform", "num_experts": EXPERTS, "num_experts_per_tok": top_k, "moe_intermediate_size": WIDTH,
     }  # fmt: skip
@@ -147,8 +147,8 @@ def report(turns: dict[str, list[tuple[float, float, float]]], arguments: argpar
     rounds = len(next(iter(turns.values())))
     table = (
         f"\n{arguments.tokens} tokens, {LAYERS} layers, hidden {HIDDEN}, {TOP_K} of {EXPERTS} experts of width {WIDTH} "
-        f"(switch 1, gshard 2), no balance loss, float32, one thread; medians of {rounds} turns, processor time, on a "
-        f"machine with other work (load_average)\n\n{markdown_table(head, rows)}\n"
+        f"(switch and base 1, gshard 2), no balance loss, float32, one thread; medians of {rounds} turns, "
+        f"processor time, on a machine with other work (load_average)\n\n{markdown_table(head, rows)}\n"
     )
     print(table, flush=True)
     if arguments.out is not None:

@@ -56,6 +56,7 @@ ROUTER_CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "gshard": [({}, {}), ({"capacity_factor": 2.0}, {})],
     "noisy_topk": [({}, {})],
     "sinkhorn": [({}, {}), ({}, {"num_experts_per_tok": 1})],
+    "base": [({}, {"num_experts_per_tok": 1})],
     "hash": [({}, {})],
     "top_p": [({}, {}), ({"k_max": 2, "norm_topk_prob": True, "top_p": 0.8}, {})],
     "remoe": [({}, {}), ({"k_max": 3}, {})],

@@ -54,6 +54,7 @@ RECIPES: dict[str, list[str]] = {
 # What else a router needs in the tiny config.
 NEEDS: dict[str, list[str]] = {
     "switch": [f"{LAYOUT}.num_experts_per_tok=1"],
+    "base": [f"{LAYOUT}.num_experts_per_tok=1"],
     "noisy_topk": ["model.moe.balance_losses=[{name: importance}, {name: noisy_load}]"],
     "remoe": ["model.moe.balance_losses=[{name: remoe_l1}]"],
     "null_experts": ["model.moe.balance_losses=[{name: null_load_balance, kind: average}]"],
@@ -71,7 +72,7 @@ NEEDS: dict[str, list[str]] = {
 }
 
 # Even by construction, or (forced_random) but for chance: about 0.17 with 64 assignments an expert.
-EXACT = {"expert_choice": 0.01, "forced_round_robin": 0.01, "forced_random": 0.5}
+EXACT = {"base": 0.01, "expert_choice": 0.01, "forced_round_robin": 0.01, "forced_random": 0.5}
 ROUTER_NAMES = sorted(Registry(entry_points=False).components(ROUTERS))
 # hash has the text's own load; remoe's loss steers how many experts serve, not how evenly; thresholds need no loss.
 BALANCED = sorted(set(ROUTER_NAMES) - EXACT.keys() - {"hash", "remoe", "expert_threshold"})

@@ -54,6 +54,7 @@ CASES: list[tuple[str, int, dict[str, Any], bool]] = [
     ("gshard", 2, {"capacity_factor": 1.0}, True),
     ("noisy_topk", 1, {}, False),  # a softmax over one logit
     ("noisy_topk", 2, {}, True),
+    ("base", 1, {}, True),
     ("sinkhorn", 1, {}, True),
     ("top_p", 2, {}, True),
     ("remoe", 2, {}, True),

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moelab import ConfigError, LayerRecord, MoEContext, Registry
+from moelab import ConfigError, LayerRecord, MoEContext, Registry, Routing
 from moelab.builder import build_model
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.hookspecs import ROUTERS
 from moelab.moe.batch_statistics import BatchStatistics
 from moelab.moe.bias import proportional_update
 from moelab.moe.block import MoEBlock
+from moelab.moe.on_input import weigh_inputs
 from moelab.testing.tensors import dense_weights, fill_parameters, make_info
 
 REGISTRY = Registry(entry_points=False)
@@ -170,6 +171,15 @@ def test_experts_see_their_weight_times_the_token(capacity: float | None, more: 
         wanted[t] += (torch.nn.functional.silu(gate[e] @ seen) * (up[e] @ seen)) @ layer.experts.down[e].detach()
     torch.testing.assert_close(layer(x, info)[0], wanted)
     assert (weight > 0).sum() < 48 if capacity else (weight > 0).sum() == 48
+
+
+@pytest.mark.parametrize("top_k", [2, None])
+def test_a_placeholder_gives_nothing_even_where_an_expert_gives_something_for_nothing(top_k: int | None) -> None:
+    """An accelerator computes placeholders, and an expert with biases answers to zeros."""
+    x, served = tokens(3), torch.tensor([True, False, True, True, False, False])
+    routing = Routing.from_topk(torch.zeros(3, 2, dtype=torch.int64), torch.full((3, 2), 0.5), 8).serve(served)
+    found = weigh_inputs(lambda rows, _, bank: rows + 1)(x, replace(routing, top_k=top_k, weights_on_input=True), None)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, torch.tensor([[1.0], [2.0], [0.0]]) * (0.5 * x + 1))
 
 
 def test_a_dense_gradient_is_refused_for_weights_on_the_input() -> None:
