@@ -65,7 +65,7 @@ def config(
     router: dict[str, Any], layers: int = 2, patterns: dict[str, Any] | None = None, **changes: Any
 ) -> ModelConfig:
     """A layout of 8 experts, 2 a token, or 1 for a router that takes no other."""
-    top_k = 1 if router["name"] == "switch" else K
+    top_k = 1 if router["name"] in ("switch", "base") else K
     moe = {
         "layout": {"name": "uniform", "num_experts": E, "num_experts_per_tok": top_k, "moe_intermediate_size": F},
         "router": router,
@@ -277,7 +277,7 @@ def test_routers_declare_what_they_serve_when_balanced(router: dict[str, Any]) -
     experts, hidden, length, sequences = 16, 64, 256, 32
     options = {"capacity_factor": 1.0, **router} if router["name"] == "moe_plus_plus" else router
     context = moelab.MoEContext(
-        hidden, experts, 1 if router["name"] == "switch" else 4, F, 32, layer_id=0, num_hidden_layers=1,
+        hidden, experts, 1 if router["name"] in ("switch", "base") else 4, F, 32, layer_id=0, num_hidden_layers=1,
         vocab_size=4096, allow_noncausal=True,
     )  # fmt: skip
     try:
