@@ -31,6 +31,9 @@ from moelab.training.step import Observe, StepSettings, train_step
 PRECISION = Precision(torch.device("cpu"), torch.float32)
 STEPS = 4
 GLOBAL = {"name": "load_balance", "weight": 0.5, "scope": "global"}
+COMMUNICATION = {
+    "name": "communication", "weight": 0.5, "num_devices": 4, "devices_per_token": 2, "scope": "global",
+}  # fmt: skip
 SEQUENCE = {"name": "load_balance", "weight": 0.5, "scope": "sequence"}
 
 WEIGHTS = [{"name": "router_orthogonality", "weight": 0.1}, {"name": "expert_similarity", "weight": 0.3, "layers": "1"}]
@@ -47,6 +50,26 @@ MODELS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]] =
     "hash": ({"name": "hash"}, [], {}),
     "weights": ({"name": "softmax_topk"}, WEIGHTS, {}),
     "expert_choice": ({"name": "expert_choice"}, [], {"allow_noncausal": True}),
+    "steered": (
+        {
+            "name": "null_experts",
+            "num_null_experts": 4,
+            "null_output": "copy",
+            "norm_topk_prob": False,
+            "balance": "proportional",
+            "target_experts": 1.2,
+            "bias_update_rate": 0.1,
+            "gate": "cosine",
+        },
+        [],
+        {},
+    ),
+    "thresholds": ({"name": "expert_threshold", "gate_bias": True, "start": "orthogonal"}, [], {}),
+    "pools": (
+        {"name": "softmax_topk", "document_pool": {"smallest": 2, "largest": 5}, "weights_on": "input"},
+        [COMMUNICATION, {"name": "expert_router_coupling", "weight": 0.1}],
+        {"allow_noncausal": True},
+    ),
     "densemixer": ({"name": "softmax_topk"}, [], {"backend": {"name": "densemixer"}}),
 }
 # name -> (parallel, micro-batch size); the batch has 8 sequences

@@ -15,6 +15,7 @@ from moelab.moe.chunked import InChunks
 from moelab.moe.contracts import ExpertBackend, ExpertProblem, Router, SharedExpert
 from moelab.moe.experts import ExpertBank, compute_dtype
 from moelab.moe.layout import ExpertLayout
+from moelab.moe.on_input import weigh_inputs
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
 from moelab.plugin_faults import PluginPart
 
@@ -97,7 +98,7 @@ class MoEBlock(nn.Module):
 
         `shown`: takes the whole weights of the experts, where they lie in pieces.
         """
-        compute = self.reach(self.backend if self.chunk is None else InChunks(self.backend, self.chunk))
+        compute = weigh_inputs(self.reach(self.backend if self.chunk is None else InChunks(self.backend, self.chunk)))
         whole = self.whole_experts
         if shown is None or whole is None:
             return compute
@@ -150,6 +151,12 @@ class MoEBlock(nn.Module):
     @torch.no_grad()  # checkpointing counts what is saved, and the second computation does not look
     def _look(self, routing: Routing, x: Tensor) -> None:
         """The values of the first routing, while waiting for them costs nothing that counts."""
+        if routing.weights_on_input and getattr(self.backend, "computes_every_expert", False):
+            raise ConfigError(
+                f"model.moe.backend, layer {self.layer_id}: '{self.backend.name}' gives the weights of experts that a "
+                "token did not take a gradient, and weights on the experts' input have none there; set weights_on "
+                "output, or take another backend"
+            )
         self._refuse("router", promises.routing_values(routing, x))
 
     def _refuse(self, part: str, fault: str | None) -> None:

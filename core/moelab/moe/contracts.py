@@ -94,6 +94,7 @@ class BalanceContext:
     batch_counts: Mapping[int, Tensor] | None  # `LayerRecord.balance_counts`
     batch_tokens: Tensor | None = None  # scalar: unmasked tokens of the whole batch
     batch_choices: Mapping[int, Tensor] | None = None  # `LayerRecord.wanted`
+    batch_own: Mapping[int, Tensor] | None = None  # layer -> [M] int64, what this loss counts itself; None: as above
 
 
 @runtime_checkable
@@ -106,6 +107,8 @@ class BalanceLoss(Protocol):
 
     Optional, looked up by name:
     - `after_step(context)`: called once after each optimizer step with the whole batch's counts, to adapt `weight`.
+    - `batch_count(record) -> [M] int64`: what it needs counted over the whole batch beside the experts' loads, tokens
+      by group of experts say; without a wait for the device. Its sums are `context.batch_own`.
     - `shardable`: False for one that can't be laid over several processes (a router, shared expert or backend says it
       alike): it needs weights that no process holds whole, or decides by its data whether a parameter is used.
     - `needs_expert_weights`: True for one that reads `LayerRecord.gate_up` or `down`, which over several processes are
