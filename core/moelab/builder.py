@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -149,6 +150,25 @@ def positional_parts(
         scaling = registry.build(ROPE_SCALINGS, config.rope_scaling, context, ROPE_SCALINGS.key)
         _refuse(registry.part(ROPE_SCALINGS, config.rope_scaling, ROPE_SCALINGS.key), scaling_built(scaling), scaling)
     return kernels, scaling
+
+
+def reposition(
+    model: Transformer,
+    registry: Registry,
+    *,
+    attention: Mapping[str, Any] | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
+) -> None:
+    """Give a model another attention, or another scaling of its rotary embedding, its weights as they are.
+
+    Each a part, {name: ..., options}; None leaves what it has. Raises ConfigError as `build_model`, with nothing done.
+    """
+    changed = copy.copy(model.config)
+    changed.attention = model.config.attention if attention is None else dict(attention)
+    changed.rope_scaling = model.config.rope_scaling if rope_scaling is None else dict(rope_scaling)
+    changed.check()
+    kernels, scaling = positional_parts(changed, registry)
+    model.take_positions(changed, kernels, scaling)
 
 
 def moe_context(config: ModelConfig, layout: ExpertLayout, layer_id: int) -> MoEContext:

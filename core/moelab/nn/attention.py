@@ -17,8 +17,7 @@ from moelab.nn.norm import RMSNorm
 class Attention(nn.Module):
     """x [B, S, D] -> [B, S, D]."""
 
-    def __init__(self, config: ModelConfig, layer_id: int, kernel: AttentionKernel | None = None) -> None:
-        """`kernel`: what computes the heads; None: every earlier position is seen."""
+    def __init__(self, config: ModelConfig, layer_id: int) -> None:
         super().__init__()
         hidden_size, head_dim, bias = config.hidden_size, config.attention_head_dim, config.qkv_bias
         num_heads, num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
@@ -30,7 +29,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=False)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.use_qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.use_qk_norm else None
-        self.kernel = kernel or FullAttention(layer_id)
+        self.kernel: AttentionKernel = FullAttention(layer_id)  # what computes the heads
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         query, key, value = (self._heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))

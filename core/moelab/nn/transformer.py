@@ -20,6 +20,7 @@ from moelab.moe.block import MoEBlock
 from moelab.moe.routing import LayerRecord, RoutingOverride, TokenInfo
 from moelab.nn.attention import Attention
 from moelab.nn.attention_inputs import AttentionInputs, AttentionKernel, run_starts
+from moelab.nn.full_attention import FullAttention
 from moelab.nn.generate import Sampling, Speech, continue_text
 from moelab.nn.kv_cache import KVCache
 from moelab.nn.loss import token_cross_entropy
@@ -64,12 +65,10 @@ class LayerState:
 class DecoderLayer(nn.Module):
     """Pre-norm residual layer."""
 
-    def __init__(
-        self, config: ModelConfig, layer_id: int, mlp: SwiGLU | MoEBlock, kernel: AttentionKernel | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer_id: int, mlp: SwiGLU | MoEBlock) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer_id, kernel)
+        self.self_attn = Attention(config, layer_id)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
 
@@ -97,19 +96,23 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.speech: Callable[[], Speech] | Speech | None = None  # read when first asked; None: nobody knows
-        self.rope = Rope(config.attention_head_dim, config.rope_theta, scaling)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, i, mlp, kernels[i] if kernels is not None else None) for i, mlp in enumerate(mlps)
-        )
-        self.positional = Positional(
-            [attention.kernel for attention in self.modules() if isinstance(attention, Attention)],
-            scaling,
-            config.max_position_embeddings,
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config, i, mlp) for i, mlp in enumerate(mlps))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
+        self.take_positions(config, kernels or [None] * config.num_hidden_layers, scaling)
+
+    def take_positions(
+        self, config: ModelConfig, kernels: Sequence[AttentionKernel | None], scaling: RopeScaling | None
+    ) -> None:
+        """Compute with these from now on, as `config` says: `moelab.builder.reposition` makes them."""
+        self.config = config
+        self.rope = Rope(config.attention_head_dim, config.rope_theta, scaling)
+        attentions = [module for module in self.modules() if isinstance(module, Attention)]
+        for attention, kernel in zip(attentions, kernels, strict=True):
+            attention.kernel = kernel or FullAttention(attention.layer_id)
+        self.positional = Positional([a.kernel for a in attentions], scaling, config.max_position_embeddings)
 
     def tie_weights(self) -> None:
         """Make head and embedding one parameter where the config says so; `to_empty` parts them."""

@@ -69,7 +69,8 @@ class AttentionCase:
 
     def run(self, heads: Any, **more: Any) -> Tensor:
         """-> [B, H, S, d]."""
-        return self.build()(*heads, self.inputs(heads, **more))
+        query, key, value = heads
+        return self.build()(query, key, value, self.inputs(heads, **more))
 
     def oracle(self, heads: Any, documents: Tensor | None = None) -> Tensor:
         """The definition over all pairs, in float64. documents [S]."""
