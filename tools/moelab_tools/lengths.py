@@ -60,7 +60,11 @@ def at_lengths(
     for length in parse_lengths(lengths, trained):
         filled = positions.apply(model, registry, length, trained)
         sequences, at_once = max(1, budget // length), max(1, TOKENS_AT_ONCE // length)
-        evaluation = evaluate(model, ValidationBatches(corpus.validation, sequences, length, at_once), precision)
+        evaluation = evaluate(
+            model,
+            ValidationBatches(corpus.validation, sequences, length, at_once, apart=run.data.document_mask),
+            precision,
+        )
         bins = evaluation.places["position"]
         far = [sums for name, sums in bins.items() if int(name.split("-")[0]) >= trained]
         tokens = sum(float(sums.tokens.sum()) for sums in far)

@@ -49,7 +49,7 @@ class TokenContext:
     generator: torch.Generator | None = None
     measure: bool = False  # records hold the norms of the layers' outputs
     routing_override: RoutingOverride | None = None  # sends tokens elsewhere than their routers would
-    document_mask: bool = False  # attention and positions stay within a document, not only routers know of them
+    attention_id: Tensor | None = None  # attention and positions stay among equal neighbours; None: one a sequence
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Transformer(nn.Module):
         seen = mask if cache is None or mask is None else cache.extend_mask(mask)
         position_ids = torch.arange(past, past + seq, device=input_ids.device).expand(batch, seq)
         tokens = tokens or TokenContext()
-        documents = tokens.document_id if tokens.document_mask else None
+        documents = tokens.attention_id
         if documents is not None:
             if cache is not None:
                 documents = cache.extend_documents(documents)

@@ -94,7 +94,11 @@ def command(
     check_vocabulary(run.model.vocab_size, tokenizer, run.data.tokenizer)
     corpus = build_corpus_of(run, registry, tokenizer)
     batches = ValidationBatches(
-        corpus.validation, run.evaluation.sequences, run.train.sequence_length, evaluation_batch_size(run)
+        corpus.validation,
+        run.evaluation.sequences,
+        run.train.sequence_length,
+        evaluation_batch_size(run),
+        apart=run.data.document_mask,
     )
     history = history_of([folder], [str(checkpoint)])
     for line in seen_text(history, str(checkpoint), corpus, tokenizer, batches.documents_scored()).lines():
