@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moelab.registry import Registry
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
-OPTIONS = {"--attention": ATTENTIONS, "--rope-scaling": ROPE_SCALINGS}
+OPTIONS: dict[str, ExtensionPoint[Any, Any]] = {"--attention": ATTENTIONS, "--rope-scaling": ROPE_SCALINGS}
 TRAINED, FACTOR = "original_max_position_embeddings", "factor"
 
 
@@ -68,7 +68,7 @@ def trained_length(run: RunConfig | None, longest: int) -> int:
 
 def _part(option: str, said: str, registry: Registry, length: int, trained: int) -> tuple[dict[str, Any], str]:
     """(the part, what was filled in, in words)."""
-    point: ExtensionPoint[Any, Any] = OPTIONS[option]
+    point = OPTIONS[option]
     tree = read_tree(said, option)
     part = dict(tree) if isinstance(tree, Mapping) else {"name": str(said)}
     if not isinstance(tree, Mapping) and "{" in said:

@@ -96,13 +96,24 @@ class AttentionInputs:
 
     def _mask(self) -> Tensor | None:
         mask = attention_mask(self.padding, self.positions.shape[1], self.past, self.positions.device)
-        if self.documents is None:
+        if self.documents is None or not self.several_documents:
             return mask
         if mask is None:
             seq = self.positions.shape[1]
             mask = torch.ones(seq, seq, dtype=torch.bool, device=self.positions.device).tril()[None, None]
         same = self.documents[:, self.past :, None] == self.documents[:, None, :]
         return mask & same[:, None]
+
+    @property
+    def several_documents(self) -> bool:
+        """Whether documents meet in a sequence, as far as is known at no cost: True where an accelerator would wait."""
+        return self.once("several documents", self._several)
+
+    def _several(self) -> bool:
+        documents = self.documents
+        if documents is None:
+            return False
+        return documents.device.type != "cpu" or bool((documents != documents[:, :1]).any())
 
     @property
     def segments(self) -> Tensor | None:

@@ -48,7 +48,7 @@ def turned(
 def _in_blocks(inputs: AttentionInputs) -> bool:
     """Whether a mask is needed that would be large, or that leaves most out."""
     if inputs.documents is not None:
-        return True
+        return inputs.several_documents
     masked = inputs.padding is not None or inputs.past > 0
     return masked and inputs.positions.shape[1] * inputs.length > LARGEST_MASK
 

@@ -99,7 +99,7 @@ def test_what_was_read_is_what_the_batches_held(name: str) -> None:
 
 
 def test_one_document_can_not_be_packed() -> None:
-    with pytest.raises(DataError, match="data.packing: the training text is one document.*data.packing=stream"):
+    with pytest.raises(DataError, match=r"data.packing: the training text is one document.*data.packing=stream"):
         BestFitBatches(stream([80]), 1, SIZE, 0)
 
 
