@@ -36,6 +36,7 @@ SCORES = "lm_eval.json"  # of a run folder: what `--tasks` found last
 )
 @click.option("--limit", type=click.IntRange(1), help="With --tasks: examples of each task.")
 @click.option("--length", "lengths", help="Several: 1x,2x,4x of the trained length, or tokens: 512,4096.")
+@click.option("--passkey", type=click.IntRange(1), help="With --length: keys hidden at each depth, to be given back.")
 @position_options
 @NO_VERIFY
 def command(
@@ -47,6 +48,7 @@ def command(
     tasks: str | None,
     limit: int | None,
     lengths: str | None,
+    passkey: int | None,
     attention: str | None,
     rope_scaling: str | None,
 ) -> None:
@@ -59,9 +61,9 @@ def command(
     are those it was trained on, or those of CONFIG and the overrides (data.*, train.sequence_length, evaluation.*). A
     CONFIG that says another model or tokenizer is refused, unless its train.init_overrides names the key.
 
-    --length evaluates at several lengths in turn, as many tokens each; --attention and --rope-scaling reach beyond the
-    trained length without training. What they leave out is filled in and told: the trained length, and how many times
-    that the text is.
+    --length evaluates at several lengths in turn, as many tokens each: the loss by place, whether experts get other
+    loads beyond the trained length, and with --passkey whether a number hidden in the text is found. --attention and
+    --rope-scaling reach beyond the trained length without training; what they leave out is filled in and told.
 
     \b
     Example:
@@ -108,7 +110,8 @@ def command(
     if lengths is not None:
         if tasks is not None:
             raise click.UsageError("--length and --tasks: one at a time")
-        told = at_lengths(model, registry, run, corpus, precision, positions, lengths)
+        keys = None if passkey is None else (tokenizer, passkey)
+        told = at_lengths(model, registry, run, corpus, precision, positions, lengths, keys)
         click.echo(json.dumps([asdict(one) for one in told], indent=2) if as_json else "\n".join(length_lines(told)))
         return
     for line in positions.apply(model, registry, run.train.sequence_length, run.train.sequence_length):
