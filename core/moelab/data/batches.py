@@ -19,6 +19,7 @@ from moelab.data.permutation import Permutation
 from moelab.errors import DataError
 from moelab.seeds import derive_seed
 
+IGNORED = -100  # as a target
 _TOGETHER = 1 << 20  # windows whose places in the order are computed at once
 
 
@@ -168,7 +169,7 @@ def read_windows(
         target_bytes = torch.from_numpy(np.stack(known).astype(np.float64)) if known else None
     if apart:
         border = document[:, 1:] != document[:, :-1]
-        targets[border] = -100
+        targets[border] = IGNORED
         if target_bytes is not None:
             target_bytes[torch.from_numpy(border)] = 0.0
     return Batch(

@@ -13,13 +13,12 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from moelab.data.batches import Batch, TrainBatches, count_windows
+from moelab.data.batches import IGNORED, Batch, TrainBatches, count_windows
 from moelab.data.corpus import TokenStream
 from moelab.data.permutation import Permutation
 from moelab.errors import DataError
 from moelab.seeds import derive_seed
 
-IGNORED = -100  # as a target
 Piece = tuple[int, int, int]  # document, its first token, the token behind its last: places in the stream
 
 

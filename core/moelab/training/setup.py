@@ -22,7 +22,6 @@ from moelab.config.stored import is_sealed, stored, to_yaml
 from moelab.data.batches import ValidationBatches
 from moelab.data.corpus import Corpus, DataContext
 from moelab.data.lineage import LINEAGE, READING, Lineage, lineage_of, trained
-from moelab.data.packing import PACKINGS
 from moelab.data.promises import corpus_fault
 from moelab.data.seen import RECORD, DataRecord, SeenText, history_of, record_of_run, seen_text
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
@@ -131,7 +130,6 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True, ranks
     corpus = build_corpus_of(config, registry, tokenizer)
     train, micro = config.train, config.train.micro_batch_size or config.train.batch_size // ranks.size
     batches = build_batches(config, corpus, registry)
-    batches = training_batches(config, corpus)
     validation = ValidationBatches(
         corpus.validation,
         config.evaluation.sequences,
@@ -215,13 +213,6 @@ def build_corpus_of(config: RunConfig, registry: Registry, tokenizer: Tokenizer)
         chosen, _ = registry.select(DATA_SOURCES, data.source, "data.source")
         raise registry.part(DATA_SOURCES, data.source, "data.source").fault(fault, chosen.build)
     return corpus
-
-
-def training_batches(config: RunConfig, corpus: Corpus) -> TrainBatches:
-    """The batches that `data.packing` lays documents into."""
-    data, train = config.data, config.train
-    sizes = (train.batch_size, train.sequence_length)
-    return PACKINGS[data.packing](corpus.train, *sizes, config.order_seed, apart=data.document_mask)
 
 
 def starting_lineage(config: RunConfig, start: Start) -> Lineage | None:

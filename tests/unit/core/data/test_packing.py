@@ -12,6 +12,8 @@ import moelab
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.data.batches import TrainBatches, ValidationBatches
 from moelab.data.corpus import TokenStream
+from moelab.data.mixed_batches import MixedBatches
+from moelab.data.mixing import Mixer, Phase
 from moelab.data.packing import PACKINGS, BestFitBatches, ConcatBatches, PackedBatches
 from moelab.errors import DataError
 from moelab.nn.transformer import TokenContext
@@ -116,6 +118,17 @@ def test_windows_apart_have_no_target_across_a_border() -> None:
     for held in ValidationBatches(known, 4, SIZE, 4, apart=True):
         assert held.target_bytes is not None
         assert torch.equal(held.target_bytes, torch.where(held.targets >= 0, 3.0, 0.0).double())
+
+
+def test_a_mixer_deals_windows_alone() -> None:
+    """It says so of packing, and keeps documents apart like the rest."""
+    text = stream()
+    mixer = Mixer((Phase({"a": 0.5, "b": 0.5}),))
+    batch = MixedBatches(text, ["a", "b"], mixer, 4, SIZE, 0, apart=True).batch(0)
+    assert batch.attention_id is not None
+    assert torch.equal(batch.attention_id, batch.document_id)
+    ends = set((text.document_starts[1:]).tolist())
+    assert [[int(i) in ends for i in row] for row in batch.input_ids] == (batch.targets < 0).tolist()
 
 
 def model(attention: Any, router: str) -> Any:
