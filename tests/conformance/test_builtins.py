@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moelab import Registry, testing
 from moelab.hookspecs import (
+    ATTENTIONS,
     BALANCE_LOSSES,
     DATA_SOURCES,
     DENSE_SOURCES,
@@ -20,6 +23,7 @@ from moelab.hookspecs import (
     EXPERT_LAYOUTS,
     MIXERS,
     OBSERVERS,
+    ROPE_SCALINGS,
     ROUTERS,
     SHARED_EXPERTS,
     TEXT_FILTERS,
@@ -141,10 +145,67 @@ SHARED_CASES: dict[str, dict[str, Any]] = {
     "dense_residual": {},
 }
 
+# name -> (options, definition): the last from positions within a document, as `testing.attentions.Definition`.
+ATTENTION_CASES: dict[str, list[tuple[dict[str, Any], Callable[..., Any]]]] = {
+    "full": [({}, lambda i, j: (i - j, j <= i, torch.ones(())))],
+    "sliding_window": [
+        ({"window": 7}, lambda i, j: (i - j, i - j < 7, torch.ones(()))),
+        ({"window": 7, "layers": "0"}, lambda i, j: (i - j, i - j < 7, torch.ones(()))),
+    ],
+    "dual_chunk": [
+        ({}, lambda i, j: dual_chunk_distance(i, j, 12, 4, 15)),
+        ({"preset": "qwen_1m", "local": 5}, lambda i, j: dual_chunk_distance(i, j, 11, 5, 16)),
+        (
+            {"preset": None, "chunk": 8, "local": 3, "max_position": 12},
+            lambda i, j: dual_chunk_distance(i, j, 8, 3, 12),
+        ),
+        (
+            {"temperature": "static", "factor": 4.0},
+            lambda i, j: (*dual_chunk_distance(i, j, 12, 4, 15)[:2], torch.tensor((0.1 * math.log(4) + 1) ** 2)),
+        ),
+        (
+            {"temperature": "per_query"},
+            lambda i, j: (
+                *dual_chunk_distance(i, j, 12, 4, 15)[:2],
+                (0.1 * ((i + 1) / 16).clamp(min=1).log() + 1).square(),
+            ),
+        ),
+    ],
+}
+ROPE_SCALING_CASES: dict[str, tuple[dict[str, Any], Callable[..., float]]] = {
+    "none": ({}, lambda k, c, n: c.rope_theta ** (-2 * k / c.head_dim)),
+    "linear": ({"factor": 4.0}, lambda k, c, n: c.rope_theta ** (-2 * k / c.head_dim) / 4),
+    "dynamic": (
+        {"factor": 2.0},
+        lambda k, c, n: (c.rope_theta * (2 * max(n, 64) / 64 - 1) ** (16 / 14)) ** (-2 * k / c.head_dim),
+    ),
+    # Turns over 64 positions: 10.2 of the fastest, so none is kept whole; less than one from k = 3 on.
+    "yarn": ({"factor": 4.0}, lambda k, c, n: c.rope_theta ** (-k / 8) * (1 - min(k / 3, 1) * 0.75)),
+    "llama3": (
+        {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+        lambda k, c, n: llama3_frequency(c.rope_theta ** (-k / 8)),
+    ),
+}
+
+
+def dual_chunk_distance(i: torch.Tensor, j: torch.Tensor, s: int, w: int, most: int) -> tuple[torch.Tensor, ...]:
+    """Dual Chunk Attention (2402.17463), eq. 2 to 7: what a query at i takes a key at j to be away."""
+    back, inside = i // s - j // s, i % s
+    before = torch.where(inside < w, s + inside, most)
+    place = torch.where(back == 0, inside, torch.where(back == 1, before, most))
+    return place - j % s, j <= i, torch.ones(())
+
+
+def llama3_frequency(plain: float) -> float:
+    kept = min(max((64 * plain / (2 * math.pi) - 1) / 3, 0), 1)
+    return plain * (kept + (1 - kept) / 4)
+
 
 @pytest.mark.parametrize(
     ("point", "cases"),
     [
+        (ATTENTIONS, ATTENTION_CASES),
+        (ROPE_SCALINGS, ROPE_SCALING_CASES),
         (ROUTERS, ROUTER_CASES),
         (BALANCE_LOSSES, LOSS_CASES),
         (EXPERT_LAYOUTS, LAYOUT_CASES),
@@ -194,6 +255,25 @@ def test_a_layout_conforms(name: str) -> None:
 @pytest.mark.parametrize("name", SHARED_CASES)
 def test_a_shared_expert_conforms(name: str) -> None:
     testing.check_shared_expert(REGISTRY.components(SHARED_EXPERTS)[name], SHARED_CASES[name])
+
+
+@pytest.mark.parametrize("check", testing.ATTENTION_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    ("name", "options", "definition"), [(name, *case) for name, cases in ATTENTION_CASES.items() for case in cases]
+)
+def test_an_attention_conforms(
+    name: str,
+    options: dict[str, Any],
+    definition: Callable[..., Any],
+    check: Callable[[testing.AttentionCase], None],
+) -> None:
+    check(testing.AttentionCase(REGISTRY.components(ATTENTIONS)[name], options, definition=definition))
+
+
+@pytest.mark.parametrize("name", ROPE_SCALING_CASES)
+def test_a_rope_scaling_conforms(name: str) -> None:
+    options, reference = ROPE_SCALING_CASES[name]
+    testing.check_rope_scaling(REGISTRY.components(ROPE_SCALINGS)[name], options, reference)
 
 
 @pytest.mark.parametrize("name", sorted(set(REGISTRY.components(EXPERT_BACKENDS)) - {"auto"}))

@@ -132,7 +132,11 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
     train, micro = config.train, config.train.micro_batch_size or config.train.batch_size // ranks.size
     batches = build_batches(config, corpus, registry)
     validation = ValidationBatches(
-        corpus.validation, config.evaluation.sequences, train.sequence_length, evaluation_batch_size(config)
+        corpus.validation,
+        config.evaluation.sequences,
+        train.sequence_length,
+        evaluation_batch_size(config),
+        apart=config.data.document_mask,
     )
     if ranks.size > 1:
         model = _spread_model(ranks, config, registry, losses, precision, start)

@@ -218,7 +218,7 @@ def _routing_pass(
 
 def _token_context(part: Batch, step: int, index: int, seed: int) -> TokenContext:
     noise = generator(seed, "routing noise", step, index, device=part.input_ids.device)
-    return TokenContext(part.document_id, part.domain_id, noise)
+    return TokenContext(part.document_id, part.domain_id, noise, attention_id=part.attention_id)
 
 
 def router_parameters(model: Transformer) -> list[list[nn.Parameter]]:

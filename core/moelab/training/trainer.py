@@ -18,6 +18,7 @@ from moelab.atomic import write_file
 from moelab.checkpoint import BEST, CONFIG
 from moelab.config.run import RunConfig
 from moelab.config.stored import stored, to_yaml
+from moelab.data.packing import PackedBatches
 from moelab.data.seen import read_record
 from moelab.in_shares import in_shares
 from moelab.integrity import Verify
@@ -172,6 +173,8 @@ def _run(loop: Loop) -> None:
     """All remaining steps, then the summary, also when something went wrong on the way."""
     setup, progress, metrics = loop.setup, loop.progress, loop.metrics
     facts = environment_facts(setup) | {REPLANNED: to_json(loop.plan.changes)}
+    if isinstance(setup.batches, PackedBatches):
+        logger.info("data.packing %s: %s", setup.config.data.packing, setup.batches.fill().line())
     logger.info("%s: %s", facts["name"], {key: facts[key] for key in ("components", "parameters")})
     error: BaseException | None = None
     stack = ExitStack()
