@@ -131,13 +131,6 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
     corpus = build_corpus_of(config, registry, tokenizer)
     train, micro = config.train, config.train.micro_batch_size or config.train.batch_size // ranks.size
     batches = build_batches(config, corpus, registry)
-    validation = ValidationBatches(
-        corpus.validation,
-        config.evaluation.sequences,
-        train.sequence_length,
-        evaluation_batch_size(config),
-        apart=config.data.document_mask,
-    )
     if ranks.size > 1:
         model = _spread_model(ranks, config, registry, losses, precision, start)
     else:
@@ -156,7 +149,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         history=history,
         lineage=starting_lineage(config, start),
         batches=batches,
-        validation=validation,
+        validation=_held_out(config, corpus),
         model=model,
         optimizer=build_adamw(model, config.optimizer),
         balance_losses=losses,
@@ -169,6 +162,16 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         alarms=rehearsal.alarms,
         causality=rehearsal.causality,
         ranks=ranks,
+    )
+
+
+def _held_out(config: RunConfig, corpus: Corpus) -> ValidationBatches:
+    return ValidationBatches(
+        corpus.validation,
+        config.evaluation.sequences,
+        config.train.sequence_length,
+        evaluation_batch_size(config),
+        apart=config.data.document_mask,
     )
 
 
