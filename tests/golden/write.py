@@ -29,6 +29,7 @@ from moelab.config.upcycle import UpcycleConfig  # noqa: E402
 from moelab.errors import ConfigError  # noqa: E402
 from moelab.registry import Registry  # noqa: E402
 from moelab.training.setup import resolve_run  # noqa: E402
+from moelab_tools.curate.declaration import CurateConfig, stages  # noqa: E402
 
 TRAIN_BASE = "configs/train/tiny_moe.yaml"
 DECLARATION = "experiment.yaml"  # no config: what it declares stands in it, and its hash in its findings
@@ -68,6 +69,8 @@ def _resolved(path: Path, registry: Registry) -> dict[str, Any]:
     if any("recipe" in layer.tree for layer in file_layers(path)):
         return _upcycling(path, registry)
     kind = path.parts[1]
+    if kind == "data":
+        return _curation(path, registry)
     config = _load([TRAIN_BASE, str(path)] if kind == "moe" else [str(path)], RunConfig)
     config.search_path = []
     resolve_run(config, registry)
@@ -96,6 +99,20 @@ def _upcycling(path: Path, registry: Registry) -> dict[str, Any]:
         if key in moe:
             moe[key] = registry.resolve(point, moe[key], f"model.moe.{key}")
     return dataclasses.asdict(config)
+
+
+def _curation(path: Path, registry: Registry) -> dict[str, Any]:
+    """Its sources and filters; each stage with the domains that it is for."""
+    config = _load([str(path)], CurateConfig)
+    config.sources = [
+        registry.resolve(hookspecs.DATA_SOURCES, source, f"sources.{number}")
+        for number, source in enumerate(config.sources)
+    ]
+    found = [
+        dataclasses.asdict(stage) | registry.resolve(hookspecs.TEXT_FILTERS, stage.part, f"stages.{number}")
+        for number, stage in enumerate(stages(config))
+    ]
+    return dataclasses.asdict(config) | {"stages": [{k: v for k, v in one.items() if k != "part"} for one in found]}
 
 
 def main(folder: Path) -> None:
