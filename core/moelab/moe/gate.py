@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moelab.moe.contracts import MoEContext
 from moelab.moe.routing import TokenInfo
+from moelab.moe.surgery import ExpertRows
 from moelab.seeds import derive_seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,7 +35,13 @@ class GateOptions:
 
 
 class LinearRouter(nn.Module):
-    """Base of the routers that project x by one matrix `weight` [E', D], Hugging Face's `mlp.gate.weight`."""
+    """Base of the routers that project x by one matrix `weight` [E', D], Hugging Face's `mlp.gate.weight`.
+
+    A subclass that has tensors beside it says which of them have a row for each expert: `row_tensors`.
+    """
+
+    row_tensors: tuple[str, ...] = ("weight",)
+    equal_rows: str | None = None  # `ExpertRows.copies`
 
     def __init__(self, options: GateOptions, context: MoEContext, num_choices: int | None = None) -> None:
         super().__init__()
@@ -43,6 +50,11 @@ class LinearRouter(nn.Module):
         self.top_k = context.num_experts_per_tok
         self.layer_id = context.layer_id
         self.weight = nn.Parameter(torch.empty(num_choices or context.num_experts, context.hidden_size))
+
+    @property
+    def expert_rows(self) -> ExpertRows | str:
+        """What surgery on the experts does to its tensors."""
+        return ExpertRows(self.row_tensors, self.equal_rows)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, D] -> W x, [T, E'], in float32 or wider whatever the precision of the product was."""

@@ -19,7 +19,8 @@ from moelab.moe.contracts import ExpectedAssignments, MoEContext
 from moelab.moe.gate import GateOptions, LinearRouter, noise_generator
 from moelab.moe.routing import Routing, TokenInfo
 from moelab.moe.schedule import WeightSchedule
-from moelab.moe.selection import GROUP_SCORES, check_groups, group_limit, normalise
+from moelab.moe.selection import GROUP_SCORES, check_groups, group_limit, normalise, softmax_score
+from moelab.moe.surgery import ExpertRows
 
 
 @dataclass
@@ -85,6 +86,18 @@ class TopKRouter(LinearRouter):
     def expected_assignments(self) -> ExpectedAssignments:
         """K, or capacity_factor K where that is less."""
         return self.capacity.expected(self.top_k, self.top_k, "K of the layout")
+
+    @property
+    def expert_rows(self) -> ExpertRows | str:
+        """A row of the projection, and of the selection's bias where there is one.
+
+        A group scored by the sum of some of its members counts an expert and its copies otherwise than the expert.
+        """
+        tensors = self.row_tensors if self.options.balance == "none" else (*self.row_tensors, "bias")
+        if self.options.n_group > 1 and self.options.group_score != "max":
+            return ExpertRows(tensors)
+        shared = self.norm_topk_prob or self.score_function is softmax_score
+        return ExpertRows(tensors, "share" if shared else "whole")
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> K experts for each token."""

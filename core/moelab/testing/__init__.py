@@ -19,6 +19,7 @@ from moelab.testing.observers import OBSERVER_CHECKS, ObserverCase, check_observ
 from moelab.testing.report import ConformanceError
 from moelab.testing.routers import ROUTER_CHECKS, RouterCase, check_router
 from moelab.testing.shared_experts import SHARED_EXPERT_CHECKS, SharedExpertCase, check_shared_expert
+from moelab.testing.surgeries import SURGERY_CHECKS, SurgeryCase, check_surgery
 from moelab.testing.text_filters import TEXT_FILTER_CHECKS, TextFilterCase, check_text_filter
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "OBSERVER_CHECKS",
     "ROUTER_CHECKS",
     "SHARED_EXPERT_CHECKS",
+    "SURGERY_CHECKS",
     "TEXT_FILTER_CHECKS",
     "BackendCase",
     "BalanceLossCase",
@@ -44,6 +46,7 @@ __all__ = [
     "ObserverCase",
     "RouterCase",
     "SharedExpertCase",
+    "SurgeryCase",
     "TextFilterCase",
     "check_backend",
     "check_balance_loss",
@@ -55,5 +58,6 @@ __all__ = [
     "check_observer",
     "check_router",
     "check_shared_expert",
+    "check_surgery",
     "check_text_filter",
 ]

@@ -52,6 +52,7 @@ class ExpertChoice(LinearRouter):
     Cost: one top-C over positions for each expert; no balance loss needed.
     """
 
+    row_tensors = ("weight", "threshold")
     threshold: Tensor
     updates: Tensor
 
