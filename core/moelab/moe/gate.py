@@ -37,11 +37,12 @@ class GateOptions:
 class LinearRouter(nn.Module):
     """Base of the routers that project x by one matrix `weight` [E', D], Hugging Face's `mlp.gate.weight`.
 
-    A subclass that has tensors beside it says which of them have a row for each expert: `row_tensors`.
+    A subclass with other tensors that have a row for each expert names them in `row_tensors`.
     """
 
-    row_tensors: tuple[str, ...] = ("weight",)
+    row_tensors: tuple[str, ...] = ("weight", "gate_bias", "bias")  # where there are such
     equal_rows: str | None = None  # `ExpertRows.copies`
+    shared_rows: tuple[str, ...] = ()  # `ExpertRows.shared`
 
     def __init__(self, options: GateOptions, context: MoEContext, num_choices: int | None = None) -> None:
         super().__init__()
@@ -54,7 +55,10 @@ class LinearRouter(nn.Module):
     @property
     def expert_rows(self) -> ExpertRows | str:
         """What surgery on the experts does to its tensors."""
-        return ExpertRows(self.row_tensors, self.equal_rows)
+        if "table" in self._buffers:  # its values are experts
+            return "its table deals token ids to all experts at once; start a new run with another table"
+        rows = (name for name in self.row_tensors if isinstance(getattr(self, name, None), Tensor))
+        return ExpertRows(tuple(rows), self.equal_rows, self.shared_rows)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, D] -> W x, [T, E'], in float32 or wider whatever the precision of the product was."""

@@ -38,10 +38,13 @@ class ExpertRows:
     `copies`: of m experts with equal rows among m times as many experts and choices, each gets in evaluation 1/m of
     the weight that one had ("share": a softmax, or weights that are normalised), or all of it ("whole": a sigmoid).
     None: neither, so that no surgery that multiplies experts leaves the function as it is.
+    `shared`: those of `tensors` that count in scores of which m equal experts have 1/m each (a bias or a threshold on a
+    softmax): each of m gets 1/m of the value too, so that the same experts are chosen.
     """
 
     tensors: tuple[str, ...] = ()  # parameters and buffers of which row e is expert e's; rows behind the experts stay
     copies: str | None = None
+    shared: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,6 @@ def expert_rows_of(router: object, tensors: Sequence[str]) -> ExpertRows | str:
     if declared is None:
         return ExpertRows() if not tensors else f"it does not say which of {', '.join(tensors)} follow its experts"
     if isinstance(declared, ExpertRows):
-        unknown = [name for name in declared.tensors if name not in tensors]
+        unknown = [name for name in (*declared.tensors, *declared.shared) if name not in tensors]
         return f"its `expert_rows` names {unknown[0]}, which it does not have" if unknown else declared
     return str(declared)

@@ -20,7 +20,6 @@ from moelab.moe.gate import GateOptions, LinearRouter, noise_generator
 from moelab.moe.routing import Routing, TokenInfo
 from moelab.moe.schedule import WeightSchedule
 from moelab.moe.selection import GROUP_SCORES, check_groups, group_limit, normalise, softmax_score
-from moelab.moe.surgery import ExpertRows
 
 
 @dataclass
@@ -88,16 +87,22 @@ class TopKRouter(LinearRouter):
         return self.capacity.expected(self.top_k, self.top_k, "K of the layout")
 
     @property
-    def expert_rows(self) -> ExpertRows | str:
-        """A row of the projection, and of the selection's bias where there is one.
+    def equal_rows(self) -> str | None:  # type: ignore[override]
+        """What equal experts do with the weight that one of them had: `ExpertRows.copies`.
 
-        A group scored by the sum of some of its members counts an expert and its copies otherwise than the expert.
+        None where an expert and its copies count otherwise than the expert: a group scored by the sum of some of its
+        members, a pool of a fixed number, a weight that each expert's input is multiplied by.
         """
-        tensors = self.row_tensors if self.options.balance == "none" else (*self.row_tensors, "bias")
-        if self.options.n_group > 1 and self.options.group_score != "max":
-            return ExpertRows(tensors)
-        shared = self.norm_topk_prob or self.score_function is softmax_score
-        return ExpertRows(tensors, "share" if shared else "whole")
+        options = self.options
+        apart = getattr(options, "document_pool", None) is not None or getattr(options, "weights_on", "") == "input"
+        if apart or (options.n_group > 1 and options.group_score != "max"):
+            return None
+        return "share" if self.norm_topk_prob or self.score_function is softmax_score else "whole"
+
+    @property
+    def shared_rows(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The selection's bias, where it is added to scores that sum to one."""
+        return ("bias",) if self.score_function is softmax_score and self.options.balance != "none" else ()
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> K experts for each token."""

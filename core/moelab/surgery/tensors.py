@@ -17,6 +17,8 @@ from moelab.seeds import generator
 from moelab.tensor_parts import Shape, Stored
 
 GATE_UP, DOWN = "gate_up", "down"
+OUTPUT_BIAS = "down_bias"  # [E, D]; of the bank's other tensors, axis 1 runs over neurons
+WITH_NEURONS = (GATE_UP, "gate_up_bias", DOWN)
 BANK, ROUTER = "experts.", "router."  # what stands before the names of a layer's tensors
 FIRST, SECOND, COUNT = "exp_avg", "exp_avg_sq", "step"  # AdamW's state of a parameter
 VALUES = ""  # of the parameter itself
@@ -43,6 +45,8 @@ class LayerSurgery:
         if name.startswith(ROUTER):
             return (experts + old[0] - self.num_experts, *old[1:])
         blocks = self._blocks(name, old)
+        if not blocks:
+            return (experts, *old[1:])
         return (experts, blocks * self.plan.moe_intermediate_size, *old[2:])
 
     def make(self, name: str, moment: str, stored: Stored) -> Tensor:
@@ -89,21 +93,28 @@ class LayerSurgery:
 
     def _factor(self, name: str, moment: str, expert: NewExpert) -> float:
         """On the values: d of down. On a moment: r of exp_avg and r^2 of exp_avg_sq (see `moelab.moe.surgery`)."""
-        is_down = name == BANK + DOWN
+        is_output = name in (BANK + DOWN, BANK + OUTPUT_BIAS)
         if moment == VALUES:
-            return expert.down if is_down else 1.0
+            # The biases of all that were made of one expert, each by its weight, add up to the one that it had.
+            if name.startswith(ROUTER):
+                return 1 / expert.copies if name.removeprefix(ROUTER) in self.rows.shared else 1.0
+            bias = 1 / (expert.weight * expert.copies)
+            return expert.down if name == BANK + DOWN else bias if name == BANK + OUTPUT_BIAS else 1.0
         if name.startswith(ROUTER):
             gradient = 1 / expert.copies
         else:
-            gradient = expert.weight if is_down else expert.weight * expert.down
+            gradient = expert.weight if is_output else expert.weight * expert.down
         return gradient if moment == FIRST else gradient * gradient
 
     def _blocks(self, name: str, old: Shape) -> int:
-        """Of F neurons along axis 1."""
-        if name not in (BANK + GATE_UP, BANK + DOWN) or len(old) != 3 or old[1] % self.width:
+        """Of F neurons along axis 1; 0 where no axis runs over neurons."""
+        own = name.removeprefix(BANK)
+        if own == OUTPUT_BIAS:
+            return 0
+        if own not in WITH_NEURONS or old[1] % self.width:
             raise ConfigError(
-                f"layer {self.layer_id}: its experts hold '{name.removeprefix(BANK)}', and surgery knows no rule for "
-                f"it, only for {GATE_UP} and {DOWN}"
+                f"layer {self.layer_id}: its experts hold '{own}', and surgery knows no rule for it, only for "
+                f"{', '.join((*WITH_NEURONS, OUTPUT_BIAS))}"
             )
         return old[1] // self.width
 

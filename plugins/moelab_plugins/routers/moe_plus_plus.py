@@ -110,7 +110,7 @@ class MoEPlusPlus(LinearRouter):
             return "the width of its hidden layer follows the number of choices (gate_layers: 2)"
         if self.residual is not None:
             return "its residual joins every choice with every other (gating_residual)"
-        return ExpertRows(self.row_tensors)
+        return super().expert_rows
 
     @property
     def expected_assignments(self) -> ExpectedAssignments:

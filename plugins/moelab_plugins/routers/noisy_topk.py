@@ -32,7 +32,7 @@ class NoisyTopK(LinearRouter):
     Cost: a second [T, D] x [D, E] product.
     """
 
-    row_tensors = ("weight", "noise_weight")
+    row_tensors = (*LinearRouter.row_tensors, "noise_weight")
     equal_rows = "share"
 
     def __init__(self, options: NoisyTopKOptions, context: MoEContext) -> None:

@@ -54,7 +54,7 @@ class Prune:
         layout = self.context.layout
         goes = set(self.options.experts) or self._lowest(evidence)
         experts = tuple(NewExpert((expert,)) for expert in range(layout.num_experts) if expert not in goes)
-        because = "the tokens of the experts that went go to others"
+        because = f"the tokens of experts {', '.join(map(str, sorted(goes)))}, which go, are others' now"
         return LayerPlan(experts, self.top_k, layout.moe_intermediate_size, False, because)
 
     def _lowest(self, evidence: Evidence) -> set[int]:

@@ -12,6 +12,7 @@ from moelab.config.scalars import settle
 from moelab.config.text import read_tree
 from moelab.errors import ConfigError
 from moelab.hookspecs import SURGERIES
+from moelab.loading import read_model
 from moelab.moe.surgery import Scores, Surgery
 from moelab.routes.files import read_trace
 from moelab.surgery.carry_out import Operation, finish, left_out, prepare_operation, room_for, write_run
@@ -51,8 +52,10 @@ def operate(asked: Asked) -> Iterator[str]:
     layers = patient.layers(asked.layers)
     surgeries = surgeries_of(patient, node, layers, asked.seed)
     needs = frozenset[str]().union(*(surgery.needs for surgery in surgeries.values()))
-    texts = texts_of(patient, asked.over, trust=asked.trust) if asked.receipt or (needs and not asked.trace) else None
     with room_for(asked.output) as beside:  # before the work
+        texts = None
+        if asked.receipt or (needs and asked.trace is None):
+            texts = texts_of(patient, asked.over, trust=asked.trust)
         scores = _scores(asked, patient, surgeries, needs, texts)
         plans = plan_all(patient, node, surgeries, scores, asked.seed)
         identity = {
@@ -104,7 +107,7 @@ def _scores(
         return from_trace(read_trace(asked.trace), {layer: patient.layouts[layer].num_experts for layer in surgeries})
     assert texts is not None
     precision = choose_precision(texts.run.train)
-    model = moelab.load(patient.folder, device=precision.device, registry=patient.registry, verify=False)
+    model = read_model(patient.folder, device=precision.device, registry=patient.registry)
     batches = texts.batches(asked.data, asked.tokens)
     with Waiting("scoring, batches", len(batches)) as waiting:
         return measure(model, batches, precision, list(surgeries), needs, seen=waiting.step)
