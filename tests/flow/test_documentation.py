@@ -46,6 +46,7 @@ SMALL: dict[str, list[str]] = {
     "generate": ["--tokens", "4"],
     "trace": ["--tokens", "64"],
     "upcycle": UPCYCLING,
+    "surgery": ["--tokens", "128"],
     "export": ["--force"],  # a document may have named its result before
     # Each run of theirs is a process of its own: tests/unit/tools/sweep and experiments train some. This builds all.
     "sweep": ["--dry-run"],

@@ -87,17 +87,19 @@ class Patient:
         return self.tensors[f"layers.{layer_id}.mlp.{name}"].read()
 
 
-def open_patient(path: Path, *, trust: bool = False, verify: bool = True, registry: Registry | None = None) -> Patient:
-    """A run folder's newest checkpoint, or a checkpoint; headers are read, no weights.
-
-    Raises CheckpointError for what is no moelab checkpoint, ConfigError for a dense model.
-    """
+def run_to_operate_on(path: Path, *, verify: bool = True) -> Path:
+    """A run folder's newest checkpoint, or a checkpoint, as it was written. CheckpointError for other folders."""
     folder = verified(path, verify=verify)
     if not is_moelab(folder):
         raise CheckpointError(
             f"{folder}: is a Hugging Face folder, which has no run to go on with; surgery takes a run folder or one of "
             "its checkpoints (a run of one step, train.init_from, makes one)"
         )
+    return folder
+
+
+def open_patient(folder: Path, *, registry: Registry | None = None, trust: bool = False) -> Patient:
+    """What `run_to_operate_on` gave; headers are read, no weights. Raises ConfigError for a dense model."""
     config = read_run_config(folder)
     if config.model.moe is None:
         raise ConfigError(f"{folder}: its model is dense; `moelab upcycle` makes experts of a dense model")

@@ -33,6 +33,8 @@ class MergeOptions:
 class Merge:
     """Groups of like experts become their mean, weighted by load, the neurons of each first laid onto the busiest's.
 
+    Not exact, but for copies: experts with equal neurons and rows, and K divided by as many as there are.
+
     Formula: W = sum_j c_j P_j W_j with c_j = load_j / sum of the group's; the router's row is the same mean without
     P_j; exp_avg is the sum of theirs, and exp_avg_sq too, as far as gradients of different tokens are uncorrelated.
     Source: HC-SMoE (2410.08589, abstract opened; wazenmai/HC-SMoE bd77eba: mean outputs over all tokens, hierarchical
@@ -40,7 +42,6 @@ class Merge:
     experts as centres, alignment by weights for T5). Departure: both keep all E rows of the router and point several at
     one expert, which a bank of G experts with G rows can't say; REAP (2510.13999) shows what even that loses. Theirs
     measures similarity of router logits by default, here of rows. coactivation is no paper's.
-    Not exact, but for copies: experts with equal neurons and rows, and K divided by as many as there are.
     Use: less memory where experts are alike (expert_similarity in the log); elsewhere prune.
     Cost: outputs: every expert on every token of the text. align: O(F^3) for each expert.
     """

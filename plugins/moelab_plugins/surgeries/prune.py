@@ -29,14 +29,15 @@ class PruneOptions:
 class Prune:
     """The experts of the lowest score go, with their rows of the router; the others stay to the bit, moments too.
 
+    Not exact: tokens of a pruned expert go to the next best, and a softmax over all experts gives its weight to the
+    rest. Exact on a text that never chose it where weights are normalised over the chosen ones, or are sigmoids.
+
     Formula: reap: S_j = mean over the tokens routed to j of w_j |E_j(x)|, with the weights as the layer multiplies by
     them; an expert that no token chose scores 0. load: the number of such tokens. knockout: the loss without j, the
     other weights of its tokens scaled to the same sum, less the loss.
     Source: REAP (2510.13999, abstract opened; formula from its code, CerebrasResearch/reap 1970473,
     pruning_metrics.py). Departure: that code's weights are of a softmax over all experts, normalised or not by an
     option, whatever the model does; here they are the model's own.
-    Not exact: tokens of a pruned expert go to the next best, and a softmax over all experts gives its weight to the
-    rest. Exact on a text that never chose it where weights are normalised over the chosen ones, or are sigmoids.
     Use: less memory at the same compute; REAP's authors find it better than merging for generation.
     Cost: one pass over text for the scores, and for knockout one for every expert.
     """

@@ -33,8 +33,8 @@ class Split:
     outputs add up to it. They have equal rows and are chosen together. Where the router shares the weight among equals
     (softmax, or normalised weights), sum over parts of (w / m) (m d) is w d: the down projections are multiplied by m,
     in closed form. Where it gives each the whole weight (sigmoids that are not normalised), they stay as they are.
-    Source: fine-grained segmentation, DeepSeekMoE (2401.06066) 3.1, E to mE and K to mK at the same compute; there from
-    scratch. The factor is that of upcycling by virtual groups (2410.07524, abstract opened), one expert for the FFN.
+    Source: fine-grained segmentation, DeepSeekMoE (2401.06066, not opened), E to mE and K to mK at the same compute;
+    there from scratch. The factor m is that of upcycling by virtual groups (2410.07524), with an expert for the FFN.
     Use: finer routing from a coarse model: parts have different gradients, so their rows part by themselves.
     Cost: the router grows by m, and narrower experts compute less efficiently.
     """

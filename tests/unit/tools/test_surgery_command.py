@@ -32,6 +32,7 @@ from moelab.layouts import build_layouts
 from moelab.manifest import MANIFEST, manifest_bytes, plain_entry
 from moelab.surgery.patient import open_patient
 from moelab.tensor_file import write_tensors
+from moelab_tools.checkpoints import evaluation_config
 from moelab_tools.cli import run
 from moelab_tools.surgery.texts import texts_of
 
@@ -126,7 +127,7 @@ def test_the_receipt_says_what_evaluation_says(trained: Path, operate: Callable[
     layouts = build_layouts(config.model, moelab.Registry(entry_points=False))
     assert {layer: layout.num_experts for layer, layout in layouts.items()} == {1: 6, 2: 3}
     receipt = json.loads((output / "surgery.json").read_text())["receipt"]
-    probe = texts_of(open_patient(trained), ()).probe(2048)
+    probe = texts_of(_checkpoint(trained), *evaluation_config(trained, ())).probe(2048)
     nats = []
     for folder in (trained, output):
         with torch.no_grad():
@@ -261,7 +262,7 @@ def test_a_trace_decides_as_the_pass_that_it_recorded(
 
 
 def test_a_router_that_can_t_be_cut_is_named_with_its_reason(trained: Path) -> None:
-    patient = open_patient(trained)
+    patient = open_patient(_checkpoint(trained))
     config = dataclasses.replace(patient.config.model, moe=dataclasses.replace(patient.config.model.moe))
     said = {"hash": "its table deals token ids", "moe_plus_plus": "its residual joins every choice"}
     for name, reason in said.items():

@@ -20,7 +20,9 @@ from moelab_tools.verify_option import NO_VERIFY
 @click.option("--trace", type=USER_PATH, help="Score by the routes of a `moelab trace` instead: loads, coactivation.")
 @click.option("--tokens", type=click.IntRange(1), default=8192, show_default=True, metavar="N",
               help="About so many are scored on, and as many held-out ones judge.")  # fmt: skip
-@click.option("--over", multiple=True, metavar="KEY=VALUE", help="Over the run's own config: data.*, evaluation.*.")
+@click.option(
+    "--over", multiple=True, metavar="KEY=VALUE", help="Over the run's own config: data.*, plugins=[my_lab.surgery]."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is drawn by chance.")
 @click.option("--no-receipt", is_flag=True, help="Don't compare the result with the checkpoint on held-out text.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")

@@ -16,9 +16,10 @@ from moelab.loading import read_model
 from moelab.moe.surgery import Scores, Surgery
 from moelab.routes.files import read_trace
 from moelab.surgery.carry_out import Operation, finish, left_out, prepare_operation, room_for, write_run
-from moelab.surgery.patient import Patient, open_patient, plan_all, surgeries_of
+from moelab.surgery.patient import Patient, open_patient, plan_all, run_to_operate_on, surgeries_of
 from moelab.surgery.scores import FROM_TRACE, from_trace, measure
 from moelab.training.precision import choose_precision, set_threads
+from moelab_tools.checkpoints import evaluation_config
 from moelab_tools.surgery.receipt import layers_told, receipt_of
 from moelab_tools.surgery.texts import HELD_OUT, Texts, texts_of
 from moelab_tools.waiting import Waiting
@@ -46,8 +47,10 @@ class Asked:
 
 def operate(asked: Asked) -> Iterator[str]:
     """Do it; -> lines to print. Raises UserError before anything is written for whatever can't be."""
-    patient = open_patient(asked.checkpoint, trust=asked.trust, verify=asked.verify)
-    set_threads(patient.config.train)
+    folder = run_to_operate_on(asked.checkpoint, verify=asked.verify)
+    run, registry = evaluation_config(folder, asked.over, trust=asked.trust)
+    set_threads(run.train)
+    patient = open_patient(folder, registry=registry)
     node = {"name": asked.name, **_options(asked.arguments)}
     layers = patient.layers(asked.layers)
     surgeries = surgeries_of(patient, node, layers, asked.seed)
@@ -55,7 +58,7 @@ def operate(asked: Asked) -> Iterator[str]:
     with room_for(asked.output) as beside:  # before the work
         texts = None
         if asked.receipt or (needs and asked.trace is None):
-            texts = texts_of(patient, asked.over, trust=asked.trust)
+            texts = texts_of(folder, run, registry)
         scores = _scores(asked, patient, surgeries, needs, texts)
         plans = plan_all(patient, node, surgeries, scores, asked.seed)
         identity = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,10 +12,9 @@ from moelab.config.run import RunConfig
 from moelab.data.batches import ValidationBatches
 from moelab.data.corpus import Corpus
 from moelab.registry import Registry
-from moelab.surgery.patient import Patient
 from moelab.training.evaluate import evaluation_batch_size
 from moelab.training.setup import build_corpus_of, resolve_run
-from moelab_tools.checkpoints import evaluation_config, tokenizer_of
+from moelab_tools.checkpoints import tokenizer_of
 
 TRAIN, HELD_OUT = "train", "held-out"
 
@@ -52,9 +52,8 @@ class Texts:
         )  # fmt: skip
 
 
-def texts_of(patient: Patient, overrides: tuple[str, ...], *, trust: bool = False) -> Texts:
-    """Raises DataError where the run's data are not there any more, ConfigError for overrides that can't be."""
-    run, registry = evaluation_config(patient.folder, overrides, trust=trust)
+def texts_of(folder: Path, run: RunConfig, registry: Registry) -> Texts:
+    """Of a checkpoint with the config that `evaluation_config` gave. DataError where the data are gone."""
     resolve_run(run, registry)
-    tokenizer = tokenizer_of(patient.folder, run.data.tokenizer)
+    tokenizer = tokenizer_of(folder, run.data.tokenizer)
     return Texts(run, registry, build_corpus_of(run, registry, tokenizer))
