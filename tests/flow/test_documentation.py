@@ -137,6 +137,7 @@ ASSUMED = {
     "README.md": {"Qwen2-7B": "dense"},
     "docs/howto.md": {"Qwen2-7B": "dense", "upcycled": "exported"},
     "docs/upcycling.md": {"Qwen2-7B": "dense"},
+    "docs/surgery.md": {},
     "docs/traces.md": {"runs/moe": "moe_seed0", "traces/other": "trace"},
     "docs/checkpoints.md": {"Qwen2-7B": "dense", "upcycled": "exported", "runs/tiny_moe": "moe_seed0",
                             "exported/tiny_moe": "exported"},

@@ -24,7 +24,7 @@ from moelab.config.interpolation import escape
 from moelab.config.model import ModelConfig
 from moelab.config.text import write_tree
 from moelab.data.lineage import LINEAGE, converted, lineage_of
-from moelab.data.seen import RECORD
+from moelab.data.seen import carried_record
 from moelab.errors import CheckpointError, ConfigError, UserError
 from moelab.hf.carried import tokenizer_side_files
 from moelab.lock import hold_file
@@ -168,8 +168,7 @@ def _carried(operation: Operation) -> dict[str, bytes]:
     folder = operation.patient.folder
     tokenizer = read_origin(folder).own_tokenizer()
     files = tokenizer_side_files(folder) | model_files(folder, ids=True) | (tokenizer.files() if tokenizer else {})
-    if (folder / RECORD).is_file():
-        files[RECORD] = (folder / RECORD).read_bytes()
+    files |= carried_record([folder])
     return files | {LINEAGE: _lineage(operation).to_bytes()}
 
 

@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_dir=str(base / "run"),
         model=model,
         data=DataConfig(source={"name": "jsonl", "paths": [str(base / "a.jsonl")]}, validation_fraction=0.3),
-        train=TrainConfig(steps=8, batch_size=2, sequence_length=32, save_every=4, threads=1, log_every=2),
+        train=TrainConfig(steps=8, batch_size=2, sequence_length=32, save_every=4, threads=1, log_every=3),
         optimizer=OptimizerConfig(lr=3e-3),
         evaluation=EvaluationConfig(every=4, sequences=4, sample_tokens=0),
         observers=[],
@@ -100,6 +100,8 @@ def test_a_split_run_goes_on_with_the_same_function_step_and_moments(
     assert (after / RECORD).read_bytes() == (before / RECORD).read_bytes()
     old, new = read_state(before), read_state(after)
     assert all(old[key] == new[key] for key in ("step", "tokens", "seconds", "served_weights", "data_fingerprint"))
+    assert old["counts"] and not new["counts"] and old["expert_load"].keys() == {"1", "2"} and not new["expert_load"]
+    assert old["best_evaluation"] and "best_evaluation" not in new
     one, other = _tensors(before, MODEL), _tensors(after, MODEL)
     assert one.keys() == other.keys()
     changed = {name for name in one if one[name].shape != other[name].shape}
