@@ -22,8 +22,8 @@ from moelab.hookspecs import (
     OBSERVERS,
     ROUTERS,
     SHARED_EXPERTS,
-    TEXT_FILTERS,
     SURGERIES,
+    TEXT_FILTERS,
 )
 from moelab.testing import initialisers
 from moelab.testing.routers import CONTEXT
