@@ -77,7 +77,8 @@ def main() -> None:
 WHAT = """Sent by a process in an optimizer step, the mean over processes, counted by a dispatch mode at the calls of
 `torch.distributed` (backward and FSDP's own included) and weighed as rings send. The formula is `moelab plan`'s; it is
 given the rows that the routing of the step sent away, and as declared they leave evenly, as the plan has it. Counted at
-the API: gloo itself puts twice as much on the wire for a reduce-scatter."""
+the API. On gloo gradients are reduced by an all-to-all and a sum (`moelab.parallel.reduce`), which is counted as a
+reduce-scatter: gloo's own would put twice as much on the wire."""
 
 
 def config(chunk: int | None) -> ModelConfig:

@@ -1,6 +1,7 @@
 """Does a process hold what `moelab plan` says? Resident sets of real training steps on 1, 2 and 4 processes.
 
 python benchmarks/memory_per_rank.py                    # results in benchmarks/results/memory_per_rank.md
+python benchmarks/memory_per_rank.py --width 512        # of a larger model, in memory_per_rank_512.md
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ CASES = [
     Case({"replicate": 2, "shard": 2, "expert": 2}, 4, 1, 256),
 ]
 STEPS = 4
+WIDTH = 384
 
 WHAT = """The largest resident set (VmHWM, set back before the first step) of a process in four steps of AdamW, of the
 rank that holds most, against `moelab plan`'s peak, which counts Python and its libraries as 0.44 GB, and with bf16 as
@@ -61,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--cases", default="", help="numbers of those to run, with commas; all of them otherwise")
-    parser.add_argument("--width", type=int, default=384, help="hidden size")
+    parser.add_argument("--width", type=int, default=WIDTH, help="hidden size")
     chosen = parser.parse_args()
     numbers = [int(part) for part in chosen.cases.split(",") if part] or range(len(CASES))
     results, rows = [], []
@@ -77,7 +79,9 @@ def main() -> None:
             rows[-1] += [f"{said / 1e9:.2f}", f"{seen / 1e9:.2f}", f"{seen / said:.2f}"]
         print(" | ".join(rows[-1]), flush=True)
     head = ["step", "M parameters", "plan, GB", "resident, GB", "ratio", "without Python: plan", "grown", "ratio"]
-    write_results(chosen.output, "memory_per_rank", machine(), results, ["", WHAT, "", markdown_table(head, rows), ""])
+    name = "memory_per_rank" + (f"_{chosen.width}" if chosen.width != WIDTH else "")
+    facts = machine() | {"hidden": chosen.width}
+    write_results(chosen.output, name, facts, results, ["", WHAT, "", markdown_table(head, rows), ""])
 
 
 def config(width: int) -> ModelConfig:

@@ -31,7 +31,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             found = run_on(world, grid.run_layouts, folder, [layout], list(grid.MODELS), name, False)[0]
-            for model in (name for name in grid.MODELS if grid.fits(layout, name)):
+            for model in grid.MODELS:
                 if (model, micro) not in alone:
                     alone[model, micro] = grid.steps(model, None, micro)
                 print(_row(layout, world, model, found[f"{layout}-{model}"], alone[model, micro], folder), flush=True)

@@ -38,10 +38,10 @@ def train(config: moelab.RunConfig) -> tuple[torch.nn.Module, list[float]]:
 
         # The loss of the language model is a mean over tokens; each balance loss sees how every layer routed them.
         terms = [output.token_loss.sum() / int((batch.targets >= 0).sum())]
-        routed = moelab.BatchStatistics(for_losses=bool(run.balance_losses))
+        routed = moelab.BatchStatistics(run.balance_losses)
         routed.add(output.records)
         for balance in run.balance_losses:
-            terms.append(balance(output.records, routed.context()) * balance.weight_at(step))
+            terms.append(balance(output.records, routed.context(balance)) * balance.weight_at(step))
         loss = torch.stack(terms).sum()
         loss.backward()
 
@@ -50,7 +50,7 @@ def train(config: moelab.RunConfig) -> tuple[torch.nn.Module, list[float]]:
         optimizer.step()
         routed.after_step(run.blocks, step)  # routers that balance without a loss move their biases here
         for balance in run.balance_losses:
-            balance.after_step(routed.context())
+            balance.after_step(routed.context(balance))
         losses.append(loss.item())
     return model, losses
 

@@ -80,7 +80,8 @@ class Collectives(TorchDispatchMode):
             self.by_kind[kind].calls += 1
 
 
-_KINDS = {"_allgather_base_": GATHER, "_reduce_scatter_base_": REDUCE, "allreduce_": SUM}
+# On gloo a reduce-scatter is an all-to-all and a sum, and rows of tokens go by the functional one.
+_KINDS = {"_allgather_base_": GATHER, "alltoall_base_": REDUCE, "allreduce_": SUM}
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,9 @@ from moelab.training.step import Observe, StepSettings, train_step
 PRECISION = Precision(torch.device("cpu"), torch.float32)
 STEPS = 4
 GLOBAL = {"name": "load_balance", "weight": 0.5, "scope": "global"}
+COMMUNICATION = {
+    "name": "communication", "weight": 0.5, "num_devices": 4, "devices_per_token": 2, "scope": "global",
+}  # fmt: skip
 SEQUENCE = {"name": "load_balance", "weight": 0.5, "scope": "sequence"}
 
 WEIGHTS = [{"name": "router_orthogonality", "weight": 0.1}, {"name": "expert_similarity", "weight": 0.3, "layers": "1"}]
@@ -47,9 +50,28 @@ MODELS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]] =
     "hash": ({"name": "hash"}, [], {}),
     "weights": ({"name": "softmax_topk"}, WEIGHTS, {}),
     "expert_choice": ({"name": "expert_choice"}, [], {"allow_noncausal": True}),
+    "steered": (
+        {
+            "name": "null_experts",
+            "num_null_experts": 4,
+            "null_output": "copy",
+            "norm_topk_prob": False,
+            "balance": "proportional",
+            "target_experts": 1.2,
+            "bias_update_rate": 0.1,
+            "gate": "cosine",
+        },
+        [],
+        {},
+    ),
+    "thresholds": ({"name": "expert_threshold", "gate_bias": True, "start": "orthogonal"}, [], {}),
+    "pools": (
+        {"name": "softmax_topk", "document_pool": {"smallest": 2, "largest": 5}, "weights_on": "input"},
+        [COMMUNICATION, {"name": "expert_router_coupling", "weight": 0.1}],
+        {"allow_noncausal": True},
+    ),
     "densemixer": ({"name": "softmax_topk"}, [], {"backend": {"name": "densemixer"}}),
 }
-UNDEALT = ("densemixer",)  # can't have its experts on other processes
 # name -> (parallel, micro-batch size); the batch has 8 sequences
 LAYOUTS: dict[str, tuple[dict[str, int], int]] = {
     "replicate2": ({"replicate": 2}, 2),
@@ -88,11 +110,6 @@ def batch_of(step: int) -> Batch:
     same = torch.arange(8)[:, None].expand(8, 24).contiguous()
     targets = ids[:, 1:].masked_fill(~mask, -100)
     return Batch(ids[:, :-1].contiguous(), targets.contiguous(), same, torch.zeros_like(same), mask)
-
-
-def fits(layout: str, name: str) -> bool:
-    """Whether a model can be laid so."""
-    return name not in UNDEALT or LAYOUTS[layout][0].get("expert", 1) == 1
 
 
 def steps(
@@ -142,7 +159,7 @@ def run_layouts(
     results: dict[str, Any] = {}
     for layout in layouts:
         parallel, micro = LAYOUTS[layout]
-        for name in (name for name in models if fits(layout, name)):
+        for name in models:
             found = steps(name, parallel, micro, checkpointing, dtype)
             weights = found.pop("weights")
             if torch.distributed.get_rank() == 0:
@@ -183,11 +200,16 @@ def refusals() -> list[str]:
     stubborn = moelab.build_model(config, registry, seed=1)
     next(iter(moe_blocks(stubborn))).router.shardable = False
     size = Group().size
-    mixed = dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend={"name": "densemixer"}))
+    mixed = dataclasses.replace(
+        config, moe=dataclasses.replace(config.moe, backend={"name": "densemixer"}, expert_chunk=10)
+    )
+    undealt = moelab.build_model(config, registry, seed=1)
+    vars(next(iter(moe_blocks(undealt))).backend)["dealable"] = False
     tries: list[Callable[[], object]] = [
         lambda: parallelise(
             moelab.build_model(mixed, registry, seed=1), make_meshes(ParallelConfig(shard=2, expert=2), size, "cpu")
         ),
+        lambda: parallelise(undealt, make_meshes(ParallelConfig(shard=2, expert=2), size, "cpu")),
         lambda: make_meshes(ParallelConfig(replicate=3), size, "cpu"),
         lambda: make_meshes(ParallelConfig(replicate=2, expert=2), size, "cpu"),
         lambda: parallelise(
@@ -217,7 +239,7 @@ def reductions(tries: list[tuple[int, str]]) -> list[int]:
         counting = _Counting()
         with counting:
             train_step(model, optimizer, losses, batch_of(0), 0, StepSettings(micro, 1.0, 0, PRECISION), ranks=ranks)
-        found.append(counting.names.count("c10d::_reduce_scatter_base_"))
+        found.append(counting.names.count("c10d::alltoall_base_"))
     return found
 
 

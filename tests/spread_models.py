@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import moelab
+import moelab.manifest as manifest_module
 import parallel_grid as grid
 from moelab.builder import build_balance_losses, build_hollow
 from moelab.checkpoint import MODEL, load_model_tensors
 from moelab.config.model import ModelConfig
 from moelab.config.run import OptimizerConfig, ParallelConfig
 from moelab.errors import CheckpointError
+from moelab.in_shares import in_shares
+from moelab.integrity import newest_whole, verified
 from moelab.loading import open_weights
+from moelab.manifest import read_manifest
 from moelab.moe.balance import NamedLoss
 from moelab.nn.pieces import held, is_piece
 from moelab.nn.transformer import Transformer
@@ -166,3 +172,32 @@ def alone_state(folder: Path) -> dict[str, str]:
     trained(model, training, range(2), ALONE)
     save_checkpoint(folder, model, training, {"step": 2}, {"config.yaml": CONFIG})
     return digest(model, training)
+
+
+def bytes_of(folder: Path) -> int:
+    """Of all that a checkpoint's manifest lists."""
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    return manifest.nbytes
+
+
+def goes_on(run: str, port: int) -> dict[str, Any]:
+    """What a process that torchrun started hears of a run's checkpoints, and how much of the second one it read."""
+    rank, world = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {
+        "RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    read, hashing = [0], manifest_module.checksum_of_span
+
+    def counted(descriptor: int, offset: int, nbytes: int) -> str:
+        read[0] += nbytes * ("step_00000001" in os.readlink(f"/proc/self/fd/{descriptor}"))
+        return hashing(descriptor, offset, nbytes)
+
+    manifest_module.checksum_of_span = counted
+    choice, once = newest_whole(Path(run), verify=in_shares(True)), read[0]
+    try:
+        verified(Path(run), verify=in_shares(True))
+    except CheckpointError as error:
+        return {"choice": repr(choice), "read": once, "refused": str(error)}
+    raise AssertionError("was not refused")

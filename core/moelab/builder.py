@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from moelab.config.model import ModelConfig
+from moelab.config.rope_scaling import as_part
 from moelab.errors import ConfigError
-from moelab.hookspecs import BALANCE_LOSSES, EXPERT_BACKENDS, EXPERT_LAYOUTS, ROUTERS, SHARED_EXPERTS, ExtensionPoint
+from moelab.hookspecs import (
+    ATTENTIONS,
+    BALANCE_LOSSES,
+    EXPERT_BACKENDS,
+    EXPERT_LAYOUTS,
+    ROPE_SCALINGS,
+    ROUTERS,
+    SHARED_EXPERTS,
+    ExtensionPoint,
+)
 from moelab.layouts import build_layout, build_layouts
 from moelab.moe import promises
 from moelab.moe.balance import COMMON_KEYS, NamedLoss, split_common
@@ -19,8 +30,12 @@ from moelab.moe.contracts import BackendContext, BalanceLossContext, ExpertBacke
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
 from moelab.moe.per_layer import LayerParts, layer_parts, match_layers
+from moelab.nn.attention import attention_context
+from moelab.nn.attention_inputs import AttentionKernel
 from moelab.nn.init import initialise, release
 from moelab.nn.mlp import SwiGLU
+from moelab.nn.positional_promises import attention_built, scaling_built
+from moelab.nn.rope import RopeContext, RopeScaling
 from moelab.nn.transformer import Transformer
 from moelab.plugin_faults import PluginPart, plugins_told
 from moelab.registry import Registry
@@ -44,7 +59,7 @@ def build_model(
     registry = registry or Registry()
     device = torch.device(device)
     with _seeded(derive_seed(seed or 0, "build")), device:
-        model = Transformer(config, list(_mlps(config, registry)))
+        model = Transformer(config, list(_mlps(config, registry)), *positional_parts(config, registry))
     if seed is not None and device.type != "meta":
         with plugins_told():  # a router may fill its own parameters
             initialise(model, config.initializer_range, seed, stored)
@@ -68,7 +83,7 @@ def build_hollow(config: ModelConfig, registry: Registry, *, device: torch.devic
                 release(mlp)
                 mlps.append(mlp)
         with torch.device("meta"):
-            model = Transformer(config, mlps)
+            model = Transformer(config, mlps, *positional_parts(config, registry))
     with plugins_told():
         initialise(model, config.initializer_range, seed)
     return model
@@ -100,6 +115,10 @@ def build_balance_losses(config: ModelConfig, registry: Registry) -> list[NamedL
 
 def resolve_model(config: ModelConfig, registry: Registry) -> None:
     """Write every default of the chosen plugins into the config, in place: what is stored beside the run."""
+    if config.rope_scaling is not None:
+        config.rope_scaling = registry.resolve(ROPE_SCALINGS, as_part(config.rope_scaling), ROPE_SCALINGS.key)
+    if config.attention is not None:
+        config.attention = registry.resolve(ATTENTIONS, config.attention, ATTENTIONS.key)
     moe = config.moe
     if moe is None:
         return
@@ -112,6 +131,44 @@ def resolve_model(config: ModelConfig, registry: Registry) -> None:
         own, _, _ = split_common(node, where)
         common = {key: node[key] for key in COMMON_KEYS if node.get(key) is not None}
         moe.balance_losses[index] = registry.resolve(BALANCE_LOSSES, own, where) | common
+
+
+def positional_parts(
+    config: ModelConfig, registry: Registry
+) -> tuple[list[AttentionKernel | None], RopeScaling | None]:
+    """The attention of each layer, None for full, and the scaling of the rotary embedding, None for plain."""
+    kernels: list[AttentionKernel | None] = [None] * config.num_hidden_layers
+    scaling = None
+    if config.attention is not None:
+        part = registry.part(ATTENTIONS, config.attention, ATTENTIONS.key)
+        for layer_id in range(config.num_hidden_layers):
+            kernel = registry.build(ATTENTIONS, config.attention, attention_context(config, layer_id), ATTENTIONS.key)
+            _refuse(part, attention_built(kernel), kernel)
+            kernels[layer_id] = kernel
+    if config.rope_scaling is not None:
+        context = RopeContext(config.attention_head_dim, config.rope_theta, config.max_position_embeddings)
+        scaling = registry.build(ROPE_SCALINGS, config.rope_scaling, context, ROPE_SCALINGS.key)
+        _refuse(registry.part(ROPE_SCALINGS, config.rope_scaling, ROPE_SCALINGS.key), scaling_built(scaling), scaling)
+    return kernels, scaling
+
+
+def reposition(
+    model: Transformer,
+    registry: Registry,
+    *,
+    attention: Mapping[str, Any] | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
+) -> None:
+    """Give a model another attention, or another scaling of its rotary embedding, its weights as they are.
+
+    Each a part, {name: ..., options}; None leaves what it has. Raises ConfigError as `build_model`, with nothing done.
+    """
+    changed = copy.copy(model.config)
+    changed.attention = model.config.attention if attention is None else dict(attention)
+    changed.rope_scaling = model.config.rope_scaling if rope_scaling is None else dict(rope_scaling)
+    changed.check()
+    kernels, scaling = positional_parts(changed, registry)
+    model.take_positions(changed, kernels, scaling)
 
 
 def moe_context(config: ModelConfig, layout: ExpertLayout, layer_id: int) -> MoEContext:

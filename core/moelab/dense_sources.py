@@ -41,7 +41,9 @@ class DenseArchitecture:
     # {field: (the values under which this decoder computes the same, what else to do)}
     only: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
     unused: frozenset[str] = frozenset()  # fields that change nothing
-    window: int | None = None  # positions that attention reaches back: up to so many tokens the function is the same
+    # How the kind says which layers see a window alone, as hf/positions.py: WINDOW_RULES names it; None: it has none.
+    window_rule: str | None = None
+    default_window: int | None = 4096  # transformers', where `sliding_window` is left out
     unexpressed: tuple[str, ...] = ()  # what this decoder can't compute: such a model is refused, naming them
     # A stored tensor's name -> what it holds; [] for one that is no weight.
     parts: Callable[[str, ModelConfig], list[Part]] = as_named

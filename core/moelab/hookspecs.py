@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from moelab.moe.layout import ExpertLayout, LayoutContext
     from moelab.moe.probe import Probe
     from moelab.moe.surgery import Surgery, SurgeryContext
+    from moelab.nn.attention_inputs import AttentionContext, AttentionKernel
+    from moelab.nn.rope import RopeContext, RopeScaling
 
 hookspec = pluggy.HookspecMarker("moelab")
 hookimpl = pluggy.HookimplMarker("moelab")
@@ -86,6 +88,18 @@ EXPERT_BACKENDS: ExtensionPoint[BackendContext, ExpertBackend] = ExtensionPoint(
     "expert backend", "moelab_expert_backends", "model.moe.backend", "moelab_plugins.expert_backends",
     "How the experts are computed: (x [T, D], routing, bank) -> [T, D]. Owns no parameters.",
     check="check_backend",
+)  # fmt: skip
+ATTENTIONS: ExtensionPoint[AttentionContext, AttentionKernel] = ExtensionPoint(
+    "attention", "moelab_attentions", "model.attention", "moelab_plugins.attentions",
+    "Which earlier tokens a query sees, and how far away: (query [B, H, S, d], key and value [B, G, S, d], inputs) -> "
+    "[B, H, S, d]. Owns no parameters, turns query and key itself.",
+    check="check_attention",
+)  # fmt: skip
+ROPE_SCALINGS: ExtensionPoint[RopeContext, RopeScaling | None] = ExtensionPoint(
+    "rope scaling", "moelab_rope_scalings", "model.rope_scaling", "moelab_plugins.rope_scalings",
+    "How the rotary embedding is stretched: (inv_freq [head_dim / 2], length) -> the same, and a factor on cos and "
+    "sin; None for plain. Without torch until it is called.",
+    check="check_rope_scaling",
 )  # fmt: skip
 EXPERT_INITIALISERS: ExtensionPoint[UpcycleContext, ExpertInitialiser] = ExtensionPoint(
     "expert initialiser", "moelab_expert_initialisers", "recipe.experts", "moelab_upcycling.initialisers.experts",

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 from moelab.checkpoint import (
     CHECKPOINTS,
@@ -30,7 +32,7 @@ from moelab.checkpoint import (
 )
 from moelab.errors import CheckpointError
 from moelab.hf.files import READING as HF_READING
-from moelab.manifest import MANIFEST, Manifest, Progress, differences, read_manifest, unlisted
+from moelab.manifest import MANIFEST, WHOLE, Manifest, Progress, Share, differences, read_manifest, unlisted
 from moelab.printable import printable
 
 logger = logging.getLogger("moelab")
@@ -68,15 +70,31 @@ class Choice:
     remarks: tuple[str, ...] = ()
 
 
-def inspect(folder: Path, progress: Progress = lambda nbytes: None) -> Finding:
-    """Compare all of a checkpoint with its manifest. `progress` hears of the bytes that were read."""
+class Look(Protocol):
+    """Who looks at a checkpoint; `own`: of the very run that asks, so on a disk that all its processes see."""
+
+    def __call__(self, folder: Path, *, own: bool) -> Finding: ...
+
+
+Verify = bool | Look  # whether a checkpoint is compared with its checksums, or by whom; True: by this process
+
+
+def inspect(
+    folder: Path,
+    progress: Progress = lambda nbytes: None,
+    compare: Callable[[Path, Manifest, Progress], Iterable[str]] = differences,
+) -> Finding:
+    """Compare all of a checkpoint with its manifest. `progress` hears of the bytes that were read.
+
+    `compare` reads the files and says what of them differs.
+    """
     try:
         manifest = read_manifest(folder)
         if manifest is None:
             return _outlines(folder)
         problems = [f"{MANIFEST}: lists no {name}" for name in (STATE, CONFIG) if name not in manifest.files]
         problems += _without(MODEL, manifest) + _without(TRAINING, manifest)
-        problems += differences(folder, manifest, progress)
+        problems += compare(folder, manifest, progress)
         added = unlisted(folder, manifest)
         foreign = [name for name in added if name.endswith(_WEIGHTS)]
         problems += [f"{name}: is not of this checkpoint: {MANIFEST} does not list it; remove it" for name in foreign]
@@ -96,7 +114,7 @@ def inspect(folder: Path, progress: Progress = lambda nbytes: None) -> Finding:
     )
 
 
-def verified(path: Path, *, verify: bool = True) -> Path:
+def verified(path: Path, *, verify: Verify = True) -> Path:
     """The folder that holds the weights, as `resolve_checkpoint` says, when it is as it was written.
 
     Raises CheckpointError naming the file and the tensor that differ, and the checkpoint before it that is whole: no
@@ -109,19 +127,21 @@ def verified(path: Path, *, verify: bool = True) -> Path:
     if not verify:
         logger.warning("%s: not verified, as asked", folder)
         return resolve_checkpoint(folder)
-    finding = _finding(folder)
+    finding = _looked(folder, verify, own=False)
     if finding.problems:
-        raise CheckpointError(f"{folder}/{finding.summary()}; {_cure(folder)}")
+        raise CheckpointError(f"{folder}/{finding.summary()}; {_cure(folder, verify)}")
     for remark in finding.remarks:
         logger.warning(remark)
     return resolve_checkpoint(folder)
 
 
-def newest_whole(run_dir: Path, *, verify: bool = True) -> Choice:
+def newest_whole(run_dir: Path, *, verify: Verify = True) -> Choice:
     """The newest checkpoint of a run that is as it was written. Raises CheckpointError where all are damaged."""
     skipped: list[Finding] = []
     for folder in reversed(checkpoints(run_dir)):
-        finding = _finding(folder) if verify else Finding(folder, remarks=(f"{folder}: not verified, as asked",))
+        finding = Finding(folder, remarks=(f"{folder}: not verified, as asked",))
+        if verify:
+            finding = _looked(folder, verify, own=True)
         if not finding.problems:
             return Choice(folder, tuple(skipped), finding.remarks)
         skipped.append(finding)
@@ -157,11 +177,11 @@ def _without(name: str, manifest: Manifest) -> list[str]:
     return []
 
 
-def _cure(folder: Path) -> str:
+def _cure(folder: Path, verify: Verify) -> str:
     """Names the checkpoint to take instead, if there is one."""
     siblings = checkpoints(folder.parent.parent) if folder.parent.name == CHECKPOINTS else []
     for other in reversed([sibling for sibling in siblings if sibling.name < folder.name]):
-        found = _finding(other)
+        found = _looked(other, verify, own=False)
         if not found.problems:
             return f"use {other}, which is {'whole' if found.verifiable else 'older'}, or restore it"
     return "use an earlier checkpoint, or restore it"
@@ -175,15 +195,33 @@ def _short(error: CheckpointError, folder: Path) -> str:
     return said
 
 
-def _finding(folder: Path) -> Finding:
-    """`inspect`, or what it found a moment ago, if no file has been touched since: a command asks several times."""
+def _looked(folder: Path, verify: Verify, *, own: bool) -> Finding:
+    if verify is not True:
+        assert verify, "asked to look, and not to verify"
+        return verify(folder, own=own)
+    return inspect(folder, compare=lambda *_: share_differences(folder, WHOLE))
+
+
+def share_differences(folder: Path, share: Share) -> tuple[str, ...]:
+    """What differs from its manifest in a share of a checkpoint's bytes, the rest of it unread.
+
+    Or what it was a moment ago, if no file has been touched since: a command asks several times.
+    """
     try:
         states = [(path.name, _state(path)) for path in sorted(folder.iterdir())]
+        if not states or time.time_ns() - max(state.st_ctime_ns for _, state in states) < _SETTLED:
+            return _differences(folder, share)
+        stamps = tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in states)
+        return _known_differences(folder, share, stamps)
+    except CheckpointError as error:
+        return (_short(error, folder),)
     except OSError as error:
-        return Finding(folder, (f"can't be read: {error.strerror}",))
-    if not states or time.time_ns() - max(state.st_ctime_ns for _, state in states) < _SETTLED:
-        return inspect(folder)
-    return _known(folder, tuple((name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in states))
+        return (f"can't be read: {error.strerror}",)
+
+
+def _differences(folder: Path, share: Share) -> tuple[str, ...]:
+    manifest = read_manifest(folder)
+    return () if manifest is None else tuple(differences(folder, manifest, share=share))
 
 
 def _state(path: Path) -> os.stat_result:
@@ -194,5 +232,7 @@ def _state(path: Path) -> os.stat_result:
 
 
 @lru_cache(maxsize=64)
-def _known(folder: Path, stamps: tuple[tuple[str, int, int, int, int], ...]) -> Finding:
-    return inspect(folder)
+def _known_differences(
+    folder: Path, share: Share, stamps: tuple[tuple[str, int, int, int, int], ...]
+) -> tuple[str, ...]:
+    return _differences(folder, share)

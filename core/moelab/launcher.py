@@ -66,6 +66,32 @@ def was_said(text: str) -> bool:
     return int(store().add(f"moelab/said/{text}", 1)) > 1
 
 
+def has_agent() -> bool:
+    """Whether torchrun started several processes, whose store outlives each of them."""
+    return _agent() and world() > 1
+
+
+def machine_share() -> tuple[int, int]:
+    """(which, of how many) of this machine's processes this is, as torchrun says."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def exchange(text: str) -> list[str]:
+    """What each process says in its n-th call, to every one, in the order of the ranks; they need not have joined yet.
+
+    All of them call it alike. It waits for as long as another one takes: if that one ends, torchrun ends them all.
+    """
+    shared, key = store(), f"moelab/exchange/{attempt()}"
+    call = shared.add(f"{key}/calls/{rank()}", 1)
+    shared.set(f"{key}/{call}/{rank()}", text)
+    told = []
+    for other in range(world()):
+        while not shared.check([f"{key}/{call}/{other}"]):
+            time.sleep(0.01)
+        told.append(shared.get(f"{key}/{call}/{other}").decode())
+    return told
+
+
 def end(code: int, mistake: bool) -> NoReturn:
     """End one of several processes, at once.
 

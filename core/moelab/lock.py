@@ -24,6 +24,7 @@ from typing import Any
 from moelab.errors import UserError
 from moelab.safe_files import Reading, an_object, parse_json
 
+LOCK = ".lock"  # of a run folder
 BEAT_SECONDS = 600.0  # a holder touches the file more often than this
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
@@ -72,13 +73,29 @@ def is_held(file: Path) -> bool:
     A look at the kernel's lock would take it for a moment, and turn away a run that begins just then. So of another
     machine, or another container, this may still say yes for BEAT_SECONDS after the end of a process that was killed.
     """
+    holder, touched = _look(file)
+    return _alive(holder, touched)
+
+
+def check_free(file: Path, *, what: str, otherwise: str) -> None:
+    """What `hold_file` raises, before it is asked to hold, where another process of this machine holds the lock.
+
+    Told by the file's text, as `is_held` is, and not where that leaves a doubt.
+    """
+    holder, _ = _look(file)
+    if holder.get("pid") != os.getpid() and runs_here(holder):
+        raise _held(holder, what, otherwise)
+
+
+def _look(file: Path) -> tuple[dict[str, Any], float]:
+    """(what the holder wrote, when it last touched the file); empty where there is none."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:  # none, or a link, which no run makes
-        return False
+        return {}, 0.0
     try:
         status = os.fstat(descriptor)
-        return stat.S_ISREG(status.st_mode) and _alive(_read(descriptor), status.st_mtime)
+        return (_read(descriptor), status.st_mtime) if stat.S_ISREG(status.st_mode) else ({}, 0.0)
     finally:
         os.close(descriptor)
 
@@ -112,13 +129,17 @@ def _take(descriptor: int, what: str, otherwise: str) -> None:
     except OSError as error:
         free = error.errno in _UNSUPPORTED and not _alive(holder, os.fstat(descriptor).st_mtime)
     if not free:
-        raise UserError(
-            f"{what} is being written by process {holder.get('pid', '?')} on {holder.get('host', '?')}, "
-            f"since {holder.get('started', '?')}; wait for it, stop it, or {otherwise}"
-        )
+        raise _held(holder, what, otherwise)
     text = json.dumps(this_process()).encode()
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, text, 0)
+
+
+def _held(holder: dict[str, Any], what: str, otherwise: str) -> UserError:
+    return UserError(
+        f"{what} is being written by process {holder.get('pid', '?')} on {holder.get('host', '?')}, "
+        f"since {holder.get('started', '?')}; wait for it, stop it, or {otherwise}"
+    )
 
 
 def _read(descriptor: int) -> dict[str, Any]:

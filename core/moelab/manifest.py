@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ _READING = Reading(CheckpointError, "use an earlier checkpoint, or restore it")
 _LARGEST = 1 << 62  # bytes of a file or an offset in one: more than any file system takes
 
 Progress = Callable[[int], None]  # bytes read since the last call
+Share = tuple[int, int]  # (which, of how many) of a folder's bytes
+WHOLE: Share = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ class Manifest:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for parts in self.files.values() for part in parts)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return sum(part.nbytes for part in self.files[name])
 
     @property
     def tensors(self) -> int:
@@ -91,9 +97,11 @@ def read_manifest(folder: Path) -> Manifest | None:
     return Manifest({name: tuple(_parts(name, entry)) for name, entry in record.record("files").records()})
 
 
-def differences(folder: Path, manifest: Manifest, progress: Progress = lambda nbytes: None) -> Iterator[str]:
-    """ "FILE: what is wrong with it" of each difference, the tensor named; reads every byte once."""
-    for name, parts in manifest.files.items():
+def differences(
+    folder: Path, manifest: Manifest, progress: Progress = lambda nbytes: None, share: Share = WHOLE
+) -> Iterator[str]:
+    """ "FILE: what is wrong with it" of each difference, the tensor named; reads every byte of the share once."""
+    for name, parts in _shared_out(manifest, share).items():
         try:
             descriptor = os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -103,7 +111,7 @@ def differences(folder: Path, manifest: Manifest, progress: Progress = lambda nb
             yield f"{name}: can't be read: {error.strerror}"
             continue
         try:
-            yield from _differences_of_file(name, descriptor, parts, progress)
+            yield from _differences_of_file(name, descriptor, parts, manifest.size(name), progress)
         except OSError as error:  # a bad block, or a folder of this name
             yield f"{name}: can't be read: {error.strerror}"
         finally:
@@ -115,14 +123,29 @@ def unlisted(folder: Path, manifest: Manifest) -> list[str]:
     return sorted({path.name for path in folder.iterdir()} - manifest.files.keys() - {MANIFEST})
 
 
-def _differences_of_file(name: str, descriptor: int, parts: tuple[Part, ...], progress: Progress) -> Iterator[str]:
-    wanted, found = sum(part.nbytes for part in parts), os.fstat(descriptor).st_size
+def _shared_out(manifest: Manifest, share: Share) -> dict[str, list[Part]]:
+    """{file: its parts that begin in this share}: runs of the folder's bytes, as long as each other."""
+    which, of = share
+    found: dict[str, list[Part]] = {}
+    before, total = 0, max(manifest.nbytes, 1)
+    for name, parts in manifest.files.items():
+        for part in parts:
+            if min(before * of // total, of - 1) == which:
+                found.setdefault(name, []).append(part)
+            before += part.nbytes
+    return found
+
+
+def _differences_of_file(
+    name: str, descriptor: int, parts: Sequence[Part], wanted: int, progress: Progress
+) -> Iterator[str]:
+    found = os.fstat(descriptor).st_size
     if found != wanted:
         yield f"{name}: has {found} bytes, {wanted} were written"
         return
     for part in parts:
         if checksum_of_span(descriptor, part.offset, part.nbytes) != part.checksum:
-            place = part.name or (f"its header (the first {part.nbytes} bytes)" if len(parts) > 1 else "")
+            place = part.name or (f"its header (the first {part.nbytes} bytes)" if part.nbytes < wanted else "")
             yield f"{name}: {place} {CHANGED}" if place else f"{name}: {CHANGED}"
         progress(part.nbytes)
 

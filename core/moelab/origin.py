@@ -37,7 +37,8 @@ from moelab.hf.config import CONFIG_FILE, read_config, read_fields
 from moelab.hf.files import READING, read_json
 from moelab.hf.gguf_file import gguf_of
 from moelab.hub import user_folder
-from moelab.integrity import Choice, newest_whole
+from moelab.integrity import Choice, Verify, newest_whole
+from moelab.lock import LOCK, check_free
 from moelab.paths import unresolved_hint, user_path
 from moelab.registry import Registry
 from moelab.safe_files import read_bytes
@@ -95,13 +96,15 @@ def read_origin(path: str | Path) -> Origin:
     return Origin(folder, model, _tokenizer(folder))
 
 
-def origin_of(config: Mapping[str, Any], *, verify: bool = True) -> Origin | None:
+def origin_of(config: Mapping[str, Any], *, verify: Verify = True) -> Origin | None:
     """Where the weights of a run come from, by its plain config: its own newest checkpoint, or `train.init_from`.
 
-    Of its own the newest that is as it was written (not `verify`: the newest), CheckpointError where all are damaged.
+    Of its own the newest that is as it was written (not `verify`: the newest), CheckpointError where all are damaged,
+    UserError while another run of this machine writes there: what it finds could be gone when it is asked for.
     """
     run_dir = user_path(config["run_dir"], "run_dir") if config.get("run_dir") else None
     if run_dir is not None and (config.get("resume") or launcher.has_begun(run_dir)):
+        check_free(run_dir / LOCK, what=f"run_dir: {run_dir}", otherwise="choose another run_dir")
         choice = newest_whole(run_dir, verify=verify)
         if choice.folder is not None:
             return dataclasses.replace(read_origin(choice.folder), own=choice)
@@ -114,7 +117,7 @@ def origin_of(config: Mapping[str, Any], *, verify: bool = True) -> Origin | Non
         raise CheckpointError(f"train.init_from: {error}{unresolved_hint(init_from)}") from error
 
 
-def origin_layer(config: Mapping[str, Any], *, verify: bool = True) -> Layer | None:
+def origin_layer(config: Mapping[str, Any], *, verify: Verify = True) -> Layer | None:
     """For `load_config(below=...)`: what `origin_of` a config says."""
     origin = origin_of(config, verify=verify)
     return None if origin is None else origin.layer()

@@ -21,6 +21,8 @@ from moelab.config.load import Loaded
 from moelab.config.load import load_config as load_layers
 from moelab.config.run import RunConfig
 from moelab.errors import ConfigError, UserError
+from moelab.in_shares import in_shares
+from moelab.integrity import Verify
 from moelab.loading import load
 from moelab.nn.transformer import Transformer
 from moelab.origin import origin_layer
@@ -101,7 +103,7 @@ def train(
     `progress`: a bar in a terminal or notebook, lines elsewhere. KeyboardInterrupt (a notebook's stop button) saves
     first. Raises UserError before anything is written where something is wrong, RunFailure where training fails.
     """
-    loaded = _load_any(config, resume=resume, verify=verify)
+    loaded = _load_any(config, resume=resume, verify=in_shares(verify))
     run = loaded.config
     if run.resume and force:
         raise ConfigError("resume and force: one goes on, the other deletes; give one of them")
@@ -122,7 +124,7 @@ def prepare(config: RunConfig, *, verify: bool = True) -> Setup:
     return prepare_run(config, _registry(config), verify=verify)
 
 
-def _load(arguments: Sequence[Any], *, verify: bool) -> Loaded[RunConfig]:
+def _load(arguments: Sequence[Any], *, verify: Verify) -> Loaded[RunConfig]:
     for argument in arguments:
         if not isinstance(argument, str | PathLike):
             raise ConfigError(
@@ -133,7 +135,7 @@ def _load(arguments: Sequence[Any], *, verify: bool) -> Loaded[RunConfig]:
     return load_layers(texts, RunConfig, below=partial(origin_layer, verify=verify))
 
 
-def _load_any(arguments: Sequence[Any], *, resume: bool, verify: bool) -> Loaded[RunConfig]:
+def _load_any(arguments: Sequence[Any], *, resume: bool, verify: Verify) -> Loaded[RunConfig]:
     if len(arguments) != 1 or not isinstance(arguments[0], RunConfig):
         return _load([*arguments, *(["resume=true"] if resume else [])], verify=verify)
     config = copy.copy(arguments[0])

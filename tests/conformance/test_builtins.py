@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moelab import Registry, testing
 from moelab.hookspecs import (
+    ATTENTIONS,
     BALANCE_LOSSES,
     DATA_SOURCES,
     DENSE_SOURCES,
@@ -20,6 +23,7 @@ from moelab.hookspecs import (
     EXPERT_LAYOUTS,
     MIXERS,
     OBSERVERS,
+    ROPE_SCALINGS,
     ROUTERS,
     SHARED_EXPERTS,
     SURGERIES,
@@ -40,23 +44,44 @@ ROUTER_CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"balance": "quantile"}, {}),
         ({"capacity_factor": 1.0}, {}),
         ({"capacity_factor": 0.5, "drop_policy": "position", "norm_topk_prob": True}, {}),
+        ({"gate_bias": True, "topk_first": True}, {}),
+        ({"gate": "cosine", "cosine_size": 6, "start": "unit_rows"}, {}),
+        ({"document_pool": {"smallest": 2, "largest": 4}}, {}),
+        ({"document_pool": {"smallest": 3, "largest": 3, "evaluation": 3}, "balance": "bias"}, {}),
     ],
     "sigmoid_topk": [
         ({}, {}),
         ({"balance": "quantile"}, {}),
         ({"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}, {}),
+        ({"balance": "proportional"}, {}),
+        ({"norm_topk_prob": False, "balance": "none", "weights_on": "input"}, {"num_experts_per_tok": 1}),
     ],
-    "sqrtsoftplus_topk": [({}, {})],
+    "sqrtsoftplus_topk": [({}, {}), ({"balance": "none", "token_table": {}}, {})],
     "switch": [({}, {"num_experts_per_tok": 1}), ({"capacity_factor": 1.25}, {"num_experts_per_tok": 1})],
     "gshard": [({}, {}), ({"capacity_factor": 2.0}, {})],
     "noisy_topk": [({}, {})],
     "sinkhorn": [({}, {}), ({}, {"num_experts_per_tok": 1})],
+    "base": [({}, {"num_experts_per_tok": 1})],
     "hash": [({}, {})],
     "top_p": [({}, {}), ({"k_max": 2, "norm_topk_prob": True, "top_p": 0.8}, {})],
     "remoe": [({}, {}), ({"k_max": 3}, {})],
-    "null_experts": [({"num_null_experts": 8}, {})],
+    "null_experts": [
+        ({"num_null_experts": 8}, {}),
+        (
+            {
+                "num_null_experts": 4,
+                "null_output": "copy",
+                "norm_topk_prob": False,
+                "balance": "proportional",
+                "target_experts": 1.5,
+                "routed_scaling_factor": 6.0,
+            },
+            {},
+        ),
+    ],
     "moe_plus_plus": [({}, {}), ({"capacity_factor": 0.8}, {}), ({"weights": "released", "gate_layers": 2}, {})],
     "expert_choice": [({}, {}), ({"max_experts_per_token": 3}, {})],
+    "expert_threshold": [({}, {}), ({"k_max": 3}, {}), ({}, {"num_experts_per_tok": 8})],
     "mixture_of_depths": [({"capacity": 0.5}, {})],
     "token_rounding": [({"tile": 2}, {}), ({"tile": 4, "rounding": "up", "norm_topk_prob": True}, {})],
     "forced_random": [({}, {})],
@@ -85,6 +110,13 @@ LOSS_CASES: dict[str, list[tuple[dict[str, Any], str | None, dict[str, Any], flo
     ],
     "router_orthogonality": [({}, None, {}, None), ({"kind": "simbal"}, None, {}, None)],
     "expert_similarity": [({}, None, {}, None)],
+    "communication": [
+        ({"num_devices": 4, "devices_per_token": 2}, None, {}, None),
+        ({"num_devices": 4, "devices_per_token": 2, "scope": "global"}, None, {}, None),
+        ({"scope": "global"}, "sigmoid_topk", {"n_group": 4, "topk_group": 2}, None),
+        ({"num_devices": 4}, "null_experts", {"num_null_experts": 4}, None),
+    ],
+    "expert_router_coupling": [({}, None, {}, None), ({"noise": False, "alpha": 0.5}, "null_experts", {}, None)],
     "remoe_l1": [({}, "remoe", {}, None)],
     "null_load_balance": [
         ({}, "moe_plus_plus", {"gating_residual": False}, 1.0),
@@ -122,10 +154,67 @@ SURGERY_CASES: dict[str, list[dict[str, Any]]] = {
     "top_k": [{"num_experts_per_tok": 3}],
 }
 
+# name -> (options, definition): the last from positions within a document, as `testing.attentions.Definition`.
+ATTENTION_CASES: dict[str, list[tuple[dict[str, Any], Callable[..., Any]]]] = {
+    "full": [({}, lambda i, j: (i - j, j <= i, torch.ones(())))],
+    "sliding_window": [
+        ({"window": 7}, lambda i, j: (i - j, i - j < 7, torch.ones(()))),
+        ({"window": 7, "layers": "0"}, lambda i, j: (i - j, i - j < 7, torch.ones(()))),
+    ],
+    "dual_chunk": [
+        ({}, lambda i, j: dual_chunk_distance(i, j, 12, 4, 15)),
+        ({"preset": "qwen_1m", "local": 5}, lambda i, j: dual_chunk_distance(i, j, 11, 5, 16)),
+        (
+            {"preset": None, "chunk": 8, "local": 3, "max_position": 12},
+            lambda i, j: dual_chunk_distance(i, j, 8, 3, 12),
+        ),
+        (
+            {"temperature": "static", "factor": 4.0},
+            lambda i, j: (*dual_chunk_distance(i, j, 12, 4, 15)[:2], torch.tensor((0.1 * math.log(4) + 1) ** 2)),
+        ),
+        (
+            {"temperature": "per_query"},
+            lambda i, j: (
+                *dual_chunk_distance(i, j, 12, 4, 15)[:2],
+                (0.1 * ((i + 1) / 16).clamp(min=1).log() + 1).square(),
+            ),
+        ),
+    ],
+}
+ROPE_SCALING_CASES: dict[str, tuple[dict[str, Any], Callable[..., float]]] = {
+    "none": ({}, lambda k, c, n: c.rope_theta ** (-2 * k / c.head_dim)),
+    "linear": ({"factor": 4.0}, lambda k, c, n: c.rope_theta ** (-2 * k / c.head_dim) / 4),
+    "dynamic": (
+        {"factor": 2.0},
+        lambda k, c, n: (c.rope_theta * (2 * max(n, 64) / 64 - 1) ** (16 / 14)) ** (-2 * k / c.head_dim),
+    ),
+    # Turns over 64 positions: 10.2 of the fastest, so none is kept whole; less than one from k = 3 on.
+    "yarn": ({"factor": 4.0}, lambda k, c, n: c.rope_theta ** (-k / 8) * (1 - min(k / 3, 1) * 0.75)),
+    "llama3": (
+        {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+        lambda k, c, n: llama3_frequency(c.rope_theta ** (-k / 8)),
+    ),
+}
+
+
+def dual_chunk_distance(i: torch.Tensor, j: torch.Tensor, s: int, w: int, most: int) -> tuple[torch.Tensor, ...]:
+    """Dual Chunk Attention (2402.17463), eq. 2 to 7: what a query at i takes a key at j to be away."""
+    back, inside = i // s - j // s, i % s
+    before = torch.where(inside < w, s + inside, most)
+    place = torch.where(back == 0, inside, torch.where(back == 1, before, most))
+    return place - j % s, j <= i, torch.ones(())
+
+
+def llama3_frequency(plain: float) -> float:
+    kept = min(max((64 * plain / (2 * math.pi) - 1) / 3, 0), 1)
+    return plain * (kept + (1 - kept) / 4)
+
 
 @pytest.mark.parametrize(
     ("point", "cases"),
     [
+        (ATTENTIONS, ATTENTION_CASES),
+        (ROPE_SCALINGS, ROPE_SCALING_CASES),
         (ROUTERS, ROUTER_CASES),
         (BALANCE_LOSSES, LOSS_CASES),
         (EXPERT_LAYOUTS, LAYOUT_CASES),
@@ -176,6 +265,25 @@ def test_a_layout_conforms(name: str) -> None:
 @pytest.mark.parametrize("name", SHARED_CASES)
 def test_a_shared_expert_conforms(name: str) -> None:
     testing.check_shared_expert(REGISTRY.components(SHARED_EXPERTS)[name], SHARED_CASES[name])
+
+
+@pytest.mark.parametrize("check", testing.ATTENTION_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    ("name", "options", "definition"), [(name, *case) for name, cases in ATTENTION_CASES.items() for case in cases]
+)
+def test_an_attention_conforms(
+    name: str,
+    options: dict[str, Any],
+    definition: Callable[..., Any],
+    check: Callable[[testing.AttentionCase], None],
+) -> None:
+    check(testing.AttentionCase(REGISTRY.components(ATTENTIONS)[name], options, definition=definition))
+
+
+@pytest.mark.parametrize("name", ROPE_SCALING_CASES)
+def test_a_rope_scaling_conforms(name: str) -> None:
+    options, reference = ROPE_SCALING_CASES[name]
+    testing.check_rope_scaling(REGISTRY.components(ROPE_SCALINGS)[name], options, reference)
 
 
 @pytest.mark.parametrize("name", sorted(set(REGISTRY.components(EXPERT_BACKENDS)) - {"auto"}))

@@ -40,10 +40,21 @@ RECIPES: dict[str, list[str]] = {
     "moe_plus_plus": [],
     "remoe": [],
     "expert_choice": SMALL,
+    "llama4_scout": [E, f"{LAYOUT}.moe_intermediate_size=16", "model.moe.shared_expert.intermediate_size=16"],
+    "deepseek_v4": [*SMALL, "model.moe.shared_expert.intermediate_size=16", "model.num_hidden_layers=4"],
+    "longcat_flash": [
+        *SMALL, f"{LAYOUT}.num_experts_per_tok=3", "model.moe.router.num_null_experts=4",
+        "model.moe.router.target_experts=2",
+    ],
+    "emo": [
+        *SMALL, "model.moe.shared_expert.intermediate_size=16",
+        "model.moe.router.document_pool={smallest: 2, largest: 8}",
+    ],
 }  # fmt: skip
 # What else a router needs in the tiny config.
 NEEDS: dict[str, list[str]] = {
     "switch": [f"{LAYOUT}.num_experts_per_tok=1"],
+    "base": [f"{LAYOUT}.num_experts_per_tok=1"],
     "noisy_topk": ["model.moe.balance_losses=[{name: importance}, {name: noisy_load}]"],
     "remoe": ["model.moe.balance_losses=[{name: remoe_l1}]"],
     "null_experts": ["model.moe.balance_losses=[{name: null_load_balance, kind: average}]"],
@@ -61,10 +72,10 @@ NEEDS: dict[str, list[str]] = {
 }
 
 # Even by construction, or (forced_random) but for chance: about 0.17 with 64 assignments an expert.
-EXACT = {"expert_choice": 0.01, "forced_round_robin": 0.01, "forced_random": 0.5}
+EXACT = {"base": 0.01, "expert_choice": 0.01, "forced_round_robin": 0.01, "forced_random": 0.5}
 ROUTER_NAMES = sorted(Registry(entry_points=False).components(ROUTERS))
-# hash has the text's own load; remoe's loss steers how many experts serve, not how evenly.
-BALANCED = sorted(set(ROUTER_NAMES) - EXACT.keys() - {"hash", "remoe"})
+# hash has the text's own load; remoe's loss steers how many experts serve, not how evenly; thresholds need no loss.
+BALANCED = sorted(set(ROUTER_NAMES) - EXACT.keys() - {"hash", "remoe", "expert_threshold"})
 LOSS = "model.moe.balance_losses"
 # 50 steps must do what a run has thousands for: the first loss with weight 1, or
 PRESSED = {

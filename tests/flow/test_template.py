@@ -47,6 +47,7 @@ def test_the_installed_package_passes_its_tests_is_listed_and_trains(site: Path,
     chosen = ["model.moe.router.name=my_router", "model.moe.layout={name: my_expert_layout}",
               "model.moe.shared_expert={name: my_shared_expert}", "model.moe.backend.name=my_expert_backend",
               "model.moe.balance_losses=[{name: my_balance_loss}]", "observers=[{name: my_observer}]",
+              "model.attention={name: my_attention}", "model.rope_scaling={name: my_rope_scaling}",
               "data.source={name: my_data_source, file: data_source.csv}"]  # fmt: skip
     small = ["train.steps=2", "train.batch_size=2", "train.sequence_length=32", "evaluation.sequences=2"]
     run("moelab", "train", "train/tiny_moe", "run_dir=run", *chosen, *small, cwd=away, site=site)

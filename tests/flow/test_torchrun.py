@@ -108,6 +108,11 @@ def test_a_signal_ends_all_at_one_step_and_what_they_saved_goes_on(tmp_path: Pat
     endless = ["parallel.shard=2", "train.steps=100000", "schedule.name=constant"]
     process = torchrun(2, [*arguments, f"run_dir={folder}", *endless], wait=False)
     wait_for_a_checkpoint(process, folder)
+    for again in ([], ["--resume"]):
+        second = torchrun(2, [*arguments, f"run_dir={folder}", *endless, *again])
+        assert second.stderr.count("is being written by process") == 1, second.stderr
+        assert len(re.findall(r"exitcode +: 2 ", second.stderr)) == 2, second.stderr
+    assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     told = process.communicate(timeout=120)[0]
     summary = json.loads((folder / "summary.json").read_text())

@@ -31,6 +31,7 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16, "rope_theta": 10_000.0,
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}
 # name -> (transformers' kind, its fields)
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, tied": ("Qwen2", {"tie_word_embeddings": True}),
@@ -39,10 +40,31 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, tied, head size apart": ("Llama", {"tie_word_embeddings": True, "head_dim": 10}),
     "llama 3.1": ("Llama", {"rope_parameters": LLAMA3, "num_attention_heads": 6, "num_key_value_heads": 2}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 10}),
-    "mistral with a window": ("Mistral", {"sliding_window": 32}),
+    "mistral with a window": ("Mistral", {"sliding_window": 7}),
     "qwen3": ("Qwen3", {"head_dim": 10, "num_attention_heads": 5, "num_key_value_heads": 5}),
     "qwen3, tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
     "phi3": ("Phi3", {"sliding_window": None}),
+    "phi3 with a window": ("Phi3", {"sliding_window": 7}),
+    "qwen2, yarn": ("Qwen2", {"rope_parameters": YARN}),
+    "qwen2, linear": ("Qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}}),
+    "qwen2, dynamic": (
+        "Qwen2",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0},
+            "max_position_embeddings": 16,
+        },
+    ),
+    "qwen2 with a window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen2 with a window in some layers, yarn": (
+        "Qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "rope_parameters": YARN,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen3 with a window": ("Qwen3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
 }
 QWEN2_MOE = {
     "layout": {"name": "uniform", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
@@ -122,6 +144,9 @@ def test_mistral_becomes_mixtral_of_whole_experts(tmp_path: Path):
     assert same(logits(load_hf(tmp_path / "moe")), theirs)
 
 
+SHARED = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 20,
+}  # fmt: skip
 MOES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": (
         "Qwen3Moe",
@@ -131,11 +156,30 @@ MOES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 12, "num_experts_per_tok": 3}),
+    "mixtral with a window": ("Mixtral", {"num_local_experts": 4, "sliding_window": 7}),
+    "qwen2_moe, yarn": ("Qwen2Moe", SHARED | {"rope_parameters": YARN}),
+    "qwen2_moe with a window": (
+        "Qwen2Moe", SHARED | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+    ),
+    "qwen2_moe with a window in some layers": (
+        "Qwen2Moe",
+        SHARED | {
+            "use_sliding_window": True, "sliding_window": 7, "rope_parameters": YARN,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
+    "qwen3_moe with a window": (
+        "Qwen3Moe",
+        {
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True,
+            "head_dim": 8, "use_sliding_window": True, "sliding_window": 7,
+        },
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "fields"), MOES.values(), ids=MOES.keys())
-def test_layouts_without_a_shared_expert_are_read_and_written(kind: str, fields: dict[str, Any], tmp_path: Path):
+def test_layouts_with_experts_are_read_and_written(kind: str, fields: dict[str, Any], tmp_path: Path):
     theirs = logits(made(kind, fields, tmp_path / "theirs"))
     ours = load_hf(tmp_path / "theirs")
     assert same(logits(ours), theirs)

@@ -47,7 +47,7 @@ FLOORS = (
     {"hf", "planning"},
     {"checkpoint"},
     {"integrity"},
-    {"origin"},
+    {"origin", "in_shares"},
     {"loading", "parallel"},
     {"adapter"},
     {"training"},

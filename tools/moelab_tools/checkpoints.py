@@ -20,6 +20,7 @@ from moelab.config.run import RunConfig, TrainConfig
 from moelab.config.stored import read_stored_tree
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import CheckpointError, ConfigError
+from moelab.integrity import Verify
 from moelab.origin import Origin, origin_layer, origin_of, read_origin
 from moelab.paths import Places, user_path
 from moelab.registry import Registry
@@ -42,7 +43,7 @@ def tokenizer_of(path: Path, given: str | None) -> Tokenizer:
 
 
 def load_run(
-    arguments: Sequence[str], needed: Sequence[str] = (), *, trust: bool = False, verify: bool = True
+    arguments: Sequence[str], needed: Sequence[str] = (), *, trust: bool = False, verify: Verify = True
 ) -> Loaded[RunConfig]:
     """Config files, overrides and at most one checkpoint folder, whose own config then lies below them all.
 
@@ -101,7 +102,7 @@ def plugin_places(loaded: Loaded[RunConfig], *, trust: bool = False) -> Places:
     return loaded.places("plugins") if from_data and not trust else loaded.config.places("plugins")
 
 
-def take_up_plugins(run: RunConfig, *, verify: bool = True) -> None:
+def take_up_plugins(run: RunConfig, *, verify: Verify = True) -> None:
     """Name in a run's config what the checkpoint that it starts from names, with the places where that was found."""
     origin = origin_of(asdict(run), verify=verify)
     if origin is None or not origin.is_run:

@@ -45,6 +45,7 @@ COMMANDS = {
     "plan": "Predict the memory and communication of a config on N devices.",
     "doctor": "Tell what this machine has and which expert backends work on it.",
 }
+SHARED = {"train"}  # what all processes that torchrun started do together; of the others one of them does it
 EXIT_USER, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
 
@@ -95,7 +96,7 @@ def main() -> None:
 
     code = run(sys.argv[1:])
     if launcher.world() > 1:
-        launcher.end(code, mistake=code == EXIT_USER)
+        launcher.end(code, mistake=code == EXIT_USER and _is_shared(sys.argv[1:]))
     sys.exit(code)
 
 
@@ -112,6 +113,8 @@ def _run(arguments: list[str]) -> int:
         from moelab_tools.completion import use_bash
 
         use_bash()
+    if not _is_shared(arguments) and _told_to_one(arguments):
+        return 0
     if _one_of_many():  # which the first of them speaks for
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
     teller = logging.NullHandler() if _one_of_many() else _Warnings(logging.WARNING)
@@ -124,7 +127,8 @@ def _run(arguments: list[str]) -> int:
         return EXIT_INTERRUPTED
     except click.ClickException as error:
         vars(error)["message"] = printable(error.message, LONGEST_MESSAGE, keep="\n")  # it quotes what was typed
-        error.show()
+        if not _one_of_many():
+            error.show()
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -136,6 +140,20 @@ def _run(arguments: list[str]) -> int:
     finally:
         logging.getLogger("moelab").removeHandler(teller)
     return 0
+
+
+def _is_shared(arguments: list[str]) -> bool:
+    return next((word for word in arguments if not word.startswith("-")), None) in SHARED
+
+
+def _told_to_one(arguments: list[str]) -> bool:
+    """Whether this process leaves a command to the first one, which says so; several would write the same files."""
+    from moelab import launcher
+
+    if launcher.world() > 1 and not _one_of_many():
+        name = next(iter(arguments), "moelab")
+        _tell(f"warning: {printable(name)} is done by one of the {launcher.world()} processes that torchrun started")
+    return _one_of_many()
 
 
 def _one_of_many() -> bool:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from moelab.checkpoint import read_run_config
 from moelab.integrity import verified
 from moelab.loading import read_model
 from moelab.nn.generate import Sampling, generate
-from moelab.origin import check_vocabulary, end_token_ids, read_origin
+from moelab.nn.transformer import Transformer
+from moelab.origin import Origin, check_vocabulary, end_token_ids, read_origin
 from moelab.printable import printable
+from moelab.registry import Registry
+from moelab.trust import stored_registry
 from moelab_tools.checkpoints import tokenizer_of
+from moelab_tools.positions import Positions, trained_length
 
+AS_TRAINED = Positions()
 NARROWEST = 28  # characters of a column: where there is less room, samples stand below each other
 SHOWN = "\n\t"  # control characters that a terminal is given; others are spelled out
 
@@ -32,6 +39,7 @@ def continue_prompts(
     checkpoint: Path,
     prompts: Sequence[str],
     sampling: Sampling,
+    positions: Positions = AS_TRAINED,
     *,
     tokenizer: str | None = None,
     trust: bool = False,
@@ -45,6 +53,8 @@ def continue_prompts(
     chosen = tokenizer_of(origin.folder, tokenizer)
     check_vocabulary(origin.model.vocab_size, chosen, tokenizer or str(origin.tokenizer))
     model = read_model(origin.folder, trust=trust)
+    longest = max(len(chosen.encode(prompt)) for prompt in prompts) + sampling.max_new_tokens
+    _reposition(positions, model, origin, longest, trust=trust)
     # Ids mean something to their own tokenizer alone.
     ends = end_token_ids(origin.folder) if tokenizer is None else None
     end_ids, said_by = ends or ((chosen.eos_token_id,), "the tokenizer")
@@ -59,6 +69,15 @@ def continue_prompts(
         text = prompt + chosen.decode(found[: len(found) - len(ended)])
         samples.append(Sample(str(checkpoint), prompt, text, why))
     return samples
+
+
+def _reposition(positions: Positions, model: Transformer, origin: Origin, length: int, *, trust: bool) -> None:
+    if positions == AS_TRAINED:
+        return
+    run = read_run_config(origin.folder) if origin.is_run else None
+    registry = Registry() if run is None else stored_registry(run, origin.folder, trust=trust)
+    for line in positions.apply(model, registry, length, trained_length(run, origin.model.max_position_embeddings)):
+        print(line, file=sys.stderr)
 
 
 def show(samples: Sequence[Sample], width: int) -> None:

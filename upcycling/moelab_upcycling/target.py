@@ -15,6 +15,7 @@ from moelab.hf.carried import check_vocabulary
 from moelab.hf.checkpoint_folder import CheckpointFolder
 from moelab.hf.config import read_fields
 from moelab.hf.moe_formats import MOE_FORMATS, MoEFormat
+from moelab.hf.positions import attention_fields, rope_fields
 from moelab.layouts import build_layouts
 from moelab.moe.layout import ExpertLayout
 from moelab.registry import Registry
@@ -22,7 +23,7 @@ from moelab.registry import Registry
 # What the weights fix: a recipe may repeat these, not change them.
 _FIXED = (
     "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "rope_scaling", "qkv_bias", "use_qk_norm",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "rope_scaling", "attention", "qkv_bias", "use_qk_norm",
 )  # fmt: skip
 # Fields of a dense config.json that mean the same in a Qwen2-MoE one.
 _CARRIED = (
@@ -218,9 +219,9 @@ def _config_json(
     carried = {key: raw[key] for key in _CARRIED if raw.get(key) is not None}
     sizes = {field.name: getattr(dense, field.name) for field in fields(ModelConfig) if field.name != "moe"}
     del sizes["use_qk_norm"]  # what the kind of model says
-    for key in ("head_dim", "rope_scaling"):
-        if sizes[key] is None:
-            del sizes[key]
+    del sizes["rope_scaling"], sizes["attention"]  # said in config.json's own words
+    if sizes["head_dim"] is None:
+        del sizes["head_dim"]
     kind = MOE_FORMATS[model_type]
     said = {
         "architectures": [kind.class_name],
@@ -228,6 +229,8 @@ def _config_json(
         "use_sliding_window": False,
         **carried,
         **sizes,
+        **rope_fields(dense),
+        **attention_fields(dense, kind.window_rule),
         **moe_fields,
     }
     return kind.written(said)

@@ -63,6 +63,7 @@ class MoelabConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-6,
         rope_theta: float = 1_000_000.0,
         stretched_wavelengths: dict[str, Any] | None = None,
+        attention: dict[str, Any] | None = None,
         qkv_bias: bool = True,
         use_qk_norm: bool = False,
         tie_word_embeddings: bool = False,

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from moelab.errors import ConfigError
 from moelab.moe.routing import LayerRecord
-from moelab.nn.attention import AttentionInputs, attention_mask
 from moelab.nn.transformer import LayerState, TokenContext, Transformer
 
 
@@ -96,19 +95,19 @@ def start(decoder: Transformer, given: Inputs) -> LayerState:
     if positions is None:
         positions = torch.arange(past, past + seq, device=x.device)[None]
     positions = positions.expand(batch, seq)
-    mask, real = _masks(given.mask, seq, past, x.device)
+    whole, padding = _masks(given.mask, seq, past, x.device)
     document_id = None
     if given.mask is None and past == 0 and given.position_ids is not None:
         document_id = _packed(positions)
     if document_id is not None:
-        causal = torch.ones(seq, seq, dtype=torch.bool, device=x.device).tril()
-        mask = (causal & (document_id[:, :, None] == document_id[:, None, :]))[:, None]
         document_id = document_id + seq * torch.arange(batch, device=x.device)[:, None]
-    cos, sin = decoder.rope.tables(positions, x.dtype)
     cache = None if given.cache is None else ForeignCache(given.cache, past, seq, x.device)
     ids: Any = NoIds() if given.input_ids is None else given.input_ids
-    info = decoder.token_info(ids, positions, real, TokenContext(document_id=document_id))
-    return LayerState(x, AttentionInputs(cos, sin, mask, cache), info, [])
+    inputs = decoder.attention_inputs(
+        x, positions, past=past, padding=padding, documents=document_id, given_mask=whole, cache=cache
+    )
+    real = None if padding is None else padding[:, past:]
+    return LayerState(x, inputs, decoder.token_info(ids, positions, real, TokenContext(document_id=document_id)), [])
 
 
 def run(decoder: Transformer, state: LayerState, *, states: bool = False, attentions: bool = False) -> Passed:
@@ -128,7 +127,7 @@ def run(decoder: Transformer, state: LayerState, *, states: bool = False, attent
 
 
 def _masks(mask: Tensor | None, seq: int, past: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """-> what attention sees [B, 1, S, P + S], and which of the new tokens are real [B, S]; None: plain, and all."""
+    """-> what attention sees [B, 1, S, P + S], where it is said so, and which tokens are real [B, P + S]; None: all."""
     if mask is not None and mask.dim() == 4:
         if mask.shape[-2] != seq or mask.shape[-1] < past + seq:
             raise ValueError(
@@ -144,8 +143,7 @@ def _masks(mask: Tensor | None, seq: int, past: int, device: torch.device) -> tu
         mask = mask[:, : past + seq].to(device=device, dtype=torch.bool)
         if device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
             mask = None  # known at no cost, and attention without a mask is the quicker one
-    real = None if mask is None else mask[:, past:]
-    return attention_mask(mask, seq, past, device), real
+    return None, mask
 
 
 def _packed(positions: Tensor) -> Tensor | None:

@@ -73,7 +73,7 @@ def section_of(hint: Any) -> type | None:
 
 def is_part(hint: Any) -> bool:
     """Whether it selects a plugin, or a list of plugins."""
-    if typing.get_origin(hint) is list:
+    if typing.get_origin(hint) in (list, typing.Union, types.UnionType):
         return is_part(typing.get_args(hint)[0])
     return typing.get_origin(hint) is typing.Annotated and PART in typing.get_args(hint)[1:]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from omegaconf import MISSING
 
-from moelab.config.rope_scaling import check_rope_scaling
+from moelab.config.rope_scaling import as_part
 from moelab.errors import ConfigError
 
 # So few that what is counted layer by layer ends, and that the bytes of one matrix are a number of 64 bits. The deepest
@@ -49,9 +49,8 @@ class ModelConfig:
     max_position_embeddings: int = 32768  # tokens of the longest sequence
     rms_norm_eps: float = 1e-6  # added to the mean square under the root
     rope_theta: float = 1_000_000.0  # base of the rotary embedding's wavelengths
-    # Wavelengths stretched as Llama 3.1's: {rope_type: llama3, factor, low_freq_factor, high_freq_factor,
-    # original_max_position_embeddings}; null: plain.
-    rope_scaling: dict[str, Any] | None = None
+    rope_scaling: Part | None = None  # how the rotary embedding reaches beyond the trained length; null: plain
+    attention: Part | None = None  # which earlier positions a query sees, and how far away; null: all, as they are
     qkv_bias: bool = True  # biases on q, k and v: Qwen2 has them; Llama, Mistral and Qwen3 don't
     use_qk_norm: bool = False  # RMSNorm over each head of q and k, as Qwen3 has it
     tie_word_embeddings: bool = False  # the output projection is the embedding
@@ -100,4 +99,4 @@ class ModelConfig:
         if self.rms_norm_eps <= 0 or self.rope_theta <= 1:
             raise ConfigError(f"{where}: rms_norm_eps must be positive and rope_theta greater than 1")
         if self.rope_scaling is not None:
-            self.rope_scaling = check_rope_scaling(self.rope_scaling, f"{where}.rope_scaling")
+            self.rope_scaling = as_part(self.rope_scaling)

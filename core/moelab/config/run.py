@@ -12,6 +12,7 @@ from moelab.config.model import ModelConfig, Part
 from moelab.errors import ConfigError
 from moelab.paths import Places, user_path
 
+PACKINGS = ("stream", "concat", "best_fit")  # data/packing.py has each
 MOST_THREADS = 1024  # torch dies of a number that the machine can't start
 
 
@@ -25,6 +26,11 @@ class DataConfig:
     validation_fraction: float = 0.1  # of the documents: those whose text hashes below it are held out
     seed: int = 0  # of the choice of text, where a source chooses (embedded: which files)
     split_seed: int = 0  # of the split into training and held-out text; keep it between runs that share weights
+    # How training documents fill sequences: stream, windows of one text of all; concat, end to end in a new order each
+    # epoch; best_fit, each whole where it fits, the rest padded.
+    packing: str = "stream"
+    # Attention and positions stay within a document, in training and on held-out text; its first token is no target.
+    document_mask: bool = False
     order_seed: int | None = None  # of the order of reading; null: `seed`, so that seeds differ in order too
 
 
@@ -183,6 +189,8 @@ class RunConfig:
             raise ConfigError("run_dir: names no folder; write run_dir=runs/NAME")
         _at_least_of("seed", self.seed, 0)
         _at_least("data", self.data, "seed", 0)
+        if self.data.packing not in PACKINGS:
+            raise ConfigError(f"data.packing: must be one of {', '.join(PACKINGS)}, not '{self.data.packing}'")
         _check_train(self.train)
         _check_schedule(self.schedule)
         _check_optimizer(self.optimizer)

@@ -19,6 +19,7 @@ from moelab.data.permutation import Permutation
 from moelab.errors import DataError
 from moelab.seeds import derive_seed
 
+IGNORED = -100  # as a target
 _TOGETHER = 1 << 20  # windows whose places in the order are computed at once
 
 
@@ -33,6 +34,7 @@ class Batch:
     attention_mask: Tensor | None = None  # [B, S] bool, False for padding; None: no padding
     target_document_id: Tensor | None = None  # [B, S] int64, of the targets; held-out batches only
     target_bytes: Tensor | None = None  # [B, S] float64, text bytes of the targets; held-out batches, where known
+    attention_id: Tensor | None = None  # [B, S] int64: attention and positions stay among equal ones; None: one text
 
     @property
     def token_count(self) -> int:
@@ -63,11 +65,15 @@ class TrainBatches:
     stream is only sliced, so it may be a memmap of any size.
     """
 
-    def __init__(self, stream: TokenStream, batch_size: int, sequence_length: int, seed: int) -> None:
+    def __init__(
+        self, stream: TokenStream, batch_size: int, sequence_length: int, seed: int, *, apart: bool = False
+    ) -> None:
+        """`apart`: attention, positions and targets stay within a document."""
         self.stream = stream
         self.batch_size = batch_size
         self.sequence_length = sequence_length
         self.seed = seed
+        self.apart = apart
         self.windows = count_windows(stream, sequence_length, "training")
 
     @property
@@ -95,7 +101,7 @@ class TrainBatches:
 
     def batch(self, step: int) -> Batch:
         """The batch of `step`, counted from 0."""
-        return read_windows(self.stream, self.window_ids(step), self.sequence_length)
+        return read_windows(self.stream, self.window_ids(step), self.sequence_length, apart=self.apart)
 
 
 class ValidationBatches:
@@ -106,8 +112,12 @@ class ValidationBatches:
     `target_bytes`, so that nats, tokens and bytes can be summed per document.
     """
 
-    def __init__(self, stream: TokenStream, sequences: int, sequence_length: int, batch_size: int) -> None:
+    def __init__(
+        self, stream: TokenStream, sequences: int, sequence_length: int, batch_size: int, *, apart: bool = False
+    ) -> None:
+        """`apart`: attention, positions and targets stay within a document."""
         self.stream = stream
+        self.apart = apart
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         available = count_windows(stream, sequence_length, "held-out")
@@ -125,7 +135,7 @@ class ValidationBatches:
     def __iter__(self) -> Iterator[Batch]:
         for begin in range(0, len(self.windows), self.batch_size):
             chosen = self.windows[begin : begin + self.batch_size]
-            yield read_windows(self.stream, chosen, self.sequence_length, measure=True)
+            yield read_windows(self.stream, chosen, self.sequence_length, measure=True, apart=self.apart)
 
 
 def count_windows(stream: TokenStream, sequence_length: int, what: str) -> int:
@@ -140,24 +150,36 @@ def count_windows(stream: TokenStream, sequence_length: int, what: str) -> int:
     return windows
 
 
-def read_windows(stream: TokenStream, windows: np.ndarray, sequence_length: int, *, measure: bool = False) -> Batch:
-    """windows [B] int64 -> Batch [B, S]; `measure` adds the documents and bytes of the targets."""
+def read_windows(
+    stream: TokenStream, windows: np.ndarray, sequence_length: int, *, measure: bool = False, apart: bool = False
+) -> Batch:
+    """windows [B] int64 -> Batch [B, S]; `measure` adds the documents and bytes of the targets.
+
+    `apart`: attention stays within a document, and its first token, which nothing in it foretells, is no target.
+    """
     begins = windows * sequence_length
     spans = [(int(begin), int(begin) + sequence_length + 1) for begin in begins]
     tokens = np.stack([np.asarray(stream.tokens[begin:end]) for begin, end in spans]).astype(np.int64)  # [B, S + 1]
     document = stream.document_of(begins[:, None] + np.arange(sequence_length + 1))  # [B, S + 1]
+    targets = tokens[:, 1:].copy()
     target_bytes = None
     if measure:
         counts = [stream.bytes_of(begin + 1, end) for begin, end in spans]
         known = [count for count in counts if count is not None]
         target_bytes = torch.from_numpy(np.stack(known).astype(np.float64)) if known else None
+    if apart:
+        border = document[:, 1:] != document[:, :-1]
+        targets[border] = IGNORED
+        if target_bytes is not None:
+            target_bytes[torch.from_numpy(border)] = 0.0
     return Batch(
         input_ids=torch.from_numpy(tokens[:, :-1].copy()),
-        targets=torch.from_numpy(tokens[:, 1:].copy()),
+        targets=torch.from_numpy(targets),
         document_id=torch.from_numpy(document[:, :-1].copy()),
         domain_id=torch.from_numpy(stream.document_domain[document[:, :-1]].astype(np.int64)),
         target_document_id=torch.from_numpy(document[:, 1:].copy()) if measure else None,
         target_bytes=target_bytes,
+        attention_id=torch.from_numpy(document[:, :-1].copy()) if apart else None,
     )
 
 

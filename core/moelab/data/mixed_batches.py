@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moelab.data.batches import Batch
+from moelab.data.batches import IGNORED, Batch
 from moelab.data.corpus import TokenStream
 from moelab.data.mixing import Deal, Mixer, shares
 from moelab.data.permutation import Permutation
@@ -49,11 +49,13 @@ class MixedBatches:
 
     def __init__(
         self, stream: TokenStream, domains: Sequence[str], mixer: Mixer, batch_size: int, sequence_length: int,
-        seed: int,
+        seed: int, *, apart: bool = False,
     ) -> None:  # fmt: skip
-        """Raises ConfigError for a domain that is not there, DataError for one too short for a single window."""
+        """`apart`: as of `TrainBatches`.
+
+        Raises ConfigError for a domain that is not there, DataError for one too short for a single window."""
         self.stream, self.domains, self.batch_size, self.seed = stream, list(domains), batch_size, seed
-        self.sequence_length = sequence_length
+        self.sequence_length, self.apart = sequence_length, apart
         self.wanted = [shares(phase.weights, self.domains) for phase in mixer.phases]
         self.deals = [Deal(wanted, self.domains, seed, number) for number, wanted in enumerate(self.wanted)]
         self.ends = [phase.until for phase in mixer.phases]
@@ -75,11 +77,15 @@ class MixedBatches:
             position[domain == number] = self.texts[number].real(virtual[domain == number])
         tokens = np.asarray(self.stream.tokens[position.reshape(-1)]).reshape(position.shape).astype(np.int64)
         document = self.stream.document_of(position)
+        targets = tokens[:, 1:].copy()
+        if self.apart:
+            targets[document[:, 1:] != document[:, :-1]] = IGNORED
         return Batch(
             input_ids=torch.from_numpy(tokens[:, :-1].copy()),
-            targets=torch.from_numpy(tokens[:, 1:].copy()),
+            targets=torch.from_numpy(targets),
             document_id=torch.from_numpy(document[:, :-1].copy()),
             domain_id=torch.from_numpy(np.repeat(domain[:, None], self.sequence_length, 1)),
+            attention_id=torch.from_numpy(document[:, :-1].copy()) if self.apart else None,
         )
 
     def windows_of(self, step: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,13 +15,13 @@ from typing import Any
 
 from moelab.atomic import where_it_may_be
 from moelab.config.model import ModelConfig
-from moelab.config.rope_scaling import NUMBERS
 from moelab.dense_sources import DenseArchitecture
 from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.fields import HARMLESS, ONLY, READ, Fields
 from moelab.hf.files import read_json
 from moelab.hf.gguf_file import GGUFFile, gguf_of
 from moelab.hf.moe_formats import MOE_FORMATS, MoEFormat
+from moelab.hf.positions import read_attention, read_rope_scaling, ropes
 from moelab.hookspecs import DENSE_SOURCES
 from moelab.registry import Registry
 
@@ -73,10 +73,13 @@ def described_by(fields: Fields, registry: Registry | None = None) -> Described:
             heads if fields.is_null("num_key_value_heads") else said.get("num_key_value_heads"),
         ),
         head_dim=_head_dim(fields, said),
-        max_position_embeddings=_positions(fields, kind),
+        max_position_embeddings=fields.number(
+            "max_position_embeddings", int, said.get("max_position_embeddings", 32768)
+        ),
         rms_norm_eps=fields.number("rms_norm_eps", float, said.get("rms_norm_eps", 1e-6)),
         rope_theta=_rope_theta(fields, said.get("rope_theta", HF_ROPE_THETA)),
-        rope_scaling=_rope_scaling(fields),
+        rope_scaling=read_rope_scaling(fields, registry),
+        attention=read_attention(fields, kind.window_rule, kind.default_window),
         tie_word_embeddings=fields.number("tie_word_embeddings", bool, False),
         initializer_range=fields.number("initializer_range", float, 0.02),
         **kind.model,
@@ -127,7 +130,6 @@ def _check_supported(fields: Fields, kind: DenseArchitecture | MoEFormat) -> Non
     for key, (accepted, cure) in only.items():
         if fields.get(key) is not None and fields.get(key) not in accepted:
             fields.refuse(key, cure)
-    _check_window(fields, first_layers=isinstance(kind, MoEFormat))
     if fields.get("torch_dtype", fields.get("dtype")) != fields.get("dtype", fields.get("torch_dtype")):
         raise CheckpointError(
             f"{fields.path}: torch_dtype {fields.get('torch_dtype')} and dtype {fields.get('dtype')} contradict each "
@@ -143,84 +145,15 @@ def _check_supported(fields: Fields, kind: DenseArchitecture | MoEFormat) -> Non
         )
 
 
-def _check_window(fields: Fields, *, first_layers: bool) -> None:
-    """`sliding_window` alone is harmless: published configs have it unused. In use it is not there, and refused.
-
-    transformers 5.23: of a dense Qwen2 the layers from max_window_layers on attend within the window, of a
-    Qwen2-MoE every other one below it (configuration_qwen2.py, configuration_qwen2_moe.py).
-    """
-    if fields.get("use_sliding_window", False):
-        layers, first = fields.number("num_hidden_layers", int), fields.number("max_window_layers", int, 28)
-        if first_layers or first < layers:
-            fields.refuse(
-                "use_sliding_window", "moelab attends to all earlier positions; set it to false if that is right"
-            )
-    layer_types = fields.get("layer_types")
-    if layer_types is not None and not (
-        isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
-    ):
-        fields.refuse("layer_types", 'it must be a list, and every layer "full_attention"')
-
-
 def _head_dim(fields: Fields, said: Mapping[str, Any]) -> int | None:
     default = None if fields.is_null("head_dim") else said.get("head_dim")
     return default if fields.get("head_dim") is None else fields.number("head_dim", int)
 
 
-def _positions(fields: Fields, kind: DenseArchitecture | MoEFormat) -> int:
-    """The longest sequence; of a model with a sliding window no more than that, up to which it changes nothing."""
-    most = fields.number("max_position_embeddings", int, kind.defaults.get("max_position_embeddings", 32768))
-    window = kind.window
-    if window is None or window >= most:
-        return most
-    logger.warning(
-        "%s: sliding_window %d: moelab attends to all earlier positions, which is the same up to %d tokens; so "
-        "max_position_embeddings is %d, not %d: give it no longer text",
-        fields.path, window, window, window, most,
-    )  # fmt: skip
-    return window
-
-
-def _ropes(fields: Fields) -> dict[str, Mapping[str, Any]]:
-    """{field: object} of the places that speak of the rotary embedding beside `rope_theta`."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = fields.get(key)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict):
-            fields.refuse(key, "it must be an object or null")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        partial = rope.get("partial_rotary_factor", 1.0) != 1.0 or any(isinstance(v, dict) for v in rope.values())
-        if (kind != "default" and kind not in NUMBERS) or partial:
-            stretched = " or ".join(NUMBERS)
-            fields.refuse(
-                key,
-                f'only plain rotary embedding and {stretched} are: remove the key, or give {{"rope_type": "default"}}',
-            )
-        found[key] = rope
-    return found
-
-
-def _rope_scaling(fields: Fields) -> dict[str, Any] | None:
-    """The stretching that all places agree on."""
-    said: dict[str, dict[str, Any] | None] = {}
-    for key, rope in _ropes(fields).items():
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        numbers = NUMBERS.get(str(kind), ())
-        said[key] = {"rope_type": kind, **{k: rope[k] for k in numbers if k in rope}} if numbers else None
-    if len(said) > 1 and said["rope_scaling"] != said["rope_parameters"]:
-        raise CheckpointError(
-            f"{fields.path}: rope_scaling and rope_parameters contradict each other; transformers 4.x takes the first "
-            "and 5.x the last: remove the wrong one"
-        )
-    return next(iter(said.values()), None)
-
-
 def _rope_theta(fields: Fields, default: float) -> float:
     """The one theta that all places agree on: the top, `rope_scaling` and `rope_parameters`."""
     found = {"rope_theta": fields.get("rope_theta")}
-    found |= {f"{key}.rope_theta": rope.get("rope_theta") for key, rope in _ropes(fields).items()}
+    found |= {f"{key}.rope_theta": rope.get("rope_theta") for key, rope in ropes(fields).items()}
     said = {place: theta for place, theta in found.items() if theta is not None}
     if any(theta != next(iter(said.values())) for theta in said.values()):
         listed = " and ".join(f"{place} {theta}" for place, theta in said.items())

@@ -36,7 +36,8 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "add_cross_attention": ((False,), "moelab has decoders only"),
 }
 READ = frozenset((
-    "architectures", "decoder_sparse_step", "dtype", "head_dim", "hidden_size", "initializer_range",
+    "architectures", "decoder_sparse_step", "dtype",
+    "dual_chunk_attention_config", "head_dim", "hidden_size", "initializer_range",
     "intermediate_size", "layer_types", "max_position_embeddings", "max_window_layers", "mlp_only_layers",
     "model_type", "moe_intermediate_size", "norm_topk_prob", "num_attention_heads", "num_experts",
     "num_experts_per_tok", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters",

@@ -176,7 +176,15 @@ class GGUFFile:
     def _rope_scaling(self) -> dict[str, Any] | None:
         kind = self.of_model("rope.scaling.type", "none")
         if kind != "none":
-            return {"rope_type": str(kind), "factor": self.of_model("rope.scaling.factor")}  # refused by its name
+            found = {"rope_type": str(kind), "factor": self.of_model("rope.scaling.factor")}
+            if kind == "yarn":
+                found["original_max_position_embeddings"] = self.of_model("rope.scaling.original_context_length")
+                if found["original_max_position_embeddings"] is None:
+                    raise CheckpointError(
+                        f"{self.path}: {self.architecture}.rope.scaling.original_context_length: is missing, and yarn "
+                        "needs the trained length; take the safetensors that it was made from"
+                    )
+            return found
         stored = [entry for entry in self.entries if entry.name == ROPE_FACTORS]
         if not stored:
             return None

@@ -28,7 +28,8 @@ class MoEFormat:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     only: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
     unused: frozenset[str] = frozenset()
-    window: int | None = None
+    window_rule: str | None = None
+    default_window: int | None = 4096
     parts: Callable[[str, ModelConfig], list[Part]] = as_named
     stored_name: Callable[[str], str] = str  # Qwen2-MoE's name of a tensor -> its name here
     has_shared: bool = False  # a gated shared expert, which must be there
@@ -61,10 +62,10 @@ def _as_qwen3_moe(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _as_mixtral(fields: Mapping[str, Any]) -> dict[str, Any]:
     absent = (
         "qkv_bias", "shared_expert_intermediate_size", "num_experts", "moe_intermediate_size", "norm_topk_prob",
-        "decoder_sparse_step", "mlp_only_layers", "use_sliding_window", "max_window_layers",
+        "decoder_sparse_step", "mlp_only_layers", "use_sliding_window", "max_window_layers", "layer_types",
     )  # fmt: skip
     own = {"num_local_experts": fields["num_experts"], "intermediate_size": fields["moe_intermediate_size"]}
-    return {key: value for key, value in fields.items() if key not in absent} | own | {"sliding_window": None}
+    return {"sliding_window": None} | {key: value for key, value in fields.items() if key not in absent} | own
 
 
 def _qwen2_moe(config: ModelConfig, fields: Fields) -> None:
@@ -151,6 +152,7 @@ MOE_FORMATS: Mapping[str, MoEFormat] = {
         _qwen2_moe,
         only={"attention_bias": ((True,), "Qwen2-MoE says it with qkv_bias; remove this key")},
         unused=frozenset({"qkv_bias"}),
+        window_rule="alternate",
         has_shared=True,
         written=_as_qwen2_moe,
     ),
@@ -161,6 +163,7 @@ MOE_FORMATS: Mapping[str, MoEFormat] = {
         model={"qkv_bias": False, "use_qk_norm": True},
         unused=frozenset({"num_local_experts"}),
         only=WITHOUT_BIASES,
+        window_rule="every",
         written=_as_qwen3_moe,
     ),
     "mixtral": MoEFormat(
@@ -169,7 +172,8 @@ MOE_FORMATS: Mapping[str, MoEFormat] = {
         _mixtral,
         model={"qkv_bias": False},
         defaults={"rope_theta": 1_000_000.0, "rms_norm_eps": 1e-5, "num_key_value_heads": 8},
-        only={"sliding_window": ((), "moelab attends to all earlier positions; set it to null if that is right")},
+        window_rule="plain",
+        default_window=None,
         unused=frozenset({"num_local_experts", "router_jitter_noise"}),  # the noise is training's
         parts=_mixtral_parts,
         stored_name=_mixtral_name,

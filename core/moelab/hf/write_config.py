@@ -16,6 +16,7 @@ from moelab.errors import CheckpointError
 from moelab.hf.loss_coefficient import aux_loss_fields
 from moelab.hf.moe_formats import MOE_FORMATS
 from moelab.hf.names import LM_HEAD, SparseShape, parameter_shapes, qwen2_moe_fields
+from moelab.hf.positions import attention_fields, rope_fields
 from moelab.moe.block import MoEBlock
 from moelab.nn.transformer import Transformer
 
@@ -23,7 +24,7 @@ SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 # (biases on q, k and v; normed heads) -> the dense kind that has just these.
 DENSE_KINDS = {
     (True, False): ("qwen2", "Qwen2ForCausalLM"),
-    (False, False): ("llama", "LlamaForCausalLM"),
+    (False, False): ("llama", "LlamaForCausalLM"),  # with a window it is Mistral
     (False, True): ("qwen3", "Qwen3ForCausalLM"),
 }
 
@@ -66,7 +67,9 @@ def model_type_of(model: Transformer) -> tuple[str, str]:
         if attention != (True, True):
             return kind, MOE_FORMATS[kind].class_name
     elif attention in DENSE_KINDS:
-        return DENSE_KINDS[attention]
+        kind, class_name = DENSE_KINDS[attention]
+        windowed = kind == "llama" and config.attention is not None and config.attention["name"] == "sliding_window"
+        return ("mistral", "MistralForCausalLM") if windowed else (kind, class_name)
     raise CheckpointError(
         "model.qkv_bias, model.use_qk_norm: no kind of model in Hugging Face's layout has both biases and norms on q "
         "and k; keep it as a moelab checkpoint"
@@ -77,15 +80,25 @@ def _blocks(model: Transformer) -> dict[int, MoEBlock]:
     return {i: layer.mlp for i, layer in enumerate(model.layers) if isinstance(layer.mlp, MoEBlock)}
 
 
+def _as_mistral(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key not in ("use_sliding_window", "max_window_layers")}
+
+
 def _as_llama(fields: Mapping[str, Any]) -> dict[str, Any]:
     absent = ("use_sliding_window", "sliding_window", "max_window_layers")
     kept = {key: value for key, value in fields.items() if key not in absent}
     return kept | {"attention_bias": False, "mlp_bias": False}
 
 
+DENSE_WINDOWS = {
+    "qwen2": "late",
+    "qwen3": "late",
+    "mistral": "plain",
+}  # DenseArchitecture.window_rule of what is written
 # {model_type: config.json in Qwen2's fields -> in its own}
 WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "llama": _as_llama,
+    "mistral": _as_mistral,
     "qwen2": dict,
     "qwen3": lambda fields: {**fields, "attention_bias": False},
     **{model_type: kind.written for model_type, kind in MOE_FORMATS.items()},
@@ -115,8 +128,8 @@ def _dense_fields(model: Transformer, model_type: str) -> dict[str, Any]:
         )
     }  # fmt: skip
     fields["max_window_layers"] = config.num_hidden_layers
-    if config.rope_scaling is not None:
-        fields["rope_scaling"] = dict(config.rope_scaling)
+    rule = MOE_FORMATS[model_type].window_rule if model_type in MOE_FORMATS else DENSE_WINDOWS.get(model_type)
+    fields |= rope_fields(config) | attention_fields(config, rule)
     if model_type in MOE_FORMATS:
         fields["qkv_bias"] = config.qkv_bias
     named = model_type in ("qwen3", "qwen3_moe")  # whose default is no quotient of sizes

@@ -63,6 +63,11 @@ class NamedLoss:
             raise self.part.fault(fault, self.loss)
         return value
 
+    def batch_count(self, record: LayerRecord) -> Tensor:
+        """`BalanceLoss.batch_count` of one that has it."""
+        counted: Tensor = self.loss.batch_count(record)  # type: ignore[attr-defined]
+        return counted
+
     def after_step(self, context: BalanceContext) -> None:
         """Let the loss adapt, if it does; the trainer calls this once after each optimizer step."""
         adapt = getattr(self.loss, "after_step", None)

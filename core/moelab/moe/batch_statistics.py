@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from moelab.moe.balance import NamedLoss
 from moelab.moe.block import MoEBlock
 from moelab.moe.contracts import BalanceContext
 from moelab.moe.routing import LayerRecord
@@ -16,14 +17,16 @@ from moelab.moe.routing import LayerRecord
 class BatchStatistics:
     """Sums over micro-batches, on the device; `add` each one's records, then `reduce` over ranks.
 
-    `for_losses`: False where no balance loss will ask, which saves counting for them.
+    `losses`: the balance losses that will ask, none of which saves counting for them; None: whoever asks.
     """
 
-    def __init__(self, *, for_losses: bool = True) -> None:
-        self.for_losses = for_losses
+    def __init__(self, losses: Sequence[NamedLoss] | None = None) -> None:
+        self.for_losses = losses is None or len(losses) > 0
+        self.counting = [named for named in losses or () if hasattr(named.loss, "batch_count")]
         self.wanted: dict[int, Tensor] = {}  # layer -> [E'] int64
         self._balance: dict[int, Tensor] = {}  # layer -> [E'] int64, where balance losses count something else
         self._statistics: dict[int, Tensor] = {}  # layer -> [M], times tokens
+        self._own: dict[str, dict[int, Tensor]] = {}  # loss -> layer -> [M] int64, `BalanceLoss.batch_count`
         self.tokens: Tensor | None = None  # scalar int64, not padding
 
     @torch.no_grad()
@@ -41,6 +44,9 @@ class BatchStatistics:
             _add(self.wanted, record.layer_id, record.wanted)
             if self.for_losses and routing.counted_top_k:
                 _add(self._balance, record.layer_id, record.balance_counts)
+            for named in self.counting:
+                if named.layers is None or record.layer_id in named.layers:
+                    _add(self._own.setdefault(named.name, {}), record.layer_id, named.batch_count(record))
             if routing.statistics is not None:
                 _add(self._statistics, record.layer_id, routing.statistics.double() * tokens)
 
@@ -49,15 +55,16 @@ class BatchStatistics:
         if self.tokens is None:
             return
         self.tokens = all_reduce(self.tokens)
-        for sums in (self.wanted, self._balance, self._statistics):
+        for sums in (self.wanted, self._balance, self._statistics, *self._own.values()):
             for layer_id in sorted(sums):
                 sums[layer_id] = all_reduce(sums[layer_id])
 
-    def context(self) -> BalanceContext:
-        """What the balance losses are told."""
+    def context(self, named: NamedLoss | None = None) -> BalanceContext:
+        """What the balance losses are told; with what `named` counts itself, if it does."""
         if not self.for_losses or not self.wanted:
             return BalanceContext(None, self.tokens)
-        return BalanceContext(self.wanted | self._balance, self.tokens, self.wanted)
+        own = None if named is None else self._own.get(named.name)
+        return BalanceContext(self.wanted | self._balance, self.tokens, self.wanted, own)
 
     def mean_statistics(self, layer_id: int) -> Tensor | None:
         """The mean of `Routing.statistics` over the batch's tokens, [M] fp32; None when the router gives none."""

@@ -15,6 +15,7 @@ from moelab.moe.chunked import InChunks
 from moelab.moe.contracts import ExpertBackend, ExpertProblem, Router, SharedExpert
 from moelab.moe.experts import ExpertBank, compute_dtype
 from moelab.moe.layout import ExpertLayout
+from moelab.moe.on_input import weigh_inputs
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
 from moelab.plugin_faults import PluginPart
 
@@ -86,15 +87,18 @@ class MoEBlock(nn.Module):
         return (y if shared is None else y + shared), self._record(routing, info, y, shared, shown)
 
     def reach(self, inner: ExpertBackend) -> ExpertBackend:
-        """A backend with the exchange around it where the experts lie on several processes."""
-        return inner if self.dealt is None else self.dealt(inner)
+        """A backend with the exchange around it, or within, where the experts lie on several processes."""
+        if self.dealt is None:
+            return inner
+        around = getattr(inner, "around", None)
+        return self.dealt(inner) if around is None else around(self.dealt)
 
     def _compute(self, shown: list[Tensor] | None) -> Callable[[Tensor, Routing, ExpertBank], Tensor]:
         """The backend, in chunks where a cap is set, and around both the exchange with other processes.
 
         `shown`: takes the whole weights of the experts, where they lie in pieces.
         """
-        compute = self.reach(self.backend if self.chunk is None else InChunks(self.backend, self.chunk))
+        compute = weigh_inputs(self.reach(self.backend if self.chunk is None else InChunks(self.backend, self.chunk)))
         whole = self.whole_experts
         if shown is None or whole is None:
             return compute
@@ -147,6 +151,12 @@ class MoEBlock(nn.Module):
     @torch.no_grad()  # checkpointing counts what is saved, and the second computation does not look
     def _look(self, routing: Routing, x: Tensor) -> None:
         """The values of the first routing, while waiting for them costs nothing that counts."""
+        if routing.weights_on_input and getattr(self.backend, "computes_every_expert", False):
+            raise ConfigError(
+                f"model.moe.backend, layer {self.layer_id}: '{self.backend.name}' gives the weights of experts that a "
+                "token did not take a gradient, and weights on the experts' input have none there; set weights_on "
+                "output, or take another backend"
+            )
         self._refuse("router", promises.routing_values(routing, x))
 
     def _refuse(self, part: str, fault: str | None) -> None:

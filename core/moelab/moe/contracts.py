@@ -96,6 +96,7 @@ class BalanceContext:
     batch_counts: Mapping[int, Tensor] | None  # `LayerRecord.balance_counts`
     batch_tokens: Tensor | None = None  # scalar: unmasked tokens of the whole batch
     batch_choices: Mapping[int, Tensor] | None = None  # `LayerRecord.wanted`
+    batch_own: Mapping[int, Tensor] | None = None  # layer -> [M] int64, what this loss counts itself; None: as above
 
 
 @runtime_checkable
@@ -108,6 +109,8 @@ class BalanceLoss(Protocol):
 
     Optional, looked up by name:
     - `after_step(context)`: called once after each optimizer step with the whole batch's counts, to adapt `weight`.
+    - `batch_count(record) -> [M] int64`: what it needs counted over the whole batch beside the experts' loads, tokens
+      by group of experts say; without a wait for the device. Its sums are `context.batch_own`.
     - `shardable`: False for one that can't be laid over several processes (a router, shared expert or backend says it
       alike): it needs weights that no process holds whole, or decides by its data whether a parameter is used.
     - `needs_expert_weights`: True for one that reads `LayerRecord.gate_up` or `down`, which over several processes are
@@ -159,8 +162,10 @@ class ExpertBackend(Protocol):
     """Computes y[t] = sum over t's assignments of weight * down(act(gate x_t) * up x_t). Owns no parameters.
 
     One that in training also computes, forward, the experts that a token did not take says so with
-    `computes_every_expert = True`; its FLOPs are counted then. One that needs more of the tokens than rows and the
-    experts they go to says `dealable = False`: whole experts can't be dealt out to other processes then.
+    `computes_every_expert = True`; its FLOPs are counted then. Where whole experts lie on other processes, a backend is
+    handed the rows that came to its own, with weights of 1, and knows nothing more of their tokens. One that must know
+    more and hands on to another backend has `around(wrap) -> ExpertBackend`: itself at home, with `wrap` around that
+    one, which rows leave through. One that can't be dealt out so says `dealable = False`, and is refused there.
     """
 
     name: str

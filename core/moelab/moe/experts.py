@@ -57,6 +57,14 @@ class ExpertBank(nn.Module):
         return f"num_experts={experts}, moe_intermediate_size={width}, hidden_size={hidden}"
 
 
+class BankView(ExpertBank):
+    """Given tensors under the names that backends read: gate_up [e, 2F, D], down [e, F, D]. Owns no parameters."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(gate_up=gate_up, down=down)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of [..., 2F], gate first -> [..., F]."""
     gate, up = gate_up.chunk(2, dim=-1)

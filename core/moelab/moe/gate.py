@@ -1,7 +1,8 @@
-"""The learned projection of a router, and the precision in which it decides."""
+"""The learned projection of a router: its form, its start, and the precision in which it decides."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,18 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moelab.errors import ConfigError
 from moelab.moe.contracts import MoEContext
 from moelab.moe.routing import TokenInfo
 from moelab.moe.surgery import ExpertRows
 from moelab.seeds import derive_seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GATES = ("linear", "cosine")
+STARTS = ("normal", "unit_rows", "orthogonal")
+FIRST_SCALE, LARGEST_SCALE = (
+    2.0,
+    100.0,
+)  # of cosines: 1 / 0.5 at the start, 1 / 0.01 at most (Tutel's init_t, clamp_max)
 
 
 @dataclass
 class GateOptions:
-    """Precision of a router. In bfloat16 near-ties choose other experts, so everything is float32 unless asked."""
+    """What a router projects x by, how that starts, and its precision.
 
+    In bfloat16 near-ties choose other experts, so everything is float32 unless asked.
+    """
+
+    gate: str = "linear"  # linear: W x; cosine: learned scale times cos(P x + p, row of W) (X-MoE 2204.09179)
+    cosine_size: int = 256  # gate=cosine: numbers that P projects x to
+    gate_bias: bool = False  # gate=linear: W x + b, with b learned and 0 at the start (gpt-oss)
+    # Of W at the start: normal, N(0, initializer_range); unit_rows, the same with each row scaled to length one;
+    # orthogonal, orthonormal rows.
+    start: str = "normal"
     parameter_dtype: str = "float32"  # float32: stays so under model.to(bfloat16); model: follows the model
     projection_dtype: str = "float32"  # of W x: float32, bfloat16, float16, or input (that of x, as Hugging Face does)
     score_dtype: str = "float32"  # of the softmax or sigmoid
@@ -32,11 +49,23 @@ class GateOptions:
             allowed = legal.get(key, tuple(DTYPES))
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key} must be one of {', '.join(allowed)}, not '{getattr(self, key)}'")
+        for key, known in (("gate", GATES), ("start", STARTS)):
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key} must be one of {', '.join(known)}, not '{getattr(self, key)}'")
+        if self.cosine_size < 1:
+            raise ValueError(f"cosine_size must be at least 1, not {self.cosine_size}")
+        if self.gate == "cosine" and self.gate_bias:
+            raise ValueError("gate_bias needs gate=linear: a cosine's projection has a bias of its own")
 
 
 class LinearRouter(nn.Module):
-    """Base of the routers that project x by one matrix `weight` [E', D], Hugging Face's `mlp.gate.weight`.
+    """Base of the routers that project x by a matrix `weight` [E', D], Hugging Face's `mlp.gate.weight`.
 
+    With gate=cosine it is [E', C], the experts' embeddings: z_i = s cos(P x + p, W_i), s = min(exp(a), 100) learned
+    from 2 on. X-MoE (2204.09179) 3.3 (section not opened), as Tutel has it (gates/cosine_top.py); there P starts as
+    torch's Linear, here as every matrix does.
+    Rows that start of one length draw tokens alike: Qwen3-Next normalises its router's parameters at the start (as
+    announced; how, was not said), and SimBal (2506.14038, not opened) starts from orthonormal ones.
     A subclass with other tensors that have a row for each expert names them in `row_tensors`.
     """
 
@@ -50,7 +79,19 @@ class LinearRouter(nn.Module):
         self.num_experts = context.num_experts
         self.top_k = context.num_experts_per_tok
         self.layer_id = context.layer_id
-        self.weight = nn.Parameter(torch.empty(num_choices or context.num_experts, context.hidden_size))
+        choices, hidden = num_choices or context.num_experts, context.hidden_size
+        width = options.cosine_size if options.gate == "cosine" else hidden
+        if options.start == "orthogonal" and choices > width:
+            raise ConfigError(f"start: {choices} rows of {width} numbers can't be orthogonal; take unit_rows")
+        self.weight = nn.Parameter(torch.empty(choices, width))
+        self.gate_bias = nn.Parameter(torch.zeros(choices)) if options.gate_bias else None
+        self.projection, self.projection_bias, self.log_scale = None, None, None
+        if options.gate == "cosine":
+            self.projection = nn.Parameter(torch.empty(width, hidden))
+            self.projection_bias = nn.Parameter(torch.zeros(width))
+            self.log_scale = nn.Parameter(torch.full((1,), math.log(FIRST_SCALE)))
+        if options.start != "normal":  # only then: a module with a say in its own values is never built hollow
+            self.after_initialise = self.start_rows
 
     @property
     def expert_rows(self) -> ExpertRows | str:
@@ -61,8 +102,38 @@ class LinearRouter(nn.Module):
         return ExpertRows(tuple(rows), self.equal_rows, self.shared_rows)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [T, D] -> W x, [T, E'], in float32 or wider whatever the precision of the product was."""
-        return project(x, self.weight, self.precision.projection_dtype)
+        """x [T, D] -> W x, or what else the gate is, [T, E'], in float32 or wider whatever the product's precision."""
+        dtype = self.precision.projection_dtype
+        if self.projection is not None:
+            assert self.projection_bias is not None, "a cosine gate has all its parameters"
+            assert self.log_scale is not None, "a cosine gate has all its parameters"
+            low = project(x, self.projection, dtype) + self.projection_bias.to(
+                torch.promote_types(x.dtype, torch.float32)
+            )
+            # 1e-6: rows of zeros have no direction, and their gradient must stay finite in float32.
+            cosine = project(
+                nn.functional.normalize(low, dim=-1, eps=1e-6), nn.functional.normalize(self.weight, dim=-1)
+            )
+            return cosine * self.log_scale.clamp(max=math.log(LARGEST_SCALE)).exp().to(cosine.dtype)
+        logits = project(x, self.weight, dtype)
+        return logits if self.gate_bias is None else logits + self.gate_bias.to(logits.dtype)
+
+    @torch.no_grad()
+    def start_rows(self) -> None:
+        """`start` of the matrix as it was drawn; rows of zeros stay zeros."""
+        drawn = self.weight.double()
+        if self.precision.start == "orthogonal":
+            basis, corner = torch.linalg.qr(drawn.t())  # signs of the corner: rows are the drawn ones, made orthogonal
+            made = (basis * corner.diagonal().sign()).t()
+        else:
+            made = nn.functional.normalize(drawn, dim=-1)
+        self.weight.copy_(made)
+
+    def gate_differs(self) -> str | None:
+        """Why the projection is no plain matrix, for formats that know nothing else; None when it is."""
+        if self.projection is not None:
+            return "it compares directions (gate: cosine)"
+        return "its projection has a bias (gate_bias)" if self.gate_bias is not None else None
 
     def score(self, logits: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """`function` of logits [T, E'] in the precision of scores -> [T, E'] float32 or wider."""

@@ -69,6 +69,11 @@ def batch_choices(record: LayerRecord, context: BalanceContext) -> Tensor:
     return record.wanted if known is None else known[record.layer_id].to(record.counts.device)
 
 
+def device_tokens(record: LayerRecord, num_devices: int) -> Tensor:
+    """[T, D] bool: whether a token was sent to a device, D groups of consecutive experts; False for padding."""
+    return record.routing.choice_map()[:, : record.routing.num_experts].unflatten(1, (num_devices, -1)).any(-1)
+
+
 def layer_mean(records: Sequence[LayerRecord], term: Callable[[LayerRecord], Tensor]) -> Tensor:
     """The mean of `term` over layers, so that a coefficient means the same at any depth."""
     return torch.stack([term(record) for record in records]).mean()

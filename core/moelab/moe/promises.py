@@ -73,7 +73,7 @@ def loss_built(loss: object) -> str | None:
         return "has no `needs_batch_counts`; it must be True or False: whether it reads context.batch_counts"
     if hasattr(loss, "state_dict") != hasattr(loss, "load_state_dict"):
         return "has one of state_dict and load_state_dict, and needs both"
-    return _not_callable(loss, ("after_step", "state_dict", "load_state_dict", "qwen2_moe_fields"))
+    return _not_callable(loss, ("after_step", "batch_count", "state_dict", "load_state_dict", "qwen2_moe_fields"))
 
 
 def routing_shape(routing: object, x: Tensor, num_experts: int) -> str | None:

@@ -70,6 +70,9 @@ class Routing:
     bypass: Tensor | None = None  # [T, D] added to the output: what tokens get without an expert (copy, constant)
     statistics: Tensor | None = None  # [M] fp32, detached: its mean over the batch goes to `Router.after_step`
     extras: dict[str, Tensor] = field(default_factory=dict)  # what a router and a loss of one plugin share
+    weights_on_input: bool = (
+        False  # each expert sees its weight times x, and is added as it is (Llama 4); else after it
+    )
 
     @classmethod
     def from_topk(

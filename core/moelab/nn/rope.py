@@ -2,48 +2,62 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class RopeContext:
+    """What the scaling of a rotary embedding may depend on when it is built."""
+
+    head_dim: int
+    rope_theta: float
+    max_position_embeddings: int
+
+
+class RopeScaling(Protocol):
+    """(inv_freq [head_dim / 2] fp32, length) -> (inv_freq' of the same shape and dtype, factor on cos and sin).
+
+    - `length_matters`: whether they change with `length`, the positions of the forward pass, cached ones included: then
+      what a text means depends on what follows it.
+    - `reach`: positions that it is meant for; None: those of the model's own length.
+    """
+
+    @property
+    def length_matters(self) -> bool: ...
+
+    @property
+    def reach(self) -> float | None: ...
+
+    def __call__(self, inv_freq: Tensor, length: int) -> tuple[Tensor, float]: ...
+
+
 class Rope:
     """Angles for positions. Not a module: no buffer that `model.to(bfloat16)` could round (1.6e-3 in the logits)."""
 
-    def __init__(self, head_dim: int, rope_theta: float, scaling: Mapping[str, Any] | None = None) -> None:
-        """`scaling`: as config/rope_scaling.py checks it."""
+    def __init__(self, head_dim: int, rope_theta: float, scaling: RopeScaling | None = None) -> None:
         self.head_dim = head_dim
         self.rope_theta = rope_theta
         self.scaling = scaling
 
-    def tables(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """position_ids [B, S] -> cos, sin [B, 1, S, head_dim] in `dtype`."""
-        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device=position_ids.device).float()
-        inv_freq = 1.0 / self.rope_theta ** (exponent / self.head_dim)  # [head_dim / 2]
-        if self.scaling is not None:
-            inv_freq = SCALINGS[self.scaling["rope_type"]](inv_freq, self.scaling)
+    def tables(self, position_ids: Tensor, dtype: torch.dtype, length: int = 0) -> tuple[Tensor, Tensor]:
+        """position_ids [B, S] -> cos, sin [B, 1, S, head_dim] in `dtype`, in a forward pass of `length` positions."""
+        inv_freq, factor = self.frequencies(position_ids.device, length)
         angles = position_ids[..., None].float() * inv_freq  # [B, S, head_dim / 2]
         angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if factor != 1.0:
+            cos, sin = cos * factor, sin * factor
+        return cos.to(dtype), sin.to(dtype)
 
-
-def llama3(inv_freq: Tensor, scaling: Mapping[str, Any]) -> Tensor:
-    """inv_freq [head_dim / 2] -> the same, slow ones divided by `factor`, fast ones kept, those between blended.
-
-    A frequency turns w = original_max_position_embeddings * inv_freq / 2 pi times over the original length: kept from
-    high_freq_factor turns on, divided up to low_freq_factor, linear in w between (transformers 5.23,
-    modeling_rope_utils.py: _compute_llama3_parameters).
-    """
-    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / inv_freq)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - kept) * inv_freq / scaling["factor"] + kept * inv_freq
-
-
-SCALINGS = {"llama3": llama3}
+    def frequencies(self, device: torch.device, length: int = 0) -> tuple[Tensor, float]:
+        """Radians a position, [head_dim / 2] fp32, and the factor on cos and sin."""
+        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device=device).float()
+        inv_freq = 1.0 / self.rope_theta ** (exponent / self.head_dim)
+        return (inv_freq, 1.0) if self.scaling is None else self.scaling(inv_freq, length)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

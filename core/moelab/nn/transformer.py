@@ -5,10 +5,10 @@ B sequences, S positions, T = B * S tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,16 @@ from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import ConfigError
 from moelab.moe.block import MoEBlock
 from moelab.moe.routing import LayerRecord, RoutingOverride, TokenInfo
-from moelab.nn.attention import Attention, AttentionInputs, attention_mask
+from moelab.nn.attention import Attention
+from moelab.nn.attention_inputs import AttentionInputs, AttentionKernel, run_starts
+from moelab.nn.full_attention import FullAttention
 from moelab.nn.generate import Sampling, Speech, continue_text
 from moelab.nn.kv_cache import KVCache
 from moelab.nn.loss import token_cross_entropy
 from moelab.nn.mlp import SwiGLU
 from moelab.nn.norm import RMSNorm
-from moelab.nn.rope import Rope
+from moelab.nn.reach import Positional
+from moelab.nn.rope import Rope, RopeScaling
 from moelab.plugin_faults import PluginPart
 
 
@@ -46,6 +49,7 @@ class TokenContext:
     generator: torch.Generator | None = None
     measure: bool = False  # records hold the norms of the layers' outputs
     routing_override: RoutingOverride | None = None  # sends tokens elsewhere than their routers would
+    attention_id: Tensor | None = None  # attention and positions stay among equal neighbours; None: one a sequence
 
 
 @dataclass(frozen=True)
@@ -81,16 +85,34 @@ class DecoderLayer(nn.Module):
 class Transformer(nn.Module):
     """A causal language model. Layers are handed in ready-made by `moelab.build`."""
 
-    def __init__(self, config: ModelConfig, mlps: list[SwiGLU | MoEBlock]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        mlps: list[SwiGLU | MoEBlock],
+        kernels: Sequence[AttentionKernel | None] | None = None,
+        scaling: RopeScaling | None = None,
+    ) -> None:
+        """`kernels`: of each layer's attention, None for full; `scaling`: of the rotary embedding, None for plain."""
         super().__init__()
         self.config = config
         self.speech: Callable[[], Speech] | Speech | None = None  # read when first asked; None: nobody knows
-        self.rope = Rope(config.attention_head_dim, config.rope_theta, config.rope_scaling)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, mlp) for i, mlp in enumerate(mlps))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
+        self.take_positions(config, kernels or [None] * config.num_hidden_layers, scaling)
+
+    def take_positions(
+        self, config: ModelConfig, kernels: Sequence[AttentionKernel | None], scaling: RopeScaling | None
+    ) -> None:
+        """Compute with these from now on, as `config` says: `moelab.builder.reposition` makes them."""
+        self.config = config
+        self.rope = Rope(config.attention_head_dim, config.rope_theta, scaling)
+        attentions = [module for module in self.modules() if isinstance(module, Attention)]
+        for attention, kernel in zip(attentions, kernels, strict=True):
+            attention.kernel = kernel or FullAttention(attention.layer_id)
+        self.positional = Positional([a.kernel for a in attentions], scaling, config.max_position_embeddings)
 
     def tie_weights(self) -> None:
         """Make head and embedding one parameter where the config says so; `to_empty` parts them."""
@@ -193,11 +215,23 @@ class Transformer(nn.Module):
         mask = None if attention_mask is None else attention_mask.bool()
         seen = mask if cache is None or mask is None else cache.extend_mask(mask)
         position_ids = torch.arange(past, past + seq, device=input_ids.device).expand(batch, seq)
-
+        tokens = tokens or TokenContext()
+        documents = tokens.attention_id
+        if documents is not None:
+            if cache is not None:
+                documents = cache.extend_documents(documents)
+            position_ids = position_ids - run_starts(documents)[:, past:]
         x = self.embed_tokens(input_ids)
-        cos, sin = self.rope.tables(position_ids, x.dtype)
-        inputs = AttentionInputs(cos, sin, _attention_mask(seen, seq, past, x.device), cache)
-        return LayerState(x, inputs, self.token_info(input_ids, position_ids, mask, tokens or TokenContext()), [])
+        inputs = self.attention_inputs(x, position_ids, past=past, padding=seen, documents=documents, cache=cache)
+        return LayerState(x, inputs, self.token_info(input_ids, position_ids, mask, tokens), [])
+
+    def attention_inputs(self, x: Tensor, positions: Tensor, *, past: int, **more: Any) -> AttentionInputs:
+        """What the layers' attention shares. ConfigError for a cache of another mode; told once: a text too long."""
+        self.positional.check(past + positions.shape[1])
+        cache = more.get("cache")
+        if isinstance(cache, KVCache):
+            cache.take_mode(self.positional.cache_mode(self.config.rope_scaling))
+        return AttentionInputs(self.rope, positions, x.dtype, past, **more)
 
     def run_layers(self, state: LayerState, first: int = 0, last: int | None = None) -> LayerState:
         """Layers `first` .. `last` - 1 on what stands before them; None: to the end. The state given stays as it is."""
@@ -229,9 +263,3 @@ class Transformer(nn.Module):
             measure=tokens.measure,
             routing_override=tokens.routing_override,
         )
-
-
-def _attention_mask(seen: Tensor | None, seq: int, past: int, device: torch.device) -> Tensor | None:
-    if seen is not None and seen.shape[1] != past + seq:
-        raise ValueError(f"attention_mask covers {seen.shape[1]} positions, but {past} are cached and {seq} are new")
-    return attention_mask(seen, seq, past, device)

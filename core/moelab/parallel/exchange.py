@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from moelab.moe.contracts import ExpertBackend, ExpertProblem
 from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
-from moelab.moe.experts import ExpertBank, compute_dtype
+from moelab.moe.experts import BankView, ExpertBank, compute_dtype
 from moelab.moe.routing import Routing
 
 
@@ -71,16 +71,9 @@ def whole_experts(bank: ExpertBank) -> tuple[Tensor, Tensor]:
     return gate_up, down
 
 
-class _LocalBank(ExpertBank):
-    """The experts of this rank as plain tensors, under the names that backends read."""
-
-    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
-        torch.nn.Module.__init__(self)
-        self.__dict__.update(gate_up=gate_up, down=down)
-
-
 def _local(bank: ExpertBank) -> ExpertBank:
+    """The experts of this rank as plain tensors."""
     gate_up, down = bank.gate_up, bank.down
     assert isinstance(gate_up, DTensor), "experts are not dealt out"
     assert isinstance(down, DTensor), "experts are not dealt out"
-    return _LocalBank(gate_up.to_local(), down.to_local())
+    return BankView(gate_up.to_local(), down.to_local())

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -24,6 +24,7 @@ from moelab.nn.count import moe_blocks
 from moelab.nn.transformer import Transformer
 from moelab.parallel.exchange import ExchangeBackend, whole_experts
 from moelab.parallel.mesh import Meshes
+from moelab.parallel.reduce import SumOfPieces
 
 
 def parallelise(model: Transformer, meshes: Meshes, losses: Sequence[NamedLoss] = ()) -> None:
@@ -42,17 +43,18 @@ def parallelise(model: Transformer, meshes: Meshes, losses: Sequence[NamedLoss] 
                 dealt = distribute_tensor(parameter.detach(), meshes.expert, [Shard(0)], src_data_rank=None)
                 bank.register_parameter(name, nn.Parameter(dealt, requires_grad=parameter.requires_grad))
             block.dealt = partial(ExchangeBackend, mesh=meshes.expert)
+            _cut(bank, meshes.bank)  # a unit of its own only where its ranks are others than its layer's
         block.whole_experts = whole_experts
         block.shows_experts = any(
             getattr(named.loss, "needs_expert_weights", False)
             and (named.layers is None or block.layer_id in named.layers)
             for named in losses
         )
-        _cut(bank, meshes.bank)
     for layer in model.layers:
         _cut(layer, meshes.dense)
         if isinstance(layer.mlp, MoEBlock):
-            layer.mlp.gathered = partial(_gathered, [layer, layer.mlp.experts])
+            units = [layer] if layer.mlp.dealt is None else [layer, layer.mlp.experts]
+            layer.mlp.gathered = partial(_gathered, units)
     _cut(
         model, meshes.dense, reshard=False
     )  # what is gathered last in the forward pass comes first in the backward one
@@ -75,6 +77,8 @@ def _cut(module: nn.Module, mesh: DeviceMesh, reshard: bool = True) -> None:
     unit.set_gradient_divide_factor(1.0)
     unit.set_force_sum_reduction_for_comms(True)
     unit.set_reduce_scatter_unused_params(True)  # a router that no token of this rank reached
+    if mesh.device_type == "cpu":
+        unit.set_custom_reduce_scatter(cast(Any, SumOfPieces()))  # its base class is private
 
 
 def _refuse_unshardable(model: Transformer, meshes: Meshes, losses: Sequence[NamedLoss]) -> None:
@@ -89,6 +93,11 @@ def _refuse_unshardable(model: Transformer, meshes: Meshes, losses: Sequence[Nam
             raise ConfigError(
                 f"parallel.expert: {block.parts['backend'].title} can't have its experts on other processes: it needs "
                 "more of a token than its row; take parallel.expert=1, with which parallel.shard cuts them too"
+            )
+        if ranks > 1 and block.chunk is not None and hasattr(block.backend, "around"):
+            raise ConfigError(
+                f"model.moe.expert_chunk: {block.parts['backend'].title} can't have its experts on other processes in "
+                "chunks: it needs more of a token than they carry; leave it null, or take parallel.expert=1"
             )
         for part, built in block.plugin_parts():
             if not getattr(built, "shardable", True):

@@ -20,8 +20,9 @@ from moelab.moe.contracts import ExpertProblem, Router
 from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
 from moelab.moe.experts import ExpertBank, compute_dtype, swiglu
 from moelab.moe.routing import Routing, TokenInfo
-from moelab.nn.attention import Attention, torch_attention
+from moelab.nn.attention import Attention
 from moelab.nn.count import moe_blocks
+from moelab.nn.full_attention import FullAttention, torch_attention
 from moelab.nn.transformer import Transformer
 from moelab.planning.machine import Machine
 from moelab.planning.times import Times, times_of
@@ -103,8 +104,8 @@ def predict(
     with FakeTensorMode():
         model = build_model(config, registry, seed=None)
         _check_dealt(model, problem)
+        sent = communication(model, problem, losses)  # before other backends stand there, to be counted
         saved = _saved(model, problem)
-    sent = communication(model, problem, losses)
     times = times_of(model, problem, sent, machine, counts_before(problem, losses)) if machine else None
     total = sum(parameter.numel() for parameter in model.parameters())
     return Plan(problem, _memory(model, problem, saved), sent, total, times)
@@ -237,7 +238,8 @@ def _saved(model: Transformer, problem: Problem) -> _Saved:
         block.backend, block.chunk = _CountedExperts(problem.device == "cpu", problem.parallel.expert > 1), None
     if problem.device != "cpu":  # the fake tensors are the CPU's
         for attention in (module for module in model.modules() if isinstance(module, Attention)):
-            attention.attend = torch_attention
+            if isinstance(attention.kernel, FullAttention):
+                attention.kernel.attend = torch_attention
     ids = torch.zeros(problem.sequences, problem.sequence_length, dtype=torch.int64)
     try:
         with (

@@ -3,13 +3,14 @@
 The collectives are those that `moelab.parallel` and FSDP2 make, and are held against counted ones by
 `benchmarks/collective_bytes.py` and `tests/unit/core/planning/test_traffic.py`:
 
-    parameters  a unit (a layer without its experts; the experts of a layer that lie here; embedding, norm and head) is
-                gathered for each forward and each backward pass, the last one once for both. Rows are padded to a
-                multiple of the devices, tensor by tensor
+    parameters  a unit (a layer; where experts are dealt out, a layer without them and those of it that lie here;
+                embedding, norm and head) is gathered for each forward and each backward pass, the last one once for
+                both. Rows are padded to a multiple of the devices, tensor by tensor
     gradients   are reduced after the last micro-batch, or with `parallel.accumulate: pieces` after each
     replicas    add the reduced gradients, after the last micro-batch
     tokens      rows go to their experts and back, forward and backward; a layer that is computed again sends them
-                there and back once more, and gathers nothing more. Before them go E counts
+                there and back once more, and gathers nothing more. Before them go E counts. A backend that computes
+                every expert sends each token's row to each of them and back, forward
     sums        counts, losses, the gradient's norm: hundreds of bytes
 """
 
@@ -169,8 +170,9 @@ def _of_units(model: Transformer, problem: Problem, losses: Sequence[NamedLoss])
     shard, copies = (mesh.shard, 1), (problem.copies, mesh.expert)
     sizes = [(units.root, micro, shard)]  # what the counting pass gathers serves the first micro-batch too
     for layer, bank in zip(units.layers, units.banks, strict=True):
-        sizes.append((layer, micro * (2 + extra), shard))
-        sizes += [(bank, micro * (2 + extra), copies)] if bank else []
+        apart = bank if mesh.expert > 1 else 0
+        sizes.append((layer + bank - apart, micro * (2 + extra), shard))
+        sizes += [(apart, micro * (2 + extra), copies)] if apart else []
     found = [Collective(PARAMETERS, GATHER, *group, FP32 * size * calls, calls) for size, calls, group in sizes]
     for size, _, group in sizes:
         found.append(Collective(GRADIENTS, REDUCE, *group, FP32 * size * reduced, reduced))
@@ -193,6 +195,10 @@ def _of_tokens(
         ways = 2 * (2 + again + extra)  # there and back: forward, backward, and what is computed besides
         found.append(Collective(TOKENS, EXCHANGE, ranks, 1, rows * width * ways, micro * ways))
         counted = micro * (1 + again + extra)
+        if getattr(block.backend, "computes_every_expert", False):  # forward, and not where a pass merely counts
+            shown, beside = micro * problem.tokens * block.layout.num_experts, 1 + again
+            found.append(Collective(TOKENS, EXCHANGE, ranks, 1, shown * width * 2 * beside, micro * 2 * beside))
+            counted += micro * beside
         found.append(Collective(TOKENS, EXCHANGE, ranks, 1, INT64 * block.layout.num_experts * counted, counted))
     return found
 

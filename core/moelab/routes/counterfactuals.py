@@ -70,7 +70,7 @@ def losses(
     for batch in batches:
         part = batch.to(precision.device)
         with torch.no_grad(), precision.autocast():
-            context = TokenContext(part.document_id, part.domain_id)
+            context = TokenContext(part.document_id, part.domain_id, attention_id=part.attention_id)
             before = {0: model.embed(part.input_ids, part.attention_mask, tokens=context)}
             own = before[0]
             for begin, end in pairwise(starts):

@@ -85,7 +85,9 @@ def record_routes(
         part = batch.to(precision.device)
         with precision.autocast():
             records = model.hidden_states(
-                part.input_ids, part.attention_mask, tokens=TokenContext(part.document_id, part.domain_id)
+                part.input_ids,
+                part.attention_mask,
+                tokens=TokenContext(part.document_id, part.domain_id, attention_id=part.attention_id),
             )[1]
         for record in records:
             routing = record.routing.compact()

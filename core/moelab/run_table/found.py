@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moelab.errors import UserError
+from moelab.lock import LOCK
 from moelab.paths import user_path
 from moelab.training.format import METRICS, SUMMARY
-from moelab.training.run_lock import LOCK
 
 CONFIG = "config.yaml"
 _SIGNS = (METRICS, SUMMARY, LOCK)  # beside config.yaml: a checkpoint and an export have none of them

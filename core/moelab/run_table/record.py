@@ -16,13 +16,12 @@ from typing import Any
 from moelab.config.scalars import settle
 from moelab.config.stored import read_stored_tree
 from moelab.errors import UserError
-from moelab.lock import is_held
+from moelab.lock import LOCK, is_held
 from moelab.printable import printable
 from moelab.records import Record, read_record
 from moelab.run_table.found import CONFIG
 from moelab.safe_files import Reading, an_object, lines_from_end, parse_json
 from moelab.training.format import FORMAT_VERSION, METRICS, ROW_ALARMS, SUMMARY
-from moelab.training.run_lock import LOCK
 
 READING = Reading(UserError, "leave this run out, or train it again")
 LOSS, BITS = "eval/loss", "eval/bits_per_byte"

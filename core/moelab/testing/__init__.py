@@ -8,6 +8,7 @@ or, all at once, `moelab.testing.check_router(my_component)`, which raises Confo
 failed. Needs no pytest.
 """
 
+from moelab.testing.attentions import ATTENTION_CHECKS, AttentionCase, check_attention
 from moelab.testing.backends import BACKEND_CHECKS, BackendCase, check_backend
 from moelab.testing.balance_losses import BALANCE_LOSS_CHECKS, BalanceLossCase, check_balance_loss
 from moelab.testing.data_sources import DATA_SOURCE_CHECKS, DataSourceCase, check_data_source
@@ -17,12 +18,14 @@ from moelab.testing.initialisers import INITIALISER_CHECKS, InitialiserCase, che
 from moelab.testing.mixers import MIXER_CHECKS, MixerCase, check_mixer
 from moelab.testing.observers import OBSERVER_CHECKS, ObserverCase, check_observer
 from moelab.testing.report import ConformanceError
+from moelab.testing.rope_scalings import ROPE_SCALING_CHECKS, RopeScalingCase, check_rope_scaling
 from moelab.testing.routers import ROUTER_CHECKS, RouterCase, check_router
 from moelab.testing.shared_experts import SHARED_EXPERT_CHECKS, SharedExpertCase, check_shared_expert
 from moelab.testing.surgeries import SURGERY_CHECKS, SurgeryCase, check_surgery
 from moelab.testing.text_filters import TEXT_FILTER_CHECKS, TextFilterCase, check_text_filter
 
 __all__ = [
+    "ATTENTION_CHECKS",
     "BACKEND_CHECKS",
     "BALANCE_LOSS_CHECKS",
     "DATA_SOURCE_CHECKS",
@@ -31,10 +34,12 @@ __all__ = [
     "INITIALISER_CHECKS",
     "MIXER_CHECKS",
     "OBSERVER_CHECKS",
+    "ROPE_SCALING_CHECKS",
     "ROUTER_CHECKS",
     "SHARED_EXPERT_CHECKS",
     "SURGERY_CHECKS",
     "TEXT_FILTER_CHECKS",
+    "AttentionCase",
     "BackendCase",
     "BalanceLossCase",
     "ConformanceError",
@@ -44,10 +49,12 @@ __all__ = [
     "InitialiserCase",
     "MixerCase",
     "ObserverCase",
+    "RopeScalingCase",
     "RouterCase",
     "SharedExpertCase",
     "SurgeryCase",
     "TextFilterCase",
+    "check_attention",
     "check_backend",
     "check_balance_loss",
     "check_data_source",
@@ -56,6 +63,7 @@ __all__ = [
     "check_initialiser",
     "check_mixer",
     "check_observer",
+    "check_rope_scaling",
     "check_router",
     "check_shared_expert",
     "check_surgery",

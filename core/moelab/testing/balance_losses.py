@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moelab.components import Component
 from moelab.errors import ConfigError
 from moelab.moe import promises
+from moelab.moe.balance import NamedLoss
 from moelab.moe.batch_statistics import BatchStatistics
 from moelab.moe.contracts import BalanceContext, BalanceLoss, BalanceLossContext, MoEContext, Router
 from moelab.moe.layout import ExpertLayout
@@ -92,12 +93,17 @@ class BalanceLossCase:
             made.append(LayerRecord(layer, routing, counts, weight, routing.demand(), info, gate_up, down))
         return made
 
+    def whole(self, loss: Any, records: Sequence[LayerRecord]) -> BalanceContext:
+        """What a loss is told of a batch that consists of these records."""
+        named = NamedLoss("loss", loss)
+        statistics = BatchStatistics([named])
+        statistics.add(records)
+        return statistics.context(named)
+
     def value(self, loss: Any, records: Sequence[LayerRecord], context: BalanceContext | None = None) -> Tensor:
         """The loss of the records; as a batch of their own when there is no context."""
         if context is None:
-            statistics = BatchStatistics()
-            statistics.add(records)
-            context = statistics.context()
+            context = self.whole(loss, records)
         value = loss(records, context)
         promised(promises.loss_value(value), loss)
         assert isinstance(value, Tensor)
@@ -175,14 +181,13 @@ def a_split_changes_nothing(case: BalanceLossCase) -> None:
     results = []
     for parts in ([(0, 4)], [(0, 2), (2, 4)], [(0, 1), (1, 4)]):
         routers, info = case.routers(), case.info()
-        statistics = BatchStatistics()
-        statistics.add(case.records(routers, case.x, info))
+        context = case.whole(loss, case.records(routers, case.x, info))
         total = torch.zeros(())
         for first, last in parts:
             rows = torch.arange(first * LENGTH, last * LENGTH)
             part = take(info, rows, last - first)
             share = float(part.valid().sum()) / float(info.valid().sum())
-            total = total + share * case.value(loss, case.records(routers, case.x[rows], part), statistics.context())
+            total = total + share * case.value(loss, case.records(routers, case.x[rows], part), context)
         gradient = torch.zeros(())
         if total.requires_grad:
             total.backward()
@@ -232,11 +237,10 @@ def steps_and_state_are_sound(case: BalanceLossCase) -> None:
     records = case.records(case.routers(), case.x, case.info())
     if not hasattr(loss, "after_step"):
         return
-    statistics = BatchStatistics()
-    statistics.add(records)
+    context = case.whole(loss, records)
     for _ in range(3):
-        loss.after_step(statistics.context())
-    zeros = {layer: torch.zeros_like(counts) for layer, counts in statistics.wanted.items()}
+        loss.after_step(context)
+    zeros = {layer: torch.zeros_like(counts) for layer, counts in (context.batch_choices or {}).items()}
     loss.after_step(BalanceContext(zeros, torch.zeros((), dtype=torch.int64)))
     other = case.build()
     if loss.weight != other.weight:
@@ -249,9 +253,8 @@ def waits_for_nothing(case: BalanceLossCase) -> None:
     """No operation asks for a value or for a shape that depends on values."""
     loss = case.build()
     records = case.records(case.routers(), case.x, case.info())
-    statistics = BatchStatistics()
-    statistics.add(records)
-    found = host_waits(lambda: loss(records, statistics.context()))
+    context = case.whole(loss, records)
+    found = host_waits(lambda: (case.whole(loss, records), loss(records, context)))
     assert not found, f"{found[0]} waits for the device"
 
 

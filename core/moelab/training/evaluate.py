@@ -47,7 +47,7 @@ def evaluate(model: Transformer, batches: ValidationBatches, precision: Precisio
     for batch, counts in _share(batches, ranks):
         part = batch.to(precision.device)
         with precision.autocast():
-            context = TokenContext(part.document_id, part.domain_id)
+            context = TokenContext(part.document_id, part.domain_id, attention_id=part.attention_id)
             output = model(part.input_ids, part.attention_mask, targets=part.targets, tokens=context)
         assert output.token_loss is not None
         if waiting is not None:  # a device computes this batch while the host sums the one before

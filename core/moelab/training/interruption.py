@@ -31,6 +31,23 @@ class Interruption:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def listening(self) -> Iterator[Interruption]:
+        """From here on a SIGTERM that this process was started to ignore is remembered; any other one ends it as ever.
+
+        Whoever starts it so (examples/slurm/train.sbatch) wants what is saved at the end of a step, and the first step
+        may be minutes away, when a large model is built or a checkpoint is read.
+        """
+        here = threading.current_thread() is threading.main_thread()
+        ignored = here and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        if ignored:
+            signal.signal(signal.SIGTERM, self._remember)
+        try:
+            yield self
+        finally:
+            if ignored:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     def check(self) -> None:
         """Between steps: raise KeyboardInterrupt if a signal came."""
         if self.requested:

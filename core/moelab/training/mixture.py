@@ -12,6 +12,7 @@ from moelab.data.batches import TrainBatches
 from moelab.data.corpus import Corpus
 from moelab.data.mixed_batches import DomainText, MixedBatches
 from moelab.data.mixing import MixContext, Mixer
+from moelab.data.packing import PACKINGS
 from moelab.errors import ConfigError, DataError
 from moelab.hookspecs import MIXERS
 from moelab.plugin_faults import article
@@ -24,9 +25,15 @@ logger = logging.getLogger("moelab")
 
 def build_batches(config: RunConfig, corpus: Corpus, registry: Registry) -> Batches:
     """Raises UserError for a mixer that asks for what is not there. Tells which domains are read more than once."""
-    train, given = config.train, config.data.mixer
+    train, given, apart = config.train, config.data.mixer, config.data.document_mask
     if given is None:
-        return TrainBatches(corpus.train, train.batch_size, train.sequence_length, config.order_seed)
+        kind = PACKINGS[config.data.packing]
+        return kind(corpus.train, train.batch_size, train.sequence_length, config.order_seed, apart=apart)
+    if config.data.packing != "stream":
+        raise ConfigError(
+            f"data.packing: {config.data.packing} fills sequences from all domains, and {KEY} deals them out by "
+            "domain; write data.packing=stream, or leave the mixer out"
+        )
     sizes = {name: len(DomainText(corpus.train, number)) for number, name in enumerate(corpus.domains)}
     short = [name for name, tokens in sizes.items() if tokens <= train.sequence_length]
     known = {name: tokens for name, tokens in sizes.items() if name not in short}
@@ -43,8 +50,9 @@ def build_batches(config: RunConfig, corpus: Corpus, registry: Registry) -> Batc
         raise registry.part(MIXERS, given, KEY).fault(fault, chosen.build)
     try:
         batches = MixedBatches(
-            corpus.train, corpus.domains, mixer, train.batch_size, train.sequence_length, config.order_seed
-        )
+            corpus.train, corpus.domains, mixer, train.batch_size, train.sequence_length, config.order_seed,
+            apart=apart,
+        )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"{KEY}: {error}") from error
     _tell(batches, train.steps, short)

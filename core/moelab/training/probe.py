@@ -17,7 +17,7 @@ def probe_batch(validation: ValidationBatches, most_sequences: int) -> Batch:
     """The first windows of the held-out choice, which takes the domains in turn: at most so many, and MOST_TOKENS."""
     fit = max(1, MOST_TOKENS // validation.sequence_length)
     windows = np.asarray(validation.windows[: min(most_sequences, fit)])
-    return read_windows(validation.stream, windows, validation.sequence_length)
+    return read_windows(validation.stream, windows, validation.sequence_length, apart=validation.apart)
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def look(model: Transformer, batch: Batch, domains: list[str], precision: Precis
     model.eval()
     part = batch.to(precision.device)
     with precision.autocast():
-        context = TokenContext(part.document_id, part.domain_id, measure=True)
+        context = TokenContext(part.document_id, part.domain_id, measure=True, attention_id=part.attention_id)
         records = model(part.input_ids, part.attention_mask, tokens=context, head=False).records
     model.train(was_training)
     return Probe(records, part.input_ids.reshape(-1), part.domain_id.reshape(-1), domains)

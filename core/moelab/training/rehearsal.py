@@ -82,7 +82,7 @@ def _rehearse_after_step(
     blocks: Sequence[MoEBlock], balance_losses: Sequence[NamedLoss], records: Sequence[LayerRecord]
 ) -> None:
     """What follows an optimizer step, on copies: an error there would come when the update is made already."""
-    statistics = BatchStatistics()
+    statistics = BatchStatistics(balance_losses)
     statistics.add(records)
     for block in blocks:
         if hasattr(block.router, "after_step"):

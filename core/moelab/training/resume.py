@@ -10,13 +10,13 @@ from typing import Any
 from moelab.checkpoint import STATE, read_run_config
 from moelab.errors import CheckpointError, UserError
 from moelab.integrity import Choice
+from moelab.lock import LOCK
 from moelab.records import Record
 from moelab.safe_files import Reading
 from moelab.training.checkpoint import TrainingState, restore_checkpoint
 from moelab.training.mixture import check_mixture
 from moelab.training.plan import Plan, plan_of
 from moelab.training.progress import can_continue
-from moelab.training.run_lock import LOCK
 from moelab.training.setup import Setup, check_same_run
 from moelab.training.summary import versions
 

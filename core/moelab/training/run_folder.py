@@ -13,11 +13,11 @@ from typing import Any
 from moelab.atomic import discard, partial, recover, recover_all, write_file
 from moelab.checkpoint import BEST, CHECKPOINTS, CONFIG
 from moelab.errors import DataError, UserError
+from moelab.lock import LOCK
 from moelab.printable import printable
 from moelab.records import Record
 from moelab.safe_files import Reading, an_object, parse_json, read_bytes, read_object
 from moelab.training.format import COUNTERS, METRICS, ROW_ALARMS, SUMMARY
-from moelab.training.run_lock import LOCK
 
 WRITABLE = ".writable"  # made and removed to see that files can be
 READING = Reading(UserError, "mend it, or begin anew with --force")

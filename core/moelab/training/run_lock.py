@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moelab.errors import RunFailure
-from moelab.lock import FileLock, hold_file
-
-LOCK = ".lock"
+from moelab.lock import LOCK, FileLock, hold_file
 
 
 class RunLock:

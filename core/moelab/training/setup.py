@@ -27,6 +27,7 @@ from moelab.data.seen import RECORD, DataRecord, SeenText, history_of, record_of
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import ConfigError
 from moelab.hookspecs import DATA_SOURCES, MIXERS, OBSERVERS
+from moelab.integrity import Verify
 from moelab.moe.balance import NamedLoss
 from moelab.moe.block import MoEBlock
 from moelab.nn.allocator import keep_freed_memory
@@ -106,7 +107,7 @@ class Setup:
         return [module for module in self.model.modules() if isinstance(module, MoEBlock)]
 
 
-def prepare(config: RunConfig, registry: Registry, *, verify: bool = True, ranks: Ranks = ALONE) -> Setup:
+def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ranks: Ranks = ALONE) -> Setup:
     """Build everything; nothing is written. Raises UserError for whatever is wrong, naming key, file or plugin.
 
     `verify`: a checkpoint that it starts from is compared with its checksums. `ranks`: over which the model is laid
@@ -130,9 +131,6 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True, ranks
     corpus = build_corpus_of(config, registry, tokenizer)
     train, micro = config.train, config.train.micro_batch_size or config.train.batch_size // ranks.size
     batches = build_batches(config, corpus, registry)
-    validation = ValidationBatches(
-        corpus.validation, config.evaluation.sequences, train.sequence_length, evaluation_batch_size(config)
-    )
     if ranks.size > 1:
         model = _spread_model(ranks, config, registry, losses, precision, start)
     else:
@@ -151,7 +149,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True, ranks
         history=history,
         lineage=starting_lineage(config, start),
         batches=batches,
-        validation=validation,
+        validation=_held_out(config, corpus),
         model=model,
         optimizer=build_adamw(model, config.optimizer),
         balance_losses=losses,
@@ -164,6 +162,16 @@ def prepare(config: RunConfig, registry: Registry, *, verify: bool = True, ranks
         alarms=rehearsal.alarms,
         causality=rehearsal.causality,
         ranks=ranks,
+    )
+
+
+def _held_out(config: RunConfig, corpus: Corpus) -> ValidationBatches:
+    return ValidationBatches(
+        corpus.validation,
+        config.evaluation.sequences,
+        config.train.sequence_length,
+        evaluation_batch_size(config),
+        apart=config.data.document_mask,
     )
 
 

@@ -22,7 +22,7 @@ from moelab.data.tokenizer import Tokenizer
 from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.carried import tokenizer_side_files
 from moelab.hookspecs import ROUTERS, SHARED_EXPERTS, ExtensionPoint
-from moelab.integrity import verified
+from moelab.integrity import Verify, verified
 from moelab.layouts import build_layouts
 from moelab.loading import open_weights
 from moelab.moe.per_layer import layer_parts
@@ -68,7 +68,7 @@ class Start:
     files: dict[str, bytes] = field(default_factory=dict)  # go along into checkpoints and exports
 
 
-def find_start(config: RunConfig, tokenizer: Tokenizer, registry: Registry, *, verify: bool = True) -> Start:
+def find_start(config: RunConfig, tokenizer: Tokenizer, registry: Registry, *, verify: Verify = True) -> Start:
     """Compare the config with what it starts from, before anything is built.
 
     Raises ConfigError naming the key that differs, both values and the cure; CheckpointError, where it is to `verify`,

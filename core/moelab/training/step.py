@@ -112,7 +112,7 @@ def train_step(
         partial(batch_terms, model, balance_losses, part, before, Place(step, i, sizes[i], targets), settings, ranks)
         for i, part in parts
     ]
-    sums = _Sums(BatchStatistics(for_losses=bool(balance_losses)))
+    sums = _Sums(BatchStatistics(balance_losses))
     for index, compute in enumerate(computing):
         terms, records = compute()
         if index == 0 and observe.gradient_shares:
@@ -132,7 +132,7 @@ def train_step(
     optimizer.step()
     sums.seen.after_step(moe_blocks(model), step)
     for named in balance_losses:
-        named.after_step(sums.seen.context())
+        named.after_step(sums.seen.context(named))
     return StepResult(losses, norm, sums.statistics, router_norms, sums.by_term, served)
 
 
@@ -182,12 +182,12 @@ def batch_terms(
     assert output.token_loss is not None
     terms: dict[str, tuple[Tensor, float]] = {"lm_loss": (output.token_loss.sum() / place.targets, 1.0)}
     if before is None:
-        before = BatchStatistics(for_losses=bool(balance_losses))
+        before = BatchStatistics(balance_losses)
         before.add(output.records)
         if ranks.size > 1 and any(named.loss.needs_batch_counts for named in balance_losses):
             before.reduce(ranks.sum)  # one micro-batch a rank: no pass has counted the batch
     for named in balance_losses:
-        value = named(output.records, before.context())
+        value = named(output.records, before.context(named))
         terms[named.name] = (value * place.share, named.weight_at(place.step))
     return terms, output.records
 
@@ -207,7 +207,7 @@ def _routing_pass(
     """
     if len(parts) == 1 or not any(named.loss.needs_batch_counts for named in balance_losses):
         return None
-    statistics = BatchStatistics()
+    statistics = BatchStatistics(balance_losses)
     for index, part in parts:
         with settings.precision.autocast():
             context = _token_context(part, step, index, settings.seed)
@@ -218,7 +218,7 @@ def _routing_pass(
 
 def _token_context(part: Batch, step: int, index: int, seed: int) -> TokenContext:
     noise = generator(seed, "routing noise", step, index, device=part.input_ids.device)
-    return TokenContext(part.document_id, part.domain_id, noise)
+    return TokenContext(part.document_id, part.domain_id, noise, attention_id=part.attention_id)
 
 
 def router_parameters(model: Transformer) -> list[list[nn.Parameter]]:

@@ -14,6 +14,7 @@ import torch
 
 import moelab
 from moelab.config.stored import stored
+from moelab.data.packing import PackedBatches
 from moelab.nn.count import expected_assignments
 from moelab.training.format import FORMAT_VERSION
 from moelab.training.mixture import mixture_facts
@@ -85,6 +86,7 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
             "order_seed": written["seed"] if written["data"]["order_seed"] is None else written["data"]["order_seed"],
             "manifest": setup.corpus.manifest,
             "left_out": setup.corpus.left_out,
+            **({"packing": asdict(setup.batches.fill())} if isinstance(setup.batches, PackedBatches) else {}),
             "seen": asdict(setup.seen),
             "mixture": mixture_facts(setup.batches, config.train.steps),  # as planned; {} without a mixer
         },

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from moelab.atomic import write_file
 from moelab.checkpoint import BEST, CONFIG
 from moelab.config.run import RunConfig
 from moelab.config.stored import stored, to_yaml
+from moelab.data.packing import PackedBatches
 from moelab.data.seen import read_record
+from moelab.in_shares import in_shares
+from moelab.integrity import Verify
 from moelab.parallel.process_group import joined, together
 from moelab.parallel.ranks import Ranks
 from moelab.paths import user_path
@@ -61,12 +64,20 @@ from moelab.training.summary import BACKENDS, LOADS, environment_facts, summary
 logger = logging.getLogger("moelab")
 
 
-def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = False, verify: bool = True) -> Path:
+def train(
+    config: RunConfig,
+    *,
+    observers: Sequence[object] = (),
+    force: bool = False,
+    verify: bool = True,
+    interruption: Interruption | None = None,
+) -> Path:
     """Run `config` to its end and return its folder. `observers` are added to the config's own.
 
     A run is resumed from its newest checkpoint that is as it was written; not `verify`: from the newest.
 
-    Several processes that torchrun started all call it, and share the run as `config.parallel` says.
+    Several processes that torchrun started all call it, and share the run as `config.parallel` says. `interruption`:
+    what has listened for signals while the config was read.
 
     Raises UserError before anything is written when the config, data, plugins or run folder are wrong;
     RunFailure when the loss stops being finite.
@@ -77,27 +88,40 @@ def train(config: RunConfig, *, observers: Sequence[object] = (), force: bool = 
         config, force = copy.copy(config), False
         config.resume = True
         logger.warning("%s: torchrun starts it again (attempt %d): it goes on", run_dir, launcher.attempt())
-    with joined(config.parallel, device) as ranks, writing_folder(run_dir, ranks, resume=config.resume) as folder:
-        _train(config, ranks, folder, observers if ranks.main else (), force=force, verify=verify)
+    with (
+        (interruption or Interruption()).listening() as heard,
+        joined(config.parallel, device) as ranks,
+        writing_folder(run_dir, ranks, resume=config.resume) as folder,
+    ):
+        chosen = Asked(observers if ranks.main else (), force, in_shares(verify), heard)
+        _train(config, ranks, folder, chosen)
     return run_dir
 
 
-def _train(
-    config: RunConfig, ranks: Ranks, run_dir: Path, observers: Sequence[object], *, force: bool, verify: bool
-) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """What a caller asks beside the config."""
+
+    observers: Sequence[object]
+    force: bool
+    verify: Verify
+    interruption: Interruption
+
+
+def _train(config: RunConfig, ranks: Ranks, run_dir: Path, asked: Asked) -> None:
     """The part of one of the ranks, which writes into `run_dir`."""
     with ExitStack() as stack:
         with HeldLog() as held, together(ranks):
             registry = Registry(config.plugins, config.entry_points, config.places("plugins"))
             with shortages_told(config, registry):
-                setup = prepare(config, registry, verify=verify, ranks=ranks)
+                setup = prepare(config, registry, verify=asked.verify, ranks=ranks)
             lock = stack.enter_context(hold(run_dir))
             choice = own_choice(setup)
             resumed = find_resume(setup, choice, run_dir)
             state = restore(setup, resumed) if resumed else {}
             plan = replan(setup, resumed, state) if resumed else Plan(config.schedule, config.train.steps)
             best = Best.of(state, resumed)
-            prepare_run_folder(run_dir, resume=config.resume, force=force)
+            prepare_run_folder(run_dir, resume=config.resume, force=asked.force)
             warn_of_disk(run_dir, setup.model, config.train.keep_checkpoints + config.train.keep_best)
             if resumed and (history := read_record(resumed)):
                 setup = replace(setup, history=history)
@@ -119,13 +143,13 @@ def _train(
                 logger.warning("stored as written, not as resolved: %s; store_environment=true stores the values", keys)
             write_file(run_dir / CONFIG, to_yaml(setup.config))
             chosen = setup.config.observers if ranks.main else ()
-            manager = gather_observers(chosen, registry, run_dir, observers)
+            manager = gather_observers(chosen, registry, run_dir, asked.observers)
             with closing(MetricsLog(run_dir / METRICS, state.get("step"))) as metrics:
                 progress = Progress.of(state, setup.costs, setup.flops_per_token)
                 watch = alarm_watch(setup, state)
                 found = [] if state else [AlarmChange(0, "begins", alarm) for alarm in watch.on]
                 loop = Loop(setup, run_dir, lock, manager, metrics, progress, watch, plan, best, changes=found)
-                loop.resumed, loop.saved = resumed, progress.step
+                loop.resumed, loop.saved, loop.interruption = resumed, progress.step, asked.interruption
                 loop.ended_early = ends_early(loop)
                 loop.loads, loop.backends = state.get(LOADS, {}), state.get(BACKENDS, [])
                 loop.damaged = {finding.folder.name for finding in choice.skipped} if choice else set()
@@ -149,6 +173,8 @@ def _run(loop: Loop) -> None:
     """All remaining steps, then the summary, also when something went wrong on the way."""
     setup, progress, metrics = loop.setup, loop.progress, loop.metrics
     facts = environment_facts(setup) | {REPLANNED: to_json(loop.plan.changes)}
+    if isinstance(setup.batches, PackedBatches):
+        logger.info("data.packing %s: %s", setup.config.data.packing, setup.batches.fill().line())
     logger.info("%s: %s", facts["name"], {key: facts[key] for key in ("components", "parameters")})
     error: BaseException | None = None
     stack = ExitStack()
@@ -158,6 +184,7 @@ def _run(loop: Loop) -> None:
             checkpoint=loop.resumed,
         )  # fmt: skip
         with loop.interruption:
+            _end_if_asked(loop)  # while the run was built
             if progress.step == 0:
                 evaluate_run(loop)
                 probe(loop)
@@ -165,9 +192,7 @@ def _run(loop: Loop) -> None:
                 evaluate_run(loop)  # the run ended in it, and saved the step before
             while progress.step < setup.config.train.steps and not loop.ended_early:
                 one_step(loop)
-                if setup.ranks.any(loop.interruption.requested):
-                    loop.agreed = True
-                    raise KeyboardInterrupt
+                _end_if_asked(loop)
         if loop.ended_early:
             logger.warning(loop.best.sentence(setup.config.train.patience, progress.step, setup.config.train.steps))
         if not due(progress.step, setup.config.evaluation.every) or progress.evaluation is None:
@@ -190,6 +215,13 @@ def _run(loop: Loop) -> None:
         _end(loop, facts, error)
         if error is not None:
             raise error
+
+
+def _end_if_asked(loop: Loop) -> None:
+    """Raise KeyboardInterrupt on all ranks after the same step, where a signal came to one."""
+    if loop.setup.ranks.any(loop.interruption.requested):
+        loop.agreed = True
+        raise KeyboardInterrupt
 
 
 def _end(loop: Loop, facts: dict[str, Any], error: BaseException | None) -> None:

@@ -98,6 +98,11 @@ class LoadBalance:
             load = shares((batch_choices if self.count == "choices" else batch_counts)(record, told))
             mean = token_mean(probabilities(scores_of(record)), record.routing.token_mask)
             if self.scope == "device":
+                if load.numel() != record.routing.num_experts:
+                    raise ConfigError(
+                        f"layer {record.layer_id}: scope device sums over groups of experts, and this router has "
+                        f"{load.numel() - record.routing.num_experts} choices that are none; take another scope"
+                    )
                 load, mean = (v.view(self.num_devices, -1).sum(-1) for v in (load, mean))
             return load.numel() * (load * mean).sum()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from moelab import BackendContext, Component, ConfigError, ExpertBackend, Routing, component, hookimpl
 from moelab.moe.contracts import ExpertProblem
-from moelab.moe.experts import ExpertBank, compute_dtype, swiglu
+from moelab.moe.experts import BankView, ExpertBank, compute_dtype, swiglu
 
 
 @dataclass
@@ -28,17 +30,25 @@ class DenseMixerBackend:
     are differentiated as without it.
     Use: where the router learns too little from K experts. Routers whose weights are their scores times a factor of
     the token: softmax_topk, sigmoid_topk and their kind. Only in training; generation and evaluation are the inner's.
-    Cost: a forward pass of all E experts for every token beside the K, which FLOPs count; [E, T, D] of memory.
+    Cost: a forward pass of all E experts for every token beside the K, which FLOPs count; [E, T, D] of memory. With
+    experts on other processes every token's row goes to each expert and back once more: E / K of the exchange there
+    and back, and [E, T, D] of memory twice.
     """
 
     name = "densemixer"
-    dealable = False  # on the rank that owns an expert nothing is known of the scores
     computes_every_expert = True  # forward, in training; see moelab.nn.count
 
     def __init__(self, options: DenseMixerOptions, context: BackendContext) -> None:
         self._wanted = options.inner
         self._build_others = context.others
         self._inner: ExpertBackend | None = None
+        self._wrap: Callable[[ExpertBackend], ExpertBackend] | None = None
+
+    def around(self, wrap: Callable[[ExpertBackend], ExpertBackend]) -> ExpertBackend:
+        """Itself where scores are known, and its inner backend where the experts lie."""
+        outer = copy.copy(self)
+        outer._wrap = wrap
+        return outer
 
     def supports(self, problem: ExpertProblem) -> str | None:
         if self._inner is None:
@@ -52,7 +62,8 @@ class DenseMixerBackend:
     def __call__(self, x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
         """x [T, D] -> [T, D]. Raises ConfigError for a router without scores, or in chunks, which don't carry them."""
         assert self._inner is not None, "supports is asked first"
-        y = self._inner(x, routing, bank)
+        compute = self._inner if self._wrap is None else self._wrap(self._inner)
+        y = compute(x, routing, bank)
         if not (torch.is_grad_enabled() and routing.weight.requires_grad):
             return y
         if routing.scores is None:
@@ -60,8 +71,19 @@ class DenseMixerBackend:
                 "model.moe.backend: densemixer needs the scores of every expert: take a router that returns them, and "
                 "leave model.moe.expert_chunk null, since chunks don't carry them"
             )
+        unchosen = _unchosen(routing, routing.scores)
+        if self._wrap is not None:
+            fixed = BankView(bank.gate_up.detach(), bank.down.detach())
+            return y + compute(x.detach(), _to_every_expert(unchosen), fixed)
         every = _every_expert(x, bank)
-        return y + torch.einsum("te,etd->td", _unchosen(routing, routing.scores).to(every.dtype), every).to(y.dtype)
+        return y + torch.einsum("te,etd->td", unchosen.to(every.dtype), every).to(y.dtype)
+
+
+def _to_every_expert(weight: Tensor) -> Routing:
+    """weight [T, E] -> each token to each expert."""
+    tokens, experts = weight.shape
+    expert = torch.arange(experts, device=weight.device).expand(tokens, experts)
+    return Routing.from_topk(expert, weight, experts)
 
 
 @torch.no_grad()

@@ -49,6 +49,8 @@ class MoEPlusPlusOptions(GateOptions):
             raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, not '{self.weights}'")
         if self.gate_layers not in (1, 2) or self.constant_std < 0:
             raise ValueError("gate_layers must be 1 or 2, and constant_std must not be negative")
+        if self.gate_layers == 2 and (self.gate != "linear" or self.gate_bias):
+            raise ValueError("gate_layers 2 is a gate of its own: leave gate at linear and gate_bias at false")
         if not 0 < self.tau <= 1 or (self.capacity_factor is not None and self.capacity_factor <= 0):
             raise ValueError("tau must be in 0 .. 1, 0 excluded, and capacity_factor positive")
 

@@ -18,6 +18,10 @@ class NoisyTopKOptions(GateOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.zero_init and self.start != "normal":
+            raise ValueError(f"start: {self.start} needs zero_init=false: rows of zeros have no direction")
+        if self.zero_init and self.gate == "cosine":
+            raise ValueError("gate: cosine needs zero_init=false: rows of zeros have no direction")
         if self.noise_epsilon <= 0:
             raise ValueError(f"noise_epsilon must be positive, not {self.noise_epsilon}")
 

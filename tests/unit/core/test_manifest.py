@@ -45,6 +45,28 @@ def test_a_folder_as_it_was_written_has_no_difference(folder: Path) -> None:
     assert not unlisted(folder, manifest)
 
 
+@pytest.mark.parametrize("of", [1, 2, 3, 7, 40])
+def test_shares_are_read_once_and_say_together_what_one_says(folder: Path, of: int) -> None:
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    second = folder / "model-00002-of-00002.safetensors"
+    content = bytearray(second.read_bytes())
+    content[3] ^= 1
+    content[-1] ^= 1
+    second.write_bytes(content)
+    (folder / "config.yaml").write_bytes(b"a: 2\n")
+    (folder / "empty").unlink()
+    read: list[int] = []
+    found = [problem for which in range(of) for problem in differences(folder, manifest, read.append, (which, of))]
+    assert found == _problems(folder)
+    assert len(found) == 4
+    assert sum(read) == manifest.nbytes
+    short = content[:-1]
+    second.write_bytes(short)  # which whoever has a part of it says
+    found = [problem for which in range(of) for problem in differences(folder, manifest, share=(which, of))]
+    assert list(dict.fromkeys(found)) == _problems(folder)
+
+
 def test_a_bit_of_every_byte_of_every_file_is_covered_and_its_place_named(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         whole = path.read_bytes()

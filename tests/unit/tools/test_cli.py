@@ -113,3 +113,20 @@ def test_a_strangers_plugin_that_raises_in_any_command_is_one_line(
     line = Router.route.__code__.co_firstlineno + 1
     assert told.startswith(f"error: model.moe.router: router 'bad' of {__name__}, layer 3: raised KeyError: ")
     assert told.endswith(f"test_cli.py:{line})\n")
+
+
+def test_under_torchrun_what_is_not_shared_is_done_by_one_process(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several would write the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run(["explain", "no such file"]) == 0
+    assert run(["train", "--no-such-option"]) == 2  # all of them find it, and one tells it
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    assert run(["explain", "--no-such-option"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("warning: explain is done by one of the 2 processes that torchrun started")
+    assert run(["train", "--no-such-option"]) == 2
+    assert capsys.readouterr().err.count("No such option") == 1

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moelab_tools.positions import position_options
 from moelab_tools.user_path import USER_PATH
 from moelab_tools.verify_option import NO_VERIFY
 
@@ -34,6 +35,9 @@ SCORES = "lm_eval.json"  # of a run folder: what `--tasks` found last
     "--tasks", help="Tasks of lm-evaluation-harness in place of the loss, with commas between: docs/judges.md."
 )
 @click.option("--limit", type=click.IntRange(1), help="With --tasks: examples of each task.")
+@click.option("--length", "lengths", help="Several: 1x,2x,4x of the trained length, or tokens: 512,4096.")
+@click.option("--passkey", type=click.IntRange(1), help="With --length: keys hidden at each depth, to be given back.")
+@position_options
 @NO_VERIFY
 def command(
     checkpoint: Path,
@@ -43,6 +47,10 @@ def command(
     verify: bool,
     tasks: str | None,
     limit: int | None,
+    lengths: str | None,
+    passkey: int | None,
+    attention: str | None,
+    rope_scaling: str | None,
 ) -> None:
     """Loss, perplexity and bits per byte on held-out text: of all of it, by domain, and by place in the sequence.
 
@@ -53,10 +61,16 @@ def command(
     are those it was trained on, or those of CONFIG and the overrides (data.*, train.sequence_length, evaluation.*). A
     CONFIG that says another model or tokenizer is refused, unless its train.init_overrides names the key.
 
+    --length evaluates at several lengths in turn, as many tokens each: the loss by place, whether experts get other
+    loads beyond the trained length, and with --passkey whether a number hidden in the text is found. --attention and
+    --rope-scaling reach beyond the trained length without training; what they leave out is filled in and told.
+
     \b
     Example:
       moelab evaluate runs/tiny_moe
       moelab evaluate runs/tiny_moe --tasks heldout_continuation
+      moelab evaluate runs/tiny_moe --length 1x,2x,4x --rope-scaling yarn \\
+          --attention dual_chunk
       moelab evaluate exported/tiny_moe configs/train/tiny_moe.yaml \\
           evaluation.sequences=128
     """
@@ -70,6 +84,8 @@ def command(
     from moelab.training.setup import build_corpus_of, resolve_run
     from moelab_tools.checkpoints import evaluation_config, tokenizer_of
     from moelab_tools.judging import Asked, judge
+    from moelab_tools.lengths import at_lengths, length_lines
+    from moelab_tools.positions import Positions
 
     folder = verified(checkpoint, verify=verify)
     run, registry = evaluation_config(folder, config, trust=trust)
@@ -80,12 +96,26 @@ def command(
     check_vocabulary(run.model.vocab_size, tokenizer, run.data.tokenizer)
     corpus = build_corpus_of(run, registry, tokenizer)
     batches = ValidationBatches(
-        corpus.validation, run.evaluation.sequences, run.train.sequence_length, evaluation_batch_size(run)
+        corpus.validation,
+        run.evaluation.sequences,
+        run.train.sequence_length,
+        evaluation_batch_size(run),
+        apart=run.data.document_mask,
     )
     history = history_of([folder], [str(checkpoint)])
     for line in seen_text(history, str(checkpoint), corpus, tokenizer, batches.documents_scored()).lines():
         click.echo(f"warning: {line}", err=True)
     model = read_model(folder, device=precision.device, registry=registry)
+    positions = Positions(attention, rope_scaling)
+    if lengths is not None:
+        if tasks is not None:
+            raise click.UsageError("--length and --tasks: one at a time")
+        keys = None if passkey is None else (tokenizer, passkey)
+        told = at_lengths(model, registry, run, corpus, precision, positions, lengths, keys)
+        click.echo(json.dumps([asdict(one) for one in told], indent=2) if as_json else "\n".join(length_lines(told)))
+        return
+    for line in positions.apply(model, registry, run.train.sequence_length, run.train.sequence_length):
+        click.echo(line, err=True)
     if tasks is not None:
         asked = Asked(tuple(tasks.split(",")), evaluation_batch_size(run), run.train.sequence_length, limit)
         tell_scores(judge(model, tokenizer, corpus, asked), checkpoint, as_json=as_json)

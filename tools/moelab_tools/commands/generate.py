@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from moelab_tools.positions import Positions, position_options
 from moelab_tools.user_path import USER_PATH
 from moelab_tools.verify_option import NO_VERIFY
 
@@ -25,6 +26,7 @@ from moelab_tools.verify_option import NO_VERIFY
     is_flag=True,
     help="Import the plugin modules that the checkpoint names; they run as you.",
 )
+@position_options
 @NO_VERIFY
 def command(
     checkpoint: tuple[Path, ...],
@@ -37,12 +39,17 @@ def command(
     as_json: bool,
     trust: bool,
     verify: bool,
+    attention: str | None,
+    rope_scaling: str | None,
 ) -> None:
     """Continue a prompt; with several checkpoints, the same prompts side by side, drawn with the same random numbers.
 
     CHECKPOINT is a run folder, a moelab checkpoint or a Hugging Face folder. The text ends at any of the end tokens
     that its generation_config.json names, else its config.json, else at the token that ended documents in training;
     which one ended it is said on stderr. Control characters are spelled out; --json gives the texts as they are.
+
+    --attention and --rope-scaling reach beyond the trained length; the factor of yarn and linear is that of prompt and
+    new tokens, where it is not given.
 
     \b
     Example:
@@ -61,7 +68,15 @@ def command(
     samples = [
         sample
         for folder in checkpoint
-        for sample in continue_prompts(folder, prompt, sampling, tokenizer=tokenizer, trust=trust, verify=verify)
+        for sample in continue_prompts(
+            folder,
+            prompt,
+            sampling,
+            Positions(attention, rope_scaling),
+            tokenizer=tokenizer,
+            trust=trust,
+            verify=verify,
+        )
     ]
     samples.sort(key=lambda sample: prompt.index(sample.prompt))  # stable: checkpoints stay in the order given
     if as_json:

@@ -41,18 +41,23 @@ def command(config: tuple[str, ...], resume: bool, force: bool, trust: bool, ver
           train.init_overrides=[model.moe.router] model.moe.router.name=hash
     """
     from moelab.errors import ConfigError
+    from moelab.in_shares import in_shares
+    from moelab.training.interruption import Interruption
     from moelab.training.trainer import train
     from moelab_tools.checkpoints import load_run, take_up_plugins, tell_origin
     from moelab_tools.progress import TrainingProgress
 
-    loaded = load_run([*config, *(["resume=true"] if resume else [])], trust=trust, verify=verify)
-    run = loaded.config
-    tell_origin(loaded)
-    if run.resume and force:
-        raise ConfigError("--resume and --force: one goes on, the other deletes; give one of them")
-    if trust:
-        take_up_plugins(run, verify=verify)
-    try:
-        train(run, observers=[TrainingProgress(run.train.steps)], force=force, verify=verify)
-    except ConfigError as error:
-        raise loaded.blame(error) from error
+    with Interruption().listening() as interruption:
+        looking = in_shares(verify)
+        loaded = load_run([*config, *(["resume=true"] if resume else [])], trust=trust, verify=looking)
+        run = loaded.config
+        tell_origin(loaded)
+        if run.resume and force:
+            raise ConfigError("--resume and --force: one goes on, the other deletes; give one of them")
+        if trust:
+            take_up_plugins(run, verify=looking)
+        shown = [TrainingProgress(run.train.steps)]
+        try:
+            train(run, observers=shown, force=force, verify=verify, interruption=interruption)
+        except ConfigError as error:
+            raise loaded.blame(error) from error

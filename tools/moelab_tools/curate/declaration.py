@@ -16,7 +16,7 @@ class DeduplicateConfig:
     """Which copies go. Of a group the first in the order of reading stays."""
 
     exact: bool = True  # the same text but for case and white space
-    near: float | None = 0.8  # estimated Jaccard similarity of 5-word shingles from which one is a copy; null: none is
+    near: float | None = 0.75  # estimated Jaccard similarity of 5-word shingles from which one is a copy; null: none is
 
     def check(self) -> None:
         """Raises ConfigError for a share that is none."""

@@ -103,7 +103,7 @@ def compare_forced(model: Transformer, trace: Trace, precision: Precision, batch
 def _hidden(model: Transformer, batch: Batch, precision: Precision, override: Replay | None) -> Tensor:
     """[T, D] after the last layer's norm."""
     part = batch.to(precision.device)
-    context = TokenContext(part.document_id, part.domain_id, routing_override=override)
+    context = TokenContext(part.document_id, part.domain_id, routing_override=override, attention_id=part.attention_id)
     with precision.autocast():
         return model.hidden_states(part.input_ids, part.attention_mask, tokens=context)[0].flatten(0, 1)
 

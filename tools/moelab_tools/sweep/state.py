@@ -10,10 +10,10 @@ from moelab.config.scalars import spelled
 from moelab.config.stored import read_stored_tree
 from moelab.data.lineage import lineage_of
 from moelab.errors import ConfigError, UserError
+from moelab.lock import LOCK
 from moelab.paths import user_path
 from moelab.safe_files import Reading, read_object
 from moelab.training.run_folder import SUMMARY, is_finished
-from moelab.training.run_lock import LOCK
 from moelab_tools.sweep.plan import PlannedRun, settled_keys
 
 MOST_KEYS = 4  # in a sentence

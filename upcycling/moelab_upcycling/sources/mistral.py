@@ -16,17 +16,16 @@ class MistralOptions:
 
 
 def build(options: MistralOptions, fields: Mapping[str, Any]) -> DenseArchitecture:
-    """Mistral (2310.06825), dense: no biases. Of a sliding window the model up to its length, where it changes nothing.
+    """Mistral (2310.06825), dense: no biases, and in the first release a sliding window in every layer.
 
     Source: transformers 5.23, models/mistral/configuration_mistral.py: a window of 4096 where the field is left out.
     """
-    window = fields.get("sliding_window", 4096)
     return DenseArchitecture(
         class_name="MistralForCausalLM",
         model={"qkv_bias": False},
         defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8},
         only=WITHOUT_BIASES,
-        window=window if isinstance(window, int) and not isinstance(window, bool) and window > 0 else None,
+        window_rule="plain",
     )
 
 

@@ -36,7 +36,6 @@ def build(options: Phi3Options, fields: Mapping[str, Any]) -> DenseArchitecture:
 
     Source: transformers 5.23, models/phi3/configuration_phi3.py and modeling_phi3.py.
     """
-    window = fields.get("sliding_window")
     return DenseArchitecture(
         class_name="Phi3ForCausalLM",
         model={"qkv_bias": False},
@@ -47,7 +46,8 @@ def build(options: Phi3Options, fields: Mapping[str, Any]) -> DenseArchitecture:
         },
         only={**WITHOUT_BIASES, "resid_pdrop": ((0, 0.0), _DROPOUT), "embd_pdrop": ((0, 0.0), _DROPOUT)},
         unused=frozenset({"original_max_position_embeddings"}),
-        window=window if isinstance(window, int) and not isinstance(window, bool) and window > 0 else None,
+        window_rule="plain",
+        default_window=None,
         parts=parts,
         gguf_rows="halves",
     )

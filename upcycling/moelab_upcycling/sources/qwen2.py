@@ -25,6 +25,7 @@ def build(options: Qwen2Options, fields: Mapping[str, Any]) -> DenseArchitecture
     return DenseArchitecture(
         class_name="Qwen2ForCausalLM",
         only=dict.fromkeys(("qkv_bias", "attention_bias"), ((True,), _BIASES)),
+        window_rule="late",
         gguf_rows="halves",
     )
 

@@ -25,6 +25,7 @@ def build(options: Qwen3Options, fields: Mapping[str, Any]) -> DenseArchitecture
         model={"qkv_bias": False, "use_qk_norm": True},
         defaults={"head_dim": 128},
         only=WITHOUT_BIASES,
+        window_rule="late",
         gguf_rows="halves",
     )
 

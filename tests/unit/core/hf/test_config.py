@@ -107,17 +107,40 @@ REFUSED = {
     "another model": ({"model_type": "gpt2"}, r'model_type: "gpt2" is not supported; moelab reads gemma,.*hook'),
     "no model type": ({"model_type": None}, "model_type: null is not supported"),
     "another head": ({"architectures": ["Qwen2ForTokenClassification"]}, r"architectures: .*Qwen2ForCausalLM"),
-    "sliding window": (
-        {"use_sliding_window": True, "max_window_layers": 3}, "use_sliding_window: true .*set it to false"
+    "sliding layers without a window": (
+        {"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types: .*must be .*full_attention",
     ),
-    "sliding layers": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: .*full_attention"),
-    "yarn": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling: .*yarn.* plain rotary"),
-    "yarn, new style": ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, r"rope_parameters: .*plain rotary"),
+    "other layers": ({"layer_types": ["chunked_attention"] * 4}, "layer_types: .*sliding_attention"),
+    "layer types of another model": (
+        {"layer_types": ["sliding_attention"] * 3, "use_sliding_window": True}, "layer_types: .*must name 4 layers",
+    ),
+    "a window less than nothing": ({"use_sliding_window": True, "sliding_window": -1}, "sliding_window: -1 .*positive"),
+    "unknown rope": ({"rope_scaling": {"type": "su", "factor": 4.0}}, "rope_scaling.name: no rope scaling 'su'.*yarn"),
+    "rope of images": (
+        {"rope_scaling": {"type": "mrope", "mrope_section": [1, 2]}}, "rope_scaling.name: no rope scaling 'mrope'",
+    ),
+    "a number that yarn hasn't": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "gamma": 1}}, "rope_parameters.gamma: 'yarn' .*no",
+    ),
+    "yarn that shortens": ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "rope_scaling: 'yarn' .*at least 1"),
+    "a factor without a type": ({"rope_scaling": {"factor": 4.0}}, "rope_scaling: .*say its .*rope_type"),
+    "two types": (
+        {"rope_scaling": {"type": "yarn", "rope_type": "linear", "factor": 2.0}}, "rope_scaling: .*contradict",
+    ),
+    "chunks and windows": (
+        {"dual_chunk_attention_config": {}, "use_sliding_window": True, "max_window_layers": 0}, "dual_chunk.*only one",
+    ),
+    "chosen keys": (
+        {"dual_chunk_attention_config": {"sparse_attention_enabled": True}}, "sparse_attention_enabled: .*remove",
+    ),
+    "chunks that are all local": (
+        {"dual_chunk_attention_config": {"chunk_size": 8, "local_size": 8}}, "chunk_size must exceed local_size",
+    ),
     "partial rotary": (
-        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_parameters: .*plain rotary",
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_parameters: .*whole heads",
     ),
     "rope for each kind of layer": (
-        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters: .*plain rotary",
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters: .*the same in all layers",
     ),
     "two thetas": (
         {"rope_parameters": {"rope_theta": 5e5}},
@@ -167,12 +190,51 @@ def test_one_theta_said_in_three_places_is_one(tmp_path: Path):
     assert read_config(write(tmp_path, without(DENSE | fields, "rope_theta", "rope_parameters"))).rope_theta == 1e6
 
 
-def test_a_window_that_no_layer_uses_is_harmless(tmp_path: Path):
-    """A dense Qwen2's layers below max_window_layers see everything; of a Qwen2-MoE they are the ones that don't."""
-    unused = {"use_sliding_window": True, "max_window_layers": 4}
-    assert read_config(write(tmp_path, DENSE | unused)) == read_config(write(tmp_path, DENSE))
-    with pytest.raises(CheckpointError, match="use_sliding_window"):
-        read_config(write(tmp_path, MOE | unused))
+def test_a_window_is_that_of_the_layers_that_its_kind_gives_it(tmp_path: Path):
+    """A dense Qwen2's from max_window_layers on; of a Qwen2-MoE every other one before it; or layer_types'."""
+
+    def attention(base: dict[str, Any], **fields: Any) -> Any:
+        return read_config(write(tmp_path, base | {"use_sliding_window": True, "sliding_window": 6} | fields)).attention
+
+    assert attention(DENSE, max_window_layers=4) is None
+    assert attention(DENSE, max_window_layers=3) == {"name": "sliding_window", "window": 6, "layers": "3"}
+    assert attention(DENSE, max_window_layers=0) == {"name": "sliding_window", "window": 6}
+    assert attention(MOE, max_window_layers=3) == {"name": "sliding_window", "window": 6, "layers": "0,2"}
+    types = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
+    for base in (DENSE, MOE):
+        assert attention(base, layer_types=types) == {"name": "sliding_window", "window": 6, "layers": "1"}
+        assert attention(base, sliding_window=None) is None
+
+
+ROPES = {
+    "old": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    "newer": {"rope_scaling": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 64}},
+    "both keys": {
+        "rope_scaling": {"type": "yarn", "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    },
+    "transformers 5": {
+        "rope_parameters": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e6,
+            "beta_fast": None,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", ROPES.values(), ids=ROPES.keys())
+def test_every_published_form_of_a_rope_scaling_is_read(tmp_path: Path, said: dict[str, Any]):
+    found = read_config(write(tmp_path, DENSE | said)).rope_scaling
+    assert found == {"name": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def test_chunks_are_read_as_vllm_has_them(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    chunks = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+    found = read_config(write(tmp_path, DENSE | {"dual_chunk_attention_config": chunks})).attention
+    assert found == {
+        "name": "dual_chunk", "preset": "qwen_1m", "original_max_position_embeddings": 262144, "local": 8192,
+        "temperature": "per_query", "temperature_from": 262144,
+    }  # fmt: skip
+    assert "vLLM multiplies" in caplog.text
 
 
 def test_a_field_that_nobody_knows_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from moelab.nn import causal_attention as module
-from moelab.nn.attention import attend, torch_attention
 from moelab.nn.causal_attention import blocks_pay, causal_attention
+from moelab.nn.full_attention import fastest as attend
+from moelab.nn.full_attention import torch_attention
 
 SHAPES = [(2, 4, 2, 200, 16), (3, 4, 4, 130, 8), (1, 6, 1, 64, 32), (5, 2, 2, 1, 8)]  # B, H, G, S, d
 

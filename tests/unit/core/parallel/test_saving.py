@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 import moelab
 import spread_models as spread
-from moelab.checkpoint import MODEL, TRAINING, OwnWeights, stored_tensors
+from moelab.checkpoint import CHECKPOINTS, MODEL, TRAINING, OwnWeights, checkpoints, stored_tensors
 from moelab.errors import CheckpointError
 from moelab.hf.save import save_hf
-from moelab.integrity import inspect
+from moelab.integrity import inspect, newest_whole, verified
 from moelab.training.checkpoint import restore_checkpoint
 from processes import run_on
 
@@ -155,6 +156,30 @@ def test_a_folder_of_pickles_is_refused_unopened(tmp_path: Path) -> None:
     _pickle(tmp_path, tmp_path)
     with pytest.raises(CheckpointError, match=r"\.metadata, __0_0\.distcp there is not opened: a pickle runs code"):
         moelab.load(tmp_path)
+
+
+def test_processes_that_go_on_read_a_checkpoint_once_and_hear_the_same_of_it(
+    saved: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for number, source in enumerate(("expert2", "behind", "replicas")):
+        shutil.copytree(saved[0] / source, run / CHECKPOINTS / f"step_{number:08d}")
+    oldest, middle, newest = checkpoints(run)
+    _remove(newest, oldest)
+    content = bytearray((newest / "training-00001-of-00004.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "training-00001-of-00004.safetensors").write_bytes(content)
+    wanted = newest_whole(run)
+    assert wanted.folder == middle
+    with pytest.raises(CheckpointError) as refused:
+        verified(newest)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    found = run_on(3, spread.goes_on, tmp_path / "processes", str(run), store.port)
+    assert {one["choice"] for one in found} == {repr(wanted)}
+    assert {one["refused"] for one in found} == {str(refused.value)}
+    total = sum(one["read"] for one in found)  # of the middle one, whole, each time it is looked at
+    assert total == spread.bytes_of(middle)
+    assert max(one["read"] for one in found) < 0.45 * total
 
 
 @pytest.mark.parametrize("damage", [_remove, _cut])

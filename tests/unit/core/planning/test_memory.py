@@ -198,5 +198,5 @@ def test_every_router_can_be_planned_with(router: str) -> None:
     assert config.moe is not None
     config.moe.allow_noncausal = True
     config.moe.router |= {"num_null_experts": 4} if router == "null_experts" else {}
-    config.moe.layout["num_experts_per_tok"] = {"switch": 1, "gshard": 2}.get(router, 4)
+    config.moe.layout["num_experts_per_tok"] = {"switch": 1, "base": 1, "gshard": 2}.get(router, 4)
     assert predict(config, PROBLEM).memory.activations > 0

@@ -14,6 +14,7 @@ from moelab.builder import build_model
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.config.run import ParallelConfig
 from moelab.planning.machine import Machine
+from moelab.planning.memory import predict
 from moelab.planning.times import seconds_of
 from moelab.planning.traffic import (
     EXCHANGE,
@@ -45,6 +46,17 @@ def test_tokens_go_to_as_many_experts_as_the_routers_declare(router: dict[str, A
     sent = communication(model, Problem(4, 32, parallel=ParallelConfig(shard=4, expert=4)))
     counts = 2 * 8 * 8  # of both layers' 8 experts
     assert sent.of(TOKENS) == (4 * (2 * 4 * 32 * experts * 16) * 4 + counts) * 3 / 4
+
+
+def test_a_backend_that_computes_every_expert_sends_each_token_to_each() -> None:
+    """Forward alone, there and back, beside the K; a layer that is computed again does it again; counts each time."""
+    layout = {"name": "uniform", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    config = ModelConfig(64, 16, 32, 1, 2, 1, moe=MoEConfig(layout=layout, backend={"name": "densemixer"}))
+    mesh, tokens, row = ParallelConfig(shard=4, expert=4), 4 * 32, 16 * 4
+    for checkpointing, passes in ((0, 1), (1, 2)):
+        sent = predict(config, Problem(4, 32, parallel=mesh, checkpointing=checkpointing)).communication
+        rows = tokens * 2 * 2 * (passes + 1) + tokens * 8 * 2 * passes
+        assert sent.of(TOKENS) == (rows * row + 2 * passes * 8 * 8) * 3 / 4
 
 
 def test_a_step_sends_what_the_formula_says(tmp_path: Path) -> None:

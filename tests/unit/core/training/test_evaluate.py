@@ -66,7 +66,7 @@ def test_the_batch_size_does_not_matter(batch_size: int) -> None:
 @pytest.mark.parametrize("router", sorted(Registry(entry_points=False).components(ROUTERS)))
 def test_sequences_of_a_batch_do_not_touch_each_other_whatever_the_router(router: str) -> None:
     """In float64, where rounding turns no near-tie of a router."""
-    top_k = 1 if router in ("switch", "mixture_of_depths") else 2
+    top_k = 1 if router in ("switch", "base", "mixture_of_depths") else 2
     moe = MoEConfig(
         layout={"name": "uniform", "num_experts": 4, "num_experts_per_tok": top_k, "moe_intermediate_size": 8},
         router={"name": router}, allow_noncausal=True,

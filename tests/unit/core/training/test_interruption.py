@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
+from moelab.config.run import RunConfig
 from moelab.training.interruption import Interruption
+from moelab.training.trainer import train
 
 
 def _signal() -> None:
@@ -59,3 +63,38 @@ def test_the_handlers_from_before_come_back() -> None:
     with Interruption():
         assert signal.getsignal(signal.SIGINT) is not before
     assert signal.getsignal(signal.SIGINT) is before
+
+
+EARLY = """
+import os, signal
+from moelab import hookimpl
+
+os.kill(os.getpid(), signal.SIGTERM)
+
+@hookimpl
+def moelab_routers():
+    return []
+"""
+
+
+def test_a_signal_that_the_process_was_to_ignore_is_heard_before_the_first_step(
+    tmp_path: Path, small_run: RunConfig
+) -> None:
+    """As torchrun's processes under Slurm are started: the run ends as interrupted, when it is built."""
+    (tmp_path / "early.py").write_text(EARLY)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        small_run.plugins, small_run.search_path = ["early"], [str(tmp_path)]
+        with pytest.raises(KeyboardInterrupt):
+            train(small_run)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    summary = json.loads((Path(small_run.run_dir) / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("interrupted", 0)
+
+
+def test_any_other_signal_of_that_time_is_left_to_who_handles_it() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Interruption().listening():
+        assert signal.getsignal(signal.SIGTERM) == before

@@ -364,6 +364,16 @@ def test_a_causal_router_is_believed(route: Any) -> None:
         ({"name": "switch", "capacity_factor": 1.0}, {"training": [0, 1], "evaluation": []}),
         ({"name": "softmax_topk", "eval_capacity_factor": 1.0}, {"training": [], "evaluation": [0, 1]}),
         ({"name": "softmax_topk"}, {"training": [], "evaluation": []}),
+        (
+            {"name": "softmax_topk", "document_pool": {"smallest": 2, "largest": 3}},
+            {"training": [0, 1], "evaluation": []},
+        ),
+        (
+            {"name": "softmax_topk", "document_pool": {"smallest": 2, "largest": 2, "evaluation": 2}},
+            {"training": [0, 1], "evaluation": [0, 1]},
+        ),
+        ({"name": "softmax_topk", "token_table": {}}, {"training": [], "evaluation": []}),
+        ({"name": "expert_threshold"}, {"training": [], "evaluation": []}),
         ({"name": "gshard"}, {"training": [], "evaluation": []}),
         ({"name": "noisy_topk"}, {"training": [], "evaluation": []}),
         ({"name": "top_p"}, {"training": [], "evaluation": []}),

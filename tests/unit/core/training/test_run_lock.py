@@ -18,7 +18,8 @@ import pytest
 
 from moelab import lock
 from moelab.errors import RunFailure, UserError
-from moelab.training.run_lock import LOCK, hold
+from moelab.lock import LOCK
+from moelab.training.run_lock import hold
 
 HOLDER = """
 import sys, time
@@ -45,6 +46,18 @@ def test_a_second_writer_is_told_who_holds_it(tmp_path: Path, other: subprocess.
     with pytest.raises(UserError, match=rf"process {other.pid} on \S+, since 20"), hold(tmp_path):
         pass
     assert (tmp_path / LOCK).exists()
+
+
+def test_it_is_told_before_it_tries(tmp_path: Path, other: subprocess.Popen[str]) -> None:
+    """A run that goes on would read checkpoints that the other one deletes meanwhile."""
+    with pytest.raises(UserError, match=rf"process {other.pid} on \S+, since 20.*; wait for it, stop it, or go away"):
+        lock.check_free(tmp_path / LOCK, what="it", otherwise="go away")
+    other.kill()
+    other.wait()
+    lock.check_free(tmp_path / LOCK, what="it", otherwise="go away")  # its lock still lies there
+    with hold(tmp_path):
+        lock.check_free(tmp_path / LOCK, what="it", otherwise="go away")  # its own
+    lock.check_free(tmp_path / LOCK, what="it", otherwise="go away")
 
 
 def test_a_killed_holder_holds_nothing(tmp_path: Path, other: subprocess.Popen[str]) -> None:

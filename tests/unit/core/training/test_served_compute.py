@@ -65,7 +65,7 @@ def config(
     router: dict[str, Any], layers: int = 2, patterns: dict[str, Any] | None = None, **changes: Any
 ) -> ModelConfig:
     """A layout of 8 experts, 2 a token, or 1 for a router that takes no other."""
-    top_k = 1 if router["name"] == "switch" else K
+    top_k = 1 if router["name"] in ("switch", "base") else K
     moe = {
         "layout": {"name": "uniform", "num_experts": E, "num_experts_per_tok": top_k, "moe_intermediate_size": F},
         "router": router,
@@ -127,7 +127,9 @@ def options_of(name: str) -> list[dict[str, Any]]:
         "top_p": [{"top_p": 0.7, "k_max": 3}],
         "remoe": [{"k_max": 2}],
         "moe_plus_plus": [{"capacity_factor": 0.8}],
-        "null_experts": [{"num_null_experts": 8}],
+        "null_experts": [{"num_null_experts": 8}, {"null_output": "copy", "balance": "proportional"}],
+        "sigmoid_topk": [{"balance": "none", "weights_on": "input"}],
+        "expert_threshold": [{"k_max": 2}],
         "expert_choice": [{"capacity_factor": 0.5}],
         "mixture_of_depths": [{"capacity": 0.5}],
         "token_rounding": [{"tile": 2, "rounding": "up"}],
@@ -275,7 +277,7 @@ def test_routers_declare_what_they_serve_when_balanced(router: dict[str, Any]) -
     experts, hidden, length, sequences = 16, 64, 256, 32
     options = {"capacity_factor": 1.0, **router} if router["name"] == "moe_plus_plus" else router
     context = moelab.MoEContext(
-        hidden, experts, 1 if router["name"] == "switch" else 4, F, 32, layer_id=0, num_hidden_layers=1,
+        hidden, experts, 1 if router["name"] in ("switch", "base") else 4, F, 32, layer_id=0, num_hidden_layers=1,
         vocab_size=4096, allow_noncausal=True,
     )  # fmt: skip
     try:

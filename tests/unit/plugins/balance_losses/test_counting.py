@@ -142,7 +142,7 @@ def test_the_bias_is_still_told_who_was_chosen() -> None:
     chosen = torch.zeros(EXPERTS, dtype=torch.int64)
     scores = (x @ router.weight.t()).sigmoid()
     for token in info.valid().nonzero().flatten().tolist():
-        chosen[router.select(scores[token : token + 1]).flatten()] += 1
+        chosen[router.select(scores[token : token + 1], info).flatten()] += 1
     statistics = BatchStatistics()
     statistics.add([r])
     context = statistics.context()

@@ -16,6 +16,7 @@ from moelab.moe.contracts import ExpertProblem
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
 from moelab.nn.count import flops_per_token, forward_flops_per_token, served_costs
+from moelab.testing.tensors import dense_weights, fill_parameters, make_info
 
 HIDDEN, WIDTH, TOKENS = 16, 8, 23
 REGISTRY = Registry(entry_points=False)
@@ -147,3 +148,45 @@ def test_it_runs_in_a_model_with_the_default_backend_inside_and_auto_never_takes
 def test_an_unknown_inner_backend_is_named():
     with pytest.raises(ConfigError, match=r"layer 0: 'densemixer' .* there is no backend 'swift' .* Known: auto"):
         model("densemixer", inner="swift")(torch.arange(4)[None])
+
+
+COMPOSED = [
+    {"name": "sigmoid_topk", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+    {"name": "softmax_topk", "topk_first": True, "gate_bias": True},
+    {"name": "softmax_topk", "gate": "cosine", "cosine_size": 6, "document_pool": {"smallest": 3, "largest": 3}},
+    {"name": "sqrtsoftplus_topk", "token_table": {}, "balance": "none"},
+    {"name": "null_experts", "num_null_experts": 4, "null_output": "copy", "norm_topk_prob": False},
+    {"name": "expert_threshold"},
+]
+
+
+@pytest.mark.parametrize("router", COMPOSED, ids=",".join)
+def test_any_router_whose_weights_are_its_scores_hears_of_every_expert(router: dict[str, object]):
+    """In a layer: the same output bit for bit, and the gate's gradient is that of sum_S w_e a_e + sum_others c s_e a_e,
+    a_e = <dL/dy, f_e(x)>.
+    """
+    made = []
+    for backend_node in ({"name": "densemixer", "inner": "loop"}, {"name": "loop"}):
+        moe = MoEConfig(
+            layout={"name": "uniform", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 5},
+            router=router, backend=backend_node, allow_noncausal=True,
+        )  # fmt: skip
+        block = build_model(ModelConfig(32, HIDDEN, 24, 1, 2, 1, moe=moe), REGISTRY, seed=0).layers[0].mlp.train()
+        fill_parameters(block, 1)
+        made.append(block)
+    mixed, plain = made
+    x, info = torch.randn(TOKENS, HIDDEN), make_info(1, TOKENS, 32, training=True)
+    upstream = torch.randn(TOKENS, HIDDEN)
+    found = mixed(x, info)[0]
+    assert torch.equal(found, plain(x, info)[0])
+    (found * upstream).sum().backward()
+    routing = plain.router(x, info)
+    weight, chosen = dense_weights(routing), routing.choice_map()[:, :8]
+    scores = routing.scores[:, :8]
+    factor = weight.sum(1, keepdim=True) / (scores * chosen).sum(1, keepdim=True).clamp_min(1e-30)
+    heard = torch.einsum("td,ted->te", upstream, every_output(x, plain.experts)).detach()
+    wanted = ((torch.where(chosen, weight, scores * factor.detach())) * heard).sum()
+    if routing.bypass is not None:
+        wanted = wanted + (routing.bypass * upstream).sum()
+    (gradient,) = torch.autograd.grad(wanted, plain.router.weight)
+    torch.testing.assert_close(mixed.router.weight.grad, gradient, rtol=1e-3, atol=1e-5)

@@ -412,7 +412,7 @@ def test_jitter_is_for_training_only() -> None:
         ({"n_group": 3}, "n_group: 3 does not divide num_experts 8"),
         ({"n_group": 8, "topk_group": 1}, "hold fewer than num_experts_per_tok 2"),
         ({"n_group": 2, "topk_group": 3}, "topk_group: 3 exceeds n_group 2"),
-        ({"balance": "sign"}, "balance must be one of none, bias, quantile"),
+        ({"balance": "sign"}, "balance must be one of none, bias, proportional, quantile"),
         ({"capacity_factor": -1.0}, "capacity_factor must be positive"),
         ({"drop_policy": "any"}, "drop_policy must be one of"),
         ({"score_dtype": "float8"}, "score_dtype must be one of"),

@@ -1,0 +1,67 @@
+"""Attention to every earlier position of the same document: the default, by what measures fastest."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from moelab.nn.attention_inputs import Attend, AttentionInputs
+from moelab.nn.blocked_attention import View, blocked_attention
+from moelab.nn.causal_attention import blocks_pay, causal_attention
+from moelab.nn.rope import rotate
+
+ROTATED = "keys turned by their own positions"  # cache_mode
+LARGEST_MASK = 1 << 22  # elements of S x L; beyond, what needs a mask is computed in blocks
+
+
+class FullAttention:
+    """softmax(q k^T / sqrt(d)) v over the keys up to the query, each turned by its position (Su et al. 2021)."""
+
+    cache_mode = ROTATED
+    reach = None
+
+    def __init__(self, layer_id: int, attend: Attend | None = None) -> None:
+        """`attend`: what computes plain causal attention; None: what measures fastest."""
+        self.layer_id = layer_id
+        self.attend = attend or fastest
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, inputs: AttentionInputs) -> Tensor:
+        query, key, value = turned(self.layer_id, query, key, value, inputs)
+        if inputs.attend is not None:
+            return inputs.attend(query, key, value, inputs.mask)
+        if inputs.given_mask is None and _in_blocks(inputs):
+            return blocked_attention([query], key, value, inputs.once("full", lambda: View.of(inputs)))
+        return self.attend(query, key, value, inputs.mask)
+
+
+def turned(
+    layer_id: int, query: Tensor, key: Tensor, value: Tensor, inputs: AttentionInputs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query and key turned by their positions; of key and value those of the cache too: [B, G, L, d]."""
+    cos, sin = inputs.rotation()
+    query = rotate(query, cos.to(query.dtype), sin.to(query.dtype))
+    key = rotate(key, cos.to(key.dtype), sin.to(key.dtype))
+    if inputs.cache is not None:
+        key, value = inputs.cache.append(layer_id, key, value)
+    return query, key, value
+
+
+def _in_blocks(inputs: AttentionInputs) -> bool:
+    """Whether a mask is needed that would be large, or that leaves most out."""
+    if inputs.documents is not None:
+        return inputs.several_documents
+    masked = inputs.padding is not None or inputs.past > 0
+    return masked and inputs.positions.shape[1] * inputs.length > LARGEST_MASK
+
+
+def fastest(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """query [B, H, S, d], key and value [B, G, L, d] -> [B, H, S, d], by what measures fastest."""
+    if mask is None and blocks_pay(query):
+        return causal_attention(query, key, value)
+    return torch_attention(query, key, value, mask)
+
+
+def torch_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """`fastest` by torch's own kernel; mask as `AttentionInputs.mask`."""
+    return nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.shape[1] > key.shape[1]
+    )
