@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from moelab.moe.layout import ExpertLayout, LayoutContext
     from moelab.moe.routing import LayerRecord, Routing, TokenInfo
+    from moelab.moe.surgery import Evidence, ExpertRows, LayerPlan, NewExpert, Surgery, SurgeryContext
     from moelab.nn.transformer import TokenContext
     from moelab.paths import Places, user_path
     from moelab.registry import Registry
@@ -69,6 +70,7 @@ _HOMES = {
     ),
     "moelab.moe.layout": ("ExpertLayout", "LayoutContext"),
     "moelab.moe.routing": ("LayerRecord", "Routing", "TokenInfo"),
+    "moelab.moe.surgery": ("Evidence", "ExpertRows", "LayerPlan", "NewExpert", "Surgery", "SurgeryContext"),
     "moelab.nn.transformer": ("TokenContext",),
     "moelab.paths": ("Places", "user_path"),
     "moelab.registry": ("Registry",),
@@ -93,15 +95,19 @@ __all__ = [
     "DataContext",
     "DataError",
     "Document",
+    "Evidence",
     "ExpectedAssignments",
     "ExpertBackend",
     "ExpertLayout",
+    "ExpertRows",
     "FilterContext",
+    "LayerPlan",
     "LayerRecord",
     "LayoutContext",
     "MixContext",
     "Mixer",
     "MoEContext",
+    "NewExpert",
     "Phase",
     "Places",
     "Registry",
@@ -112,6 +118,8 @@ __all__ = [
     "RunFailure",
     "RunRecord",
     "SharedExpert",
+    "Surgery",
+    "SurgeryContext",
     "TextFilter",
     "TokenContext",
     "TokenInfo",

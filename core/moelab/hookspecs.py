@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from moelab.moe.layout import ExpertLayout, LayoutContext
     from moelab.moe.probe import Probe
+    from moelab.moe.surgery import Surgery, SurgeryContext
     from moelab.nn.attention_inputs import AttentionContext, AttentionKernel
     from moelab.nn.rope import RopeContext, RopeScaling
 
@@ -136,6 +137,11 @@ MIXERS: ExtensionPoint[MixContext, Mixer] = ExtensionPoint(
     "mixer", "moelab_mixers", "data.mixer", "moelab_plugins.mixers",
     "What share of the training tokens each domain gets, phase by phase.",
     check="check_mixer",
+)  # fmt: skip
+SURGERIES: ExtensionPoint[SurgeryContext, Surgery] = ExtensionPoint(
+    "surgery", "moelab_surgeries", "surgery", "moelab_plugins.surgeries",
+    "What `moelab surgery` does to a trained layer's experts: what was measured of them -> a plan of the new ones.",
+    check="check_surgery",
 )  # fmt: skip
 OBSERVERS: ExtensionPoint[Path, object] = ExtensionPoint(
     "observer", "moelab_observers", "observers", "moelab_plugins.observers",

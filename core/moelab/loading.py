@@ -62,14 +62,16 @@ def read_model(
     return model.eval()
 
 
-def open_model(folder: Path, *, trust: bool = False) -> tuple[Transformer, StoredWeights]:
+def open_model(
+    folder: Path, *, registry: Registry | None = None, trust: bool = False
+) -> tuple[Transformer, StoredWeights]:
     """The model of a folder that `verified` gave, its matrices on the meta device, and the weights to read them from.
 
     For who takes one tensor after the other. Raises CheckpointError as `open_weights`.
     """
-    plugins = Registry()
+    plugins = registry or Registry()
     if is_moelab(folder):
-        plugins = stored_registry(read_run_config(folder), folder, trust=trust)
+        plugins = stored_registry(read_run_config(folder), folder, registry=registry, trust=trust)
     weights = open_weights(folder, registry=plugins)
     config = weights.model.config if isinstance(weights, HFWeights) else read_run_config(folder).model
     model = build_hollow(config, plugins, device=torch.device("cpu"), seed=0)

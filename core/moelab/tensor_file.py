@@ -10,9 +10,10 @@ processor's cache: the hash fetches what the write would have to fetch, so that 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,19 @@ DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _PIECE = 512 << 10  # bytes: stays in the second-level cache between the hash and the write
 _RANK = {dtype: rank for rank, dtype in enumerate(_NAMES)}
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}  # by the names of safetensors
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor that is made when it is its turn, so that of a file that is written one is in memory at a time."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]  # of this shape and type
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,9 @@ class WrittenFile:
         return {"bytes": total, "header": header, "tensors": tensors}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> WrittenFile:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor | Made], metadata: Mapping[str, str] | None = None
+) -> WrittenFile:
     """A new file with the mode that the umask gives; not synced. Raises OSError; ValueError for a dtype without a name.
 
     The tensors may lie in any strides, on any device, and share memory: each is written in full.
@@ -87,7 +103,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     with path.open("wb", buffering=0) as file:
         header_checksum = _write(file.fileno(), memoryview(header))
         for name in order:
-            tensor = tensors[name]
+            asked = tensors[name]
+            tensor = asked.make() if isinstance(asked, Made) else asked
+            assert (tuple(tensor.shape), tensor.dtype) == (tuple(asked.shape), asked.dtype), (
+                f"{name} is of another form"
+            )
             data = _little_endian_bytes(tensor)
             digest = _write(file.fileno(), data)
             written[name] = WrittenTensor(_NAMES[tensor.dtype], tuple(tensor.shape), offset, len(data), digest)
@@ -95,12 +115,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     return WrittenFile(len(header), header_checksum, written)
 
 
-def _header(order: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
+def _header(order: list[str], tensors: Mapping[str, Tensor | Made], metadata: Mapping[str, str] | None) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name in order:
         tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
+        end = offset + tensor.nbytes
         entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()

@@ -26,6 +26,7 @@ from moelab.hookspecs import (
     ROPE_SCALINGS,
     ROUTERS,
     SHARED_EXPERTS,
+    SURGERIES,
     TEXT_FILTERS,
 )
 from moelab.testing import initialisers
@@ -144,6 +145,14 @@ SHARED_CASES: dict[str, dict[str, Any]] = {
     "several": {"intermediate_size": 10, "num_experts": 3, "gated": True},
     "dense_residual": {},
 }
+SURGERY_CASES: dict[str, list[dict[str, Any]]] = {
+    "grow": [{"num_experts": 16, "num_experts_per_tok": 4}, {"num_experts": 11, "by": "load", "noise": 0.1}],
+    "split": [{}, {"parts": 3, "order": "random"}],
+    "merge": [{"num_experts": 5}, {"num_experts": 3, "by": "coactivation", "grouping": "dominant", "align": False}],
+    "prune": [{"num_experts": 6}, {"experts": [1, 7]}, {"num_experts": 3, "by": "knockout"}],
+    "revive": [{}, {"experts": [2]}],
+    "top_k": [{"num_experts_per_tok": 3}],
+}
 
 # name -> (options, definition): the last from positions within a document, as `testing.attentions.Definition`.
 ATTENTION_CASES: dict[str, list[tuple[dict[str, Any], Callable[..., Any]]]] = {
@@ -210,6 +219,7 @@ def llama3_frequency(plain: float) -> float:
         (BALANCE_LOSSES, LOSS_CASES),
         (EXPERT_LAYOUTS, LAYOUT_CASES),
         (SHARED_EXPERTS, SHARED_CASES),
+        (SURGERIES, SURGERY_CASES),
     ],
 )
 def test_no_builtin_escapes_the_kit(point: Any, cases: dict[str, Any]) -> None:
@@ -346,3 +356,10 @@ INITIALISER_SIZES = {
     "split": {"width": initialisers.DENSE // 6},
     "mix": {"width": initialisers.DENSE, "num_sources": 2},
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [(name, options) for name, cases in SURGERY_CASES.items() for options in cases], ids=str
+)
+def test_a_surgery_conforms(name: str, options: dict[str, Any]) -> None:
+    testing.check_surgery(REGISTRY.components(SURGERIES)[name], options)

@@ -27,6 +27,7 @@ from moelab import (
 from moelab.initialisers import NeuronPlan
 from moelab.moe.capacity import refuse_noncausal
 from moelab.moe.experts import swiglu
+from moelab.moe.surgery import ExpertRows, LayerPlan, NewExpert
 from moelab.nn.mlp import SwiGLU
 from moelab.testing import (
     backends,
@@ -37,6 +38,7 @@ from moelab.testing import (
     observers,
     routers,
     shared_experts,
+    surgeries,
 )
 
 
@@ -240,7 +242,22 @@ class WrongTopK(Good):
         return replace(routing, token=routing.token[order])
 
 
+class NamesTheWrongRows(Good):
+    expert_rows = ExpertRows(("weight",))  # and the bias has one for each expert too
+
+
+class NamesRowsThatAreNot(Good):
+    expert_rows = ExpertRows(("weight", "bias", "offset"))
+
+
+class SaysNothingOfWhy(Good):
+    expert_rows = ""
+
+
 ROUTER_FAULTS = [
+    (NamesTheWrongRows, "its_rows_follow_its_experts"),
+    (NamesRowsThatAreNot, "its_rows_follow_its_experts"),
+    (SaysNothingOfWhy, "its_rows_follow_its_experts"),
     (SameExpertTwice, "gives_no_expert_twice_to_a_token"),
     (ImpossibleExpectation, "declares_what_it_can_serve"),
     (BFloat16Weights, "returns_what_the_contract_says"),
@@ -708,3 +725,76 @@ def test_a_faulty_observer_is_caught(fault: Any, check: str) -> None:
 def test_every_observer_check_has_a_planted_fault() -> None:
     caught = [check for _, check in OBSERVER_FAULTS]
     assert all(any(c.__name__.startswith(n) for n in caught) for c in observers.OBSERVER_CHECKS)
+
+
+class GoodSurgery:
+    """A sound surgery, which leaves everything as it is."""
+
+    needs = frozenset({"load"})
+
+    def __init__(self, options: Any, context: Any) -> None:
+        self.context = context
+
+    def plan(self, evidence: Any) -> Any:
+        evidence.measured("load")
+        experts = tuple(NewExpert((expert,)) for expert in range(self.context.layout.num_experts))
+        return LayerPlan(experts, 2, self.context.layout.moe_intermediate_size, exact=True, because="nothing changes")
+
+
+class NeedsWhatIsNot(GoodSurgery):
+    needs = frozenset({"load", "fame"})
+
+
+class NeedsMore(GoodSurgery):
+    needs = frozenset()  # type: ignore[var-annotated]
+
+
+class OutOfRange(GoodSurgery):
+    def plan(self, evidence: Any) -> Any:
+        return replace(super().plan(evidence), experts=(NewExpert((99,)),) * 3)
+
+
+class MoreThanThere(GoodSurgery):
+    def plan(self, evidence: Any) -> Any:
+        return replace(super().plan(evidence), num_experts_per_tok=9)
+
+
+class SaysNoWhy(GoodSurgery):
+    def plan(self, evidence: Any) -> Any:
+        return replace(super().plan(evidence), because=" ")
+
+
+class ByChance(GoodSurgery):
+    def plan(self, evidence: Any) -> Any:
+        order = np.random.default_rng().permutation(8).tolist()
+        return replace(super().plan(evidence), experts=tuple(NewExpert((e,)) for e in order))
+
+
+class NotExact(GoodSurgery):
+    def plan(self, evidence: Any) -> Any:
+        return replace(super().plan(evidence), num_experts_per_tok=3)
+
+
+SURGERY_FAULTS = [
+    (NeedsWhatIsNot, "says_what_it_needs"),
+    (NeedsMore, "plans_a_layer_that_can_be"),
+    (OutOfRange, "plans_a_layer_that_can_be"),
+    (MoreThanThere, "plans_a_layer_that_can_be"),
+    (SaysNoWhy, "says_why"),
+    (ByChance, "plans_the_same_again"),
+    (NotExact, "keeps_the_function_where_it_says_so"),
+]
+
+
+def test_a_sound_surgery_passes() -> None:
+    testing.check_surgery(component("good", NoOptions, GoodSurgery))
+
+
+@pytest.mark.parametrize(("fault", "check"), SURGERY_FAULTS, ids=lambda v: getattr(v, "__name__", v))
+def test_a_faulty_surgery_is_caught(fault: Any, check: str) -> None:
+    with pytest.raises(testing.ConformanceError, match=check):
+        testing.check_surgery(component("bad", NoOptions, fault))
+
+
+def test_every_surgery_check_has_a_planted_fault() -> None:
+    assert {check for _, check in SURGERY_FAULTS} == {check.__name__ for check in surgeries.SURGERY_CHECKS}

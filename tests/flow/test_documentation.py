@@ -46,6 +46,7 @@ SMALL: dict[str, list[str]] = {
     "generate": ["--tokens", "4"],
     "trace": ["--tokens", "64"],
     "upcycle": UPCYCLING,
+    "surgery": ["--tokens", "128"],
     "export": ["--force"],  # a document may have named its result before
     # Each run of theirs is a process of its own: tests/unit/tools/sweep and experiments train some. This builds all.
     "sweep": ["--dry-run"],
@@ -136,6 +137,7 @@ ASSUMED = {
     "README.md": {"Qwen2-7B": "dense"},
     "docs/howto.md": {"Qwen2-7B": "dense", "upcycled": "exported"},
     "docs/upcycling.md": {"Qwen2-7B": "dense"},
+    "docs/surgery.md": {},
     "docs/traces.md": {"runs/moe": "moe_seed0", "traces/other": "trace"},
     "docs/checkpoints.md": {"Qwen2-7B": "dense", "upcycled": "exported", "runs/tiny_moe": "moe_seed0",
                             "exported/tiny_moe": "exported"},

@@ -183,7 +183,7 @@ KINDS: dict[str, Kind] = {
             Group(
                 (f"{STEP}/training.safetensors",),
                 (lambda f: read_header(f / STEP / "training.safetensors"),),
-                (RESUME,),
+                (RESUME, ("surgery", "run", "o", "top_k", "num_experts_per_tok=1", "--no-receipt")),
             ),
         ),
     ),
@@ -346,6 +346,7 @@ KINDS: dict[str, Kind] = {
                     ("evaluate", "run", "mine.yaml"),
                     ("trace", "run", "--out", "o", "--tokens", "64"),
                     ("ablate", "run", "--tokens", "64", "--out", "o"),
+                    ("surgery", "run", "o", "split", "--tokens", "64"),
                 ),
             ),
         ),

@@ -53,6 +53,7 @@ FLOORS = (
     {"training"},
     {"session"},
     {"routes", "run_table"},
+    {"surgery"},
     {"testing"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

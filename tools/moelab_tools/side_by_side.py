@@ -14,9 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from moelab.checkpoint import is_moelab
 from moelab.hf.load import HFWeights
-from moelab.nn.transformer import LayerState
+from moelab.loading import open_model
+from moelab.nn.transformer import LayerState, Transformer
 from moelab.registry import Registry
+from moelab.stored_weights import StoredWeights
 
 _PIECE = 128  # tokens whose logits stand at once
 LOOKED_AT = 16  # every so many tokens a layer's own prediction is read off
@@ -41,6 +44,7 @@ class SideBySide:
     kl: Tensor  # from the first model's distribution to the second's
     same_choice: Tensor  # bool
     furthest: float  # difference of a log probability
+    vocab_size: int  # of both
     layers: list[LayerDifference] = field(default_factory=list)
 
 
@@ -48,15 +52,16 @@ class _Streamed:
     """A model of which embedding, norm and head stay, and each layer comes when it is its turn."""
 
     def __init__(self, folder: Path, registry: Registry | None) -> None:
-        self.weights = HFWeights(folder, registry)
-        self.model = self.weights.model.float().eval()
+        self.model, self.weights = _opened(folder, registry)
+        self.model.float().eval()
         for name in ("embed_tokens", "norm"):
             self._bring(name)
         self.model.tie_weights()
         self.state: LayerState | None = None
 
     def _bring(self, name: str) -> nn.Module:
-        module = self.model.get_submodule(name).to_empty(device="cpu")
+        module = self.model.get_submodule(name)
+        module._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)  # what a plugin decided stays
         for key, tensor in module.state_dict().items():
             self.weights.read_into(f"{name}.{key}", tensor)
         return module
@@ -100,7 +105,7 @@ def side_by_side(
     registry: Registry | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> SideBySide:
-    """Two Hugging Face folders with as many layers, in float32; ids [B, S] and targets [B, S], -100 where none is.
+    """Two folders that `verified` gave, of as many layers, in float32; ids and targets [B, S], -100 where none is.
 
     The vocabularies may differ in rows beyond the smaller one, which are left out. `progress` is called after a layer.
     """
@@ -120,7 +125,14 @@ def side_by_side(
         progress()
     rows = list(_compared(models, targets.flatten(), vocabulary))
     nats_first, nats_second, kl, same = (torch.cat(column) for column in list(zip(*rows, strict=True))[:4])
-    return SideBySide(nats_first, nats_second, kl, same, max(row[4] for row in rows), layers)
+    return SideBySide(nats_first, nats_second, kl, same, max(row[4] for row in rows), vocabulary, layers)
+
+
+def _opened(folder: Path, registry: Registry | None) -> tuple[Transformer, StoredWeights]:
+    if is_moelab(folder):
+        return open_model(folder, registry=registry)
+    weights = HFWeights(folder, registry)
+    return weights.model, weights
 
 
 def _share_head(first: _Streamed, second: _Streamed) -> None:

@@ -66,6 +66,8 @@ class Router(Protocol):
     - `causal`: False for a router in whose training a token's experts depend on later tokens; it refuses to be built
       without `allow_noncausal`. `causal_in_evaluation`: False where they do in evaluation too, so that its held-out
       loss sees the future. A run looks whether that is true, tells what is declared, and refuses what is not.
+    - `expert_rows`: ExpertRows (`moe/surgery.py`), which of its tensors have a row for each expert, or in words why
+      they can't be cut so; without it its experts can't be operated on (`moelab surgery`), unless it has no tensors.
     - `forced`: True for a router that ignores its input and balances by force; marked FORCED wherever a run is named.
     - `qwen2_moe_fields() -> dict | str`: the fields of a Qwen2-MoE config.json that describe this router, or
       why there are none; without it a checkpoint can't be exported to that format.

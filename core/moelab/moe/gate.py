@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moelab.errors import ConfigError
 from moelab.moe.contracts import MoEContext
 from moelab.moe.routing import TokenInfo
+from moelab.moe.surgery import ExpertRows
 from moelab.seeds import derive_seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,7 +66,12 @@ class LinearRouter(nn.Module):
     torch's Linear, here as every matrix does.
     Rows that start of one length draw tokens alike: Qwen3-Next normalises its router's parameters at the start (as
     announced; how, was not said), and SimBal (2506.14038, not opened) starts from orthonormal ones.
+    A subclass with other tensors that have a row for each expert names them in `row_tensors`.
     """
+
+    row_tensors: tuple[str, ...] = ("weight", "gate_bias", "bias")  # where there are such
+    equal_rows: str | None = None  # `ExpertRows.copies`
+    shared_rows: tuple[str, ...] = ()  # `ExpertRows.shared`
 
     def __init__(self, options: GateOptions, context: MoEContext, num_choices: int | None = None) -> None:
         super().__init__()
@@ -86,6 +92,14 @@ class LinearRouter(nn.Module):
             self.log_scale = nn.Parameter(torch.full((1,), math.log(FIRST_SCALE)))
         if options.start != "normal":  # only then: a module with a say in its own values is never built hollow
             self.after_initialise = self.start_rows
+
+    @property
+    def expert_rows(self) -> ExpertRows | str:
+        """What surgery on the experts does to its tensors."""
+        if "table" in self._buffers:  # its values are experts
+            return "its table deals token ids to all experts at once; start a new run with another table"
+        rows = (name for name in self.row_tensors if isinstance(getattr(self, name, None), Tensor))
+        return ExpertRows(tuple(rows), self.equal_rows, self.shared_rows)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, D] -> W x, or what else the gate is, [T, E'], in float32 or wider whatever the product's precision."""

@@ -20,7 +20,7 @@ from moelab.moe.document_pool import DocumentPool
 from moelab.moe.gate import GateOptions, LinearRouter, noise_generator
 from moelab.moe.routing import Routing, TokenInfo
 from moelab.moe.schedule import WeightSchedule
-from moelab.moe.selection import GROUP_SCORES, check_groups, group_limit, normalise
+from moelab.moe.selection import GROUP_SCORES, check_groups, group_limit, normalise, softmax_score
 from moelab.moe.token_table import TokenTable, token_table
 
 
@@ -102,6 +102,24 @@ class TopKRouter(LinearRouter):
     def expected_assignments(self) -> ExpectedAssignments:
         """K, or capacity_factor K where that is less."""
         return self.capacity.expected(self.top_k, self.top_k, "K of the layout")
+
+    @property
+    def equal_rows(self) -> str | None:  # type: ignore[override]
+        """What equal experts do with the weight that one of them had: `ExpertRows.copies`.
+
+        None where an expert and its copies count otherwise than the expert: a group scored by the sum of some of its
+        members, a pool of a fixed number, a weight that each expert's input is multiplied by.
+        """
+        options = self.options
+        apart = options.document_pool is not None or options.weights_on == "input"
+        if apart or (options.n_group > 1 and options.group_score != "max"):
+            return None
+        return "share" if self.norm_topk_prob or self.score_function is softmax_score else "whole"
+
+    @property
+    def shared_rows(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The selection's bias, where it is added to scores that sum to one."""
+        return ("bias",) if self.score_function is softmax_score and self.options.balance != "none" else ()
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> K experts for each token."""

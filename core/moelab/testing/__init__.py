@@ -21,6 +21,7 @@ from moelab.testing.report import ConformanceError
 from moelab.testing.rope_scalings import ROPE_SCALING_CHECKS, RopeScalingCase, check_rope_scaling
 from moelab.testing.routers import ROUTER_CHECKS, RouterCase, check_router
 from moelab.testing.shared_experts import SHARED_EXPERT_CHECKS, SharedExpertCase, check_shared_expert
+from moelab.testing.surgeries import SURGERY_CHECKS, SurgeryCase, check_surgery
 from moelab.testing.text_filters import TEXT_FILTER_CHECKS, TextFilterCase, check_text_filter
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "ROPE_SCALING_CHECKS",
     "ROUTER_CHECKS",
     "SHARED_EXPERT_CHECKS",
+    "SURGERY_CHECKS",
     "TEXT_FILTER_CHECKS",
     "AttentionCase",
     "BackendCase",
@@ -50,6 +52,7 @@ __all__ = [
     "RopeScalingCase",
     "RouterCase",
     "SharedExpertCase",
+    "SurgeryCase",
     "TextFilterCase",
     "check_attention",
     "check_backend",
@@ -63,5 +66,6 @@ __all__ = [
     "check_rope_scaling",
     "check_router",
     "check_shared_expert",
+    "check_surgery",
     "check_text_filter",
 ]

@@ -22,6 +22,7 @@ from moelab.moe.contracts import ExpectedAssignments, MoEContext, Router
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
 from moelab.plugin_faults import article
 from moelab.testing.report import make_options, promised, run_checks
+from moelab.testing.surgeries import rows_fault
 from moelab.testing.tensors import (
     assert_close,
     assert_finite,
@@ -336,6 +337,16 @@ def declares_what_it_can_serve(case: RouterCase) -> None:
     assert declared.because, "expected_assignments does not say why"
 
 
+def its_rows_follow_its_experts(case: RouterCase) -> None:
+    """`expert_rows`, where declared, names the tensors that have a row for each expert; no other depends on them."""
+    more, built = case.context.num_experts, case.build()
+    try:
+        larger = replace(case.context, num_experts=2 * more, allow_noncausal=case.noncausal)
+        promised(rows_fault(built, case.component.build(case.options, larger), more), built)
+    except ConfigError:  # it does not take that many
+        return
+
+
 ROUTER_CHECKS: tuple[Callable[[RouterCase], None], ...] = (
     returns_what_the_contract_says,
     gives_no_expert_twice_to_a_token,
@@ -354,6 +365,7 @@ ROUTER_CHECKS: tuple[Callable[[RouterCase], None], ...] = (
     few_tokens_are_routed,
     extremes_stay_finite,
     declares_what_it_can_serve,
+    its_rows_follow_its_experts,
 )
 
 

@@ -52,6 +52,8 @@ class ExpertChoice(LinearRouter):
     Cost: one top-C over positions for each expert; no balance loss needed.
     """
 
+    row_tensors = (*LinearRouter.row_tensors, "threshold")
+    shared_rows = ("threshold",)  # of a softmax over all experts
     threshold: Tensor
     updates: Tensor
 
@@ -66,6 +68,7 @@ class ExpertChoice(LinearRouter):
                 f"capacity_factor: {options.capacity_factor} x num_experts_per_tok {self.top_k} exceeds num_experts "
                 f"{self.num_experts}: an expert can't take a token twice"
             )
+        self.equal_rows = "share" if options.max_experts_per_token is None else None
         self.limit = min(options.max_experts_per_token or self.num_experts, self.num_experts)
         self.register_buffer("threshold", torch.full((self.num_experts,), 1.0 / self.num_experts))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))

@@ -43,6 +43,8 @@ class ExpertThreshold(LinearRouter):
     threshold: Tensor
     updates: Tensor
 
+    row_tensors = (*LinearRouter.row_tensors, "threshold")
+
     def __init__(self, options: ExpertThresholdOptions, context: MoEContext) -> None:
         super().__init__(options, context)
         self.options = options

@@ -28,6 +28,7 @@ class Hash(nn.Module):
     """
 
     learns = False
+    expert_rows = "its table deals token ids to all experts at once; start a new run with another table"
     table: Tensor
 
     def __init__(self, options: HashOptions, context: MoEContext) -> None:

@@ -38,6 +38,8 @@ class MixtureOfDepths(LinearRouter):
     Cost: `capacity` of the routed compute.
     """
 
+    equal_rows = "share"
+
     def __init__(self, options: MixtureOfDepthsOptions, context: MoEContext) -> None:
         refuse_noncausal(context, "the tokens of a sequence compete for being processed")
         super().__init__(options, context)

@@ -11,6 +11,7 @@ from moelab import (
     Component,
     ConfigError,
     ExpectedAssignments,
+    ExpertRows,
     MoEContext,
     Router,
     Routing,
@@ -103,6 +104,15 @@ class MoEPlusPlus(LinearRouter):
             return super().logits(x)
         dtype = self.precision.projection_dtype
         return project(project(x, self.hidden, dtype).tanh(), self.weight, dtype)
+
+    @property
+    def expert_rows(self) -> ExpertRows | str:
+        """A row for each choice, those that are no experts last; what joins choices with choices can't be cut."""
+        if self.hidden is not None:
+            return "the width of its hidden layer follows the number of choices (gate_layers: 2)"
+        if self.residual is not None:
+            return "its residual joins every choice with every other (gating_residual)"
+        return super().expert_rows
 
     @property
     def expected_assignments(self) -> ExpectedAssignments:

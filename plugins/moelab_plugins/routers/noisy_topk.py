@@ -36,6 +36,9 @@ class NoisyTopK(LinearRouter):
     Cost: a second [T, D] x [D, E] product.
     """
 
+    row_tensors = (*LinearRouter.row_tensors, "noise_weight")
+    equal_rows = "share"
+
     def __init__(self, options: NoisyTopKOptions, context: MoEContext) -> None:
         super().__init__(options, context)
         self.options = options

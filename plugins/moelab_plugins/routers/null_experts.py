@@ -66,6 +66,8 @@ class NullExperts(TopKRouter):
 
     options: NullExpertsOptions
 
+    equal_rows = None  # copies of experts leave fewer places to the null ones
+
     def __init__(self, options: NullExpertsOptions, context: MoEContext) -> None:
         choices = context.num_experts + options.num_null_experts
         super().__init__(options, context, softmax_score, choices)

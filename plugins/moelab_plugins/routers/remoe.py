@@ -34,6 +34,7 @@ class ReMoE(LinearRouter):
     def __init__(self, options: ReMoEOptions, context: MoEContext) -> None:
         super().__init__(options, context)
         self.k_max = min(options.k_max or context.num_experts, context.num_experts)
+        self.equal_rows = "whole" if options.k_max is None else None
 
     @property
     def expected_assignments(self) -> ExpectedAssignments:

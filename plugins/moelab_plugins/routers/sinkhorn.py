@@ -41,6 +41,7 @@ class Sinkhorn(LinearRouter):
         super().__init__(options, context)
         self.causal = False  # in training; evaluation looks at each token alone
         self.iterations = options.iterations
+        self.equal_rows = "share" if self.top_k > 1 else None  # at K = 1 its weights are sigmoids
 
     def forward(self, x: Tensor, info: TokenInfo) -> Routing:
         """x [T, D] -> K experts for each token."""

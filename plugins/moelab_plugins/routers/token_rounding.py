@@ -42,6 +42,8 @@ class TokenRounding(LinearRouter):
     Cost: one sort of [T, E]. Loads far below a tile round to nothing: keep K T / E above it.
     """
 
+    equal_rows = "share"
+
     def __init__(self, options: TokenRoundingOptions, context: MoEContext) -> None:
         refuse_noncausal(context, "rounding an expert's count drops or adds tokens by their rank in the batch")
         super().__init__(options, context)

@@ -267,3 +267,33 @@ def test_a_recipe_that_does_not_fit_is_refused_with_the_cure(node: dict, where: 
         build(node, where)
     assert words in str(error.value)
     assert "recipe.experts" in str(error.value)
+
+
+def test_svd_moves_the_small_singular_values_alone_and_each_copy_its_own_way() -> None:
+    """Of a shard: the same vectors, the same `kept` largest values, and noise of `scale` means on the others."""
+    where, ffn = context(96, 8, 24), dense_ffn(96, dtype="F32")
+    plain, moved = build({"name": "virtual_group"}, where), build({"name": "svd", "kept": 3, "scale": 0.2}, where)
+    noise = []
+    for expert in (1, 5):  # copies of one shard of four
+        plan = moved.plan(expert)
+        assert np.array_equal(plan.source, plain.plan(1).source)
+        for matrix in MATRICES:
+            before = plain.materialise(plan, expert, matrix, ffn[matrix]).astype(np.float64)
+            left, values, right = np.linalg.svd(before, full_matrices=False)
+            made = left.T @ np.asarray(moved.materialise(plan, expert, matrix, ffn[matrix]), np.float64) @ right.T
+            scale = 1e-5 * values[0]
+            assert np.abs(made - np.diag(np.diag(made))).max() < scale
+            assert np.abs(np.diag(made)[:3] - values[:3]).max() < scale
+            noise.append((np.diag(made)[3:] - values[3:]) / values[3:].mean())
+    assert np.std(noise) == pytest.approx(0.2, rel=0.25)
+    assert abs(np.corrcoef(noise)[np.triu_indices(6, 1)]).max() < 0.8
+    silent = build({"name": "svd"}, context(90, 8, 24))  # the last shard is filled up
+    plans = [silent.plan(expert) for expert in range(4)]
+    for expert, plan in enumerate(plans):
+        down = np.asarray(silent.materialise(plan, expert, "down", dense_ffn(90, dtype="F32")["down"]))
+        assert not down[plan.source == NO_SOURCE].any()
+    assert sum((plan.source == NO_SOURCE).sum() for plan in plans) == 6
+    same = build({"name": "svd", "scale": 0}, where)
+    for matrix in MATRICES:
+        one, other = (part.materialise(part.plan(2), 2, matrix, ffn[matrix]) for part in (same, plain))
+        assert np.array_equal(one, other)

@@ -1,23 +1,16 @@
 """Virtual-group upcycling (He et al. 2024, 2410.07524): the FFN in G shards, all copies of a shard alike.
 
-With `tied_groups` as the router, top-k takes whole groups, each of which is the dense FFN. F need not be a multiple
-of the expert width: the last shard is filled with neurons whose down is zero, which leaves the function exact.
+With `tied_groups` as the router, top-k takes whole groups, each of which is the dense FFN.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from moelab import Component, ConfigError, component, hookimpl
-from moelab.initialisers import NO_SOURCE, DenseMatrix, ExpertInitialiser, NeuronPlan, UpcycleContext
-from moelab_upcycling.dense import statistics
-from moelab_upcycling.neurons import Streams, check_fraction, choose_redrawn, copy_kept, redraw, redraw_moments
-from moelab_upcycling.streams import permutation
+from moelab import Component, component, hookimpl
+from moelab.initialisers import ExpertInitialiser, UpcycleContext
+from moelab_upcycling.initialisers.experts._shards import Shards
+from moelab_upcycling.neurons import check_fraction
 
 
 @dataclass
@@ -28,58 +21,11 @@ class VirtualGroupOptions:
         check_fraction("reinit_fraction", self.reinit_fraction)
 
 
-def group_size(context: UpcycleContext) -> int:
-    """G, the number of experts that make up one dense FFN. ConfigError where they don't fit the expert count."""
-    group = -(-context.intermediate_size // context.layout.moe_intermediate_size)
-    if context.layout.num_experts % group:
-        raise ConfigError(
-            f"a dense FFN of {context.intermediate_size} takes {group} experts of "
-            f"{context.layout.moe_intermediate_size}, which does not divide num_experts {context.layout.num_experts}"
-        )
-    return group
-
-
-class VirtualGroupExperts:
+class VirtualGroupExperts(Shards):
     """Expert e holds shard e mod G of one fixed shuffle of the dense neurons."""
 
     def __init__(self, options: VirtualGroupOptions, context: UpcycleContext) -> None:
-        self.options, self.dense_width = options, context.intermediate_size
-        self.group, self.width = group_size(context), context.layout.moe_intermediate_size
-        self.streams = Streams(context.seed, "experts/virtual_group/1", context.layer_id)
-        exact = context.norm_topk_prob and options.reinit_fraction == 0
-        exact = exact and context.layout.num_experts_per_tok % self.group == 0
-        parts = {"shared": ("copy", "dup"), "router": ("tied_groups",), "scaling": ("virtual_group",)}
-        self.keeps_with = parts if exact else None
-        self.warnings = []
-        if context.layout.num_experts_per_tok % self.group:
-            self.warnings.append(
-                f"num_experts_per_tok {context.layout.num_experts_per_tok} is no multiple of the group of "
-                f"{self.group}: a token does not get whole copies of the dense FFN"
-            )
-
-    @cached_property
-    def _shards(self) -> npt.NDArray[np.int32]:
-        order = permutation(self.streams("shuffle"), self.group * self.width)
-        return np.where(order < self.dense_width, order, NO_SOURCE).astype(np.int32).reshape(self.group, self.width)
-
-    def plan(self, expert: int) -> NeuronPlan:
-        source = self._shards[expert % self.group]
-        filler = source == NO_SOURCE
-        redrawn = choose_redrawn(self.streams, expert, self.width, self.options.reinit_fraction)
-        return NeuronPlan(source, {matrix: mask & ~filler for matrix, mask in redrawn.items()})
-
-    def materialise(self, plan: NeuronPlan, expert: int, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
-        out = copy_kept(plan, matrix, dense)
-        filler = np.flatnonzero(plan.source == NO_SOURCE)
-        if matrix == "down":
-            out[filler] = 0
-        elif len(filler):  # keyed by shard: the copies are alike in these too
-            redraw(out, filler, dense, self.streams("filler", expert % self.group, matrix), statistics(dense))
-        rows = np.flatnonzero(plan.redrawn[matrix])
-        redraw(
-            out, rows, dense, self.streams("redraw", expert, matrix), redraw_moments(plan, rows, dense, "dropped", 0)
-        )
-        return out
+        super().__init__(context, options.reinit_fraction)
 
 
 @hookimpl

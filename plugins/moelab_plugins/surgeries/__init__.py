@@ -1,0 +1,1 @@
+"""Surgery on trained experts: grow, split, merge, prune, revive, another K."""
