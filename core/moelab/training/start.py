@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from moelab.builder import build_model, resolve_model
-from moelab.checkpoint import model_tensors, read_state
+from moelab.checkpoint import OwnWeights, model_tensors, read_state
 from moelab.config.model import ModelConfig
 from moelab.config.run import RunConfig
 from moelab.data.tokenizer import Tokenizer
@@ -188,7 +188,7 @@ def refuse_others(found: Sequence[Difference], origin: Origin, names: Sequence[s
 
 
 def starting_model(config: RunConfig, registry: Registry, device: torch.device, start: Start) -> Transformer:
-    """A fresh model, or the weights of `start` in the config's own parts; of a run that is resumed they come later.
+    """A fresh model, or the weights of `start`, its own where it is resumed, in the config's own parts.
 
     The checkpoint must have the same parameters: a router with state of its own keeps what `seed` gives it. Each is
     read to where it stays, so that it takes the memory of the weights once, and nothing is drawn for it.
@@ -202,12 +202,17 @@ def starting_model(config: RunConfig, registry: Registry, device: torch.device, 
 
 
 def starting_weights(config: RunConfig, registry: Registry, start: Start) -> StoredWeights | None:
-    """The weights that a run starts from, none read yet; None where it begins at random, or restores its own later.
+    """The weights that a run starts from, none read yet; None where it begins at random.
 
-    Raises CheckpointError where they are not those of the config's model.
+    Raises CheckpointError where they are not those of the config's model; of its own, which another config can't take,
+    it says nothing and gives None: what is resumed is compared as a whole later (`check_same_run`).
     """
-    if start.origin is None or start.origin.own:
+    if start.origin is None:
         return None
+    if start.origin.own:
+        own = OwnWeights(start.origin.folder)
+        hollow = build_model(config.model, registry, device="meta", seed=None)
+        return own if {name: tuple(t.shape) for name, t in model_tensors(hollow).items()} == own.shapes else None
     try:
         weights = open_weights(start.origin.folder, registry=registry)
     except (CheckpointError, ConfigError) as error:
