@@ -27,7 +27,7 @@ from moelab.layouts import build_layouts
 from moelab.loading import open_weights
 from moelab.moe.per_layer import layer_parts
 from moelab.nn.transformer import Transformer
-from moelab.origin import Origin, model_files, origin_of, same_tokenizer, tokenizer_files
+from moelab.origin import Origin, model_files, origin_of, same_definition, same_tokenizer, tokenizer_files
 from moelab.registry import Registry
 from moelab.stored_weights import StoredWeights, build_empty, fill
 
@@ -87,13 +87,15 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, registry: Registry, *, v
     verified(origin.folder, verify=verify)
     found = list(differences(config, origin, registry, tokenizer))
     refuse_others(found, origin, names)
+    if TOKENIZER not in names:
+        _check_gguf_tokenizer(config.data.tokenizer, tokenizer, origin)
     told = [f"train.init_overrides: {d.key} is {d.config!r}, where {origin.folder} has {d.checkpoint!r}" for d in found]
     told += [
         f"train.init_overrides: {name} overrides nothing: it is as in {origin.folder}"
         for name in names
         if not any(difference.covered_by([name]) for difference in found)
     ]
-    if origin.tokenizer is None:
+    if origin.own_tokenizer() is None:
         told.append(
             f"train.init_from: {origin.folder} holds no tokenizer.json, so whether its weights know the ids of "
             f"data.tokenizer '{config.data.tokenizer}' can't be told"
@@ -107,6 +109,17 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, registry: Registry, *, v
         told=tuple(told),
         files=tokenizer_files(config.data.tokenizer) | model_files(origin.folder, ids=with_ids),
     )
+
+
+def _check_gguf_tokenizer(spec: str, tokenizer: Tokenizer, origin: Origin) -> None:
+    """A GGUF file's lies in its metadata, where `data.tokenizer` can't name it. Raises ConfigError for another one."""
+    theirs = origin.own_tokenizer() if origin.tokenizer is None else None
+    if theirs is not None and not same_definition(tokenizer.files(), theirs.files()):
+        raise ConfigError(
+            f"data.tokenizer: '{spec}' is not the one in the metadata of {origin.folder}; write both out, `moelab "
+            f"export {origin.folder} FOLDER`, and start from FOLDER, or write train.init_overrides=[{TOKENIZER}] to "
+            "mean another"
+        )
 
 
 def differences(
