@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +179,9 @@ def test_a_run_starts_from_a_file_as_from_the_folder_that_is_made_of_it(tmp_path
         found = moelab.load_config(*read, f"train.init_from={start}", f"run_dir={tmp_path / name}")
         losses.append(session.train(found, progress=False).metrics[0]["eval/loss"])
     assert losses[0] == losses[1]
-    other = tmp_path / "tokenizer.json"
-    other.write_text((tmp_path / "dense" / "tokenizer.json").read_text().replace('"t5"', '"u5"'))
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "dense", other)
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text().replace('"t5"', '"u5"'))
     words += [f"data.tokenizer={other}", f"train.init_from={path}", f"run_dir={tmp_path / 'none'}"]
     with pytest.raises(ConfigError, match=r"data\.tokenizer: .*is not the one in the metadata of .*moelab export"):
         session.train(moelab.load_config(*words), progress=False)
