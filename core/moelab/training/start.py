@@ -22,6 +22,7 @@ from moelab.data.tokenizer import Tokenizer
 from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.carried import tokenizer_side_files
 from moelab.hookspecs import ROUTERS, SHARED_EXPERTS, ExtensionPoint
+from moelab.hub import commit_of
 from moelab.integrity import Verify, verified
 from moelab.layouts import build_layouts
 from moelab.loading import open_weights
@@ -32,7 +33,7 @@ from moelab.registry import Registry
 from moelab.stored_weights import StoredWeights, build_empty, fill
 
 TOKENIZER = "data.tokenizer"
-OVERRIDES = "init_overrides"  # of summary.json and of a checkpoint's state.json
+OVERRIDES, COMMIT = "init_overrides", "init_commit"  # of summary.json and of a checkpoint's state.json
 # Of the dense part, what decides the function. Not: initializer_range, which only what is made anew sees, and
 # max_position_embeddings, which plain rotary embedding doesn't read (a longer sequence than the checkpoint's is said).
 FIELDS = (
@@ -64,6 +65,7 @@ class Start:
 
     origin: Origin | None = None
     overrides: dict[str, Any] = field(default_factory=dict)  # {key: {config, checkpoint}} of the named differences
+    commit: str | None = None  # of the Hugging Face hub, where the weights have their name from there
     told: tuple[str, ...] = ()  # a line for each, and for whatever else should be known
     files: dict[str, bytes] = field(default_factory=dict)  # go along into checkpoints and exports
 
@@ -80,9 +82,13 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, registry: Registry, *, v
         idle = "train.init_overrides: there is no train.init_from, so there is nothing to override"
         return Start(told=(idle,) if names else (), files=tokenizer_files(config.data.tokenizer))
     if origin.own:  # which restores everything, and is compared as a whole (`check_same_run`)
-        overrides = read_state(origin.folder).get(OVERRIDES, {})
+        state = read_state(origin.folder)
+        commit = state.get(COMMIT)
         return Start(
-            origin, overrides, files=tokenizer_side_files(origin.folder) | model_files(origin.folder, ids=True)
+            origin,
+            state.get(OVERRIDES, {}),
+            commit if isinstance(commit, str) else None,
+            files=tokenizer_side_files(origin.folder) | model_files(origin.folder, ids=True),
         )
     verified(origin.folder, verify=verify)
     found = list(differences(config, origin, registry, tokenizer))
@@ -106,6 +112,7 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, registry: Registry, *, v
     return Start(
         origin,
         overrides={d.key: {"config": d.config, "checkpoint": d.checkpoint} for d in found},
+        commit=commit_of(origin.folder),
         told=tuple(told),
         files=tokenizer_files(config.data.tokenizer) | model_files(origin.folder, ids=with_ids),
     )
