@@ -121,12 +121,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         keep_freed_memory()
     resolve_run(config, registry)
     losses = build_balance_losses(config.model, registry)
-    # Before the data: a wrong shape, or one that no memory holds, fails at once.
-    hollow, beside = build_model(config.model, registry, device="meta", seed=None), processes_here(ranks.size)
-    if precision.kept == torch.bfloat16:
-        narrow(hollow)
-    moments = getattr(torch, config.optimizer.moments_dtype)
-    check_room(hollow, precision.device, moments, shard=config.parallel.shard, beside=beside)
+    _check_shapes(config, registry, precision, ranks)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config.model.vocab_size, tokenizer, config.data.tokenizer)
     start = find_start(config, tokenizer, registry, verify=verify)
@@ -179,6 +174,15 @@ def _held_out(config: RunConfig, corpus: Corpus) -> ValidationBatches:
         evaluation_batch_size(config),
         apart=config.data.document_mask,
     )
+
+
+def _check_shapes(config: RunConfig, registry: Registry, precision: Precision, ranks: Ranks) -> None:
+    """Before the data: a wrong shape, or one that no memory holds, fails at once."""
+    hollow, beside = build_model(config.model, registry, device="meta", seed=None), processes_here(ranks.size)
+    if precision.kept == torch.bfloat16:
+        narrow(hollow)
+    moments = getattr(torch, config.optimizer.moments_dtype)
+    check_room(hollow, precision.device, moments, shard=config.parallel.shard, beside=beside)
 
 
 def _spread_model(
