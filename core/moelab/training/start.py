@@ -101,7 +101,7 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, registry: Registry, *, v
         for name in names
         if not any(difference.covered_by([name]) for difference in found)
     ]
-    if origin.own_tokenizer() is None:
+    if origin.tokenizer is None and origin.own_tokenizer() is None:
         told.append(
             f"train.init_from: {origin.folder} holds no tokenizer.json, so whether its weights know the ids of "
             f"data.tokenizer '{config.data.tokenizer}' can't be told"
