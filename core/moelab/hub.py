@@ -39,6 +39,12 @@ def user_folder(text: str | Path, key: str | None = None) -> Path:
     return found
 
 
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder of the cache holds (models--ORG--NAME/snapshots/COMMIT); None of any other folder."""
+    repository = folder.parent.parent.name if folder.parent.name == "snapshots" else ""
+    return folder.name if repository.startswith("models--") else None
+
+
 def _snapshot(name: str, revision: str | None) -> Path | None:
     """The folder of a commit; None where the package is missing and nothing says that a hub is meant."""
     try:

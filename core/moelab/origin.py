@@ -125,7 +125,16 @@ def origin_layer(config: Mapping[str, Any], *, verify: Verify = True) -> Layer |
 
 def same_tokenizer(tokenizer: Tokenizer, folder: Path) -> bool:
     """Whether `folder` has this tokenizer: equal but for what leaves ids alone."""
-    ours, theirs = definition_of(tokenizer.files()[TOKENIZER_FILE], TOKENIZER_FILE), read_json(folder / TOKENIZER_FILE)
+    return _alike(definition_of(tokenizer.files()[TOKENIZER_FILE], TOKENIZER_FILE), read_json(folder / TOKENIZER_FILE))
+
+
+def same_definition(files: Mapping[str, bytes], others: Mapping[str, bytes]) -> bool:
+    """The same of two tokenizers that are no files on disk."""
+    ours, theirs = (definition_of(found[TOKENIZER_FILE], TOKENIZER_FILE) for found in (files, others))
+    return _alike(ours, theirs)
+
+
+def _alike(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     return all(ours.get(key) == theirs.get(key) for key in (ours.keys() | theirs.keys()) - set(_NOT_IDS))
 
 

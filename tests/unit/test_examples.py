@@ -23,14 +23,23 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def minimal_loop() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("minimal_loop", EXAMPLE)
+def imported(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def minimal_loop() -> ModuleType:
+    return imported(EXAMPLE)
+
+
+@pytest.fixture(scope="module")
+def real_model() -> ModuleType:
+    return imported(EXAMPLE.parent / "upcycle_a_real_model" / "run.py")
 
 
 @pytest.mark.parametrize(
@@ -128,3 +137,65 @@ def test_the_slurm_script_requeues_what_was_interrupted_and_nothing_else(
     wanted = ["--nnodes 2", "--nproc-per-node 2", "--rdzv-endpoint node7:20012", "-m moelab train train/tiny_moe"]
     assert all(part in lines[0] for part in wanted), lines[0]
     assert lines[0].endswith(f"parallel.shard=4 run_dir={run} --resume")
+
+
+def test_the_real_model_is_declared_with_the_variants_and_seeds_that_its_program_reads(
+    real_model: ModuleType, tmp_path: Path
+) -> None:
+    from moelab_tools.experiments.declaration import read_declaration
+
+    declared = read_declaration(real_model.declared(tmp_path)).config
+    assert tuple(declared.variants) == real_model.TRAINED
+    assert declared.baseline == real_model.BASELINE
+    assert tuple(declared.seed_list) == real_model.SEEDS
+    assert {name for name in real_model.TRAINED if name != "dense"} <= set(real_model.CONVERSIONS)
+
+
+def test_the_real_model_s_budgets_are_read_between_evaluations_and_paired_by_seed(real_model: ModuleType) -> None:
+    dense = [{0: (0.0, 3.0), 16: (100.0, 2.0 + 0.1 * seed), 32: (200.0, 1.0)} for seed in range(3)]
+    # At 150 FLOPs the dense runs are half way between their evaluations.
+    sparse = [{0: (0.0, 3.5), 16: (150.0, 2.5 + 0.1 * seed)} for seed in range(3)]
+    lines = real_model.budgets({"dense": dense, "sparse": sparse})
+    assert "+0.5000 [+0.5000, +0.5000]" in lines[1]
+    half = 4.303 * 0.05 / 3**0.5  # of 1.0, 1.05 and 1.1
+    assert lines[2].split()[:3] == ["sparse", "16", "8192"]
+    assert lines[2].endswith(f"+1.0500 [{1.05 - half:+.4f}, {1.05 + half:+.4f}]")
+    assert real_model.at(dense[0], 201.0) == 1.0
+    assert real_model.at(dense[0], 250.0) != real_model.at(dense[0], 250.0)  # it never got there: no number
+
+
+def test_the_real_model_s_steps_add_up_what_went_on(
+    real_model: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import json
+
+    steps = real_model.Steps(tmp_path)
+    steps.moelab("twice", "--version")
+    first = json.loads(steps.file.read_text())
+    assert first["cpu"] > 0
+    assert first["peak"] > 1e6
+    steps.file.write_text("".join(json.dumps(first | {"wall": 60.0, "cpu": cpu}) + "\n" for cpu in (2.0, 3.0)))
+    for name in real_model.TRAINED:
+        for seed in real_model.SEEDS:
+            run = tmp_path / f"runs/runs/{name}_seed{seed}"
+            run.mkdir(parents=True)
+            (run / "summary.json").write_text('{"seconds": 90.0, "final": {"perf/memory_gb": 2.5}}')
+    steps.table(tmp_path)
+    told = capfd.readouterr().out
+    assert any(line.split()[:3] == ["twice", "2.0", "5"] for line in told.splitlines()), told
+    assert "of it a run of qwen2" in told
+
+
+def test_the_real_model_is_judged_where_lm_eval_is_installed_and_says_so_where_not(
+    real_model: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    steps = real_model.Steps(tmp_path)
+    monkeypatch.setattr(steps, "moelab", lambda name, *arguments: asked.append(str(arguments[1])))
+    monkeypatch.setattr(real_model.importlib.util, "find_spec", lambda name: None)
+    real_model.judge(steps, tmp_path)
+    assert not asked
+    assert "lm-eval's tasks are left out" in capfd.readouterr().out
+    monkeypatch.setattr(real_model.importlib.util, "find_spec", lambda name: object())
+    real_model.judge(steps, tmp_path)
+    assert [Path(path).name for path in asked] == ["dense", "dense_seed0", "qwen2_seed0", "virtual_group_seed0"]

@@ -12,13 +12,13 @@ import torch
 
 from moelab.checkpoint import CHECKPOINTS, is_moelab
 from moelab.errors import CheckpointError
-from moelab.hf.config import CONFIG_FILE
+from moelab.hf.config import ADAPTED, CONFIG_FILE
 from moelab.hf.files import read_json
 from moelab.loading import load
 from moelab.nn.transformer import Transformer
 from moelab.registry import Registry
 
-MODEL_TYPE = "moelab"  # of the config.json that `save_pretrained` writes
+MODEL_TYPE = ADAPTED
 FOLLOWED = ("config", "torch_dtype", "dtype", "device_map", "registry", "trust", "output_loading_info", "_from_auto")
 HARMLESS = (
     "use_safetensors", "local_files_only", "low_cpu_mem_usage", "trust_remote_code", "attn_implementation",

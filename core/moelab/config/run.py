@@ -42,7 +42,10 @@ class TrainConfig:
     batch_size: int = 16  # sequences in an optimizer step
     micro_batch_size: int | None = None  # sequences in a forward pass; None: the whole batch
     sequence_length: int = 256  # tokens
-    dtype: str = "float32"  # of the matmuls: float32 or bfloat16; parameters and optimizer stay float32
+    dtype: str = "float32"  # of the matmuls: float32 or bfloat16; parameters and optimizer stay float32 unless they say
+    # Of matrices, routers' left out, and of their gradients: float32, or, with dtype=bfloat16, bfloat16, rounded at
+    # random after each step. For one process.
+    parameters_dtype: str = "float32"
     device: str = "auto"  # auto: cuda when there is one, else cpu
     threads: int | None = None  # CPU threads; None: one a core. Another number gives other bits
     activation_checkpointing: int = 0  # every n-th layer keeps its input only and is computed twice; 0: none
@@ -75,6 +78,7 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of the first and the second moment
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # decoupled, times the learning rate; of matrices alone
+    moments_dtype: str = "float32"  # of AdamW's state: float32, or bfloat16, rounded at random. For one process
     # Factors on the learning rate by patterns over names of parameters, {"embed_tokens.*": 0.1}: of several
     # that match a name the last one counts. Decay goes along, since it is times the rate.
     learning_rates: dict[str, float] = field(default_factory=dict)
@@ -213,7 +217,22 @@ class RunConfig:
                 raise ConfigError(
                     f"train.{key}: looks at evaluations, and there is one, at the end: set evaluation.every"
                 )
+        self._check_narrow()
         self.model.check()
+
+    def _check_narrow(self) -> None:
+        """Numbers of 16 bits that are kept from step to step."""
+        kept, moments, products = self.train.parameters_dtype, self.optimizer.moments_dtype, self.train.dtype
+        for key, dtype in {"train.parameters_dtype": kept, "optimizer.moments_dtype": moments}.items():
+            if dtype not in {"float32", "bfloat16"}:
+                raise ConfigError(f"{key}: must be float32 or bfloat16, not '{dtype}'")
+            if dtype != "float32" and self.parallel.world > 1:
+                raise ConfigError(f"{key}: {dtype} is for one process; write float32, or shard over more processes")
+        if kept == "bfloat16" != products:
+            raise ConfigError(
+                f"train.parameters_dtype: {kept} needs train.dtype={kept}, not {products}: products can't be finer "
+                "than what they multiply"
+            )
 
 
 def _check_train(train: TrainConfig) -> None:

@@ -35,7 +35,7 @@ def carried_files(folder: Path) -> dict[str, bytes]:
     """
     gguf = gguf_of(folder)
     if gguf is not None:
-        return (terms(folder) if folder.is_dir() else {}) | carried_by(GGUFFile.of(gguf))
+        return terms(folder) | carried_by(GGUFFile.of(gguf))
     names = [name for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE) if (folder / name).is_file()]
     tokenizer = {name: _read(folder / name) for name in names}
     return tokenizer | tokenizer_side_files(folder) | generation_settings(folder) | terms(folder)
@@ -47,7 +47,9 @@ def tokenizer_side_files(folder: Path) -> dict[str, bytes]:
 
 
 def terms(folder: Path) -> dict[str, bytes]:
-    """{name: content} of licences and notices; the model card comes as README.source.md."""
+    """{name: content} of licences and notices; the model card comes as README.source.md. A GGUF file has none."""
+    if not folder.is_dir():
+        return {}
     found = {
         path.name: _read(path)
         for path in sorted(folder.iterdir())

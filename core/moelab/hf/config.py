@@ -25,6 +25,7 @@ from moelab.hf.positions import read_attention, read_rope_scaling, ropes
 from moelab.hookspecs import DENSE_SOURCES
 from moelab.registry import Registry
 
+ADAPTED = "moelab"  # model_type of what `save_pretrained` of the adapter writes
 CONFIG_FILE = "config.json"
 HF_ROPE_THETA = 10_000.0  # transformers' default where config.json names none; Qwen2's own is 1e6
 
@@ -111,6 +112,12 @@ def _kind(fields: Fields, registry: Registry | None) -> tuple[str, DenseArchitec
     dense = registry.components(DENSE_SOURCES)
     if not isinstance(model_type, str) or model_type not in dense.keys() | MOE_FORMATS.keys():
         known = ", ".join([*dense, *MOE_FORMATS])
+        if model_type == ADAPTED:  # of any router, so no format of ours but transformers' own reads it
+            fields.refuse(
+                "model_type",
+                "save_pretrained of an adapted model wrote it: moelab.register_with_transformers(), then "
+                "transformers.AutoModelForCausalLM.from_pretrained(FOLDER), whose `.model` is moelab's",
+            )
         fields.refuse("model_type", f"moelab reads {known}; a plugin may add a kind (hook moelab_dense_sources)")
     kind: DenseArchitecture | MoEFormat
     if model_type in MOE_FORMATS:

@@ -1,6 +1,6 @@
 """A GGUF file read as a checkpoint of Hugging Face's layout: its metadata as config.json, its tensors by their names.
 
-The `gguf` package of llama.cpp (extra `gguf`) reads headers and block formats; what its names mean is decided here.
+The `gguf` package of llama.cpp (extra `gguf`) reads headers; what its names mean and a block holds is known here.
 Names of metadata and tensors after llama.cpp's gguf-py (constants.py: Keys, TENSOR_NAMES) and convert_hf_to_gguf.py.
 Free of torch.
 """
@@ -26,6 +26,9 @@ SUFFIX = ".gguf"
 # {GGUF's type: how its decoded values are stored, as safetensors calls it}. Blocks of 32 become float32, exactly.
 TYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16", "Q8_0": "F32", "Q4_0": "F32", "Q4_1": "F32"}
 PLAIN = ("F32", "F16", "BF16")
+BLOCK = 32  # numbers
+_BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
+_AT_A_TIME = 4096  # blocks, whose numbers stay in the cache
 _WHOLE = {
     "token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
@@ -226,9 +229,32 @@ def decode(raw: npt.NDArray[np.uint8], kind: str) -> npt.NDArray[Any]:
     """Rows as stored [n, bytes of a row] -> [n, columns]: bfloat16 as its bits, blocks as float32."""
     if kind in PLAIN:
         return raw.view({"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[kind])
-    gguf = library()
-    values: npt.NDArray[np.float32] = gguf.dequantize(raw, gguf.GGMLQuantizationType[kind])
-    return values
+    blocks = raw.reshape(-1, _BLOCK_BYTES[kind])
+    out = np.empty((len(blocks), BLOCK), np.float32)
+    for begin in range(0, len(blocks), _AT_A_TIME):
+        _decode_blocks(blocks[begin : begin + _AT_A_TIME], kind, out[begin : begin + _AT_A_TIME])
+    return out.reshape(len(raw), -1)
+
+
+def _decode_blocks(blocks: npt.NDArray[np.uint8], kind: str, out: npt.NDArray[np.float32]) -> None:
+    """blocks [n, bytes] -> out [n, 32]: a scale in half precision, in Q4_1 a least value too, then the numbers.
+
+    Of Q4 a byte holds two: the lower halves are the first 16 numbers. After ggml-quants.c, dequantize_row_q8_0, _q4_0
+    and _q4_1; gguf's own decoding gives the same bits and takes four times as long, 16 rows at a time.
+    """
+    scales = 4 if kind == "Q4_1" else 2  # bytes
+    wide = np.ascontiguousarray(blocks[:, :scales]).view("<f2").astype(np.float32)
+    numbers = blocks[:, scales:]
+    if kind == "Q8_0":
+        out[...] = numbers.view(np.int8)
+    else:
+        np.bitwise_and(numbers, 15, out=out[:, : BLOCK // 2], casting="unsafe")
+        np.right_shift(numbers, 4, out=out[:, BLOCK // 2 :], casting="unsafe")
+    if kind == "Q4_0":
+        out -= 8
+    out *= wide[:, :1]
+    if kind == "Q4_1":
+        out += wide[:, 1:]
 
 
 def halves(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:

@@ -15,26 +15,33 @@ import torch
 from moelab.errors import ConfigError
 from moelab.nn.transformer import Transformer
 
-WEIGHTS, TRAINING = 1, 4  # tensors for each parameter: itself; gradient and AdamW's two moments beside it
+MOMENTS = 2  # AdamW's, of each parameter
 _CGROUP = Path("/sys/fs/cgroup/memory.max")  # kernel.org, Documentation/admin-guide/cgroup-v2.rst, "Memory Interface"
 
 
 def check_room(
-    model: Transformer, device: torch.device | str, tensors: int = WEIGHTS, *, shard: int = 1, beside: int = 1
+    model: Transformer,
+    device: torch.device | str,
+    moments: torch.dtype | None = None,
+    *,
+    shard: int = 1,
+    beside: int = 1,
 ) -> None:
-    """`model` on the meta device. Raises ConfigError where `tensors` times its parameters exceed all of the memory.
+    """`model` on the meta device. Raises ConfigError where its parameters alone exceed all of the memory.
 
-    shard: processes that share them out; beside: those of them on this machine, which share a CPU's memory.
+    moments: it is trained, so gradients and AdamW's moments, of this type, lie beside them; shard: processes that share
+    them out; beside: those of them on this machine, which share a CPU's memory.
     """
     stored = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
     weights = sum(tensor.numel() * tensor.element_size() for tensor in stored)
     device = torch.device(device)
     there = memory_of(device)
-    held = weights / shard * (beside if device.type == "cpu" else 1)  # of the memory asked for
-    if there is not None and held * tensors > there:
-        numbers = sum(parameter.numel() for parameter in model.parameters())
-        more = f", with gradients and moments {_bytes(weights * tensors)}" if tensors > 1 else ""
-        more += f", {_bytes(int(held * tensors))} of it here" if shard > 1 else ""
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    asked = weights if moments is None else 2 * weights + MOMENTS * moments.itemsize * numbers
+    held = asked / shard * (beside if device.type == "cpu" else 1)
+    if there is not None and held > there:
+        more = f", with gradients and moments {_bytes(asked)}" if moments is not None else ""
+        more += f", {_bytes(int(held))} of it here" if shard > 1 else ""
         raise ConfigError(
             f"model: its {numbers:,} parameters take {_bytes(weights)}{more}, and {device} has {_bytes(there)} in all; "
             "give it fewer layers or experts, or smaller ones (`moelab explain` counts them)"

@@ -222,6 +222,8 @@ class Transformer(nn.Module):
                 documents = cache.extend_documents(documents)
             position_ids = position_ids - run_starts(documents)[:, past:]
         x = self.embed_tokens(input_ids)
+        if torch.is_autocast_enabled(x.device.type):  # which narrows products, not what layers add up
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
         inputs = self.attention_inputs(x, position_ids, past=past, padding=seen, documents=documents, cache=cache)
         return LayerState(x, inputs, self.token_info(input_ids, position_ids, mask, tokens), [])
 

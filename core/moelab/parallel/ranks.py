@@ -70,7 +70,11 @@ class Ranks:
 
     def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """L2 norm of the whole gradient, a scalar, the same on every rank."""
-        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if any(gradient.dtype == torch.bfloat16 for gradient in gradients):  # whose norms would be rounded to it
+            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+            return torch.linalg.vector_norm(torch.stack(norms))
+        return torch.nn.utils.get_total_norm(gradients)
 
     def accumulate(self, model: nn.Module, *, last: bool) -> None:
         """Before each micro-batch: the next backward pass is, or isn't, the one behind which gradients are summed."""

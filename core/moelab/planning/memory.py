@@ -23,13 +23,14 @@ from moelab.moe.routing import Routing, TokenInfo
 from moelab.nn.attention import Attention
 from moelab.nn.count import moe_blocks
 from moelab.nn.full_attention import FullAttention, torch_attention
+from moelab.nn.narrow import narrow
+from moelab.nn.room import MOMENTS
 from moelab.nn.transformer import Transformer
 from moelab.planning.machine import Machine
 from moelab.planning.times import Times, times_of
 from moelab.planning.traffic import FP32, CommunicationPlan, Problem, Units, communication, counts_before, units_of
 from moelab.registry import Registry
 
-ADAMW = 2  # moments, in the parameters' dtype
 # A process that trains on a CPU, beside its tensors: measured with Python 3.11 and torch 2.13 (CPU) on Linux, 0.31 GB
 # of mapped libraries and 0.13 GB of objects that malloc holds (modules, corpus, oneDNN's primitives).
 CPU_PROCESS = 440_000_000
@@ -105,6 +106,8 @@ def predict(
         model = build_model(config, registry, seed=None)
         _check_dealt(model, problem)
         sent = communication(model, problem, losses)  # before other backends stand there, to be counted
+        if problem.kept == torch.bfloat16:
+            narrow(model)
         saved = _saved(model, problem)
     times = times_of(model, problem, sent, machine, counts_before(problem, losses)) if machine else None
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -128,10 +131,12 @@ def _memory(model: Transformer, problem: Problem, saved: _Saved) -> MemoryPlan:
     # A layer that is computed again keeps its input; what lies between the layers counts as theirs.
     kept = sum(problem.tokens * model.config.hidden_size * FP32 if twice else per_layer for twice in again)
     adds_up = problem.micro_batches > 1 and problem.keeps_whole_gradients
+    # Of one device, which alone keeps anything narrower than fp32.
+    spared = sum((FP32 - parameter.element_size()) * parameter.numel() for parameter in model.parameters())
     return MemoryPlan(
-        parameters=FP32 * held,
-        gradients=FP32 * (units.whole if adds_up else held),
-        optimizer=ADAMW * FP32 * held,
+        parameters=FP32 * held - spared,
+        gradients=FP32 * (units.whole if adds_up else held) - spared,
+        optimizer=MOMENTS * problem.moments.itemsize * held,
         weights_in_use=(saved.casts if not all(again) else saved.cached) + _whole(units, problem),
         activations=kept if any(again) else saved.activations,
         # Gradients of one layer's activations, about half of which live at once; and the layer itself if recomputed.

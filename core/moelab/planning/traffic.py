@@ -44,6 +44,8 @@ class Problem:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     micro_batches: int = 1  # of a device in a step
     checkpointing: int = 0  # each n-th layer is computed again in the backward pass; 0: none
+    kept: torch.dtype = torch.float32  # of matrices and their gradients between steps; of one device
+    moments: torch.dtype = torch.float32  # of AdamW's state; of one device
 
     @property
     def tokens(self) -> int:

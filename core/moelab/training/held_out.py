@@ -25,7 +25,8 @@ def evaluate_run(loop: Loop) -> None:
     loop.ended_early = ends_early(loop)
     metrics = evaluation.metrics() | evaluation.detail(held_out_documents(setup))
     if told:
-        loop.samples = sample_texts(setup.model, setup.tokenizer, setup.config.evaluation, setup.config.seed)
+        with setup.step_settings.precision.exact():
+            loop.samples = sample_texts(setup.model, setup.tokenizer, setup.config.evaluation, setup.config.seed)
     loop.metrics.write(loop.progress.row() | metrics)
     check_evaluation(setup.model, metrics["eval/loss"], loop.progress.step)
     loop.observers.hook.on_evaluate(step=loop.progress.step, metrics=metrics, samples=loop.samples)

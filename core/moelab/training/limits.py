@@ -13,8 +13,8 @@ from torch import nn
 
 from moelab.config.run import RunConfig
 from moelab.errors import CheckpointError
-from moelab.nn.room import memory_of
-from moelab.planning.memory import ADAMW, predict
+from moelab.nn.room import MOMENTS, memory_of
+from moelab.planning.memory import predict
 from moelab.planning.traffic import Problem
 from moelab.registry import Registry
 from moelab.shortage import MEMORY, Shortage, size
@@ -44,8 +44,12 @@ def fitting(config: RunConfig, registry: Registry) -> str | None:
     micro = train.micro_batch_size or train.batch_size // config.parallel.world
 
     def peak(sequences: int, checkpointing: bool) -> int:
-        dtype = getattr(torch, train.dtype)
-        problem = Problem(sequences, train.sequence_length, dtype, device.type, config.parallel, 1, int(checkpointing))
+        dtype, kept, moments = (
+            getattr(torch, name) for name in (train.dtype, train.parameters_dtype, config.optimizer.moments_dtype)
+        )
+        problem = Problem(
+            sequences, train.sequence_length, dtype, device.type, config.parallel, 1, int(checkpointing), kept, moments
+        )
         return predict(config.model, problem, registry).memory.peak
 
     kept = bool(train.activation_checkpointing)
@@ -93,9 +97,9 @@ def check_disk(folder: Path, sizes: dict[str, int]) -> None:
         )
 
 
-def warn_of_disk(folder: Path, model: nn.Module, keep: int) -> None:
+def warn_of_disk(folder: Path, model: nn.Module, keep: int, moments: str = "float32") -> None:
     """One line before a run whose checkpoints won't fit; the oldest is removed after the newest is written."""
-    each = (1 + ADAMW) * sum(parameter.nbytes for parameter in model.parameters())
+    each = sum(p.nbytes + MOMENTS * getattr(torch, moments).itemsize * p.numel() for p in model.parameters())
     count, free = (keep or 1) + 1, shutil.disk_usage(_existing(folder)).free
     if each * count > free:
         logger.warning(

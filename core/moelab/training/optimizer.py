@@ -13,6 +13,7 @@ from moelab.errors import CheckpointError
 from moelab.nn.pieces import read_as
 from moelab.tensor_parts import Stored
 from moelab.training.freeze import matching
+from moelab.training.rounded import RoundedAdamW
 
 logger = logging.getLogger("moelab")
 
@@ -21,26 +22,29 @@ MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # torch.optim.AdamW's state of a pa
 _CURE = "; use an earlier checkpoint, or restore it"
 
 
-def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Matrices (two axes or more) decay; biases, norms and other vectors don't. A tied matrix counts once.
 
-    A group's `factor` is that of its parameters' learning rate. Raises ConfigError for a pattern that matches nothing.
+    A group's `factor` is that of its parameters' learning rate. Where parameters or moments are bf16, it rounds them at
+    random. Raises ConfigError for a pattern that matches nothing.
     """
     factors = learning_rate_factors(model, config.learning_rates)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]  # a shared parameter comes once
     groups = [
         {
-            "params": [p for name, p in named if (p.ndim >= 2) == matrices and factors.get(name, 1.0) == factor],
+            "params": [(n, p) for n, p in named if (p.ndim >= 2) == matrices and factors.get(n, 1.0) == factor],
             "weight_decay": config.weight_decay if matrices else 0.0,
             "factor": factor,
         }
         for factor in sorted({1.0, *factors.values()})
         for matrices in (True, False)
     ]
+    groups = [group for group in groups if group["params"]]
     first, second = config.betas
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=(first, second), eps=config.eps, fused=True
-    )
+    moments = getattr(torch, config.moments_dtype)
+    if torch.bfloat16 in (moments, *(p.dtype for _, p in named)):
+        return RoundedAdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, moments=moments)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=True)
 
 
 def learning_rate_factors(model: nn.Module, patterns: Mapping[str, float]) -> dict[str, float]:

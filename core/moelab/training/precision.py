@@ -1,4 +1,4 @@
-"""Where the matmuls run and in which dtype. Parameters, optimizer and router stay in fp32."""
+"""Where the matmuls run and in which dtype, and in which the matrices are kept. Routers stay in fp32."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ class Precision:
 
     device: torch.device
     dtype: torch.dtype
+    kept: torch.dtype = torch.float32  # of matrices between steps: train.parameters_dtype
 
     def autocast(self) -> AbstractContextManager[object]:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+    def exact(self) -> AbstractContextManager[object]:
+        """For products as exact as the parameters are: fp32 ones, unless they are narrower."""
+        return nullcontext() if self.kept == torch.float32 else self.autocast()
 
 
 def choose_precision(train: TrainConfig) -> Precision:
@@ -34,7 +39,7 @@ def choose_precision(train: TrainConfig) -> Precision:
         raise ConfigError(f"train.device: '{name}' is no torch device; write auto, cpu, cuda or cuda:1") from error
     if device.type == "cuda" and not available:
         raise ConfigError(f"train.device: torch sees no CUDA device for '{name}'; use cpu or auto")
-    return Precision(device, getattr(torch, train.dtype))
+    return Precision(device, getattr(torch, train.dtype), getattr(torch, train.parameters_dtype))
 
 
 def set_threads(train: TrainConfig) -> int:

@@ -19,7 +19,7 @@ from moelab.training.mixture import mixture_state
 from moelab.training.plan import to_json
 from moelab.training.resume import PLUGINS, VERSIONS, training_state
 from moelab.training.setup import checkpoint_files, fixed_environment
-from moelab.training.start import OVERRIDES
+from moelab.training.start import COMMIT, OVERRIDES
 from moelab.training.summary import BACKENDS, LOADS, versions
 from moelab.training.writing import Writing
 
@@ -109,6 +109,7 @@ def _write(
         PLUGINS: setup.registry.versions(),
         VERSIONS: versions(),
         OVERRIDES: setup.start.overrides,
+        COMMIT: setup.start.commit,
         "lineage": setup.lineage.to_json() if setup.lineage else None,
         "mixture": mixture_state(setup.batches),
         "alarms": loop.alarms.state(),

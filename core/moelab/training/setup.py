@@ -33,7 +33,8 @@ from moelab.moe.block import MoEBlock
 from moelab.nn.allocator import keep_freed_memory
 from moelab.nn.checkpointing import apply_activation_checkpointing
 from moelab.nn.count import Parameters, ServedCosts, count_parameters, flops_per_token, served_costs
-from moelab.nn.room import TRAINING, check_room
+from moelab.nn.narrow import narrow
+from moelab.nn.room import check_room
 from moelab.nn.transformer import Transformer
 from moelab.origin import check_vocabulary
 from moelab.parallel.process_group import processes_here, together
@@ -120,9 +121,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         keep_freed_memory()
     resolve_run(config, registry)
     losses = build_balance_losses(config.model, registry)
-    # Before the data: a wrong shape, or one that no memory holds, fails at once.
-    hollow, beside = build_model(config.model, registry, device="meta", seed=None), processes_here(ranks.size)
-    check_room(hollow, precision.device, TRAINING, shard=config.parallel.shard, beside=beside)
+    _check_shapes(config, registry, precision, ranks)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config.model.vocab_size, tokenizer, config.data.tokenizer)
     start = find_start(config, tokenizer, registry, verify=verify)
@@ -136,6 +135,8 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
     else:
         model = starting_model(config, registry, precision.device, start)
         freeze(model, train.freeze)
+        if precision.kept == torch.bfloat16:
+            narrow(model)
     history = starting_history(config, start)
     settings = StepSettings(micro, train.grad_clip, config.seed, precision)
     rehearsal = probe_step(model, losses, batches.batch(0), settings)
@@ -173,6 +174,15 @@ def _held_out(config: RunConfig, corpus: Corpus) -> ValidationBatches:
         evaluation_batch_size(config),
         apart=config.data.document_mask,
     )
+
+
+def _check_shapes(config: RunConfig, registry: Registry, precision: Precision, ranks: Ranks) -> None:
+    """Before the data: a wrong shape, or one that no memory holds, fails at once."""
+    hollow, beside = build_model(config.model, registry, device="meta", seed=None), processes_here(ranks.size)
+    if precision.kept == torch.bfloat16:
+        narrow(hollow)
+    moments = getattr(torch, config.optimizer.moments_dtype)
+    check_room(hollow, precision.device, moments, shard=config.parallel.shard, beside=beside)
 
 
 def _spread_model(

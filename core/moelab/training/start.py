@@ -15,24 +15,25 @@ from typing import Any
 import torch
 
 from moelab.builder import build_model, resolve_model
-from moelab.checkpoint import model_tensors, read_state
+from moelab.checkpoint import OwnWeights, model_tensors, read_state
 from moelab.config.model import ModelConfig
 from moelab.config.run import RunConfig
 from moelab.data.tokenizer import Tokenizer
 from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.carried import tokenizer_side_files
 from moelab.hookspecs import ROUTERS, SHARED_EXPERTS, ExtensionPoint
+from moelab.hub import commit_of
 from moelab.integrity import Verify, verified
 from moelab.layouts import build_layouts
 from moelab.loading import open_weights
 from moelab.moe.per_layer import layer_parts
 from moelab.nn.transformer import Transformer
-from moelab.origin import Origin, model_files, origin_of, same_tokenizer, tokenizer_files
+from moelab.origin import Origin, model_files, origin_of, same_definition, same_tokenizer, tokenizer_files
 from moelab.registry import Registry
 from moelab.stored_weights import StoredWeights, build_empty, fill
 
 TOKENIZER = "data.tokenizer"
-OVERRIDES = "init_overrides"  # of summary.json and of a checkpoint's state.json
+OVERRIDES, COMMIT = "init_overrides", "init_commit"  # of summary.json and of a checkpoint's state.json
 # Of the dense part, what decides the function. Not: initializer_range, which only what is made anew sees, and
 # max_position_embeddings, which plain rotary embedding doesn't read (a longer sequence than the checkpoint's is said).
 FIELDS = (
@@ -64,6 +65,7 @@ class Start:
 
     origin: Origin | None = None
     overrides: dict[str, Any] = field(default_factory=dict)  # {key: {config, checkpoint}} of the named differences
+    commit: str | None = None  # of the Hugging Face hub, where the weights have their name from there
     told: tuple[str, ...] = ()  # a line for each, and for whatever else should be known
     files: dict[str, bytes] = field(default_factory=dict)  # go along into checkpoints and exports
 
@@ -80,20 +82,26 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, registry: Registry, *, v
         idle = "train.init_overrides: there is no train.init_from, so there is nothing to override"
         return Start(told=(idle,) if names else (), files=tokenizer_files(config.data.tokenizer))
     if origin.own:  # which restores everything, and is compared as a whole (`check_same_run`)
-        overrides = read_state(origin.folder).get(OVERRIDES, {})
+        state = read_state(origin.folder)
+        commit = state.get(COMMIT)
         return Start(
-            origin, overrides, files=tokenizer_side_files(origin.folder) | model_files(origin.folder, ids=True)
+            origin,
+            state.get(OVERRIDES, {}),
+            commit if isinstance(commit, str) else None,
+            files=tokenizer_side_files(origin.folder) | model_files(origin.folder, ids=True),
         )
     verified(origin.folder, verify=verify)
     found = list(differences(config, origin, registry, tokenizer))
     refuse_others(found, origin, names)
+    if TOKENIZER not in names:
+        _check_gguf_tokenizer(config.data.tokenizer, tokenizer, origin)
     told = [f"train.init_overrides: {d.key} is {d.config!r}, where {origin.folder} has {d.checkpoint!r}" for d in found]
     told += [
         f"train.init_overrides: {name} overrides nothing: it is as in {origin.folder}"
         for name in names
         if not any(difference.covered_by([name]) for difference in found)
     ]
-    if origin.tokenizer is None:
+    if origin.tokenizer is None and origin.own_tokenizer() is None:
         told.append(
             f"train.init_from: {origin.folder} holds no tokenizer.json, so whether its weights know the ids of "
             f"data.tokenizer '{config.data.tokenizer}' can't be told"
@@ -104,9 +112,21 @@ def find_start(config: RunConfig, tokenizer: Tokenizer, registry: Registry, *, v
     return Start(
         origin,
         overrides={d.key: {"config": d.config, "checkpoint": d.checkpoint} for d in found},
+        commit=commit_of(origin.folder),
         told=tuple(told),
         files=tokenizer_files(config.data.tokenizer) | model_files(origin.folder, ids=with_ids),
     )
+
+
+def _check_gguf_tokenizer(spec: str, tokenizer: Tokenizer, origin: Origin) -> None:
+    """A GGUF file's lies in its metadata, where `data.tokenizer` can't name it. Raises ConfigError for another one."""
+    theirs = origin.own_tokenizer() if origin.tokenizer is None else None
+    if theirs is not None and not same_definition(tokenizer.files(), theirs.files()):
+        raise ConfigError(
+            f"data.tokenizer: '{spec}' is not the one in the metadata of {origin.folder}; write both out, `moelab "
+            f"export {origin.folder} FOLDER`, and start from FOLDER, or write train.init_overrides=[{TOKENIZER}] to "
+            "mean another"
+        )
 
 
 def differences(
@@ -188,7 +208,7 @@ def refuse_others(found: Sequence[Difference], origin: Origin, names: Sequence[s
 
 
 def starting_model(config: RunConfig, registry: Registry, device: torch.device, start: Start) -> Transformer:
-    """A fresh model, or the weights of `start` in the config's own parts; of a run that is resumed they come later.
+    """A fresh model, or the weights of `start`, its own where it is resumed, in the config's own parts.
 
     The checkpoint must have the same parameters: a router with state of its own keeps what `seed` gives it. Each is
     read to where it stays, so that it takes the memory of the weights once, and nothing is drawn for it.
@@ -202,12 +222,17 @@ def starting_model(config: RunConfig, registry: Registry, device: torch.device, 
 
 
 def starting_weights(config: RunConfig, registry: Registry, start: Start) -> StoredWeights | None:
-    """The weights that a run starts from, none read yet; None where it begins at random, or restores its own later.
+    """The weights that a run starts from, none read yet; None where it begins at random.
 
-    Raises CheckpointError where they are not those of the config's model.
+    Raises CheckpointError where they are not those of the config's model; of its own, which another config can't take,
+    it says nothing and gives None: what is resumed is compared as a whole later (`check_same_run`).
     """
-    if start.origin is None or start.origin.own:
+    if start.origin is None:
         return None
+    if start.origin.own:
+        own = OwnWeights(start.origin.folder)
+        hollow = build_model(config.model, registry, device="meta", seed=None)
+        return own if {name: tuple(t.shape) for name, t in model_tensors(hollow).items()} == own.shapes else None
     try:
         weights = open_weights(start.origin.folder, registry=registry)
     except (CheckpointError, ConfigError) as error:

@@ -24,7 +24,7 @@ from moelab.training.progress import Progress
 from moelab.training.router_gradient import learns
 from moelab.training.router_numbers import gradient_metrics, idle_metrics
 from moelab.training.router_statistics import RouterReport, rank_metrics
-from moelab.training.start import OVERRIDES
+from moelab.training.start import COMMIT, OVERRIDES
 from moelab.training.step import StepResult
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
         "dtype": written["train"]["dtype"],
         "git": _git_revision(),
         "init_from": written["train"]["init_from"],
+        COMMIT: setup.start.commit,  # of the hub that init_from named
         OVERRIDES: setup.start.overrides,  # {key: {config, checkpoint}}: where the model is not the checkpoint's
         "lineage": setup.lineage.to_json() if setup.lineage else None,  # of the weights it starts from
         "seed": written["seed"],

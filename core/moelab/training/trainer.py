@@ -122,7 +122,8 @@ def _train(config: RunConfig, ranks: Ranks, run_dir: Path, asked: Asked) -> None
             plan = replan(setup, resumed, state) if resumed else Plan(config.schedule, config.train.steps)
             best = Best.of(state, resumed)
             prepare_run_folder(run_dir, resume=config.resume, force=asked.force)
-            warn_of_disk(run_dir, setup.model, config.train.keep_checkpoints + config.train.keep_best)
+            keep = config.train.keep_checkpoints + config.train.keep_best
+            warn_of_disk(run_dir, setup.model, keep, config.optimizer.moments_dtype)
             if resumed and (history := read_record(resumed)):
                 setup = replace(setup, history=history)
             for line in setup.seen.lines():

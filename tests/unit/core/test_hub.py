@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import moelab
+from moelab import session
 from moelab.config.model import ModelConfig
 from moelab.errors import CheckpointError
 from moelab.hf.save import save_hf
-from moelab.hub import ALLOWED, REFUSED, user_folder
+from moelab.hub import ALLOWED, REFUSED, commit_of, user_folder
 from moelab.origin import origin_of, read_origin
 
 hub = pytest.importorskip("huggingface_hub", reason="the extra `hub` is not installed")
@@ -62,3 +64,17 @@ def test_nothing_that_runs_is_fetched() -> None:
         allow_patterns=list(ALLOWED), ignore_patterns=list(REFUSED),
     )  # fmt: skip
     assert list(filtered) == ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"]
+
+
+def test_the_commit_stands_in_the_summary_also_of_a_run_that_went_on(cache: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"document {n} of some words " * 4}) + "\n" for n in range(12)))
+    words = [
+        f"data.source={{name: jsonl, paths: [{text}]}}", "train.batch_size=2", "train.sequence_length=16",
+        "evaluation.sequences=2", "evaluation.sample_tokens=0", "observers=[]", "train.init_from=my-org/small",
+        "data.validation_fraction=0.3", "schedule.name=constant", "run_dir=run",
+    ]  # fmt: skip
+    for steps, more in ((1, []), (2, ["resume=true"])):
+        session.train(moelab.load_config(*words, f"train.steps={steps}", *more), progress=False)
+        assert json.loads(Path("run/summary.json").read_text())["init_commit"] == COMMIT
+    assert commit_of(tmp_path) is None

@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+import moelab
 from dense_checkpoints import Tiny, plan_for, write_dense
+from moelab import session
 from moelab.config.model import ModelConfig
 from moelab.config.upcycle import UpcycleConfig
+from moelab.data.byte_tokenizer import ByteTokenizer
 from moelab.errors import ConfigError
 from moelab.hf.moe_formats import MOE_FORMATS
+from moelab.hf.save import save_hf
 from moelab_tools.upcycling import spelled_out
+from moelab_upcycling.convert import convert
 from moelab_upcycling.scale import scaled
 from unit.upcycling.test_plan import shipped_plan, sparse_source
 
@@ -89,3 +95,36 @@ def test_a_source_and_an_output_are_a_whole_command(tmp_path: Path):
     for configs in (["mistyped.yaml", "out"], ["nowhere", "upcycle/sparse"], ["upcycle/sparse", "other"]):
         assert spelled_out(configs) == configs
     assert spelled_out(["configs/upcycle/sparse.yaml", "source=x"]) == ["configs/upcycle/sparse.yaml", "source=x"]
+
+
+def test_a_source_whose_target_has_no_shared_expert_is_scaled_and_trained_on(tmp_path: Path):
+    """A Qwen3 becomes a Qwen3-MoE: it begins at the dense loss, and its experts and routers learn from there."""
+    dense = ModelConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, qkv_bias=False, use_qk_norm=True, tie_word_embeddings=True,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    save_hf(moelab.build(dense, seed=3), tmp_path / "dense", dtype=torch.float32, extra_files=ByteTokenizer().files())
+    config = UpcycleConfig(source=str(tmp_path / "dense"), scale="qwen2-57b-a14b")
+    convert(plan_for(config), tmp_path / "moe", workers=1)
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(f'{{"text": "{"one and two " * (10 + number)}"}}\n' for number in range(12)))
+    words = [
+        f"data.source={{name: jsonl, paths: [{text}]}}", "data.validation_fraction=0.3", "train.steps=3",
+        "train.batch_size=2", "train.sequence_length=32", "train.log_every=1", "evaluation.sequences=4",
+        "evaluation.sample_tokens=0", "optimizer.lr=0.01", "observers=[]",
+    ]  # fmt: skip
+    runs = {
+        name: session.train(
+            moelab.load_config(*words, f"train.init_from={tmp_path / name}", f"run_dir={tmp_path / 'runs' / name}"),
+            progress=False,
+        )
+        for name in ("dense", "moe")
+    }
+    losses = {name: [row["eval/loss"] for row in run.metrics if "eval/loss" in row] for name, run in runs.items()}
+    assert losses["moe"][0] == pytest.approx(losses["dense"][0], rel=1e-5)
+    assert losses["moe"][-1] < losses["moe"][0]
+    before, after = moelab.load(tmp_path / "moe").state_dict(), runs["moe"].model.state_dict()
+    assert "layers.0.mlp.router.weight" in after
+    assert not any("shared" in name for name in after)
+    assert not any(value.equal(after[name]) for name, value in before.items() if ".mlp." in name)

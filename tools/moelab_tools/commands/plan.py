@@ -45,9 +45,10 @@ def command(
     """Predict memory, traffic and time of a step on each device. Nothing is allocated.
 
     The mesh is the config's: parallel.replicate, shard and expert; so are micro-batches and recomputation.
-    Parameters, gradients and AdamW's moments are fp32. Activations are counted by running the model on tensors
-    without data; tokens go to as many experts as the routers declare, evenly. On a CPU the peak is the resident
-    set of a process (docs/compute.md). Bytes are those of a ring, and were counted in real steps (docs/planning.md).
+    Parameters, gradients and AdamW's moments are of the config's types. Activations are counted by running the
+    model on tensors without data; tokens go to as many experts as the routers declare, evenly. On a CPU the peak
+    is the resident set of a process (docs/compute.md). Bytes are those of a ring, and were counted in real steps
+    (docs/planning.md).
     On a GPU: not measured.
 
     \b
@@ -81,6 +82,8 @@ def command(
         parallel=run.parallel,
         micro_batches=train.batch_size // (sequences * world),
         checkpointing=train.activation_checkpointing,
+        kept=getattr(torch, train.parameters_dtype),
+        moments=getattr(torch, run.optimizer.moments_dtype),
     )
     registry = Registry(run.plugins, run.entry_points, plugin_places(loaded, trust=trust))
     if device_memory is None and chosen is not None and chosen.memory:
@@ -138,10 +141,11 @@ def _print(plan: Plan, device_memory: float | None) -> None:
     )
     if mesh.world > 1:
         click.echo(f"replicate {mesh.replicate} x shard {mesh.shard}, of which expert {mesh.expert}")
+    kept, moments = ("fp32" if dtype.itemsize == 4 else "bf16" for dtype in (problem.kept, problem.moments))
     rows: dict[str, int] = {
-        "parameters (fp32)": memory.parameters,
-        "gradients (fp32)": memory.gradients,
-        "AdamW's moments (fp32)": memory.optimizer,
+        f"parameters ({kept})": memory.parameters,
+        f"gradients ({kept})": memory.gradients,
+        f"AdamW's moments ({moments})": memory.optimizer,
         "weights in use": memory.weights_in_use,
         "activations": memory.activations,
         "being computed or reduced": memory.working,

@@ -149,6 +149,8 @@ def test_what_save_pretrained_writes_is_read_again_by_its_auto_class(router: str
     moelab.register_with_transformers()  # twice is once
     model = built(router, tie_word_embeddings=True)
     moelab.as_transformers(model).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"register_with_transformers.*`\.model` is moelab's"):
+        moelab.load(tmp_path)  # any router has no format but transformers' own
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(again(some_ids()).logits, model(some_ids()).logits, **CLOSE)
     assert again.model.config == moelab.as_transformers(model).config.model_config()

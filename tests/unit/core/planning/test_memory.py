@@ -12,12 +12,14 @@ import torch
 
 from moelab import build
 from moelab.config.model import ModelConfig, MoEConfig
-from moelab.config.run import ParallelConfig
+from moelab.config.run import OptimizerConfig, ParallelConfig
 from moelab.errors import ConfigError
 from moelab.hookspecs import ROUTERS
+from moelab.nn.narrow import narrow
 from moelab.planning.memory import predict
 from moelab.planning.traffic import GRADIENTS, PARAMETERS, TOKENS, Problem
 from moelab.registry import Registry
+from moelab.training.optimizer import build_adamw
 
 PROBLEM = Problem(sequences=4, sequence_length=128, device="cpu")
 
@@ -39,7 +41,10 @@ def _config(experts: int = 16, width: int = 64, layers: int = 2, router: str = "
 def _measured(config: ModelConfig, problem: Problem) -> int:
     """The most bytes alive at once in the second step, parameters and moments included."""
     model = build(config, seed=0)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    if problem.kept == torch.bfloat16:
+        narrow(model)
+    moments = str(problem.moments).removeprefix("torch.")
+    optimizer = build_adamw(model, OptimizerConfig(moments_dtype=moments))
     ids = torch.randint(0, config.vocab_size, (problem.sequences, problem.sequence_length))
 
     def step() -> None:
@@ -54,7 +59,7 @@ def _measured(config: ModelConfig, problem: Problem) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 3 * 4 * sum(p.numel() for p in model.parameters())
+    live = peak = sum(p.nbytes + 2 * problem.moments.itemsize * p.numel() for p in model.parameters())
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
@@ -72,6 +77,23 @@ def test_the_predicted_tensors_are_within_15_percent_of_the_measured_ones(
     sequences, length = tokens
     config, problem = _config(*shape), Problem(sequences, length, dtype, device="cpu")
     assert predict(config, problem).memory.tensors == pytest.approx(_measured(config, problem), rel=0.15)
+
+
+def test_numbers_of_16_bits_take_half_the_room_and_are_not_cast_for_products() -> None:
+    config, half = _config(), torch.bfloat16
+    wide = predict(config, replace(PROBLEM, dtype=half)).memory
+    problem = replace(PROBLEM, dtype=half, kept=half, moments=half)
+    memory, model = predict(config, problem).memory, build(config)
+    narrow(model)
+    assert memory.parameters == memory.gradients == sum(parameter.nbytes for parameter in model.parameters())
+    assert 2 * memory.optimizer == wide.optimizer
+    assert 0.5 <= memory.parameters / wide.parameters < 0.51  # routers and norms are what they were
+    assert memory.weights_in_use < wide.weights_in_use / 4  # what is left is what the embedding gives
+    assert memory.activations == pytest.approx(wide.activations, rel=0.05)
+    assert memory.tensors == pytest.approx(_measured(config, problem), rel=0.15)
+    only = predict(config, replace(PROBLEM, dtype=half, moments=half)).memory
+    assert only.optimizer == memory.optimizer
+    assert only.parameters == wide.parameters
 
 
 def test_a_heap_grows_by_activations_and_gradients_where_other_devices_share_their_place():

@@ -20,6 +20,7 @@ from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.save import save_hf
 from moelab.origin import origin_layer, read_origin
 from moelab.registry import Registry
+from moelab.training import start
 from moelab.training.start import model_differences
 from moelab.training.trainer import train
 
@@ -198,6 +199,29 @@ def test_a_resumed_run_needs_no_model_and_no_init_from(tmp_path: Path, data: Pat
     config.resume = True
     train(config)
     assert list(json.loads((tmp_path / "run" / "summary.json").read_text())["init_overrides"]) == ["model.rope_theta"]
+
+
+def test_a_resumed_run_draws_no_weights_and_tells_another_model_by_its_key(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = run_config(tmp_path, data, SPARSE)
+    train(config)
+    config.resume = True
+    drawn = start.build_model
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        assert named["seed"] is None, "weights were drawn that the checkpoint has"
+        return drawn(*arguments, **named)
+
+    monkeypatch.setattr(start, "build_model", watched)
+    config.train.steps += 1
+    config.schedule.name = "constant"
+    with pytest.raises(ConfigError, match=r"schedule\.name"):  # the model was ready by then
+        train(config)
+    monkeypatch.undo()
+    config.model = dataclasses.replace(SPARSE, hidden_size=64)
+    with pytest.raises(ConfigError, match=r"model\.hidden_size"):
+        train(config)
 
 
 def test_another_tokenizer_than_the_checkpoints_is_refused_unless_named(tmp_path: Path, data: Path, caplog):
