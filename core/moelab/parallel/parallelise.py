@@ -34,6 +34,7 @@ def parallelise(model: Transformer, meshes: Meshes, losses: Sequence[NamedLoss] 
     Raises ConfigError for experts that don't divide, and for a part that declares `shardable = False`.
     """
     _refuse_unshardable(model, meshes, losses)
+    reduce = SumOfPieces()
     # Records hold views of what routers return; nothing of moelab writes in place to what a layer returns.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     for block in moe_blocks(model):
@@ -43,7 +44,7 @@ def parallelise(model: Transformer, meshes: Meshes, losses: Sequence[NamedLoss] 
                 dealt = distribute_tensor(parameter.detach(), meshes.expert, [Shard(0)], src_data_rank=None)
                 bank.register_parameter(name, nn.Parameter(dealt, requires_grad=parameter.requires_grad))
             block.dealt = partial(ExchangeBackend, mesh=meshes.expert)
-            _cut(bank, meshes.bank)  # a unit of its own only where its ranks are others than its layer's
+            _cut(bank, meshes.bank, reduce)  # a unit of its own only where its ranks are others than its layer's
         block.whole_experts = whole_experts
         block.shows_experts = any(
             getattr(named.loss, "needs_expert_weights", False)
@@ -51,12 +52,12 @@ def parallelise(model: Transformer, meshes: Meshes, losses: Sequence[NamedLoss] 
             for named in losses
         )
     for layer in model.layers:
-        _cut(layer, meshes.dense)
+        _cut(layer, meshes.dense, reduce)
         if isinstance(layer.mlp, MoEBlock):
             units = [layer] if layer.mlp.dealt is None else [layer, layer.mlp.experts]
             layer.mlp.gathered = partial(_gathered, units)
     _cut(
-        model, meshes.dense, reshard=False
+        model, meshes.dense, reduce, reshard=False
     )  # what is gathered last in the forward pass comes first in the backward one
 
 
@@ -72,13 +73,13 @@ def _gathered(units: Sequence[Any]) -> Iterator[None]:
             unit.reshard()
 
 
-def _cut(module: nn.Module, mesh: DeviceMesh, reshard: bool = True) -> None:
+def _cut(module: nn.Module, mesh: DeviceMesh, reduce: SumOfPieces, reshard: bool = True) -> None:
     unit = fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
     unit.set_gradient_divide_factor(1.0)
     unit.set_force_sum_reduction_for_comms(True)
     unit.set_reduce_scatter_unused_params(True)  # a router that no token of this rank reached
     if mesh.device_type == "cpu":
-        unit.set_custom_reduce_scatter(cast(Any, SumOfPieces()))  # its base class is private
+        unit.set_custom_reduce_scatter(cast(Any, reduce))  # its base class is private
 
 
 def _refuse_unshardable(model: Transformer, meshes: Meshes, losses: Sequence[NamedLoss]) -> None:

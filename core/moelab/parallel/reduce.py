@@ -15,7 +15,13 @@ from torch import Tensor
 
 
 class SumOfPieces:
-    """For `FSDPModule.set_custom_reduce_scatter`. Sums alone; takes memory for what comes, once more the unit."""
+    """For `FSDPModule.set_custom_reduce_scatter`. Sums alone; keeps memory for what comes, of the largest unit.
+
+    One serves all units of a model, one after the other: memory that is freed each time leaves holes in the heap.
+    """
+
+    def __init__(self) -> None:
+        self._came = torch.empty(0)
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """As FSDP2's own does."""
@@ -26,7 +32,9 @@ class SumOfPieces:
     ) -> None:
         """input [R P] in the order of the ranks -> output [P], the sum over ranks of this rank's piece."""
         assert op == dist.ReduceOp.SUM, f"adds up, and was asked for {op}"
-        came = torch.empty_like(input_tensor)
+        if self._came.numel() < input_tensor.numel() or self._came.dtype != input_tensor.dtype:
+            self._came = torch.empty_like(input_tensor)
+        came = self._came[: input_tensor.numel()]
         dist.all_to_all_single(came, input_tensor, group=group)
         first, second, *others = came.chunk(group.size())
         torch.add(first, second, out=output_tensor)

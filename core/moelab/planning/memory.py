@@ -162,10 +162,11 @@ def _whole(units: Units, problem: Problem) -> int:
 
 
 def _whole_gradients(units: Units, problem: Problem) -> int:
-    """Bytes of gradients before they are reduced, and their copies in the order of the devices."""
+    """Bytes of gradients before they are reduced, their copies in the order of the devices, and on gloo what comes."""
     if problem.parallel.world == 1:
         return 0
-    return FP32 * 2 * max(units.root, units.largest)
+    copies = 3 if problem.device == "cpu" and problem.parallel.shard > 1 else 2
+    return FP32 * copies * max(units.root, units.largest)
 
 
 @dataclass(frozen=True)
