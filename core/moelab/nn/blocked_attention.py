@@ -165,9 +165,10 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, view: View, key: Tensor, value: Tensor, *queries: Tensor) -> Tensor:
         batch, heads, seq, width = queries[0].shape
-        key, value = key.contiguous(), value.contiguous()  # each block reads a view then
+        # Scaled here and not with each query; contiguous, so that each block reads a view.
+        key, value = (key * width**-0.5).contiguous(), value.contiguous()
         groups = key.shape[1]
-        grouped = [(q * width**-0.5).view(batch, groups, -1, seq, width) for q in queries]  # [B, G, H / G, S, d]
+        grouped = [query.unflatten(1, (groups, -1)) for query in queries]  # [B, G, H / G, S, d]
         out = key.new_empty(batch, seq, groups, heads // groups, width)  # the order in which o_proj reads it
         ctx.view, kept, room = view, [], KEEP_ELEMENTS if any(ctx.needs_input_grad) else 0
         for block in view.blocks(groups, heads // groups):
@@ -185,7 +186,7 @@ class _Blocked(torch.autograd.Function):
         grouped, kept = rest[: ctx.queries], rest[ctx.queries :]
         view, shape = ctx.view, grouped[0].shape
         dy = grads[0].reshape(shape)
-        dqueries = [torch.zeros_like(query) for query in grouped]
+        dqueries = [query.new_zeros(shape) for query in grouped]
         dkey, dvalue = torch.zeros_like(key), torch.zeros_like(value)
         for index, block in enumerate(view.blocks(shape[1], shape[2])):
             weights = kept[index] if index < len(kept) else _weights(view, block, grouped, key)
@@ -201,8 +202,8 @@ class _Blocked(torch.autograd.Function):
                 _add(dkey, block, part.keys, own, _queries(grouped[part.query], block))
             _add(dvalue, block, block.keys, weights, dout)
         batch, groups, shared, seq, width = shape
-        turned = (d.mul_(width**-0.5).view(batch, groups * shared, seq, width) for d in dqueries)
-        return None, dkey, dvalue, *turned
+        each = (d.view(batch, groups * shared, seq, width) for d in dqueries)
+        return None, dkey.mul_(width**-0.5), dvalue, *each
 
 
 def _weights(view: View, block: Block, grouped: Sequence[Tensor], key: Tensor) -> Tensor:

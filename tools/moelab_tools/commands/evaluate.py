@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from moelab_tools.positions import position_options
+from moelab_tools.positions import Positions, position_options
 from moelab_tools.user_path import USER_PATH
 from moelab_tools.verify_option import NO_VERIFY
 
 if TYPE_CHECKING:
+    from moelab.config.run import RunConfig
+    from moelab.data.batches import ValidationBatches
+    from moelab.data.corpus import Corpus
+    from moelab.data.tokenizer import Tokenizer
+    from moelab.nn.transformer import Transformer
+    from moelab.registry import Registry
     from moelab.training.evaluation import Evaluation
+    from moelab.training.precision import Precision
     from moelab_tools.judging import Score
 
 SCORES = "lm_eval.json"  # of a run folder: what `--tasks` found last
@@ -74,18 +81,56 @@ def command(
       moelab evaluate exported/tiny_moe configs/train/tiny_moe.yaml \\
           evaluation.sequences=128
     """
+    positions = Positions(attention, rope_scaling)
+    if lengths is not None and tasks is not None:
+        raise click.UsageError("--length and --tasks: one at a time")
+    if passkey is not None and lengths is None:
+        raise click.UsageError("--passkey: says how many keys at each --length, and there is none")
+    opened = _open(checkpoint, config, trust=trust, verify=verify)
+    if tasks is None and lengths is not None:
+        _tell_lengths(opened, positions, lengths, passkey, as_json=as_json)
+        return
+    length = opened.run.train.sequence_length
+    for line in positions.apply(opened.model, opened.registry, length, length):
+        click.echo(line, err=True)
+    if tasks is not None:
+        from moelab_tools.judging import Asked, judge
+
+        asked = Asked(tuple(tasks.split(",")), opened.batches.batch_size, length, limit)
+        scores = judge(opened.model, opened.tokenizer, opened.corpus, asked)
+        tell_scores(scores, checkpoint, as_json=as_json)
+        return
+    from moelab.training.evaluate import evaluate
+
+    evaluation = evaluate(opened.model, opened.batches, opened.precision)
+    domains = [opened.corpus.domains[i] for i in opened.batches.stream.document_domain]
+    _tell(evaluation, domains, as_json=as_json)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint, and the held-out text that it is evaluated on."""
+
+    model: Transformer
+    run: RunConfig
+    registry: Registry
+    tokenizer: Tokenizer
+    corpus: Corpus
+    batches: ValidationBatches
+    precision: Precision
+
+
+def _open(checkpoint: Path, config: tuple[str, ...], *, trust: bool, verify: bool) -> _Opened:
+    """Tells of held-out text that the weights have seen."""
     from moelab.data.batches import ValidationBatches
     from moelab.data.seen import history_of, seen_text
     from moelab.integrity import verified
     from moelab.loading import read_model
     from moelab.origin import check_vocabulary
-    from moelab.training.evaluate import evaluate, evaluation_batch_size
+    from moelab.training.evaluate import evaluation_batch_size
     from moelab.training.precision import choose_precision, set_threads
     from moelab.training.setup import build_corpus_of, resolve_run
     from moelab_tools.checkpoints import evaluation_config, tokenizer_of
-    from moelab_tools.judging import Asked, judge
-    from moelab_tools.lengths import at_lengths, length_lines
-    from moelab_tools.positions import Positions
 
     folder = verified(checkpoint, verify=verify)
     run, registry = evaluation_config(folder, config, trust=trust)
@@ -106,22 +151,17 @@ def command(
     for line in seen_text(history, str(checkpoint), corpus, tokenizer, batches.documents_scored()).lines():
         click.echo(f"warning: {line}", err=True)
     model = read_model(folder, device=precision.device, registry=registry)
-    positions = Positions(attention, rope_scaling)
-    if lengths is not None:
-        if tasks is not None:
-            raise click.UsageError("--length and --tasks: one at a time")
-        keys = None if passkey is None else (tokenizer, passkey)
-        told = at_lengths(model, registry, run, corpus, precision, positions, lengths, keys)
-        click.echo(json.dumps([asdict(one) for one in told], indent=2) if as_json else "\n".join(length_lines(told)))
-        return
-    for line in positions.apply(model, registry, run.train.sequence_length, run.train.sequence_length):
-        click.echo(line, err=True)
-    if tasks is not None:
-        asked = Asked(tuple(tasks.split(",")), evaluation_batch_size(run), run.train.sequence_length, limit)
-        tell_scores(judge(model, tokenizer, corpus, asked), checkpoint, as_json=as_json)
-        return
-    evaluation = evaluate(model, batches, precision)
-    _tell(evaluation, [corpus.domains[i] for i in batches.stream.document_domain], as_json=as_json)
+    return _Opened(model, run, registry, tokenizer, corpus, batches, precision)
+
+
+def _tell_lengths(opened: _Opened, positions: Positions, lengths: str, passkey: int | None, *, as_json: bool) -> None:
+    from moelab_tools.lengths import at_lengths, length_lines
+
+    keys = None if passkey is None else (opened.tokenizer, passkey)
+    told = at_lengths(
+        opened.model, opened.registry, opened.run, opened.corpus, opened.precision, positions, lengths, keys
+    )
+    click.echo(json.dumps([asdict(one) for one in told], indent=2) if as_json else "\n".join(length_lines(told)))
 
 
 def _tell(evaluation: Evaluation, domains: Sequence[str], *, as_json: bool) -> None:
