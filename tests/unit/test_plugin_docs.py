@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moelab import Registry
-from moelab.hookspecs import BALANCE_LOSSES, EXPERT_LAYOUTS, ROUTERS, SHARED_EXPERTS
+from moelab.hookspecs import ACTIVATIONS, BALANCE_LOSSES, EXPERT_LAYOUTS, ROUTERS, SHARED_EXPERTS
 from moelab_tools.describe_plugins import describe_point
 from moelab_tools.plugin_pages import pages
 
@@ -60,7 +60,9 @@ def test_a_generated_page_is_up_to_date(root: Path, name: str) -> None:
     assert found == pages()[name], "run: python -m moelab_tools.plugin_pages docs/plugins"
 
 
-@pytest.mark.parametrize("point", [ROUTERS, BALANCE_LOSSES, EXPERT_LAYOUTS, SHARED_EXPERTS], ids=lambda p: p.hook)
+@pytest.mark.parametrize(
+    "point", [ROUTERS, BALANCE_LOSSES, EXPERT_LAYOUTS, SHARED_EXPERTS, ACTIVATIONS], ids=lambda p: p.hook
+)
 def test_every_builtin_says_source_use_and_cost(point: object) -> None:
     for entry in describe_point(Registry(entry_points=False), point):  # type: ignore[arg-type]
         assert {"Source", "Use", "Cost"} <= entry.sections.keys(), entry.name

@@ -24,6 +24,7 @@ from moelab.registry import Registry
 _FIXED = (
     "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "rope_scaling", "attention", "qkv_bias", "use_qk_norm",
+    "activation", "mlp_bias",
 )  # fmt: skip
 # Fields of a dense config.json that mean the same in a Qwen2-MoE one.
 _CARRIED = (
@@ -128,6 +129,11 @@ def _with_experts(
     kind = MOE_FORMATS[model_type]
     if moe.layers:
         raise ConfigError(f"model.moe.layers: a {kind.title} checkpoint has no parts by layer; leave it out")
+    if moe.moe_latent_size is not None:
+        raise ConfigError(
+            "model.moe.moe_latent_size: experts made of a dense FFN's neurons read and write the full hidden size; "
+            "leave it out"
+        )
     layouts = _layouts(dense, moe, registry)
     router, shared = dict(moe.router), dict(moe.shared_expert)
     if router.get("name") != "softmax_topk":
@@ -218,7 +224,8 @@ def _config_json(
     """In the style of transformers 4: 4.57 reads theta 10,000 from a config that has only `rope_parameters`."""
     carried = {key: raw[key] for key in _CARRIED if raw.get(key) is not None}
     sizes = {field.name: getattr(dense, field.name) for field in fields(ModelConfig) if field.name != "moe"}
-    del sizes["use_qk_norm"]  # what the kind of model says
+    for key in ("use_qk_norm", "activation", "mlp_bias"):  # what the kind of model says
+        del sizes[key]
     del sizes["rope_scaling"], sizes["attention"]  # said in config.json's own words
     if sizes["head_dim"] is None:
         del sizes["head_dim"]

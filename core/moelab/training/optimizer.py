@@ -30,7 +30,7 @@ def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]  # a shared parameter comes once
     groups = [
         {
-            "params": [p for name, p in named if (p.ndim >= 2) == matrices and factors.get(name, 1.0) == factor],
+            "params": [p for name, p in named if _decays(name, p) == matrices and factors.get(name, 1.0) == factor],
             "weight_decay": config.weight_decay if matrices else 0.0,
             "factor": factor,
         }
@@ -41,6 +41,10 @@ def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr, betas=(first, second), eps=config.eps, fused=True
     )
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim >= 2 and not name.endswith("bias")
 
 
 def learning_rate_factors(model: nn.Module, patterns: Mapping[str, float]) -> dict[str, float]:
