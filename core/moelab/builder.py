@@ -251,9 +251,10 @@ def _mlp(config: ModelConfig, registry: Registry, parts: LayerParts, layer_id: i
 
 
 def _expert_hidden_size(config: ModelConfig) -> int:
-    """Of what the routed experts read and write."""
-    latent = None if config.moe is None else config.moe.moe_latent_size
-    return config.hidden_size if latent is None else latent
+    """Of what the routed experts read and write. Raises ConfigError for a latent space that is none."""
+    assert config.moe is not None
+    config.moe.check_latent(config.hidden_size, "model.moe")
+    return config.moe.moe_latent_size or config.hidden_size
 
 
 def _latent(config: ModelConfig) -> LatentProjection | None:

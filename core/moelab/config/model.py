@@ -98,8 +98,6 @@ class ModelConfig:
             raise ConfigError(f"{where}.initializer_range: must not be negative, not {self.initializer_range}")
         if self.moe is not None and self.moe.expert_chunk is not None and self.moe.expert_chunk < 1:
             raise ConfigError(f"{where}.moe.expert_chunk: must be at least 1, not {self.moe.expert_chunk}")
-        if self.moe is not None:
-            self.moe.check_latent(self.hidden_size, f"{where}.moe")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"{where}.num_attention_heads: {self.num_attention_heads} does not divide hidden_size "

@@ -38,23 +38,27 @@ class SiTUGLU:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         gate, up = inputs
-        capped = torch.tanh(gate * (1.0 / self._gate_cap)) * torch.sigmoid(gate)
-        return capped * torch.tanh(up * (1.0 / self._up_cap)) * (self._gate_cap * self._up_cap)
+        if torch.is_grad_enabled():
+            capped = torch.tanh(gate * (1.0 / self._gate_cap)) * torch.sigmoid(gate)
+            return capped * torch.tanh(up * (1.0 / self._up_cap)) * (self._gate_cap * self._up_cap)
+        capped = gate.mul(1.0 / self._gate_cap).tanh_().mul_(torch.sigmoid(gate))
+        return capped.mul_(up.mul(1.0 / self._up_cap).tanh_()).mul_(self._gate_cap * self._up_cap)
 
     def differentiate(self, *inputs: Tensor) -> tuple[Tensor, Pullback]:
         gate, up = inputs
-        gate_tanh, up_tanh = torch.tanh(gate * (1.0 / self._gate_cap)), torch.tanh(up * (1.0 / self._up_cap))
+        gate_tanh, up_tanh = gate.mul(1.0 / self._gate_cap).tanh_(), up.mul(1.0 / self._up_cap).tanh_()
         sigmoid = torch.sigmoid(gate)
-        capped = gate_tanh * sigmoid
+        capped_gate, capped_up = gate_tanh * self._gate_cap, up_tanh * self._up_cap
+        swish = capped_gate * sigmoid
 
         def pullback(grad: Tensor, *outs: Tensor) -> None:
-            torch.mul(grad, capped, out=outs[1]).mul_((1.0 - up_tanh * up_tanh).mul_(self._gate_cap))
-            # d capped / d gate = s (1 - t^2) / b1 + t s (1 - s)
-            slope = (1.0 - gate_tanh * gate_tanh).mul_(1.0 / self._gate_cap).add_((1.0 - sigmoid).mul_(gate_tanh))
-            slope.mul_(sigmoid).mul_(self._gate_cap * self._up_cap)
-            torch.mul(grad.mul_(up_tanh), slope, out=outs[0])
+            torch.ops.aten.tanh_backward.grad_input(grad * swish, up_tanh, grad_input=outs[1])
+            # d swish / d gate = s (1 - t^2) + b1 t s (1 - s)
+            slope = torch.ops.aten.sigmoid_backward(capped_gate, sigmoid)
+            slope.add_(torch.ops.aten.tanh_backward(sigmoid, gate_tanh))
+            torch.mul(grad.mul_(capped_up), slope, out=outs[0])
 
-        return (capped * up_tanh).mul_(self._gate_cap * self._up_cap), pullback
+        return swish * capped_up, pullback
 
     def qwen2_moe_fields(self) -> str:
         return "model.activation is situ_glu, and its experts have a plain SwiGLU"
