@@ -27,16 +27,22 @@ from moelab.nn.allocator import keep_freed_memory
 from moelab.nn.latent import LatentProjection
 from report import machine, markdown_table, median, write_results
 
-SHAPE, TOKENS = LayerShape("16 x 512, top-4", 512, 16, 4, 512), 2048
+SHAPES = {hidden: LayerShape("16 x 512, top-4", hidden, 16, 4, 512) for hidden in (512, 1024)}
+# (hidden size, dtype, backend): what an activation costs falls with the width that the products around it have.
+CASES = (
+    (512, torch.float32, "batched"),
+    *((1024, dtype, backend) for dtype in (torch.float32, torch.bfloat16) for backend in ("batched", "grouped_mm")),
+)
+TOKENS = 1024
 CPU = torch.device("cpu")
 REFERENCE = "swiglu"
 REGISTRY = Registry(entry_points=False)
-# name -> (activation, biases, latent width or none)
-CONTENDERS: dict[str, tuple[str, bool, int | None]] = {
-    **{name: (name, False, None) for name in sorted(REGISTRY.components(ACTIVATIONS))},
-    "clamped_swiglu, biases": ("clamped_swiglu", True, None),
-    "swiglu, latent 256 and norm": ("swiglu", False, 256),
-    "relu2, latent 256 and norm": ("relu2", False, 256),
+# name -> (activation, biases, whether in a space of half the hidden size, with a norm)
+CONTENDERS: dict[str, tuple[str, bool, bool]] = {
+    **{name: (name, False, False) for name in sorted(REGISTRY.components(ACTIVATIONS))},
+    "clamped_swiglu, biases": ("clamped_swiglu", True, False),
+    "swiglu, latent": ("swiglu", False, True),
+    "relu2, latent": ("relu2", False, True),
 }
 
 
@@ -48,7 +54,7 @@ class Contender:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--out", help="folder for activations.json and activations.md")
     options = parser.parse_args()
@@ -56,21 +62,20 @@ def main() -> None:
     keep_freed_memory()
     rows: list[dict[str, Any]] = []
     tables = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for backend in ("batched", "grouped_mm"):
-            part = _measure(backend, dtype, options.tokens, options.rounds)
-            rows += part
-            tables.append(_table(part, backend, dtype, options.tokens))
-            print(tables[-1], flush=True)
+    for hidden, dtype, backend in CASES:
+        part = _measure(SHAPES[hidden], backend, dtype, options)
+        rows += part
+        tables.append(_table(part, SHAPES[hidden], options.tokens))
+        print(tables[-1], flush=True)
     if options.out:
         write_results(Path(options.out), "activations", machine() | {"threads": 1}, {"rates": rows}, tables)
 
 
-def _measure(backend: str, dtype: torch.dtype, tokens: int, rounds: int) -> list[dict[str, Any]]:
+def _measure(shape: LayerShape, backend: str, dtype: torch.dtype, options: argparse.Namespace) -> list[dict[str, Any]]:
     """{name, GFLOP/s, ratio to the reference} of each contender."""
-    contenders = {name: _contender(backend, dtype, tokens, *what) for name, what in CONTENDERS.items()}
+    contenders = {name: _contender(shape, backend, dtype, options.tokens, *what) for name, what in CONTENDERS.items()}
     rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 2):  # two to warm up
+    for number in range(options.rounds + 2):  # two to warm up
         for name, contender in contenders.items():
             started = time.process_time()
             contender.run()
@@ -82,24 +87,26 @@ def _measure(backend: str, dtype: torch.dtype, tokens: int, rounds: int) -> list
     }
     return [
         {
-            "name": name, "backend": backend, "dtype": str(dtype), "gflops": median(rates[name]),
-            "ratio": median(ratios[name]),
+            "name": name, "backend": backend, "dtype": str(dtype).removeprefix("torch."), "hidden": shape.hidden,
+            "gflops": median(rates[name]), "ratio": median(ratios[name]),
         }
         for name in contenders
     ]  # fmt: skip
 
 
-def _contender(backend: str, dtype: torch.dtype, tokens: int, name: str, bias: bool, latent: int | None) -> Contender:
-    hidden, width = SHAPE.hidden, latent or SHAPE.hidden
+def _contender(
+    shape: LayerShape, backend: str, dtype: torch.dtype, tokens: int, name: str, bias: bool, latent: bool
+) -> Contender:
+    hidden, width = shape.hidden, shape.hidden // 2 if latent else shape.hidden
     act = REGISTRY.build(ACTIVATIONS, {"name": name}, ActivationContext(hidden, 0, 1), "activation")
-    layout = ExpertLayout(SHAPE.experts, SHAPE.top_k, SHAPE.width)
+    layout = ExpertLayout(shape.experts, shape.top_k, shape.width)
     compute = REGISTRY.build(EXPERT_BACKENDS, {"name": backend}, BackendContext(layout, width, 0, dict), "backend")
     bank = ExpertBank(layout, width, act, bias=bias)
-    around = LatentProjection(hidden, latent, 1e-6) if latent else None
+    around = LatentProjection(hidden, width, 1e-6) if latent else None
     parts = torch.nn.ModuleList(part for part in (bank, around) if part is not None).to(dtype)
     for parameter in parts.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    routing = draw_routing(SHAPE, tokens, "random", CPU)
+    routing = draw_routing(shape, tokens, "random", CPU)
     x, upstream = torch.randn(2, tokens, hidden, dtype=dtype).unbind(0)
     x = x.clone().requires_grad_()
 
@@ -109,14 +116,14 @@ def _contender(backend: str, dtype: torch.dtype, tokens: int, name: str, bias: b
         y = bank(x if around is None else around.down(x), routing, compute)
         (y if around is None else around.up(y)).backward(upstream)
 
-    weights = SHAPE.top_k * num_matrices(act) * width * SHAPE.width + (2 * hidden * latent if latent else 0)
+    weights = shape.top_k * num_matrices(act) * width * shape.width + (2 * hidden * width if latent else 0)
     return Contender(3 * 2 * tokens * weights, run)
 
 
-def _table(rows: list[dict[str, Any]], backend: str, dtype: torch.dtype, tokens: int) -> str:
+def _table(rows: list[dict[str, Any]], shape: LayerShape, tokens: int) -> str:
     body = [[row["name"], f"{row['gflops']:.0f}", f"{row['ratio']:.2f} x"] for row in rows]
-    kind = str(dtype).removeprefix("torch.")
-    title = f"{backend}, {kind}, {SHAPE.name}, hidden {SHAPE.hidden}, {tokens} tokens, forward and backward"
+    what = f"{rows[0]['backend']}, {rows[0]['dtype']}, hidden {shape.hidden}, {shape.name}"
+    title = f"{what}, {tokens} tokens, forward and backward"
     return f"\n{title}\n\n" + markdown_table(["activation", "GFLOP/s", "of swiglu's"], body) + "\n"
 
 

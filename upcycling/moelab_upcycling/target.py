@@ -14,7 +14,7 @@ from moelab.errors import CheckpointError, ConfigError, near
 from moelab.hf.carried import check_vocabulary
 from moelab.hf.checkpoint_folder import CheckpointFolder
 from moelab.hf.config import read_fields
-from moelab.hf.moe_formats import MOE_FORMATS, MoEFormat
+from moelab.hf.moe_formats import MOE_FORMATS, WRITABLE, MoEFormat
 from moelab.hf.positions import attention_fields, rope_fields
 from moelab.layouts import build_layouts
 from moelab.moe.layout import ExpertLayout
@@ -101,11 +101,11 @@ def target_kind(config: UpcycleConfig, source: ModelConfig) -> str:
     """The model_type of the output. ConfigError for one whose attention is not the source's."""
     if source.moe is not None:
         raise CheckpointError(f"{config.sources[0]}: has experts already; only a dense model can be upcycled")
-    normed = {model_type: kind.model.get("use_qk_norm", False) for model_type, kind in MOE_FORMATS.items()}
+    normed = {model_type: kind.model.get("use_qk_norm", False) for model_type, kind in WRITABLE.items()}
     own = next(model_type for model_type, has in normed.items() if has == source.use_qk_norm)
     chosen = config.target or own
-    if chosen not in MOE_FORMATS:
-        raise ConfigError(f"target: must be one of {', '.join(MOE_FORMATS)}, not '{chosen}'")
+    if chosen not in WRITABLE:
+        raise ConfigError(f"target: must be one of {', '.join(WRITABLE)}, not '{chosen}'")
     kind = MOE_FORMATS[chosen]
     if normed[chosen] != source.use_qk_norm:
         has = "norms on q and k, which" if source.use_qk_norm else "no norms on q and k, and"

@@ -14,7 +14,7 @@ import torch
 
 from moelab.errors import CheckpointError
 from moelab.hf.loss_coefficient import aux_loss_fields
-from moelab.hf.moe_formats import MOE_FORMATS
+from moelab.hf.moe_formats import MOE_FORMATS, WRITABLE
 from moelab.hf.names import LM_HEAD, SparseShape, parameter_shapes, qwen2_moe_fields
 from moelab.hf.positions import attention_fields, rope_fields
 from moelab.moe.block import MoEBlock
@@ -102,7 +102,7 @@ WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "mistral": _as_mistral,
     "qwen2": dict,
     "qwen3": lambda fields: {**fields, "attention_bias": False},
-    **{model_type: kind.written for model_type, kind in MOE_FORMATS.items()},
+    **{model_type: kind.written for model_type, kind in WRITABLE.items()},
 }
 
 
@@ -173,7 +173,8 @@ def _unlike_swiglu(model: Transformer, blocks: Mapping[int, MoEBlock]) -> list[s
     """What of the feed-forward parts none of the kinds has a place for."""
     reasons: dict[str, None] = {}
     for layer_id, layer in enumerate(model.layers):
-        answer = qwen2_moe_fields(blocks[layer_id].experts.activation if layer_id in blocks else layer.mlp.activation)
+        mlp: Any = blocks[layer_id].experts if layer_id in blocks else layer.mlp
+        answer = qwen2_moe_fields(mlp.activation)
         if isinstance(answer, str):
             reasons[answer] = None
         elif answer != {"hidden_act": "silu"}:
