@@ -42,6 +42,7 @@ def test_the_documented_router_conforms_and_is_listed(root: Path, tmp_path: Path
     ("hook", "check"),
     [
         ("moelab_observers", "check_observer(component)"),
+        ("moelab_activations", "check_activation(component)"),
         ("moelab_data_sources", "check_data_source(component, {'file': 'rows.txt'})"),
         ("moelab_balance_losses", "check_balance_loss(component, balanced=0.0)"),
     ],
