@@ -86,11 +86,11 @@ def reference(x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
     for token, expert, weight in zip(
         routing.token.tolist(), routing.expert.tolist(), routing.weight.double(), strict=True
     ):
-        out[token] = out[token] + weight * _one(bank, expert, x[token].double())
+        out[token] = out[token] + weight * output_of(bank, expert, x[token].double())
     return torch.stack(out) if out else torch.zeros(0, x.shape[1], dtype=torch.float64)
 
 
-def _one(bank: ExpertBank, expert: int, x: Tensor) -> Tensor:
+def output_of(bank: ExpertBank, expert: int, x: Tensor) -> Tensor:
     """x [D] -> [D], in float64."""
     pre = bank.gate_up[expert].double() @ x
     if bank.gate_up_bias is not None:
