@@ -37,16 +37,11 @@ def _nemotron(**fields: int) -> Callable[[], int]:
     return lambda: _parts("nemotron_h", ["NemotronHMoE"], **same, **fields)[0]
 
 
-def _gpt_oss() -> int:
-    """Without the router's bias, of an expert one number."""
-    return _parts("gpt_oss", ["GptOssMLP"], num_local_experts=32)[0] - 32
-
-
 # recipe -> (hidden size, transformers' parameters of a sparse layer's experts, router and shared expert)
 LAYERS: dict[str, tuple[int, Callable[[], int]]] = {
     "qwen3_moe": (2048, lambda: _parts("qwen3_moe", ["Qwen3MoeSparseMoeBlock"])[0]),
     "qwen3_next": (2048, lambda: _parts("qwen3_next", ["Qwen3NextSparseMoeBlock"])[0]),
-    "gpt_oss": (2880, _gpt_oss),
+    "gpt_oss": (2880, lambda: _parts("gpt_oss", ["GptOssMLP"], num_local_experts=32)[0]),
     "olmoe": (2048, lambda: _parts("olmoe", ["OlmoeSparseMoeBlock"], intermediate_size=1024)[0]),
     "deepseek_v3": (7168, lambda: _parts("deepseek_v3", ["DeepseekV3MoE"])[0]),
     "nemotron3_nano": (2688, _nemotron(
