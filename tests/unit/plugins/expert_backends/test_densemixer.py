@@ -45,7 +45,8 @@ def routing_of(logits: Tensor, normalised: bool, drop: bool = False) -> Routing:
 
 def every_output(x: Tensor, experts: ExpertBank) -> Tensor:
     """[T, E, D], each expert by itself."""
-    return torch.stack([torch.stack([output_of(experts, expert, row) for expert in range(EXPERTS)]) for row in x])
+    every = range(experts.num_experts)
+    return torch.stack([torch.stack([output_of(experts, e, row) for e in every]) for row in x.double()]).to(x.dtype)
 
 
 def by_formula(logits: Tensor, outputs: Tensor, upstream: Tensor, normalised: bool) -> Tensor:
