@@ -24,7 +24,8 @@ import moelab
 from layer import Contender, LayerShape, backends_for, bank_of, draw_routing, recorded, time_in_turn
 from moelab import ExpertBackend, Routing
 from moelab.config.model import ModelConfig, MoEConfig
-from moelab.moe.experts import ExpertBank, swiglu
+from moelab.moe.activation import SwiGLU
+from moelab.moe.experts import ExpertBank
 from moelab.nn.count import count_parameters, flops_per_token
 from moelab_plugins.expert_backends._megablocks_install import load as load_kernels
 from moelab_plugins.expert_backends._megablocks_install import missing
@@ -158,7 +159,7 @@ def _peers(shape: LayerShape, x: Tensor, routing: Routing) -> dict[str, Contende
     width = shape.top_k * shape.width
     up = torch.nn.Parameter(0.02 * torch.randn(2 * width, shape.hidden, device=x.device, dtype=x.dtype))
     down = torch.nn.Parameter(0.02 * torch.randn(width, shape.hidden, device=x.device, dtype=x.dtype))
-    peers = {"dense FFN": Contender(lambda: swiglu(x @ up.t()) @ down, [x, up, down])}
+    peers = {"dense FFN": Contender(lambda: SwiGLU()(*(x @ up.t()).chunk(2, -1)) @ down, [x, up, down])}
     if importlib.util.find_spec("transformers") is None:
         return peers
     from transformers import Qwen2MoeConfig

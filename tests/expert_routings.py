@@ -8,15 +8,23 @@ import torch
 from torch import Tensor
 
 from moelab import Routing
+from moelab.moe.activation import Activation
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
 
 EXPERTS, TOP_K = 6, 2
 
 
-def bank(hidden: int = 16, width: int = 8, dtype: torch.dtype = torch.float64, experts: int = EXPERTS) -> ExpertBank:
+def bank(
+    hidden: int = 16,
+    width: int = 8,
+    dtype: torch.dtype = torch.float64,
+    experts: int = EXPERTS,
+    activation: Activation | None = None,
+    bias: bool = False,
+) -> ExpertBank:
     """Random weights."""
-    made = ExpertBank(ExpertLayout(experts, TOP_K, width), hidden).to(dtype)
+    made = ExpertBank(ExpertLayout(experts, TOP_K, width), hidden, activation, bias=bias).to(dtype)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return made
@@ -75,15 +83,22 @@ CASES: dict[str, Callable[[], Routing]] = {
 def reference(x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
     """Every assignment by itself, in float64: no sorting, no grouping, no in-place sums."""
     out = [torch.zeros(x.shape[1], dtype=torch.float64) for _ in range(routing.num_tokens)]
-    gate_up, down = bank.gate_up.double(), bank.down.double()
-    width = down.shape[1]
     for token, expert, weight in zip(
         routing.token.tolist(), routing.expert.tolist(), routing.weight.double(), strict=True
     ):
-        hidden = gate_up[expert] @ x[token].double()
-        act = hidden[:width] * torch.sigmoid(hidden[:width]) * hidden[width:]
-        out[token] = out[token] + weight * (down[expert].T @ act)
+        out[token] = out[token] + weight * output_of(bank, expert, x[token].double())
     return torch.stack(out) if out else torch.zeros(0, x.shape[1], dtype=torch.float64)
+
+
+def output_of(bank: ExpertBank, expert: int, x: Tensor) -> Tensor:
+    """x [D] -> [D], in float64."""
+    pre = bank.gate_up[expert].double() @ x
+    if bank.gate_up_bias is not None:
+        pre = pre + bank.gate_up_bias[expert].double()
+    width = bank.moe_intermediate_size
+    act = bank.activation(pre[:width], pre[width:]) if bank.activation.gated else bank.activation(pre)
+    y = bank.down[expert].double().T @ act
+    return y if bank.down_bias is None else y + bank.down_bias[expert].double()
 
 
 def gradients(y: Tensor, upstream: Tensor, inputs: list[Tensor]) -> list[Tensor]:

@@ -70,6 +70,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]] =
         [COMMUNICATION, {"name": "expert_router_coupling", "weight": 0.1}],
         {"allow_noncausal": True},
     ),
+    "latent": ({"name": "softmax_topk"}, [GLOBAL], {"moe_latent_size": 16, "moe_latent_norm": True}),
     "densemixer": ({"name": "softmax_topk"}, [], {"backend": {"name": "densemixer"}}),
 }
 # name -> (parallel, micro-batch size); the batch has 8 sequences
@@ -95,9 +96,11 @@ def model_config(name: str) -> ModelConfig:
         balance_losses=losses,
         **more,
     )
+    feed_forward = {"activation": {"name": "clamped_swiglu"}, "mlp_bias": True} if name == "latent" else {}
     return ModelConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.2, tie_word_embeddings=True, moe=moe,
+        **feed_forward,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moelab.errors import CheckpointError, ConfigError, DataError, RunFailure, UserError
     from moelab.hookspecs import hookimpl
     from moelab.loading import load
+    from moelab.moe.activation import Activation, ActivationContext
     from moelab.moe.batch_statistics import BatchStatistics
     from moelab.moe.contracts import (
         BackendContext,
@@ -56,6 +57,7 @@ _HOMES = {
     "moelab.errors": ("CheckpointError", "ConfigError", "DataError", "RunFailure", "UserError"),
     "moelab.hookspecs": ("hookimpl",),
     "moelab.loading": ("load",),
+    "moelab.moe.activation": ("Activation", "ActivationContext"),
     "moelab.moe.batch_statistics": ("BatchStatistics",),
     "moelab.moe.contracts": (
         "BackendContext",
@@ -83,6 +85,8 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Activation",
+    "ActivationContext",
     "BackendContext",
     "BalanceContext",
     "BalanceLoss",

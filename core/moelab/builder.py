@@ -13,6 +13,7 @@ from moelab.config.model import ModelConfig
 from moelab.config.rope_scaling import as_part
 from moelab.errors import ConfigError
 from moelab.hookspecs import (
+    ACTIVATIONS,
     ATTENTIONS,
     BALANCE_LOSSES,
     EXPERT_BACKENDS,
@@ -24,6 +25,7 @@ from moelab.hookspecs import (
 )
 from moelab.layouts import build_layout, build_layouts
 from moelab.moe import promises
+from moelab.moe.activation import Activation, ActivationContext, SwiGLU
 from moelab.moe.balance import COMMON_KEYS, NamedLoss, split_common
 from moelab.moe.block import MoEBlock
 from moelab.moe.contracts import BackendContext, BalanceLossContext, ExpertBackend, MoEContext
@@ -33,7 +35,8 @@ from moelab.moe.per_layer import LayerParts, layer_parts, match_layers
 from moelab.nn.attention import attention_context
 from moelab.nn.attention_inputs import AttentionKernel
 from moelab.nn.init import initialise, release
-from moelab.nn.mlp import SwiGLU
+from moelab.nn.latent import LatentProjection
+from moelab.nn.mlp import MLP
 from moelab.nn.positional_promises import attention_built, scaling_built
 from moelab.nn.rope import RopeContext, RopeScaling
 from moelab.nn.transformer import Transformer
@@ -119,6 +122,7 @@ def resolve_model(config: ModelConfig, registry: Registry) -> None:
         config.rope_scaling = registry.resolve(ROPE_SCALINGS, as_part(config.rope_scaling), ROPE_SCALINGS.key)
     if config.attention is not None:
         config.attention = registry.resolve(ATTENTIONS, config.attention, ATTENTIONS.key)
+    config.activation = registry.resolve(ACTIVATIONS, config.activation, ACTIVATIONS.key)
     moe = config.moe
     if moe is None:
         return
@@ -171,8 +175,10 @@ def reposition(
     model.take_positions(changed, kernels, scaling)
 
 
-def moe_context(config: ModelConfig, layout: ExpertLayout, layer_id: int) -> MoEContext:
-    """What the router and the shared expert of a layer are built from."""
+def moe_context(
+    config: ModelConfig, layout: ExpertLayout, layer_id: int, activation: Activation | None = None
+) -> MoEContext:
+    """What the router and the shared expert of a layer are built from; `activation` None: SwiGLU."""
     return MoEContext(
         hidden_size=config.hidden_size,
         num_experts=layout.num_experts,
@@ -184,24 +190,42 @@ def moe_context(config: ModelConfig, layout: ExpertLayout, layer_id: int) -> MoE
         vocab_size=config.vocab_size,
         initializer_range=config.initializer_range,
         allow_noncausal=config.moe is not None and config.moe.allow_noncausal,
+        activation=activation or SwiGLU(),
+        mlp_bias=config.mlp_bias,
     )
 
 
-def _mlps(config: ModelConfig, registry: Registry) -> Iterator[SwiGLU | MoEBlock]:
+def _mlps(config: ModelConfig, registry: Registry) -> Iterator[MLP | MoEBlock]:
     if config.moe is None:
-        for _ in range(config.num_hidden_layers):
-            yield SwiGLU(config.hidden_size, config.intermediate_size)
+        for layer_id in range(config.num_hidden_layers):
+            yield _dense(config, _activation(config, registry, layer_id))
         return
     for layer_id, parts in enumerate(layer_parts(config.moe, config.num_hidden_layers)):
         yield _mlp(config, registry, parts, layer_id)
 
 
-def _mlp(config: ModelConfig, registry: Registry, parts: LayerParts, layer_id: int) -> SwiGLU | MoEBlock:
+def _dense(config: ModelConfig, activation: Activation) -> MLP:
+    return MLP(config.hidden_size, config.intermediate_size, activation, config.mlp_bias)
+
+
+def _activation(config: ModelConfig, registry: Registry, layer_id: int) -> Activation:
+    context = ActivationContext(config.hidden_size, layer_id, config.num_hidden_layers)
+    activation = registry.build(ACTIVATIONS, config.activation, context, ACTIVATIONS.key)
+    _refuse(
+        registry.part(ACTIVATIONS, config.activation, ACTIVATIONS.key, layer_id),
+        promises.activation_built(activation),
+        activation,
+    )
+    return activation
+
+
+def _mlp(config: ModelConfig, registry: Registry, parts: LayerParts, layer_id: int) -> MLP | MoEBlock:
     assert config.moe is not None
     layout = build_layout(config, registry, parts, layer_id)
+    activation = _activation(config, registry, layer_id)
     if layout is None:
-        return SwiGLU(config.hidden_size, config.intermediate_size)
-    context = moe_context(config, layout, layer_id)
+        return _dense(config, activation)
+    context = moe_context(config, layout, layer_id, activation)
     named = {
         "router": registry.part(ROUTERS, parts.router, parts.where("router"), layer_id),
         "shared_expert": registry.part(SHARED_EXPERTS, parts.shared_expert, parts.where("shared_expert"), layer_id),
@@ -217,12 +241,28 @@ def _mlp(config: ModelConfig, registry: Registry, parts: LayerParts, layer_id: i
         layout,
         layer_id,
         router,
-        ExpertBank(layout, config.hidden_size),
+        ExpertBank(layout, _expert_hidden_size(config), activation, bias=config.mlp_bias),
         backend,
         shared,
+        latent=_latent(config),
         chunk=config.moe.expert_chunk,
         parts=named,
     )
+
+
+def _expert_hidden_size(config: ModelConfig) -> int:
+    """Of what the routed experts read and write. Raises ConfigError for a latent space that is none."""
+    assert config.moe is not None
+    config.moe.check_latent(config.hidden_size, "model.moe")
+    return config.moe.moe_latent_size or config.hidden_size
+
+
+def _latent(config: ModelConfig) -> LatentProjection | None:
+    moe = config.moe
+    if moe is None or moe.moe_latent_size is None:
+        return None
+    norm = config.rms_norm_eps if moe.moe_latent_norm else None
+    return LatentProjection(config.hidden_size, moe.moe_latent_size, norm)
 
 
 def _refuse(part: PluginPart, fault: str | None, built: object) -> None:
@@ -243,7 +283,7 @@ def _backend(
                 for name in names
             }
 
-        return BackendContext(layout, config.hidden_size, layer_id, others)
+        return BackendContext(layout, _expert_hidden_size(config), layer_id, others)
 
     chosen = str(parts.backend.get("name"))
     return registry.build(EXPERT_BACKENDS, parts.backend, context(frozenset({chosen})), parts.where("backend"))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         SharedInitialiser,
         UpcycleContext,
     )
+    from moelab.moe.activation import Activation, ActivationContext
     from moelab.moe.contracts import (
         BackendContext,
         BalanceLoss,
@@ -73,6 +74,11 @@ SHARED_EXPERTS: ExtensionPoint[MoEContext, SharedExpert | None] = ExtensionPoint
     "shared expert", "moelab_shared_experts", "model.moe.shared_expert", "moelab_plugins.shared_experts",
     "The expert that every token passes through: x [T, D] -> [T, D]; None for no such expert.",
     check="check_shared_expert",
+)  # fmt: skip
+ACTIVATIONS: ExtensionPoint[ActivationContext, Activation] = ExtensionPoint(
+    "activation", "moelab_activations", "model.activation", "moelab_plugins.activations",
+    "What stands between the matrices of every feed-forward part: (gate, up) [..., F] -> [..., F], or (up) alone.",
+    check="check_activation",
 )  # fmt: skip
 EXPERT_LAYOUTS: ExtensionPoint[LayoutContext, ExpertLayout | None] = ExtensionPoint(
     "expert layout", "moelab_expert_layouts", "model.moe.layout", "moelab_plugins.expert_layouts",

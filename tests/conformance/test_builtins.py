@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from moelab import Registry, testing
 from moelab.hookspecs import (
+    ACTIVATIONS,
     ATTENTIONS,
     BALANCE_LOSSES,
     DATA_SOURCES,
@@ -153,6 +155,33 @@ SURGERY_CASES: dict[str, list[dict[str, Any]]] = {
     "revive": [{}, {"experts": [2]}],
     "top_k": [{"num_experts_per_tok": 3}],
 }
+ACTIVATION_CASES: dict[str, list[tuple[dict[str, Any], Callable[..., Tensor]]]] = {
+    "swiglu": [({}, lambda g, u: g / (1 + torch.exp(-g)) * u)],
+    "relu": [({}, lambda u: torch.where(u > 0, u, torch.zeros_like(u)))],
+    "gelu": [
+        ({}, lambda u: u * (1 + torch.erf(u / math.sqrt(2))) / 2),
+        ({"approximate": "tanh"}, lambda u: u / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))),
+    ],
+    "relu2": [({}, lambda u: torch.where(u > 0, u**2, torch.zeros_like(u)))],
+    "clamped_swiglu": [
+        ({}, lambda g, u: _clamped(g, u, 7.0)),
+        ({"swiglu_limit": 1.0}, lambda g, u: _clamped(g, u, 1.0)),
+    ],
+    "situ_glu": [
+        ({}, lambda g, u: _capped(g, u, 4.0, 25.0)),
+        ({"gate_cap": 1.5, "up_cap": 2.0}, lambda g, u: _capped(g, u, 1.5, 2.0)),
+    ],
+}
+
+
+def _clamped(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    g, u = torch.minimum(gate, torch.tensor(limit)), torch.clamp(up, -limit, limit)
+    return (u + 1) * g / (1 + torch.exp(-1.702 * g))
+
+
+def _capped(gate: Tensor, up: Tensor, gate_cap: float, up_cap: float) -> Tensor:
+    return gate_cap * torch.tanh(gate / gate_cap) / (1 + torch.exp(-gate)) * up_cap * torch.tanh(up / up_cap)
+
 
 # name -> (options, definition): the last from positions within a document, as `testing.attentions.Definition`.
 ATTENTION_CASES: dict[str, list[tuple[dict[str, Any], Callable[..., Any]]]] = {
@@ -215,6 +244,7 @@ def llama3_frequency(plain: float) -> float:
     [
         (ATTENTIONS, ATTENTION_CASES),
         (ROPE_SCALINGS, ROPE_SCALING_CASES),
+        (ACTIVATIONS, ACTIVATION_CASES),
         (ROUTERS, ROUTER_CASES),
         (BALANCE_LOSSES, LOSS_CASES),
         (EXPERT_LAYOUTS, LAYOUT_CASES),
@@ -284,6 +314,19 @@ def test_an_attention_conforms(
 def test_a_rope_scaling_conforms(name: str) -> None:
     options, reference = ROPE_SCALING_CASES[name]
     testing.check_rope_scaling(REGISTRY.components(ROPE_SCALINGS)[name], options, reference)
+
+
+@pytest.mark.parametrize("check", testing.ACTIVATION_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    ("name", "options", "reference"), [(name, *case) for name, cases in ACTIVATION_CASES.items() for case in cases]
+)
+def test_an_activation_conforms(
+    name: str,
+    options: dict[str, Any],
+    reference: Callable[..., Tensor],
+    check: Callable[[testing.ActivationCase], None],
+) -> None:
+    check(testing.ActivationCase(REGISTRY.components(ACTIVATIONS)[name], options, reference))
 
 
 @pytest.mark.parametrize("name", sorted(set(REGISTRY.components(EXPERT_BACKENDS)) - {"auto"}))

@@ -25,11 +25,13 @@ from moelab import (
     testing,
 )
 from moelab.initialisers import NeuronPlan
+from moelab.moe.activation import SwiGLU
 from moelab.moe.capacity import refuse_noncausal
-from moelab.moe.experts import swiglu
+from moelab.moe.experts import add_down_bias, add_up_bias
 from moelab.moe.surgery import ExpertRows, LayerPlan, NewExpert
-from moelab.nn.mlp import SwiGLU
+from moelab.nn.mlp import MLP
 from moelab.testing import (
+    activations,
     backends,
     balance_losses,
     data_sources,
@@ -412,7 +414,7 @@ def test_every_layout_check_has_a_planted_fault() -> None:
     assert all(any(c.__name__.startswith(n) for n in caught) for c in expert_layouts.EXPERT_LAYOUT_CHECKS)
 
 
-class GoodShared(SwiGLU):
+class GoodShared(MLP):
     intermediate_size = 20
 
     def __init__(self, options: Any, context: MoEContext) -> None:
@@ -432,18 +434,18 @@ class UnusedGate(GoodShared):
 
 
 SHARED_FAULTS = [
-    (type("Float32", (GoodShared,), {"forward": lambda s, x: SwiGLU.forward(s, x).float()}),
+    (type("Float32", (GoodShared,), {"forward": lambda s, x: MLP.forward(s, x).float()}),
      "returns_the_shape_and_dtype"),
-    (type("Narrows", (GoodShared,), {"forward": lambda s, x: SwiGLU.forward(s, x)[:, :3]}),
+    (type("Narrows", (GoodShared,), {"forward": lambda s, x: MLP.forward(s, x)[:, :3]}),
      "returns_the_shape_and_dtype"),
     (type("NoWidth", (GoodShared,), {"intermediate_size": None}), "says_how_wide_it_is"),
-    (type("Leaks", (GoodShared,), {"forward": lambda s, x: SwiGLU.forward(s, x) + x.cumsum(0)}), "tokens_are_apart"),
+    (type("Leaks", (GoodShared,), {"forward": lambda s, x: MLP.forward(s, x) + x.cumsum(0)}), "tokens_are_apart"),
     (UnusedGate, "gradients_reach_all_parameters"),
     (KeepsOutput, "keeps_nothing_and_restores"),
     (type("Asks", (GoodShared,), {
-        "forward": lambda s, x: SwiGLU.forward(s, x) * (1 if not len(x) or x.max() < 9 else 2)}),
+        "forward": lambda s, x: MLP.forward(s, x) * (1 if not len(x) or x.max() < 9 else 2)}),
      "waits_for_nothing"),
-    (type("Twice", (GoodShared,), {"forward": lambda s, x: 2 * SwiGLU.forward(s, x)}), "equals_its_closed_form"),
+    (type("Twice", (GoodShared,), {"forward": lambda s, x: 2 * MLP.forward(s, x)}), "equals_its_closed_form"),
 ]  # fmt: skip
 
 
@@ -467,6 +469,67 @@ def test_every_shared_expert_check_has_a_planted_fault() -> None:
     assert all(any(c.__name__.startswith(n) for n in caught) for c in shared_experts.SHARED_EXPERT_CHECKS)
 
 
+class GoodActivation:
+    gated = True
+
+    def __init__(self, options: Any, context: Any) -> None:
+        pass
+
+    def act(self, gate: Tensor, up: Tensor) -> Tensor:
+        return torch.tanh(gate) * up
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.act(*inputs)
+
+
+class Forgets(GoodActivation):
+    """Half of the gradient."""
+
+    def differentiate(self, *inputs: Tensor) -> Any:
+        def pullback(grad: Tensor, *outs: Tensor) -> None:
+            outs[0].zero_()
+            outs[1].copy_(grad * torch.tanh(inputs[0]))
+
+        return self(*inputs), pullback
+
+
+def _activation(title: str, act: Any) -> Any:
+    return type(title, (GoodActivation,), {"act": act})
+
+
+ACTIVATION_FAULTS = [
+    (type("NoGated", (GoodActivation,), {"gated": None}), "returns_the_shape_and_dtype_of_its_inputs"),
+    (_activation("InPlace", lambda s, g, u: torch.tanh(g).mul_(u) + u.mul_(1.5)),
+     "returns_the_shape_and_dtype_of_its_inputs"),
+    (_activation("Float32", lambda s, g, u: g.float() * u.float()), "returns_the_shape_and_dtype_of_its_inputs"),
+    (_activation("Sigmoid", lambda s, g, u: torch.sigmoid(g) + u * 0), "makes_nothing_of_nothing"),
+    (_activation("Softmax", lambda s, g, u: torch.softmax(g, -1) * u), "neurons_are_apart"),
+    (_activation("Noise", lambda s, g, u: torch.rand_like(g) * u), "repeats"),
+    (Forgets, "differentiates_as_autograd_does"),
+    (_activation("Asks", lambda s, g, u: g * u * (1.0 if not g.numel() or g.max() < 9 else 2.0)), "waits_for_nothing"),
+    (_activation("Twice", lambda s, g, u: 2 * torch.tanh(g) * u), "equals_its_closed_form"),
+]  # fmt: skip
+
+
+def _gate_by_tanh(gate: Tensor, up: Tensor) -> Tensor:
+    return (torch.exp(2 * gate) - 1) / (torch.exp(2 * gate) + 1) * up
+
+
+def test_a_sound_activation_passes() -> None:
+    testing.check_activation(component("good", NoOptions, GoodActivation), reference=_gate_by_tanh)
+
+
+@pytest.mark.parametrize(("fault", "check"), ACTIVATION_FAULTS, ids=lambda v: getattr(v, "__name__", v))
+def test_a_faulty_activation_is_caught(fault: Any, check: str) -> None:
+    with pytest.raises(testing.ConformanceError, match=check):
+        testing.check_activation(component("bad", NoOptions, fault), reference=_gate_by_tanh)
+
+
+def test_every_activation_check_has_a_planted_fault() -> None:
+    caught = [check for _, check in ACTIVATION_FAULTS]
+    assert all(any(c.__name__.startswith(n) for n in caught) for c in activations.ACTIVATION_CHECKS)
+
+
 class GoodBackend:
     name = "good"
 
@@ -477,9 +540,15 @@ class GoodBackend:
         return None
 
     def mix(self, x: Tensor, routing: Routing, bank: Any) -> Tensor:
-        rows = swiglu(torch.einsum("nd,nfd->nf", x[routing.token], bank.gate_up[routing.expert]))
-        out = torch.einsum("nf,nfd->nd", rows, bank.down[routing.expert]) * routing.weight[:, None]
-        return torch.zeros_like(x).index_add(0, routing.token, out)
+        pre = torch.einsum("nd,nfd->nf", x[routing.token], bank.gate_up[routing.expert])
+        out = torch.einsum(
+            "nf,nfd->nd", self.act(add_up_bias(pre, routing.expert, bank), bank), bank.down[routing.expert]
+        )
+        y = torch.zeros_like(x).index_add(0, routing.token, out * routing.weight[:, None])
+        return self.bias(y, routing, bank)
+
+    act = staticmethod(lambda pre, bank: bank.activate(pre))
+    bias = staticmethod(add_down_bias)
 
     def __call__(self, x: Tensor, routing: Routing, bank: Any) -> Tensor:
         return self.mix(x, routing, bank)
@@ -512,6 +581,11 @@ BACKEND_FAULTS = [
     (_backend("AssumesOrder", _mean_of_top_k), "serves_any_number_of_experts_per_token"),
     (_backend("WeighsPlaceholders", lambda s, x, r, b: GoodBackend.mix(
         s, x, r if r.served is None else replace(r, weight=r.weight.clamp_min(0.1)), b)), "serves_placeholders"),
+    (_backend("KnowsSwiGLU", GoodBackend.mix, act=staticmethod(
+        lambda pre, bank: SwiGLU()(*pre.chunk(2, -1)) if bank.activation.gated else bank.activate(pre))),
+     "serves_any_activation_or_says_not"),
+    (_backend("ForgetsBias", GoodBackend.mix, bias=staticmethod(lambda y, routing, bank: y)),
+     "serves_biases_or_says_not"),
 ]  # fmt: skip
 
 

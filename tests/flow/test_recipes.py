@@ -50,6 +50,12 @@ RECIPES: dict[str, list[str]] = {
         *SMALL, "model.moe.shared_expert.intermediate_size=16",
         "model.moe.router.document_pool={smallest: 2, largest: 8}",
     ],
+    "qwen3_moe": SMALL,
+    "qwen3_next": [*SMALL, "model.moe.shared_expert.intermediate_size=16"],
+    "gpt_oss": SMALL,
+    "nemotron3_nano": [*SMALL, "model.moe.shared_expert.intermediate_size=24"],
+    "nemotron3_super": [*SMALL, "model.moe.shared_expert.intermediate_size=24", "model.moe.moe_latent_size=16"],
+    "kimi_k3": [*SMALL, "model.moe.shared_expert.intermediate_size=16", "model.moe.moe_latent_size=16"],
 }  # fmt: skip
 # What else a router needs in the tiny config.
 NEEDS: dict[str, list[str]] = {

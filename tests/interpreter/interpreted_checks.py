@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from expert_routings import CASES, EXPERTS, TOP_K, bank, gradients, reference
-from moelab import BackendContext, Routing
+from moelab import ActivationContext, BackendContext, Registry, Routing
+from moelab.hookspecs import ACTIVATIONS
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.layout import ExpertLayout
 from moelab_plugins.expert_backends._megablocks_install import has_extension, load
@@ -34,6 +35,23 @@ def test_output_and_every_gradient_equal_the_reference(case: str):
     ):
         # 2e-7 relative was measured; sums of 128 fp32 products.
         scale = float(theirs.detach().abs().max()) if theirs.numel() else 0.0
+        torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("name", ["relu2", "clamped_swiglu"])
+@pytest.mark.parametrize("case", ["skewed", "starved", "expert_choice"])
+def test_other_activations_and_biases_too(name: str, case: str):
+    """Biases of an expert's own block columns, and those of tokens in the kernels' own order."""
+    act = Registry(entry_points=False).build(ACTIVATIONS, {"name": name}, ActivationContext(128, 0, 1), "here")
+    routing, experts = CASES[case](), bank(128, 256, torch.float32, activation=act, bias=True)
+    x = torch.randn(routing.num_tokens, 128, requires_grad=True)
+    upstream = torch.randn(routing.num_tokens, 128)
+    inputs = [x, routing.weight, *experts.parameters()]
+    found, wanted = _backend()(x, routing, experts), reference(x, routing, experts)
+    for ours, theirs in zip(
+        [found, *gradients(found, upstream, inputs)], [wanted, *gradients(wanted, upstream, inputs)], strict=True
+    ):
+        scale = float(theirs.detach().abs().max())
         torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=1e-5 * scale)
 
 

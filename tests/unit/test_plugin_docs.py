@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moelab import Registry
-from moelab.hookspecs import BALANCE_LOSSES, EXPERT_LAYOUTS, ROUTERS, SHARED_EXPERTS
+from moelab.hookspecs import ACTIVATIONS, BALANCE_LOSSES, EXPERT_LAYOUTS, ROUTERS, SHARED_EXPERTS
 from moelab_tools.describe_plugins import describe_point
 from moelab_tools.plugin_pages import pages
 
@@ -42,6 +42,7 @@ def test_the_documented_router_conforms_and_is_listed(root: Path, tmp_path: Path
     ("hook", "check"),
     [
         ("moelab_observers", "check_observer(component)"),
+        ("moelab_activations", "check_activation(component)"),
         ("moelab_data_sources", "check_data_source(component, {'file': 'rows.txt'})"),
         ("moelab_balance_losses", "check_balance_loss(component, balanced=0.0)"),
     ],
@@ -60,7 +61,9 @@ def test_a_generated_page_is_up_to_date(root: Path, name: str) -> None:
     assert found == pages()[name], "run: python -m moelab_tools.plugin_pages docs/plugins"
 
 
-@pytest.mark.parametrize("point", [ROUTERS, BALANCE_LOSSES, EXPERT_LAYOUTS, SHARED_EXPERTS], ids=lambda p: p.hook)
+@pytest.mark.parametrize(
+    "point", [ROUTERS, BALANCE_LOSSES, EXPERT_LAYOUTS, SHARED_EXPERTS, ACTIVATIONS], ids=lambda p: p.hook
+)
 def test_every_builtin_says_source_use_and_cost(point: object) -> None:
     for entry in describe_point(Registry(entry_points=False), point):  # type: ignore[arg-type]
         assert {"Source", "Use", "Cost"} <= entry.sections.keys(), entry.name

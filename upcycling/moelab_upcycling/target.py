@@ -14,7 +14,7 @@ from moelab.errors import CheckpointError, ConfigError, near
 from moelab.hf.carried import check_vocabulary
 from moelab.hf.checkpoint_folder import CheckpointFolder
 from moelab.hf.config import read_fields
-from moelab.hf.moe_formats import MOE_FORMATS, MoEFormat
+from moelab.hf.moe_formats import MOE_FORMATS, WRITABLE, MoEFormat
 from moelab.hf.positions import attention_fields, rope_fields
 from moelab.layouts import build_layouts
 from moelab.moe.layout import ExpertLayout
@@ -24,6 +24,7 @@ from moelab.registry import Registry
 _FIXED = (
     "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "rope_scaling", "attention", "qkv_bias", "use_qk_norm",
+    "activation", "mlp_bias",
 )  # fmt: skip
 # Fields of a dense config.json that mean the same in a Qwen2-MoE one.
 _CARRIED = (
@@ -100,11 +101,11 @@ def target_kind(config: UpcycleConfig, source: ModelConfig) -> str:
     """The model_type of the output. ConfigError for one whose attention is not the source's."""
     if source.moe is not None:
         raise CheckpointError(f"{config.sources[0]}: has experts already; only a dense model can be upcycled")
-    normed = {model_type: kind.model.get("use_qk_norm", False) for model_type, kind in MOE_FORMATS.items()}
+    normed = {model_type: kind.model.get("use_qk_norm", False) for model_type, kind in WRITABLE.items()}
     own = next(model_type for model_type, has in normed.items() if has == source.use_qk_norm)
     chosen = config.target or own
-    if chosen not in MOE_FORMATS:
-        raise ConfigError(f"target: must be one of {', '.join(MOE_FORMATS)}, not '{chosen}'")
+    if chosen not in WRITABLE:
+        raise ConfigError(f"target: must be one of {', '.join(WRITABLE)}, not '{chosen}'")
     kind = MOE_FORMATS[chosen]
     if normed[chosen] != source.use_qk_norm:
         has = "norms on q and k, which" if source.use_qk_norm else "no norms on q and k, and"
@@ -128,6 +129,11 @@ def _with_experts(
     kind = MOE_FORMATS[model_type]
     if moe.layers:
         raise ConfigError(f"model.moe.layers: a {kind.title} checkpoint has no parts by layer; leave it out")
+    if moe.moe_latent_size is not None:
+        raise ConfigError(
+            "model.moe.moe_latent_size: experts made of a dense FFN's neurons read and write the full hidden size; "
+            "leave it out"
+        )
     layouts = _layouts(dense, moe, registry)
     router, shared = dict(moe.router), dict(moe.shared_expert)
     if router.get("name") != "softmax_topk":
@@ -218,7 +224,8 @@ def _config_json(
     """In the style of transformers 4: 4.57 reads theta 10,000 from a config that has only `rope_parameters`."""
     carried = {key: raw[key] for key in _CARRIED if raw.get(key) is not None}
     sizes = {field.name: getattr(dense, field.name) for field in fields(ModelConfig) if field.name != "moe"}
-    del sizes["use_qk_norm"]  # what the kind of model says
+    for key in ("use_qk_norm", "activation", "mlp_bias"):  # what the kind of model says
+        del sizes[key]
     del sizes["rope_scaling"], sizes["attention"]  # said in config.json's own words
     if sizes["head_dim"] is None:
         del sizes["head_dim"]

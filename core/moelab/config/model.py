@@ -27,12 +27,28 @@ class MoEConfig:
     backend: Part = field(default_factory=lambda: {"name": "auto"})  # what computes the experts
     # Terms of the training loss; each takes `layers`, a pattern like "0-3,7", and `schedule` of its weight too.
     balance_losses: list[Part] = field(default_factory=list)
+    # Width of the space that routed experts read and write, one projection there and one back a layer; router and
+    # shared expert stay at hidden_size. null: no such space
+    moe_latent_size: int | None = None
+    moe_latent_norm: bool = False  # RMSNorm over the sum of a token's experts, before the projection back
     expert_chunk: int | None = (
         None  # assignments a layer computes at once; more take longer, not more memory. None: all
     )
     allow_noncausal: bool = False  # let routers that look at later tokens into this decoder
     # Parts of single layers in place of those above: {"0": {router: ...}, "20-27": {...}}.
     layers: dict[str, dict[str, Part]] = field(default_factory=dict)
+
+    def check_latent(self, hidden_size: int, where: str) -> None:
+        """Raise ConfigError for a latent space that is none: as wide as the model or wider, or a norm without one."""
+        size = self.moe_latent_size
+        if size is None:
+            if self.moe_latent_norm:
+                raise ConfigError(f"{where}.moe_latent_norm: there is no latent space; set {where}.moe_latent_size too")
+        elif not 1 <= size < hidden_size:
+            raise ConfigError(
+                f"{where}.moe_latent_size: must be in 1 .. {hidden_size - 1}, narrower than hidden_size {hidden_size}, "
+                f"not {size}; null: experts at the full width"
+            )
 
 
 @dataclass
@@ -54,6 +70,9 @@ class ModelConfig:
     qkv_bias: bool = True  # biases on q, k and v: Qwen2 has them; Llama, Mistral and Qwen3 don't
     use_qk_norm: bool = False  # RMSNorm over each head of q and k, as Qwen3 has it
     tie_word_embeddings: bool = False  # the output projection is the embedding
+    # Between the matrices of dense layers, routed experts and shared experts alike.
+    activation: Part = field(default_factory=lambda: {"name": "swiglu"})
+    mlp_bias: bool = False  # biases on the matrices of those; a latent space's projections have none
     initializer_range: float = 0.02  # standard deviation of new weights
     moe: MoEConfig | None = None  # experts in place of the dense FFN; null: none
 

@@ -22,6 +22,7 @@ from moelab.hf.files import read_json
 from moelab.hf.gguf_file import GGUFFile, gguf_of
 from moelab.hf.moe_formats import MOE_FORMATS, MoEFormat
 from moelab.hf.positions import read_attention, read_rope_scaling, ropes
+from moelab.hf.unexpressed import UNEXPRESSED
 from moelab.hookspecs import DENSE_SOURCES
 from moelab.registry import Registry
 
@@ -110,6 +111,8 @@ def _kind(fields: Fields, registry: Registry | None) -> tuple[str, DenseArchitec
     model_type, architectures = fields.get("model_type"), fields.get("architectures")
     registry = registry or Registry(points=(DENSE_SOURCES,))
     dense = registry.components(DENSE_SOURCES)
+    if isinstance(model_type, str) and model_type in UNEXPRESSED and model_type not in dense:
+        fields.refuse("model_type", f"moelab's decoder can't compute {'; nor '.join(UNEXPRESSED[model_type])}")
     if not isinstance(model_type, str) or model_type not in dense.keys() | MOE_FORMATS.keys():
         known = ", ".join([*dense, *MOE_FORMATS])
         if model_type == ADAPTED:  # of any router, so no format of ours but transformers' own reads it

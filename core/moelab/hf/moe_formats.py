@@ -1,8 +1,9 @@
-"""The layouts with experts that transformers loads and moelab reads and writes: Qwen2-MoE, Qwen3-MoE and Mixtral.
+"""The layouts with experts that transformers loads and moelab reads: Qwen2-MoE, Qwen3-MoE, Mixtral and dots1.
 
-After transformers 5.23: models/{qwen2_moe,qwen3_moe,mixtral}/configuration_*.py and modeling_*.py. All three take a
-softmax over all experts and then the top k; they differ in the shared expert, in normalisation, in the attention and in
-names. Free of torch.
+After transformers 5.23: models/{qwen2_moe,qwen3_moe,mixtral,dots1}/configuration_*.py and modeling_*.py. The first
+three, which are written too, take a softmax over all experts and then the top k; they differ in the shared expert, in
+normalisation, in the attention and in names. dots1 is DeepSeek-V3's experts and router under Qwen3's attention.
+Free of torch.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class MoEFormat:
     # config.json in Qwen2-MoE's fields -> in its own
     written: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
 
+    writable: bool = True  # also a target of upcycling and of an export
     always_normalised: bool = False  # the weights of the chosen experts sum to one
     always_sparse: bool = False  # every layer has experts
 
@@ -115,6 +117,32 @@ def _mixtral(config: ModelConfig, fields: Fields) -> None:
     config.moe = _moe(counts, norm_topk_prob=True)
 
 
+def _dots1(config: ModelConfig, fields: Fields) -> None:
+    """Layers are dense up to `first_k_dense_replace`; the shared experts are one of their joint width."""
+    layers, first = config.num_hidden_layers, fields.number("max_window_layers", int, config.num_hidden_layers)
+    if fields.get("layer_types") is None and fields.get("sliding_window") is not None and first < layers:
+        fields.refuse("max_window_layers", "moelab attends to all earlier positions in every layer")
+    width, shared = fields.number("moe_intermediate_size", int), fields.number("n_shared_experts", int)
+    config.moe = MoEConfig(
+        layout={
+            "name": "first_dense",
+            "num_experts": fields.number("n_routed_experts", int),
+            "num_experts_per_tok": fields.number("num_experts_per_tok", int),
+            "moe_intermediate_size": width,
+            "first_k_dense_replace": fields.number("first_k_dense_replace", int, 0),
+        },
+        router={
+            "name": "sigmoid_topk",
+            "norm_topk_prob": fields.number("norm_topk_prob", bool, False),
+            "routed_scaling_factor": fields.number("routed_scaling_factor", float, 1.0),
+            "n_group": fields.number("n_group", int, 1),
+            "topk_group": fields.number("topk_group", int, 1),
+        },
+        shared_expert={"name": "plain", "intermediate_size": width * shared},
+        balance_losses=[],
+    )
+
+
 def _moe(layout: dict[str, Any], *, norm_topk_prob: bool) -> MoEConfig:
     """A loss is a choice of the training run, not of the weights: router_aux_loss_coef is left to its config."""
     return MoEConfig(
@@ -143,6 +171,11 @@ def _mixtral_name(name: str) -> str:
     name = _GATE.sub(r"\1.block_sparse_moe.gate.weight", name)
     found = _EXPERT.fullmatch(name)
     return f"{found[1]}.block_sparse_moe.experts.{found[2]}.{_W[found[3]]}.weight" if found else name
+
+
+def _dots1_parts(name: str, config: ModelConfig) -> list[Part]:
+    name = name.replace(".mlp.shared_experts.", ".mlp.shared_expert.")
+    return [Part(name.replace(".mlp.gate.e_score_correction_bias", ".mlp.router.bias"))]
 
 
 MOE_FORMATS: Mapping[str, MoEFormat] = {
@@ -181,4 +214,27 @@ MOE_FORMATS: Mapping[str, MoEFormat] = {
         always_normalised=True,
         always_sparse=True,
     ),
+    "dots1": MoEFormat(
+        "Dots1ForCausalLM",
+        "dots1",
+        _dots1,
+        model={"qkv_bias": False, "use_qk_norm": True},
+        only=WITHOUT_BIASES,
+        unused=frozenset(
+            {
+                "first_k_dense_replace",
+                "n_group",
+                "n_routed_experts",
+                "n_shared_experts",
+                "num_local_experts",
+                "routed_scaling_factor",
+                "scoring_func",
+                "topk_group",
+                "topk_method",
+            }
+        ),
+        parts=_dots1_parts,
+        writable=False,
+    ),
 }
+WRITABLE = {model_type: kind for model_type, kind in MOE_FORMATS.items() if kind.writable}

@@ -14,7 +14,7 @@ import torch
 
 from moelab.errors import CheckpointError
 from moelab.hf.loss_coefficient import aux_loss_fields
-from moelab.hf.moe_formats import MOE_FORMATS
+from moelab.hf.moe_formats import MOE_FORMATS, WRITABLE
 from moelab.hf.names import LM_HEAD, SparseShape, parameter_shapes, qwen2_moe_fields
 from moelab.hf.positions import attention_fields, rope_fields
 from moelab.moe.block import MoEBlock
@@ -39,6 +39,7 @@ def write_config(
     """
     blocks = _blocks(model)
     model_type, class_name = model_type_of(model)
+    _raise(_unlike_swiglu(model, blocks), model_type)
     fields = {
         "architectures": [class_name],
         "model_type": model_type,
@@ -101,7 +102,7 @@ WRITTEN: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "mistral": _as_mistral,
     "qwen2": dict,
     "qwen3": lambda fields: {**fields, "attention_bias": False},
-    **{model_type: kind.written for model_type, kind in MOE_FORMATS.items()},
+    **{model_type: kind.written for model_type, kind in WRITABLE.items()},
 }
 
 
@@ -166,6 +167,23 @@ def _moe_fields(model: Transformer, blocks: Mapping[int, MoEBlock], model_type: 
         "decoder_sparse_step": step,
         "mlp_only_layers": dense,
     }
+
+
+def _unlike_swiglu(model: Transformer, blocks: Mapping[int, MoEBlock]) -> list[str]:
+    """What of the feed-forward parts none of the kinds has a place for."""
+    reasons: dict[str, None] = {}
+    for layer_id, layer in enumerate(model.layers):
+        mlp: Any = blocks[layer_id].experts if layer_id in blocks else layer.mlp
+        answer = qwen2_moe_fields(mlp.activation)
+        if isinstance(answer, str):
+            reasons[answer] = None
+        elif answer != {"hidden_act": "silu"}:
+            reasons[f"model.activation says {answer}, and moelab writes SwiGLU alone"] = None
+    if model.config.mlp_bias:
+        reasons["model.mlp_bias is true, and its feed-forward layers have no biases"] = None
+    if any(block.latent is not None for block in blocks.values()):
+        reasons["model.moe.moe_latent_size is set, and its experts read and write the full hidden size"] = None
+    return list(reasons)
 
 
 def _shared_fields(block: MoEBlock, model_type: str) -> dict[str, Any] | str:

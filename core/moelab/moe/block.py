@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moelab.errors import ConfigError
 from moelab.moe import promises
 from moelab.moe.chunked import InChunks
-from moelab.moe.contracts import ExpertBackend, ExpertProblem, Router, SharedExpert
+from moelab.moe.contracts import ExpertBackend, ExpertProblem, Latent, Router, SharedExpert
 from moelab.moe.experts import ExpertBank, compute_dtype
 from moelab.moe.layout import ExpertLayout
 from moelab.moe.on_input import weigh_inputs
@@ -32,10 +32,14 @@ class MoEBlock(nn.Module):
         backend: ExpertBackend,
         shared_expert: SharedExpert | None = None,
         *,
+        latent: Latent | None = None,
         chunk: int | None = None,
         parts: Mapping[str, PluginPart] | None = None,
     ) -> None:
-        """`parts`: {"router", "backend", "shared_expert": how messages call it}; None: by their classes."""
+        """`latent`: the way to the experts' narrower space and back.
+
+        `parts`: {"router", "backend", "shared_expert": how messages call it}; None: by their classes.
+        """
         super().__init__()
         self.layout = layout
         self.layer_id = layer_id
@@ -43,6 +47,7 @@ class MoEBlock(nn.Module):
         self.experts = experts
         self.backend = backend
         self.shared_expert = shared_expert
+        self.latent = latent
         self.chunk = chunk
         self.dealt: Callable[[ExpertBackend], ExpertBackend] | None = None  # wraps what computes: experts elsewhere
         # Where parameters lie in pieces they are whole in the forward pass alone: what then makes the bank's (gate_up,
@@ -73,11 +78,14 @@ class MoEBlock(nn.Module):
             self._refuse("router", promises.routing_shape(routing, x, self.layout.num_experts))
         # On a CPU the number of real assignments is known at no cost; elsewhere placeholders of weight 0 are computed.
         served = routing.compact() if x.device.type == "cpu" else routing
-        self._check_backend(x, served)
+        rows = x if self.latent is None else self.latent.down(x)  # [T, L]
+        self._check_backend(rows, served)
         shown: list[Tensor] = []
-        y = self.experts(x, served, self._compute(shown if self.shows_experts or info.measure else None))
+        y = self.experts(rows, served, self._compute(shown if self.shows_experts or info.measure else None))
         if first:
-            self._refuse("backend", promises.output(y, x))
+            self._refuse("backend", promises.output(y, rows))
+        if self.latent is not None:
+            y = self.latent.up(y)
         if routing.bypass is not None:
             y = y + routing.bypass.to(y.dtype)
         shared = None if self.shared_expert is None else self.shared_expert(x)
@@ -92,6 +100,12 @@ class MoEBlock(nn.Module):
             return inner
         around = getattr(inner, "around", None)
         return self.dealt(inner) if around is None else around(self.dealt)
+
+    def routed(self, x: Tensor, routing: Routing) -> Tensor:
+        """What the experts of this process add for a routing, x [T, D] -> [T, D]; outside of a forward pass."""
+        if self.latent is None:
+            return self.reach(self.backend)(x, routing, self.experts)
+        return self.latent.up(self.reach(self.backend)(self.latent.down(x), routing, self.experts))
 
     def _compute(self, shown: list[Tensor] | None) -> Callable[[Tensor, Routing, ExpertBank], Tensor]:
         """The backend, in chunks where a cap is set, and around both the exchange with other processes.
@@ -138,10 +152,11 @@ class MoEBlock(nn.Module):
         kind = (x.device.type, compute_dtype(x), held.bit_length())
         if kind in self._served:
             return
-        width = self.layout.moe_intermediate_size
+        bank, width = self.experts, self.layout.moe_intermediate_size
         problem = ExpertProblem(
-            self.layout.num_experts, x.shape[-1], width, x.shape[0], held, x.device, compute_dtype(x)
-        )
+            self.layout.num_experts, x.shape[-1], width, x.shape[0], held, x.device, compute_dtype(x),
+            bank.activation, bank.down_bias is not None,
+        )  # fmt: skip
         reason = self.backend.supports(problem)
         self._refuse("backend", promises.support(reason))
         if reason is not None:

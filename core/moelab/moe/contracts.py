@@ -6,12 +6,13 @@ T tokens, D hidden size, E experts, K experts per token, F expert width, N assig
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from moelab.moe.activation import Activation, SwiGLU
 from moelab.moe.layout import ExpertLayout
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
 
@@ -33,6 +34,8 @@ class MoEContext:
     vocab_size: int
     initializer_range: float = 0.02
     allow_noncausal: bool = False  # a router that looks at later tokens must refuse to be built without it
+    activation: Activation = field(default_factory=SwiGLU)  # of every feed-forward part of the model ...
+    mlp_bias: bool = False  # ... and whether its matrices have biases: a shared expert takes both
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,14 @@ class SharedExpert(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
+class Latent(Protocol):
+    """An nn.Module around the experts: x [T, D] -> down [T, L] -> the experts -> up [T, D]."""
+
+    def down(self, x: Tensor) -> Tensor: ...
+
+    def up(self, y: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class BalanceContext:
     """What a balance loss is told about the batch that its micro-batch belongs to."""
@@ -138,7 +149,7 @@ class BackendContext:
     """What an expert backend may depend on when it is built."""
 
     layout: ExpertLayout
-    hidden_size: int
+    hidden_size: int  # of what the experts read and write
     layer_id: int
     others: Callable[[], Mapping[str, ExpertBackend]]  # every other backend, built with its defaults, for one that
     # hands on; when it is called, not before: others may ask the same
@@ -149,18 +160,22 @@ class ExpertProblem:
     """One call of a backend, as far as it decides who can serve it."""
 
     num_experts: int
-    hidden_size: int
+    hidden_size: int  # of what the experts read and write
     moe_intermediate_size: int
     num_tokens: int
     num_assignments: int
     device: torch.device
     dtype: torch.dtype
+    activation: Activation = field(default_factory=SwiGLU)
+    bias: bool = False  # whether the bank has biases
 
 
 @runtime_checkable
 class ExpertBackend(Protocol):
-    """Computes y[t] = sum over t's assignments of weight * down(act(gate x_t) * up x_t). Owns no parameters.
+    """Computes y[t] = sum over t's assignments of weight * down(activation(gate x_t, up x_t)). Owns no parameters.
 
+    Activation and biases are the bank's (`bank.activate`, `add_up_bias`, `add_down_bias` of moelab.moe.experts); one
+    that can't compute all of them says so in `supports`, and the conformance kit looks whether it is true.
     One that in training also computes, forward, the experts that a token did not take says so with
     `computes_every_expert = True`; its FLOPs are counted then. Where whole experts lie on other processes, a backend is
     handed the rows that came to its own, with weights of 1, and knows nothing more of their tokens. One that must know

@@ -61,6 +61,17 @@ def backend_built(backend: object) -> str | None:
     return None
 
 
+def activation_built(activation: object) -> str | None:
+    """Of what an activation component built."""
+    if not callable(activation):
+        return f"built {article(activation)}, which can't be called with (gate, up) or (up)"
+    if not isinstance(getattr(activation, "gated", None), bool):
+        return "has no `gated`; it must be True for (gate, up), or False for (up) alone"
+    if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
+        return "has parameters; an activation has none"
+    return _not_callable(activation, ("differentiate", "qwen2_moe_fields"))
+
+
 def loss_built(loss: object) -> str | None:
     """Of what a balance loss component built."""
     if not callable(loss):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from moelab.errors import ConfigError
+from moelab.moe.activation import num_inputs, num_matrices
 from moelab.moe.block import MoEBlock
 from moelab.moe.contracts import ExpectedAssignments
 from moelab.nn.transformer import DecoderLayer, Transformer
@@ -39,7 +40,7 @@ class ServedCosts:
 
     token_flops: int  # forward and backward, of all that every token passes through: everything but its own experts
     token_parameters: int  # that every token passes through
-    expert_weights: tuple[int, ...]  # 3 D F of each expert, the MoE layers one after the other: [sum of E]
+    expert_weights: tuple[int, ...]  # 3 D F (2 D F without a gate) of each expert, layer after layer: [sum of E]
 
     def weights(self, served: Sequence[int]) -> int:
         """served [sum of E], assignments to each expert -> weights multiplied with a token, summed over assignments."""
@@ -64,7 +65,7 @@ def served_costs(model: Transformer, sequence_length: int) -> ServedCosts:
     parameters = count_parameters(model)
     forward = sum(_layer_token_flops(layer, sequence_length) for layer in model.layers)
     forward += 2 * model.lm_head.weight.numel()
-    weights = [width for block in moe_blocks(model) for width in _expert_weights(block)]
+    weights = [each for block in moe_blocks(model) for each in _expert_weights(block)]
     flops = (1 + BACKWARD) * forward + sum(_idle_flops(block) for block in moe_blocks(model))
     return ServedCosts(flops, parameters.total - parameters.routed, tuple(weights))
 
@@ -87,10 +88,10 @@ def expected_assignments(block: MoEBlock) -> ExpectedAssignments:
 def count_parameters(model: Transformer) -> Parameters:
     """active = total - sum over MoE layers of routed * (E - A) / E, A the declared assignments per token."""
     stored = sum(parameter.numel() for parameter in model.parameters())  # torch yields a shared one once
-    routed = sum(_size(block) for block in moe_blocks(model))
+    routed = sum(_routed_parameters(block) for block in moe_blocks(model))
     padding = sum(parameter.numel() for b in moe_blocks(model) for parameter in b.experts.parameters())
     total = stored - (padding - routed)  # zero neurons that even out widths are no parameters
-    idle = sum(_size(block) - _declared_weights(block) for block in moe_blocks(model))
+    idle = sum(_idle_parameters(block) for block in moe_blocks(model))
     tables = {id(weight): weight.numel() for weight in (model.embed_tokens.weight, model.lm_head.weight)}
     embedding = sum(tables.values())
     return Parameters(
@@ -112,10 +113,11 @@ def flops_per_token(model: Transformer, sequence_length: int) -> float:
 def forward_flops_per_token(model: Transformer, sequence_length: int) -> float:
     """2 * (matmul weights that a token passes through) + sum over layers of 2 * S * H * head_dim.
 
-    Weights: q, k, v, o; the dense FFN; or router, the experts declared to serve a token, and the shared expert with
-    its gate; and the head, tied or not. The embedding is a lookup. Attention is two products (q k^T and p v) of
-    2 * head_dim FLOPs a head and key; a causal token sees S / 2 keys on average, half the square. Norms, RoPE,
-    softmax and biases are left out, as PaLM (2204.02311, appendix B) does; PaLM counts the whole square.
+    Weights: q, k, v, o; the dense FFN; or router, the experts declared to serve a token with the projections to their
+    latent space and back, and the shared expert with its gate; and the head, tied or not. The embedding is a lookup.
+    Attention is two products (q k^T and p v) of 2 * head_dim FLOPs a head and key; a causal token sees S / 2 keys on
+    average, half the square. Norms, RoPE, softmax, activations and biases are left out, as PaLM (2204.02311, appendix
+    B) does; PaLM counts the whole square.
     """
     layers = sum(layer_forward_flops(layer, sequence_length) for layer in model.layers)
     return 2.0 * model.lm_head.weight.numel() + layers
@@ -134,9 +136,9 @@ def layer_parameters(layer: nn.Module) -> tuple[int, int]:
     stored = sum(parameter.numel() for parameter in layer.parameters())
     if not isinstance(layer.mlp, MoEBlock):
         return stored, stored
-    routed = _size(layer.mlp)
+    routed = _routed_parameters(layer.mlp)
     total = stored - sum(parameter.numel() for parameter in layer.mlp.experts.parameters()) + routed
-    return total, total - (routed - _declared_weights(layer.mlp))
+    return total, total - _idle_parameters(layer.mlp)
 
 
 def moe_blocks(model: Transformer) -> Iterator[MoEBlock]:
@@ -148,7 +150,7 @@ def _layer_token_flops(layer: nn.Module, sequence_length: int) -> int:
     """Forward, of what every token passes through in this layer: all but its routed experts."""
     assert isinstance(layer, DecoderLayer)
     mlp = layer.mlp
-    parts = (mlp.router, mlp.shared_expert) if isinstance(mlp, MoEBlock) else (mlp,)
+    parts = (mlp.router, mlp.shared_expert, mlp.latent) if isinstance(mlp, MoEBlock) else (mlp,)
     weights = sum(_matmul_weights(part) for part in (layer.self_attn, *parts) if isinstance(part, nn.Module))
     width = layer.self_attn.o_proj.in_features  # H * head_dim
     return 2 * weights + 2 * sequence_length * width
@@ -177,10 +179,29 @@ def _idle_flops(block: MoEBlock) -> int:
 
 
 def _size(block: MoEBlock) -> int:
-    """Weights of all experts of a layer: gate, up and down of each neuron."""
+    """Weights of all experts of a layer: gate, up and down of each neuron; biases are none."""
     return sum(_expert_weights(block))
 
 
 def _expert_weights(block: MoEBlock) -> list[int]:
-    layout, hidden = block.layout, block.experts.down.shape[-1]
-    return [3 * width * hidden for width in layout.expert_widths or [layout.moe_intermediate_size] * layout.num_experts]
+    each = num_matrices(block.experts.activation) * block.experts.hidden_size
+    return [each * width for width in _widths(block)]
+
+
+def _widths(block: MoEBlock) -> Sequence[int]:
+    layout = block.layout
+    return layout.expert_widths or [layout.moe_intermediate_size] * layout.num_experts
+
+
+def _routed_parameters(block: MoEBlock) -> int:
+    """All of a layer's experts: their weights, and the biases of each neuron and each output."""
+    bank = block.experts
+    if bank.down_bias is None:
+        return _size(block)
+    return _size(block) + num_inputs(bank.activation) * sum(_widths(block)) + bank.down_bias.numel()
+
+
+def _idle_parameters(block: MoEBlock) -> int:
+    """Those that are not expected to serve a token; at balance where the experts' widths differ."""
+    routed, experts = _routed_parameters(block), block.layout.num_experts
+    return routed - round(routed * expected_assignments(block).per_token / experts)

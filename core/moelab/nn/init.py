@@ -19,7 +19,7 @@ from moelab.seeds import generator
 
 @torch.no_grad()
 def initialise(model: nn.Module, std: float, seed: int, stored: Collection[str] = ()) -> None:
-    """Matrices ~ N(0, std^2) drawn in fp32, Linear biases 0, norms 1.
+    """Matrices ~ N(0, std^2) drawn in fp32, biases of Linears and experts 0, norms 1.
 
     A module that offers `initialise(generator)` (a plugin, say) does it itself, and one that offers
     `after_initialise()` has the last word on its own values;
@@ -49,7 +49,7 @@ def draw(model: nn.Module, name: str, std: float, seed: int) -> None:
     parameter, owner = model.get_parameter(name), model.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, RMSNorm):
         held(parameter).fill_(1.0)
-    elif isinstance(owner, nn.Linear) and name.endswith("bias"):
+    elif isinstance(owner, nn.Linear | ExpertBank) and name.endswith("bias"):
         held(parameter).zero_()
     elif parameter.ndim > 1:
         fill(parameter, torch.empty(parameter.shape).normal_(0.0, std, generator=generator(seed, "init", name)))

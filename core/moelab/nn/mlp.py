@@ -1,22 +1,34 @@
-"""SwiGLU feed-forward (Shazeer 2020): the dense layer, and the body of a shared expert."""
+"""The feed-forward network: the dense layer, and the body of a shared expert."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from moelab.moe.activation import Activation, SwiGLU
 from moelab.nn.linear import Linear
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x), no biases."""
+class MLP(nn.Module):
+    """down(activation(gate x, up x)); without `gate_proj` where the activation is not gated."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, activation: Activation | None = None, bias: bool = False
+    ) -> None:
+        """`activation` None: SwiGLU. `bias`: on every matrix."""
         super().__init__()
-        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
+        self.activation = activation or SwiGLU()
+        if self.activation.gated:
+            self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The neurons: x [..., D] -> [..., F]."""
+        if self.activation.gated:
+            return self.activation(self.gate_proj(x), self.up_proj(x))
+        return self.activation(self.up_proj(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        out: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(self.hidden(x))
         return out

@@ -24,7 +24,7 @@ from moelab.nn.full_attention import FullAttention
 from moelab.nn.generate import Sampling, Speech, continue_text
 from moelab.nn.kv_cache import KVCache
 from moelab.nn.loss import token_cross_entropy
-from moelab.nn.mlp import SwiGLU
+from moelab.nn.mlp import MLP
 from moelab.nn.norm import RMSNorm
 from moelab.nn.reach import Positional
 from moelab.nn.rope import Rope, RopeScaling
@@ -65,7 +65,7 @@ class LayerState:
 class DecoderLayer(nn.Module):
     """Pre-norm residual layer."""
 
-    def __init__(self, config: ModelConfig, layer_id: int, mlp: SwiGLU | MoEBlock) -> None:
+    def __init__(self, config: ModelConfig, layer_id: int, mlp: MLP | MoEBlock) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer_id)
@@ -88,7 +88,7 @@ class Transformer(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        mlps: list[SwiGLU | MoEBlock],
+        mlps: list[MLP | MoEBlock],
         kernels: Sequence[AttentionKernel | None] | None = None,
         scaling: RopeScaling | None = None,
     ) -> None:

@@ -60,7 +60,7 @@ def _arrived(here: Tensor, rows: int) -> Routing:
 
 
 def whole_experts(bank: ExpertBank) -> tuple[Tensor, Tensor]:
-    """(gate_up [E, 2F, D], down [E, F, D]) of all ranks, inside the bank's forward pass; as tensors that outlive it.
+    """(gate_up [E, M F, D], down [E, F, D]) of all ranks, inside the bank's forward pass; as tensors that outlive it.
 
     Each rank's gradient of them is a part of the whole: parts add up at the owner, as those of tokens do.
     """
@@ -73,7 +73,10 @@ def whole_experts(bank: ExpertBank) -> tuple[Tensor, Tensor]:
 
 def _local(bank: ExpertBank) -> ExpertBank:
     """The experts of this rank as plain tensors."""
-    gate_up, down = bank.gate_up, bank.down
-    assert isinstance(gate_up, DTensor), "experts are not dealt out"
-    assert isinstance(down, DTensor), "experts are not dealt out"
-    return BankView(gate_up.to_local(), down.to_local())
+    return BankView(bank, _own)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor), "experts are not dealt out"
+    local: Tensor = tensor.to_local()
+    return local

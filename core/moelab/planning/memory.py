@@ -18,7 +18,7 @@ from moelab.config.model import ModelConfig
 from moelab.errors import ConfigError
 from moelab.moe.contracts import ExpertProblem, Router
 from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
-from moelab.moe.experts import ExpertBank, compute_dtype, swiglu
+from moelab.moe.experts import ExpertBank, add_down_bias, add_up_bias, compute_dtype
 from moelab.moe.routing import Routing, TokenInfo
 from moelab.nn.attention import Attention
 from moelab.nn.count import moe_blocks
@@ -196,14 +196,15 @@ class _CountedExperts:
         gate_up, down = bank.gate_up.to(dtype), bank.down.to(dtype)
         if self._fused and not self._dealt:
             y: Tensor = _KeepFused.apply(x.to(dtype), routing.weight, gate_up, down)
-            return y.to(x.dtype)
-        if self._fused:  # of rows that came from other processes, as many as went to them
-            rows = gather_rows(x.to(dtype), plan)
-            return combine_rows(_KeepFused.apply(rows, routing.weight, gate_up, down), routing.weight, plan).to(x.dtype)
+            return add_down_bias(y, routing, bank).to(x.dtype)
         rows = gather_rows(x.to(dtype), plan)
-        with torch.autocast("cpu", enabled=False):
-            out = swiglu(rows @ gate_up[0].t()) @ down[0]
-        return combine_rows(out, routing.weight, plan).to(x.dtype)
+        if self._fused:  # of rows that came from other processes, as many as went to them
+            out: Tensor = _KeepFused.apply(rows, routing.weight, gate_up, down)
+        else:
+            expert = routing.expert.index_select(0, plan.order)
+            with torch.autocast("cpu", enabled=False):
+                out = bank.activate(add_up_bias(rows @ gate_up[0].t(), expert, bank)) @ down[0]
+        return add_down_bias(combine_rows(out, routing.weight, plan), routing, bank).to(x.dtype)
 
 
 class _Placeholders(nn.Module):

@@ -193,7 +193,7 @@ def _of_tokens(
             rows = micro * problem.tokens * expected_assignments(block).per_token
         else:
             rows = leaving[place] * ranks / (ranks - 1) if ranks > 1 else 0.0
-        width = problem.dtype.itemsize * model.config.hidden_size
+        width = problem.dtype.itemsize * block.experts.hidden_size
         ways = 2 * (2 + again + extra)  # there and back: forward, backward, and what is computed besides
         found.append(Collective(TOKENS, EXCHANGE, ranks, 1, rows * width * ways, micro * ways))
         counted = micro * (1 + again + extra)

@@ -8,6 +8,7 @@ or, all at once, `moelab.testing.check_router(my_component)`, which raises Confo
 failed. Needs no pytest.
 """
 
+from moelab.testing.activations import ACTIVATION_CHECKS, ActivationCase, check_activation
 from moelab.testing.attentions import ATTENTION_CHECKS, AttentionCase, check_attention
 from moelab.testing.backends import BACKEND_CHECKS, BackendCase, check_backend
 from moelab.testing.balance_losses import BALANCE_LOSS_CHECKS, BalanceLossCase, check_balance_loss
@@ -25,6 +26,7 @@ from moelab.testing.surgeries import SURGERY_CHECKS, SurgeryCase, check_surgery
 from moelab.testing.text_filters import TEXT_FILTER_CHECKS, TextFilterCase, check_text_filter
 
 __all__ = [
+    "ACTIVATION_CHECKS",
     "ATTENTION_CHECKS",
     "BACKEND_CHECKS",
     "BALANCE_LOSS_CHECKS",
@@ -39,6 +41,7 @@ __all__ = [
     "SHARED_EXPERT_CHECKS",
     "SURGERY_CHECKS",
     "TEXT_FILTER_CHECKS",
+    "ActivationCase",
     "AttentionCase",
     "BackendCase",
     "BalanceLossCase",
@@ -54,6 +57,7 @@ __all__ = [
     "SharedExpertCase",
     "SurgeryCase",
     "TextFilterCase",
+    "check_activation",
     "check_attention",
     "check_backend",
     "check_balance_loss",

@@ -1,5 +1,7 @@
 """What every expert backend must compute: the dense float64 sum, forward and backward, on easy and awkward routings.
 
+With SwiGLU, with activations that no backend can know by name, and with biases: what it can't do, it says.
+
 T tokens, D hidden size, E experts, F expert width.
 """
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from moelab.components import Component
 from moelab.moe import promises
+from moelab.moe.activation import Activation, SwiGLU
 from moelab.moe.contracts import BackendContext, ExpertBackend, ExpertProblem
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
@@ -43,27 +46,32 @@ class BackendCase:
         """A fresh backend."""
         return self.component.build(self.options, BackendContext(self.layout, HIDDEN, 0, dict))
 
-    def problem(self, tokens: int, assignments: int) -> ExpertProblem:
+    def problem(
+        self, tokens: int, assignments: int, activation: Activation | None = None, bias: bool = False
+    ) -> ExpertProblem:
         device = torch.device(self.device)
-        return ExpertProblem(EXPERTS, HIDDEN, WIDTH, tokens, assignments, device, self.dtype)
+        return ExpertProblem(
+            EXPERTS, HIDDEN, WIDTH, tokens, assignments, device, self.dtype, activation or SwiGLU(), bias
+        )
 
-    def agrees(self, routing: Routing, seed: int = 0) -> None:
-        """Output and the gradients of x, weights and experts equal the reference's."""
+    def agrees(self, routing: Routing, seed: int = 0, activation: Activation | None = None, bias: bool = False) -> None:
+        """Output and the gradients of x, weights and experts equal the reference's; where it says it can."""
         backend = self.build()
-        if backend.supports(self.problem(routing.num_tokens, routing.expert.numel())) is not None:
+        if backend.supports(self.problem(routing.num_tokens, routing.expert.numel(), activation, bias)) is not None:
             return
         stream = torch.Generator().manual_seed(seed)
         x = torch.empty(routing.num_tokens, HIDDEN).normal_(generator=stream).to(self.device, self.dtype)
-        bank = ExpertBank(self.layout, HIDDEN).to(self.device, self.dtype)
+        bank = ExpertBank(self.layout, HIDDEN, activation, bias=bias).to(self.device, self.dtype)
         with torch.no_grad():
             for parameter in bank.parameters():
                 parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.3, generator=stream))
         head = torch.empty(routing.num_tokens, HIDDEN).normal_(generator=stream).to(self.device)
         found = _gradients(lambda a, r: backend(a, r, bank), x, routing, bank, head)
-        wide = ExpertBank(self.layout, HIDDEN).to(self.device).double()
+        wide = ExpertBank(self.layout, HIDDEN, activation, bias=bias).to(self.device).double()
         wide.load_state_dict({key: value.double() for key, value in bank.state_dict().items()})
         expected = _gradients(lambda a, r: reference(a, r, wide), x.double(), routing, wide, head.double())
-        names = ("output", *(f"the gradient of {key}" for key in ("x", "weight", "gate_up", "down")))
+        leaves = ("x", "weight", *(name for name, _ in bank.named_parameters()))
+        names = ("output", *(f"the gradient of {key}" for key in leaves))
         for what, ours, theirs in zip(names, found, expected, strict=True):
             assert_finite(ours, what)
             size = float(theirs.abs().max()) if theirs.numel() else 1.0
@@ -71,12 +79,34 @@ class BackendCase:
 
 
 def reference(x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
-    """y[t] = sum over t's assignments of weight * down(silu(gate x_t) * up x_t), every expert for every token."""
-    gate, up = torch.einsum("td,efd->tef", x, bank.gate_up).chunk(2, dim=-1)
-    every = torch.einsum("tef,efd->ted", torch.nn.functional.silu(gate) * up, bank.down)
+    """y[t] = sum over t's assignments of weight * (down activation(gate_up x_t + b) + b'); every expert for all."""
+    pre = torch.einsum("td,efd->tef", x, bank.gate_up)
+    if bank.gate_up_bias is not None:
+        pre = pre + bank.gate_up_bias
+    every = torch.einsum("tef,efd->ted", bank.activate(pre), bank.down)
+    if bank.down_bias is not None:
+        every = every + bank.down_bias
     weights = x.new_zeros(routing.num_tokens, routing.num_experts)
     weights = weights.index_put((routing.token, routing.expert), routing.weight.to(x.dtype), accumulate=True)
     return torch.einsum("te,ted->td", weights, every)
+
+
+class _Sine:
+    """sin(up), which no backend knows by name, and which says nothing of its gradient."""
+
+    gated = False
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return torch.sin(inputs[0])
+
+
+class _Product:
+    """tanh(gate) * up: a gate that is not SiLU."""
+
+    gated = True
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return torch.tanh(inputs[0]) * inputs[1]
 
 
 def _gradients(
@@ -130,11 +160,30 @@ def serves_placeholders(case: BackendCase) -> None:
     case.agrees(routing.serve(torch.arange(22, device=case.device) % 3 > 0))
 
 
+def serves_any_activation_or_says_not(case: BackendCase) -> None:
+    """Two matrices, and another gate, with and without an empty expert."""
+    for activation in (_Sine(), _Product()):
+        case.agrees(_topk(37, device=case.device), activation=activation)
+        case.agrees(_topk(9, torch.tensor([[1, 3]]).repeat(9, 1), case.device), activation=activation)
+
+
+def serves_biases_or_says_not(case: BackendCase) -> None:
+    """Of gate, up and down; also where tokens have no expert, several, and placeholders."""
+    for activation in (SwiGLU(), _Sine()):
+        case.agrees(_topk(37, device=case.device), activation=activation, bias=True)
+    case.agrees(_topk(9, torch.tensor([[1, 3]]).repeat(9, 1), case.device), bias=True)
+    token, expert = (torch.tensor(ids, device=case.device) for ids in ([4, 0, 0, 2], [2, 3, 1, 0]))
+    weight = torch.linspace(0.1, 0.9, 4, device=case.device)
+    case.agrees(Routing.from_assignments(token, expert, weight, 6, EXPERTS), bias=True)
+    case.agrees(_topk(11, device=case.device).serve(torch.arange(22, device=case.device) % 3 > 0), bias=True)
+
+
 def says_what_it_does_not_support(case: BackendCase) -> None:
     """`supports` answers None or a reason, and there is a name."""
     backend = case.build()
     promised(promises.backend_built(backend), backend)
-    promised(promises.support(backend.supports(case.problem(8, 16))), backend.supports)
+    for bias in (False, True):
+        promised(promises.support(backend.supports(case.problem(8, 16, bias=bias))), backend.supports)
 
 
 BACKEND_CHECKS: tuple[Callable[[BackendCase], None], ...] = (
@@ -144,6 +193,8 @@ BACKEND_CHECKS: tuple[Callable[[BackendCase], None], ...] = (
     serves_one_token_and_none,
     serves_any_number_of_experts_per_token,
     serves_placeholders,
+    serves_any_activation_or_says_not,
+    serves_biases_or_says_not,
 )
 
 

@@ -126,7 +126,7 @@ def _route(block: MoEBlock, x: Tensor, info: TokenInfo) -> Routing:
 
 
 def _compute(block: MoEBlock, routing: Routing, x: Tensor) -> Tensor:
-    return block.reach(block.backend)(x, routing, block.experts)
+    return block.routed(x, routing)
 
 
 def _changed(x: Tensor, info: TokenInfo, cut: int, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:

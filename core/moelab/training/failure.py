@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moelab.errors import RunFailure
 from moelab.moe.block import MoEBlock
 from moelab.moe.contracts import ExpertBackend
-from moelab.moe.experts import ExpertBank, swiglu
+from moelab.moe.experts import ExpertBank
 from moelab.moe.routing import Routing
 from moelab.nn.transformer import DecoderLayer, Transformer
 from moelab.parallel.ranks import ALONE, Ranks
@@ -181,9 +181,7 @@ def _bad_experts(x: Tensor, routing: Routing, bank: ExpertBank) -> list[int]:
     found = []
     for expert in range(bank.num_experts):
         rows = x[routing.token[routing.expert == expert]]
-        if len(rows) and not _finite(
-            swiglu(rows @ bank.gate_up[expert].t().to(x.dtype)) @ bank.down[expert].to(x.dtype)
-        ):
+        if len(rows) and not _finite(bank.of_one(expert, rows)):
             found.append(expert)
     return found
 

@@ -32,7 +32,7 @@ def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimi
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]  # a shared parameter comes once
     groups = [
         {
-            "params": [(n, p) for n, p in named if (p.ndim >= 2) == matrices and factors.get(n, 1.0) == factor],
+            "params": [(n, p) for n, p in named if _decays(n, p) == matrices and factors.get(n, 1.0) == factor],
             "weight_decay": config.weight_decay if matrices else 0.0,
             "factor": factor,
         }
@@ -45,6 +45,10 @@ def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimi
     if torch.bfloat16 in (moments, *(p.dtype for _, p in named)):
         return RoundedAdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, moments=moments)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=True)
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim >= 2 and not name.endswith("bias")
 
 
 def learning_rate_factors(model: nn.Module, patterns: Mapping[str, float]) -> dict[str, float]:

@@ -39,7 +39,7 @@ OVERRIDES, COMMIT = "init_overrides", "init_commit"  # of summary.json and of a 
 FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "qkv_bias", "use_qk_norm",
-    "tie_word_embeddings",
+    "tie_word_embeddings", "activation", "mlp_bias",
 )  # fmt: skip
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 POINTS: dict[str, ExtensionPoint[Any, Any]] = {"router": ROUTERS, "shared_expert": SHARED_EXPERTS}
@@ -156,6 +156,10 @@ def model_differences(ours: ModelConfig, theirs: ModelConfig, mine: Registry, ot
     if (ours.moe is None) != (theirs.moe is None):
         yield Difference("model.moe", *("none" if model.moe is None else "experts" for model in (ours, theirs)))
         return
+    for key in ("moe_latent_size", "moe_latent_norm") if ours.moe is not None else ():
+        a, b = getattr(ours.moe, key), getattr(theirs.moe, key)
+        if a != b:
+            yield Difference(f"model.moe.{key}", a, b)
     found: dict[str, Difference] = {}
     for where, a, b in _parts(ours, theirs, mine, other):
         for key in ["name"] if a.get("name") != b.get("name") else sorted(a.keys() | b.keys()):

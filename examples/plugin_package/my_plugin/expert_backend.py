@@ -17,7 +17,7 @@ class Options:
 
 
 class MyExpertBackend:
-    """y[t] = sum over t's assignments of weight * down(silu(gate x_t) * up x_t), as one dense product.
+    """y[t] = sum over t's assignments of weight * down(activation(gate x_t, up x_t)), as one dense product.
 
     T tokens, D hidden size, E experts, F their width. Owns no parameters: they are the bank's.
     """
@@ -29,12 +29,12 @@ class MyExpertBackend:
 
     def supports(self, problem: ExpertProblem) -> str | None:
         """None, or why not and what would do."""
-        return None
+        return "adds no biases; set model.mlp_bias=false" if problem.bias else None
 
     def __call__(self, x: torch.Tensor, routing: moelab.Routing, bank: ExpertBank) -> torch.Tensor:
-        """x [T, D] -> [T, D], in x's dtype; bank.gate_up [E, 2F, D], bank.down [E, F, D]."""
-        gate, up = torch.einsum("td,efd->tef", x, bank.gate_up.to(x.dtype)).chunk(2, dim=-1)
-        every = torch.einsum("tef,efd->ted", torch.nn.functional.silu(gate) * up, bank.down.to(x.dtype))
+        """x [T, D] -> [T, D], in x's dtype; bank.gate_up [E, M F, D] with M 2 or 1, bank.down [E, F, D]."""
+        pre = torch.einsum("td,efd->tef", x, bank.gate_up.to(x.dtype))
+        every = torch.einsum("tef,efd->ted", bank.activate(pre), bank.down.to(x.dtype))
         weights = x.new_zeros(routing.num_tokens, routing.num_experts)
         weights = weights.index_put((routing.token, routing.expert), routing.weight.to(x.dtype), accumulate=True)
         return torch.einsum("te,ted->td", weights, every)

@@ -1,4 +1,4 @@
-"""A shared expert: a SwiGLU of a share of the experts' width."""
+"""A shared expert: a feed-forward network of a share of the experts' width."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 import moelab
-from moelab.nn.mlp import SwiGLU
+from moelab.nn.mlp import MLP
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Options:
 
 
 class MySharedExpert(torch.nn.Module):
-    """A SwiGLU that every token passes through; its output is added to the routed one.
+    """A feed-forward network that every token passes through; its output is added to the routed one.
 
     T tokens, D hidden size.
     """
@@ -28,7 +28,7 @@ class MySharedExpert(torch.nn.Module):
     def __init__(self, options: Options, context: moelab.MoEContext) -> None:
         super().__init__()
         self.intermediate_size = max(1, round(options.share * context.moe_intermediate_size))
-        self.mlp = SwiGLU(context.hidden_size, self.intermediate_size)
+        self.mlp = MLP(context.hidden_size, self.intermediate_size, context.activation, context.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, D] -> [T, D]."""

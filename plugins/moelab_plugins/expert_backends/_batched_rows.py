@@ -68,6 +68,16 @@ class Chunk:
         for run in self.runs:
             _product(self._part(rows, run), weights[run.experts], self._part(out, run))
 
+    def add(self, bias: Tensor, out: Tensor) -> None:
+        """out [r, Y] += each row's expert's bias, of bias [E, Y]."""
+        for run in self.runs:
+            self._part(out, run).add_(bias[run.experts].unsqueeze(1))
+
+    def total(self, rows: Tensor, out: Tensor) -> None:
+        """out [E, Y], this chunk's experts: the sum of each expert's rows [r, Y]."""
+        for run in self.runs:
+            torch.sum(self._part(rows, run), 1, out=out[run.experts])
+
     def outer(self, rows: Tensor, others: Tensor, out: Tensor) -> None:
         """out [E, X, Y], this chunk's experts: the sum over an expert's rows of row^T other; of [r, X] and [r, Y]."""
         for run in self.runs:

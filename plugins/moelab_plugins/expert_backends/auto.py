@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from moelab import BackendContext, Component, ExpertBackend, Routing, UserError, component, hookimpl
+from moelab.moe.activation import num_matrices
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.experts import ExpertBank, compute_dtype
 
@@ -27,7 +28,8 @@ def ranking(problem: ExpertProblem) -> tuple[tuple[str, ...], str]:
     if problem.device.type == "cuda":
         # Not measured: grouped_mm waits for nothing and pads nothing; benchmarks/gpu.py is to decide.
         return ("grouped_mm", "megablocks"), "no host synchronisation; not measured"
-    flops = 6 * problem.num_assignments * problem.hidden_size * problem.moe_intermediate_size
+    weights = num_matrices(problem.activation) * problem.hidden_size * problem.moe_intermediate_size
+    flops = 2 * problem.num_assignments * weights
     if flops < LARGE and problem.dtype.itemsize >= 4:
         return ("grouped_mm", "batched"), "little work"
     return ("batched", "grouped_mm"), "fastest measured on CPUs"
@@ -58,7 +60,7 @@ class AutoBackend:
         if key not in self._chosen:
             problem = ExpertProblem(
                 bank.num_experts, x.shape[-1], bank.moe_intermediate_size, x.shape[0], routing.expert.numel(),
-                x.device, dtype,
+                x.device, dtype, bank.activation, bank.down_bias is not None,
             )  # fmt: skip
             self._chosen[key] = self._choose(problem)
         return self._chosen[key](x, routing, bank)

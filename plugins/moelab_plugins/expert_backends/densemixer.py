@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moelab import BackendContext, Component, ConfigError, ExpertBackend, Routing, component, hookimpl
 from moelab.moe.contracts import ExpertProblem
-from moelab.moe.experts import BankView, ExpertBank, compute_dtype, swiglu
+from moelab.moe.experts import BankView, ExpertBank, compute_dtype
 
 
 @dataclass
@@ -73,7 +73,7 @@ class DenseMixerBackend:
             )
         unchosen = _unchosen(routing, routing.scores)
         if self._wrap is not None:
-            fixed = BankView(bank.gate_up.detach(), bank.down.detach())
+            fixed = BankView(bank, torch.Tensor.detach)
             return y + compute(x.detach(), _to_every_expert(unchosen), fixed)
         every = _every_expert(x, bank)
         return y + torch.einsum("te,etd->td", unchosen.to(every.dtype), every).to(y.dtype)
@@ -90,8 +90,11 @@ def _to_every_expert(weight: Tensor) -> Routing:
 def _every_expert(x: Tensor, bank: ExpertBank) -> Tensor:
     """x [T, D] -> [E, T, D]."""
     dtype = compute_dtype(x)
-    hidden = torch.einsum("td,efd->etf", x.to(dtype), bank.gate_up.to(dtype))
-    return torch.bmm(swiglu(hidden), bank.down.to(dtype))
+    pre = torch.einsum("td,efd->etf", x.to(dtype), bank.gate_up.to(dtype))
+    if bank.gate_up_bias is not None:
+        pre += bank.gate_up_bias.to(dtype)[:, None, :]
+    every = torch.bmm(bank.activate(pre), bank.down.to(dtype))
+    return every if bank.down_bias is None else every + bank.down_bias.to(dtype)[:, None, :]
 
 
 def _unchosen(routing: Routing, scores: Tensor) -> Tensor:

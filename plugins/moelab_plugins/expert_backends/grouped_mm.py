@@ -10,7 +10,7 @@ from torch import Tensor
 from moelab import BackendContext, Component, ExpertBackend, Routing, component, hookimpl
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
-from moelab.moe.experts import ExpertBank, compute_dtype, swiglu
+from moelab.moe.experts import ExpertBank, add_down_bias, add_up_bias, compute_dtype
 
 STRIDE_BYTES = 16  # torch.nn.functional.grouped_mm wants every row stride to be a multiple
 
@@ -42,9 +42,11 @@ class GroupedMMBackend:
         plan = dispatch_plan(routing)
         offsets = plan.counts.cumsum(0, dtype=torch.int32)
         rows = gather_rows(x.to(dtype), plan)
-        hidden = torch.nn.functional.grouped_mm(rows, bank.gate_up.to(dtype).transpose(1, 2), offs=offsets)
-        out = torch.nn.functional.grouped_mm(swiglu(hidden), bank.down.to(dtype), offs=offsets)
-        return combine_rows(out, routing.weight, plan).to(x.dtype)
+        pre = torch.nn.functional.grouped_mm(rows, bank.gate_up.to(dtype).transpose(1, 2), offs=offsets)
+        if bank.gate_up_bias is not None:
+            pre = add_up_bias(pre, routing.expert.index_select(0, plan.order), bank)
+        out = torch.nn.functional.grouped_mm(bank.activate(pre), bank.down.to(dtype), offs=offsets)
+        return add_down_bias(combine_rows(out, routing.weight, plan), routing, bank).to(x.dtype)
 
 
 @hookimpl

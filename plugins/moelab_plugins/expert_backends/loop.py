@@ -10,7 +10,7 @@ from torch import Tensor
 from moelab import BackendContext, Component, ExpertBackend, Routing, component, hookimpl
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
-from moelab.moe.experts import ExpertBank, compute_dtype, swiglu
+from moelab.moe.experts import ExpertBank, add_down_bias, compute_dtype
 
 
 @dataclass
@@ -37,8 +37,12 @@ class LoopBackend:
         # unbind: indexing the bank would cost a full-size gradient for each expert in the backward pass.
         gate_up, down = bank.gate_up.to(dtype).unbind(0), bank.down.to(dtype).unbind(0)
         pieces = rows.split(plan.counts.tolist())
-        outputs = [swiglu(piece @ gu.t()) @ dn for piece, gu, dn in zip(pieces, gate_up, down, strict=True)]
-        return combine_rows(torch.cat(outputs), routing.weight, plan).to(x.dtype)
+        pre = [piece @ matrix.t() for piece, matrix in zip(pieces, gate_up, strict=True)]
+        if bank.gate_up_bias is not None:
+            pre = [rows + bias for rows, bias in zip(pre, bank.gate_up_bias.to(dtype).unbind(0), strict=True)]
+        outputs = [bank.activate(rows) @ matrix for rows, matrix in zip(pre, down, strict=True)]
+        y = combine_rows(torch.cat(outputs), routing.weight, plan)
+        return add_down_bias(y, routing, bank).to(x.dtype)
 
 
 @hookimpl

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from moelab import BackendContext, Component, ExpertBackend, Routing, component, hookimpl
+from moelab.moe.activation import num_inputs
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
-from moelab.moe.experts import ExpertBank, compute_dtype
+from moelab.moe.experts import ExpertBank, add_down_bias, compute_dtype
 from moelab_plugins.expert_backends._megablocks_install import Kernels, interpreted, load, missing
 from moelab_plugins.expert_backends._megablocks_topology import BLOCK, Bins, Topology, bins, topology
 
@@ -51,10 +52,11 @@ class MegaBlocksBackend:
                 index = torch.arange(rows.shape[0], device=x.device, dtype=torch.int32)
                 expert = routing.expert.index_select(0, plan.order).int()
                 rows = _experts(kernels, rows, bank, _Order(index, expert, bins(plan.counts), 1), None)
-            return combine_rows(rows, routing.weight, plan).to(x.dtype)
+            return add_down_bias(combine_rows(rows, routing.weight, plan), routing, bank).to(x.dtype)
         expert = routing.expert.index_select(0, plan.order).int()
         order = _Order(plan.order.int(), expert, bins(plan.counts), routing.top_k)
-        return _experts(kernels, x.to(dtype), bank, order, routing.weight.to(dtype)).to(x.dtype)
+        y = _experts(kernels, x.to(dtype), bank, order, routing.weight.to(dtype))
+        return add_down_bias(y, routing, bank).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,17 @@ def _experts(kernels: Kernels, x: Tensor, bank: ExpertBank, order: _Order, weigh
     # Waits for the device once, inside: the number of padded rows sizes everything that follows.
     rows = kernels.padded_gather(x, index, expert, bound.rows, bound.padded_rows, order.top_k)  # [P, D]
     width = bank.down.shape[1]
-    hidden_map = topology(bound.padded_rows, rows.shape[0], 2 * width)
+    parts = num_inputs(bank.activation)
+    hidden_map = topology(bound.padded_rows, rows.shape[0], parts * width)
     act_map = topology(bound.padded_rows, rows.shape[0], width)
-    gate_up = bank.gate_up.to(x.dtype).flatten(0, 1)  # [E * 2F, D]
+    gate_up = bank.gate_up.to(x.dtype).flatten(0, 1)  # [E * M F, D]
     hidden = kernels.sdd(rows, gate_up.t(), block_matrix(kernels, hidden_map, None, x.dtype))
-    # A block row holds its expert's gate blocks, then its up blocks.
-    gate, up = hidden.data.view(-1, 2, width // BLOCK, BLOCK, BLOCK).unbind(1)
-    act = torch.nn.functional.silu(gate) * up
+    pre = hidden.data  # [B, 128, 128]
+    if bank.gate_up_bias is not None:
+        columns = bank.gate_up_bias.to(x.dtype).view(-1, BLOCK)  # of each block column
+        pre = pre + columns.index_select(0, hidden_map.column)[:, None, :]
+    # A block row holds its expert's gate blocks, if it has some, then its up blocks.
+    act = bank.activation(*pre.view(-1, parts, width // BLOCK, BLOCK, BLOCK).unbind(1))
     out = kernels.dsd(
         block_matrix(kernels, act_map, act.reshape(-1, BLOCK, BLOCK), x.dtype), bank.down.to(x.dtype).flatten(0, 1)
     )
@@ -122,10 +128,11 @@ def _sizes(problem: ExpertProblem) -> str | None:
 
 def _overflow(problem: ExpertProblem) -> str | None:
     """The largest offset of any kernel must fit int32."""
-    hidden, width, experts = problem.hidden_size, problem.moe_intermediate_size, problem.num_experts
-    if experts * 2 * width * hidden > INT32:
-        return f"{experts} experts of {2 * width} x {hidden} are more than 2^31 numbers; use grouped_mm"
-    room = INT32 // max(hidden, 2 * width)  # padded rows
+    hidden, experts = problem.hidden_size, problem.num_experts
+    width = num_inputs(problem.activation) * problem.moe_intermediate_size
+    if experts * width * hidden > INT32:
+        return f"{experts} experts of {width} x {hidden} are more than 2^31 numbers; use grouped_mm"
+    room = INT32 // max(hidden, width)  # padded rows
     # Every expert that has rows at all pads less than a block.
     padded = problem.num_assignments + min(experts, problem.num_assignments) * (BLOCK - 1)
     if padded > room:

@@ -25,8 +25,8 @@ class Switch(TopKRouter):
 
     Formula: p = softmax(W (x * u)), u ~ U(1 - input_jitter, 1 + input_jitter) in training; w = max p.
     Source: Switch Transformer (2101.03961) 2.1, 2.4. There capacity_factor is 1.25 in training; here dropless unless
-    it is given, as dropping makes a token's output depend on later ones. Its experts are two matrices with ReLU, here
-    they are SwiGLU.
+    it is given, as dropping makes a token's output depend on later ones. Its experts are two matrices with ReLU:
+    `model.activation: {name: relu}`, as the recipe has it.
     Use: the cheapest mixture of experts, with load_balance at weight 0.01, which 2.2 adds for each layer: convention
     mesh.
     Cost: one expert a token.

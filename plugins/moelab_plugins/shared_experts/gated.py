@@ -9,7 +9,7 @@ from omegaconf import MISSING
 from torch import Tensor, nn
 
 from moelab import Component, MoEContext, SharedExpert, component, hookimpl
-from moelab.nn.mlp import SwiGLU
+from moelab.nn.mlp import MLP
 
 
 @dataclass
@@ -21,18 +21,18 @@ class GatedOptions:
             raise ValueError(f"intermediate_size must be at least 1, not {self.intermediate_size}")
 
 
-class GatedSharedExpert(SwiGLU):
-    """One SwiGLU, scaled for each token by a sigmoid gate.
+class GatedSharedExpert(MLP):
+    """One feed-forward network, scaled for each token by a sigmoid gate.
 
-    Formula: y = sigmoid(g x) * W_down (silu(W_gate x) * W_up x), with g [1, D]; not normalised together with the
-    routed weights.
+    Formula: y = sigmoid(g x) * W_down act(W_gate x, W_up x), with g [1, D] and the model's activation (SwiGLU in
+    Qwen2-MoE); not normalised together with the routed weights.
     Source: Qwen1.5-MoE, Qwen2 report (2407.10671) 2.2.2.
     Use: Qwen2-MoE checkpoints; upcycling, where a gate of zero halves the shared output exactly.
-    Cost: 3 D F + D parameters, all of them active.
+    Cost: 3 D F + D parameters (2 D F + D without a gate in the activation), all of them active.
     """
 
     def __init__(self, options: GatedOptions, context: MoEContext) -> None:
-        super().__init__(context.hidden_size, options.intermediate_size)
+        super().__init__(context.hidden_size, options.intermediate_size, context.activation, context.mlp_bias)
         self.intermediate_size = options.intermediate_size
         self.gate = nn.Linear(context.hidden_size, 1, bias=False)
 

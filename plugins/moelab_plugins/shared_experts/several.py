@@ -8,8 +8,8 @@ import torch
 from omegaconf import MISSING
 from torch import Tensor, nn
 
-from moelab import Component, MoEContext, SharedExpert, component, hookimpl
-from moelab.nn.mlp import SwiGLU
+from moelab import Component, ConfigError, MoEContext, SharedExpert, component, hookimpl
+from moelab.nn.mlp import MLP
 
 
 @dataclass
@@ -23,19 +23,21 @@ class SeveralOptions:
             raise ValueError("num_experts and intermediate_size must be at least 1")
 
 
-class SeveralSharedExperts(SwiGLU):
-    """n SwiGLUs that every token passes through, summed.
+class SeveralSharedExperts(MLP):
+    """n feed-forward networks that every token passes through, summed.
 
-    Formula: y = sum_i g_i(x) SwiGLU_i(x), g_i = 1, or sigmoid(W_g x)_i when gated. Stored as one SwiGLU of width
-    n F, neurons of expert i at i F .. (i + 1) F: ungated that is the same function.
+    Formula: y = sum_i g_i(x) MLP_i(x), g_i = 1, or sigmoid(W_g x)_i when gated. Stored as one of width n F, neurons of
+    expert i at i F .. (i + 1) F: ungated that is the same function. The activation is the model's.
     Source: DeepSeekMoE (2401.06066) 3.2; 2 of width 1408 in DeepSeek-V2-Lite, 4 in Qwen1.5-MoE-A2.7B.
     Use: gates that switch parts of the shared knowledge on and off.
-    Cost: 3 D n F parameters (and n D), all of them active.
+    Cost: 3 D n F parameters (2 D n F without a gate in the activation; and n D), all of them active.
     """
 
     def __init__(self, options: SeveralOptions, context: MoEContext) -> None:
+        if options.gated and context.mlp_bias:
+            raise ConfigError("gated: with model.mlp_bias each would need an output bias of its own; write gated=false")
         width = options.num_experts * options.intermediate_size
-        super().__init__(context.hidden_size, width)
+        super().__init__(context.hidden_size, width, context.activation, context.mlp_bias)
         self.intermediate_size = width
         self.num_experts = options.num_experts
         self.gate = nn.Linear(context.hidden_size, options.num_experts, bias=False) if options.gated else None
@@ -44,8 +46,7 @@ class SeveralSharedExperts(SwiGLU):
         """x [T, D] -> [T, D]."""
         if self.gate is None:
             return super().forward(x)
-        hidden = nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)  # [T, n F]
-        scaled = hidden.unflatten(-1, (self.num_experts, -1)) * self.gate(x).sigmoid().unsqueeze(-1)
+        scaled = self.hidden(x).unflatten(-1, (self.num_experts, -1)) * self.gate(x).sigmoid().unsqueeze(-1)
         out: Tensor = self.down_proj(torch.flatten(scaled, -2))
         return out
 

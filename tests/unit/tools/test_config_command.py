@@ -70,7 +70,7 @@ def test_keys_of_a_section_and_options_of_a_part(capsys: pytest.CaptureFixture[s
     assert lines[2] == "optimizer.lr: float = 0.001  # the highest learning rate; `schedule` says when"
     parts = _told(capsys, "--keys", "model.moe.shared_expert")
     assert "  intermediate_size: int = required  # of each" in parts
-    assert "gated  # One SwiGLU" in parts
+    assert "gated  # One feed-forward network" in parts
     one = _told(capsys, "--keys", "model.moe.shared_expert.several")
     assert "num_experts: int = 2" in one
     assert "dense_residual  #" not in one

@@ -327,6 +327,9 @@ def test_a_source_without_a_tensor_or_of_another_shape_is_named(tmp_path: Path):
     ("keys", "words"),
     [
         ({"model": {"hidden_size": 64}}, "model.hidden_size: 64, but the source's is 32"),
+        ({"model": {"mlp_bias": True}}, "model.mlp_bias: True, but the source's is False"),
+        ({"model": {"activation": {"name": "relu2"}}}, "model.activation: {'name': 'relu2'}, but the source's is"),
+        ({"moe": {"moe_latent_size": 8}}, "model.moe.moe_latent_size: experts made of a dense FFN's neurons"),
         ({"model": {"hiden_size": 32}}, "did you mean 'hidden_size'"),
         ({"moe": {"router": {"name": "expert_choice"}}}, "can't be stored as Qwen2-MoE"),
         ({"moe": {"shared_expert": {"name": "none"}}}, "recipe.shared.name=zero"),

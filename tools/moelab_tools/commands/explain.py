@@ -120,7 +120,7 @@ def _parts(config: RunConfig, registry: Registry, layer_id: int) -> dict[str, An
     """{part: name, owner, resolved options} of a sparse layer; what the layout says; {} for a dense one."""
     from dataclasses import asdict
 
-    from moelab.hookspecs import EXPERT_BACKENDS, EXPERT_LAYOUTS, ROUTERS, SHARED_EXPERTS
+    from moelab.hookspecs import ACTIVATIONS, EXPERT_BACKENDS, EXPERT_LAYOUTS, ROUTERS, SHARED_EXPERTS
     from moelab.layouts import build_layouts
     from moelab.moe.per_layer import layer_parts
 
@@ -132,7 +132,9 @@ def _parts(config: RunConfig, registry: Registry, layer_id: int) -> dict[str, An
         "layout": EXPERT_LAYOUTS, "router": ROUTERS, "shared_expert": SHARED_EXPERTS, "backend": EXPERT_BACKENDS
     }  # fmt: skip
     parts = layer_parts(moe, config.model.num_hidden_layers)[layer_id]
-    found: dict[str, Any] = {"experts": asdict(layout)}
+    found: dict[str, Any] = {"experts": asdict(layout) | {"moe_latent_size": moe.moe_latent_size}}
+    act, options = registry.select(ACTIVATIONS, config.model.activation, ACTIVATIONS.key)
+    found["activation"] = {"name": act.name, "owner": act.owner, "pattern": None, "options": asdict(options)}
     for key, point in points.items():
         chosen, options = registry.select(point, getattr(parts, key), parts.where(key))
         found[key] = {"name": chosen.name, "owner": chosen.owner, "pattern": parts.pattern, "options": asdict(options)}
@@ -195,7 +197,8 @@ def _rows(table: dict[str, Any]) -> dict[tuple[str, ...], list[int]]:
         names = ["dense", ""]
         if parts:
             e = parts["experts"]
-            names = [f"{e['num_experts_per_tok']} of {e['num_experts']} x {e['moe_intermediate_size']}"]
+            latent = f" in {e['moe_latent_size']}" if e["moe_latent_size"] else ""
+            names = [f"{e['num_experts_per_tok']} of {e['num_experts']} x {e['moe_intermediate_size']}{latent}"]
             names.append(" · ".join(parts[key]["name"] for key in ("router", "shared_expert", "backend")))
         costs = [f"{layer['parameters']:,}", f"{layer['active_parameters']:,}"]
         row = (*names, *costs, f"{layer['forward_flops_per_token'] / 1e6:,.3f}")

@@ -18,7 +18,7 @@ def command(kind: str, name: str, parent: Path) -> None:
 
     The part works: its tests run moelab's conformance kit on it, its config trains with it. Change it into yours.
     KINDs: router, balance_loss, data_source, observer, expert_layout, shared_expert, expert_backend,
-    expert_initialiser. Nothing is overwritten.
+    activation, expert_initialiser. Nothing is overwritten.
 
     \b
     Example:

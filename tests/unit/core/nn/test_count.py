@@ -39,6 +39,8 @@ PUBLISHED = {
     "qwen2-7b": (7_615_616_512, 6_525_621_760),
     "qwen2-72b": (72_706_203_648, 70_214_787_072),
     "qwen2-57b-a14b": (57_408_658_944, 56_319_581_696),
+    "qwen3-30b-a3b": (30_532_122_624, 29_909_792_768),
+    "mixtral-8x7b": (46_702_792_704, 46_440_648_704),
 }
 
 
@@ -54,6 +56,12 @@ def test_qwen2_57b_a14b_activates_exactly_the_published_parameters():
     assert counts.active == 14_249_270_784
     assert counts.active_non_embedding == 13_160_193_536
     assert counts.routed == 49_325_015_040
+
+
+@pytest.mark.parametrize(("name", "active"), [("qwen3-30b-a3b", 3_353_032_704), ("mixtral-8x7b", 12_879_925_248)])
+def test_other_models_activate_what_is_published(name: str, active: int):
+    """Qwen3-30B-A3B: 3.3 billion; Mixtral 8x7B: 12.9 (2401.04088, section 1)."""
+    assert count_parameters(shipped(name)).active == active
 
 
 def test_qwen2_57b_a14b_flops_by_hand():

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import cast
-
 import pytest
 import torch
 from torch import Tensor
 
 from expert_routings import CASES, EXPERTS, TOP_K, bank, gradients, reference, skewed
 from moelab import BackendContext, ExpertBackend, Registry, Routing
-from moelab.hookspecs import EXPERT_BACKENDS
+from moelab.hookspecs import ACTIVATIONS, EXPERT_BACKENDS
+from moelab.moe.activation import Activation, ActivationContext
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
@@ -20,6 +18,10 @@ from moelab_plugins.expert_backends._batched_rows import make_chunks, make_runs,
 
 NAMES = ("loop", "grouped_mm", "batched", "auto")
 HIDDEN, WIDTH = 16, 8
+
+
+def _activation(name: str) -> Activation:
+    return Registry(entry_points=False).build(ACTIVATIONS, {"name": name}, ActivationContext(HIDDEN, 0, 1), "here")
 
 
 def _backend(name: str) -> ExpertBackend:
@@ -73,14 +75,23 @@ def test_bf16_autocast_stays_within_bf16_rounding(name: str, case: str, threads:
 
 @pytest.mark.parametrize("name", ["loop", "batched"])
 def test_derivatives_pass_gradcheck_in_float64(name: str, threads: int):
+    _gradcheck(name, bank(6, 4))
+
+
+@pytest.mark.parametrize(("activation", "bias"), [("relu2", False), ("clamped_swiglu", True)])
+def test_derivatives_of_other_activations_pass_gradcheck(activation: str, bias: bool):
+    _gradcheck("batched", bank(6, 4, activation=_activation(activation), bias=bias))
+
+
+def _gradcheck(name: str, experts: ExpertBank) -> None:
     routing, backend = skewed(9), _backend(name)
 
-    def function(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        experts = SimpleNamespace(gate_up=gate_up, down=down)
+    def function(x: Tensor, weight: Tensor, *parameters: Tensor) -> Tensor:
+        experts.__dict__.update(zip((key for key, _ in experts.named_parameters()), parameters, strict=True))
         made = Routing.from_topk(routing.expert.view(9, TOP_K), weight.view(9, TOP_K), EXPERTS)
-        return backend(x, made, cast(ExpertBank, experts))
+        return backend(x, made, experts)
 
-    inputs = [torch.randn(9, 6), torch.rand(9 * TOP_K), *(p.detach() for p in bank(6, 4).parameters())]
+    inputs = [torch.randn(9, 6), torch.rand(9 * TOP_K), *(p.detach() for p in experts.parameters())]
     assert torch.autograd.gradcheck(function, [tensor.double().requires_grad_() for tensor in inputs])
 
 

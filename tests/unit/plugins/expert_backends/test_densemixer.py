@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expert_routings import EXPERTS, TOP_K, bank
+from expert_routings import EXPERTS, TOP_K, bank, output_of
 from moelab import BackendContext, ConfigError, ExpertBackend, Registry, Routing
 from moelab.builder import build_model
 from moelab.config.model import ModelConfig, MoEConfig
@@ -45,11 +45,8 @@ def routing_of(logits: Tensor, normalised: bool, drop: bool = False) -> Routing:
 
 def every_output(x: Tensor, experts: ExpertBank) -> Tensor:
     """[T, E, D], each expert by itself."""
-    found = []
-    for gate_up, down in zip(experts.gate_up, experts.down, strict=True):
-        gate, up = (x @ gate_up.t()).chunk(2, dim=-1)
-        found.append((torch.nn.functional.silu(gate) * up) @ down)
-    return torch.stack(found, 1)
+    every = range(experts.num_experts)
+    return torch.stack([torch.stack([output_of(experts, e, row) for e in every]) for row in x.double()]).to(x.dtype)
 
 
 def by_formula(logits: Tensor, outputs: Tensor, upstream: Tensor, normalised: bool) -> Tensor:
@@ -63,10 +60,10 @@ def by_formula(logits: Tensor, outputs: Tensor, upstream: Tensor, normalised: bo
     return torch.autograd.grad((weight * inner).sum(), leaf)[0]
 
 
-@pytest.mark.parametrize("normalised", [False, True])
-def test_the_router_hears_of_every_expert_and_nothing_else_changes(normalised: bool):
+@pytest.mark.parametrize(("normalised", "bias"), [(False, False), (True, False), (True, True)])
+def test_the_router_hears_of_every_expert_and_nothing_else_changes(normalised: bool, bias: bool):
     torch.manual_seed(3)
-    experts, x = bank(HIDDEN, WIDTH), torch.randn(TOKENS, HIDDEN, dtype=torch.float64, requires_grad=True)
+    experts, x = bank(HIDDEN, WIDTH, bias=bias), torch.randn(TOKENS, HIDDEN, dtype=torch.float64, requires_grad=True)
     logits = torch.randn(TOKENS, EXPERTS, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(TOKENS, HIDDEN, dtype=torch.float64)
     plain = REGISTRY.build(EXPERT_BACKENDS, {"name": "loop"}, BackendContext(LAYOUT, HIDDEN, 0, dict), "here")

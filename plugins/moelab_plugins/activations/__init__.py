@@ -1,0 +1,1 @@
+"""Activations: what stands between the matrices of every feed-forward part."""
