@@ -103,9 +103,10 @@ class MoEBlock(nn.Module):
 
     def routed(self, x: Tensor, routing: Routing) -> Tensor:
         """What the experts of this process add for a routing, x [T, D] -> [T, D]; outside of a forward pass."""
+        compute = weigh_inputs(self.reach(self.backend))
         if self.latent is None:
-            return self.reach(self.backend)(x, routing, self.experts)
-        return self.latent.up(self.reach(self.backend)(self.latent.down(x), routing, self.experts))
+            return compute(x, routing, self.experts)
+        return self.latent.up(compute(self.latent.down(x), routing, self.experts))
 
     def _compute(self, shown: list[Tensor] | None) -> Callable[[Tensor, Routing, ExpertBank], Tensor]:
         """The backend, in chunks where a cap is set, and around both the exchange with other processes.

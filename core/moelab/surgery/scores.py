@@ -152,7 +152,7 @@ def _outputs(block: MoEBlock, x: Tensor, token: Tensor, expert: Tensor) -> Tenso
     for tokens, experts in zip(token.split(_PIECE), expert.split(_PIECE), strict=True):
         ones = torch.ones(len(tokens), 1, dtype=torch.float32, device=x.device)
         alone = Routing.from_topk(experts[:, None], ones, block.layout.num_experts)
-        found.append(block.experts(x.index_select(0, tokens), alone, block.reach(block.backend)))
+        found.append(block.routed(x.index_select(0, tokens), alone))
     return torch.cat(found) if found else x.new_zeros(0, x.shape[-1])
 
 
