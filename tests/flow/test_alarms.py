@@ -37,7 +37,7 @@ class OnPurpose(Frozen):
     learns = False
 
 class Stuck(SoftmaxTopK):
-    def select(self, scores):
+    def select(self, scores, info):
         return torch.arange(self.top_k, device=scores.device).expand(len(scores), -1)
 
 @hookimpl

@@ -45,6 +45,7 @@ SMALL: dict[str, list[str]] = {
     "evaluate": ["evaluation.sequences=4"],
     "generate": ["--tokens", "4"],
     "trace": ["--tokens", "64"],
+    "data": ["sources=[{name: embedded, max_bytes_per_domain: 40000}]", "workers=1"],
     "upcycle": UPCYCLING,
     "surgery": ["--tokens", "128"],
     "export": ["--force"],  # a document may have named its result before
@@ -71,6 +72,9 @@ class Not:
 A_BENCHMARK = Not("minutes, and figures of one machine; tests/unit/test_benchmarks.py runs it in small")
 BY_HAND = Not("minutes, and figures of one machine; run by hand, its results are committed")
 DECLARED: dict[str, Instead | Not] = {
+    'moelab train CONFIG "data.source={name: jsonl, paths: [curated/kept], domain_key: domain}"': Not(
+        "tests/flow/test_data_command.py trains on what it made"
+    ),
     ". .venv/bin/activate": Not("make setup has made it; the tests run in it"),
     "moelab demo": Not("CI runs it in small, from the checkout (make short-demo) and from the wheel (.ci/wheel)"),
     'eval "$(_MOELAB_COMPLETE=bash_source moelab)"': Not("of the shell one is in; tests/unit/tools/test_completion.py"),

@@ -16,7 +16,6 @@ from moelab.config.model import ModelConfig
 from moelab.errors import ConfigError
 from moelab.hookspecs import SHARED_EXPERTS
 from moelab.layouts import build_layouts
-from moelab.moe.gate import LinearRouter
 from moelab.moe.per_layer import layer_parts
 from moelab.registry import Registry
 
@@ -161,6 +160,8 @@ def qwen2_moe_fields(part: object) -> dict[str, Any] | str:
     """What a router or shared expert says about itself for Qwen2-MoE's config.json, or why it can't."""
     if part is None:
         return "there is none, and Qwen2-MoE always has a gated one"
+    from moelab.moe.gate import LinearRouter  # noqa: PLC0415  (torch, as above)
+
     if isinstance(part, LinearRouter) and (why := part.gate_differs()) is not None:
         return why
     describe = getattr(part, "qwen2_moe_fields", None)
