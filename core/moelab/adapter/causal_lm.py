@@ -64,6 +64,8 @@ class MoelabConfig(PretrainedConfig):
         rope_theta: float = 1_000_000.0,
         stretched_wavelengths: dict[str, Any] | None = None,
         attention: dict[str, Any] | None = None,
+        activation: dict[str, Any] | None = None,
+        mlp_bias: bool = False,
         qkv_bias: bool = True,
         use_qk_norm: bool = False,
         tie_word_embeddings: bool = False,
@@ -75,6 +77,7 @@ class MoelabConfig(PretrainedConfig):
         eos_token_id: int | list[int] | None = None,
         **kwargs: Any,
     ) -> None:
+        activation = activation or ModelConfig().activation
         head_dim = head_dim or hidden_size // num_attention_heads  # caches of transformers read it
         given = dict(locals())
         for name in STORED:
