@@ -86,8 +86,7 @@ class Chunks:
 
 
 class DualChunkAttention:
-    """Positions start again in each chunk; a query has one position for its own chunk, one for the chunk before, and
-    one for all others.
+    """Positions start again in each chunk; a query has one for its chunk, one for the last, one for all before.
 
     Formula: with r = i mod s, n = floor(i / s) - floor(j / s), keys at j mod s, queries at r (n = 0), s + r or
     `max_position` from r = w on (n = 1), `max_position` (n >= 2); one softmax over all keys.
