@@ -19,7 +19,9 @@ def test_the_table_shows_every_shipped_model_with_exact_counts(capsys: pytest.Ca
 def test_json_has_the_same_rows_smallest_model_first(capsys: pytest.CaptureFixture[str]):
     assert run(["architectures", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
-    assert list(table) == ["qwen2-0.5b", "qwen2-1.5b", "qwen2-7b", "qwen2-57b-a14b", "qwen2-72b"]
+    assert list(table) == [
+        "qwen2-0.5b", "qwen2-1.5b", "qwen2-7b", "qwen3-30b-a3b", "mixtral-8x7b", "qwen2-57b-a14b", "qwen2-72b",
+    ]  # fmt: skip
     moe = table["qwen2-57b-a14b"]
     assert (moe["num_experts"], moe["num_experts_per_tok"], moe["moe_intermediate_size"]) == (64, 8, 2560)
     assert moe["shared_expert_intermediate_size"] == 20480

@@ -100,4 +100,5 @@ def test_tables_of_whole_models_fit_80_columns(
     told = capsys.readouterr().out
     assert "57,408,658,944" in told
     assert [line for line in told.splitlines() if len(line) > 80] == []
-    assert len(told.splitlines()) < 45
+    tables = told.count("Vocabulary ")  # of as many models as have room side by side
+    assert len(told.splitlines()) < 45 or tables <= 3 and len(told.splitlines()) < 20 * tables

@@ -46,7 +46,6 @@ FAULTS: dict[str, Callable[[Path], None]] = {
     "a theta in rope_scaling": lambda folder: _change(folder, rope_scaling={"rope_type": "default", "rope_theta": 1e4}),
     "two dtypes": lambda folder: _change(folder, dtype="float32"),
     "an adapter": lambda folder: (folder / "adapter_config.json").write_text("{}") and None,
-    "a window in use": lambda folder: _change(folder, use_sliding_window=True, max_window_layers=1),
 }
 
 
