@@ -21,7 +21,7 @@ ALL = "all"
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
 th,td{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
-th:first-child,td:first-child,td.word{text-align:left}td.word{max-width:44rem;overflow-wrap:anywhere}
+th:first-child,td:first-child,.word{text-align:left}td.word{max-width:44rem;overflow-wrap:anywhere}
 tr.sum{font-weight:600}.examples{color:#555;font-size:13px}pre{overflow-x:auto;background:#f5f5f5;padding:1rem}
 @media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}th,td{border-color:#444}pre{background:#222}
 .examples{color:#aaa}}"""
@@ -79,7 +79,7 @@ def page(account: Account, stages: Iterable[str], config: CurateConfig) -> str:
         f"<table><tr>{head}{''.join(body)}</table>",
     ]
     if examples:
-        pieces.append(f"<h2>Left out, for example</h2><table><tr><th>why<th>documents{''.join(examples)}</table>")
+        pieces.append(f"<h2>Left out, for example</h2><table><tr><th>why<th class="word">documents{''.join(examples)}</table>")
     if changed:
         pieces.append(f"<h2>Changed</h2><table><tr><th>stage<th>domain<th>documents{''.join(changed)}</table>")
     return "".join(pieces) + f"<h2>Config</h2><pre>{html.escape(text)}</pre></html>\n"
