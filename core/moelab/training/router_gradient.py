@@ -76,7 +76,8 @@ def warn_of_untaught_routers(
     if frozen:
         logger.warning(
             "model.moe.router, layer %s: no parameter of this router is trainable, so it learns nothing: train.freeze "
-            "does that, or the router itself; a router of yours that is meant so says it with `learns = False`",
+            "or train.adapters does that, or the router itself; a router of yours that is meant so says it with "
+            "`learns = False`",
             ", ".join(str(alarm.layer) for alarm in frozen),
         )
     return frozen + [_alarm("untaught", layer) for layers in untaught.values() for layer in layers]

@@ -22,6 +22,7 @@ from moelab.nn.count import moe_blocks
 from moelab.nn.transformer import TokenContext, Transformer
 from moelab.parallel.ranks import ALONE, Ranks
 from moelab.seeds import derive_seed, generator
+from moelab.training.adapters import Adapters
 from moelab.training.failure import NotFinite, Terms, describe_failure
 from moelab.training.precision import Precision
 from moelab.training.router_statistics import RouterStatistics
@@ -88,10 +89,12 @@ def train_step(
     observe: Observe = NOTHING,
     update: Update | None = None,
     ranks: Ranks = ALONE,
+    adapters: Adapters | None = None,
 ) -> StepResult:
     """Forward, backward, clip, update, and the routers' own `after_step`.
 
     `batch` is the whole one; of its micro-batches each of the `ranks` computes its own, and all end with one result.
+    `adapters`: what `optimizer` trains in place of the model's parameters.
 
     Raises NotFinite naming the step and the place when the loss or a gradient is not finite; the parameters are those
     of the last good step then. `update` is under way from when the first of them changes; who counts the step ends it.
@@ -120,16 +123,20 @@ def train_step(
         ranks.accumulate(model, last=index + 1 == len(computing))
         sums.add(terms, records, observe)
     losses = dict(zip(sums.losses, ranks.sum(torch.stack(list(sums.losses.values()))).unbind(), strict=True))
-    norm = ranks.gradient_norm(model.parameters())
+    learner = adapters or model
+    norm = ranks.gradient_norm(learner.parameters())
     if not bool(torch.isfinite(losses["loss"] + norm)):  # before clipping, which would make every gradient NaN
-        raise NotFinite(describe_failure(model, step, computing, ranks))
-    router_norms = _gradient_norms(routers, ranks) if observe.routing and routers else None
+        raise NotFinite(describe_failure(model, step, computing, ranks, adapters))
+    learning = [adapters.of(group) for group in routers] if adapters else routers
+    router_norms = _gradient_norms(learning, ranks) if observe.routing and routers else None
     if settings.grad_clip:
-        ranks.clip(model.parameters(), settings.grad_clip, norm)
+        ranks.clip(learner.parameters(), settings.grad_clip, norm)
     sums.seen.reduce(ranks.sum)
     served = ranks.sum(torch.stack(sums.served).sum(0)) if sums.served else None
     (update or Update()).under_way = True
     optimizer.step()
+    if adapters is not None:
+        adapters.merge()
     sums.seen.after_step(moe_blocks(model), step)
     for named in balance_losses:
         named.after_step(sums.seen.context(named))
