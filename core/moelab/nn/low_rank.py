@@ -2,7 +2,7 @@
 
 Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang & Chen 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section
 4.1: W + (alpha / r) B A, A random and B zero (the paper was not opened here; scale and both inits are those of PEFT
-0.21, `LoraLayer.reset_lora_parameters` and `update_layer`). A stacked parameter, a bank's [E, rows, columns], holds E
+0.21.2, `LoraLayer.reset_lora_parameters` and `update_layer`). A stacked parameter, a bank's [E, rows, columns], holds E
 matrices, each with a product of its own, as PEFT's `ParamWrapper` has it.
 """
 

@@ -7,10 +7,10 @@ LoRA's own gradients. So every backend, router and observer sees plain parameter
 merged weights, which are those that were trained, to the bit; and a step pays one product for each matrix and none for
 each forward pass.
 
-Why not PEFT, whose `target_parameters` attach to a bank too (0.21): it wraps the modules, so that names, checkpoints
-and what reads `block.experts` change; it makes W + B A in each forward pass, evaluation included, as a node of autograd
-that keeps it; it takes a bank's second axis for what is read, which is so of `down` and not of `gate_up`; and the rank
-of a bank is laid out as one matrix over all experts. Its numbers are held against these in tests/optional/test_peft.py.
+Why not PEFT, whose `target_parameters` attach to a bank too (0.21.2): it wraps modules, a wrapper around a wrapper for
+a bank's second matrix, so that names, checkpoints and what reads `block.experts` change; it forms W + B A in each
+forward pass, evaluation included; and it knows one orientation for all matrices of a module (`is_transposed`), where a
+bank's `gate_up` and `down` have two. Its numbers are held against these in tests/optional/test_peft.py.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from moelab.alarms import NO_GRADIENT, LayerFacts
 from moelab.moe.block import MoEBlock
 from moelab.nn.transformer import Transformer
 from moelab.training.adapters import Adapters
-from moelab.training.router_gradient import learns
+from moelab.training.router_gradient import is_frozen, learns
 from moelab.training.step import StepResult, router_parameters
 
 TEXT = "lm_loss"  # the term that is the text's
@@ -17,14 +17,16 @@ LEAST_SHARE = 10  # assignments: where a fair share of an interval is fewer, cha
 
 
 def layer_facts(blocks: Sequence[MoEBlock], *, untrained: bool) -> dict[int, LayerFacts]:
-    """What alarms go by, for each MoE layer; `untrained`: no training has touched the routers before this run."""
+    """What alarms go by, for each MoE layer; `untrained`: no training has touched the routers before this run.
+
+    One that was trained and is frozen now follows a fixed rule, by design.
+    """
     found = {}
     for block in blocks:
         layout, weight = block.layout, getattr(block.router, "weight", None)
         choices = len(weight) if weight is not None else None
-        found[block.layer_id] = LayerFacts(
-            layout.num_experts, layout.num_experts_per_tok, learns(block.router), untrained, choices
-        )
+        to_learn = learns(block.router) and (untrained or not is_frozen(block))
+        found[block.layer_id] = LayerFacts(layout.num_experts, layout.num_experts_per_tok, to_learn, untrained, choices)
     return found
 
 

@@ -137,7 +137,8 @@ def _print(plan: Plan, device_memory: float | None) -> None:
     times = "" if problem.micro_batches == 1 else f"{problem.micro_batches} x "
     click.echo(
         f"{plan.total_parameters:,} parameters{_trained(plan)}; {mesh.world} x {problem.device}, "
-        f"{times}{problem.sequences} x {problem.sequence_length} tokens each, {str(problem.dtype).removeprefix('torch.')} matmuls"
+        f"{times}{problem.sequences} x {problem.sequence_length} tokens each, "
+        f"{str(problem.dtype).removeprefix('torch.')} matmuls"
         + (", activation checkpointing" if problem.checkpointing else "")
     )
     if mesh.world > 1:

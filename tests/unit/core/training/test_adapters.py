@@ -329,3 +329,17 @@ def test_the_rate_of_b_can_be_its_own() -> None:
     for name, parameter in adapters.named_parameters():
         assert factors[id(parameter)] == (16.0 if name.endswith("lora_b") else 1.0), name
     assert isinstance(adapters, nn.Module)
+
+
+def test_a_trained_router_that_is_frozen_raises_no_alarm_and_an_untrained_one_does(
+    started: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = dataclasses.replace(started, run_dir=str(tmp_path / "experts"))
+    config.train = dataclasses.replace(started.train, steps=2, log_every=1, adapters=[EVERYWHERE[0]])
+    summary = json.loads((train(config) / "summary.json").read_text())
+    assert summary["alarms"] == []
+    assert "no parameter of this router is trainable" in caplog.text
+    fresh = dataclasses.replace(config, run_dir=str(tmp_path / "fresh"))
+    fresh.train = dataclasses.replace(config.train, init_from=None, adapters=[], freeze=["*.router.*"])
+    summary = json.loads((train(fresh) / "summary.json").read_text())
+    assert {alarm["name"] for alarm in summary["alarms"]} == {"no_gradient"}
