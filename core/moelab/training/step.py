@@ -89,12 +89,11 @@ def train_step(
     observe: Observe = NOTHING,
     update: Update | None = None,
     ranks: Ranks = ALONE,
-    adapters: Adapters | None = None,
+    adapters: Adapters | None = None,  # what `optimizer` trains in place of the model's parameters
 ) -> StepResult:
     """Forward, backward, clip, update, and the routers' own `after_step`.
 
     `batch` is the whole one; of its micro-batches each of the `ranks` computes its own, and all end with one result.
-    `adapters`: what `optimizer` trains in place of the model's parameters.
 
     Raises NotFinite naming the step and the place when the loss or a gradient is not finite; the parameters are those
     of the last good step then. `update` is under way from when the first of them changes; who counts the step ends it.
@@ -137,10 +136,15 @@ def train_step(
     optimizer.step()
     if adapters is not None:
         adapters.merge()
-    sums.seen.after_step(moe_blocks(model), step)
-    for named in balance_losses:
-        named.after_step(sums.seen.context(named))
+    _after_step(model, balance_losses, sums.seen, step)
     return StepResult(losses, norm, sums.statistics, router_norms, sums.by_term, served)
+
+
+def _after_step(model: Transformer, balance_losses: Sequence[NamedLoss], seen: BatchStatistics, step: int) -> None:
+    """What routers and losses do of their own after an update."""
+    seen.after_step(moe_blocks(model), step)
+    for named in balance_losses:
+        named.after_step(seen.context(named))
 
 
 @dataclass
