@@ -75,6 +75,7 @@ def adapters_trained() -> Step:
     adapters = attach(model, CHOSEN, 0)
     assert adapters is not None
     optimizer = build_adamw(adapters, OptimizerConfig())
+    adapters.follow(optimizer)
     return lambda: _step(model, optimizer, adapters)
 
 

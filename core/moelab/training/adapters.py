@@ -113,8 +113,12 @@ class Adapters(nn.Module):
         """That are trained."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """From now on each of its steps is followed by `merge`."""
+        optimizer.register_step_post_hook(lambda *_: self.merge())
+
     def merge(self) -> None:
-        """After an optimizer step."""
+        """Set all of the model's parameters to their sums."""
         for adapter in self.each():
             adapter.merge()
 

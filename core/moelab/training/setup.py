@@ -106,6 +106,11 @@ class Setup:
         return seen_text(self.history, source, self.corpus, self.tokenizer, scored)
 
     @property
+    def learner(self) -> torch.nn.Module:
+        """What the optimizer trains, and where gradients are: the model, or its adapters."""
+        return self.adapters or self.model
+
+    @property
     def blocks(self) -> list[MoEBlock]:
         return [module for module in self.model.modules() if isinstance(module, MoEBlock)]
 
@@ -156,7 +161,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         batches=batches,
         validation=_held_out(config, corpus),
         model=model,
-        optimizer=build_adamw(adapters or model, config.optimizer),
+        optimizer=_optimizer(config, model, adapters),
         balance_losses=losses,
         step_settings=settings,
         threads=threads,
@@ -169,6 +174,13 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         ranks=ranks,
         adapters=adapters,
     )
+
+
+def _optimizer(config: RunConfig, model: Transformer, adapters: Adapters | None) -> torch.optim.Optimizer:
+    optimizer = build_adamw(adapters or model, config.optimizer)
+    if adapters is not None:
+        adapters.follow(optimizer)
+    return optimizer
 
 
 def _held_out(config: RunConfig, corpus: Corpus) -> ValidationBatches:

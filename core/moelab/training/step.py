@@ -134,17 +134,10 @@ def train_step(
     served = ranks.sum(torch.stack(sums.served).sum(0)) if sums.served else None
     (update or Update()).under_way = True
     optimizer.step()
-    if adapters is not None:
-        adapters.merge()
-    _after_step(model, balance_losses, sums.seen, step)
-    return StepResult(losses, norm, sums.statistics, router_norms, sums.by_term, served)
-
-
-def _after_step(model: Transformer, balance_losses: Sequence[NamedLoss], seen: BatchStatistics, step: int) -> None:
-    """What routers and losses do of their own after an update."""
-    seen.after_step(moe_blocks(model), step)
+    sums.seen.after_step(moe_blocks(model), step)
     for named in balance_losses:
-        named.after_step(seen.context(named))
+        named.after_step(sums.seen.context(named))
+    return StepResult(losses, norm, sums.statistics, router_norms, sums.by_term, served)
 
 
 @dataclass

@@ -86,6 +86,7 @@ def test_training_steps_are_those_of_low_rank_factors_under_autograd_in_float64(
         leaves[name] = {"a": a.requires_grad_(), "b": b.requires_grad_(), "scale": adapter.scale}
     config = OptimizerConfig(lr=1e-2, weight_decay=0.1)
     ours = build_adamw(adapters, config)
+    adapters.follow(ours)
     values = [leaf[key] for leaf in leaves.values() for key in ("a", "b")]
     theirs = torch.optim.AdamW(values, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     losses = build_balance_losses(MODEL, REGISTRY)
@@ -156,6 +157,7 @@ def test_neurons_that_even_out_widths_stay_zero() -> None:
     adapters = attach(model, EVERYWHERE, 0)
     assert adapters is not None
     optimizer = build_adamw(adapters, OptimizerConfig(lr=1e-2))
+    adapters.follow(optimizer)
     for step in range(3):
         train_step(model, optimizer, [], a_batch(step), step, SETTINGS, adapters=adapters)
     for layer in model.layers:
