@@ -4,8 +4,7 @@ The model never hears of it. A parameter of it is at all times the sum, W = base
 the backward pass leaves its gradient G there, which is turned at once into those of the factors, (alpha / r) G A^T and
 (alpha / r) B^T G, and freed; the optimizer steps the factors, and the sum is made anew. By the chain rule these are
 LoRA's own gradients. So every backend, router and observer sees plain parameters; whatever reads a checkpoint reads the
-merged weights, which are those that were trained, to the bit; and a step pays one product for each matrix and none for
-each forward pass.
+merged weights, which are those that were trained, to the bit; and no forward pass pays anything.
 
 Why not PEFT, whose `target_parameters` attach to a bank too (0.21.2): it wraps modules, a wrapper around a wrapper for
 a bank's second matrix, so that names, checkpoints and what reads `block.experts` change; it forms W + B A in each
