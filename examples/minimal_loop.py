@@ -46,7 +46,7 @@ def train(config: moelab.RunConfig) -> tuple[torch.nn.Module, list[float]]:
         loss.backward()
 
         if config.train.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
+            torch.nn.utils.clip_grad_norm_(run.learner.parameters(), config.train.grad_clip)
         optimizer.step()
         routed.after_step(run.blocks, step)  # routers that balance without a loss move their biases here
         for balance in run.balance_losses:

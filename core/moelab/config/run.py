@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
+from moelab.config.adapters import KEY as ADAPTERS
+from moelab.config.adapters import AdapterConfig, check_adapters
 from moelab.config.model import ModelConfig, Part
 from moelab.errors import ConfigError
 from moelab.paths import Places, user_path
@@ -68,6 +70,9 @@ class TrainConfig:
     init_overrides: list[str] = field(default_factory=list)
     # Parameters that stay as they are, by patterns over their names: ["*.router.*"], ["embed_tokens.*", "layers.0.*"].
     freeze: list[str] = field(default_factory=list)
+    # LoRA: matrices that learn through a product of low rank, while nothing else does, from train.init_from:
+    # [{target: "layers.*.mlp.experts.*", r: 8, alpha: 16}]. Of several that match a name the last counts. One process.
+    adapters: list[AdapterConfig] = field(default_factory=list)
 
 
 @dataclass
@@ -218,6 +223,7 @@ class RunConfig:
                     f"train.{key}: looks at evaluations, and there is one, at the end: set evaluation.every"
                 )
         self._check_narrow()
+        self._check_adapters()
         self.model.check()
 
     def _check_narrow(self) -> None:
@@ -232,6 +238,27 @@ class RunConfig:
             raise ConfigError(
                 f"train.parameters_dtype: {kept} needs train.dtype={kept}, not {products}: products can't be finer "
                 "than what they multiply"
+            )
+
+    def _check_adapters(self) -> None:
+        check_adapters(self.train.adapters)
+        if not self.train.adapters:
+            return
+        if self.train.init_from is None:
+            raise ConfigError(f"{ADAPTERS}: adapt the weights of a checkpoint, and no train.init_from names one")
+        if self.train.freeze:
+            raise ConfigError(
+                f"train.freeze: says nothing beside {ADAPTERS}, under which every parameter stays as it is and the "
+                "adapters alone learn; leave one of them out"
+            )
+        if self.parallel.world > 1:
+            raise ConfigError(
+                f"{ADAPTERS}: is for one process, and parallel asks for {self.parallel.world}; leave one of them out"
+            )
+        if self.train.parameters_dtype != "float32":
+            raise ConfigError(
+                f"{ADAPTERS}: adds to parameters of fp32; write train.parameters_dtype=float32, whose matmuls may be "
+                "bfloat16 all the same (train.dtype)"
             )
 
 

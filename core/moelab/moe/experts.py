@@ -22,6 +22,8 @@ class ExpertBank(nn.Module):
     gate_up_bias [E, M F] and down_bias [E, D], or None.
     """
 
+    INPUT_FIRST = ("down",)  # of its matrices, which hold what they read along the rows
+
     gate_up_bias: nn.Parameter | None
     down_bias: nn.Parameter | None
 

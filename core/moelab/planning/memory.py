@@ -6,6 +6,7 @@ counted. So a plugin's router, loss or attention is counted as it is, not by a f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from moelab.moe.routing import Routing, TokenInfo
 from moelab.nn.attention import Attention
 from moelab.nn.count import moe_blocks
 from moelab.nn.full_attention import FullAttention, torch_attention
+from moelab.nn.low_rank import Target, adapter_targets, train_alone
 from moelab.nn.narrow import narrow
 from moelab.nn.room import MOMENTS
 from moelab.nn.transformer import Transformer
@@ -89,6 +91,7 @@ class Plan:
     memory: MemoryPlan
     communication: CommunicationPlan
     total_parameters: int
+    trained: int  # numbers that the optimizer steps
     times: Times | None  # of a step, on a machine that is known
 
 
@@ -108,10 +111,16 @@ def predict(
         sent = communication(model, problem, losses)  # before other backends stand there, to be counted
         if problem.kept == torch.bfloat16:
             narrow(model)
+        targets = adapter_targets(model, problem.adapters)
+        if targets:
+            train_alone(model, targets)
         saved = _saved(model, problem)
     times = times_of(model, problem, sent, machine, counts_before(problem, losses)) if machine else None
     total = sum(parameter.numel() for parameter in model.parameters())
-    return Plan(problem, _memory(model, problem, saved), sent, total, times)
+    memory, trained = _memory(model, problem, saved), total
+    if targets:
+        memory, trained = _adapted(memory, problem, targets), sum(target.numbers for target in targets)
+    return Plan(problem, memory, sent, total, trained, times)
 
 
 def _check_dealt(model: Transformer, problem: Problem) -> None:
@@ -144,6 +153,18 @@ def _memory(model: Transformer, problem: Problem, saved: _Saved) -> MemoryPlan:
         passing=0 if mesh.world == 1 else 2 * FP32 * (sum(units.layers) + sum(units.banks)),
         process=_process(model, problem),
         heap=problem.device == "cpu",
+    )
+
+
+def _adapted(memory: MemoryPlan, problem: Problem, targets: Sequence[Target]) -> MemoryPlan:
+    """Of a model whose adapters alone are trained: `base` beside each sum, and one gradient of a sum at a time."""
+    numbers, bases = sum(t.numbers for t in targets), [t.parameter.numel() for t in targets]
+    return replace(
+        memory,
+        parameters=memory.parameters + FP32 * (numbers + sum(bases)),
+        gradients=FP32 * numbers,
+        optimizer=MOMENTS * problem.moments.itemsize * numbers,
+        working=memory.working + FP32 * max(bases),
     )
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from moelab.config.adapters import AdapterConfig
 from moelab.config.run import ParallelConfig
 from moelab.moe.balance import NamedLoss
 from moelab.moe.block import MoEBlock
@@ -46,6 +47,7 @@ class Problem:
     checkpointing: int = 0  # each n-th layer is computed again in the backward pass; 0: none
     kept: torch.dtype = torch.float32  # of matrices and their gradients between steps; of one device
     moments: torch.dtype = torch.float32  # of AdamW's state; of one device
+    adapters: Sequence[AdapterConfig] = ()  # which alone are trained; none: all parameters are. Of one device
 
     @property
     def tokens(self) -> int:

@@ -8,6 +8,7 @@ best evaluation (which was another model's), and the files that observers had pu
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import Any
 from moelab.atomic import lock_beside, partial, put_in_place, sync
 from moelab.builder import build_balance_losses, build_model
 from moelab.checkpoint import CHECKPOINTS, CONFIG, MODEL, STATE, TRAINING, model_tensors
+from moelab.config.adapters import KEY as ADAPTERS
 from moelab.config.files import read_file
 from moelab.config.interpolation import escape
 from moelab.config.model import ModelConfig
@@ -39,6 +41,8 @@ from moelab.training.format import BEST_EVALUATION
 from moelab.training.limits import check_disk
 from moelab.training.summary import LOADS
 
+logger = logging.getLogger("moelab")
+
 OPTIMIZER, LOSSES = "optimizer/", "balance_losses/"
 REPORT = "surgery.json"  # of the run folder: what was done, and what it cost
 
@@ -56,7 +60,10 @@ class Operation:
     def tensors(self) -> dict[str, dict[str, Made]]:
         """{file: {tensor: how it is made}}."""
         weights = {name: self._weight(name, stored) for name, stored in self.patient.tensors.items()}
-        training = {name: self._moment(name, stored) for name, stored in self.patient.training.items()}
+        kept = self.patient.training
+        if self.patient.config.train.adapters:  # which are in the weights, and begin anew on what is made of these
+            kept = {name: stored for name, stored in kept.items() if name.startswith(LOSSES)}
+        training = {name: self._moment(name, stored) for name, stored in kept.items()}
         return {MODEL: weights, TRAINING: training}
 
     def _weight(self, name: str, stored: Stored) -> Made:
@@ -105,6 +112,8 @@ def prepare_operation(
             f"{name}: would have to become {shapes.get(name)}, and the surgery leaves {made.get(name)}: it is no row "
             "of its experts; the part that owns it decides its shape by their number, so they can't be operated on"
         )
+    if patient.config.train.adapters:
+        logger.warning("%s: what they learned is operated on as part of the weights; new ones begin at zero", ADAPTERS)
     build_balance_losses(model, patient.registry)  # that each is still one of these layers
     return operation
 

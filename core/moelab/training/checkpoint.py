@@ -16,6 +16,8 @@ from moelab.moe.balance import NamedLoss
 from moelab.nn.pieces import first_of, held, is_piece, is_writer
 from moelab.nn.transformer import Transformer
 from moelab.parallel.ranks import ALONE, Ranks
+from moelab.tensor_parts import Stored
+from moelab.training.adapters import Adapters
 from moelab.training.optimizer import optimizer_tensors, restore_optimizer
 from moelab.training.writing import Held, Writing
 
@@ -26,6 +28,7 @@ class TrainingState:
 
     optimizer: torch.optim.Optimizer
     balance_losses: Sequence[NamedLoss]
+    adapters: Adapters | None = None  # what the optimizer trains in place of the model's parameters
 
 
 def save_checkpoint(
@@ -77,14 +80,18 @@ def restore_checkpoint(folder: Path, model: Transformer, training: TrainingState
     load_model_tensors(folder, model)
     path = folder / TRAINING
     tensors = stored_tensors(folder, TRAINING)
-    moments = {key.removeprefix("optimizer/"): v for key, v in tensors.items() if key.startswith("optimizer/")}
+    moments = _below("optimizer", tensors)
     losses: dict[str, dict[str, Tensor]] = {named.name: {} for named in training.balance_losses if _state_dict(named)}
     try:
-        restore_optimizer(model, training.optimizer, moments)
+        if training.adapters is not None:
+            training.adapters.restore(_below("adapters", tensors))
+        restore_optimizer(training.adapters or model, training.optimizer, moments)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    for key in sorted(tensors.keys() - {f"optimizer/{key}" for key in moments}):
+    for key in sorted(tensors):
         kind, _, rest = key.partition("/")
+        if kind == "optimizer" or (kind == "adapters" and training.adapters is not None):
+            continue
         name, _, part = rest.partition("/")
         if kind != "balance_losses" or name not in losses:
             raise CheckpointError(f"{path}: holds '{key}', which nothing of this run keeps; use an earlier checkpoint")
@@ -93,6 +100,10 @@ def restore_checkpoint(folder: Path, model: Transformer, training: TrainingState
         if named.name in losses:
             _restore_loss(named, losses[named.name], path)
     return read_state(folder)
+
+
+def _below(kind: str, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    return {key.removeprefix(f"{kind}/"): value for key, value in tensors.items() if key.startswith(f"{kind}/")}
 
 
 def _restore_loss(named: NamedLoss, state: dict[str, Tensor], path: Path) -> None:
@@ -117,7 +128,10 @@ def _state_dict(named: NamedLoss) -> Mapping[str, Tensor]:
 
 
 def _training_tensors(model: Transformer, training: TrainingState) -> dict[str, Tensor]:
-    tensors = {f"optimizer/{key}": value for key, value in optimizer_tensors(model, training.optimizer).items()}
+    moments = optimizer_tensors(training.adapters or model, training.optimizer)
+    tensors = {f"optimizer/{key}": value for key, value in moments.items()}
+    if training.adapters is not None:
+        tensors |= {f"adapters/{key}": value for key, value in training.adapters.tensors().items()}
     for named in training.balance_losses:
         tensors |= {f"balance_losses/{named.name}/{key}": value for key, value in _state_dict(named).items()}
     return {name: t.detach() if is_piece(t) else t.detach().contiguous() for name, t in tensors.items()}

@@ -31,7 +31,9 @@ class NotFinite(RunFailure):
     """A NaN or Inf: the same run would meet it again."""
 
 
-def describe_failure(model: Transformer, step: int, again: Again, ranks: Ranks = ALONE) -> str:
+def describe_failure(
+    model: Transformer, step: int, again: Again, ranks: Ranks = ALONE, adapters: nn.Module | None = None
+) -> str:
     """One sentence with the step and the place; the same on all ranks, which look together.
 
     again: for each micro-batch, a function that computes its terms, and its records, once more. Gradients are as the
@@ -49,7 +51,7 @@ def describe_failure(model: Transformer, step: int, again: Again, ranks: Ranks =
         where, guilty = _term(again) if alone else (ranks.first(_value(again)), [])
         where = (
             where
-            or ranks.first(_gradient(model, guilty))
+            or ranks.first(_gradient(adapters or model, guilty))
             or "the norm of all gradients together, each of which is finite"
         )
         blamed = [name for name in guilty if name != LM_LOSS]

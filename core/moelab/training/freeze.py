@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 
 from torch import nn
 
 from moelab.errors import ConfigError
+from moelab.nn.names import matching
 
 logger = logging.getLogger("moelab")
 KEY = "train.freeze"
-
-
-def matching(names: Iterable[str], pattern: str, key: str) -> set[str]:
-    """The names that a pattern (`*.router.*`, `layers.0.*`) matches. Raises ConfigError, naming the key, for none."""
-    found = {name for name in names if fnmatchcase(name, pattern)}
-    if not found:
-        nearest = get_close_matches(pattern, list(names), n=1, cutoff=0.0)[0]
-        raise ConfigError(f"{key}: '{pattern}' matches no parameter of this model; the nearest name is '{nearest}'")
-    return found
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:

@@ -48,8 +48,9 @@ def fitting(config: RunConfig, registry: Registry) -> str | None:
             getattr(torch, name) for name in (train.dtype, train.parameters_dtype, config.optimizer.moments_dtype)
         )
         problem = Problem(
-            sequences, train.sequence_length, dtype, device.type, config.parallel, 1, int(checkpointing), kept, moments
-        )
+            sequences, train.sequence_length, dtype, device.type, config.parallel, 1, int(checkpointing), kept, moments,
+            tuple(train.adapters),
+        )  # fmt: skip
         return predict(config.model, problem, registry).memory.peak
 
     kept = bool(train.activation_checkpointing)
@@ -97,9 +98,13 @@ def check_disk(folder: Path, sizes: dict[str, int]) -> None:
         )
 
 
-def warn_of_disk(folder: Path, model: nn.Module, keep: int, moments: str = "float32") -> None:
+def warn_of_disk(
+    folder: Path, model: nn.Module, keep: int, moments: str = "float32", adapters: nn.Module | None = None
+) -> None:
     """One line before a run whose checkpoints won't fit; the oldest is removed after the newest is written."""
-    each = sum(p.nbytes + MOMENTS * getattr(torch, moments).itemsize * p.numel() for p in model.parameters())
+    each = sum(p.nbytes for p in model.parameters())
+    each += sum(MOMENTS * getattr(torch, moments).itemsize * p.numel() for p in (adapters or model).parameters())
+    each += sum(tensor.nbytes for tensor in adapters.state_dict().values()) if adapters is not None else 0
     count, free = (keep or 1) + 1, shutil.disk_usage(_existing(folder)).free
     if each * count > free:
         logger.warning(

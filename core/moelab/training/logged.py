@@ -61,9 +61,10 @@ def alarm_watch(setup: Setup, state: Mapping[str, Any]) -> AlarmWatch:
     """As it was when a resumed run left off; what a new one found before its first step has been told."""
     lineage = setup.lineage
     untrained = lineage is None or any(stage == CONVERSION for stage, _ in lineage.stages[-1:])
-    watch = AlarmWatch(layer_facts(setup.blocks, untrained=untrained), setup.config.train.steps)
+    facts = layer_facts(setup.blocks, untrained=untrained)
+    watch = AlarmWatch(facts, setup.config.train.steps)
     if state:
         watch.restore(state.get("alarms", []))
     else:
-        watch.look(0, {}, setup.alarms)
+        watch.look(0, {}, [alarm for alarm in setup.alarms if alarm.layer is None or facts[alarm.layer].learns])
     return watch

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from moelab.config.run import OptimizerConfig
 from moelab.errors import CheckpointError
+from moelab.nn.names import matching
 from moelab.nn.pieces import read_as
 from moelab.tensor_parts import Stored
-from moelab.training.freeze import matching
 from moelab.training.rounded import RoundedAdamW
 
 logger = logging.getLogger("moelab")
@@ -25,7 +25,8 @@ _CURE = "; use an earlier checkpoint, or restore it"
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Matrices (two axes or more) decay; biases, norms and other vectors don't. A tied matrix counts once.
 
-    A group's `factor` is that of its parameters' learning rate. Where parameters or moments are bf16, it rounds them at
+    `model`: what is trained, which may be the adapters of one. A group's `factor` is that of its parameters' learning
+    rate. Where parameters or moments are bf16, it rounds them at
     random. Raises ConfigError for a pattern that matches nothing.
     """
     factors = learning_rate_factors(model, config.learning_rates)

@@ -124,4 +124,4 @@ def replan(setup: Setup, checkpoint: Path, state: Mapping[str, Any]) -> Plan:
 
 def training_state(setup: Setup) -> TrainingState:
     """What a checkpoint holds beside the model."""
-    return TrainingState(setup.optimizer, setup.balance_losses)
+    return TrainingState(setup.optimizer, setup.balance_losses, setup.adapters)

@@ -56,7 +56,7 @@ def warn_of_untaught_routers(
     """
     if config.moe is None:
         return []
-    frozen = [_alarm("no_gradient", block.layer_id) for block in blocks if learns(block.router) and _frozen(block)]
+    frozen = [_alarm("no_gradient", block.layer_id) for block in blocks if learns(block.router) and is_frozen(block)]
     parts = layer_parts(config.moe, config.num_hidden_layers)
     untaught: dict[str, list[int]] = {}
     for block in blocks:
@@ -76,7 +76,8 @@ def warn_of_untaught_routers(
     if frozen:
         logger.warning(
             "model.moe.router, layer %s: no parameter of this router is trainable, so it learns nothing: train.freeze "
-            "does that, or the router itself; a router of yours that is meant so says it with `learns = False`",
+            "or train.adapters does that, or the router itself; a router of yours that is meant so says it with "
+            "`learns = False`",
             ", ".join(str(alarm.layer) for alarm in frozen),
         )
     return frozen + [_alarm("untaught", layer) for layers in untaught.values() for layer in layers]
@@ -88,7 +89,8 @@ def learns(router: object) -> bool:
     return bool(declared) if declared is not None else any(True for _ in _parameters(router))
 
 
-def _frozen(block: MoEBlock) -> bool:
+def is_frozen(block: MoEBlock) -> bool:
+    """Whether its router has nothing that a gradient moves."""
     return not any(parameter.requires_grad for parameter in _parameters(block.router))
 
 

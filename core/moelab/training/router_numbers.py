@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from moelab.alarms import NO_GRADIENT, LayerFacts
 from moelab.moe.block import MoEBlock
 from moelab.nn.transformer import Transformer
-from moelab.training.router_gradient import learns
+from moelab.training.adapters import Adapters
+from moelab.training.router_gradient import is_frozen, learns
 from moelab.training.step import StepResult, router_parameters
 
 TEXT = "lm_loss"  # the term that is the text's
@@ -16,24 +17,33 @@ LEAST_SHARE = 10  # assignments: where a fair share of an interval is fewer, cha
 
 
 def layer_facts(blocks: Sequence[MoEBlock], *, untrained: bool) -> dict[int, LayerFacts]:
-    """What alarms go by, for each MoE layer; `untrained`: no training has touched the routers before this run."""
+    """What alarms go by, for each MoE layer; `untrained`: no training has touched the routers before this run.
+
+    One that was trained and is frozen now follows a fixed rule, by design.
+    """
     found = {}
     for block in blocks:
         layout, weight = block.layout, getattr(block.router, "weight", None)
         choices = len(weight) if weight is not None else None
-        found[block.layer_id] = LayerFacts(
-            layout.num_experts, layout.num_experts_per_tok, learns(block.router), untrained, choices
-        )
+        to_learn = learns(block.router) and (untrained or not is_frozen(block))
+        found[block.layer_id] = LayerFacts(layout.num_experts, layout.num_experts_per_tok, to_learn, untrained, choices)
     return found
 
 
-def gradient_metrics(model: Transformer, blocks: Sequence[MoEBlock], result: StepResult) -> dict[str, float]:
-    """Norm and ratio of each router's gradient, and what share of it is the text's. Waits for the device."""
+def gradient_metrics(
+    model: Transformer, blocks: Sequence[MoEBlock], result: StepResult, adapters: Adapters | None = None
+) -> dict[str, float]:
+    """Norm and ratio of each router's gradient, and what share of it is the text's. Waits for the device.
+
+    Of a router that learns through adapters, theirs; of its shares, those in the gradient of its own parameters.
+    """
     if result.router_norms is None:
         return {}
     norms, whole = result.router_norms.tolist(), float(result.grad_norm)
-    sizes = [sum(p.numel() for p in group) for group in router_parameters(model)]
-    of_all = whole / math.sqrt(sum(p.numel() for p in model.parameters() if p.requires_grad))  # root mean square
+    groups = [adapters.of(group) if adapters else group for group in router_parameters(model)]
+    sizes = [sum(p.numel() for p in group) for group in groups]
+    learning = sum(p.numel() for p in (adapters or model).parameters() if p.requires_grad)
+    of_all = whole / math.sqrt(learning)  # root mean square
     metrics = {"train/router_grad_norm": math.hypot(*norms)}
     taught = []  # where the gradient is more than rounding: elsewhere a share of it says nothing
     for index, (block, norm, size) in enumerate(zip(blocks, norms, sizes, strict=True)):

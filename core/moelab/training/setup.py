@@ -41,6 +41,7 @@ from moelab.parallel.process_group import processes_here, together
 from moelab.parallel.ranks import ALONE, Ranks
 from moelab.records import Record
 from moelab.registry import Registry
+from moelab.training.adapters import Adapters, attach
 from moelab.training.causality import Causality
 from moelab.training.evaluate import evaluation_batch_size
 from moelab.training.freeze import freeze
@@ -96,12 +97,18 @@ class Setup:
     costs: ServedCosts  # by which the run counts what its experts served
     alarms: list[Alarm]  # found before the first step
     ranks: Ranks = ALONE  # the processes over which the run is laid
+    adapters: Adapters | None = None  # what is trained in place of the model's parameters
 
     @property
     def seen(self) -> SeenText:
         """How much of the held-out text the starting weights have met."""
         source, scored = self.config.train.init_from, self.validation.documents_scored()
         return seen_text(self.history, source, self.corpus, self.tokenizer, scored)
+
+    @property
+    def learner(self) -> torch.nn.Module:
+        """What the optimizer trains, and where gradients are: the model, or its adapters."""
+        return self.adapters or self.model
 
     @property
     def blocks(self) -> list[MoEBlock]:
@@ -130,11 +137,13 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
     corpus = build_corpus_of(config, registry, tokenizer)
     train, micro = config.train, config.train.micro_batch_size or config.train.batch_size // ranks.size
     batches = build_batches(config, corpus, registry)
+    adapters = None
     if ranks.size > 1:
         model = _spread_model(ranks, config, registry, losses, precision, start)
     else:
         model = starting_model(config, registry, precision.device, start)
         freeze(model, train.freeze)
+        adapters = attach(model, train.adapters, config.seed)
         if precision.kept == torch.bfloat16:
             narrow(model)
     history = starting_history(config, start)
@@ -152,7 +161,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         batches=batches,
         validation=_held_out(config, corpus),
         model=model,
-        optimizer=build_adamw(model, config.optimizer),
+        optimizer=_optimizer(config, model, adapters),
         balance_losses=losses,
         step_settings=settings,
         threads=threads,
@@ -163,7 +172,15 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         alarms=rehearsal.alarms,
         causality=rehearsal.causality,
         ranks=ranks,
+        adapters=adapters,
     )
+
+
+def _optimizer(config: RunConfig, model: Transformer, adapters: Adapters | None) -> torch.optim.Optimizer:
+    optimizer = build_adamw(adapters or model, config.optimizer)
+    if adapters is not None:
+        adapters.follow(optimizer)
+    return optimizer
 
 
 def _held_out(config: RunConfig, corpus: Corpus) -> ValidationBatches:
@@ -181,7 +198,7 @@ def _check_shapes(config: RunConfig, registry: Registry, precision: Precision, r
     hollow, beside = build_model(config.model, registry, device="meta", seed=None), processes_here(ranks.size)
     if precision.kept == torch.bfloat16:
         narrow(hollow)
-    moments = getattr(torch, config.optimizer.moments_dtype)
+    moments = None if config.train.adapters else getattr(torch, config.optimizer.moments_dtype)
     check_room(hollow, precision.device, moments, shard=config.parallel.shard, beside=beside)
 
 

@@ -22,6 +22,7 @@ from moelab.nn.count import moe_blocks
 from moelab.nn.transformer import TokenContext, Transformer
 from moelab.parallel.ranks import ALONE, Ranks
 from moelab.seeds import derive_seed, generator
+from moelab.training.adapters import Adapters
 from moelab.training.failure import NotFinite, Terms, describe_failure
 from moelab.training.precision import Precision
 from moelab.training.router_statistics import RouterStatistics
@@ -88,6 +89,7 @@ def train_step(
     observe: Observe = NOTHING,
     update: Update | None = None,
     ranks: Ranks = ALONE,
+    adapters: Adapters | None = None,  # what `optimizer` trains in place of the model's parameters
 ) -> StepResult:
     """Forward, backward, clip, update, and the routers' own `after_step`.
 
@@ -120,12 +122,14 @@ def train_step(
         ranks.accumulate(model, last=index + 1 == len(computing))
         sums.add(terms, records, observe)
     losses = dict(zip(sums.losses, ranks.sum(torch.stack(list(sums.losses.values()))).unbind(), strict=True))
-    norm = ranks.gradient_norm(model.parameters())
+    learner = adapters or model
+    norm = ranks.gradient_norm(learner.parameters())
     if not bool(torch.isfinite(losses["loss"] + norm)):  # before clipping, which would make every gradient NaN
-        raise NotFinite(describe_failure(model, step, computing, ranks))
-    router_norms = _gradient_norms(routers, ranks) if observe.routing and routers else None
+        raise NotFinite(describe_failure(model, step, computing, ranks, adapters))
+    learning = [adapters.of(group) for group in routers] if adapters else routers
+    router_norms = _gradient_norms(learning, ranks) if observe.routing and routers else None
     if settings.grad_clip:
-        ranks.clip(model.parameters(), settings.grad_clip, norm)
+        ranks.clip(learner.parameters(), settings.grad_clip, norm)
     sums.seen.reduce(ranks.sum)
     served = ranks.sum(torch.stack(sums.served).sum(0)) if sums.served else None
     (update or Update()).under_way = True

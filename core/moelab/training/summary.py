@@ -49,7 +49,8 @@ def log_metrics(result: StepResult, rate: float, progress: Progress, setup: Setu
         "compute/declared_flops_per_token": setup.flops_per_token,
         "compute/served_active_parameters": since.active_parameters,
     }
-    metrics |= gradient_metrics(setup.model, setup.blocks, result) | idle_metrics(setup.blocks, since.counts)
+    metrics |= gradient_metrics(setup.model, setup.blocks, result, setup.adapters)
+    metrics |= idle_metrics(setup.blocks, since.counts)
     metrics["perf/memory_gb"] = memory_gb(setup.step_settings.precision.device)
     metrics |= rank_metrics(router.loads, setup.config.parallel.expert)
     return replace(router, metrics=metrics | router.metrics)
@@ -105,6 +106,7 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
         "dtype": written["train"]["dtype"],
         "git": _git_revision(),
         "init_from": written["train"]["init_from"],
+        **({"adapters": {"trained": setup.adapters.numbers}} if setup.adapters else {}),
         COMMIT: setup.start.commit,  # of the hub that init_from named
         OVERRIDES: setup.start.overrides,  # {key: {config, checkpoint}}: where the model is not the checkpoint's
         "lineage": setup.lineage.to_json() if setup.lineage else None,  # of the weights it starts from

@@ -123,7 +123,7 @@ def _train(config: RunConfig, ranks: Ranks, run_dir: Path, asked: Asked) -> None
             best = Best.of(state, resumed)
             prepare_run_folder(run_dir, resume=config.resume, force=asked.force)
             keep = config.train.keep_checkpoints + config.train.keep_best
-            warn_of_disk(run_dir, setup.model, keep, config.optimizer.moments_dtype)
+            warn_of_disk(run_dir, setup.model, keep, config.optimizer.moments_dtype, setup.adapters)
             if resumed and (history := read_record(resumed)):
                 setup = replace(setup, history=history)
             for line in setup.seen.lines():
@@ -263,7 +263,7 @@ def one_step(loop: Loop) -> None:
     what = Observe(observe, observe and (due(progress.step + 1, every) or (last and every > 0)))
     result = train_step(
         setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings,
-        observe=what, update=loop.update, ranks=setup.ranks,
+        observe=what, update=loop.update, ranks=setup.ranks, adapters=setup.adapters,
     )  # fmt: skip
     with loop.interruption.held():
         progress.advance(batch.token_count, result.served, time.perf_counter() - started)

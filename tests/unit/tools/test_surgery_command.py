@@ -22,6 +22,7 @@ from moelab.checkpoint import (
     shard_name,
     stored_tensors,
 )
+from moelab.config.adapters import AdapterConfig
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.config.run import DataConfig, EvaluationConfig, OptimizerConfig, RunConfig, TrainConfig
 from moelab.data.lineage import lineage_of
@@ -120,6 +121,27 @@ def test_a_split_run_goes_on_with_the_same_function_step_and_moments(
     assert run(["train", str(output / "config.yaml"), "--resume"]) == 0
     assert read_state(_checkpoint(output))["step"] == 8
     assert json.loads((output / "summary.json").read_text())["status"] == "finished"
+
+
+def test_adapters_are_operated_on_as_part_of_the_weights_and_begin_anew(
+    trained: Path, operate: Callable[..., Any], tmp_path: Path
+) -> None:
+    config = read_run_config(_checkpoint(trained))
+    config.run_dir, config.observers = str(tmp_path / "adapted"), []
+    adapters = [AdapterConfig("layers.*.mlp.experts.*", r=2)]
+    config.train = dataclasses.replace(config.train, steps=4, init_from=str(trained), adapters=adapters)
+    moelab.train(config)
+    folder = Path(config.run_dir)
+    code, output, told = operate("split", "parts=2", source=folder)
+    assert code == 0 and "train.adapters: what they learned is operated on as part of the weights" in told
+    before, after = _tensors(_checkpoint(folder), MODEL), _tensors(_checkpoint(output), MODEL)
+    rows = before["layers.2.mlp.experts.gate_up"].view(6, 2, 2, 4, 16).transpose(1, 2).reshape(12, 8, 16)
+    assert torch.equal(after["layers.2.mlp.experts.gate_up"], rows)
+    assert not _tensors(_checkpoint(output), TRAINING)
+    assert run(["train", str(output / "config.yaml"), "--resume", "train.steps=5", "schedule.rewarm_steps=0"]) == 0
+    ended = _checkpoint(output)
+    assert read_state(ended)["step"] == 5
+    assert torch.equal(_tensors(ended, TRAINING)["adapters/layers.2.mlp.experts.gate_up.base"], rows)
 
 
 def test_the_receipt_says_what_evaluation_says(trained: Path, operate: Callable[..., Any]) -> None:

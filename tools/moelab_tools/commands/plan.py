@@ -84,6 +84,7 @@ def command(
         checkpointing=train.activation_checkpointing,
         kept=getattr(torch, train.parameters_dtype),
         moments=getattr(torch, run.optimizer.moments_dtype),
+        adapters=train.adapters,
     )
     registry = Registry(run.plugins, run.entry_points, plugin_places(loaded, trust=trust))
     if device_memory is None and chosen is not None and chosen.memory:
@@ -135,8 +136,9 @@ def _print(plan: Plan, device_memory: float | None) -> None:
     problem, memory, mesh = plan.problem, plan.memory, plan.problem.parallel
     times = "" if problem.micro_batches == 1 else f"{problem.micro_batches} x "
     click.echo(
-        f"{plan.total_parameters:,} parameters; {mesh.world} x {problem.device}, {times}{problem.sequences} x "
-        f"{problem.sequence_length} tokens each, {str(problem.dtype).removeprefix('torch.')} matmuls"
+        f"{plan.total_parameters:,} parameters{_trained(plan)}; {mesh.world} x {problem.device}, "
+        f"{times}{problem.sequences} x {problem.sequence_length} tokens each, "
+        f"{str(problem.dtype).removeprefix('torch.')} matmuls"
         + (", activation checkpointing" if problem.checkpointing else "")
     )
     if mesh.world > 1:
@@ -162,6 +164,10 @@ def _print(plan: Plan, device_memory: float | None) -> None:
     if device_memory is not None:
         verdict = "fits" if memory.peak <= device_memory * GB else "does not fit"
         click.echo(f"\n{verdict} in {device_memory:g} GB")
+
+
+def _trained(plan: Plan) -> str:
+    return f", {plan.trained:,} numbers in adapters trained" if plan.problem.adapters else ""
 
 
 def _titles() -> dict[str, str]:
