@@ -13,6 +13,7 @@ from moelab.training.mixture import mixture_metrics
 from moelab.training.probe import look, probe_batch
 from moelab.training.router_numbers import layer_facts
 from moelab.training.setup import Setup
+from moelab.training.stages import stage_metrics
 from moelab.training.step import StepResult
 from moelab.training.summary import log_metrics
 
@@ -29,7 +30,8 @@ def log_step(loop: Loop, result: StepResult, rate: float) -> None:
     report = log_metrics(result, rate, loop.progress, loop.setup)
     step, train = loop.progress.step, loop.setup.config.train
     probed = probe(loop) if due(step, train.probe_every) or step == train.steps else {}
-    metrics = probed | report.metrics | mixture_metrics(loop.setup.batches, step)
+    metrics = probed | report.metrics | mixture_metrics(loop.setup.batches, step, loop.setup.first)
+    metrics |= stage_metrics(loop.setup)
     metrics |= loop.reading.metrics(step, elapsed, loop.setup.ranks)
     loop.loads = {str(layer): shares for layer, shares in report.loads.items()}
     changes = loop.alarms.look(step, metrics)

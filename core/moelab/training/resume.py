@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moelab.checkpoint import STATE, read_run_config
+from moelab.checkpoint import STATE, read_run_config, read_state
 from moelab.errors import CheckpointError, UserError
 from moelab.integrity import Choice
 from moelab.lock import LOCK
@@ -18,6 +18,7 @@ from moelab.training.mixture import check_mixture
 from moelab.training.plan import Plan, plan_of
 from moelab.training.progress import can_continue
 from moelab.training.setup import Setup, check_same_run
+from moelab.training.stages import enter, number_at
 from moelab.training.summary import versions
 
 logger = logging.getLogger("moelab")
@@ -52,6 +53,8 @@ def check_state(state: Mapping[str, Any], checkpoint: Path, fingerprint: str) ->
     record.number("seconds", least=0.0)
     if len(record.listed("logged", float)) != 3:
         record.refuse("logged", "three numbers")
+    if "before" in state and len(record.listed("before", float)) != 3:
+        record.refuse("before", "three numbers")
     for key in (PLUGINS, VERSIONS):
         for package in record.record(key, optional=True).values:
             record.record(key).text(package)
@@ -94,6 +97,12 @@ def find_resume(setup: Setup, choice: Choice | None, run_dir: Path) -> Path | No
         # Killed before its first checkpoint: the run begins again, in the same folder.
         logger.warning("%s has no complete checkpoint yet: starting from step 0", run_dir)
     return None
+
+
+def as_left_off(setup: Setup, checkpoint: Path) -> Setup:
+    """The setup in the stage whose step was the checkpoint's last."""
+    step = read_state(checkpoint).get("step")
+    return enter(setup, number_at(setup, step - 1 if isinstance(step, int) else 0))
 
 
 def restore(setup: Setup, checkpoint: Path) -> dict[str, Any]:

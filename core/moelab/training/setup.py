@@ -16,8 +16,10 @@ import torch
 from moelab.alarms import Alarm
 from moelab.builder import build_balance_losses, build_hollow, build_model, resolve_model
 from moelab.checkpoint import CONFIG, STATE, read_run_config, read_state
+from moelab.config.rope_scaling import as_part
 from moelab.config.run import RunConfig
 from moelab.config.scalars import settle
+from moelab.config.stages import in_stage, stand_in
 from moelab.config.stored import is_sealed, stored, to_yaml
 from moelab.data.batches import ValidationBatches
 from moelab.data.corpus import Corpus, DataContext
@@ -26,7 +28,7 @@ from moelab.data.promises import corpus_fault
 from moelab.data.seen import RECORD, DataRecord, SeenText, history_of, record_of_run, seen_text
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import ConfigError
-from moelab.hookspecs import DATA_SOURCES, MIXERS, OBSERVERS
+from moelab.hookspecs import DATA_SOURCES, MIXERS, OBSERVERS, ROPE_SCALINGS
 from moelab.integrity import Verify
 from moelab.moe.balance import NamedLoss
 from moelab.moe.block import MoEBlock
@@ -42,12 +44,12 @@ from moelab.parallel.ranks import ALONE, Ranks
 from moelab.records import Record
 from moelab.registry import Registry
 from moelab.training.causality import Causality
-from moelab.training.evaluate import evaluation_batch_size
 from moelab.training.freeze import freeze
 from moelab.training.mixture import Batches, build_batches
 from moelab.training.optimizer import build_adamw
 from moelab.training.precision import Precision, choose_precision, set_threads
 from moelab.training.rehearsal import probe_step
+from moelab.training.stages import Stage, build_stages, documents_read, enter, held_out, rehearse
 from moelab.training.start import Start, find_start, starting_model, starting_weights
 from moelab.training.step import StepSettings
 
@@ -96,12 +98,24 @@ class Setup:
     costs: ServedCosts  # by which the run counts what its experts served
     alarms: list[Alarm]  # found before the first step
     ranks: Ranks = ALONE  # the processes over which the run is laid
+    stages: tuple[Stage, ...] = ()  # of the run; what stands above is that of `stage`, the model's positions too
+    stage: int = 0
 
     @property
     def seen(self) -> SeenText:
         """How much of the held-out text the starting weights have met."""
         source, scored = self.config.train.init_from, self.validation.documents_scored()
         return seen_text(self.history, source, self.corpus, self.tokenizer, scored)
+
+    @property
+    def first(self) -> int:
+        """The first step of the stage; of the run where it has none."""
+        return self.stages[self.stage].first if self.stages else 0
+
+    @property
+    def end(self) -> int:
+        """The steps that are done when the stage, or the run, is."""
+        return self.stages[self.stage].end if self.stages else self.config.train.steps
 
     @property
     def blocks(self) -> list[MoEBlock]:
@@ -124,12 +138,13 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
     _check_shapes(config, registry, precision, ranks)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config.model.vocab_size, tokenizer, config.data.tokenizer)
-    start = find_start(config, tokenizer, registry, verify=verify)
+    start = find_start(in_stage(config, 0) if config.stages else config, tokenizer, registry, verify=verify)
     for line in start.told:
         logger.warning(line)
     corpus = build_corpus_of(config, registry, tokenizer)
     train, micro = config.train, config.train.micro_batch_size or config.train.batch_size // ranks.size
-    batches = build_batches(config, corpus, registry)
+    stages = build_stages(config, corpus, registry)
+    batches = stages[0].batches if stages else build_batches(config, corpus, registry)
     if ranks.size > 1:
         model = _spread_model(ranks, config, registry, losses, precision, start)
     else:
@@ -139,10 +154,11 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
             narrow(model)
     history = starting_history(config, start)
     settings = StepSettings(micro, train.grad_clip, config.seed, precision)
+    rehearse(model, stages, precision)
     rehearsal = probe_step(model, losses, batches.batch(0), settings)
     if train.activation_checkpointing:
         apply_activation_checkpointing(model, train.activation_checkpointing)
-    return Setup(
+    setup = Setup(
         config=config,
         registry=registry,
         tokenizer=tokenizer,
@@ -150,7 +166,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         history=history,
         lineage=starting_lineage(config, start),
         batches=batches,
-        validation=_held_out(config, corpus),
+        validation=held_out(config, corpus),
         model=model,
         optimizer=build_adamw(model, config.optimizer),
         balance_losses=losses,
@@ -163,17 +179,9 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         alarms=rehearsal.alarms,
         causality=rehearsal.causality,
         ranks=ranks,
+        stages=stages,
     )
-
-
-def _held_out(config: RunConfig, corpus: Corpus) -> ValidationBatches:
-    return ValidationBatches(
-        corpus.validation,
-        config.evaluation.sequences,
-        config.train.sequence_length,
-        evaluation_batch_size(config),
-        apart=config.data.document_mask,
-    )
+    return enter(setup, 0)
 
 
 def _check_shapes(config: RunConfig, registry: Registry, precision: Precision, ranks: Ranks) -> None:
@@ -214,6 +222,14 @@ def resolve_run(config: RunConfig, registry: Registry) -> None:
     config.data.source = registry.resolve(DATA_SOURCES, config.data.source, "data.source")
     if config.data.mixer is not None:
         config.data.mixer = registry.resolve(MIXERS, config.data.mixer, "data.mixer")
+    for number, stage in enumerate(config.stages):
+        for point, key in ((ROPE_SCALINGS, "rope_scaling"), (MIXERS, "mixer")):
+            part = stage.said().get(key)
+            if part is not None:
+                part = as_part(part) if point is ROPE_SCALINGS else part
+                setattr(stage, key, registry.resolve(point, part, f"stages.{number}.{key}"))
+    if config.stages:
+        stand_in(config, -1)
     config.observers = [registry.resolve(OBSERVERS, o, f"observers.{i}") for i, o in enumerate(config.observers)]
 
 
@@ -255,7 +271,7 @@ def starting_history(config: RunConfig, start: Start) -> DataRecord:
 
 def checkpoint_files(setup: Setup, step: int, made: Mapping[str, Any]) -> dict[str, bytes]:
     """What goes into the checkpoint of this step beside its tensors. `made`: of their making, what no config says."""
-    record = setup.history | record_of_run(setup.corpus, setup.tokenizer, setup.batches.documents_read(step))
+    record = setup.history | record_of_run(setup.corpus, setup.tokenizer, documents_read(setup, step))
     lineage = trained(setup.config, setup.lineage, made)
     own = {CONFIG: to_yaml(setup.config).encode(), RECORD: record.to_bytes(), LINEAGE: lineage.to_bytes()}
     return own | setup.tokenizer.files() | setup.start.files
