@@ -9,15 +9,12 @@ from __future__ import annotations
 import copy
 import itertools
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 from omegaconf import MISSING
 
 from moelab.config.model import Part
 from moelab.errors import ConfigError
-
-if TYPE_CHECKING:
-    from moelab.config.run import RunConfig
 
 
 @dataclass
@@ -40,6 +37,15 @@ class StageConfig:
         return {key: value for key in PLACES if (value := getattr(self, key)) is not None}
 
 
+class Staged(Protocol):
+    """A run's config, as far as its stages go."""
+
+    stages: list[StageConfig]
+    train: Any
+    as_written: dict[tuple[str, ...], str]
+
+
+StagedT = TypeVar("StagedT", bound=Staged)
 PLACES = {  # key of a stage -> the section that it stands in for
     "sequence_length": "train", "batch_size": "train", "micro_batch_size": "train", "rope_theta": "model",
     "rope_scaling": "model", "max_position_embeddings": "model", "mixer": "data", "lr": "optimizer",
@@ -47,27 +53,27 @@ PLACES = {  # key of a stage -> the section that it stands in for
 assert set(PLACES) == {field.name for field in fields(StageConfig)} - {"name", "steps"}
 
 
-def spans(config: RunConfig) -> list[tuple[int, int]]:
+def spans(config: Staged) -> list[tuple[int, int]]:
     """(first step, the step after its last) of each stage."""
     ends = list(itertools.accumulate(stage.steps or 0 for stage in config.stages[:-1]))
     return list(itertools.pairwise([0, *ends, config.train.steps])) if config.stages else []
 
 
-def stand_in(config: RunConfig, number: int) -> None:
+def stand_in(config: Staged, number: int) -> None:
     """Give the config the values of this stage, in place."""
     for key, value in config.stages[number].said().items():
         setattr(getattr(config, PLACES[key]), key, copy.deepcopy(value))
         config.as_written.pop((PLACES[key], key), None)
 
 
-def in_stage(config: RunConfig, number: int) -> RunConfig:
+def in_stage(config: StagedT, number: int) -> StagedT:
     """The config as it is within this stage."""
     config = copy.deepcopy(config)
     stand_in(config, number)
     return config
 
 
-def check_stages(config: RunConfig) -> None:
+def check_stages(config: Staged) -> None:
     """Raise ConfigError for stages that are none, naming the key."""
     stages = config.stages
     names = [stage.name for stage in stages]
@@ -95,7 +101,7 @@ def check_stages(config: RunConfig) -> None:
         )
 
 
-def _check_steps(config: RunConfig) -> None:
+def _check_steps(config: Staged) -> None:
     given, open_end = sum(stage.steps or 0 for stage in config.stages), config.stages[-1].steps is None
     steps = config.train.steps
     if (steps <= given) if open_end else (steps != given):

@@ -8,12 +8,12 @@ from typing import Any
 
 from moelab.alarms import AlarmWatch
 from moelab.data.lineage import CONVERSION
+from moelab.training.borders import stage_metrics
 from moelab.training.loop import Loop, due, served_backends
 from moelab.training.mixture import mixture_metrics
 from moelab.training.probe import look, probe_batch
 from moelab.training.router_numbers import layer_facts
 from moelab.training.setup import Setup
-from moelab.training.stages import stage_metrics
 from moelab.training.step import StepResult
 from moelab.training.summary import log_metrics
 

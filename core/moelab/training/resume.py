@@ -13,12 +13,12 @@ from moelab.integrity import Choice
 from moelab.lock import LOCK
 from moelab.records import Record
 from moelab.safe_files import Reading
+from moelab.training.borders import enter, number_at
 from moelab.training.checkpoint import TrainingState, restore_checkpoint
 from moelab.training.mixture import check_mixture
 from moelab.training.plan import Plan, plan_of
 from moelab.training.progress import can_continue
 from moelab.training.setup import Setup, check_same_run
-from moelab.training.stages import enter, number_at
 from moelab.training.summary import versions
 
 logger = logging.getLogger("moelab")

@@ -19,7 +19,7 @@ from moelab.checkpoint import CONFIG, STATE, read_run_config, read_state
 from moelab.config.rope_scaling import as_part
 from moelab.config.run import RunConfig
 from moelab.config.scalars import settle
-from moelab.config.stages import in_stage, stand_in
+from moelab.config.stages import stand_in
 from moelab.config.stored import is_sealed, stored, to_yaml
 from moelab.data.batches import ValidationBatches
 from moelab.data.corpus import Corpus, DataContext
@@ -49,7 +49,7 @@ from moelab.training.mixture import Batches, build_batches
 from moelab.training.optimizer import build_adamw
 from moelab.training.precision import Precision, choose_precision, set_threads
 from moelab.training.rehearsal import probe_step
-from moelab.training.stages import Stage, build_stages, documents_read, enter, held_out, rehearse
+from moelab.training.stages import Stage, build_stages, documents_read, held_out, rehearse
 from moelab.training.start import Start, find_start, starting_model, starting_weights
 from moelab.training.step import StepSettings
 
@@ -134,11 +134,13 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
     if precision.device.type == "cpu":
         keep_freed_memory()
     resolve_run(config, registry)
+    if config.stages:
+        stand_in(config, 0)
     losses = build_balance_losses(config.model, registry)
     _check_shapes(config, registry, precision, ranks)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config.model.vocab_size, tokenizer, config.data.tokenizer)
-    start = find_start(in_stage(config, 0) if config.stages else config, tokenizer, registry, verify=verify)
+    start = find_start(config, tokenizer, registry, verify=verify)
     for line in start.told:
         logger.warning(line)
     corpus = build_corpus_of(config, registry, tokenizer)
@@ -158,7 +160,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
     rehearsal = probe_step(model, losses, batches.batch(0), settings)
     if train.activation_checkpointing:
         apply_activation_checkpointing(model, train.activation_checkpointing)
-    setup = Setup(
+    return Setup(
         config=config,
         registry=registry,
         tokenizer=tokenizer,
@@ -166,7 +168,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         history=history,
         lineage=starting_lineage(config, start),
         batches=batches,
-        validation=held_out(config, corpus),
+        validation=stages[0].validation if stages else held_out(config, corpus),
         model=model,
         optimizer=build_adamw(model, config.optimizer),
         balance_losses=losses,
@@ -181,7 +183,6 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         ranks=ranks,
         stages=stages,
     )
-    return enter(setup, 0)
 
 
 def _check_shapes(config: RunConfig, registry: Registry, precision: Precision, ranks: Ranks) -> None:
@@ -271,7 +272,8 @@ def starting_history(config: RunConfig, start: Start) -> DataRecord:
 
 def checkpoint_files(setup: Setup, step: int, made: Mapping[str, Any]) -> dict[str, bytes]:
     """What goes into the checkpoint of this step beside its tensors. `made`: of their making, what no config says."""
-    record = setup.history | record_of_run(setup.corpus, setup.tokenizer, documents_read(setup, step))
+    read = documents_read(setup.stages, step) if setup.stages else setup.batches.documents_read(step)
+    record = setup.history | record_of_run(setup.corpus, setup.tokenizer, read)
     lineage = trained(setup.config, setup.lineage, made)
     own = {CONFIG: to_yaml(setup.config).encode(), RECORD: record.to_bytes(), LINEAGE: lineage.to_bytes()}
     return own | setup.tokenizer.files() | setup.start.files

@@ -1,4 +1,4 @@
-"""A run in stages: what each has of its own, ready before the first step, and the step from one to the next.
+"""A run in stages: what each has of its own, ready before the first step.
 
 Weights, moments, step numbers and the schedule go on across a border; batches, held-out windows, positions, rate and
 what a token costs are the stage's. Its batches are those that a run of its kind reads at these steps, so that two
@@ -8,10 +8,9 @@ come again. Of a mixer in a stage, `until` counts from the run's beginning, and 
 
 from __future__ import annotations
 
-import dataclasses
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,13 +31,6 @@ from moelab.training.evaluate import evaluation_batch_size
 from moelab.training.mixture import Batches, build_batches, mixture_facts
 from moelab.training.precision import Precision
 from moelab.training.rehearsal import PROBE_TOKENS, no_trace
-
-if TYPE_CHECKING:
-    from moelab.training.loop import Loop
-    from moelab.training.setup import Setup
-
-logger = logging.getLogger("moelab")
-STAGES = "stages"  # of summary.json
 
 
 @dataclass(frozen=True)
@@ -118,65 +110,10 @@ def take_positions(model: Transformer, stage: Stage) -> None:
     model.take_positions(stage.config.model, stage.kernels, stage.scaling)
 
 
-def number_at(setup: Setup, step: int) -> int:
-    """Which stage this step is of; 0 where there are none."""
-    return max((number for number, stage in enumerate(setup.stages) if stage.first <= step), default=0)
-
-
-def as_in(setup: Setup, number: int) -> Setup:
-    """What the setup says in this stage; the model stays as it is. Without stages it is the setup."""
-    if not setup.stages:
-        return setup
-    stage = setup.stages[number]
-    train = stage.config.train
-    declared, costs = stage.costs(setup.model)
-    micro = train.micro_batch_size or train.batch_size // setup.ranks.size
-    return dataclasses.replace(
-        setup, stage=number, config=stage.config, batches=stage.batches, validation=stage.validation,
-        step_settings=dataclasses.replace(setup.step_settings, micro_batch_size=micro), flops_per_token=declared,
-        costs=costs,
-    )  # fmt: skip
-
-
-def enter(setup: Setup, number: int) -> Setup:
-    """The setup in this stage, its model too."""
-    if setup.stages:
-        take_positions(setup.model, setup.stages[number])
-    return as_in(setup, number)
-
-
-def enter_if_due(loop: Loop) -> None:
-    """Before a step: on to the stage that it is of."""
-    number = number_at(loop.setup, loop.progress.step)
-    if number != loop.setup.stage:
-        loop.setup = enter(loop.setup, number)
-        loop.progress.go_on(loop.setup.costs, loop.setup.flops_per_token)
-        logger.info("stage %d of %d: %s", number + 1, len(loop.setup.stages), loop.setup.stages[number].line())
-
-
-def stage_metrics(setup: Setup) -> dict[str, float]:
-    """Of a logged step, so that borders are seen beside what they do; {} without stages."""
-    if not setup.stages:
-        return {}
-    train, model = setup.config.train, setup.config.model
-    return {
-        "train/stage": setup.stage + 1,
-        "train/sequence_length": train.sequence_length,
-        "train/rope_theta": model.rope_theta,
-    }
-
-
-def stage_facts(setup: Setup) -> dict[str, Any]:
-    """What summary.json has of stages; {} without any."""
-    return {STAGES: [stage.facts(setup.model) for stage in setup.stages]} if setup.stages else {}
-
-
-def documents_read(setup: Setup, steps: int) -> np.ndarray:
+def documents_read(stages: Sequence[Stage], steps: int) -> np.ndarray:
     """[n] bool: the documents of which the batches before `steps` held a token.
 
     Of a later stage too many rather than too few: those as well that its order has before its first step.
     """
-    if not setup.stages:
-        return setup.batches.documents_read(steps)
-    begun = [stage for stage in setup.stages if stage.first < max(steps, 1)]
+    begun = [stage for stage in stages if stage.first < max(steps, 1)]
     return np.logical_or.reduce([stage.batches.documents_read(min(steps, stage.end)) for stage in begun])

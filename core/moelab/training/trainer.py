@@ -27,13 +27,14 @@ from moelab.parallel.ranks import Ranks
 from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab.training.best import Best, with_folder
+from moelab.training.borders import as_in, enter_if_due, stage_facts
 from moelab.training.failure import NotFinite
 from moelab.training.format import BEST_EVALUATION, ENDED_EARLY, REPLANNED
 from moelab.training.held_out import ends_early, evaluate_run, write_evaluation
 from moelab.training.interruption import Interruption
 from moelab.training.limits import warn_of_disk
 from moelab.training.logged import alarm_watch, log_step, probe
-from moelab.training.loop import Loop, due, served_backends
+from moelab.training.loop import Loop, due, evaluation_due, served_backends
 from moelab.training.observers import gather_observers, threads_told
 from moelab.training.optimizer import set_learning_rate
 from moelab.training.plan import Plan, to_json
@@ -58,7 +59,6 @@ from moelab.training.run_lock import hold
 from moelab.training.saving import save, settle_if_done, settled
 from moelab.training.setup import prepare
 from moelab.training.shadow import writing_folder
-from moelab.training.stages import as_in, enter_if_due, stage_facts
 from moelab.training.step import Observe, train_step
 from moelab.training.summary import BACKENDS, LOADS, environment_facts, summary
 
@@ -194,7 +194,7 @@ def _run(loop: Loop) -> None:
             if progress.step == 0:
                 evaluate_run(loop)
                 probe(loop)
-            elif due(progress.step, setup.config.evaluation.every) and not metrics.holds(progress.step, "eval/loss"):
+            elif evaluation_due(setup, progress.step) and not metrics.holds(progress.step, "eval/loss"):
                 evaluate_run(loop)  # the run ended in it, and saved the step before
             while progress.step < setup.config.train.steps and not loop.ended_early:
                 enter_if_due(loop)
@@ -276,7 +276,7 @@ def one_step(loop: Loop) -> None:
         loop.update.under_way = False
         if observe:
             log_step(loop, result, rate)
-    if due(progress.step, config.evaluation.every):
+    if evaluation_due(setup, progress.step):
         evaluate_run(loop)
     save_every = config.train.save_every
     if setup.ranks.any(loop.clock.due()) if save_every is None else due(progress.step, save_every):

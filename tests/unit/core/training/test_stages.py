@@ -19,8 +19,8 @@ from moelab.data.batches import TrainBatches
 from moelab.errors import ConfigError
 from moelab.loading import load
 from moelab.registry import Registry
+from moelab.training.borders import enter, number_at
 from moelab.training.setup import Setup, prepare
-from moelab.training.stages import enter, number_at
 from moelab.training.trainer import train
 
 SHORT: dict[str, Any] = {"sequence_length": 16, "batch_size": 4, "rope_theta": 1e4, "max_position_embeddings": 16}
@@ -123,7 +123,7 @@ def test_borders_are_logged_steps_that_say_their_stage(staged: RunConfig) -> Non
     assert [seen[step]["train/sequence_length"] for step in (3, 4)] == [16, 32]
     assert [seen[step]["train/rope_theta"] for step in (3, 4)] == [1e4, 1e6]
     positions = {row["step"]: sum(key.startswith("eval_position") for key in row) for row in _rows(run)}
-    assert positions[6] > positions[2] > 0, "held-out windows are of the stage's own length"
+    assert positions[6] > positions[3] > 0, "evaluated at a stage's end, at its length"
     assert "stage 2 of 2: 'long', after step 3 up to step 6: 2 sequences of 32" in (run / "log.txt").read_text()
 
 
@@ -141,6 +141,22 @@ def test_a_stage_has_its_batches_positions_and_rate(staged: RunConfig) -> None:
     alone = TrainBatches(setup.corpus.train, 2, 32, staged.order_seed)
     assert torch.equal(later.batches.batch(4).input_ids, alone.batch(4).input_ids)
     assert later.step_settings.micro_batch_size == 2
+
+
+def test_a_stage_may_read_another_mixture(staged: RunConfig, tmp_path: Path) -> None:
+    for name in ("prose", "code"):
+        rows = (json.dumps({"text": f"{name} {n} " + f"{name[::-1]} {n * n} " * 9}) + "\n" for n in range(20))
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    staged.data.source = {"name": "jsonl", "paths": [str(tmp_path / "prose.jsonl"), str(tmp_path / "code.jsonl")]}
+    for stage, name in zip(staged.stages, ("prose", "code"), strict=True):
+        stage.mixer = {"name": "weights", "weights": {name: 1.0}}
+    run = train(staged)
+    read = {row["step"]: row for row in _rows(run) if "data/read/code" in row}
+    assert [read[step]["data/read/code"] for step in (3, 4, 6)] == [0.0, 1.0, 1.0]
+    short, long = json.loads((run / "summary.json").read_text())["stages"]
+    assert (short["mixture"]["prose"]["read"], long["mixture"]["code"]["read"]) == (1.0, 1.0)
+    record = json.loads((_checkpoint(run, 6) / "moelab_data.json").read_text())
+    assert record
 
 
 def test_weights_to_start_from_are_held_against_the_first_stage(staged: RunConfig, tmp_path: Path) -> None:
