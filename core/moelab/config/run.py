@@ -9,7 +9,7 @@ from typing import ClassVar
 from omegaconf import MISSING
 
 from moelab.config.model import ModelConfig, Part
-from moelab.config.stages import StageConfig, check_stages, in_stage, stand_in
+from moelab.config.stages import StageConfig, check_stages, fill_in, in_stage, stand_in
 from moelab.errors import ConfigError
 from moelab.paths import Places, user_path
 
@@ -157,7 +157,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     # Parts of the run one after the other, [{name, steps, and what is otherwise}]: sequence_length, batch_size,
-    # micro_batch_size, rope_theta, rope_scaling, max_position_embeddings, mixer, lr. What one says, all say.
+    # micro_batch_size, rope_theta, rope_scaling, max_position_embeddings, mixer, lr; else the run's own.
     stages: list[StageConfig] = field(default_factory=list)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -231,6 +231,7 @@ class RunConfig:
 
     def _check_in_stages(self) -> None:
         check_stages(self)
+        fill_in(self)
         for number, stage in enumerate(self.stages):
             config = in_stage(self, number)
             config.stages = []

@@ -1,19 +1,21 @@
 """Stages of a run: parts of its steps that have some keys otherwise, one after the other.
 
-**What one stage says, all say**: so no stage hangs on a default, nor on what another made of it, and the run's own
-value of such a key counts nowhere. A config with stages stands as in its last one, which is what the run makes.
+A stage that leaves out what another says has the run's own value, which is written into it when the config is read.
+From then on that counts nowhere: a config with stages stands as in its last one, which is what the run makes.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeVar
 
 from omegaconf import MISSING
 
 from moelab.config.model import Part
+from moelab.config.rope_scaling import PLAIN
 from moelab.errors import ConfigError
 
 
@@ -53,6 +55,43 @@ PLACES = {  # key of a stage -> the section that it stands in for
 assert set(PLACES) == {field.name for field in fields(StageConfig)} - {"name", "steps"}
 
 
+def fill_in(config: Staged) -> None:
+    """Write into each stage, in place, the run's own value of what it leaves out and another says.
+
+    Raises ConfigError where the run has none, or it must not be stored.
+    """
+    for key, section in PLACES.items():
+        own = getattr(getattr(config, section), key)
+        if own is None and key == "rope_scaling":
+            own = {"name": PLAIN}
+        silent = [number for number, stage in enumerate(config.stages) if key not in stage.said()]
+        if not silent or len(silent) == len(config.stages):
+            continue
+        if own is None:
+            raise ConfigError(
+                f"stages.{silent[0]}.{key}: another stage says it, and here neither '{config.stages[silent[0]].name}' "
+                f"nor {section}.{key} does; say it in each stage"
+            )
+        if (section, key) in config.as_written:
+            raise ConfigError(
+                f"{section}.{key}: {config.as_written[section, key]} would be stored in a stage as what it stands for; "
+                f"say {key} in each stage, or set store_environment=true to allow that"
+            )
+        for number in silent:
+            setattr(config.stages[number], key, copy.deepcopy(own))
+
+
+def run_own(said: Any, stored: Any, section: str) -> dict[str, Any]:
+    """{key: the run's own value} in a section: what stages leave out, as `said`, is filled in as they are `stored`."""
+    if not isinstance(said, list) or not isinstance(stored, list):
+        return {}
+    pairs = [pair for pair in zip(said, stored, strict=False) if all(isinstance(one, Mapping) for one in pair)]
+    keys = [key for key, where in PLACES.items() if where == section]
+    return {
+        key: there[key] for key in keys for here, there in pairs if here.get(key) is None and there.get(key) is not None
+    }
+
+
 def spans(config: Staged) -> list[tuple[int, int]]:
     """(first step, the step after its last) of each stage."""
     ends = list(itertools.accumulate(stage.steps or 0 for stage in config.stages[:-1]))
@@ -85,13 +124,6 @@ def check_stages(config: Staged) -> None:
             raise ConfigError(f"{where}.steps: has no value; the last stage alone may take all that are left")
         if stage.steps is not None and stage.steps < 1:
             raise ConfigError(f"{where}.steps: must be at least 1, not {stage.steps}")
-        for key in PLACES:
-            sayer = next((other for other in stages if key in other.said()), None)
-            if sayer is not None and key not in stage.said():
-                raise ConfigError(
-                    f"{where}.{key}: stage '{sayer.name}' says it, and '{stage.name}' doesn't; what one stage says, "
-                    "all say"
-                )
     _check_steps(config)
     if config.train.keep_best or config.train.patience is not None:
         key = "keep_best" if config.train.keep_best else "patience"

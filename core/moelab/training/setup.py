@@ -19,7 +19,7 @@ from moelab.checkpoint import CONFIG, STATE, read_run_config, read_state
 from moelab.config.rope_scaling import as_part
 from moelab.config.run import RunConfig
 from moelab.config.scalars import settle
-from moelab.config.stages import stand_in
+from moelab.config.stages import fill_in, stand_in
 from moelab.config.stored import is_sealed, stored, to_yaml
 from moelab.data.batches import ValidationBatches
 from moelab.data.corpus import Corpus, DataContext
@@ -223,6 +223,7 @@ def resolve_run(config: RunConfig, registry: Registry) -> None:
     config.data.source = registry.resolve(DATA_SOURCES, config.data.source, "data.source")
     if config.data.mixer is not None:
         config.data.mixer = registry.resolve(MIXERS, config.data.mixer, "data.mixer")
+    fill_in(config)
     for number, stage in enumerate(config.stages):
         for point, key in ((ROPE_SCALINGS, "rope_scaling"), (MIXERS, "mixer")):
             part = stage.said().get(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -190,7 +191,10 @@ def _stages(*given: dict[str, Any]) -> list[StageConfig]:
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        (_stages({"steps": 3, "lr": 1e-3}, {}), r"^stages.1.lr: stage 's0' says it, and 's1' doesn't"),
+        (
+            _stages({"steps": 3, "mixer": {"name": "balanced"}}, {}),
+            r"^stages.1.mixer: another stage says it, and here neither 's1' nor data.mixer does",
+        ),
         (_stages({}, {}), r"^stages.0.steps: has no value"),
         (_stages({"steps": 0}, {}), r"^stages.0.steps: must be at least 1"),
         (_stages({"steps": 3}, {"name": "s0"}), r"^stages.1.name: "),
@@ -226,6 +230,16 @@ def test_a_stage_that_cannot_be_is_told_before_the_first_step(staged: RunConfig)
     with pytest.raises(Exception, match=r"^stages.1: in stage 'long', train.sequence_length: the training text has"):
         train(staged)
     assert not Path(staged.run_dir).exists()
+
+
+def test_what_a_stage_leaves_out_is_the_runs_own_and_stays_it(small_run: RunConfig) -> None:
+    small_run.model = dataclasses.replace(small_run.model, rope_theta=2e4)
+    small_run.stages = _stages({"steps": 3}, {"rope_theta": 1e6, "rope_scaling": {"name": "linear", "factor": 2.0}})
+    small_run.check()
+    small_run.check()
+    assert (small_run.stages[0].rope_theta, small_run.stages[0].rope_scaling) == (2e4, {"name": "none"})
+    assert (small_run.model.rope_theta, small_run.train.sequence_length) == (1e6, 16)
+    assert small_run.stages[0].lr is None, "what no stage says stays the run's"
 
 
 def test_a_config_in_stages_stands_as_in_its_last_one(staged: RunConfig) -> None:
