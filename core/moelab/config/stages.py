@@ -98,6 +98,16 @@ def spans(config: Staged) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *ends, config.train.steps])) if config.stages else []
 
 
+def planned_tokens(config: Staged) -> int:
+    """What all its steps read, padding counted."""
+    train = config.train
+    each = [
+        (end - first) * (stage.batch_size or train.batch_size) * (stage.sequence_length or train.sequence_length)
+        for stage, (first, end) in zip(config.stages, spans(config), strict=True)
+    ]
+    return sum(each) if each else int(train.steps * train.batch_size * train.sequence_length)
+
+
 def stand_in(config: Staged, number: int) -> None:
     """Give the config the values of this stage, in place."""
     for key, value in config.stages[number].said().items():

@@ -8,7 +8,7 @@ from typing import Any
 
 from moelab.alarms import AlarmWatch
 from moelab.data.lineage import CONVERSION
-from moelab.training.borders import stage_metrics
+from moelab.training.borders import as_in, stage_metrics
 from moelab.training.loop import Loop, due, served_backends
 from moelab.training.mixture import mixture_metrics
 from moelab.training.probe import look, probe_batch
@@ -47,13 +47,17 @@ def log_step(loop: Loop, result: StepResult, rate: float) -> None:
 
 
 def probe(loop: Loop) -> dict[str, float]:
-    """Show a fixed batch to the observers that want to see one; -> the numbers that they found, by tag."""
+    """Show a fixed batch to the observers that want to see one; -> the numbers that they found, by tag.
+
+    Through all stages of a run it is that of the first, so that what moves is the routes and not the text.
+    """
     setup, hook = loop.setup, loop.observers.hook.on_probe
     if setup.config.train.probe_every == 0 or not setup.blocks:
         return {}
     if not setup.ranks.any(loop.observers.listens("on_probe")):
         return {}
-    batch = probe_batch(setup.validation, setup.step_settings.micro_batch_size)
+    first = as_in(setup, 0)
+    batch = probe_batch(first.validation, first.step_settings.micro_batch_size)
     shown = look(setup.model, batch, list(setup.corpus.domains), setup.step_settings.precision)
     found = hook(step=loop.progress.step, probe=shown)
     return {tag: float(value) for numbers in reversed(found) if numbers for tag, value in numbers.items()}

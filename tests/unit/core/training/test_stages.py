@@ -7,18 +7,19 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from moelab.checkpoint import read_run_config
-from moelab.config.model import ModelConfig
+from moelab.config.model import ModelConfig, MoEConfig
 from moelab.config.run import RunConfig
-from moelab.config.stages import StageConfig
+from moelab.config.stages import StageConfig, planned_tokens
 from moelab.data.batches import TrainBatches
 from moelab.errors import ConfigError
 from moelab.loading import load
+from moelab.moe.probe import Probe
 from moelab.registry import Registry
 from moelab.training.borders import enter, number_at
 from moelab.training.setup import Setup, prepare
@@ -109,7 +110,7 @@ def test_flops_count_each_token_at_the_length_of_its_stage(staged: RunConfig) ->
     summary = json.loads((run / "summary.json").read_text())
     short, long = summary["stages"]
     tokens = 3 * 4 * 16, 3 * 2 * 32
-    assert summary["tokens"] == sum(tokens)
+    assert summary["tokens"] == planned_tokens(staged) == sum(tokens)
     width = staged.model.num_attention_heads * staged.model.attention_head_dim  # 3 passes, 2 products, S / 2 keys
     assert long["flops_per_token"] - short["flops_per_token"] == 3 * 2 * (32 - 16) * width
     expected = tokens[0] * short["flops_per_token"] + tokens[1] * long["flops_per_token"]
@@ -126,6 +127,22 @@ def test_borders_are_logged_steps_that_say_their_stage(staged: RunConfig) -> Non
     positions = {row["step"]: sum(key.startswith("eval_position") for key in row) for row in _rows(run)}
     assert positions[6] > positions[3] > 0, "evaluated at a stage's end, at its length"
     assert "stage 2 of 2: 'long', after step 3 up to step 6: 2 sequences of 32" in (run / "log.txt").read_text()
+
+
+def test_probes_look_at_one_text_through_all_stages(staged: RunConfig) -> None:
+    class Watching:
+        seen: ClassVar[list[torch.Tensor]] = []
+
+        def on_probe(self, step: int, probe: Probe) -> dict[str, float]:
+            self.seen.append(probe.token_id)
+            return {}
+
+    layout = {"name": "uniform", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    staged.model.moe = MoEConfig(layout=layout)
+    staged.train.probe_every = 2
+    train(staged, observers=[Watching()])
+    assert len(Watching.seen) == 4, "before the first step, and at steps 2, 4 and 6"
+    assert all(torch.equal(one, Watching.seen[0]) for one in Watching.seen)
 
 
 def test_a_stage_has_its_batches_positions_and_rate(staged: RunConfig) -> None:
