@@ -53,8 +53,8 @@ def check_state(state: Mapping[str, Any], checkpoint: Path, fingerprint: str) ->
     record.number("seconds", least=0.0)
     if len(record.listed("logged", float)) != 3:
         record.refuse("logged", "three numbers")
-    if "before" in state and len(record.listed("before", float)) != 3:
-        record.refuse("before", "three numbers")
+    if "before_stage" in state and len(record.listed("before_stage", float)) != 3:
+        record.refuse("before_stage", "three numbers")
     for key in (PLUGINS, VERSIONS):
         for package in record.record(key, optional=True).values:
             record.record(key).text(package)
