@@ -42,11 +42,8 @@ class Progress:
     evaluation: Evaluation | None = None
     logged: Sequence[float] = (0.0, 0, 0)  # seconds, tokens, served_weights at the last log
     counts: Sequence[int] = ()  # assignments of each expert since the last log, as far as read
-    before_stage: Sequence[float] = (
-        0,
-        0,
-        0.0,
-    )  # when tokens came to cost this: tokens, their FLOPs but experts', declared
+    # Of the tokens before they came to cost this: how many, their FLOPs without those of experts, and as declared.
+    before_stage: Sequence[float] = (0, 0, 0.0)
     _served: Tensor | None = None  # [sum of E] int64: assignments that were not read from the device yet
 
     @classmethod
