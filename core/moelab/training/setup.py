@@ -225,11 +225,12 @@ def resolve_run(config: RunConfig, registry: Registry) -> None:
         config.data.mixer = registry.resolve(MIXERS, config.data.mixer, "data.mixer")
     fill_in(config)
     for number, stage in enumerate(config.stages):
-        for point, key in ((ROPE_SCALINGS, "rope_scaling"), (MIXERS, "mixer")):
-            part = stage.said().get(key)
-            if part is not None:
-                part = as_part(part) if point is ROPE_SCALINGS else part
-                setattr(stage, key, registry.resolve(point, part, f"stages.{number}.{key}"))
+        where = f"stages.{number}"
+        if stage.rope_scaling is not None:
+            part = as_part(stage.rope_scaling)
+            stage.rope_scaling = registry.resolve(ROPE_SCALINGS, part, f"{where}.rope_scaling")
+        if stage.mixer is not None:
+            stage.mixer = registry.resolve(MIXERS, stage.mixer, f"{where}.mixer")
     if config.stages:
         stand_in(config, -1)
     config.observers = [registry.resolve(OBSERVERS, o, f"observers.{i}") for i, o in enumerate(config.observers)]
