@@ -18,6 +18,7 @@ from moelab import launcher
 from moelab.checkpoint import CONFIG, is_moelab, read_run_config, resolve_checkpoint
 from moelab.config.files import Layer, subtree
 from moelab.config.model import ModelConfig
+from moelab.config.stages import run_own
 from moelab.config.stored import read_stored_tree
 from moelab.data.json_tokenizer import JsonTokenizer
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
@@ -118,9 +119,18 @@ def origin_of(config: Mapping[str, Any], *, verify: Verify = True) -> Origin | N
 
 
 def origin_layer(config: Mapping[str, Any], *, verify: Verify = True) -> Layer | None:
-    """For `load_config(below=...)`: what `origin_of` a config says."""
+    """For `load_config(below=...)`: what `origin_of` a config says.
+
+    A run's own checkpoint says the model of the stage that made it: what stages leave out is as it was for the run.
+    """
     origin = origin_of(config, verify=verify)
-    return None if origin is None else origin.layer()
+    if origin is None:
+        return None
+    layer = origin.layer()
+    if origin.own:
+        stages = read_stored_tree(origin.folder / CONFIG).get("stages")
+        layer.tree["model"] |= run_own(config.get("stages"), stages, "model")
+    return layer
 
 
 def same_tokenizer(tokenizer: Tokenizer, folder: Path) -> bool:

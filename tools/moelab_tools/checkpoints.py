@@ -14,7 +14,7 @@ import click
 from moelab import launcher
 from moelab.checkpoint import CONFIG, is_moelab, read_run_config
 from moelab.config.files import Layer, is_override
-from moelab.config.load import Loaded, load_config
+from moelab.config.load import Loaded, load_config, read_layers
 from moelab.config.overlay import overlay
 from moelab.config.run import RunConfig, TrainConfig
 from moelab.config.stored import read_stored_tree
@@ -53,10 +53,14 @@ def load_run(
     if len(folders) > 1:
         raise ConfigError(f"{folders[1]}: one checkpoint at a time, and {folders[0]} is one already")
     rest = [a for a in arguments if a not in folders]
+    own = [own_layer(read_origin(folder)) for folder in folders]
+    if needed and any(
+        layer.tree.get("stages") for layer in (*own, *read_layers(rest))
+    ):  # which say how many steps there are
+        needed = [one for one in needed if not one.startswith("train.steps=")]
     if not folders:
         return load_config([*rest, *needed], RunConfig, below=partial(origin_layer, verify=verify), trust=trust)
-    layer = own_layer(read_origin(folders[0]))
-    return load_config([*rest, *needed], RunConfig, below=lambda config: layer, trust=trust)
+    return load_config([*rest, *needed], RunConfig, below=lambda config: own[-1], trust=trust)
 
 
 def own_layer(origin: Origin) -> Layer:
@@ -80,6 +84,8 @@ def evaluation_config(path: Path, arguments: tuple[str, ...], *, trust: bool = F
     if not own and not arguments:
         raise CheckpointError(f"{path}: says nothing of its data; name a config, as in configs/train/tiny_moe.yaml")
     layer = own_layer(origin) if own else origin.layer()
+    if own:  # its config stands as in the stage that made it, which may not be the run's last
+        layer = Layer(layer.origin, layer.tree | {"stages": []}, data=True)
     needed = () if own else ("run_dir=unused",)
     loaded = load_config([*arguments, *needed], RunConfig, below=lambda config: layer, trust=trust)
     run = loaded.config
@@ -117,6 +123,13 @@ def _check_origin(run: RunConfig, origin: Origin, registry: Registry) -> None:
     resolve_run(said, registry)
     found = list(differences(said, origin, registry, load_tokenizer(said.data.tokenizer)))
     refuse_others(found, origin, said.train.init_overrides)
+
+
+def tell_stage(run: RunConfig) -> None:
+    """Say on stderr which stage's figures are shown, of a run in stages."""
+    if run.stages:
+        told = f"stages: what is shown is that of the last one, '{run.stages[-1].name}'"
+        click.echo(wrapped(told, sys.stderr), err=True)
 
 
 def tell_origin(loaded: Loaded[RunConfig]) -> None:

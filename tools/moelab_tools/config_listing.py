@@ -115,7 +115,7 @@ def _is_about(line: Line, option: str) -> bool:
 def _key_line(key: ConfigKey) -> Line:
     if key.section is not None:
         return Line(f"{key.path}:" + ("" if key.default is None else f" section = {key.default}"), key.doc)
-    names = plugin_names(key.path)
+    names = plugin_names(key.path) if key.names_plugins else []
     doc = f"{key.doc.rstrip('.')}; one of {', '.join(names)} (options: --keys {key.path})" if names else key.doc
     default = "required" if key.required else key.default
     return Line(f"{key.path}: {key.words}" + ("" if default is None else f" = {default}"), doc)

@@ -38,7 +38,7 @@ LAYERS = "model.moe.layers"
 def config_schema(schema: type, registry: Registry, title: str) -> dict[str, Any]:
     """The schema of a config file for `schema`, a config dataclass, with the plugins and options of `registry`."""
     keys = list(config_keys(schema))
-    used = {key.path for key in keys}
+    used = {key.path for key in keys if key.names_plugins}
     points = [point for point in EXTENSION_POINTS if point.key in used]
     parts = {point.key: _part(list(describe_point(registry, point)), registry, point) for point in points}
     return {

@@ -43,7 +43,7 @@ def _table(keys: list[ConfigKey]) -> list[str]:
 
 
 def _type(key: ConfigKey) -> str:
-    point = POINT_OF.get(key.path)
+    point = POINT_OF.get(key.path) if key.names_plugins else None
     page = f"plugins/{point.hook.removeprefix('moelab_')}.md" if point else ""
     return f"[{key.words}]({page})" if page else key.words
 

@@ -62,6 +62,8 @@ class TrainingProgress:
 
     def on_log(self, step: int, metrics: Mapping[str, float]) -> None:
         numbers = f"loss {metrics['train/loss']:.4f}"
+        if "train/stage" in metrics:
+            numbers = f"stage {metrics['train/stage']:g}  {numbers}"
         if "perf/tokens_per_second" in metrics:
             numbers += f"  {metrics['perf/tokens_per_second']:,.0f} tokens/s"
         if self._task is not None:

@@ -30,6 +30,11 @@ class ConfigKey:
     part: bool = False  # {name: ..., options}, or a list of them: an extension point's
     required: bool = False
 
+    @property
+    def names_plugins(self) -> bool:
+        """Whether an extension point of its path is its own: the `stages` of a run are sections, of `data` parts."""
+        return self.words != "list of section"
+
 
 def config_keys(schema: type, prefix: str = "", *, partial: bool = False) -> Iterator[ConfigKey]:
     """All keys of a config dataclass, in the order of the source, each section before what lies in it.

@@ -11,6 +11,7 @@ from omegaconf import MISSING
 from moelab.config.adapters import KEY as ADAPTERS
 from moelab.config.adapters import AdapterConfig, check_adapters
 from moelab.config.model import ModelConfig, Part
+from moelab.config.stages import StageConfig, check_stages, fill_in, in_stage, stand_in
 from moelab.errors import ConfigError
 from moelab.paths import Places, user_path
 
@@ -160,6 +161,9 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    # Parts of the run one after the other, [{name, steps, and what is otherwise}]: sequence_length, batch_size,
+    # micro_batch_size, rope_theta, rope_scaling, max_position_embeddings, mixer, lr; else the run's own.
+    stages: list[StageConfig] = field(default_factory=list)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     # What watches and records the run.
@@ -193,7 +197,12 @@ class RunConfig:
         return self.seed if self.data.order_seed is None else self.data.order_seed
 
     def check(self) -> None:
-        """Raise ConfigError for values out of range, naming the key."""
+        """Raise ConfigError for values out of range, naming the key.
+
+        Of a run in stages, the values of the last one come to stand: what it makes is that.
+        """
+        if self.stages:
+            self._check_in_stages()
         if not self.run_dir:
             raise ConfigError("run_dir: names no folder; write run_dir=runs/NAME")
         _at_least_of("seed", self.seed, 0)
@@ -225,6 +234,18 @@ class RunConfig:
         self._check_narrow()
         self._check_adapters()
         self.model.check()
+
+    def _check_in_stages(self) -> None:
+        check_stages(self)
+        fill_in(self)
+        for number, stage in enumerate(self.stages):
+            config = in_stage(self, number)
+            config.stages = []
+            try:
+                config.check()
+            except ConfigError as error:
+                raise ConfigError(f"stages.{number}: in stage '{stage.name}', {error}") from error
+        stand_in(self, -1)
 
     def _check_narrow(self) -> None:
         """Numbers of 16 bits that are kept from step to step."""

@@ -89,6 +89,8 @@ def trained(config: RunConfig, start: Lineage | None, made: Mapping[str, Any] | 
     tree = {key: value for key, value in asdict(config).items() if key not in _FREE}
     tree["train"] = {key: value for key, value in tree["train"].items() if key not in _FREE_TRAIN}
     tree["data"] = {key: value for key, value in tree["data"].items() if key != "order_seed"}
+    if not config.stages:
+        del tree["stages"]  # there are runs from before there were any
     del tree["schedule"]["rewarm_steps"]  # `made` says whether and where that happened
     tree |= {"made": dict(made)} if made else {}
     seeds = f"seed {config.seed}"

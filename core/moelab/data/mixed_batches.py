@@ -109,22 +109,25 @@ class MixedBatches:
             first = last
         return total
 
-    def asked(self, steps: int) -> np.ndarray:
-        """The share of the tokens before `steps` that each domain should have had: [D]; of the first phase for 0."""
-        total, first = np.zeros(len(self.domains)), 0
+    def asked(self, steps: int, first: int = 0) -> np.ndarray:
+        """The share of the tokens of the steps from `first` to `steps` that each domain should have had: [D].
+
+        Where there are none, those of the first of them."""
+        total, begin, steps = np.zeros(len(self.domains)), 0, max(steps, first + 1)
         for wanted, end in zip(self.wanted, self.ends, strict=True):
-            last = max(steps, 1) if end is None else min(max(steps, 1), end)
-            total += wanted * (last - first)
-            first = last
+            last = steps if end is None else min(steps, end)
+            total += wanted * max(0, last - max(begin, first))
+            begin = last
         return np.asarray(total / total.sum())
 
     def epochs(self, steps: int) -> np.ndarray:
         """How often each domain's text was read before `steps`: [D]; 0 where there is no text."""
         return np.asarray(self.dealt(steps) / np.maximum(self.windows, 1))
 
-    def account(self, steps: int) -> dict[str, Any]:
-        """{domain: asked share, read share, epochs} of the batches before `steps`."""
-        dealt, asked, epochs = self.dealt(steps), self.asked(steps), self.epochs(steps)
+    def account(self, steps: int, first: int = 0) -> dict[str, Any]:
+        """{domain: asked share, read share, epochs} of the batches from `first` to before `steps`."""
+        dealt, asked = self.dealt(steps) - self.dealt(first), self.asked(steps, first)
+        epochs = self.epochs(steps) - self.epochs(first)
         total = max(1, int(dealt.sum()))
         return {
             name: {"asked": float(asked[d]), "read": int(dealt[d]) / total, "epochs": float(epochs[d])}

@@ -8,6 +8,7 @@ from typing import Any
 
 from moelab.alarms import AlarmWatch
 from moelab.data.lineage import CONVERSION
+from moelab.training.borders import as_in, stage_metrics
 from moelab.training.loop import Loop, due, served_backends
 from moelab.training.mixture import mixture_metrics
 from moelab.training.probe import look, probe_batch
@@ -29,7 +30,8 @@ def log_step(loop: Loop, result: StepResult, rate: float) -> None:
     report = log_metrics(result, rate, loop.progress, loop.setup)
     step, train = loop.progress.step, loop.setup.config.train
     probed = probe(loop) if due(step, train.probe_every) or step == train.steps else {}
-    metrics = probed | report.metrics | mixture_metrics(loop.setup.batches, step)
+    metrics = probed | report.metrics | mixture_metrics(loop.setup.batches, step, loop.setup.first)
+    metrics |= stage_metrics(loop.setup)
     metrics |= loop.reading.metrics(step, elapsed, loop.setup.ranks)
     loop.loads = {str(layer): shares for layer, shares in report.loads.items()}
     changes = loop.alarms.look(step, metrics)
@@ -45,13 +47,17 @@ def log_step(loop: Loop, result: StepResult, rate: float) -> None:
 
 
 def probe(loop: Loop) -> dict[str, float]:
-    """Show a fixed batch to the observers that want to see one; -> the numbers that they found, by tag."""
+    """Show a fixed batch to the observers that want to see one; -> the numbers that they found, by tag.
+
+    Through all stages of a run it is that of the first, so that what moves is the routes and not the text.
+    """
     setup, hook = loop.setup, loop.observers.hook.on_probe
     if setup.config.train.probe_every == 0 or not setup.blocks:
         return {}
     if not setup.ranks.any(loop.observers.listens("on_probe")):
         return {}
-    batch = probe_batch(setup.validation, setup.step_settings.micro_batch_size)
+    first = as_in(setup, 0)
+    batch = probe_batch(first.validation, first.step_settings.micro_batch_size)
     shown = look(setup.model, batch, list(setup.corpus.domains), setup.step_settings.precision)
     found = hook(step=loop.progress.step, probe=shown)
     return {tag: float(value) for numbers in reversed(found) if numbers for tag, value in numbers.items()}

@@ -64,6 +64,11 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def evaluation_due(setup: Setup, step: int) -> bool:
+    """Whether held-out text is read after this step: as the config says, and where a stage ends before the run does."""
+    return due(step, setup.config.evaluation.every) or step == setup.end < setup.config.train.steps
+
+
 def served_backends(loop: Loop) -> list[str]:
     """Those that served this process and, as its checkpoint says, those before it."""
     return sorted({*loop.backends, *backends(loop.setup)})

@@ -23,8 +23,13 @@ KEY = "data.mixer"
 logger = logging.getLogger("moelab")
 
 
-def build_batches(config: RunConfig, corpus: Corpus, registry: Registry) -> Batches:
-    """Raises UserError for a mixer that asks for what is not there. Tells which domains are read more than once."""
+def build_batches(
+    config: RunConfig, corpus: Corpus, registry: Registry, span: tuple[int, int] | None = None
+) -> Batches:
+    """Raises UserError for a mixer that asks for what is not there. Tells which domains are read more than once.
+
+    `span`: the first step that reads them and the one that no longer does; None: all of the run's.
+    """
     train, given, apart = config.train, config.data.mixer, config.data.document_mask
     if given is None:
         kind = PACKINGS[config.data.packing]
@@ -42,7 +47,8 @@ def build_batches(config: RunConfig, corpus: Corpus, registry: Registry) -> Batc
             f"train.sequence_length: no domain has the {train.sequence_length + 1} training tokens of one sequence; "
             f"lower it, or give more text ({', '.join(f'{name}: {tokens:,}' for name, tokens in sizes.items())})"
         )
-    planned = train.steps * train.batch_size * train.sequence_length
+    first, end = span or (0, train.steps)
+    planned = (end - first) * train.batch_size * train.sequence_length
     mixer = registry.build(MIXERS, given, MixContext(known, planned), KEY)
     if not isinstance(mixer, Mixer):
         chosen, _ = registry.select(MIXERS, given, KEY)
@@ -55,20 +61,20 @@ def build_batches(config: RunConfig, corpus: Corpus, registry: Registry) -> Batc
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"{KEY}: {error}") from error
-    _tell(batches, train.steps, short)
+    _tell(batches, first, end, short)
     return batches
 
 
-def mixture_facts(batches: Batches, steps: int) -> dict[str, Any]:
-    """{domain: asked share, read share, epochs} over `steps`; {} without a mixer."""
-    return batches.account(steps) if isinstance(batches, MixedBatches) else {}
+def mixture_facts(batches: Batches, steps: int, first: int = 0) -> dict[str, Any]:
+    """{domain: asked share, read share, epochs} over `steps`, from `first` on; {} without a mixer."""
+    return batches.account(steps, first) if isinstance(batches, MixedBatches) else {}
 
 
-def mixture_metrics(batches: Batches, steps: int) -> dict[str, float]:
+def mixture_metrics(batches: Batches, steps: int, first: int = 0) -> dict[str, float]:
     """The same as tags, of what was read so far."""
     return {
         f"data/{what}/{name}": value
-        for name, account in mixture_facts(batches, steps).items()
+        for name, account in mixture_facts(batches, steps, first).items()
         for what, value in account.items()
     }
 
@@ -90,8 +96,8 @@ def check_mixture(batches: Batches, state: Mapping[str, Any], checkpoint: Path) 
         )
 
 
-def _tell(batches: MixedBatches, steps: int, short: list[str]) -> None:
-    account = batches.account(steps)
+def _tell(batches: MixedBatches, first: int, end: int, short: list[str]) -> None:
+    account = batches.account(end, first)
     shares = ", ".join(f"{name} {one['asked']:.1%}" for name, one in account.items())
     logger.info("data.mixer: of the training tokens: %s", shares)
     if short:
@@ -102,7 +108,7 @@ def _tell(batches: MixedBatches, steps: int, short: list[str]) -> None:
     if again:
         logger.warning(
             "data.mixer: text that is read more than once in %d steps: %s; give it a smaller share, or more text",
-            steps, ", ".join(again),
+            end - first, ", ".join(again),
         )  # fmt: skip
     unread = [name for name, one in account.items() if one["asked"] == 0 and name not in short]
     if unread:

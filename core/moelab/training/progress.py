@@ -42,12 +42,14 @@ class Progress:
     evaluation: Evaluation | None = None
     logged: Sequence[float] = (0.0, 0, 0)  # seconds, tokens, served_weights at the last log
     counts: Sequence[int] = ()  # assignments of each expert since the last log, as far as read
+    # Of the tokens before they came to cost this: how many, their FLOPs without those of experts, and as declared.
+    before_stage: Sequence[float] = (0, 0, 0.0)
     _served: Tensor | None = None  # [sum of E] int64: assignments that were not read from the device yet
 
     @classmethod
     def of(cls, state: Mapping[str, Any], costs: ServedCosts, declared_flops_per_token: float) -> Progress:
         """Where state.json left off; a fresh one for an empty state."""
-        counters = {key: state[key] for key in (*CARRIED, "counts") if key in state}
+        counters = {key: state[key] for key in (*CARRIED, "counts", "before_stage") if key in state}
         return cls(costs, declared_flops_per_token, **counters)
 
     def advance(self, tokens: int, served: Tensor | None, seconds: float) -> None:
@@ -58,13 +60,19 @@ class Progress:
         if served is not None:
             self._served = served if self._served is None else self._served + served
 
+    def go_on(self, costs: ServedCosts, declared_flops_per_token: float) -> None:
+        """From the next step on a token costs this. Waits for the device."""
+        spent = self.costs.flops(self.tokens - int(self.before_stage[0]), 0) + int(self.before_stage[1])
+        self.before_stage = (self.tokens, spent, self.flops_declared())
+        self.costs, self.declared_flops_per_token = costs, declared_flops_per_token
+
     def flops(self) -> int:
         """Forward and backward of the training steps so far, as served. Waits for the device."""
-        return self.costs.flops(self.tokens, self._read())
+        return int(self.before_stage[1]) + self.costs.flops(self.tokens - int(self.before_stage[0]), self._read())
 
     def flops_declared(self) -> float:
         """The same as the routers declared it."""
-        return self.tokens * self.declared_flops_per_token
+        return self.before_stage[2] + (self.tokens - int(self.before_stage[0])) * self.declared_flops_per_token
 
     def active_parameters(self) -> float:
         """That a token passed through, on average over the run. Waits for the device."""
@@ -94,7 +102,7 @@ class Progress:
         """What state.json keeps, enough for `of`."""
         return self.row() | {
             "seconds": self.seconds, "served_weights": self._read(), "logged": list(self.logged),
-            "counts": list(self.counts),
+            "counts": list(self.counts), **({"before_stage": list(self.before_stage)} if self.before_stage[0] else {}),
         }  # fmt: skip
 
     def _read(self) -> int:

@@ -49,7 +49,7 @@ def probe_step(
     device = next(model.parameters()).device
     part = batch.split(1)[0].narrow(PROBE_TOKENS).to(device)
     blocks = list(moe_blocks(model))
-    with _no_trace(model), plugins_told():
+    with no_trace(model), plugins_told():
         model.train()
         with watch_routers(blocks) as calls, torch.enable_grad():
             terms, records = batch_terms(model, balance_losses, part, None, Place(0, 0, 1.0, PROBE_TOKENS), settings)
@@ -113,7 +113,7 @@ def _rehearse(part: PluginPart, built: object, call: Callable[[Any], None]) -> N
 
 
 @contextmanager
-def _no_trace(model: Transformer) -> Iterator[None]:
+def no_trace(model: Transformer) -> Iterator[None]:
     """Buffers and random numbers are as before the block; what a MoE layer was told once it need not be told again.
 
     Of a model in pieces, what a forward pass left gathered for a backward pass that does not come is let go.

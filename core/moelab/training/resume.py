@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moelab.checkpoint import STATE, read_run_config
+from moelab.checkpoint import STATE, read_run_config, read_state
 from moelab.errors import CheckpointError, UserError
 from moelab.integrity import Choice
 from moelab.lock import LOCK
 from moelab.records import Record
 from moelab.safe_files import Reading
+from moelab.training.borders import enter, number_at
 from moelab.training.checkpoint import TrainingState, restore_checkpoint
 from moelab.training.mixture import check_mixture
 from moelab.training.plan import Plan, plan_of
@@ -52,6 +53,8 @@ def check_state(state: Mapping[str, Any], checkpoint: Path, fingerprint: str) ->
     record.number("seconds", least=0.0)
     if len(record.listed("logged", float)) != 3:
         record.refuse("logged", "three numbers")
+    if "before_stage" in state and len(record.listed("before_stage", float)) != 3:
+        record.refuse("before_stage", "three numbers")
     for key in (PLUGINS, VERSIONS):
         for package in record.record(key, optional=True).values:
             record.record(key).text(package)
@@ -94,6 +97,12 @@ def find_resume(setup: Setup, choice: Choice | None, run_dir: Path) -> Path | No
         # Killed before its first checkpoint: the run begins again, in the same folder.
         logger.warning("%s has no complete checkpoint yet: starting from step 0", run_dir)
     return None
+
+
+def as_left_off(setup: Setup, checkpoint: Path) -> Setup:
+    """The setup in the stage whose step was the checkpoint's last."""
+    step = read_state(checkpoint).get("step")
+    return enter(setup, number_at(setup, step - 1 if isinstance(step, int) else 0))
 
 
 def restore(setup: Setup, checkpoint: Path) -> dict[str, Any]:

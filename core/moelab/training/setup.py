@@ -16,8 +16,10 @@ import torch
 from moelab.alarms import Alarm
 from moelab.builder import build_balance_losses, build_hollow, build_model, resolve_model
 from moelab.checkpoint import CONFIG, STATE, read_run_config, read_state
+from moelab.config.rope_scaling import as_part
 from moelab.config.run import RunConfig
 from moelab.config.scalars import settle
+from moelab.config.stages import fill_in, stand_in
 from moelab.config.stored import is_sealed, stored, to_yaml
 from moelab.data.batches import ValidationBatches
 from moelab.data.corpus import Corpus, DataContext
@@ -26,7 +28,7 @@ from moelab.data.promises import corpus_fault
 from moelab.data.seen import RECORD, DataRecord, SeenText, history_of, record_of_run, seen_text
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import ConfigError
-from moelab.hookspecs import DATA_SOURCES, MIXERS, OBSERVERS
+from moelab.hookspecs import DATA_SOURCES, MIXERS, OBSERVERS, ROPE_SCALINGS
 from moelab.integrity import Verify
 from moelab.moe.balance import NamedLoss
 from moelab.moe.block import MoEBlock
@@ -43,12 +45,12 @@ from moelab.records import Record
 from moelab.registry import Registry
 from moelab.training.adapters import Adapters, attach
 from moelab.training.causality import Causality
-from moelab.training.evaluate import evaluation_batch_size
 from moelab.training.freeze import freeze
 from moelab.training.mixture import Batches, build_batches
 from moelab.training.optimizer import build_adamw
 from moelab.training.precision import Precision, choose_precision, set_threads
 from moelab.training.rehearsal import probe_step
+from moelab.training.stages import Stage, build_stages, documents_read, held_out, rehearse
 from moelab.training.start import Start, find_start, starting_model, starting_weights
 from moelab.training.step import StepSettings
 
@@ -98,6 +100,8 @@ class Setup:
     alarms: list[Alarm]  # found before the first step
     ranks: Ranks = ALONE  # the processes over which the run is laid
     adapters: Adapters | None = None  # what is trained in place of the model's parameters
+    stages: tuple[Stage, ...] = ()  # of the run; what stands above is that of `stage`, the model's positions too
+    stage: int = 0
 
     @property
     def seen(self) -> SeenText:
@@ -109,6 +113,16 @@ class Setup:
     def learner(self) -> torch.nn.Module:
         """What the optimizer trains, and where gradients are: the model, or its adapters."""
         return self.adapters or self.model
+
+    @property
+    def first(self) -> int:
+        """The first step of the stage; of the run where it has none."""
+        return self.stages[self.stage].first if self.stages else 0
+
+    @property
+    def end(self) -> int:
+        """The steps that are done when the stage, or the run, is."""
+        return self.stages[self.stage].end if self.stages else self.config.train.steps
 
     @property
     def blocks(self) -> list[MoEBlock]:
@@ -127,6 +141,8 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
     if precision.device.type == "cpu":
         keep_freed_memory()
     resolve_run(config, registry)
+    if config.stages:
+        stand_in(config, 0)
     losses = build_balance_losses(config.model, registry)
     _check_shapes(config, registry, precision, ranks)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -136,7 +152,8 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         logger.warning(line)
     corpus = build_corpus_of(config, registry, tokenizer)
     train, micro = config.train, config.train.micro_batch_size or config.train.batch_size // ranks.size
-    batches = build_batches(config, corpus, registry)
+    stages = build_stages(config, corpus, registry)
+    batches = stages[0].batches if stages else build_batches(config, corpus, registry)
     adapters = None
     if ranks.size > 1:
         model = _spread_model(ranks, config, registry, losses, precision, start)
@@ -148,6 +165,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
             narrow(model)
     history = starting_history(config, start)
     settings = StepSettings(micro, train.grad_clip, config.seed, precision)
+    rehearse(model, stages, precision)
     rehearsal = probe_step(model, losses, batches.batch(0), settings)
     if train.activation_checkpointing:
         apply_activation_checkpointing(model, train.activation_checkpointing)
@@ -159,7 +177,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         history=history,
         lineage=starting_lineage(config, start),
         batches=batches,
-        validation=_held_out(config, corpus),
+        validation=stages[0].validation if stages else held_out(config, corpus),
         model=model,
         optimizer=_optimizer(config, model, adapters),
         balance_losses=losses,
@@ -173,6 +191,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         causality=rehearsal.causality,
         ranks=ranks,
         adapters=adapters,
+        stages=stages,
     )
 
 
@@ -181,16 +200,6 @@ def _optimizer(config: RunConfig, model: Transformer, adapters: Adapters | None)
     if adapters is not None:
         adapters.follow(optimizer)
     return optimizer
-
-
-def _held_out(config: RunConfig, corpus: Corpus) -> ValidationBatches:
-    return ValidationBatches(
-        corpus.validation,
-        config.evaluation.sequences,
-        config.train.sequence_length,
-        evaluation_batch_size(config),
-        apart=config.data.document_mask,
-    )
 
 
 def _check_shapes(config: RunConfig, registry: Registry, precision: Precision, ranks: Ranks) -> None:
@@ -231,6 +240,16 @@ def resolve_run(config: RunConfig, registry: Registry) -> None:
     config.data.source = registry.resolve(DATA_SOURCES, config.data.source, "data.source")
     if config.data.mixer is not None:
         config.data.mixer = registry.resolve(MIXERS, config.data.mixer, "data.mixer")
+    fill_in(config)
+    for number, stage in enumerate(config.stages):
+        where = f"stages.{number}"
+        if stage.rope_scaling is not None:
+            part = as_part(stage.rope_scaling)
+            stage.rope_scaling = registry.resolve(ROPE_SCALINGS, part, f"{where}.rope_scaling")
+        if stage.mixer is not None:
+            stage.mixer = registry.resolve(MIXERS, stage.mixer, f"{where}.mixer")
+    if config.stages:
+        stand_in(config, -1)
     config.observers = [registry.resolve(OBSERVERS, o, f"observers.{i}") for i, o in enumerate(config.observers)]
 
 
@@ -272,7 +291,8 @@ def starting_history(config: RunConfig, start: Start) -> DataRecord:
 
 def checkpoint_files(setup: Setup, step: int, made: Mapping[str, Any]) -> dict[str, bytes]:
     """What goes into the checkpoint of this step beside its tensors. `made`: of their making, what no config says."""
-    record = setup.history | record_of_run(setup.corpus, setup.tokenizer, setup.batches.documents_read(step))
+    read = documents_read(setup.stages, step) if setup.stages else setup.batches.documents_read(step)
+    record = setup.history | record_of_run(setup.corpus, setup.tokenizer, read)
     lineage = trained(setup.config, setup.lineage, made)
     own = {CONFIG: to_yaml(setup.config).encode(), RECORD: record.to_bytes(), LINEAGE: lineage.to_bytes()}
     return own | setup.tokenizer.files() | setup.start.files

@@ -27,20 +27,21 @@ from moelab.parallel.ranks import Ranks
 from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab.training.best import Best, with_folder
+from moelab.training.borders import as_in, enter_if_due, stage_facts
 from moelab.training.failure import NotFinite
 from moelab.training.format import BEST_EVALUATION, ENDED_EARLY, REPLANNED
 from moelab.training.held_out import ends_early, evaluate_run, write_evaluation
 from moelab.training.interruption import Interruption
 from moelab.training.limits import warn_of_disk
 from moelab.training.logged import alarm_watch, log_step, probe
-from moelab.training.loop import Loop, due, served_backends
+from moelab.training.loop import Loop, due, evaluation_due, served_backends
 from moelab.training.observers import gather_observers, threads_told
 from moelab.training.optimizer import set_learning_rate
 from moelab.training.plan import Plan, to_json
 from moelab.training.precision import choose_precision
 from moelab.training.progress import Progress
 from moelab.training.rescue import State, ending, save_what_is_good, shortages_told
-from moelab.training.resume import find_resume, own_choice, replan, restore
+from moelab.training.resume import as_left_off, find_resume, own_choice, replan, restore
 from moelab.training.run_folder import (
     LOG,
     METRICS,
@@ -118,6 +119,7 @@ def _train(config: RunConfig, ranks: Ranks, run_dir: Path, asked: Asked) -> None
             lock = stack.enter_context(hold(run_dir))
             choice = own_choice(setup)
             resumed = find_resume(setup, choice, run_dir)
+            setup = as_left_off(setup, resumed) if resumed else setup
             state = restore(setup, resumed) if resumed else {}
             plan = replan(setup, resumed, state) if resumed else Plan(config.schedule, config.train.steps)
             best = Best.of(state, resumed)
@@ -142,7 +144,7 @@ def _train(config: RunConfig, ranks: Ranks, run_dir: Path, asked: Asked) -> None
             if config.as_written:
                 keys = ", ".join(map(".".join, config.as_written))
                 logger.warning("stored as written, not as resolved: %s; store_environment=true stores the values", keys)
-            write_file(run_dir / CONFIG, to_yaml(setup.config))
+            write_file(run_dir / CONFIG, to_yaml(as_in(setup, -1).config))
             chosen = setup.config.observers if ranks.main else ()
             manager = gather_observers(chosen, registry, run_dir, asked.observers)
             with closing(MetricsLog(run_dir / METRICS, state.get("step"))) as metrics:
@@ -173,15 +175,18 @@ def _nothing_left(config: RunConfig, state: Mapping[str, Any], best: Best) -> st
 def _run(loop: Loop) -> None:
     """All remaining steps, then the summary, also when something went wrong on the way."""
     setup, progress, metrics = loop.setup, loop.progress, loop.metrics
-    facts = environment_facts(setup) | {REPLANNED: to_json(loop.plan.changes)}
+    whole = as_in(setup, -1)  # what is told of a run in stages is its last one, which is what it makes
+    facts = environment_facts(whole) | stage_facts(setup) | {REPLANNED: to_json(loop.plan.changes)}
     if isinstance(setup.batches, PackedBatches):
         logger.info("data.packing %s: %s", setup.config.data.packing, setup.batches.fill().line())
+    for stage in setup.stages:
+        logger.info("stage %s", stage.line())
     logger.info("%s: %s", facts["name"], {key: facts[key] for key in ("components", "parameters")})
     error: BaseException | None = None
     stack = ExitStack()
     try:
         loop.observers.hook.on_train_begin(
-            run_dir=loop.run_dir, config=stored(setup.config), facts=facts, step=progress.step,
+            run_dir=loop.run_dir, config=stored(whole.config), facts=facts, step=progress.step,
             checkpoint=loop.resumed,
         )  # fmt: skip
         with loop.interruption:
@@ -189,9 +194,10 @@ def _run(loop: Loop) -> None:
             if progress.step == 0:
                 evaluate_run(loop)
                 probe(loop)
-            elif due(progress.step, setup.config.evaluation.every) and not metrics.holds(progress.step, "eval/loss"):
+            elif evaluation_due(setup, progress.step) and not metrics.holds(progress.step, "eval/loss"):
                 evaluate_run(loop)  # the run ended in it, and saved the step before
             while progress.step < setup.config.train.steps and not loop.ended_early:
+                enter_if_due(loop)
                 one_step(loop)
                 _end_if_asked(loop)
         if loop.ended_early:
@@ -257,7 +263,7 @@ def one_step(loop: Loop) -> None:
     set_learning_rate(setup.optimizer, rate)
     with loop.reading.timed():
         batch = setup.batches.batch(progress.step)
-    last = progress.step + 1 == config.train.steps
+    last = progress.step + 1 == setup.end
     observe = due(progress.step + 1, config.train.log_every) or last
     every = config.train.gradient_shares_every
     what = Observe(observe, observe and (due(progress.step + 1, every) or (last and every > 0)))
@@ -270,7 +276,7 @@ def one_step(loop: Loop) -> None:
         loop.update.under_way = False
         if observe:
             log_step(loop, result, rate)
-    if due(progress.step, config.evaluation.every):
+    if evaluation_due(setup, progress.step):
         evaluate_run(loop)
     save_every = config.train.save_every
     if setup.ranks.any(loop.clock.due()) if save_every is None else due(progress.step, save_every):

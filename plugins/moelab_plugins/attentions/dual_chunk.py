@@ -90,8 +90,9 @@ class DualChunkAttention:
 
     Formula: with r = i mod s, n = floor(i / s) - floor(j / s), keys at j mod s, queries at r (n = 0), s + r or
     `max_position` from r = w on (n = 1), `max_position` (n >= 2); one softmax over all keys.
-    Source: Dual Chunk Attention (2402.17463) eq. 2 to 8; preset qwen_1m as vLLM's dual_chunk_flash_attn.py and
-    Qwen2.5-1M (2501.15383) have it: chunk_size = s + w is the largest position. The official code differs from the
+    Source: Dual Chunk Attention (2402.17463) 3, eq. 2 to 7 (read as others quote them), one softmax as its code has it
+    (HKUNLP/ChunkLlama, chunkllama_attn_replace.py); preset qwen_1m as vLLM's dual_chunk_flash_attn.py has it, for
+    Qwen2.5-1M (2501.15383, not opened): chunk_size = s + w is the largest position. The official code differs from the
     paper in these sizes, and detaches the weights that merge the parts, so that its gradients are not those of its
     outputs; these are. Temperature: m = 0.1 ln(length / c) + 1 on queries and keys, so scores times m^2 as in YaRN
     (2309.00071) 3.4; vLLM's code multiplies the keys alone, and by the length of the whole text: here of what the

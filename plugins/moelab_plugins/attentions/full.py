@@ -18,7 +18,8 @@ def full(options: FullOptions, context: AttentionContext) -> AttentionKernel:
     """Every earlier position of the same document.
 
     Formula: softmax(q_i k_j / sqrt(d)) over j <= i, q and k turned by their positions.
-    Source: Vaswani et al. (1706.03762) 3.2.1; grouped heads of 2305.13245; Qwen2 (2407.10671) 2.2.1.
+    Source: Vaswani et al. (1706.03762) 3.2.1 (section not opened); grouped heads of 2305.13245 (not opened);
+    Qwen2 (2407.10671) 2.2.1.
     Use: the baseline.
     Cost: S^2 / 2 scores a head; memory grows with S.
     """

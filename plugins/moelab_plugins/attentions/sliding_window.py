@@ -28,8 +28,8 @@ class SlidingWindow:
     """The last `window` positions of the same document, the query's own included.
 
     Formula: softmax(q_i k_j / sqrt(d)) over i - window < j <= i, q and k turned by their positions.
-    Source: Longformer (2004.05150) 3.1; Mistral (2310.06825) 2; transformers 5.23, masking_utils.py:
-    sliding_window_overlay, and configuration_qwen2.py for which layers of Qwen2 have it.
+    Source: Longformer (2004.05150) 3.1; Mistral (2310.06825) 2, whose text has one position more; transformers 5.23,
+    masking_utils.py: sliding_window_overlay, and configuration_qwen2.py for which layers of Qwen2 have it.
     Use: Qwen2 and Mistral checkpoints that say so; long texts at a cost that grows with their length.
     Cost: S * window scores a head. Keys outside the window stay in the cache.
     """

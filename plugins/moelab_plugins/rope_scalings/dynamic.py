@@ -35,7 +35,7 @@ class Dynamic:
 
     Formula: b' = b (f L / L0 - (f - 1))^(d / (d - 2)), for L > L0 positions; L0 is the trained length.
     Source: transformers 5.23, modeling_rope_utils.py: _compute_dynamic_ntk_parameters, which credits bloc97 and
-    emozilla; YaRN (2309.00071) 3.3 describes it.
+    emozilla; YaRN (2309.00071) 3.3 describes it, and would have caches hold keys before they are turned.
     Use: longer texts without training. What a token means depends on how long the text is, so with a cache the keys of
     earlier steps keep the base they were turned with, as in transformers: continuing is not the same as reading again.
     Cost: none at run time.

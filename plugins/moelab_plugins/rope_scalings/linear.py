@@ -28,7 +28,7 @@ class Linear:
     """Position interpolation: positions squeezed into the trained length.
 
     Formula: theta_k' = theta_k / f.
-    Source: Chen et al. (2306.15595) 2.3; transformers 5.23, modeling_rope_utils.py.
+    Source: Chen et al. (2306.15595) 2.3, eq. 4; transformers 5.23, modeling_rope_utils.py.
     Use: before a fine-tuning at the longer length; without one near positions blur.
     Cost: none at run time; changes short texts too.
     """

@@ -37,7 +37,7 @@ class Llama3:
 
     Formula: a frequency turns w = L0 theta / 2 pi times over the original length; kept from high_freq_factor turns on,
     divided by f up to low_freq_factor, linear in w between.
-    Source: Llama 3.1's model card; transformers 5.23, modeling_rope_utils.py: _compute_llama3_parameters.
+    Source: Llama 3.1's model card (not opened); transformers 5.23, modeling_rope_utils.py: _compute_llama3_parameters.
     Use: Llama 3.1 to 3.3 and what is upcycled from them.
     Cost: none.
     """

@@ -20,7 +20,7 @@ def no_scaling(options: NoScalingOptions, context: RopeContext) -> RopeScaling |
     """Plain rotary embedding: the angle of a position is the position times the frequency.
 
     Formula: theta_k = b^(-2k/d).
-    Source: RoFormer (2104.09864) 3.2.2; Qwen2 (2407.10671) with b = 1e6.
+    Source: RoFormer (2104.09864) 3.2.2; Qwen2 (2407.10671) 3.2 with b = 1e6 for its long stage, 1e4 before.
     Use: the baseline; what every model is trained with.
     Cost: none. Beyond the trained length the loss rises steeply.
     """

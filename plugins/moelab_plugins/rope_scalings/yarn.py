@@ -46,7 +46,8 @@ class Yarn:
     Formula: theta_k' = (1 - g_k) theta_k + g_k theta_k / f, g_k rising from 0 to 1 between the k that turn beta_fast
     and beta_slow times over L0: k(r) = d ln(L0 / 2 pi r) / 2 ln b. Cos and sin times m = 0.1 ln f + 1, so that scores
     are m^2 as large.
-    Source: YaRN (2309.00071) 3.2 to 3.4; transformers 5.23, modeling_rope_utils.py: _compute_yarn_parameters.
+    Source: YaRN (2309.00071) 3.2 (definition 2) and 3.4; transformers 5.23, modeling_rope_utils.py:
+    _compute_yarn_parameters. As there g is linear in k; the paper's ramp is linear in the turns L0 theta_k / 2 pi.
     Use: Qwen2's way beyond 32k tokens, at inference or before a short training at the longer length.
     Cost: none at run time. Static, as in transformers: short texts change too.
     """

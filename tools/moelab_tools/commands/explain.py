@@ -51,10 +51,11 @@ def command(
     """
     from moelab.errors import ConfigError
     from moelab.registry import Registry
-    from moelab_tools.checkpoints import load_run, plugin_places, tell_origin
+    from moelab_tools.checkpoints import load_run, plugin_places, tell_origin, tell_stage
 
     loaded = load_run(config, UNUSED, trust=trust)
     tell_origin(loaded)
+    tell_stage(loaded.config)
     registry = Registry(loaded.config.plugins, loaded.config.entry_points, plugin_places(loaded, trust=trust))
     try:
         table = explain(loaded.config, registry)

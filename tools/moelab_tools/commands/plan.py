@@ -64,12 +64,13 @@ def command(
     from moelab.planning.memory import predict
     from moelab.planning.traffic import Problem
     from moelab.registry import Registry
-    from moelab_tools.checkpoints import load_run, plugin_places, tell_origin
+    from moelab_tools.checkpoints import load_run, plugin_places, tell_origin, tell_stage
 
     chosen = _machine(machine, node, bandwidth, latency, tflops)
     loaded = load_run(config, ANY, trust=trust)
     tell_origin(loaded)
     run = loaded.config
+    tell_stage(run)
     train, world = run.train, run.parallel.world
     sequences = train.micro_batch_size or train.batch_size // world
     if train.batch_size % (sequences * world):

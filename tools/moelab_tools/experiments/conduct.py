@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import moelab
+from moelab.config.stages import planned_tokens
 from moelab.errors import ConfigError, RunFailure
 from moelab.safe_files import Reading, read_object
 from moelab.training.run_folder import write_json
@@ -155,8 +156,8 @@ class Experiment:
         """Why the runs of this look are not started."""
         config, budget = self.declaration.config, self.declaration.config.budget
         seeds = config.seed_list[len(done) : count]
-        first = self.arms.planned(config.baseline, config.seed_list[0]).config.train
-        tokens = len(config.variants) * count * first.steps * first.batch_size * first.sequence_length
+        first = self.arms.planned(config.baseline, config.seed_list[0]).config
+        tokens = len(config.variants) * count * planned_tokens(first)
         if budget.tokens is not None and tokens > budget.tokens:
             return f"The budget ended before {count} seeds: they read {tokens:.3g} tokens of {budget.tokens:.3g}."
         tasks = [task.name for task in self.arms.tasks(seeds)]

@@ -88,6 +88,15 @@ def test_each_domain_is_read_in_epochs_of_its_own_in_another_order_each_time() -
         assert batches.epochs(250)[domain] == len(read) / size
 
 
+def test_an_account_of_later_steps_leaves_out_what_was_read_before_them() -> None:
+    batches = mixed(Phase({"code": 1.0}, until=10), Phase({"code": 1.0, "prose": 3.0}))
+    late = batches.account(30, first=20)
+    assert late["code"]["asked"] == pytest.approx(0.25)
+    assert late["prose"]["read"] == pytest.approx(0.75, abs=0.05)
+    whole, early = batches.account(30), batches.account(20)
+    assert late["code"]["epochs"] == pytest.approx(whole["code"]["epochs"] - early["code"]["epochs"])
+
+
 def test_a_batch_is_a_function_of_seed_and_step_alone() -> None:
     walked = mixed(Phase(WEIGHTS))
     for step in range(20):

@@ -63,6 +63,24 @@ def test_a_resumed_run_goes_on_exactly(log_every: int) -> None:
     assert resumed.interval() == whole.interval()
 
 
+def test_tokens_cost_what_they_did_when_they_were_read() -> None:
+    """A stage of other sequences: three steps at 1000 FLOPs a token, two at 1500, killed after the first of them."""
+    longer = ServedCosts(1500, COSTS.token_parameters, COSTS.expert_weights)
+    whole, killed = Progress(COSTS, 5.0), Progress(COSTS, 5.0)
+    for progress in (whole, killed):
+        steps(progress, 1, 3)
+        progress.interval()
+        progress.go_on(longer, 7.5)
+        steps(progress, 4, 4)
+    resumed = Progress.of(json.loads(json.dumps(killed.state())), longer, 7.5)
+    for progress in (whole, resumed):
+        steps(progress, 5, 5)
+        assert progress.flops() == by_hand(5) + 2 * 8 * 500
+        assert progress.flops_declared() == 3 * 8 * 5.0 + 2 * 8 * 7.5
+        assert progress.interval().flops == by_hand(5) - by_hand(3) + 2 * 8 * 500
+    assert resumed.state() == whole.state()
+
+
 def test_flops_of_a_long_run_of_a_large_model_stay_exact() -> None:
     """1e24 FLOPs are beyond what a float64 counts to the last digit."""
     costs = ServedCosts(3 * 10**10, 14 * 10**9, (3 * 3584 * 2560,))
