@@ -86,9 +86,9 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
             "seed": written["data"]["seed"],
             "split_seed": written["data"]["split_seed"],
             "order_seed": written["seed"] if written["data"]["order_seed"] is None else written["data"]["order_seed"],
-            "commits": setup.corpus.commits,
             "manifest": setup.corpus.manifest,
             "left_out": setup.corpus.left_out,
+            **({"commits": setup.corpus.commits} if setup.corpus.commits else {}),  # of datasets on the hub
             **({"packing": asdict(setup.batches.fill())} if isinstance(setup.batches, PackedBatches) else {}),
             "seen": asdict(setup.seen),
             "mixture": mixture_facts(setup.batches, config.train.steps),  # as planned; {} without a mixer
