@@ -87,6 +87,11 @@ def write(path: Path, kind: str, model: Any, type_name: str = "F32", **changes: 
     if kind == "qwen3":
         writer.add_key_length(16)
         writer.add_value_length(16)
+    for key, value in changes.get("scaling", {}).items():
+        name, text = f"{changes.get('architecture', kind)}.rope.{key}", isinstance(value, str)
+        (writer.add_string if text else writer.add_uint32 if isinstance(value, int) else writer.add_float32)(
+            name, value
+        )
     words = [f"t{n}" for n in range(SIZES["vocab_size"] - 3)] + ["t", "0", "1"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -125,6 +130,55 @@ def test_a_file_is_the_model_that_it_was_made_from(kind: str, tied: bool, tmp_pa
     assert read_config(path).rms_norm_eps == 1e-5
     expected = logits(model)
     assert torch.allclose(logits(load_hf(path)), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+YARN = {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 16}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "config"),
+    [
+        ({"scaling.type": "linear", "scaling.factor": 2.5}, {"rope_type": "linear", "factor": 2.5}),
+        ({"scaling.factor": 2.5}, {"rope_type": "linear", "factor": 2.5}),  # llama.cpp's default of the type
+        ({"scale_linear": 2.5}, {"rope_type": "linear", "factor": 2.5}),  # and its older name
+        ({"scaling.type": "linear"}, None),
+        ({"scaling.type": "none", "scaling.factor": 2.5}, None),
+        (YARN, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}),
+        (
+            YARN | {"scaling.yarn_beta_fast": 3.0, "scaling.yarn_beta_slow": 0.1, "scaling.yarn_attn_factor": 1.3},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 3.0,
+             "beta_slow": 0.1, "attention_factor": 1.3},
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_stretched_positions_are_those_of_the_config_that_the_file_was_made_from(
+    kind: str, metadata: dict[str, Any], config: dict[str, Any] | None, tmp_path: Path
+):
+    model = dense(kind, **({} if config is None else {"rope_parameters": {"rope_theta": 10_000.0, **config}}))
+    found = load_hf(write(tmp_path / "model.gguf", kind, model, scaling=metadata))
+    expected = logits(model)
+    assert torch.allclose(logits(found), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    if config is not None:  # else any reading would pass
+        plain = load_hf(write(tmp_path / "plain.gguf", kind, model))
+        assert not torch.allclose(logits(plain), expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"scaling.type": "yarn", "scaling.factor": 4.0}, r"original_context_length: is missing"),
+        ({"scaling.type": "longrope", "scaling.factor": 4.0}, r"longrope"),
+        (YARN | {"scaling.yarn_ext_factor": 0.5}, r"yarn_ext_factor: .*no such number"),
+        (YARN | {"scaling.yarn_log_multiplier": 0.1}, r"yarn_log_multiplier: .*no such number"),
+        ({"scaling.attn_factor": 1.2}, r"attn_factor: .*no such number"),
+    ],
+)
+def test_stretched_positions_that_can_not_be_expressed_are_refused(
+    metadata: dict[str, Any], message: str, tmp_path: Path
+):
+    with pytest.raises(CheckpointError, match=message):
+        load_hf(write(tmp_path / "model.gguf", "llama", dense("llama"), scaling=metadata))
 
 
 @pytest.mark.parametrize("type_name", TYPES)

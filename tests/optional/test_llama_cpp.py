@@ -1,16 +1,18 @@
-"""A second reader: llama.cpp reads what `moelab upcycle` writes and computes transformers' logits, and ours.
+"""A second reader: llama.cpp reads what `moelab upcycle` and `moelab export` write and computes our logits.
 
 Only with MOELAB_LLAMA_CPP=FOLDER, a build by setup_llama_cpp.sh; README.md has the commands.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +20,12 @@ import pytest
 import torch
 
 import moelab
+from moelab import session
+from moelab_tools.exporting import export
 from moelab_tools.qwen2_tokenizer import CONFIG, build_tokenizer
 
 pytest.importorskip("transformers")
-from parity.reference import DENSE, load_reference, reference_model
+from parity.reference import DENSE, MOE, load_reference, reference_model
 
 BUILD = os.environ.get("MOELAB_LLAMA_CPP", "")
 pytestmark = [
@@ -48,6 +52,14 @@ SCALED = [
     "model.moe.shared_expert.intermediate_size=640",
     "recipe.router.std=0.15",  # router logits of deviation 1.2, as 0.02 gives at width 3584
 ]
+# What is exported: names, and what of FIELDS is different.
+EXPORTED: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "tied": {"tie_word_embeddings": True},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.5}},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    "moe": {key: value for key, value in MOE.items() if key not in DENSE},
+}
 Logits = npt.NDArray[np.float32]
 TOKENS = np.random.default_rng(0).integers(0, 263, 64)
 
@@ -56,7 +68,11 @@ TOKENS = np.random.default_rng(0).integers(0, 263, 64)
 def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense Qwen2 folder with strong weights and a small tokenizer in Qwen2's manner."""
     folder = tmp_path_factory.mktemp("second_reader") / "dense"
-    reference_model(FIELDS | {"tie_word_embeddings": request.param}).save_pretrained(folder)
+    return write(folder, FIELDS | {"tie_word_embeddings": request.param})
+
+
+def write(folder: Path, fields: dict[str, Any]) -> Path:
+    reference_model(fields).save_pretrained(folder)
     ranks = {token: rank for rank, token in enumerate([bytes([byte]) for byte in range(256)] + WORDS)}
     build_tokenizer(ranks).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(CONFIG))
@@ -110,10 +126,34 @@ def difference(a: Logits, b: Logits) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-def perplexity(logits: Logits) -> float:
-    """Of TOKENS; logits [S, V]."""
-    nats = torch.nn.functional.cross_entropy(torch.tensor(logits[:-1]).double(), torch.tensor(TOKENS[1:]))
-    return float(nats.exp())
+def nats(logits: Logits) -> float:
+    """The mean loss of TOKENS; logits [S, V]."""
+    return float(torch.nn.functional.cross_entropy(torch.tensor(logits[:-1]).double(), torch.tensor(TOKENS[1:])))
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_llama_cpp_has_the_loss_of_a_run_that_was_exported(kind: str, tmp_path: Path):
+    """A checkpoint of Hugging Face's, trained on here for a step and exported: a user's whole way to llama.cpp."""
+    source = write(tmp_path / "source", FIELDS | EXPORTED[kind])
+    text = tmp_path / "text.jsonl"
+    text.write_text(
+        "".join(f'{{"text": "document {n} in the other, and the things therein {n}"}}\n' for n in range(12))
+    )
+    words = [
+        f"data.source={{name: jsonl, paths: [{text}]}}", f"train.init_from={source}", f"run_dir={tmp_path / 'run'}",
+        "train.steps=1", "train.batch_size=2", "train.sequence_length=16", "evaluation.sequences=2",
+        "evaluation.sample_tokens=0", "observers=[]", "data.validation_fraction=0.3",
+    ]  # fmt: skip
+    session.train(moelab.load_config(*words), progress=False)
+    export(tmp_path / "run", tmp_path / "exported")
+    theirs, ours = by_llama_cpp(tmp_path / "exported"), by_moelab(tmp_path / "run")
+    found = {"logits": difference(theirs, ours), "nats": nats(theirs), "moelab": nats(ours)}
+    print(kind, found)
+    assert found["logits"] < TOLERANCE, found
+    assert found["nats"] == pytest.approx(found["moelab"], abs=1e-3)
+    assert difference(theirs, by_transformers(source)) > 1e-2  # the step did something, and so did its export
+    if kind != "moe" and importlib.util.find_spec("gguf") is not None:  # what the converter writes, we read
+        assert difference(by_moelab(tmp_path / "exported.gguf"), ours) < TOLERANCE
 
 
 def test_llama_cpp_computes_the_upcycled_models_logits(dense: Path, tmp_path: Path):
@@ -122,7 +162,7 @@ def test_llama_cpp_computes_the_upcycled_models_logits(dense: Path, tmp_path: Pa
     found = {"transformers": difference(theirs, by_transformers(made)), "moelab": difference(theirs, by_moelab(made))}
     print(found)
     assert max(found.values()) < TOLERANCE, found
-    assert perplexity(theirs) == pytest.approx(perplexity(by_moelab(made)), rel=1e-3)
+    assert nats(theirs) == pytest.approx(nats(by_moelab(made)), abs=1e-3)
     # The redrawn experts do something: half a model would not pass.
     assert difference(theirs, by_transformers(dense)) > 1e-2
 

@@ -48,7 +48,8 @@ def reference_model(fields: dict[str, Any], seed: int = 0) -> Any:
     """Qwen2MoeForCausalLM if `fields` has experts, else Qwen2ForCausalLM; fp32, strongly initialised, eager experts."""
     fields = dict(fields)
     if MAJOR >= 5:  # its constructor has no rope_theta
-        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
+        stretched = fields.pop("rope_scaling", None) or {"rope_type": "default"}
+        fields["rope_parameters"] = {**stretched, "rope_theta": fields.pop("rope_theta")}
     moe = "num_experts" in fields
     kind = transformers.Qwen2MoeConfig if moe else transformers.Qwen2Config
     config = kind(**fields)

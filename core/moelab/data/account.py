@@ -23,6 +23,7 @@ class Account:
 
     def __init__(self) -> None:
         self.causes: dict[str, Cause] = {}
+        self.commits: dict[str, str] = {}  # {dataset on the Hugging Face hub: commit} that was read
 
     def add(self, what: str, example: str, cure: str, count: int = 1) -> None:
         """`what` says what happened, as in "documents left out, empty"; the first example and cure are kept."""

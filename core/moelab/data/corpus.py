@@ -98,6 +98,7 @@ class Corpus:
     manifest: dict[str, Any] = field(default_factory=dict)  # {domain: documents, bytes, tokens, ..., sources}
     left_out: dict[str, Any] = field(default_factory=dict)  # {what: count, example, cure}, as `Account` tells it
     identity_kind: str = TEXT  # what the streams' `identities` can be compared with
+    commits: dict[str, str] = field(default_factory=dict)  # {dataset on the hub: commit}; not a source's to say
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,11 @@ class DataContext:
     tap: Callable[[Iterable[Document]], Corpus] | None = None
 
     def find(self, path: str) -> Path:
-        """The file or folder that an option names: beside the config file with it, or in the current folder.
+        """The file or folder that an option names: beside the config file with it, in the current folder, on the hub.
 
         Raises DataError with the places that were tried.
         """
-        return resolve_path(path, self.places)
+        return resolve_path(path, self.places, self.account)
 
 
 def build_corpus(

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from moelab.data.account import Account
 from moelab.errors import DataError
+from moelab.hub import dataset_path, is_dataset
 from moelab.paths import Places, unresolved_hint, user_path
 from moelab.safe_files import Reading, read_bytes
 
@@ -23,12 +24,15 @@ Key = TypeVar("Key")
 logger = logging.getLogger("moelab")
 
 
-def resolve_path(path: str, places: Places) -> Path:
+def resolve_path(path: str, places: Places, account: Account | None = None) -> Path:
     """The file or folder `path` names, at the first place where it is; that others have it too is told.
+
+    hf://datasets/... is a file or folder of a dataset on the Hugging Face hub (`moelab.hub`): the commit goes into the
+    account.
 
     Raises DataError with the places that were tried.
     """
-    tried = _candidates(path, places)
+    tried = _candidates(path, places, (), account or Account())
     found = [candidate for candidate in tried if _exists(candidate)]
     if found:
         _tell_others(path, found)
@@ -45,10 +49,11 @@ def resolve_files(
 
     A name that exists is taken literally, brackets and all. Links keep their own names. What a folder holds and is not
     read (other names than the patterns', names that start with a dot, broken links, unreadable folders) goes into the
-    account. Raises DataError when nothing is found.
+    account, as does the commit of a dataset on the Hugging Face hub (hf://datasets/...), of which only what is asked
+    for is fetched. Raises DataError when nothing is found.
     """
     account = account or Account()
-    roots = [_fixed_part(candidate) for candidate in _candidates(path, places)]
+    roots = [_fixed_part(candidate) for candidate in _candidates(path, places, patterns, account)]
     named = [root for root, rest in roots if not rest and _exists(root)]
     for root in named:
         _tell_others(path, named)
@@ -56,7 +61,7 @@ def resolve_files(
             return root.parent, [root]
         return root, _matches(root, patterns, path, account, tell=True)
     if not any(rest for _, rest in roots):
-        resolve_path(path, places)  # raises, naming the places that were looked at
+        resolve_path(path, places, account)  # raises, naming the places that were looked at
     for root, rest in roots[:-1]:
         if rest and any(_matching(rest, below) for _, below in _walk(root, rest, Account())):
             return root, _matches(root, [rest], path, account)
@@ -79,8 +84,12 @@ def distinct_files(
             yield key, root, file
 
 
-def _candidates(path: str, places: Places) -> list[Path]:
+def _candidates(path: str, places: Places, patterns: Sequence[str], account: Account) -> list[Path]:
     given = user_path(path, "data.source")
+    if is_dataset(path):
+        found = dataset_path(path, patterns)
+        account.commits[found.name] = found.commit
+        return [found.path]
     return list(dict.fromkeys(folder / given for folder in places.of(path)))
 
 

@@ -7,12 +7,13 @@ with different vocabularies exactly.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from moelab.errors import DataError
-from moelab.hub import user_folder
+from moelab.hub import commit_of, user_folder
 from moelab.paths import unresolved_hint
 from moelab.safe_files import Reading, read_bytes
 
@@ -65,9 +66,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     byte_tokenizer = ByteTokenizer()
     if spec == "bytes":
         return byte_tokenizer
-    path = user_folder(spec, "data.tokenizer")
-    if path.is_dir():
-        path = path / "tokenizer.json"
+    path = _path(spec)
     if not path.is_file():
         raise DataError(
             f"data.tokenizer: no file {path}; give 'bytes', or the path of a tokenizer.json or of a folder holding one"
@@ -78,3 +77,14 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return byte_tokenizer  # one of our own checkpoints: the same ids, hundreds of times as fast
     config = path.with_name("tokenizer_config.json")
     return JsonTokenizer(content, str(path), read_bytes(config, READING) if config.is_file() else None)
+
+
+def tokenizer_commit(spec: str) -> str | None:
+    """The commit on the Hugging Face hub that `data.tokenizer` means; None of what lies elsewhere."""
+    return None if spec == "bytes" else commit_of(_path(spec).parent)
+
+
+def _path(spec: str) -> Path:
+    """Of the tokenizer.json, there or not."""
+    path = user_folder(spec, "data.tokenizer")
+    return path / "tokenizer.json" if path.is_dir() else path

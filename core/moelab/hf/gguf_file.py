@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,13 @@ ROPE_FACTORS = "rope_freqs.weight"
 # Of Llama 3.1 to 3.3, whose config.json's differ in `factor` alone: GGUF keeps what follows from them, not the numbers.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _LLAMA3_FACTORS = (8.0, 32.0)
+# {config.json's name: GGUF's below rope.scaling} of yarn's numbers but the factor.
+_YARN = {
+    "original_max_position_embeddings": "original_context_length", "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow", "attention_factor": "yarn_attn_factor",
+}  # fmt: skip
+# {name below rope.scaling: where it does nothing}: Phi-3's longrope, Hunyuan's alpha, DeepSeek-V2's mscale_all_dim.
+_ROPE_PLAIN = {"attn_factor": 1.0, "alpha": 0.0, "yarn_log_multiplier": 0.0, "yarn_ext_factor": 1.0}
 
 
 def gguf_of(path: Path) -> Path | None:
@@ -177,17 +184,34 @@ class GGUFFile:
         return size if isinstance(size, int) else None  # said, since some kinds take another size where it is not
 
     def _rope_scaling(self) -> dict[str, Any] | None:
-        kind = self.of_model("rope.scaling.type", "none")
-        if kind != "none":
-            found = {"rope_type": str(kind), "factor": self.of_model("rope.scaling.factor")}
-            if kind == "yarn":
-                found["original_max_position_embeddings"] = self.of_model("rope.scaling.original_context_length")
-                if found["original_max_position_embeddings"] is None:
-                    raise CheckpointError(
-                        f"{self.path}: {self.architecture}.rope.scaling.original_context_length: is missing, and yarn "
-                        "needs the trained length; take the safetensors that it was made from"
-                    )
-            return found
+        """As llama.cpp reads it (llama-model.cpp: load_hparams): no type is linear, no factor plain.
+
+        A departure: it takes yarn's beta_fast, beta_slow and attention factor for some architectures only, whatever the
+        file says. Here they count as its converter writes them (conversion/base.py), from the model's config.json.
+        """
+        stored = self._llama3_factors()
+        kind = str(self.of_model("rope.scaling.type", "linear"))
+        factor = _shortest(self.of_model("rope.scaling.factor", self.of_model("rope.scale_linear")))  # the old name
+        for key, plain in _ROPE_PLAIN.items():
+            if self.of_model(f"rope.scaling.{key}", plain) != plain:
+                self._refuse_scaling(key, "moelab's rotary embedding has no such number")
+        if kind == "none" or (kind == "linear" and factor in (None, 0, 1)):
+            return stored
+        if stored is not None:
+            self._refuse_scaling("type", f"'{kind}' beside {ROPE_FACTORS}: only one of them can be")
+        found = {"rope_type": kind, "factor": factor}
+        if kind == "yarn":
+            found |= {ours: _shortest(self.of_model(f"rope.scaling.{key}")) for ours, key in _YARN.items()}
+            if found["original_max_position_embeddings"] is None:
+                self._refuse_scaling(_YARN["original_max_position_embeddings"], "is missing: yarn's trained length")
+        return {key: value for key, value in found.items() if value is not None}
+
+    def _refuse_scaling(self, key: str, why: str) -> NoReturn:
+        name = f"{self.path}: {self.architecture}.rope.scaling.{key}"
+        raise CheckpointError(f"{name}: {why}; take the safetensors that it was made from")
+
+    def _llama3_factors(self) -> dict[str, Any] | None:
+        """What config.json would say for the rotary factors that are stored as a tensor; None where there are none."""
         stored = [entry for entry in self.entries if entry.name == ROPE_FACTORS]
         if not stored:
             return None

@@ -262,7 +262,7 @@ def build_corpus_of(config: RunConfig, registry: Registry, tokenizer: Tokenizer)
     if fault is not None:
         chosen, _ = registry.select(DATA_SOURCES, data.source, "data.source")
         raise registry.part(DATA_SOURCES, data.source, "data.source").fault(fault, chosen.build)
-    return corpus
+    return dataclasses.replace(corpus, commits=context.account.commits)
 
 
 def starting_lineage(config: RunConfig, start: Start) -> Lineage | None:

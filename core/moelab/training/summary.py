@@ -15,6 +15,7 @@ import torch
 import moelab
 from moelab.config.stored import stored
 from moelab.data.packing import PackedBatches
+from moelab.data.tokenizer import tokenizer_commit
 from moelab.nn.count import expected_assignments
 from moelab.training.format import FORMAT_VERSION
 from moelab.training.mixture import mixture_facts
@@ -77,6 +78,7 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
         "data": {
             "fingerprint": setup.corpus.fingerprint,
             "tokenizer": setup.tokenizer.fingerprint,
+            "tokenizer_commit": tokenizer_commit(config.data.tokenizer),
             "source": config.data.source["name"],
             "train_tokens": len(setup.corpus.train.tokens),
             "validation_tokens": len(setup.corpus.validation.tokens),
@@ -87,6 +89,7 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
             "order_seed": written["seed"] if written["data"]["order_seed"] is None else written["data"]["order_seed"],
             "manifest": setup.corpus.manifest,
             "left_out": setup.corpus.left_out,
+            **({"commits": setup.corpus.commits} if setup.corpus.commits else {}),  # of datasets on the hub
             **({"packing": asdict(setup.batches.fill())} if isinstance(setup.batches, PackedBatches) else {}),
             "seen": asdict(setup.seen),
             "mixture": mixture_facts(setup.batches, config.train.steps),  # as planned; {} without a mixer

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from moelab import Component, ConfigError, Corpus, DataContext, Document, build_corpus, component, hookimpl
 from moelab.data.reading import distinct_files, read_text
+from moelab.hub import folder_name
 
 
 @dataclass
@@ -38,8 +39,8 @@ def _documents(options: TextOptions, context: DataContext) -> Iterator[Document]
     paths += [(domain, path) for domain, several in options.domains.items() for path in several]
     for domain, root, file in distinct_files(paths, context.places, (options.pattern,), context.account):
         below = file.relative_to(root)
-        of_file = domain or (below.parts[0] if len(below.parts) > 1 else root.resolve().name) or "text"
-        yield from _cut(read_text(file), of_file, f"{root.resolve().name}/{below.as_posix()}", options.separator)
+        of_file = domain or (below.parts[0] if len(below.parts) > 1 else folder_name(root)) or "text"
+        yield from _cut(read_text(file), of_file, f"{folder_name(root)}/{below.as_posix()}", options.separator)
 
 
 def _cut(content: str, domain: str, name: str, separator: str | None) -> Iterator[Document]:
