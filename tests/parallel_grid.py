@@ -198,7 +198,8 @@ def poisoned_steps(parallel: dict[str, int]) -> list[str]:
 
 
 def _with_bad_gradient(y: torch.Tensor) -> torch.Tensor:
-    y.register_hook(lambda gradient: gradient * float("nan"))
+    if y.requires_grad:
+        y.register_hook(lambda gradient: gradient * float("nan"))
     return y
 
 
