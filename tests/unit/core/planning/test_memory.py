@@ -167,7 +167,7 @@ def test_state_is_16_bytes_a_parameter_and_is_shared_by_all_devices():
 
 def test_layers_that_stay_whole_take_the_whole_model():
     """And each is gathered once, into memory that is freed again, instead of twice."""
-    config, mesh = _config(), ParallelConfig(shard=4)
+    config, mesh = _config(layers=3), ParallelConfig(shard=4)
     cut = predict(config, replace(PROBLEM, parallel=mesh)).memory
     kept = predict(config, replace(PROBLEM, parallel=replace(mesh, reshard_after_forward=False))).memory
     alone = predict(config, PROBLEM).memory
