@@ -21,6 +21,7 @@ from processes import run_on  # noqa: E402
 from report import machine, markdown_table, write_results  # noqa: E402
 
 BF16 = torch.bfloat16
+KEPT = {"reshard_after_forward": False}
 TWO = [
     Case({"replicate": 2}, 8, 4, 128),
     Case({"shard": 2}, 8, 4, 128),
@@ -30,6 +31,9 @@ TWO = [
     Case({"shard": 2, "expert": 2}, 8, 4, 128),
     Case({"shard": 2, "expert": 2}, 8, 2, 128, checkpointing=1),
     Case({"shard": 2, "expert": 2}, 8, 4, 128, BF16),
+    Case({"shard": 2} | KEPT, 8, 4, 128),
+    Case({"shard": 2} | KEPT, 8, 2, 128, checkpointing=1),
+    Case({"shard": 2, "expert": 2, "accumulate": "pieces"} | KEPT, 8, 2, 128),
 ]
 FOUR = [
     Case({"shard": 4}, 8, 2, 128),
@@ -40,6 +44,7 @@ FOUR = [
     Case({"replicate": 2, "shard": 2, "expert": 2, "accumulate": "pieces"}, 8, 1, 128),
     Case({"replicate": 2, "shard": 2, "expert": 2}, 8, 1, 128, BF16, checkpointing=1),
     Case({"replicate": 4}, 8, 1, 128),
+    Case({"replicate": 2, "shard": 2, "expert": 2} | KEPT, 8, 1, 128),
 ]
 
 

@@ -48,6 +48,8 @@ CASES = [
     Case({"shard": 2, "accumulate": "pieces"}, 8, 2, 256),
     Case({"shard": 4, "expert": 2}, 4, 1, 256),
     Case({"replicate": 2, "shard": 2, "expert": 2}, 4, 1, 256),
+    Case({"shard": 2, "reshard_after_forward": False}, 4, 2, 256),
+    Case({"shard": 2, "reshard_after_forward": False}, 8, 2, 256),
 ]
 STEPS = 4
 WIDTH = 384
@@ -110,8 +112,9 @@ def _steps(model_config: ModelConfig, case: Case, steps: int) -> None:
     if case.checkpointing:
         apply_activation_checkpointing(model, case.checkpointing)
     if case.mesh.world > 1:
-        ranks = Group(accumulate=case.mesh.accumulate)
-        parallelise(model, make_meshes(case.mesh, ranks.size, "cpu"), losses)
+        ranks = Group(config=case.mesh)
+        meshes, resharding = make_meshes(case.mesh, ranks.size, "cpu"), case.mesh.reshard_after_forward
+        parallelise(model, meshes, losses, reshard_after_forward=resharding)
     _reset()
     keep_freed_memory()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

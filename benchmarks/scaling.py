@@ -4,7 +4,7 @@ python benchmarks/scaling.py                    # on an idle machine; results in
 
 Started by itself twice: as one process, and as a group of two. Each lives through the whole run and computes only when
 it is its turn, so that both see the same machine. The load is in the record: on a busy one the threads of one process
-wait for each other at barriers, and the ratio says nothing.
+wait for each other at barriers, and the ratio says nothing. Layers kept whole: `parallel.reshard_after_forward: false`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,16 @@ from moelab.training.precision import Precision  # noqa: E402
 from moelab.training.step import StepSettings, train_step  # noqa: E402
 from report import machine, markdown_table, write_results  # noqa: E402
 
-MESHES: dict[str, dict[str, int]] = {
+KEPT: dict[str, Any] = {"reshard_after_forward": False}
+MESHES: dict[str, dict[str, Any]] = {
     "1 process x 2 threads": {},
     "1 process x 1 thread": {},
     "2 x 1, shard 2": {"shard": 2},
     "2 x 1, shard 2, expert 2": {"shard": 2, "expert": 2},
     "2 x 1, replicate 2": {"replicate": 2},
+    "2 x 1, shard 2, layers kept whole": {"shard": 2} | KEPT,
+    "2 x 1, shard 2, expert 2, layers kept whole": {"shard": 2, "expert": 2} | KEPT,
+    "2 x 1, replicate 2, layers kept whole": {"replicate": 2} | KEPT,
 }
 THREADS = {"1 process x 2 threads": 2}
 BASELINE = next(iter(MESHES))
@@ -111,8 +115,8 @@ def side(name: str, rank: int, world: int, store: str, pipe: Connection, chosen:
     ranks: Ranks = ALONE
     if world > 1:
         dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
-        ranks = Group()
-        parallelise(model, make_meshes(case.mesh, world, "cpu"), losses)
+        ranks, resharding = Group(config=case.mesh), case.mesh.reshard_after_forward
+        parallelise(model, make_meshes(case.mesh, world, "cpu"), losses, reshard_after_forward=resharding)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     settings = StepSettings(case.micro, 1.0, 0, Precision(torch.device("cpu"), torch.float32))
     batch, step = batch_of(model_config, case, 0), 0

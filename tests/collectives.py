@@ -119,11 +119,11 @@ def counted_steps(config: ModelConfig, cases: list[Case]) -> list[dict[str, list
     for case in cases:
         plain = moelab.build_model(config, registry, device="meta", seed=None)
         losses = build_balance_losses(config, registry)
-        model, ranks = moelab.build_model(config, registry, seed=1), Group(accumulate=case.mesh.accumulate)
+        model, ranks = moelab.build_model(config, registry, seed=1), Group(config=case.mesh)
         if case.checkpointing:
             apply_activation_checkpointing(model, case.checkpointing)
         meshes = make_meshes(case.mesh, ranks.size, "cpu")
-        parallelise(model, meshes, losses)
+        parallelise(model, meshes, losses, reshard_after_forward=case.mesh.reshard_after_forward)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         settings = StepSettings(case.micro, 1.0, 0, Precision(torch.device("cpu"), case.dtype))
         train_step(model, optimizer, losses, batch_of(config, case, 0), 0, settings, ranks=ranks)

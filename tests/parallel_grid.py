@@ -20,6 +20,7 @@ from moelab.data.batches import Batch
 from moelab.errors import ConfigError
 from moelab.nn.checkpointing import apply_activation_checkpointing
 from moelab.nn.count import moe_blocks
+from moelab.nn.transformer import TokenContext, Transformer
 from moelab.parallel.group import Group
 from moelab.parallel.mesh import make_meshes
 from moelab.parallel.parallelise import parallelise
@@ -74,14 +75,16 @@ MODELS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]] =
     "densemixer": ({"name": "softmax_topk"}, [], {"backend": {"name": "densemixer"}}),
 }
 # name -> (parallel, micro-batch size); the batch has 8 sequences
-LAYOUTS: dict[str, tuple[dict[str, int], int]] = {
+LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
     "replicate2": ({"replicate": 2}, 2),
     "shard2": ({"shard": 2}, 4),
     "shard2_micro": ({"shard": 2}, 2),
+    "shard2_kept": ({"shard": 2, "reshard_after_forward": False, "accumulate": "pieces"}, 2),
     "expert2": ({"shard": 2, "expert": 2}, 2),
     "expert4": ({"shard": 4, "expert": 4}, 2),
     "shard4": ({"shard": 4}, 1),
     "shard4_expert2": ({"shard": 4, "expert": 2}, 2),
+    "shard4_expert2_kept": ({"shard": 4, "expert": 2, "reshard_after_forward": False}, 1),
     "replicate2_shard2": ({"replicate": 2, "shard": 2}, 2),
     "replicate2_expert2": ({"replicate": 2, "shard": 2, "expert": 2}, 1),
 }
@@ -116,7 +119,7 @@ def batch_of(step: int) -> Batch:
 
 
 def steps(
-    name: str, parallel: dict[str, int] | None, micro: int, checkpointing: bool = False, dtype: str = "float32"
+    name: str, parallel: dict[str, Any] | None, micro: int, checkpointing: bool = False, dtype: str = "float32"
 ) -> dict[str, Any]:
     """A few steps of SGD; AdamW would hide a wrong scale and blow up rounding where the gradient is zero."""
     registry = moelab.Registry(entry_points=False)
@@ -127,11 +130,15 @@ def steps(
         apply_activation_checkpointing(model)
     ranks: Ranks = ALONE
     if parallel is not None:
-        ranks = Group()
-        parallelise(model, make_meshes(ParallelConfig(**parallel), ranks.size, "cpu"), losses)
+        mesh = ParallelConfig(**parallel)
+        ranks = Group(config=mesh)
+        meshes = make_meshes(mesh, ranks.size, "cpu")
+        parallelise(model, meshes, losses, reshard_after_forward=mesh.reshard_after_forward)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     told = []
     for step in range(STEPS):
+        if step == 1:
+            _look(model, batch_of(step))
         settings = StepSettings(micro, 1.0, 0, Precision(torch.device("cpu"), getattr(torch, dtype)))
         found = train_step(
             model, optimizer, losses, batch_of(step), step, settings, observe=Observe(True, step == 0), ranks=ranks
@@ -144,11 +151,20 @@ def steps(
                 "norm": float(found.grad_norm),
                 "served": found.served.tolist(),
                 "metrics": report.metrics,
+                "routers": None if found.router_norms is None else found.router_norms.tolist(),
                 "shares": {name: norms.tolist() for name, norms in found.gradient_norms.items()},
             }
         )
     weights = {key: _whole(value) for key, value in model.state_dict().items()}
     return {"steps": told, "weights": weights, "blocks": len(list(moe_blocks(model)))}
+
+
+@torch.no_grad()
+def _look(model: Transformer, batch: Batch) -> None:
+    """As an evaluation between two steps does: what it leaves gathered must be no step's."""
+    context = TokenContext(batch.document_id, batch.domain_id)
+    model.eval()(batch.input_ids, batch.attention_mask, tokens=context, head=False)
+    model.train()
 
 
 def _whole(value: torch.Tensor) -> torch.Tensor:
@@ -175,15 +191,28 @@ def _apart(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in weights.items()}
 
 
-def poisoned_step(parallel: dict[str, int]) -> str:
-    """What a step says when one micro-batch, of rank 1, meets a NaN in the embedding of a token that only it holds."""
+def poisoned_steps(parallel: dict[str, int]) -> list[str]:
+    """What a step says of a NaN that rank 1 alone meets in layer 0: forward, and backward where layers stay whole."""
+    backward = {**parallel, "reshard_after_forward": False}
+    return [_poisoned_step(parallel, lambda y: y * float("nan")), _poisoned_step(backward, _with_bad_gradient)]
+
+
+def _with_bad_gradient(y: torch.Tensor) -> torch.Tensor:
+    if y.requires_grad:
+        y.register_hook(lambda gradient: gradient * float("nan"))
+    return y
+
+
+def _poisoned_step(parallel: dict[str, Any], poison: Callable[[torch.Tensor], torch.Tensor]) -> str:
     registry = moelab.Registry(entry_points=False)
     config = model_config("softmax_global")
     model, losses = moelab.build_model(config, registry, seed=1), build_balance_losses(config, registry)
-    ranks = Group()
-    parallelise(model, make_meshes(ParallelConfig(**parallel), ranks.size, "cpu"), losses)
+    mesh = ParallelConfig(**parallel)
+    ranks = Group(config=mesh)
+    meshes = make_meshes(mesh, ranks.size, "cpu")
+    parallelise(model, meshes, losses, reshard_after_forward=mesh.reshard_after_forward)
     if ranks.rank == 1:
-        model.layers[0].self_attn.register_forward_hook(lambda module, inputs, y: y * float("nan"))
+        model.layers[0].self_attn.register_forward_hook(lambda module, inputs, y: poison(y))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     try:
         train_step(model, optimizer, losses, batch_of(0), 0, StepSettings(2, 1.0, 0, PRECISION), ranks=ranks)
@@ -236,7 +265,7 @@ def reductions(tries: list[tuple[int, str]]) -> list[int]:
     found = []
     for micro, accumulate in tries:
         model, losses = moelab.build_model(config, registry, seed=1), build_balance_losses(config, registry)
-        ranks = Group(accumulate=accumulate)
+        ranks = Group(config=ParallelConfig(shard=2, accumulate=accumulate))
         parallelise(model, make_meshes(ParallelConfig(shard=2), ranks.size, "cpu"), losses)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         counting = _Counting()

@@ -126,6 +126,9 @@ class ParallelConfig:
     # Over a step's micro-batches of one process gradients add up `whole`, to be reduced once, or in `pieces`: a shard's
     # memory, and a reduction for each.
     accumulate: str = "whole"
+    # FSDP2's key: a gathered layer is cut again after its forward pass, and gathered anew for the backward one. False:
+    # it stays whole until the step's last backward pass: memory of the whole model, and one gather a step.
+    reshard_after_forward: bool = True
 
     @property
     def world(self) -> int:

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moelab.tensor_parts import Stored, read_block
 
@@ -56,6 +56,17 @@ def own_part(full: Tensor, like: Tensor) -> Tensor:
         for axis, (size, begin) in enumerate(zip(held(like).shape, first_of(like), strict=True)):
             full = full.narrow(axis, begin, size)
     return full.to(like.device)
+
+
+def let_go(model: nn.Module) -> None:
+    """Cut again what a forward pass left whole for a backward one that does not come; of a model in pieces (FSDP2).
+
+    Until then `parameters()` gives what was gathered, whose gradients stay None, and not what the optimizer has.
+    """
+    for module in model.modules():
+        cut = getattr(type(module), "reshard", None)  # FSDP2's, which is a unit's own and not that of its parts
+        if cut is not None:
+            cut(module)
 
 
 @torch.no_grad()

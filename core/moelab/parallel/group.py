@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from moelab.config.run import ParallelConfig
 from moelab.errors import RunFailure, UserError
+from moelab.nn.pieces import let_go
 from moelab.parallel.ranks import Lost, PartT, Ranks
 from moelab.parallel.roll import Roll
 
@@ -21,12 +23,15 @@ class Group(Ranks):
     """All ranks of the default process group, which must be there."""
 
     def __init__(
-        self, device: torch.device | str = "cpu", roll: Roll | None = None, *, accumulate: str = "whole"
+        self, device: torch.device | str = "cpu", roll: Roll | None = None, *, config: ParallelConfig | None = None
     ) -> None:
+        """`config`: how gradients add up and whether layers stay whole; None: the defaults."""
         self.rank, self.size, self._device = dist.get_rank(), dist.get_world_size(), torch.device(device)
         self._roll = roll
         self._left = False
-        self._in_pieces = accumulate == "pieces"
+        config = config or ParallelConfig()
+        self._in_pieces = config.accumulate == "pieces"
+        self._keeps_layers = not config.reshard_after_forward
 
     def sum(self, value: Tensor) -> Tensor:
         """By one all-reduce, of a copy."""
@@ -78,11 +83,20 @@ class Group(Ranks):
         assert total is not None, "no parameter has a gradient"
         return self.sum(total).sqrt().float()
 
+    def begin(self, model: nn.Module) -> None:
+        """Lets go what an evaluation left gathered."""
+        let_go(model)
+
     def accumulate(self, model: nn.Module, *, last: bool) -> None:
-        """Sums over replicas wait for the last micro-batch in any case; those over shards if gradients are whole."""
+        """Sums over replicas wait for the last micro-batch in any case; those over shards if gradients are whole.
+
+        Layers that stay whole between their passes stay so between micro-batches too: the memory is taken already.
+        """
         assert isinstance(model, FSDPModule), "not laid over processes"
         model.set_requires_gradient_sync(last or self._in_pieces)
         model.set_requires_all_reduce(last)
+        if self._keeps_layers:
+            model.set_reshard_after_backward(last)
 
     def router_norms(
         self, terms: Mapping[str, Tensor], routers: Sequence[Sequence[nn.Parameter]], model: nn.Module

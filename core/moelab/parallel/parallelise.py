@@ -27,14 +27,17 @@ from moelab.parallel.mesh import Meshes
 from moelab.parallel.reduce import SumOfPieces
 
 
-def parallelise(model: Transformer, meshes: Meshes, losses: Sequence[NamedLoss] = ()) -> None:
+def parallelise(
+    model: Transformer, meshes: Meshes, losses: Sequence[NamedLoss] = (), *, reshard_after_forward: bool = True
+) -> None:
     """Lay `model` over the meshes: experts to their owners, the rest cut by FSDP2, a layer a unit.
 
     Call it before the optimizer is built; all ranks with equal weights, or none yet (`parallel.filling`).
+    `reshard_after_forward`: whether a layer is cut again between its passes; the run's `Group` must be told the same.
     Raises ConfigError for experts that don't divide, and for a part that declares `shardable = False`.
     """
     _refuse_unshardable(model, meshes, losses)
-    reduce = SumOfPieces()
+    cut = partial(_cut, reduce=SumOfPieces(), reshard=reshard_after_forward)
     # Records hold views of what routers return; nothing of moelab writes in place to what a layer returns.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     for block in moe_blocks(model):
@@ -44,7 +47,7 @@ def parallelise(model: Transformer, meshes: Meshes, losses: Sequence[NamedLoss] 
                 dealt = distribute_tensor(parameter.detach(), meshes.expert, [Shard(0)], src_data_rank=None)
                 bank.register_parameter(name, nn.Parameter(dealt, requires_grad=parameter.requires_grad))
             block.dealt = partial(ExchangeBackend, mesh=meshes.expert)
-            _cut(bank, meshes.bank, reduce)  # a unit of its own only where its ranks are others than its layer's
+            cut(bank, meshes.bank)  # a unit of its own only where its ranks are others than its layer's
         block.whole_experts = whole_experts
         block.shows_experts = any(
             getattr(named.loss, "needs_expert_weights", False)
@@ -52,13 +55,12 @@ def parallelise(model: Transformer, meshes: Meshes, losses: Sequence[NamedLoss] 
             for named in losses
         )
     for layer in model.layers:
-        _cut(layer, meshes.dense, reduce)
+        cut(layer, meshes.dense)
         if isinstance(layer.mlp, MoEBlock):
             units = [layer] if layer.mlp.dealt is None else [layer, layer.mlp.experts]
             layer.mlp.gathered = partial(_gathered, units)
-    _cut(
-        model, meshes.dense, reduce, reshard=False
-    )  # what is gathered last in the forward pass comes first in the backward one
+    # What is gathered last in the forward pass comes first in the backward one.
+    cut(model, meshes.dense, reshard=False)
 
 
 @contextmanager
@@ -73,7 +75,7 @@ def _gathered(units: Sequence[Any]) -> Iterator[None]:
             unit.reshard()
 
 
-def _cut(module: nn.Module, mesh: DeviceMesh, reduce: SumOfPieces, reshard: bool = True) -> None:
+def _cut(module: nn.Module, mesh: DeviceMesh, *, reduce: SumOfPieces, reshard: bool) -> None:
     unit = fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
     unit.set_gradient_divide_factor(1.0)
     unit.set_force_sum_reduction_for_comms(True)

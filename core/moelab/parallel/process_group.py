@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,11 @@ from moelab.parallel.mesh import check_world
 from moelab.parallel.ranks import ALONE, Ranks
 from moelab.parallel.roll import Roll
 
+logger = logging.getLogger("moelab")
+
 # What gloo says, as a plain RuntimeError.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+OF_SEVERAL = ("accumulate", "reshard_after_forward")  # keys that say nothing of one process
 OLDEST = (2, 13)  # torch: what is asked of FSDP2 (force_sum_reduction, unused parameters) is not in earlier ones
 
 
@@ -34,6 +38,9 @@ def joined(config: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
     config.check()
     check_world(config, launcher.world())
     if config.world == 1:
+        idle = [key for key in OF_SEVERAL if getattr(config, key) != getattr(ParallelConfig, key)]
+        if idle:
+            logger.warning("%s: without effect, since one process runs", ", ".join(f"parallel.{key}" for key in idle))
         yield ALONE
         return
     found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
@@ -43,7 +50,7 @@ def joined(config: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
     begun = not dist.is_initialized()
     roll = _begin(config, device) if begun else None
     group: Any = import_module("moelab.parallel.group")  # a second, which one process saves
-    ranks: Ranks = group.Group(device, roll, accumulate=config.accumulate)
+    ranks: Ranks = group.Group(device, roll, config=config)
     try:
         yield ranks
         if begun:

@@ -76,6 +76,9 @@ class Ranks:
             return torch.linalg.vector_norm(torch.stack(norms))
         return torch.nn.utils.get_total_norm(gradients)
 
+    def begin(self, model: nn.Module) -> None:
+        """Before a step asks for parameters: those of a model in pieces are pieces, whatever ran before."""
+
     def accumulate(self, model: nn.Module, *, last: bool) -> None:
         """Before each micro-batch: the next backward pass is, or isn't, the one behind which gradients are summed."""
 

@@ -150,7 +150,7 @@ def _memory(model: Transformer, problem: Problem, saved: _Saved) -> MemoryPlan:
         activations=kept if any(again) else saved.activations,
         # Gradients of one layer's activations, about half of which live at once; and the layer itself if recomputed.
         working=per_layer // 2 + (per_layer if any(again) else 0) + _whole_gradients(units, problem),
-        passing=0 if mesh.world == 1 else 2 * FP32 * (sum(units.layers) + sum(units.banks)),
+        passing=_passing(units, problem),
         process=_process(model, problem),
         heap=problem.device == "cpu",
     )
@@ -179,7 +179,17 @@ def _whole(units: Units, problem: Problem) -> int:
     """Bytes of gathered parameters: what is not cut again before the backward pass, a layer, and one fetched ahead."""
     if problem.parallel.world == 1:
         return 0
+    if not problem.parallel.reshard_after_forward:
+        return FP32 * units.whole
     return FP32 * (units.root + 2 * units.largest)
+
+
+def _passing(units: Units, problem: Problem) -> int:
+    """Bytes that are gathered and freed: each layer twice, or once where it stays, in the piece that all came in."""
+    if problem.parallel.world == 1:
+        return 0
+    times = 2 if problem.parallel.reshard_after_forward else 1
+    return times * FP32 * (sum(units.layers) + sum(units.banks))
 
 
 def _whole_gradients(units: Units, problem: Problem) -> int:
@@ -200,32 +210,40 @@ class _Saved:
 
 
 class _CountedExperts:
-    """Keeps what grouped_mm and megablocks keep, for any routing; with `fused`, what batched keeps."""
+    """Keeps what grouped_mm and megablocks keep, for any routing; with `fused`, what batched keeps.
+
+    `every`: and what every expert gives for every token, where the counted backend computes that.
+    """
 
     name = "counted"
 
-    def __init__(self, fused: bool, dealt: bool) -> None:
-        self._fused, self._dealt = fused, dealt
+    def __init__(self, fused: bool, dealt: bool, every: bool) -> None:
+        self._fused, self._dealt, self._every = fused, dealt, every
 
     def supports(self, problem: ExpertProblem) -> str | None:
         return None
 
     def __call__(self, x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
         """x [T, D] -> [T, D], without a number in it."""
-        dtype = compute_dtype(x)
+        y = self._chosen(x.to(compute_dtype(x)), routing, bank)
+        if self._every and routing.weight.requires_grad:
+            y = _KeepEvery.apply(y, bank.num_experts)
+        return add_down_bias(y, routing, bank).to(x.dtype)
+
+    def _chosen(self, x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
         plan = dispatch_plan(routing)
-        gate_up, down = bank.gate_up.to(dtype), bank.down.to(dtype)
+        gate_up, down = bank.gate_up.to(x.dtype), bank.down.to(x.dtype)
         if self._fused and not self._dealt:
-            y: Tensor = _KeepFused.apply(x.to(dtype), routing.weight, gate_up, down)
-            return add_down_bias(y, routing, bank).to(x.dtype)
-        rows = gather_rows(x.to(dtype), plan)
+            y: Tensor = _KeepFused.apply(x, routing.weight, gate_up, down)
+            return y
+        rows = gather_rows(x, plan)
         if self._fused:  # of rows that came from other processes, as many as went to them
             out: Tensor = _KeepFused.apply(rows, routing.weight, gate_up, down)
         else:
             expert = routing.expert.index_select(0, plan.order)
             with torch.autocast("cpu", enabled=False):
                 out = bank.activate(add_up_bias(rows @ gate_up[0].t(), expert, bank)) @ down[0]
-        return add_down_bias(combine_rows(out, routing.weight, plan), routing, bank).to(x.dtype)
+        return combine_rows(out, routing.weight, plan)
 
 
 class _Placeholders(nn.Module):
@@ -249,6 +267,15 @@ class _KeepFused(torch.autograd.Function):
         return torch.empty_like(x)
 
 
+class _KeepEvery(torch.autograd.Function):
+    """[E, T, D] for the gradient of the weights that no token gave."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, experts: int) -> Tensor:
+        ctx.save_for_backward(y.new_empty(experts, *y.shape))
+        return y.view_as(y)
+
+
 def _saved(model: Transformer, problem: Problem) -> _Saved:
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, tuple[torch.UntypedStorage, int | None]] = {}  # held, so that no other storage gets its address
@@ -263,7 +290,9 @@ def _saved(model: Transformer, problem: Problem) -> _Saved:
     for block in moe_blocks(model):
         block.believe()  # the look at the first routing's values needs values
         block.router = _Placeholders(block.router)
-        block.backend, block.chunk = _CountedExperts(problem.device == "cpu", problem.parallel.expert > 1), None
+        every = getattr(block.backend, "computes_every_expert", False)
+        block.backend = _CountedExperts(problem.device == "cpu", problem.parallel.expert > 1, every)
+        block.chunk = None
     if problem.device != "cpu":  # the fake tensors are the CPU's
         for attention in (module for module in model.modules() if isinstance(module, Attention)):
             if isinstance(attention.kernel, FullAttention):

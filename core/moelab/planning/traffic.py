@@ -5,7 +5,8 @@ The collectives are those that `moelab.parallel` and FSDP2 make, and are held ag
 
     parameters  a unit (a layer; where experts are dealt out, a layer without them and those of it that lie here;
                 embedding, norm and head) is gathered for each forward and each backward pass, the last one once for
-                both. Rows are padded to a multiple of the devices, tensor by tensor
+                both; with `parallel.reshard_after_forward: false` each of them once a step. Rows are padded to a
+                multiple of the devices, tensor by tensor
     gradients   are reduced after the last micro-batch, or with `parallel.accumulate: pieces` after each
     replicas    add the reduced gradients, after the last micro-batch
     tokens      rows go to their experts and back, forward and backward; a layer that is computed again sends them
@@ -172,11 +173,13 @@ def _of_units(model: Transformer, problem: Problem, losses: Sequence[NamedLoss])
     mesh, units, micro = problem.parallel, units_of(model, problem.parallel), problem.micro_batches
     extra, reduced = counts_before(problem, losses), 1 if problem.keeps_whole_gradients else micro
     shard, copies = (mesh.shard, 1), (problem.copies, mesh.expert)
-    sizes = [(units.root, micro, shard)]  # what the counting pass gathers serves the first micro-batch too
+    # What the counting pass gathers of the root serves the first micro-batch too.
+    of_root, of_layer = (micro, micro * (2 + extra)) if mesh.reshard_after_forward else (1, 1)
+    sizes = [(units.root, of_root, shard)]
     for layer, bank in zip(units.layers, units.banks, strict=True):
         apart = bank if mesh.expert > 1 else 0
-        sizes.append((layer + bank - apart, micro * (2 + extra), shard))
-        sizes += [(apart, micro * (2 + extra), copies)] if apart else []
+        sizes.append((layer + bank - apart, of_layer, shard))
+        sizes += [(apart, of_layer, copies)] if apart else []
     found = [Collective(PARAMETERS, GATHER, *group, FP32 * size * calls, calls) for size, calls, group in sizes]
     for size, _, group in sizes:
         found.append(Collective(GRADIENTS, REDUCE, *group, FP32 * size * reduced, reduced))

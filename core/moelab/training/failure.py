@@ -18,6 +18,7 @@ from moelab.moe.block import MoEBlock
 from moelab.moe.contracts import ExpertBackend
 from moelab.moe.experts import ExpertBank
 from moelab.moe.routing import Routing
+from moelab.nn.pieces import let_go
 from moelab.nn.transformer import DecoderLayer, Transformer
 from moelab.parallel.ranks import ALONE, Ranks
 
@@ -237,6 +238,7 @@ def _leaves(value: Tensor) -> list[Tensor]:
 
 def _gradient(model: nn.Module, guilty: list[str]) -> str | None:
     """Gradients flow backwards, so the last parameter is the first to be hit."""
+    let_go(model)  # computed again, it would show parameters that never had a gradient
     for name, parameter in reversed(list(model.named_parameters())):
         if not _finite(parameter.grad):
             assert parameter.grad is not None

@@ -19,6 +19,7 @@ from moelab.moe.batch_statistics import BatchStatistics, call_after_step
 from moelab.moe.block import MoEBlock
 from moelab.moe.routing import LayerRecord
 from moelab.nn.count import moe_blocks
+from moelab.nn.pieces import let_go
 from moelab.nn.transformer import Transformer
 from moelab.plugin_faults import PluginPart, plugins_told
 from moelab.training.causality import Causality, probe_causality
@@ -122,7 +123,7 @@ def no_trace(model: Transformer) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         yield
     model.train()
-    getattr(model, "reshard", lambda: None)()
+    let_go(model)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])

@@ -228,7 +228,8 @@ def _spread_model(
         freeze(model, config.train.freeze)
     meshes = import_module("moelab.parallel.mesh").make_meshes(config.parallel, ranks.size, precision.device.type)
     with together(ranks):
-        parallel.parallelise(model, meshes, losses)
+        resharding = config.parallel.reshard_after_forward
+        parallel.parallelise(model, meshes, losses, reshard_after_forward=resharding)
         hollow = filling.make_room(model, precision.device)
         filling.fill_hollow(model, hollow, stored, config.model.initializer_range, config.seed)
     return model

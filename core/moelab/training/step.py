@@ -98,6 +98,7 @@ def train_step(
     Raises NotFinite naming the step and the place when the loss or a gradient is not finite; the parameters are those
     of the last good step then. `update` is under way from when the first of them changes; who counts the step ends it.
     """
+    ranks.begin(model)
     device = next(model.parameters()).device
     whole = batch.split(settings.micro_batch_size)
     parts = [(index, part.to(device)) for index, part in ranks.own(whole)]
@@ -107,8 +108,8 @@ def train_step(
     # Re-seeded at each step: a plugin that draws from torch's global stream resumes exactly too.
     torch.manual_seed(derive_seed(settings.seed, "step", step))
 
-    before = _routing_pass(model, balance_losses, parts, step, settings, ranks)
     routers = router_parameters(model) if observe.routing or observe.gradient_shares else []
+    before = _routing_pass(model, balance_losses, parts, step, settings, ranks)
     sizes = [part.token_count / batch.token_count for part in whole]
     computing = [
         partial(batch_terms, model, balance_losses, part, before, Place(step, i, sizes[i], targets), settings, ranks)

@@ -143,7 +143,8 @@ def _print(plan: Plan, device_memory: float | None) -> None:
         + (", activation checkpointing" if problem.checkpointing else "")
     )
     if mesh.world > 1:
-        click.echo(f"replicate {mesh.replicate} x shard {mesh.shard}, of which expert {mesh.expert}")
+        kept = "" if mesh.reshard_after_forward else "; layers stay whole from their first pass to the step's end"
+        click.echo(f"replicate {mesh.replicate} x shard {mesh.shard}, of which expert {mesh.expert}{kept}")
     kept, moments = ("fp32" if dtype.itemsize == 4 else "bf16" for dtype in (problem.kept, problem.moments))
     rows: dict[str, int] = {
         f"parameters ({kept})": memory.parameters,

@@ -23,8 +23,13 @@ CLOSE = 2e-6  # sums of the same fp32 numbers in another order, over 4 steps
 @pytest.mark.parametrize(
     ("world", "layouts", "models", "checkpointing"),
     [
-        (2, ["replicate2", "shard2", "shard2_micro", "expert2"], list(grid.MODELS), False),
-        (4, ["expert4", "shard4_expert2", "replicate2_expert2"], ["quantile", "top_p", "weights", "densemixer"], True),
+        (2, ["replicate2", "shard2", "shard2_micro", "shard2_kept", "expert2"], list(grid.MODELS), False),
+        (
+            4,
+            ["expert4", "shard4_expert2", "shard4_expert2_kept", "replicate2_expert2"],
+            ["quantile", "top_p", "weights", "densemixer"],
+            True,
+        ),
     ],
     ids=["2 processes", "4 processes, layers checkpointed"],
 )
@@ -45,6 +50,7 @@ def test_several_processes_do_what_one_does(
                 assert found["served"] == expected["served"], key
                 assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5, abs=1e-6), key
                 assert found["norm"] == pytest.approx(expected["norm"], rel=1e-5), key
+                assert found["routers"] == pytest.approx(expected["routers"], rel=1e-4, abs=1e-7), key
                 assert found["metrics"] == pytest.approx(expected["metrics"], abs=1e-5), key
                 for term, norms in expected["shares"].items():
                     assert found["shares"][term] == pytest.approx(norms, rel=1e-4, abs=1e-7), (key, term)
@@ -78,10 +84,12 @@ def test_gradients_are_reduced_once_a_step_however_many_micro_batches(tmp_path: 
 
 
 def test_a_fault_of_one_process_is_told_by_all(tmp_path: Path) -> None:
-    found = run_on(2, grid.poisoned_step, tmp_path, {"shard": 2, "expert": 2})
+    found = run_on(2, grid.poisoned_steps, tmp_path, {"shard": 2, "expert": 2})
     assert found[0] == found[1]
-    assert "NaN or Inf at step 0; it first appears in the output of" in found[0]
-    assert "(rank 1)" in found[0]
+    forward, backward = found[0]
+    assert "NaN or Inf at step 0; it first appears in the output of" in forward
+    assert "(rank 1)" in forward
+    assert "NaN or Inf at step 0; it first appears in the gradient of layers.0.self_attn." in backward
 
 
 def test_what_does_not_divide_is_refused(tmp_path: Path) -> None:

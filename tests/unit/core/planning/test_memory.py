@@ -165,6 +165,28 @@ def test_state_is_16_bytes_a_parameter_and_is_shared_by_all_devices():
     assert four.working > one.working  # gradients are whole until they are reduced
 
 
+def test_layers_that_stay_whole_take_the_whole_model():
+    """And each is gathered once, into memory that is freed again, instead of twice."""
+    config, mesh = _config(layers=3), ParallelConfig(shard=4)
+    cut = predict(config, replace(PROBLEM, parallel=mesh)).memory
+    kept = predict(config, replace(PROBLEM, parallel=replace(mesh, reshard_after_forward=False))).memory
+    alone = predict(config, PROBLEM).memory
+    assert kept.weights_in_use - alone.weights_in_use == 4 * kept.parameters
+    assert kept.weights_in_use > cut.weights_in_use
+    assert 2 * kept.passing == cut.passing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_every_expert_gives_for_every_token_is_kept(dtype: torch.dtype):
+    config, problem = _config(), replace(PROBLEM, dtype=dtype)
+    chosen = predict(config, problem).memory
+    assert config.moe is not None
+    config.moe.backend = {"name": "densemixer"}
+    every = predict(config, problem).memory
+    assert every.activations - chosen.activations == 2 * 16 * PROBLEM.tokens * 128 * dtype.itemsize
+    assert every.tensors == pytest.approx(_measured(config, problem), rel=0.15)
+
+
 def test_gradients_add_up_whole_or_in_pieces():
     config, mesh = _config(), ParallelConfig(shard=4, accumulate="pieces")
     pieces = predict(config, replace(PROBLEM, parallel=mesh, micro_batches=2)).memory
@@ -190,6 +212,8 @@ def test_collectives_send_what_rings_send():
     once = 4 * (rest + gates + root) * 7 / 8 + 4 * (routed / 4) / 2
     assert sent.of(GRADIENTS) == once
     assert sent.of(PARAMETERS) == 2 * once - 4 * root * 7 / 8  # which is gathered once for both passes
+    kept = replace(PROBLEM, parallel=replace(mesh, reshard_after_forward=False), micro_batches=3)
+    assert predict(config, kept).communication.of(PARAMETERS) == once
     exchanged = 4 * (2 * PROBLEM.tokens * 4 * 128) * 4  # 2 layers, top-4, 4 ways, fp32
     assert sent.of(TOKENS) == (exchanged + 2 * 16 * 8) * 3 / 4
     assert predict(config, PROBLEM).communication.total == 0

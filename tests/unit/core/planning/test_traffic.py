@@ -62,13 +62,16 @@ def test_a_backend_that_computes_every_expert_sends_each_token_to_each() -> None
 def test_a_step_sends_what_the_formula_says(tmp_path: Path) -> None:
     """To the byte and the call, over all ranks: of one rank more tokens may leave than come.
 
-    With one micro-batch a rank and with two, which a loss wants counted beforehand; with a layer computed twice.
+    With one micro-batch a rank and with two, which a loss wants counted beforehand; with a layer computed twice; with
+    layers that stay whole.
     """
     cases = [
         Case({"shard": 2}, batch=8, micro=4, length=24),
         Case({"shard": 2, "expert": 2}, batch=8, micro=2, length=24, dtype=torch.bfloat16, checkpointing=2),
         Case({"replicate": 2}, batch=8, micro=2, length=24),
         Case({"shard": 2, "accumulate": "pieces"}, batch=8, micro=2, length=24),
+        Case({"shard": 2, "reshard_after_forward": False}, batch=8, micro=4, length=24),
+        Case({"shard": 2, "expert": 2, "reshard_after_forward": False}, batch=8, micro=2, length=24, checkpointing=2),
     ]
     ranks = run_on(2, counted_steps, tmp_path, grid.model_config("softmax_global"), cases)
     for place, case in enumerate(cases):
