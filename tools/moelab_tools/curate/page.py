@@ -79,7 +79,9 @@ def page(account: Account, stages: Iterable[str], config: CurateConfig) -> str:
         f"<table><tr>{head}{''.join(body)}</table>",
     ]
     if examples:
-        pieces.append(f"<h2>Left out, for example</h2><table><tr><th>why<th class='word'>documents{''.join(examples)}</table>")
+        pieces.append(
+            f"<h2>Left out, for example</h2><table><tr><th>why<th class='word'>documents{''.join(examples)}</table>"
+        )
     if changed:
         pieces.append(f"<h2>Changed</h2><table><tr><th>stage<th>domain<th>documents{''.join(changed)}</table>")
     return "".join(pieces) + f"<h2>Config</h2><pre>{html.escape(text)}</pre></html>\n"
