@@ -154,15 +154,10 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
     train, micro = config.train, config.train.micro_batch_size or config.train.batch_size // ranks.size
     stages = build_stages(config, corpus, registry)
     batches = stages[0].batches if stages else build_batches(config, corpus, registry)
-    adapters = None
     if ranks.size > 1:
-        model = _spread_model(ranks, config, registry, losses, precision, start)
+        model, adapters = _spread_model(ranks, config, registry, losses, precision, start), None
     else:
-        model = starting_model(config, registry, precision.device, start)
-        freeze(model, train.freeze)
-        adapters = attach(model, train.adapters, config.seed)
-        if precision.kept == torch.bfloat16:
-            narrow(model)
+        model, adapters = _whole_model(config, registry, precision, start)
     history = starting_history(config, start)
     settings = StepSettings(micro, train.grad_clip, config.seed, precision)
     rehearse(model, stages, precision)
@@ -193,6 +188,18 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         adapters=adapters,
         stages=stages,
     )
+
+
+def _whole_model(
+    config: RunConfig, registry: Registry, precision: Precision, start: Start
+) -> tuple[Transformer, Adapters | None]:
+    """The starting model of a process alone, as it is trained: frozen parts, adapters, narrow parameters."""
+    model = starting_model(config, registry, precision.device, start)
+    freeze(model, config.train.freeze)
+    adapters = attach(model, config.train.adapters, config.seed)
+    if precision.kept == torch.bfloat16:
+        narrow(model)
+    return model, adapters
 
 
 def _optimizer(config: RunConfig, model: Transformer, adapters: Adapters | None) -> torch.optim.Optimizer:

@@ -99,9 +99,8 @@ def train_step(
     of the last good step then. `update` is under way from when the first of them changes; who counts the step ends it.
     """
     ranks.begin(model)
-    device = next(model.parameters()).device
     whole = batch.split(settings.micro_batch_size)
-    parts = [(index, part.to(device)) for index, part in ranks.own(whole)]
+    parts = [(index, part.to(next(model.parameters()).device)) for index, part in ranks.own(whole)]
     targets = int((batch.targets >= 0).sum())
     model.train()
     optimizer.zero_grad(set_to_none=True)
