@@ -180,5 +180,6 @@ def test_a_document_is_the_same_whatever_lies_beside_it(router: str) -> None:
         ids[:, 13:22] = (ids[:, 13:22] + 17) % 90
         after = net(ids, tokens=context).logits
         assert (after[:, 13:22] - before[:, 13:22]).abs().max() > 1e-3
-        torch.testing.assert_close(after[:, :13], before[:, :13], atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(after[:, 22:], before[:, 22:], atol=1e-6, rtol=1e-5)
+        # Experts get other numbers of rows, whose products round otherwise; a leak moves as much as the change does.
+        torch.testing.assert_close(after[:, :13], before[:, :13], atol=5e-5, rtol=0)
+        torch.testing.assert_close(after[:, 22:], before[:, 22:], atol=5e-5, rtol=0)
