@@ -31,6 +31,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prose/31.txt").write_text(" ".join(near))
     (folder / "prose/32.txt").write_text("short")
     (folder / "code/30.txt").write_text("short")
+    (folder / "code/32.txt").write_text(" \n")
     (folder / "code/31.txt").write_text("spaces at the end   \r\n" + SENTENCE.format(n=1, domain="x", m=2) * 2)
     return folder
 
@@ -63,14 +64,18 @@ def made(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_kept_and_left_out_are_together_what_was_read(made: Path, library: Path) -> None:
     names = sorted(f"{row['domain']}/{row['name']}" for part in ("kept", "rejected") for row in rows(made / part))
-    assert len(names) == len(set(names)) == len(list(library.rglob("*.txt"))) == 65
+    assert len(names) == len(set(names)) == len(list(library.rglob("*.txt"))) == 66
     account = json.loads((made / "account.json").read_text())["account"]
-    assert sum(account["documents"].values()) == 65 and sum(account["kept"].values()) == len(rows(made / "kept")) == 62
-    assert sum(count for *_, count in account["rejected"]) == 3
+    assert sum(account["documents"].values()) == 66 and sum(account["kept"].values()) == len(rows(made / "kept")) == 62
+    assert sum(count for *_, count in account["rejected"]) == 4
 
 
 def test_each_reason_is_counted_where_it_belongs(made: Path) -> None:
-    found = {Path(row["name"]).name: (row["stage"], row["reason"]) for row in rows(made / "rejected")}
+    left_out = [row for row in rows(made / "rejected") if row["domain"] == "prose"]
+    found = {Path(row["name"]).name: (row["stage"], row["reason"]) for row in left_out}
+    assert [(row["stage"], row["reason"]) for row in rows(made / "rejected") if row not in left_out] == [
+        ("0. reading", "empty")
+    ]
     assert found == {
         "32.txt": ("2. length", "too few characters"),
         "30.txt": ("deduplicate: exact", "copies"),
@@ -174,3 +179,16 @@ def test_an_output_that_is_there_is_not_replaced_unasked(
     assert contents(output) == contents(made)
     assert moelab(["data", *words(library, output), "--force"]) == 0
     assert not (output / "rejected").exists()
+
+
+def test_what_no_text_file_can_hold_is_refused_or_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({"text": f"half of a pair {chr(0xD800)} in line {n}, and words enough"}) for n in range(3)]
+    (tmp_path / "half.jsonl").write_text("\n".join(lines))
+    (tmp_path / "nul.jsonl").write_text(json.dumps({"text": "a\0b"}))
+    given = {name: f"[{{name: jsonl, paths: [{tmp_path / name}.jsonl]}}]" for name in ("half", "nul")}
+    assert moelab(["data", *words(tmp_path, tmp_path / "out", sources=given["half"])]) == 0
+    assert "documents with half of a UTF-16 pair, read as '?': 3" in capsys.readouterr().err.replace("\n", " ")
+    assert "half of a pair ? in line 0" in rows(tmp_path / "out/kept")[0]["text"]
+    assert moelab(["data", *words(tmp_path, tmp_path / "none", sources=given["nul"])]) == 2
+    assert "is binary, not text (it has a NUL)" in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "none").exists()

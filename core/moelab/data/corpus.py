@@ -137,7 +137,7 @@ def build_corpus(
     is left.
     """
     if context.tap is not None:
-        return context.tap(documents)
+        return context.tap(_as_text(document, context.account) for document in documents)
     try:
         given = [document for document in documents if _has_text(document, context.account)]
         if not given:
@@ -176,12 +176,17 @@ def stream_of(documents: Sequence[Document], tokenizer: Tokenizer) -> tuple[Toke
         context.account.close()
 
 
-def _has_text(document: Document, account: Account) -> bool:
+def _as_text(document: Document, account: Account) -> Document:
+    """The document, told where it holds what no UTF-8 file can. Raises DataError for a binary one."""
     if "\0" in document.text:
         raise DataError(f"data.source: document {document.name} is binary, not text (it has a NUL); leave it out")
-    if document.text.strip():
-        if re.search("[\ud800-\udfff]", document.text):  # UTF-8 has no bytes for them
-            account.add("documents with half of a UTF-16 pair, read as '?'", document.name, "write them in UTF-8")
+    if re.search("[\ud800-\udfff]", document.text):  # UTF-8 has no bytes for them
+        account.add("documents with half of a UTF-16 pair, read as '?'", document.name, "write them in UTF-8")
+    return document
+
+
+def _has_text(document: Document, account: Account) -> bool:
+    if _as_text(document, account).text.strip():
         return True
     account.add("documents left out, empty", document.name, "nothing is lost")
     return False

@@ -5,6 +5,7 @@ As `batches.TrainBatches` a pure function of (seed, step). B sequences, S positi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Fill:
         )
 
 
-class PackedBatches(TrainBatches):
+class PackedBatches(TrainBatches, ABC):
     """`batch(step)` of sequences that `pieces_of` fills; targets end with the sequence, or with `apart` the document.
 
     Padding stands at the end of a sequence, has no target and is masked.
@@ -62,13 +63,13 @@ class PackedBatches(TrainBatches):
         self.seed, self.apart = seed, apart
         self.windows = self.count()
 
+    @abstractmethod
     def count(self) -> int:
         """Sequences of an epoch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pieces_of(self, epoch: int, place: int) -> list[Piece]:
         """What the sequence at a place 0 .. windows - 1 of an epoch holds."""
-        raise NotImplementedError
 
     @property
     def lengths(self) -> np.ndarray:

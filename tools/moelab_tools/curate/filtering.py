@@ -114,19 +114,21 @@ def make_piece(work: Work, built: Sequence[Built], number: int, documents: Seque
 def _through(
     built: Sequence[Built], document: Document, account: Account, left_out: list[dict[str, str]]
 ) -> Document | None:
+    def leave_out(stage: str, why: Rejected) -> None:
+        domain, name, text = document.domain, document.name, document.text
+        account.reject(stage, why.reason, domain, name, why.measured, text)
+        row = {"text": text, "domain": domain, "name": name}
+        left_out.append(row | {"stage": stage, "reason": why.reason, "measured": why.measured})
+
     if not document.text.strip():
-        account.reject("0. reading", "empty", document.domain, document.name, "", "")
+        leave_out("0. reading", Rejected("empty"))
         return None
     for one in built:
         if not one.stage.serves(document.domain):
             continue
         answer = _ask(one, document)
         if isinstance(answer, Rejected):
-            account.reject(one.name, answer.reason, document.domain, document.name, answer.measured, document.text)
-            left_out.append(
-                {"text": document.text, "domain": document.domain, "name": document.name, "stage": one.name,
-                 "reason": answer.reason, "measured": answer.measured}
-            )  # fmt: skip
+            leave_out(one.name, answer)
             return None
         if answer.text != document.text:
             account.changed[one.name, document.domain] += 1

@@ -44,10 +44,12 @@ def print_account(console: Console, account: Account, stages: Iterable[str]) -> 
     console.print(table)
 
 
-def write_account(folder: Path, account: Account, stages: Iterable[str], config: CurateConfig) -> None:
-    """account.json and account.html."""
+def write_account(
+    folder: Path, account: Account, stages: Iterable[str], config: CurateConfig, commits: dict[str, str]
+) -> None:
+    """account.json and account.html. `commits`: {dataset on the hub: commit}."""
     stages = list(stages)
-    told = {"config": asdict(config), "stages": stages, "account": account.to_json()}
+    told = {"config": asdict(config), "commits": commits, "stages": stages, "account": account.to_json()}
     write_file(folder / "account.json", json.dumps(told, indent=1, ensure_ascii=False))
     write_file(folder / "account.html", page(account, stages, config))
 

@@ -83,7 +83,7 @@ def _make(loaded: Loaded[CurateConfig], registry: Registry, work: Work, output: 
     config = loaded.config
     work.folder.mkdir(parents=True, exist_ok=True)
     with Reading() as reading, _workers(config.workers, work) as pool:
-        count = _read_all(loaded, registry, work, pool, reading)
+        count, commits = _read_all(loaded, registry, work, pool, reading)
     if not count:
         raise UserError("sources: no document with any text in it; check the paths")
     pieces = Pieces(work.folder, count)
@@ -97,7 +97,7 @@ def _make(loaded: Loaded[CurateConfig], registry: Registry, work: Work, output: 
         pieces.write(made / KEPT, dropped)
     if config.keep_rejected:
         pieces.write_rejected(made / REJECTED, dropped)
-    write_account(made, account, names, config)
+    write_account(made, account, names, config, commits)
     put_in_place(made, output)
     shutil.rmtree(work.folder.parent)
     print_account(console, account, names)
@@ -134,11 +134,11 @@ def _work(loaded: Loaded[CurateConfig], registry: Registry, folder: Path) -> Wor
 
 def _read_all(
     loaded: Loaded[CurateConfig], registry: Registry, work: Work, pool: Executor | None, reading: Reading
-) -> int:
-    """Every source to its end -> how many pieces there are."""
+) -> tuple[int, dict[str, str]]:
+    """Every source to its end -> how many pieces there are, and {dataset on the hub: commit} that was read."""
     config = loaded.config
     waiting: set[Future[None]] = set()
-    count, taken = 0, list[bool]()
+    count, taken, commits = 0, list[bool](), dict[str, str]()
 
     def take(documents: Iterable[Document]) -> Corpus:
         nonlocal count, waiting
@@ -160,6 +160,7 @@ def _read_all(
         context = DataContext(ByteTokenizer(), seed=config.seed, places=loaded.places("sources"), tap=take)
         registry.build(DATA_SOURCES, source, context, f"sources.{number}")
         context.account.close()
+        commits |= context.account.commits
         if len(taken) == number:
             raise ConfigError(
                 f"sources.{number}: '{source['name']}' makes its corpus itself, without `moelab.build_corpus`; "
@@ -167,7 +168,7 @@ def _read_all(
             )
     while waiting:
         waiting = _finish(waiting, FIRST_COMPLETED)
-    return count
+    return count, commits
 
 
 def _pieces(documents: Iterable[Document], size: float) -> Iterator[list[Document]]:
