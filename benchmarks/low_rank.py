@@ -1,6 +1,6 @@
 """What a training step costs with adapters on all experts: in place of all training, and as LoRA is usually formed.
 
-    python benchmarks/low_rank.py [PAIRS]
+    python benchmarks/low_rank.py --out benchmarks/results
     python benchmarks/low_rank.py --memory all|adapters|formed
 
 Processor seconds of whole steps, AdamW's included, on the same batch: `all`, every parameter is trained; `adapters`,
@@ -12,12 +12,13 @@ by bootstrap. `--memory`: the most resident bytes of a process that makes three 
 
 from __future__ import annotations
 
+import argparse
 import random
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from moelab.training.adapters import attach
 from moelab.training.optimizer import build_adamw
 from moelab.training.precision import Precision
 from moelab.training.step import StepSettings, train_step
+from report import machine, markdown_table, write_results
 
 BATCH, SEQUENCE, VOCABULARY, RANK = 4, 256, 8192, 8
 CHOSEN = [AdapterConfig("*.experts.*", r=RANK)]
@@ -111,14 +113,16 @@ def seconds(step: Step) -> float:
     return time.process_time() - begin
 
 
-def compare(pairs: int) -> None:
-    """Print each side's ratio to `all`."""
+def compare(pairs: int) -> dict[str, list[float]]:
+    """{side: its ratio to `all`, and the ends of the interval}."""
     steps = {name: make() for name, make in SIDES.items()}
     rounds = [{name: seconds(step) for name, step in steps.items()} for _ in range(pairs + 2)][2:]
+    chance, found = random.Random(0), {}
     for name in ("adapters", "formed"):
-        ratios = [found[name] / found["all"] for found in rounds]
-        draws = sorted(statistics.median(random.choices(ratios, k=pairs)) for _ in range(2000))
-        print(f"{name}: {statistics.median(ratios):.3f} [{draws[50]:.3f}, {draws[1949]:.3f}] of a step that trains all")
+        ratios = [one[name] / one["all"] for one in rounds]
+        draws = sorted(statistics.median(chance.choices(ratios, k=pairs)) for _ in range(2000))
+        found[name] = [statistics.median(ratios), draws[50], draws[1949]]
+    return found
 
 
 def memory(side: str) -> None:
@@ -129,8 +133,22 @@ def memory(side: str) -> None:
     print(f"{side}: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB resident")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--memory", choices=SIDES, help="measure this instead, of one side")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.memory:
+        memory(options.memory)
+        return
+    found = compare(options.pairs)
+    rows = [[name, f"{middle:.3f}", f"[{low:.3f}, {high:.3f}]"] for name, (middle, low, high) in found.items()]
+    table = markdown_table(["side", "step, of one that trains all", "95 % interval"], rows)
+    print(table)
+    if options.out:
+        write_results(options.out, "low_rank", machine() | {"pairs": options.pairs}, found, [table])
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--memory"]:
-        memory(sys.argv[2])
-    else:
-        compare(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
+    main()
