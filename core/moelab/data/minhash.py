@@ -3,7 +3,7 @@
 Broder (1997): the share of equal entries of two signatures estimates the Jaccard similarity of two sets. Signatures are
 cut into bands of rows (locality-sensitive hashing); documents that agree in a whole band are looked at, and one goes
 where the estimate over the whole signature reaches the threshold. With 20 bands of 7 rows a pair of similarity J is
-looked at with probability 1 - (1 - J^7)^20: 0.99 at 0.8, 0.15 at 0.5. datatrove's default is 14 bands of 8, 0.92 at 0.8.
+looked at with probability 1 - (1 - J^7)^20: 0.99 at 0.8, 0.15 at 0.5 (datatrove's default, 14 bands of 8: 0.92 at 0.8).
 
 n documents, H = BANDS * ROWS entries a signature.
 """
