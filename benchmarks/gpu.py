@@ -49,8 +49,9 @@ def main() -> int:
         "step": lambda: gpu_model.training_steps(bench),
         f"layer {first.name}": lambda: gpu_layer.layer(first, tokens, bench),
         "profile": lambda: gpu_layer.profile(bench),
+        "profile of a step": lambda: gpu_model.step_profile(bench),
         "attention": lambda: gpu_model.attention(bench),
-        "compiled step": lambda: gpu_model.training_steps(bench, compiled=True),
+        "compiled step": lambda: gpu_model.compiled_step(bench),
         "kernels": lambda: gpu_layer.kernels(bench),
         **{f"layer {s.name}": lambda s=s, t=t: gpu_layer.layer(s, t, bench) for s, t in more},
     }

@@ -51,7 +51,11 @@ def batch(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def prepared(config: ModelConfig, device: torch.device) -> tuple[Transformer, list[NamedLoss]]:
-    return moelab.build(config, device="cpu").to(device), build_balance_losses(config, REGISTRY)
+    model = moelab.build(config, device="cpu")
+    for parameter in model.parameters():
+        if not bool(parameter.any()):  # a router that begins at zero ties all experts, and each device breaks ties anew
+            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    return model.to(device), build_balance_losses(config, REGISTRY)
 
 
 def forward_backward(
