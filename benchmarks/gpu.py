@@ -22,6 +22,7 @@ import torch
 
 import gpu_layer
 import gpu_model
+import gpu_run
 from gpu_common import REHEARSAL, Bench, Sizes
 from report import machine, write_results
 
@@ -50,6 +51,7 @@ def main() -> int:
         f"layer {first.name}": lambda: gpu_layer.layer(first, tokens, bench),
         "profile": lambda: gpu_layer.profile(bench),
         "profile of a step": lambda: gpu_model.step_profile(bench),
+        "whole run": lambda: gpu_run.whole_run(bench),
         "attention": lambda: gpu_model.attention(bench),
         "compiled step": lambda: gpu_model.compiled_step(bench),
         "kernels": lambda: gpu_layer.kernels(bench),

@@ -18,7 +18,7 @@ from moelab.config.model import ModelConfig, MoEConfig
 from moelab.moe.balance import NamedLoss
 from moelab.moe.batch_statistics import BatchStatistics
 from moelab.nn.transformer import TokenContext, Transformer
-from on_device import DEVICE, full_precision, never_waiting
+from on_device import DEVICE, full_precision, never_waiting, rehearsed
 
 pytestmark = pytest.mark.gpu
 
@@ -107,7 +107,7 @@ def never_waits(config: ModelConfig, mask_documents: bool = False) -> None:
 ROUTERS = [
     pytest.param({"name": name, **options}, context.get("num_experts_per_tok", 2), id=f"{name}-{index}")
     for name, cases in ROUTER_CASES.items()
-    for index, (options, context) in enumerate(cases)
+    for index, (options, context) in enumerate(rehearsed(cases))
 ]
 
 
@@ -128,7 +128,7 @@ def test_a_router_never_waits_for_the_device(router: dict[str, Any], top_k: int)
 LOSSES = [
     pytest.param({"name": name, "weight": 1.0, **options}, {"name": router or "softmax_topk", **more}, id=f"{name}-{i}")
     for name, cases in LOSS_CASES.items()
-    for i, (options, router, more, _) in enumerate(cases)
+    for i, (options, router, more, _) in enumerate(rehearsed(cases))
 ]
 
 
@@ -149,7 +149,7 @@ def test_a_balance_loss_gives_the_cpus_value_and_gradients_and_never_waits(
     [
         pytest.param({"name": name, **case[0]}, id=f"{name}-{i}")
         for name, c in ATTENTION_CASES.items()
-        for i, case in enumerate(c)
+        for i, case in enumerate(rehearsed(c))
     ],
 )
 def test_an_attention_gives_the_cpus_losses_and_gradients_and_never_waits(
