@@ -33,7 +33,7 @@ class Sizes:
     kernels: int = 16384  # tokens
     steps: tuple[tuple[int, int], ...] = ((2, 4096), (4, 4096))  # sequences, positions
     step_experts: int = 24  # of 57B-A14B's 64
-    attention: tuple[tuple[int, int], ...] = ((4, 8192), (1, 32768))  # sequences, positions
+    attention: tuple[tuple[int, int], ...] = ((4, 8192),)  # sequences, positions
     probe: int = 8192  # rows and columns of the matmul that is the card's rate
     repeats: int = 5
 

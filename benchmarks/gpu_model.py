@@ -68,7 +68,9 @@ def _measured(
 def _step(
     bench: Bench, backend: str, sequences: int, positions: int, compiled: bool = False
 ) -> tuple[Callable[[], None], Transformer]:
-    model = moelab.build(_four_layers(backend, _shape(bench), bench.sizes.step_experts), device=bench.device)
+    model = moelab.build(_four_layers(backend, _shape(bench), bench.sizes.step_experts), device=bench.device, seed=None)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)  # on the device; a model's own are drawn on the host
     if compiled:
         for layer in model.layers:
             layer.compile()
