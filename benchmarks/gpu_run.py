@@ -20,11 +20,12 @@ def whole_run(bench: Bench) -> Part:
         bare = config.train.batch_size * config.train.sequence_length / _step_seconds(bench, config)
         bench.release()
         moelab.train(config, progress=False)
+        peak = bench.peak_gb()
         lines = [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
     found = [line for line in lines if "perf/tokens_per_second" in line][-1]
     rows = [
         {"side": "the step alone", "tokens_per_second": bare},
-        {"side": "moelab train", "tokens_per_second": found["perf/tokens_per_second"]},
+        {"side": "moelab train", "tokens_per_second": found["perf/tokens_per_second"], "peak_gb": peak},
     ]
     body = [[str(r["side"]), f"{r['tokens_per_second']:.0f}"] for r in rows]
     return rows, "\nmoelab train, 4 layers of 16 x 1024, hidden 2048\n\n" + markdown_table(
