@@ -54,7 +54,7 @@ def by_kernels(heads: Sequence[Tensor], view: View) -> Tensor:
     """What the device computes it by; on a GPU nothing else may have served."""
     key, value, *queries = heads
     if ON_GPU:
-        from moelab.nn import flex_attention  # noqa: PLC0415  (brings torch's compiler with it)
+        from moelab.nn import flex_attention
 
         assert flex_attention.serves(queries[0], view)
     out = masked_attention(queries, key, value, view)
