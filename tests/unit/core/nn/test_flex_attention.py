@@ -144,7 +144,7 @@ def expanded(count: Tensor, indices: Tensor, columns: int) -> Tensor:
     return torch.zeros(listed.shape, dtype=torch.long).scatter_add_(-1, indices[:, 0].long(), listed.long())
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(20))
 def test_each_pair_that_is_seen_lies_in_one_listed_block_and_whole_blocks_are_seen_whole(seed: int) -> None:
     drawn = torch.Generator().manual_seed(seed)
 
@@ -172,13 +172,19 @@ def test_each_pair_that_is_seen_lies_in_one_listed_block_and_whole_blocks_are_se
 
 
 def test_blocks_that_all_queries_see_are_known_to_be_whole_and_others_are_left_out() -> None:
-    """One text of 8 blocks: row r meets r + 1, r of them whole. Documents of 2 blocks: no row meets more than 2."""
+    """One text of 8 blocks: row r meets r + 1, r of them whole. Documents of 2 blocks: no row meets more than 2.
+
+    A window of 300: its border crosses two blocks of a row's keys, and the block after them is whole.
+    """
     index = torch.arange(8 * BLOCK)[None]
     partly, _, whole, *_ = block_lists(torch.zeros_like(index), index, 8 * BLOCK)
     assert partly.flatten().tolist() == [1] * 8
     assert whole.flatten().tolist() == list(range(8))
     partly, _, whole, *_ = block_lists(index // (2 * BLOCK) * (2 * BLOCK), index, 8 * BLOCK)
     assert (partly + whole).flatten().tolist() == [1, 2] * 4
+    partly, _, whole, *_ = block_lists((index - 299).clamp(min=0), index, 8 * BLOCK)
+    assert partly.flatten().tolist() == [1, 1, 2, 3, 3, 3, 3, 3]
+    assert whole.flatten().tolist() == [0, 1, 1, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
