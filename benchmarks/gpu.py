@@ -53,9 +53,9 @@ def main() -> int:
         "profile of a step": lambda: gpu_model.step_profile(bench),
         "whole run": lambda: gpu_run.whole_run(bench),
         "attention": lambda: gpu_model.attention(bench),
-        "compiled step": lambda: gpu_model.compiled_step(bench),
         "kernels": lambda: gpu_layer.kernels(bench),
         **{f"layer {s.name}": lambda s=s, t=t: gpu_layer.layer(s, t, bench) for s, t in more},
+        "compiled step": lambda: gpu_model.compiled_step(bench),
     }
     for name, part in parts.items():
         if options.parts and not any(name.startswith(asked) for asked in options.parts.split(",")):
