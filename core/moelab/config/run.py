@@ -11,6 +11,7 @@ from omegaconf import MISSING
 from moelab.config.adapters import KEY as ADAPTERS
 from moelab.config.adapters import AdapterConfig, check_adapters
 from moelab.config.model import ModelConfig, Part
+from moelab.config.scalars import bytes_of
 from moelab.config.stages import StageConfig, check_stages, fill_in, in_stage, stand_in
 from moelab.errors import ConfigError
 from moelab.paths import Places, user_path
@@ -43,7 +44,7 @@ class TrainConfig:
 
     steps: int = MISSING  # optimizer steps
     batch_size: int = 16  # sequences in an optimizer step
-    micro_batch_size: int | None = None  # sequences in a forward pass; None: the whole batch
+    micro_batch_size: int | None = None  # sequences in a forward pass; None: the whole batch, or memory_budget's choice
     sequence_length: int = 256  # tokens
     dtype: str = "float32"  # of the matmuls: float32 or bfloat16; parameters and optimizer stay float32 unless they say
     # Of matrices, routers' left out, and of their gradients: float32, or, with dtype=bfloat16, bfloat16, rounded at
@@ -52,6 +53,12 @@ class TrainConfig:
     device: str = "auto"  # auto: cuda when there is one, else cpu
     threads: int | None = None  # CPU threads; None: one a core. Another number gives other bits
     activation_checkpointing: int = 0  # every n-th layer keeps its input only and is computed twice; 0: none
+    # The loss computes its logits twice, piece by piece, and keeps none; null: beyond 2^27 of them, or memory_budget's
+    # choice.
+    recompute_logits: bool | None = None
+    # Of a process, "8 GB": micro_batch_size, activation_checkpointing and recompute_logits, where they are not said,
+    # are the cheapest that fit by `moelab plan`'s figures. null: nothing is chosen.
+    memory_budget: str | None = None
     grad_clip: float = 1.0  # global norm; 0: off
     log_every: int = 10  # steps
     gradient_shares_every: int = 50  # steps, of those that are logged; a backward pass for each loss. 0: never
@@ -303,6 +310,8 @@ def _check_train(train: TrainConfig) -> None:
         raise ConfigError(f"train.micro_batch_size: {micro} does not divide train.batch_size {train.batch_size}")
     if train.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"train.dtype: must be float32 or bfloat16, not '{train.dtype}'")
+    if train.memory_budget is not None and not bytes_of(train.memory_budget):
+        raise ConfigError(f"train.memory_budget: '{train.memory_budget}' is no size; write 8 GB, 500 MB or 6 GiB")
     if train.threads is not None and train.threads < 1:
         raise ConfigError(f"train.threads: must be at least 1, not {train.threads}")
     if train.threads is not None and train.threads > MOST_THREADS:

@@ -23,6 +23,18 @@ _NOT_FINITE = re.compile(r"([-+]?)\.(inf|Inf|INF|nan|NaN|NAN)")
 LONGEST_NUMBER = 400  # characters; Python refuses to read 4301 digits
 
 
+_SIZE = re.compile(r"\s*([0-9]{0,18}\.?[0-9]{1,18})\s*([A-Za-z]*)\s*")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def bytes_of(text: object) -> int | None:
+    """Of "5GB", "500 MB", "2GiB" or a number; None: it spells no size."""
+    match = _SIZE.fullmatch(str(text))
+    if not match or match[2].upper() not in _UNITS:
+        return None
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
 class Plain(str):
     """The characters of an unquoted scalar whose type is not known yet. A quoted one is a `str`."""
 

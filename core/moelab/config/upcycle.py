@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from omegaconf import MISSING
 
 from moelab.config.model import ModelConfig, Part
+from moelab.config.scalars import bytes_of
 from moelab.errors import ConfigError
 
 PartialModel = Annotated[dict[str, Any], ModelConfig]  # some of its keys
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass
@@ -72,10 +71,10 @@ class UpcycleConfig:
     @property
     def shard_bytes(self) -> int:
         """`max_shard_size` as a number of bytes."""
-        match = re.fullmatch(r"\s*([0-9]{0,18}\.?[0-9]{1,18})\s*([A-Za-z]*)\s*", str(self.max_shard_size))
-        if not match or match[2].upper() not in _UNITS:
+        found = bytes_of(self.max_shard_size)
+        if found is None:
             raise ConfigError(f"max_shard_size: '{self.max_shard_size}' is no size; write 5GB, 500MB or 2GiB")
-        return int(float(match[1]) * _UNITS[match[2].upper()])
+        return found
 
     def check(self) -> None:
         """Raise ConfigError for values out of range, naming the key."""

@@ -20,15 +20,23 @@ CHUNK_ROWS = 256  # at least: the head's gradient is read and written once a chu
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}  # the CPU's chunk stays in its cache
 
 
-def token_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """hidden [B, S, D], head [V, D], targets [B, S] int64 -> nats [B, S] fp32; 0 where the target is -100."""
+def token_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, *, recompute: bool | None = None) -> Tensor:
+    """hidden [B, S, D], head [V, D], targets [B, S] int64 -> nats [B, S] fp32; 0 where the target is -100.
+
+    `recompute`: the logits are not kept for the backward pass; None: where they are more than KEEP_ELEMENTS.
+    """
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
     flat = hidden.reshape(-1, hidden.shape[-1])
     with torch.autocast(hidden.device.type, enabled=False):
-        nats: Tensor = _TokenCrossEntropy.apply(flat.to(dtype), head.to(dtype), targets.reshape(-1))
+        nats: Tensor = _TokenCrossEntropy.apply(flat.to(dtype), head.to(dtype), targets.reshape(-1), recompute)
     return nats.view(targets.shape)
+
+
+def keeps_logits(elements: int, recompute: bool | None) -> bool:
+    """Whether `token_cross_entropy` keeps so many logits, where it is asked to `recompute` them, or not."""
+    return elements <= KEEP_ELEMENTS if recompute is None else not recompute
 
 
 def logits_and_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,8 +101,8 @@ class _TokenCrossEntropy(torch.autograd.Function):
     """nats[t] = -log softmax(z[t])[target], z = hidden head^T; d nats / d z = softmax(z) - onehot(target)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        keep = any(ctx.needs_input_grad) and hidden.shape[0] * head.shape[0] <= KEEP_ELEMENTS
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, recompute: bool | None) -> Tensor:
+        keep = any(ctx.needs_input_grad) and keeps_logits(hidden.shape[0] * head.shape[0], recompute)
         kept = hidden.new_empty(hidden.shape[0], head.shape[0]) if keep else None
         labels = targets.clamp(min=0).unsqueeze(-1)  # [T, 1]
         nats = hidden.new_empty(hidden.shape[0], dtype=_wide(hidden.dtype))
@@ -112,7 +120,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
         return nats.masked_fill_(targets == IGNORE_INDEX, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, head, targets, kept = ctx.saved_tensors
         wide = _wide(hidden.dtype)
         scale = grads[0].to(wide).masked_fill(targets == IGNORE_INDEX, 0.0).unsqueeze(-1)  # [T, 1]
@@ -128,7 +136,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
                 grad_hidden[rows] = _logits(part, head.t())
             if grad_head is not None:
                 _add_product(grad_head, part, hidden[rows])
-        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None
+        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None
 
 
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:
@@ -151,9 +159,13 @@ def _probabilities(hidden: Tensor, head: Tensor, kept: Tensor | None, wide: torc
     return torch.softmax(_logits(hidden, head) if kept is None else kept, -1, dtype=wide)
 
 
+def chunk_rows(vocab_size: int, device: str) -> int:
+    """Tokens whose logits are computed at once on "cpu" or "cuda"."""
+    return max(CHUNK_ROWS, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // vocab_size)
+
+
 def _chunks(hidden: Tensor, head: Tensor) -> Iterator[slice]:
-    elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"])
-    size = max(CHUNK_ROWS, elements // head.shape[0])
+    size = chunk_rows(head.shape[0], hidden.device.type)
     return (slice(start, start + size) for start in range(0, hidden.shape[0], size))
 
 

@@ -95,6 +95,7 @@ class Transformer(nn.Module):
         """`kernels`: of each layer's attention, None for full; `scaling`: of the rotary embedding, None for plain."""
         super().__init__()
         self.config = config
+        self.recompute_logits: bool | None = None  # for the loss's backward pass; None: beyond a number of them
         self.speech: Callable[[], Speech] | Speech | None = None  # read when first asked; None: nobody knows
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, mlp) for i, mlp in enumerate(mlps))
@@ -144,7 +145,9 @@ class Transformer(nn.Module):
             return ModelOutput(None, None, records)
         if targets is None:
             return ModelOutput(self.lm_head(x), None, records)
-        return ModelOutput(None, token_cross_entropy(x, self.lm_head.weight, targets), records)
+        return ModelOutput(
+            None, token_cross_entropy(x, self.lm_head.weight, targets, recompute=self.recompute_logits), records
+        )
 
     @overload
     def generate(

@@ -8,27 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moelab.builder import build_balance_losses, build_model
 from moelab.config.model import ModelConfig
 from moelab.errors import ConfigError
-from moelab.moe.contracts import ExpertProblem, Router
-from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
-from moelab.moe.experts import ExpertBank, add_down_bias, add_up_bias, compute_dtype
-from moelab.moe.routing import Routing, TokenInfo
-from moelab.nn.attention import Attention
 from moelab.nn.count import moe_blocks
-from moelab.nn.full_attention import FullAttention, torch_attention
+from moelab.nn.loss import chunk_rows, keeps_logits
 from moelab.nn.low_rank import Target, adapter_targets, train_alone
 from moelab.nn.narrow import narrow
 from moelab.nn.room import MOMENTS
 from moelab.nn.transformer import Transformer
 from moelab.planning.machine import Machine
+from moelab.planning.saved import Saved, count_saved
 from moelab.planning.times import Times, times_of
 from moelab.planning.traffic import FP32, CommunicationPlan, Problem, Units, communication, counts_before, units_of
 from moelab.registry import Registry
@@ -102,8 +96,33 @@ def predict(
 
     Raises ConfigError for a mesh that can't be, and where the parts can't be counted without data.
     """
-    problem.parallel.check()
     registry = registry or Registry()
+    counted = count(config, problem, registry)
+    losses = build_balance_losses(config, registry)
+    times = times_of(counted.model, problem, counted.sent, machine, counts_before(problem, losses)) if machine else None
+    total = sum(parameter.numel() for parameter in counted.model.parameters())
+    trained = sum(target.numbers for target in counted.targets) if counted.targets else total
+    return Plan(problem, counted.memory(problem), counted.sent, total, trained, times)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A model that has run once on tensors without data."""
+
+    model: Transformer  # whose tensors have no data
+    sent: CommunicationPlan
+    saved: Saved
+    targets: Sequence[Target]  # of adapters, which alone are trained; none: everything is
+
+    def memory(self, problem: Problem) -> MemoryPlan:
+        """Of the problem that was counted, or of one that keeps less of it: checkpointing, recompute_logits."""
+        memory = _memory(self.model, problem, self.saved)
+        return _adapted(memory, problem, self.targets) if self.targets else memory
+
+
+def count(config: ModelConfig, problem: Problem, registry: Registry) -> Counted:
+    """What a micro-batch of `problem` keeps. Raises ConfigError as `predict` does."""
+    problem.parallel.check()
     losses = build_balance_losses(config, registry)
     with FakeTensorMode():
         model = build_model(config, registry, seed=None)
@@ -114,13 +133,7 @@ def predict(
         targets = adapter_targets(model, problem.adapters)
         if targets:
             train_alone(model, targets)
-        saved = _saved(model, problem)
-    times = times_of(model, problem, sent, machine, counts_before(problem, losses)) if machine else None
-    total = sum(parameter.numel() for parameter in model.parameters())
-    memory, trained = _memory(model, problem, saved), total
-    if targets:
-        memory, trained = _adapted(memory, problem, targets), sum(target.numbers for target in targets)
-    return Plan(problem, memory, sent, total, trained, times)
+        return Counted(model, sent, count_saved(model, problem), targets)
 
 
 def _check_dealt(model: Transformer, problem: Problem) -> None:
@@ -132,13 +145,16 @@ def _check_dealt(model: Transformer, problem: Problem) -> None:
             )
 
 
-def _memory(model: Transformer, problem: Problem, saved: _Saved) -> MemoryPlan:
+def _memory(model: Transformer, problem: Problem, saved: Saved) -> MemoryPlan:
     units, mesh, layers = units_of(model, problem.parallel), problem.parallel, len(model.layers)
     held = (units.root + sum(units.layers)) // mesh.shard + sum(units.banks) // problem.copies
     again = [problem.recomputes(index) for index in range(layers)]
-    per_layer = saved.activations // layers
-    # A layer that is computed again keeps its input; what lies between the layers counts as theirs.
-    kept = sum(problem.tokens * model.config.hidden_size * FP32 if twice else per_layer for twice in again)
+    stream = problem.tokens * model.config.hidden_size * FP32  # what a layer that is computed again keeps: its input
+    kept = sum(stream if twice else own for twice, own in zip(again, saved.layers, strict=True)) + saved.outside
+    keeps = keeps_logits(problem.tokens * model.config.vocab_size, problem.recompute_logits)
+    kept += saved.logits if keeps else 0
+    # Gradients of one layer's activations, about half of which live at once; and the layer itself if recomputed.
+    layer = max(saved.layers) // 2 + (max(saved.layers) if any(again) else 0)
     adds_up = problem.micro_batches > 1 and problem.keeps_whole_gradients
     # Of one device, which alone keeps anything narrower than fp32.
     spared = sum((FP32 - parameter.element_size()) * parameter.numel() for parameter in model.parameters())
@@ -147,13 +163,20 @@ def _memory(model: Transformer, problem: Problem, saved: _Saved) -> MemoryPlan:
         gradients=FP32 * (units.whole if adds_up else held) - spared,
         optimizer=MOMENTS * problem.moments.itemsize * held,
         weights_in_use=(saved.casts if not all(again) else saved.cached) + _whole(units, problem),
-        activations=kept if any(again) else saved.activations,
-        # Gradients of one layer's activations, about half of which live at once; and the layer itself if recomputed.
-        working=per_layer // 2 + (per_layer if any(again) else 0) + _whole_gradients(units, problem),
+        activations=kept,
+        working=max(layer, _of_loss(model, problem, keeps)) + _whole_gradients(units, problem),
         passing=_passing(units, problem),
         process=_process(model, problem),
         heap=problem.device == "cpu",
     )
+
+
+def _of_loss(model: Transformer, problem: Problem, keeps: bool) -> int:
+    """Bytes that the loss takes for a piece of the logits: probabilities in fp32, their gradient, and the logits."""
+    rows = min(problem.tokens, chunk_rows(model.config.vocab_size, problem.device))
+    narrow_ones = problem.dtype.itemsize if problem.dtype != torch.float32 else 0
+    each = FP32 + narrow_ones + (0 if keeps else problem.dtype.itemsize)
+    return rows * model.config.vocab_size * each
 
 
 def _adapted(memory: MemoryPlan, problem: Problem, targets: Sequence[Target]) -> MemoryPlan:
@@ -198,134 +221,3 @@ def _whole_gradients(units: Units, problem: Problem) -> int:
         return 0
     copies = 3 if problem.device == "cpu" and problem.parallel.shard > 1 else 2
     return FP32 * copies * max(units.root, units.largest)
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """Bytes that autograd keeps, parameters themselves left out."""
-
-    activations: int
-    casts: int  # of weights to the matmuls' dtype
-    cached: int  # of these, what autocast holds until the forward pass ends: not experts', which are cast by hand
-
-
-class _CountedExperts:
-    """Keeps what grouped_mm and megablocks keep, for any routing; with `fused`, what batched keeps.
-
-    `every`: and what every expert gives for every token, where the counted backend computes that.
-    """
-
-    name = "counted"
-
-    def __init__(self, fused: bool, dealt: bool, every: bool) -> None:
-        self._fused, self._dealt, self._every = fused, dealt, every
-
-    def supports(self, problem: ExpertProblem) -> str | None:
-        return None
-
-    def __call__(self, x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
-        """x [T, D] -> [T, D], without a number in it."""
-        y = self._chosen(x.to(compute_dtype(x)), routing, bank)
-        if self._every and routing.weight.requires_grad:
-            y = _KeepEvery.apply(y, bank.num_experts)
-        return add_down_bias(y, routing, bank).to(x.dtype)
-
-    def _chosen(self, x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
-        plan = dispatch_plan(routing)
-        gate_up, down = bank.gate_up.to(x.dtype), bank.down.to(x.dtype)
-        if self._fused and not self._dealt:
-            y: Tensor = _KeepFused.apply(x, routing.weight, gate_up, down)
-            return y
-        rows = gather_rows(x, plan)
-        if self._fused:  # of rows that came from other processes, as many as went to them
-            out: Tensor = _KeepFused.apply(rows, routing.weight, gate_up, down)
-        else:
-            expert = routing.expert.index_select(0, plan.order)
-            with torch.autocast("cpu", enabled=False):
-                out = bank.activate(add_up_bias(rows @ gate_up[0].t(), expert, bank)) @ down[0]
-        return combine_rows(out, routing.weight, plan)
-
-
-class _Placeholders(nn.Module):
-    """Keeps an assignment that is not served as a row: how many there are would depend on the data."""
-
-    def __init__(self, router: Router) -> None:
-        super().__init__()
-        self.router = router
-
-    def forward(self, x: Tensor, info: TokenInfo) -> Routing:
-        """x [T, D] -> the router's own routing, all of whose assignments count."""
-        return replace(self.router(x, info), served=None)
-
-
-class _KeepFused(torch.autograd.Function):
-    """x, the routing weights, the banks and the gate_up rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, gate_up, down, x.new_empty(weight.numel(), gate_up.shape[1]))
-        return torch.empty_like(x)
-
-
-class _KeepEvery(torch.autograd.Function):
-    """[E, T, D] for the gradient of the weights that no token gave."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, experts: int) -> Tensor:
-        ctx.save_for_backward(y.new_empty(experts, *y.shape))
-        return y.view_as(y)
-
-
-def _saved(model: Transformer, problem: Problem) -> _Saved:
-    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, tuple[torch.UntypedStorage, int | None]] = {}  # held, so that no other storage gets its address
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters and storage._cdata not in kept:
-            kept[storage._cdata] = (storage, _cast_from(tensor))
-        return tensor
-
-    routers = [block.router for block in moe_blocks(model)]
-    for block in moe_blocks(model):
-        block.believe()  # the look at the first routing's values needs values
-        block.router = _Placeholders(block.router)
-        every = getattr(block.backend, "computes_every_expert", False)
-        block.backend = _CountedExperts(problem.device == "cpu", problem.parallel.expert > 1, every)
-        block.chunk = None
-    if problem.device != "cpu":  # the fake tensors are the CPU's
-        for attention in (module for module in model.modules() if isinstance(module, Attention)):
-            if isinstance(attention.kernel, FullAttention):
-                attention.kernel.attend = torch_attention
-    ids = torch.zeros(problem.sequences, problem.sequence_length, dtype=torch.int64)
-    try:
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=problem.dtype != torch.float32),
-        ):
-            output = model.train()(ids, targets=ids)
-            assert output.token_loss is not None
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise ConfigError(
-            f"model.moe.router: its shapes depend on the data ({error.func}), so nothing can be counted without any; "
-            "plan with one that has a fixed number of experts per token, such as softmax_topk"
-        ) from error
-    finally:
-        for block, router in zip(moe_blocks(model), routers, strict=True):
-            block.router = router
-    experts = {id(parameter) for block in moe_blocks(model) for parameter in block.experts.parameters()}
-    activations = sum(storage.nbytes() for storage, source in kept.values() if source is None)
-    cached = sum(storage.nbytes() for storage, source in kept.values() if source is not None and source not in experts)
-    routed = sum(storage.nbytes() for storage, source in kept.values() if source in experts)
-    return _Saved(activations, cached + routed // problem.parallel.expert, cached)
-
-
-def _cast_from(tensor: Tensor) -> int | None:
-    """The identity of the parameter from which alone autograd made it, by casts and views; None: it is no weight."""
-    node = tensor.grad_fn
-    while node is not None and len(node.next_functions) == 1:
-        node = node.next_functions[0][0]
-        parameter = getattr(node, "variable", None)  # AccumulateGrad has one
-        if parameter is not None:
-            return id(parameter)
-    return None

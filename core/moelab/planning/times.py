@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 from moelab.nn.count import flops_per_token, forward_flops_per_token
+from moelab.nn.loss import keeps_logits
 from moelab.nn.transformer import Transformer
 from moelab.planning.machine import Machine
 from moelab.planning.traffic import EXCHANGE, SUM, Collective, CommunicationPlan, Problem
@@ -48,16 +49,22 @@ def times_of(
 ) -> Times:
     """The bounds of a step; `counts_before`: a pass without gradients goes before it."""
     length, tokens = problem.sequence_length, problem.tokens * problem.micro_batches
-    forward = forward_flops_per_token(model, length)
-    layers = forward - 2 * model.lm_head.weight.numel()
-    twice = sum(map(problem.recomputes, range(len(model.layers)))) / len(model.layers)
     flops = flops_per_token(model, length)
-    done = tokens * (flops + layers * (twice + counts_before))
+    done = tokens * (flops + computed_again(model, problem, counts_before))
     seconds: dict[str, float] = {}
     for one in sent.collectives:
         seconds[one.what] = seconds.get(one.what, 0.0) + seconds_of(one, machine)
     compute = done / (machine.reached or machine.peak)
     return Times(compute, seconds, tokens * problem.parallel.world, tokens * flops, machine.peak)
+
+
+def computed_again(model: Transformer, problem: Problem, counts_before: bool) -> float:
+    """FLOPs of a token beside the model's own: layers and logits that are not kept, a pass that counts beforehand."""
+    logits = 2 * model.lm_head.weight.numel()
+    kept = keeps_logits(problem.tokens * model.config.vocab_size, problem.recompute_logits)
+    layers = forward_flops_per_token(model, problem.sequence_length) - logits
+    twice = sum(map(problem.recomputes, range(len(model.layers)))) / len(model.layers)
+    return layers * (twice + counts_before) + (0 if kept else logits)
 
 
 def seconds_of(one: Collective, machine: Machine) -> float:

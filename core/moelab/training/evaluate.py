@@ -26,9 +26,14 @@ AXES = ("position", "context")  # of `Evaluation.places`
 
 
 def evaluation_batch_size(config: RunConfig) -> int:
-    """Sequences in a forward pass: what the config says, else as many as are not slower, and at least a micro-batch."""
+    """Sequences in a forward pass: what the config says, else as many as are not slower, and at least a micro-batch.
+
+    Under `train.memory_budget` a micro-batch, which fits without gradients where it fits with them.
+    """
     train = config.train
     at_least = train.micro_batch_size or train.batch_size
+    if train.memory_budget is not None:
+        return config.evaluation.batch_size or at_least
     return config.evaluation.batch_size or max(at_least, ceil(TOKENS_AT_ONCE / train.sequence_length))
 
 

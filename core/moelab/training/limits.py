@@ -6,6 +6,7 @@ import contextlib
 import logging
 import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from moelab.config.run import RunConfig
 from moelab.errors import CheckpointError
 from moelab.nn.room import MOMENTS, memory_of
 from moelab.planning.memory import predict
-from moelab.planning.traffic import Problem
+from moelab.planning.of_run import problem_of
 from moelab.registry import Registry
 from moelab.shortage import MEMORY, Shortage, size
 from moelab.training.precision import choose_precision
@@ -44,13 +45,9 @@ def fitting(config: RunConfig, registry: Registry) -> str | None:
     micro = train.micro_batch_size or train.batch_size // config.parallel.world
 
     def peak(sequences: int, checkpointing: bool) -> int:
-        dtype, kept, moments = (
-            getattr(torch, name) for name in (train.dtype, train.parameters_dtype, config.optimizer.moments_dtype)
+        problem = replace(
+            problem_of(config, device.type), sequences=sequences, micro_batches=1, checkpointing=int(checkpointing)
         )
-        problem = Problem(
-            sequences, train.sequence_length, dtype, device.type, config.parallel, 1, int(checkpointing), kept, moments,
-            tuple(train.adapters),
-        )  # fmt: skip
         return predict(config.model, problem, registry).memory.peak
 
     kept = bool(train.activation_checkpointing)

@@ -9,13 +9,14 @@ from typing import Any
 from moelab.alarms import AlarmWatch
 from moelab.data.lineage import CONVERSION
 from moelab.training.borders import as_in, stage_metrics
+from moelab.training.budget import tell_measured
 from moelab.training.loop import Loop, due, served_backends
 from moelab.training.mixture import mixture_metrics
 from moelab.training.probe import look, probe_batch
 from moelab.training.router_numbers import layer_facts
 from moelab.training.setup import Setup
 from moelab.training.step import StepResult
-from moelab.training.summary import log_metrics
+from moelab.training.summary import MEMORY, log_metrics
 
 logger = logging.getLogger("moelab")
 
@@ -32,6 +33,9 @@ def log_step(loop: Loop, result: StepResult, rate: float) -> None:
     probed = probe(loop) if due(step, train.probe_every) or step == train.steps else {}
     metrics = probed | report.metrics | mixture_metrics(loop.setup.batches, step, loop.setup.first)
     metrics |= stage_metrics(loop.setup)
+    if not loop.told_memory:
+        tell_measured(loop.setup.config, loop.setup.planned, metrics[MEMORY], step)
+        loop.told_memory = True
     metrics |= loop.reading.metrics(step, elapsed, loop.setup.ranks)
     loop.loads = {str(layer): shares for layer, shares in report.loads.items()}
     changes = loop.alarms.look(step, metrics)

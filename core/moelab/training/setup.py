@@ -17,7 +17,7 @@ from moelab.alarms import Alarm
 from moelab.builder import build_balance_losses, build_hollow, build_model, resolve_model
 from moelab.checkpoint import CONFIG, STATE, read_run_config, read_state
 from moelab.config.rope_scaling import as_part
-from moelab.config.run import RunConfig
+from moelab.config.run import RunConfig, TrainConfig
 from moelab.config.scalars import settle
 from moelab.config.stages import fill_in, stand_in
 from moelab.config.stored import is_sealed, stored, to_yaml
@@ -41,9 +41,11 @@ from moelab.nn.transformer import Transformer
 from moelab.origin import check_vocabulary
 from moelab.parallel.process_group import processes_here, together
 from moelab.parallel.ranks import ALONE, Ranks
+from moelab.planning.memory import MemoryPlan
 from moelab.records import Record
 from moelab.registry import Registry
 from moelab.training.adapters import Adapters, attach
+from moelab.training.budget import settle_budget
 from moelab.training.causality import Causality
 from moelab.training.freeze import freeze
 from moelab.training.mixture import Batches, build_batches
@@ -102,6 +104,7 @@ class Setup:
     adapters: Adapters | None = None  # what is trained in place of the model's parameters
     stages: tuple[Stage, ...] = ()  # of the run; what stands above is that of `stage`, the model's positions too
     stage: int = 0
+    planned: MemoryPlan | None = None  # where train.memory_budget chose how to compute a step
 
     @property
     def seen(self) -> SeenText:
@@ -150,6 +153,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
     start = find_start(config, tokenizer, registry, verify=verify)
     for line in start.told:
         logger.warning(line)
+    planned = settle_budget(config, registry, precision.device.type, start)
     corpus = build_corpus_of(config, registry, tokenizer)
     train, micro = config.train, config.train.micro_batch_size or config.train.batch_size // ranks.size
     stages = build_stages(config, corpus, registry)
@@ -162,8 +166,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
     settings = StepSettings(micro, train.grad_clip, config.seed, precision)
     rehearse(model, stages, precision)
     rehearsal = probe_step(model, losses, batches.batch(0), settings)
-    if train.activation_checkpointing:
-        apply_activation_checkpointing(model, train.activation_checkpointing)
+    _choose_ways(model, train)
     return Setup(
         config=config,
         registry=registry,
@@ -187,7 +190,15 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         ranks=ranks,
         adapters=adapters,
         stages=stages,
+        planned=planned,
     )
+
+
+def _choose_ways(model: Transformer, train: TrainConfig) -> None:
+    """How the model computes from the first step on; its rehearsal was plain."""
+    model.recompute_logits = train.recompute_logits
+    if train.activation_checkpointing:
+        apply_activation_checkpointing(model, train.activation_checkpointing)
 
 
 def _whole_model(

@@ -31,6 +31,7 @@ from moelab.training.step import StepResult
 if TYPE_CHECKING:
     from moelab.training.setup import Setup
 
+MEMORY = "perf/memory_gb"
 LOADS, BACKENDS = "expert_load", "backends"  # of summary.json, and of state.json, so that a resumed run has them
 
 
@@ -52,7 +53,7 @@ def log_metrics(result: StepResult, rate: float, progress: Progress, setup: Setu
     }
     metrics |= gradient_metrics(setup.model, setup.blocks, result, setup.adapters)
     metrics |= idle_metrics(setup.blocks, since.counts)
-    metrics["perf/memory_gb"] = memory_gb(setup.step_settings.precision.device)
+    metrics[MEMORY] = memory_gb(setup.step_settings.precision.device)
     metrics |= rank_metrics(router.loads, setup.config.parallel.expert)
     return replace(router, metrics=metrics | router.metrics)
 

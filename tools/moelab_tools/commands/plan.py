@@ -57,11 +57,10 @@ def command(
           train.sequence_length=4096 train.batch_size=64 train.dtype=bfloat16 \\
           train.activation_checkpointing=1 --machine h100
     """
-    import torch
-
-    from moelab.errors import ConfigError
+    from moelab.config.stages import stand_in
+    from moelab.planning.budget import choose
     from moelab.planning.memory import predict
-    from moelab.planning.traffic import Problem
+    from moelab.planning.of_run import problem_of
     from moelab.registry import Registry
     from moelab_tools.checkpoints import load_run, plugin_places, tell_origin, tell_stage
 
@@ -70,23 +69,15 @@ def command(
     tell_origin(loaded)
     run = loaded.config
     tell_stage(run)
-    train, world = run.train, run.parallel.world
-    sequences = train.micro_batch_size or train.batch_size // world
-    if train.batch_size % (sequences * world):
-        raise ConfigError(f"train.batch_size: {train.batch_size} is not a multiple of {sequences} x {world} devices")
-    problem = Problem(
-        sequences=sequences,
-        sequence_length=train.sequence_length,
-        dtype=getattr(torch, train.dtype),
-        device=device or _device(run),
-        parallel=run.parallel,
-        micro_batches=train.batch_size // (sequences * world),
-        checkpointing=train.activation_checkpointing,
-        kept=getattr(torch, train.parameters_dtype),
-        moments=getattr(torch, run.optimizer.moments_dtype),
-        adapters=train.adapters,
-    )
     registry = Registry(run.plugins, run.entry_points, plugin_places(loaded, trust=trust))
+    device = device or _device(run)
+    if run.train.memory_budget is not None:
+        way = choose(run, registry, device)
+        click.echo(way.sentence(run) + "\n")
+        way.write(run)
+        if run.stages:
+            stand_in(run, -1)
+    problem = problem_of(run, device)
     if device_memory is None and chosen is not None and chosen.memory:
         device_memory = chosen.memory / GB
     _print(predict(run.model, problem, registry, chosen), device_memory)

@@ -15,6 +15,7 @@ from moelab.config.model import ModelConfig, MoEConfig
 from moelab.config.run import OptimizerConfig, ParallelConfig
 from moelab.errors import ConfigError
 from moelab.hookspecs import ROUTERS
+from moelab.nn.checkpointing import apply_activation_checkpointing
 from moelab.nn.narrow import narrow
 from moelab.planning.memory import predict
 from moelab.planning.traffic import GRADIENTS, PARAMETERS, TOKENS, Problem
@@ -43,6 +44,9 @@ def _measured(config: ModelConfig, problem: Problem) -> int:
     model = build(config, seed=0)
     if problem.kept == torch.bfloat16:
         narrow(model)
+    if problem.checkpointing:
+        apply_activation_checkpointing(model, problem.checkpointing)
+    model.recompute_logits = problem.recompute_logits
     moments = str(problem.moments).removeprefix("torch.")
     optimizer = build_adamw(model, OptimizerConfig(moments_dtype=moments))
     ids = torch.randint(0, config.vocab_size, (problem.sequences, problem.sequence_length))
@@ -195,9 +199,23 @@ def test_gradients_add_up_whole_or_in_pieces():
 
 
 def test_checkpointing_keeps_one_residual_stream_a_layer():
-    plan = predict(_config(layers=3), replace(PROBLEM, checkpointing=1)).memory
-    assert plan.activations == 3 * PROBLEM.tokens * 128 * 4
-    assert plan.peak < predict(_config(layers=3), PROBLEM).memory.peak
+    """Beside what the norm and the head keep, whatever the number of layers."""
+    two, three = (predict(_config(layers=n), replace(PROBLEM, checkpointing=1)).memory for n in (2, 3))
+    assert three.activations - two.activations == PROBLEM.tokens * 128 * 4
+    assert three.peak < predict(_config(layers=3), PROBLEM).memory.peak
+
+
+def test_logits_that_are_computed_twice_are_not_kept():
+    kept, gone = (predict(_config(), replace(PROBLEM, recompute_logits=asked)).memory for asked in (False, True))
+    assert kept == predict(_config(), PROBLEM).memory  # there are few of them
+    assert kept.activations - gone.activations == PROBLEM.tokens * 512 * 4
+
+
+@pytest.mark.parametrize(("every", "logits"), [(1, False), (2, True), (0, True)])
+def test_what_is_computed_twice_is_predicted_as_measured(every: int, logits: bool):
+    config, problem = _config(layers=4), replace(PROBLEM, checkpointing=every, recompute_logits=logits)
+    config.vocab_size = 4096
+    assert predict(config, problem).memory.tensors == pytest.approx(_measured(config, problem), rel=0.15)
 
 
 def test_collectives_send_what_rings_send():

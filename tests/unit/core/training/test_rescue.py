@@ -14,6 +14,8 @@ from torch import nn
 from moelab.config.model import ModelConfig
 from moelab.config.run import RunConfig, TrainConfig
 from moelab.errors import CheckpointError, RunFailure
+from moelab.planning.memory import predict
+from moelab.planning.traffic import Problem
 from moelab.registry import Registry
 from moelab.shortage import MEMORY, Shortage
 from moelab.training import limits
@@ -73,8 +75,8 @@ def _config(**train: Any) -> RunConfig:
 
 def test_a_shortage_is_one_line_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     config, registry = _config(batch_size=64, sequence_length=256), Registry(entry_points=False)
-    everything = limits.predict(config.model, limits.Problem(64, 256, device="cpu"), registry).memory.peak
-    half = limits.predict(config.model, limits.Problem(32, 256, device="cpu"), registry).memory.peak
+    everything = predict(config.model, Problem(64, 256, device="cpu"), registry).memory.peak
+    half = predict(config.model, Problem(32, 256, device="cpu"), registry).memory.peak
     monkeypatch.setattr(limits, "memory_there", lambda device: (everything + half) // 2)
     monkeypatch.setattr(limits, "ROOM", 1.0)
     line = told(Shortage(MEMORY, 1 << 30), config, registry)

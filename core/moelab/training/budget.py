@@ -1,0 +1,54 @@
+"""`train.memory_budget` in a run: chosen once, kept when it is resumed, and held against what a step then takes."""
+
+from __future__ import annotations
+
+import logging
+
+from moelab.checkpoint import read_run_config
+from moelab.config.run import RunConfig
+from moelab.config.scalars import bytes_of
+from moelab.planning.budget import choose, write
+from moelab.planning.memory import MemoryPlan
+from moelab.registry import Registry
+from moelab.shortage import size
+from moelab.training.start import Start
+
+logger = logging.getLogger("moelab")
+
+
+def settle_budget(config: RunConfig, registry: Registry, device: str, start: Start) -> MemoryPlan | None:
+    """Write into a resolved config, in place, how a step is to be computed; None: there is no budget, or nothing to do.
+
+    A run that goes on takes what its checkpoint says, since another choice would end in other bits. Raises ConfigError
+    where nothing fits.
+    """
+    budget = config.train.memory_budget
+    if budget is None:
+        return None
+    if start.origin is not None and start.origin.own and start.origin.own.folder is not None:
+        then = read_run_config(start.origin.folder)
+        if then.train.memory_budget == budget:
+            sizes = [stage.micro_batch_size for stage in then.stages] or [then.train.micro_batch_size]
+            write(config, sizes, then.train.activation_checkpointing, then.train.recompute_logits)
+            return None
+    choice = choose(config, registry, device)
+    logger.warning("%s", choice.sentence(config))
+    choice.write(config)
+    return choice.memory
+
+
+def tell_measured(config: RunConfig, plan: MemoryPlan | None, gigabytes: float, step: int) -> None:
+    """A line about the memory that the process took up to `step`: a warning where it is more than it may be."""
+    budget = config.train.memory_budget
+    if budget is None:
+        return
+    allowed, measured = bytes_of(budget) or 0, round(1e9 * gigabytes)
+    planned = f", {size(plan.peak)} as planned" if plan is not None else ""
+    if measured <= allowed:
+        logger.info("train.memory_budget %s: %s taken up to step %d%s", budget, size(measured), step, planned)
+        return
+    logger.warning(
+        "train.memory_budget %s: %s taken up to step %d%s; to stay below, begin a new run with a smaller budget or "
+        "micro-batch",
+        budget, size(measured), step, planned,
+    )  # fmt: skip
