@@ -56,6 +56,8 @@ class TrainConfig:
     # The loss computes its logits twice, piece by piece, and keeps none; null: beyond 2^27 of them, or memory_budget's
     # choice.
     recompute_logits: bool | None = None
+    # torch.compile on parts of the layers, by moelab.training.compiled; of little use on a CPU. For one process.
+    compile: bool = False
     # Of a process, "8 GB": micro_batch_size, activation_checkpointing and recompute_logits, where they are not said,
     # are the cheapest that fit by `moelab plan`'s figures. null: nothing is chosen.
     memory_budget: str | None = None
@@ -260,6 +262,8 @@ class RunConfig:
     def _check_narrow(self) -> None:
         """Numbers of 16 bits that are kept from step to step."""
         kept, moments, products = self.train.parameters_dtype, self.optimizer.moments_dtype, self.train.dtype
+        if self.train.compile and self.parallel.world > 1:
+            raise ConfigError(f"train.compile: is for one process, and parallel asks for {self.parallel.world}")
         for key, dtype in {"train.parameters_dtype": kept, "optimizer.moments_dtype": moments}.items():
             if dtype not in {"float32", "bfloat16"}:
                 raise ConfigError(f"{key}: must be float32 or bfloat16, not '{dtype}'")

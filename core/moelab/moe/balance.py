@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ class NamedLoss:
     layers: frozenset[int] | None = None  # None: all
     schedule: WeightSchedule = field(default_factory=WeightSchedule)
     ours: bool = False  # built in
+    compute: Callable[..., Tensor] | None = None  # in place of the loss itself: the same, compiled
 
     def weight_at(self, step: int) -> float:
         """The coefficient at an optimizer step, which counts from 0."""
@@ -55,7 +56,7 @@ class NamedLoss:
         """The unweighted value over its layers: a scalar. Raises ConfigError naming key, plugin and owner."""
         mine = [r for r in records if self.layers is None or r.layer_id in self.layers]
         try:
-            value = self.loss(mine, context)
+            value = (self.compute or self.loss)(mine, context)
         except ConfigError as error:
             raise ConfigError(f"{self.where} ('{self.name}' of {self.owner}): {error}") from error
         fault = promises.loss_value(value)

@@ -7,11 +7,12 @@ E' choices: the E experts, followed by whatever a router offers beside them (nul
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+MAP = "balance_map"  # in `Routing._made`
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Routing:
     weights_on_input: bool = (
         False  # each expert sees its weight times x, and is added as it is (Llama 4); else after it
     )
+    _made: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def from_topk(
@@ -168,7 +170,7 @@ class Routing:
         undecided = self.scores is not None and self.choices is None and self.served is None
         return self.top_k if undecided and self.top_k is not None else 0
 
-    @cached_property
+    @property
     def balance_map(self) -> Tensor:
         """[T, E'] bool: which choices of each token balance losses count; none for padding. Computed when first asked.
 
@@ -176,6 +178,11 @@ class Routing:
         compute_routing_scores_for_aux_loss): once a bias evens out who is chosen, the choices are balanced, and a loss
         that counts them teaches the scores nothing.
         """
+        if MAP not in self._made:  # no functools.cached_property: its lock, before Python 3.12, stops torch.compile
+            self._made[MAP] = self._balance_map()
+        return self._made[MAP]
+
+    def _balance_map(self) -> Tensor:
         top_k = self.counted_top_k
         if top_k == 0 or self.scores is None:
             return self.choice_map()

@@ -74,12 +74,16 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, inputs: AttentionInputs, info: TokenInfo) -> tuple[Tensor, LayerRecord | None]:
         """x [B, S, D] -> [B, S, D], and the record of a sparse layer."""
-        x = x + self.self_attn(self.input_layernorm(x), inputs)
-        normed = self.post_attention_layernorm(x)
+        x, normed = self.attend(x, inputs)
         if isinstance(self.mlp, MoEBlock):
             y, record = self.mlp(normed.flatten(0, 1), info)
             return x + y.view_as(x), record
         return x + self.mlp(normed), None
+
+    def attend(self, x: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """x [B, S, D] -> with attention added, and that normed."""
+        x = x + self.self_attn(self.input_layernorm(x), inputs)
+        return x, self.post_attention_layernorm(x)
 
 
 class Transformer(nn.Module):

@@ -33,6 +33,9 @@ def log_step(loop: Loop, result: StepResult, rate: float) -> None:
     probed = probe(loop) if due(step, train.probe_every) or step == train.steps else {}
     metrics = probed | report.metrics | mixture_metrics(loop.setup.batches, step, loop.setup.first)
     metrics |= stage_metrics(loop.setup)
+    if loop.setup.compiled is not None and loop.setup.compiled.line() != loop.told_compiled:
+        loop.told_compiled = loop.setup.compiled.line()  # again whenever another shape was compiled
+        logger.info("%s", loop.told_compiled)
     if not loop.told_memory:
         tell_measured(loop.setup.config, loop.setup.planned, metrics[MEMORY], step)
         loop.told_memory = True

@@ -58,6 +58,7 @@ class Loop:
     ended_early: bool = False  # train.patience is over
     reading: Reading = field(default_factory=Reading)
     told_memory: bool = False  # what train.memory_budget allows was held against what is taken
+    told_compiled: str = ""  # the last line about what was compiled
     damaged: set[str] = field(default_factory=set)  # names of checkpoints that were passed over
 
 

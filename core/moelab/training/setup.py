@@ -104,6 +104,7 @@ class Setup:
     adapters: Adapters | None = None  # what is trained in place of the model's parameters
     stages: tuple[Stage, ...] = ()  # of the run; what stands above is that of `stage`, the model's positions too
     stage: int = 0
+    compiled: Any = None  # moelab.training.compiled.Compiled, where train.compile asks for it
     planned: MemoryPlan | None = None  # where train.memory_budget chose how to compute a step
 
     @property
@@ -166,7 +167,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
     settings = StepSettings(micro, train.grad_clip, config.seed, precision)
     rehearse(model, stages, precision)
     rehearsal = probe_step(model, losses, batches.batch(0), settings)
-    _choose_ways(model, train)
+    losses, compiled = _choose_ways(model, losses, train, precision)
     return Setup(
         config=config,
         registry=registry,
@@ -191,14 +192,24 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         adapters=adapters,
         stages=stages,
         planned=planned,
+        compiled=compiled,
     )
 
 
-def _choose_ways(model: Transformer, train: TrainConfig) -> None:
-    """How the model computes from the first step on; its rehearsal was plain."""
-    model.recompute_logits = train.recompute_logits
+def _choose_ways(
+    model: Transformer, losses: list[NamedLoss], train: TrainConfig, precision: Precision
+) -> tuple[list[NamedLoss], Any]:
+    """How the model and its losses are computed from the first step on; their rehearsal was plain.
+
+    -> the losses, and what was compiled: moelab.training.compiled.Compiled, or None.
+    """
+    model.recompute_logits, run = train.recompute_logits, None
+    if train.compile:
+        compiled: Any = import_module("moelab.training.compiled")  # a second of imports
+        run, losses = compiled.compile_parts(model, losses, precision.device.type)
     if train.activation_checkpointing:
         apply_activation_checkpointing(model, train.activation_checkpointing)
+    return losses, run
 
 
 def _whole_model(

@@ -1,0 +1,161 @@
+"""`train.compile`: torch.compile on parts of the layers, each in one graph, from the first training step on.
+
+A part is compiled whole (`fullgraph`) or not at all: what breaks the graph, a plugin or a missing compiler, is named in
+one line, and that part goes on eagerly. Outside stay the experts, whose backends choose kernels by the routing's
+numbers (grouped_mm, MegaBlocks, batched), the head's loss, which works piece by piece, and, on a CPU, everything that
+has kernels of our own there: attention and large products, which a compiler would take apart (docs/compute.md).
+
+Shapes are static and random numbers eager's, so that a resumed run compiles the same kernels and ends in the same bits.
+Evaluation and generation, whose shapes vary, are eager.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moelab.moe.balance import NamedLoss
+from moelab.moe.block import MoEBlock
+from moelab.nn.norm import RMSNorm
+from moelab.nn.transformer import DecoderLayer, Transformer
+
+logger = logging.getLogger("moelab")
+COMPILERS = ("torch._dynamo", "torch._inductor")
+MOST_SHAPES = 8  # of one part: further ones, of stages that differ in length, are computed eagerly
+
+
+@dataclass
+class Compiled:
+    """All parts of a run."""
+
+    compiler: Callable[[torch.fx.GraphModule, Sequence[Any]], Any]
+    parts: list[Part] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
+    without: str | None = None  # why nothing can be compiled here
+
+    def part(self, name: str, eager: Callable[..., Any]) -> Part:
+        """`eager`, compiled when it is first called."""
+        self.parts.append(Part(name, eager, self))
+        return self.parts[-1]
+
+    @property
+    def graphs(self) -> int:
+        """How many were compiled: of each part one for each shape, dtype and kind of layer."""
+        return sum(part.graphs for part in self.parts)
+
+    @property
+    def refused(self) -> list[str]:
+        """The parts that are computed eagerly."""
+        return [part.name for part in self.parts if part.broken]
+
+    def line(self) -> str:
+        """For the log."""
+        if self.without is not None:
+            return f"train.compile: nothing is compiled ({self.without})"
+        left = f"; eager: {', '.join(self.refused)}" if self.refused else ""
+        return f"train.compile: {len(self.parts) - len(self.refused)} parts in {self.graphs} graphs{left}"
+
+
+class Part:
+    """A function of a layer: compiled where it is called for training and can be, otherwise what it was."""
+
+    def __init__(self, name: str, eager: Callable[..., Any], run: Compiled) -> None:
+        self.name, self.graphs, self.broken = name, 0, False
+        self._eager, self._run = eager, run
+        self._compiled = torch.compile(eager, fullgraph=True, dynamic=False, backend=self._backend)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.broken or self._run.without is not None or not torch.is_grad_enabled():
+            return self._eager(*arguments)
+        try:
+            return self._compiled(*arguments)
+        except Exception as error:
+            if not type(error).__module__.startswith(COMPILERS):
+                raise  # the part's own
+            self._give_up(error)  # while it was traced or compiled: nothing has run
+        return self._eager(*arguments)
+
+    def _backend(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        compiled: Any = self._run.compiler(graph, examples)
+        self.graphs += 1
+        return compiled
+
+    def _give_up(self, error: BaseException) -> None:
+        self.broken = True
+        limit = isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
+        reason = _first_line(error.__cause__ if limit and error.__cause__ else error)
+        if _lacks_compiler(error):
+            self._run.without = reason
+            logger.warning("train.compile: there is no working compiler here (%s): the run goes on without", reason)
+            return
+        told = f"{self.name.partition(', layer ')[0]} breaks the graph and is computed eagerly: {reason}"
+        if told not in self._run.told:  # once for all layers
+            self._run.told.add(told)
+            logger.warning("train.compile: %s%s", told, _place(error))
+
+
+def compile_parts(
+    model: Transformer, losses: Sequence[NamedLoss], device: str, compiler: Any = None
+) -> tuple[Compiled, list[NamedLoss]]:
+    """Compile parts of `model`, in place, for training on "cpu" or "cuda"; -> what was, and the losses, compiled too.
+
+    `compiler`: (graph, examples) -> a function; None: torch's inductor.
+    """
+    torch._dynamo.config.recompile_limit = MOST_SHAPES * (len(model.layers) + 1)  # layers of one kind share their code
+    torch._inductor.config.fallback_random = True  # eager's numbers
+    torch._functorch.config.donated_buffer = False  # each loss's share of a gradient is a backward pass of its own
+    run = Compiled(compiler or import_module("torch._inductor.compile_fx").compile_fx)
+    for layer in model.layers:
+        assert isinstance(layer, DecoderLayer)
+        for name, holder, attribute in _functions(layer, device):
+            setattr(holder, attribute, run.part(name, getattr(holder, attribute)))
+    setattr(model.norm, "forward", run.part("the last norm", model.norm.forward))  # noqa: B010  (a method, for mypy)
+    return run, [replace(named, compute=run.part(named.part.title, named.loss)) for named in losses]
+
+
+def _functions(layer: DecoderLayer, device: str) -> Iterator[tuple[str, nn.Module, str]]:
+    """(its name in messages, whose, which) function of a layer."""
+    place = f"layer {layer.self_attn.layer_id}"
+    if device == "cpu":
+        for norm in (module for module in layer.modules() if isinstance(module, RMSNorm)):
+            yield f"a norm, {place}", norm, "forward"
+    else:
+        yield f"attention, {place}", layer, "attend"
+    if not isinstance(layer.mlp, MoEBlock):
+        if device != "cpu":
+            yield f"the feed-forward network, {place}", layer.mlp, "forward"
+        return
+    if isinstance(layer.mlp.router, nn.Module):
+        yield layer.mlp.parts["router"].title, layer.mlp.router, "forward"
+    if isinstance(layer.mlp.shared_expert, nn.Module) and device != "cpu":
+        yield layer.mlp.parts["shared_expert"].title, layer.mlp.shared_expert, "forward"
+
+
+def _lacks_compiler(error: BaseException) -> bool:
+    """Whether it is not the part's fault: no C++ compiler, or no triton."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if type(seen).__name__ in ("InvalidCxxCompiler", "TritonMissing", "CppCompileError") or isinstance(
+            seen, FileNotFoundError | PermissionError
+        ):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return any(word in str(error) for word in ("InvalidCxxCompiler", "TritonMissing", "CppCompileError"))
+
+
+def _place(error: BaseException) -> str:
+    """Where in the part's own code: " (switch.py:31)"."""
+    frames = [frame for frame in getattr(error, "real_stack", None) or [] if "site-packages" not in frame.filename]
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

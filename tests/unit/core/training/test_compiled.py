@@ -1,0 +1,199 @@
+"""`train.compile`: which parts become one graph each, that the numbers stay, and who is told of what doesn't.
+
+The graphs are run by torch itself here, since a C++ compiler takes many seconds: benchmarks/compile.py has one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moelab import build
+from moelab.builder import build_balance_losses
+from moelab.config.model import ModelConfig, MoEConfig
+from moelab.config.run import ParallelConfig, RunConfig
+from moelab.errors import ConfigError
+from moelab.hookspecs import ROUTERS, SHARED_EXPERTS
+from moelab.moe.batch_statistics import BatchStatistics
+from moelab.moe.routing import Routing, TokenInfo
+from moelab.nn.transformer import TokenContext, Transformer
+from moelab.registry import Registry
+from moelab.training.compiled import MOST_SHAPES, Compiled, compile_parts
+from moelab.training.trainer import train
+
+REGISTRY = Registry(entry_points=False)
+DRAWS = {"switch", "gshard", "noisy_topk", "forced_random"}  # noise of their own, from a generator that no graph holds
+LAYOUT = {"name": "uniform", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+TOP = {"switch": 1, "base": 1}
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> None:
+    torch._dynamo.reset()
+
+
+def _as_it_is(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> torch.fx.GraphModule:
+    return graph
+
+
+def _config(depth: int = 1, **moe: Any) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=depth, num_attention_heads=2,
+        num_key_value_heads=1, moe=MoEConfig(**({"layout": dict(LAYOUT), "allow_noncausal": True} | moe)),
+    )  # fmt: skip
+
+
+def _forward(model: Transformer, length: int = 16) -> tuple[Tensor, Any]:
+    ids = torch.randint(0, 64, (2, length), generator=torch.Generator().manual_seed(1))
+    noise = torch.Generator().manual_seed(2)
+    output = model(ids, targets=ids, tokens=TokenContext(generator=noise))
+    assert output.token_loss is not None
+    return output.token_loss.mean(), output.records
+
+
+def _refused(run: Compiled, kind: str) -> set[str]:
+    return {name.split("'")[1] for name in run.refused if name.startswith(kind)}
+
+
+def test_every_built_in_router_is_one_graph_but_for_those_that_draw_noise(caplog: pytest.LogCaptureFixture) -> None:
+    names = sorted(REGISTRY.components(ROUTERS))
+    layers = {
+        str(place): {
+            "router": {"name": name} | ({"num_null_experts": 4} if name == "null_experts" else {}),
+            "layout": LAYOUT | {"num_experts_per_tok": TOP.get(name, 2)},
+        }
+        for place, name in enumerate(names)
+    }
+    config = _config(len(names), layers=layers)
+    plain, model = build(config, seed=0).train(), build(config, seed=0).train()
+    run, _ = compile_parts(model, [], "cpu", _as_it_is)
+    assert torch.equal(_forward(model)[0], _forward(plain)[0])
+    assert _refused(run, "router") == DRAWS
+    assert len(run.refused) == len(DRAWS)  # nothing else broke
+    assert run.graphs == len(run.parts) - len(DRAWS)
+    told = [line for line in caplog.messages if "breaks the graph" in line]
+    assert len(told) == len(DRAWS)
+    assert all("gate.py:" in line or "forced_random.py:" in line for line in told)
+
+
+def test_built_in_balance_losses_are_one_graph_each() -> None:
+    scopes = [{"name": "load_balance", "weight": 1.0, "scope": scope} for scope in ("global", "micro", "sequence")]
+    names = ("hf_load_balance", "router_z", "importance", "entropy", "router_orthogonality", "expert_similarity")
+    devices = {"name": "communication", "weight": 1.0, "num_devices": 4, "devices_per_token": 2}
+    quiet = {"name": "expert_router_coupling", "weight": 1.0, "noise": False}
+    terms = [*scopes, *({"name": name, "weight": 1.0} for name in names), devices, quiet]
+    config = _config(2, balance_losses=terms)
+    model, losses = build(config, seed=0).train(), build_balance_losses(config, REGISTRY)
+    run, compiled = compile_parts(model, losses, "cpu", _as_it_is)
+    _, records = _forward(model)
+    statistics = BatchStatistics(losses)
+    statistics.add(records)
+    for plain, one in zip(losses, compiled, strict=True):
+        context = statistics.context(plain)
+        assert torch.equal(one(records, context), plain(records, context))
+    assert run.refused == []
+
+
+@pytest.mark.parametrize("shared", sorted(REGISTRY.components(SHARED_EXPERTS)))
+def test_on_an_accelerator_attention_and_shared_experts_are_graphs_too(shared: str) -> None:
+    options = {"gated": {"intermediate_size": 8}, "plain": {"intermediate_size": 8}}.get(shared, {})
+    if shared == "several":
+        options = {"num_experts": 2, "intermediate_size": 8}
+    config = _config(1, shared_expert={"name": shared} | options)
+    plain, model = build(config, seed=0).train(), build(config, seed=0).train()
+    run, _ = compile_parts(model, [], "cuda", _as_it_is)
+    assert torch.equal(_forward(model)[0], _forward(plain)[0])
+    assert run.refused == []
+    assert run.graphs == len(run.parts) == (3 if shared == "none" else 4)
+
+
+class _Peeks(nn.Module):
+    """A router that looks at a value, which no graph can."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, info: TokenInfo) -> Routing:
+        found: Routing = self.inner(x, info)
+        return found if float(x.sum()) > 1e9 else self.inner(x, info)
+
+
+def test_a_plugin_that_breaks_the_graph_is_named_once_with_its_line_and_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = build(_config(2), seed=0).train()
+    for layer in model.layers:
+        layer.mlp.router = _Peeks(layer.mlp.router)
+    expected = _forward(model)[0]
+    run, _ = compile_parts(model, [], "cpu", _as_it_is)
+    assert torch.equal(_forward(model)[0], expected)
+    assert len(_refused(run, "router")) == 1
+    (line,) = [message for message in caplog.messages if "breaks the graph" in message]
+    assert "router 'softmax_topk'" in line
+    assert "(test_compiled.py:" in line
+    assert "eager: router" in run.line()
+
+
+def test_new_shapes_are_counted_and_beyond_a_bound_computed_eagerly(caplog: pytest.LogCaptureFixture) -> None:
+    model = build(_config(1), seed=0).train()
+    run, _ = compile_parts(model, [], "cpu", _as_it_is)
+    counts = []
+    for length in (4, 4, 5, 6):
+        _forward(model, length)
+        counts.append(run.graphs)
+    assert counts[0] == counts[1] < counts[2] < counts[3]
+    with torch.no_grad():
+        _forward(model, 7)  # evaluation compiles nothing
+    assert run.graphs == counts[3]
+    torch._dynamo.config.recompile_limit = 3
+    _forward(model, 8)
+    assert run.graphs == counts[3]
+    assert "computed eagerly" in caplog.text
+    assert MOST_SHAPES > 3
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _lacks(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Any:
+    raise FileNotFoundError("g++")
+
+
+def test_a_run_is_the_same_compiled_and_goes_on_without_a_compiler(
+    small_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    small_run.model = copy.deepcopy(small_run.model)
+    losses = [{"name": "load_balance", "weight": 0.01, "scope": "global"}]
+    small_run.model.moe = MoEConfig(layout=dict(LAYOUT), balance_losses=losses)
+    small_run.train.activation_checkpointing, small_run.evaluation.every = 1, 0
+    found = []
+    for name, compiler in (("plain", None), ("compiled", _as_it_is), ("without", _lacks)):
+        torch._dynamo.reset()
+        small_run.run_dir, small_run.train.compile = str(tmp_path / name), compiler is not None
+        monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compiler)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "moelab"):
+            found.append([row["train/loss"] for row in _rows(train(small_run)) if "train/loss" in row])
+        told = [line for line in caplog.messages if line.startswith("train.compile:")]
+        if name == "compiled":
+            assert told == ["train.compile: 5 parts in 5 graphs"]
+        if name == "without":
+            assert len(told) == 2
+            assert told[0].startswith("train.compile: there is no working compiler here (")
+    assert found[0] == found[1] == found[2]
+
+
+def test_several_processes_are_refused(small_run: RunConfig) -> None:
+    small_run.train.compile, small_run.parallel = True, ParallelConfig(shard=2)
+    with pytest.raises(ConfigError, match=r"train\.compile: is for one process"):
+        small_run.check()
