@@ -2,7 +2,7 @@
 
     python -m moelab_tools.plugin_pages docs/plugins
 
-A test compares the pages with what this would write.
+And `described.json`, by which `moelab plugins` lists them. A test compares both with what this would write.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 from moelab.hookspecs import EXTENSION_POINTS, ExtensionPoint
 from moelab.registry import Registry
-from moelab_tools.describe_plugins import PluginEntry, describe_point, plural
+from moelab_tools.describe_plugins import PluginEntry, describe_plugins, describe_point, plural
+from moelab_tools.described import FILE, text_of
 
 TITLES = {
     "Formula": "Formula",
@@ -25,14 +26,15 @@ TITLES = {
 
 
 def write_pages(folder: Path) -> list[Path]:
-    """Write all pages and an index; -> their paths."""
+    """Write all pages, an index, and the list of `moelab plugins`; -> their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, text in pages().items():
         path = folder / name
         path.write_text(text)
         paths.append(path)
-    return paths
+    FILE.write_text(text_of(describe_plugins(Registry(entry_points=False))), encoding="utf-8")
+    return [*paths, FILE]
 
 
 def pages() -> dict[str, str]:

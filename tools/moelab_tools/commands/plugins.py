@@ -45,11 +45,14 @@ def command(arguments: tuple[str, ...], whole: bool, as_json: bool) -> None:
     from moelab.config.load import load_config
     from moelab.registry import Registry
     from moelab_tools.describe_plugins import choose, describe_plugins
+    from moelab_tools.described import described
 
     overrides = [argument for argument in arguments if is_override(argument)]
     loaded = load_config(overrides, PluginSelection)
-    registry = Registry(loaded.config.plugins, loaded.config.entry_points, loaded.places("plugins"))
-    entries = describe_plugins(registry)
+    chosen = loaded.config
+    entries = described(chosen.plugins, chosen.entry_points)
+    if entries is None:
+        entries = describe_plugins(Registry(chosen.plugins, chosen.entry_points, loaded.places("plugins")))
     kinds, named = choose(entries, [argument for argument in arguments if not is_override(argument)])
     if as_json:
         click.echo(json.dumps([asdict(entry) for entry in [*kinds, *named]], indent=2))
