@@ -62,6 +62,15 @@ class LayerState:
     records: list[LayerRecord]  # of the MoE layers below, in order
 
 
+class _Embedding(nn.Embedding):
+    """On the meta device nothing is drawn: torch imports sympy to know that a drawn tensor has its own shape (1 s)."""
+
+    def reset_parameters(self) -> None:
+        """N(0, 1), until the model's own rule."""
+        if self.weight.device.type != "meta":
+            super().reset_parameters()
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm residual layer."""
 
@@ -101,7 +110,7 @@ class Transformer(nn.Module):
         self.config = config
         self.recompute_logits: bool | None = None  # for the loss's backward pass; None: beyond a number of them
         self.speech: Callable[[], Speech] | Speech | None = None  # read when first asked; None: nobody knows
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = _Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, mlp) for i, mlp in enumerate(mlps))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -57,6 +57,7 @@ class MemoryPlan:
     activations: int  # kept from the forward pass for the backward pass
     working: int  # the layer that is being computed
     passing: int = 0  # gathered in all passes of a step and freed again, layer after layer
+    added: int = 0  # gradients of a later micro-batch, freed when they are added to those of the first
     process: int = 0  # of a CPU, what the process holds beside its tensors
     heap: bool = False  # malloc's, which can't give the place of freed activations to gradients
 
@@ -68,8 +69,12 @@ class MemoryPlan:
 
     @property
     def unused(self) -> int:
-        """What was freed between what stays, so that nothing of its size fits there: activations, gathered layers."""
-        return min(self.activations, self.gradients) + self.passing if self.heap else 0
+        """What was freed between what stays, so that nothing of its size fits there: activations, gathered layers.
+
+        Gradients of a later micro-batch come and go one by one, but the heap grew by about all of them (0.96 to 1.04
+        of the plan on one process; benchmarks/memory.py). Over several processes that was not measured.
+        """
+        return min(self.activations, self.gradients) + self.passing + self.added if self.heap else 0
 
     @property
     def peak(self) -> int:
@@ -166,6 +171,7 @@ def _memory(model: Transformer, problem: Problem, saved: Saved) -> MemoryPlan:
         activations=kept,
         working=max(layer, _of_loss(model, problem, keeps)) + _whole_gradients(units, problem),
         passing=_passing(units, problem),
+        added=FP32 * held - spared if problem.micro_batches > 1 and problem.parallel.world == 1 else 0,
         process=_process(model, problem),
         heap=problem.device == "cpu",
     )
@@ -188,6 +194,7 @@ def _adapted(memory: MemoryPlan, problem: Problem, targets: Sequence[Target]) ->
         gradients=FP32 * numbers,
         optimizer=MOMENTS * problem.moments.itemsize * numbers,
         working=memory.working + FP32 * max(bases),
+        added=0,
     )
 
 

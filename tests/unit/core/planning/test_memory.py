@@ -109,6 +109,14 @@ def test_a_heap_grows_by_activations_and_gradients_where_other_devices_share_the
     assert card.tensors < card.parameters + card.optimizer + card.gradients + card.activations + card.working
 
 
+def test_a_heap_grows_by_the_gradients_of_a_second_micro_batch_and_of_no_third():
+    one, two, three = (predict(_config(), replace(PROBLEM, micro_batches=n)).memory for n in (1, 2, 3))
+    assert two.peak - one.peak == two.gradients
+    assert three == two
+    card = replace(PROBLEM, micro_batches=2, device="cuda")
+    assert predict(_config(), card).memory.peak == predict(_config(), replace(card, micro_batches=1)).memory.peak
+
+
 GROWN = """
 import re, sys, torch
 from moelab import build
