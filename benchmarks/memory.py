@@ -50,7 +50,7 @@ class Case:
     recompute_logits: bool = False
     dtype: str = "float32"
     vocab: int = 32_000
-    layers: int = 8
+    layers: int = 4
 
     def __str__(self) -> str:
         parts = [f"{self.batch} x 512 tokens" if self.micro == self.batch else f"{self.batch} x 512 by {self.micro}"]
@@ -74,7 +74,7 @@ SIDES = ("moelab", "transformers")
 
 
 def config_of(case: Case) -> ModelConfig:
-    """110 M parameters: 8 layers of 16 experts, top-4, with a shared one."""
+    """47 M parameters: 4 layers of 16 experts, top-4, with a shared one."""
     layout = {"name": "uniform", "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 256}
     moe = MoEConfig(layout=layout, shared_expert={"name": "gated", "intermediate_size": 512})
     return ModelConfig(

@@ -76,6 +76,9 @@ DECLARED: dict[str, Instead | Not] = {
         "tests/flow/test_data_command.py trains on what it made"
     ),
     ". .venv/bin/activate": Not("make setup has made it; the tests run in it"),
+    "moelab train configs/train/tiny_moe.yaml train.compile=true run_dir=runs/compiled": Not(
+        "needs a C++ compiler; tests/unit/core/training/test_compiled.py"
+    ),
     "moelab demo": Not("CI runs it in small, from the checkout (make short-demo) and from the wheel (.ci/wheel)"),
     'eval "$(_MOELAB_COMPLETE=bash_source moelab)"': Not("of the shell one is in; tests/unit/tools/test_completion.py"),
     "python examples/minimal_loop.py train/tiny_moe train.steps=20 run_dir=unused": Not("tests/unit/test_examples.py"),
