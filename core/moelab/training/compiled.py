@@ -108,7 +108,8 @@ def compile_parts(
 
     `compiler`: (graph, examples) -> a function; None: torch's inductor.
     """
-    torch._dynamo.config.recompile_limit = MOST_SHAPES * (len(model.layers) + 1)  # layers of one kind share their code
+    shared = MOST_SHAPES * (len(model.layers) + 1)  # layers of one kind share their code, and its limit
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, shared)
     torch._inductor.config.fallback_random = True  # eager's numbers
     torch._functorch.config.donated_buffer = False  # each loss's share of a gradient is a backward pass of its own
     run = Compiled(compiler or import_module("torch._inductor.compile_fx").compile_fx)

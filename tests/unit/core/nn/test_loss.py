@@ -105,3 +105,19 @@ def test_logits_beside_the_loss_have_the_gradients_of_both(dtype: torch.dtype) -
         found.append((logits.detach(), nats.detach(), hidden.grad, head.grad))
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_are_computed_twice_give_the_same_gradients(dtype: torch.dtype) -> None:
+    """To the rounding of logits in `dtype`: kept ones are rounded as those that are computed again."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 24, 16, generator=generator)
+    head, targets = torch.randn(50, 16, generator=generator), torch.randint(0, 50, (2, 24), generator=generator)
+    found = []
+    for recompute in (None, False, True):
+        leaves = [hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_()]
+        token_cross_entropy(*leaves, targets, recompute=recompute).sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    for kept, asked, again in zip(*found, strict=True):
+        assert torch.equal(kept, asked)
+        torch.testing.assert_close(again, kept, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-4)

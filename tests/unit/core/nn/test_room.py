@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -51,3 +53,13 @@ def test_a_process_counts_with_the_least_of_its_limits(monkeypatch: pytest.Monke
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (12345, -1))
     assert memory_of(torch.device("cpu")) == 12345
     assert memory_of(torch.device("meta")) is None
+
+
+def test_a_model_without_numbers_is_built_without_sympy() -> None:
+    """Which takes a second to import, and every command that asks for shapes alone builds one."""
+    code = (
+        "import sys; from moelab.builder import build_model; from moelab.config.model import ModelConfig;"
+        "build_model(ModelConfig(64, 32, 32, 1, 2, 2), device='meta', seed=None); print('sympy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
