@@ -38,6 +38,7 @@ from moelab.training.step import StepSettings, train_step
 from report import machine, markdown_table, median, write_results
 
 HERE = Path(__file__).resolve().parent
+MOST_UNTIMED = 2  # steps: one after the first is no median
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="", help="numbers of those to run, with commas; all of them otherwise")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each kind")
-    parser.add_argument("--steps", type=int, default=4, help="at least 2; the first counts for no time")
+    parser.add_argument("--steps", type=int, default=4, help="at least 2; of two no time is told")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--child", nargs=2, metavar=("SIDE", "CASE"))
     options = parser.parse_args()
@@ -192,7 +193,8 @@ def main() -> None:
         peak = found["moelab"]["peak"]
         rows.append([str(case), f"{plan.memory.peak / 1e9:.2f}", f"{peak / 1e9:.2f}", f"{peak / plan.memory.peak:.2f}"])
         rows[-1] += [f"{found[side]['peak'] / 1e9:.2f}" if side in found else "" for side in SIDES[1:]]
-        rows[-1] += [f"{found['moelab']['seconds'] / base:.2f}" if base else "", f"{prices[0] / prices[1]:.2f}"]
+        timed = base and options.steps > MOST_UNTIMED
+        rows[-1] += [f"{found['moelab']['seconds'] / base:.2f}" if timed else "", f"{prices[0] / prices[1]:.2f}"]
         print(" | ".join(rows[-1]), flush=True)
     head = ["step", "plan, GB", "moelab, GB", "of the plan", "transformers, GB", "time", "as priced"]
     facts = machine() | {"parameters": f"{plan.total_parameters:,}", "threads": 1, "rounds": options.rounds}
