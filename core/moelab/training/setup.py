@@ -163,7 +163,6 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         model, adapters = _spread_model(ranks, config, registry, losses, precision, start), None
     else:
         model, adapters = _whole_model(config, registry, precision, start)
-    history = starting_history(config, start)
     settings = StepSettings(micro, train.grad_clip, config.seed, precision)
     rehearse(model, stages, precision)
     rehearsal = probe_step(model, losses, batches.batch(0), settings)
@@ -173,7 +172,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         registry=registry,
         tokenizer=tokenizer,
         corpus=corpus,
-        history=history,
+        history=starting_history(config, start),
         lineage=starting_lineage(config, start),
         batches=batches,
         validation=stages[0].validation if stages else held_out(config, corpus),
