@@ -9,7 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moelab.adapter.registration import as_transformers, register_with_transformers, transformers_tokenizer
+    from moelab.adapter.registration import (
+        as_classifier,
+        as_transformers,
+        register_with_transformers,
+        transformers_tokenizer,
+    )
+    from moelab.alignment.mixin import RoutedTrainer
     from moelab.builder import build, build_model
     from moelab.components import Component, component
     from moelab.config.run import RunConfig
@@ -47,7 +53,13 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOMES = {
-    "moelab.adapter.registration": ("as_transformers", "register_with_transformers", "transformers_tokenizer"),
+    "moelab.adapter.registration": (
+        "as_classifier",
+        "as_transformers",
+        "register_with_transformers",
+        "transformers_tokenizer",
+    ),
+    "moelab.alignment.mixin": ("RoutedTrainer",),
     "moelab.builder": ("build", "build_model"),
     "moelab.components": ("Component", "component"),
     "moelab.config.run": ("RunConfig",),
@@ -116,6 +128,7 @@ __all__ = [
     "Places",
     "Registry",
     "Rejected",
+    "RoutedTrainer",
     "Router",
     "Routing",
     "RunConfig",
@@ -131,6 +144,7 @@ __all__ = [
     "TrainedRun",
     "UserError",
     "__version__",
+    "as_classifier",
     "as_transformers",
     "build",
     "build_corpus",
