@@ -49,9 +49,8 @@ def test_trainers_that_sample_train_every_part_and_log_its_routes(kind: str, tmp
     more = {"max_steps": 2, "learning_rate": 1e-3, "temperature": 1.0}
     if kind == "grpo":
         args = quiet(trl.GRPOConfig, tmp_path, num_generations=4, max_completion_length=6, **more)
-        told: dict[str, Any] = {}
         trainer: Any = Grpo(
-            policy, reward_funcs=short, args=args, train_dataset=pairs(PROMPTS), processing_class=byte_tokenizer(), **told
+            policy, reward_funcs=short, args=args, train_dataset=pairs(PROMPTS), processing_class=byte_tokenizer()
         )  # fmt: skip
     else:
         args = quiet(OnlineDPOConfig, tmp_path, max_new_tokens=6, max_length=64, **more)
@@ -93,7 +92,7 @@ def test_a_reward_learns_and_hangs_on_no_padding(router: dict[str, Any], tmp_pat
     moelab.register_with_transformers()
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward").eval()
     assert again.config.num_labels == 1
-    assert torch.equal(again(ids).logits, alone)
+    torch.testing.assert_close(again(ids).logits, alone)
 
 
 def test_lora_on_expert_banks_trains_them_alone_and_its_reference_is_the_model_without_it(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_core_is_built_in_floors() -> None:
             ("core/moelab/adapter/", "core/moelab/alignment/mixin.py", "tools/moelab_tools/tokenizer_check.py"),
         ),
         ("trl", "core/moelab/alignment/trainers.py"),
-        ("datasets", "core/moelab/alignment/trainers.py"),
+        ("datasets", ("core/moelab/alignment/trainers.py", "tools/moelab_tools/judging.py")),
         ("lm_eval", "tools/moelab_tools/judging.py"),
         ("pandas", "core/moelab/run_table/frame.py"),
         ("xxhash", "core/moelab/checksums.py"),

@@ -33,10 +33,8 @@ from moelab.training.router_statistics import RouterStatistics
 
 def adapter_of(model: Any) -> MoelabPreTrainedModel:
     """The adapter inside what PEFT or accelerate made of it. Raises ConfigError where there is none."""
-    for name in ("module", "get_base_model"):
-        inner = getattr(model, name, None)
-        if inner is not None and not isinstance(model, MoelabPreTrainedModel):
-            return adapter_of(inner() if callable(inner) and name == "get_base_model" else inner)
+    model = getattr(model, "module", model)  # of accelerate, in several processes
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
     if not isinstance(model, MoelabPreTrainedModel):
         raise ConfigError(f"model: RoutedTrainer trains what moelab.as_transformers gives, not {type(model).__name__}")
     return model
