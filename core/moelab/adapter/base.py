@@ -92,6 +92,7 @@ class MoelabPreTrainedModel(PreTrainedModel):
                 layer.__class__ = CheckpointedLayer  # the same object: parameters, names and hooks stay
         self.model = decoder
         self.on_records: Callable[[Sequence[LayerRecord]], None] | None = None
+        self.noise: torch.Generator | None = None  # what routers that draw draw from; None: torch's global stream
         self._built_empty = any(parameter.is_meta for parameter in decoder.parameters())
         self.vocab_size = config.vocab_size
         self._registry = registry
@@ -120,7 +121,7 @@ class MoelabPreTrainedModel(PreTrainedModel):
         cache = self._cache_to_use(past_key_values, use_cache)
         passed = run(
             self.model,
-            start(self.model, Inputs(input_ids, inputs_embeds, attention_mask, position_ids, cache)),
+            start(self.model, Inputs(input_ids, inputs_embeds, attention_mask, position_ids, cache, self.noise)),
             states=self._asked(output_hidden_states, "output_hidden_states"),
             attentions=self._asked(output_attentions, "output_attentions"),
         )

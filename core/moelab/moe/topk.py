@@ -99,6 +99,11 @@ class TopKRouter(LinearRouter):
             self.register_buffer("table", token_table(options.token_table, context))
 
     @property
+    def batch_invariant(self) -> bool:
+        """Unless it looks beyond a token, or jitters."""
+        return self.causal and self.options.input_jitter == 0
+
+    @property
     def expected_assignments(self) -> ExpectedAssignments:
         """K, or capacity_factor K where that is less."""
         return self.capacity.expected(self.top_k, self.top_k, "K of the layout")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -47,6 +47,7 @@ from moelab.training.adapters import Adapters, attach
 from moelab.training.causality import Causality
 from moelab.training.freeze import freeze
 from moelab.training.mixture import Batches, build_batches
+from moelab.training.objective import TEXT, Objective
 from moelab.training.optimizer import build_adamw
 from moelab.training.precision import Precision, choose_precision, set_threads
 from moelab.training.rehearsal import probe_step
@@ -100,6 +101,8 @@ class Setup:
     alarms: list[Alarm]  # found before the first step
     ranks: Ranks = ALONE  # the processes over which the run is laid
     adapters: Adapters | None = None  # what is trained in place of the model's parameters
+    head: torch.nn.Module | None = None  # what is trained beside them: the model with one more head, a reward's
+    objective: Objective = TEXT  # what a step learns
     stages: tuple[Stage, ...] = ()  # of the run; what stands above is that of `stage`, the model's positions too
     stage: int = 0
 
@@ -111,8 +114,8 @@ class Setup:
 
     @property
     def learner(self) -> torch.nn.Module:
-        """What the optimizer trains, and where gradients are: the model, or its adapters."""
-        return self.adapters or self.model
+        """What the optimizer trains, and where gradients are: the model, with one more head, or its adapters."""
+        return self.adapters or self.head or self.model
 
     @property
     def first(self) -> int:
@@ -129,11 +132,19 @@ class Setup:
         return [module for module in self.model.modules() if isinstance(module, MoEBlock)]
 
 
-def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ranks: Ranks = ALONE) -> Setup:
+def prepare(
+    config: RunConfig,
+    registry: Registry,
+    *,
+    verify: Verify = True,
+    ranks: Ranks = ALONE,
+    heading: Callable[[Transformer], torch.nn.Module] | None = None,
+) -> Setup:
     """Build everything; nothing is written. Raises UserError for whatever is wrong, naming key, file or plugin.
 
     `verify`: a checkpoint that it starts from is compared with its checksums. `ranks`: over which the model is laid
-    where they are several; a mistake that ends one of them ends all.
+    where they are several; a mistake that ends one of them ends all. `heading`: the model -> it with one more head, to
+    be trained together; of one process.
     """
     config = copy.deepcopy(config)
     threads = set_threads(config.train)
@@ -159,6 +170,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
     else:
         model, adapters = _whole_model(config, registry, precision, start)
     history = starting_history(config, start)
+    head = None if heading is None else heading(model)
     settings = StepSettings(micro, train.grad_clip, config.seed, precision)
     rehearse(model, stages, precision)
     rehearsal = probe_step(model, losses, batches.batch(0), settings)
@@ -174,7 +186,8 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         batches=batches,
         validation=stages[0].validation if stages else held_out(config, corpus),
         model=model,
-        optimizer=_optimizer(config, model, adapters),
+        optimizer=_optimizer(config, head or model, adapters),
+        head=head,
         balance_losses=losses,
         step_settings=settings,
         threads=threads,
@@ -202,7 +215,7 @@ def _whole_model(
     return model, adapters
 
 
-def _optimizer(config: RunConfig, model: Transformer, adapters: Adapters | None) -> torch.optim.Optimizer:
+def _optimizer(config: RunConfig, model: torch.nn.Module, adapters: Adapters | None) -> torch.optim.Optimizer:
     optimizer = build_adamw(adapters or model, config.optimizer)
     if adapters is not None:
         adapters.follow(optimizer)

@@ -24,6 +24,7 @@ from moelab.parallel.ranks import ALONE, Ranks
 from moelab.seeds import derive_seed, generator
 from moelab.training.adapters import Adapters
 from moelab.training.failure import NotFinite, Terms, describe_failure
+from moelab.training.objective import TEXT, Objective, Place
 from moelab.training.precision import Precision
 from moelab.training.router_statistics import RouterStatistics
 
@@ -68,16 +69,6 @@ class StepResult:
     served: Tensor | None  # [sum of E] int64: assignments served, layer after layer, without padding; None: dense
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a micro-batch stands in its batch."""
-
-    step: int
-    index: int
-    share: float  # of the batch's unmasked tokens
-    targets: int  # of the whole batch
-
-
 def train_step(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
@@ -90,6 +81,8 @@ def train_step(
     update: Update | None = None,
     ranks: Ranks = ALONE,
     adapters: Adapters | None = None,  # what `optimizer` trains in place of the model's parameters
+    head: nn.Module | None = None,  # what it trains beside them
+    objective: Objective = TEXT,
 ) -> StepResult:
     """Forward, backward, clip, update, and the routers' own `after_step`.
 
@@ -101,7 +94,8 @@ def train_step(
     ranks.begin(model)
     whole = batch.split(settings.micro_batch_size)
     parts = [(index, part.to(next(model.parameters()).device)) for index, part in ranks.own(whole)]
-    targets = int((batch.targets >= 0).sum())
+    targets = objective.targets(batch)
+    objective.begin(observe.routing)
     model.train()
     optimizer.zero_grad(set_to_none=True)
     # Re-seeded at each step: a plugin that draws from torch's global stream resumes exactly too.
@@ -111,7 +105,17 @@ def train_step(
     before = _routing_pass(model, balance_losses, parts, step, settings, ranks)
     sizes = [part.token_count / batch.token_count for part in whole]
     computing = [
-        partial(batch_terms, model, balance_losses, part, before, Place(step, i, sizes[i], targets), settings, ranks)
+        partial(
+            batch_terms,
+            model,
+            balance_losses,
+            part,
+            before,
+            Place(step, i, sizes[i], targets),
+            settings,
+            ranks,
+            objective,
+        )
         for i, part in parts
     ]
     sums = _Sums(BatchStatistics(balance_losses))
@@ -122,7 +126,7 @@ def train_step(
         ranks.accumulate(model, last=index + 1 == len(computing))
         sums.add(terms, records, observe)
     losses = dict(zip(sums.losses, ranks.sum(torch.stack(list(sums.losses.values()))).unbind(), strict=True))
-    learner = adapters or model
+    learner = adapters or head or model
     norm = ranks.gradient_norm(learner.parameters())
     if not bool(torch.isfinite(losses["loss"] + norm)):  # before clipping, which would make every gradient NaN
         raise NotFinite(describe_failure(model, step, computing, ranks, adapters))
@@ -174,26 +178,21 @@ def batch_terms(
     place: Place,
     settings: StepSettings,
     ranks: Ranks = ALONE,
+    objective: Objective = TEXT,
 ) -> tuple[Terms, list[LayerRecord]]:
     """The micro-batch's contributions to the batch's loss: {name: (unweighted scalar, coefficient)}."""
     with settings.precision.autocast():
-        output = model(
-            part.input_ids,
-            part.attention_mask,
-            targets=part.targets,
-            tokens=_token_context(part, place.step, place.index, settings.seed),
-        )
-    assert output.token_loss is not None
-    terms: dict[str, tuple[Tensor, float]] = {"lm_loss": (output.token_loss.sum() / place.targets, 1.0)}
+        tokens = _token_context(part, place.step, place.index, settings.seed)
+        terms, records = objective.terms(model, part, tokens, place)
     if before is None:
         before = BatchStatistics(balance_losses)
-        before.add(output.records)
+        before.add(records)
         if ranks.size > 1 and any(named.loss.needs_batch_counts for named in balance_losses):
             before.reduce(ranks.sum)  # one micro-batch a rank: no pass has counted the batch
     for named in balance_losses:
-        value = named(output.records, before.context(named))
+        value = named(records, before.context(named))
         terms[named.name] = (value * place.share, named.weight_at(place.step))
-    return terms, output.records
+    return terms, records
 
 
 @torch.no_grad()
