@@ -47,13 +47,14 @@ if TYPE_CHECKING:
     from moelab.run_table.frame import run_records, runs
     from moelab.run_table.record import RunRecord
     from moelab.seeds import derive_seed, generator
-    from moelab.session import TrainedRun, load_config, prepare, train
+    from moelab.session import TrainedRun, align, load_config, prepare, train
     from moelab.training.schedule import learning_rate_factor
 
 __version__ = "0.2.0"
 
 _HOMES = {
     "moelab.adapter.registration": (
+        "align",
         "as_classifier",
         "as_transformers",
         "register_with_transformers",
@@ -89,7 +90,7 @@ _HOMES = {
     "moelab.paths": ("Places", "user_path"),
     "moelab.registry": ("Registry",),
     "moelab.seeds": ("derive_seed", "generator"),
-    "moelab.session": ("TrainedRun", "load_config", "prepare", "train"),
+    "moelab.session": ("TrainedRun", "align", "load_config", "prepare", "train"),
     "moelab.training.schedule": ("learning_rate_factor",),
     "moelab.run_table.frame": ("run_records", "runs"),
     "moelab.run_table.record": ("RunRecord",),
@@ -144,6 +145,7 @@ __all__ = [
     "TrainedRun",
     "UserError",
     "__version__",
+    "align",
     "as_classifier",
     "as_transformers",
     "build",

@@ -223,16 +223,14 @@ def fitted(example: Example, shaping: Shaping, account: Account) -> Example | No
     if shaping.stage == "online_dpo" or most <= longest:
         return _apart(example, account)
     if shaping.too_long == "refuse":
-        raise DataError(
-            f"has {most} tokens, more than the {longest} of train.sequence_length; raise it, or set too_long"
-        )
+        raise DataError(f"has {most} tokens, more than the {longest} of sequence_length; raise it, or set too_long")
     if shaping.too_long == "drop":
         account.dropped += 1
         return None
     answers = tuple(Answer(answer.ids[:longest], answer.learned[:longest]) for answer in example.answers)
     if not all(answer.learned[1:].any() for answer in answers):
         raise DataError(
-            f"of its {most} tokens the first {longest} hold nothing of an answer; raise train.sequence_length, or set "
+            f"of its {most} tokens the first {longest} hold nothing of an answer; raise sequence_length, or set "
             "too_long: drop"
         )
     account.cut += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from math import ceil
@@ -57,11 +58,18 @@ def lowest_layer(config: Mapping[str, Any], *, verify: Verify = True) -> Layer |
     if origin is not None and origin.is_run:
         stored = read_stored_tree(origin.folder / CONFIG)
         layer.tree["data"] = {**(stored.get("data") or {}), **layer.tree.get("data", {})}
-        layer.tree["train"] = {"sequence_length": (stored.get("train") or {}).get("sequence_length", 256)}
+        # The same windows of it, so that `moelab compare` pairs the run with the one that it starts from.
+        layer.tree["train"] = _said(stored, "train", "sequence_length")
+        layer.tree["evaluation"] = _said(stored, "evaluation", "sequences")
     stages = config.get(KEY) or []
     if stages and all(isinstance(stage, Mapping) and (stage.get("epochs") or stage.get("steps")) for stage in stages):
         layer.tree["train"] = {**layer.tree.get("train", {}), "steps": 1}  # each stage says its own
     return layer
+
+
+def _said(stored: Mapping[str, Any], section: str, key: str) -> dict[str, Any]:
+    values = stored.get(section) or {}
+    return {key: values[key]} if key in values else {}
 
 
 def align(
@@ -85,19 +93,16 @@ def align(
     staged = stage_configs(config)
     prepared = [_ready(own) for own in staged]  # the files of the last stage are read before the first one trains
     done = []
-    for own, examples in zip(staged, prepared, strict=True):
-        logger.info(
-            "%s: stage %s: %d examples, %d steps",
-            own.run_dir,
-            own.alignment[0].stage,
-            len(examples.rows),
-            own.train.steps,
-        )
-        folder = train(
-            own, observers=observers(own), force=force, verify=verify, interruption=interruption,
-            preparing=Preparing(examples),
-        )  # fmt: skip
-        done.append(folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl")  # of each other
+        for own, examples in zip(staged, prepared, strict=True):
+            stage, count = own.alignment[0].stage, len(examples.rows)
+            logger.info("%s: stage %s: %d examples, %d steps", own.run_dir, stage, count, own.train.steps)
+            folder = train(
+                own, observers=observers(own), force=force, verify=verify, interruption=interruption,
+                preparing=Preparing(examples),
+            )  # fmt: skip
+            done.append(folder)
     return done
 
 
@@ -123,7 +128,8 @@ def _ready(config: RunConfig) -> Examples:
     (stage,) = config.alignment
     tokenizer = load_tokenizer(config.data.tokenizer)
     template = ChatTemplate.chatml(tokenizer) if stage.template == "chatml" else _own_template(config)
-    shaping = Shaping(stage.stage, template, config.train.sequence_length, stage.too_long, stage.loss_on)
+    longest = stage.sequence_length or config.train.sequence_length
+    shaping = Shaping(stage.stage, template, longest, stage.too_long, stage.loss_on)
     try:
         path = resolve_path(stage.data, config.places(KEY))
     except DataError as error:

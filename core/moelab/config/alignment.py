@@ -35,7 +35,8 @@ class AlignmentConfig:
     lr: float | None = None  # of optimizer
     batch_size: int | None = None  # of train: conversations, pairs or prompts in an optimizer step
     micro_batch_size: int | None = None  # of train
-    sequence_length: int | None = None  # of train: the most tokens of a conversation
+    # The most tokens of a conversation; null: train.sequence_length, that of the held-out text on which it is judged.
+    sequence_length: int | None = None
     template: str = "own"  # how conversations are written: own, as the tokenizer's files say, or chatml
     loss_on: str = "assistant"  # of sft: assistant, its turns and what ends them, or all tokens
     too_long: str = "cut"  # what is longer than sequence_length: cut at its end, drop, or refuse
@@ -60,13 +61,14 @@ class Aligned(Protocol):
 
     alignment: list[AlignmentConfig]
     stages: list[Any]
+    model: Any
     train: Any
     optimizer: Any
     parallel: Any
 
 
 PLACES = {  # key of a stage -> the section that it stands in for
-    "steps": "train", "batch_size": "train", "micro_batch_size": "train", "sequence_length": "train", "lr": "optimizer",
+    "steps": "train", "batch_size": "train", "micro_batch_size": "train", "lr": "optimizer",
 }  # fmt: skip
 AlignedT = TypeVar("AlignedT", bound=Aligned)
 
@@ -85,6 +87,11 @@ def check_alignment(config: Aligned) -> None:
         return
     for number, stage in enumerate(config.alignment):
         _check_stage(f"{KEY}.{number}", stage)
+        length, most = stage.sequence_length, config.model.max_position_embeddings
+        if length is not None and not 2 <= length <= most:
+            raise ConfigError(
+                f"{KEY}.{number}.sequence_length: must be in 2 .. model.max_position_embeddings {most}, not {length}"
+            )
     if config.stages:
         raise ConfigError(f"stages: are of text, and a run of {KEY} has none; leave one of them out")
     if config.train.init_from is None:
