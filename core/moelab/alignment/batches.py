@@ -26,7 +26,6 @@ class AnswerBatch:
     attention_mask: Tensor  # [R, S] bool, False for padding
     learned: Tensor  # [R, S] bool: tokens whose log-probability counts
     answers: int  # rows of an example: 1, or 2 for chosen and rejected
-    attention_id: None = None  # nothing is packed
 
     @property
     def token_count(self) -> int:
@@ -57,9 +56,14 @@ class AnswerBatch:
         """[R, S] int64: there is one."""
         return torch.zeros_like(self.input_ids)
 
+    @property
+    def attention_id(self) -> None:
+        """Nothing is packed."""
+        return None
+
     def to(self, device: torch.device | str) -> AnswerBatch:
-        moved = [t.to(device, non_blocking=True) for t in (self.input_ids, self.attention_mask, self.learned)]
-        return AnswerBatch(*moved, self.answers)
+        ids, mask, learned = (t.to(device, non_blocking=True) for t in self._tensors())
+        return AnswerBatch(ids, mask, learned, self.answers)
 
     def split(self, micro_batch_size: int) -> list[AnswerBatch]:
         """Batches of at most that many examples, in order, each as wide as its longest row."""
@@ -68,9 +72,12 @@ class AnswerBatch:
             end = min(begin + micro_batch_size, self.examples)
             rows = torch.cat([torch.arange(begin, end) + side * self.examples for side in range(self.answers)])
             width = int(self.attention_mask[rows].sum(1).max())
-            parts = [t[rows, :width] for t in (self.input_ids, self.attention_mask, self.learned)]
-            found.append(AnswerBatch(*parts, self.answers))
+            ids, mask, learned = (t[rows, :width] for t in self._tensors())
+            found.append(AnswerBatch(ids, mask, learned, self.answers))
         return found
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.input_ids, self.attention_mask, self.learned
 
 
 def padded(rows: Sequence[Answer], answers: int, pad_id: int) -> AnswerBatch:

@@ -27,7 +27,7 @@ SHAPES = {  # of a stage: which keys a line may have, one of these sets
     "dpo": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
     "online_dpo": (("prompt",),),
 }
-EARLIER = {
+EARLIER: dict[str, set[str | None]] = {
     "system": {None},
     "user": {None, "system", "assistant"},
     "assistant": {"user", "tool"},

@@ -181,7 +181,7 @@ class Routes:
         return found | self.statistics.reduce().metrics | self.measures.metrics()
 
 
-class _AfterStep(TrainerCallback):  # type: ignore[misc]
+class _AfterStep(TrainerCallback):
     """Tells routers and losses when the optimizer has stepped."""
 
     def __init__(self, trainer: Any) -> None:

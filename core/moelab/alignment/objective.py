@@ -61,13 +61,10 @@ class Alignment:
     def _take(self, records: Any) -> None:
         self._records[:] = records
 
-    def begin(self, observed: bool) -> None:
-        """Before each step."""
+    def begin(self, batch: AnswerBatch, observed: bool) -> int:
+        """-> learned tokens of SFT, examples of the others."""
         self._observed, self._measures = observed, RouteMeasures()
         self.trainer._metrics["train"].clear()
-
-    def targets(self, batch: AnswerBatch) -> int:
-        """Learned tokens of SFT, examples of the others."""
         return batch.targets if self.stage.stage == "sft" else batch.examples
 
     def terms(self, model: Transformer, part: AnswerBatch, tokens: TokenContext, place: Place) -> Found:

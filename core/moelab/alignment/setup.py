@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from moelab.adapter.base import MoelabPreTrainedModel
 from moelab.adapter.registration import as_classifier, as_transformers
@@ -23,12 +22,11 @@ from moelab.hub import user_folder
 from moelab.integrity import Verify
 from moelab.loading import load
 from moelab.moe.promises import batch_invariant
-from moelab.nn.transformer import Transformer
 from moelab.origin import read_origin, same_tokenizer
 from moelab.parallel.ranks import ALONE, Ranks
 from moelab.registry import Registry
 from moelab.seeds import derive_seed
-from moelab.training.setup import Setup, prepare
+from moelab.training.setup import Setup, prepare, with_head
 
 logger = logging.getLogger("moelab")
 STAGE = f"{KEY}.0"
@@ -43,23 +41,19 @@ class Preparing:
     def __call__(self, config: RunConfig, registry: Registry, *, verify: Verify = True, ranks: Ranks = ALONE) -> Setup:
         """Raises UserError before anything is written, as `prepare` does, and for what the stage can't be done with."""
         (stage,) = config.alignment
-        scored: list[MoelabPreTrainedModel] = []
-
-        def heading(model: Transformer) -> nn.Module:
-            torch.manual_seed(derive_seed(config.seed, "reward head"))
-            scored.append(as_classifier(model))
-            return Headed(model, scored[0].score)
-
-        setup = prepare(
-            config, registry, verify=verify, ranks=ranks, heading=heading if stage.stage == "reward" else None
-        )
+        setup = prepare(config, registry, verify=verify, ranks=ranks)
         if stage.stage in PAIRED:
             refuse_batch_dependent(setup)
         if stage.router == "freeze":
             for block in setup.blocks:
                 if hasattr(block.router, "after_step"):
                     block.router.after_step = None  # what it does not learn by gradient, it does not learn so either
-        policy = scored[0] if scored else as_transformers(setup.model)
+        if stage.stage == "reward":
+            torch.manual_seed(derive_seed(config.seed, "reward head"))
+            policy: Any = as_classifier(setup.model)
+            setup = with_head(setup, Headed(setup.model, policy.score))
+        else:
+            policy = as_transformers(setup.model)
         reference = _reference(setup, stage, verify)
         seed, on_cpu = setup.config.seed, setup.step_settings.precision.device.type == "cpu"
         loss_of = reference if stage.stage in PAIRED else None
@@ -74,7 +68,8 @@ class Preparing:
             len(setup.corpus.train.document_names),
         )
         losses = setup.balance_losses if stage.balance else []
-        return dataclasses.replace(setup, batches=batches, objective=objective, balance_losses=losses)
+        settings = dataclasses.replace(setup.step_settings, objective=objective)
+        return dataclasses.replace(setup, batches=batches, step_settings=settings, balance_losses=losses)
 
 
 def refuse_batch_dependent(setup: Setup) -> None:

@@ -27,15 +27,15 @@ class _Ours:
         """Nobody is called."""
 
 
-class Sft(_Ours, SFTTrainer):  # type: ignore[misc]
+class Sft(_Ours, SFTTrainer):
     """Cross-entropy of the labels."""
 
 
-class Dpo(_Ours, DPOTrainer):  # type: ignore[misc]
+class Dpo(_Ours, DPOTrainer):
     """Of pairs, the policy against its reference."""
 
 
-class Reward(_Ours, RewardTrainer):  # type: ignore[misc]
+class Reward(_Ours, RewardTrainer):
     """Bradley and Terry's, of a scalar head."""
 
 

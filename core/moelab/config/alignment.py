@@ -98,6 +98,11 @@ def check_alignment(config: Aligned) -> None:
         raise ConfigError(f"train.init_from: has no value, and {KEY} begins with weights that were trained on text")
     if config.parallel.world > 1:
         raise ConfigError(f"{KEY}: is for one process, and parallel asks for {config.parallel.world}")
+    if config.train.adapters and any(stage.stage == "reward" for stage in config.alignment):
+        raise ConfigError(
+            f"train.adapters: {KEY} trains the head of a reward beside the model's own parameters; leave "
+            "them out of that stage's run"
+        )
     for key in ("keep_best", "patience"):
         if getattr(config.train, key):
             raise ConfigError(

@@ -31,7 +31,7 @@ def log_step(loop: Loop, result: StepResult, rate: float) -> None:
     step, train = loop.progress.step, loop.setup.config.train
     probed = probe(loop) if due(step, train.probe_every) or step == train.steps else {}
     metrics = probed | report.metrics | mixture_metrics(loop.setup.batches, step, loop.setup.first)
-    metrics |= stage_metrics(loop.setup) | loop.setup.objective.metrics()
+    metrics |= stage_metrics(loop.setup) | dict(loop.setup.step_settings.objective.metrics())
     metrics |= loop.reading.metrics(step, elapsed, loop.setup.ranks)
     loop.loads = {str(layer): shares for layer, shares in report.loads.items()}
     changes = loop.alarms.look(step, metrics)

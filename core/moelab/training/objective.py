@@ -28,11 +28,8 @@ class Place:
 class Objective(Protocol):
     """`batch` and `part` are what the run's batches give, whole and in micro-batches."""
 
-    def begin(self, observed: bool) -> None:
-        """Before each step; `observed`: its numbers are logged."""
-
-    def targets(self, batch: Any) -> int:
-        """What the terms are means over, of the whole batch."""
+    def begin(self, batch: Any, observed: bool) -> int:
+        """Before each step -> what the terms are means over, of the whole batch; `observed`: its numbers are logged."""
 
     def terms(self, model: Transformer, part: Any, tokens: TokenContext, place: Place) -> Found:
         """The micro-batch's contribution to the mean over the whole batch, and the records of its forward pass."""
@@ -53,10 +50,7 @@ class Objective(Protocol):
 class Text:
     """The next token of text."""
 
-    def begin(self, observed: bool) -> None:
-        """Nothing to prepare."""
-
-    def targets(self, batch: Any) -> int:
+    def begin(self, batch: Any, observed: bool) -> int:
         """Tokens to foretell."""
         return int((batch.targets >= 0).sum())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -47,7 +47,6 @@ from moelab.training.adapters import Adapters, attach
 from moelab.training.causality import Causality
 from moelab.training.freeze import freeze
 from moelab.training.mixture import Batches, build_batches
-from moelab.training.objective import TEXT, Objective
 from moelab.training.optimizer import build_adamw
 from moelab.training.precision import Precision, choose_precision, set_threads
 from moelab.training.rehearsal import probe_step
@@ -101,8 +100,6 @@ class Setup:
     alarms: list[Alarm]  # found before the first step
     ranks: Ranks = ALONE  # the processes over which the run is laid
     adapters: Adapters | None = None  # what is trained in place of the model's parameters
-    head: torch.nn.Module | None = None  # what is trained beside them: the model with one more head, a reward's
-    objective: Objective = TEXT  # what a step learns
     stages: tuple[Stage, ...] = ()  # of the run; what stands above is that of `stage`, the model's positions too
     stage: int = 0
 
@@ -115,7 +112,7 @@ class Setup:
     @property
     def learner(self) -> torch.nn.Module:
         """What the optimizer trains, and where gradients are: the model, with one more head, or its adapters."""
-        return self.adapters or self.head or self.model
+        return self.adapters or self.step_settings.head or self.model
 
     @property
     def first(self) -> int:
@@ -132,19 +129,11 @@ class Setup:
         return [module for module in self.model.modules() if isinstance(module, MoEBlock)]
 
 
-def prepare(
-    config: RunConfig,
-    registry: Registry,
-    *,
-    verify: Verify = True,
-    ranks: Ranks = ALONE,
-    heading: Callable[[Transformer], torch.nn.Module] | None = None,
-) -> Setup:
+def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ranks: Ranks = ALONE) -> Setup:
     """Build everything; nothing is written. Raises UserError for whatever is wrong, naming key, file or plugin.
 
     `verify`: a checkpoint that it starts from is compared with its checksums. `ranks`: over which the model is laid
-    where they are several; a mistake that ends one of them ends all. `heading`: the model -> it with one more head, to
-    be trained together; of one process.
+    where they are several; a mistake that ends one of them ends all.
     """
     config = copy.deepcopy(config)
     threads = set_threads(config.train)
@@ -170,7 +159,6 @@ def prepare(
     else:
         model, adapters = _whole_model(config, registry, precision, start)
     history = starting_history(config, start)
-    head = None if heading is None else heading(model)
     settings = StepSettings(micro, train.grad_clip, config.seed, precision)
     rehearse(model, stages, precision)
     rehearsal = probe_step(model, losses, batches.batch(0), settings)
@@ -186,8 +174,7 @@ def prepare(
         batches=batches,
         validation=stages[0].validation if stages else held_out(config, corpus),
         model=model,
-        optimizer=_optimizer(config, head or model, adapters),
-        head=head,
+        optimizer=_optimizer(config, model, adapters),
         balance_losses=losses,
         step_settings=settings,
         threads=threads,
@@ -220,6 +207,12 @@ def _optimizer(config: RunConfig, model: torch.nn.Module, adapters: Adapters | N
     if adapters is not None:
         adapters.follow(optimizer)
     return optimizer
+
+
+def with_head(setup: Setup, head: torch.nn.Module) -> Setup:
+    """The setup of a run that trains the model with one more head; `head` holds the parameters of both, by name."""
+    settings = dataclasses.replace(setup.step_settings, head=head)
+    return dataclasses.replace(setup, optimizer=_optimizer(setup.config, head, None), step_settings=settings)
 
 
 def _check_shapes(config: RunConfig, registry: Registry, precision: Precision, ranks: Ranks) -> None:

@@ -37,6 +37,8 @@ class StepSettings:
     grad_clip: float
     seed: int
     precision: Precision
+    objective: Objective = TEXT  # what is learned of a micro-batch
+    head: nn.Module | None = None  # the model with one more head, where the optimizer trains that too
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,6 @@ def train_step(
     update: Update | None = None,
     ranks: Ranks = ALONE,
     adapters: Adapters | None = None,  # what `optimizer` trains in place of the model's parameters
-    head: nn.Module | None = None,  # what it trains beside them
-    objective: Objective = TEXT,
 ) -> StepResult:
     """Forward, backward, clip, update, and the routers' own `after_step`.
 
@@ -94,8 +94,7 @@ def train_step(
     ranks.begin(model)
     whole = batch.split(settings.micro_batch_size)
     parts = [(index, part.to(next(model.parameters()).device)) for index, part in ranks.own(whole)]
-    targets = objective.targets(batch)
-    objective.begin(observe.routing)
+    targets = settings.objective.begin(batch, observe.routing)
     model.train()
     optimizer.zero_grad(set_to_none=True)
     # Re-seeded at each step: a plugin that draws from torch's global stream resumes exactly too.
@@ -105,17 +104,7 @@ def train_step(
     before = _routing_pass(model, balance_losses, parts, step, settings, ranks)
     sizes = [part.token_count / batch.token_count for part in whole]
     computing = [
-        partial(
-            batch_terms,
-            model,
-            balance_losses,
-            part,
-            before,
-            Place(step, i, sizes[i], targets),
-            settings,
-            ranks,
-            objective,
-        )
+        partial(batch_terms, model, balance_losses, part, before, Place(step, i, sizes[i], targets), settings, ranks)
         for i, part in parts
     ]
     sums = _Sums(BatchStatistics(balance_losses))
@@ -126,7 +115,7 @@ def train_step(
         ranks.accumulate(model, last=index + 1 == len(computing))
         sums.add(terms, records, observe)
     losses = dict(zip(sums.losses, ranks.sum(torch.stack(list(sums.losses.values()))).unbind(), strict=True))
-    learner = adapters or head or model
+    learner = adapters or settings.head or model
     norm = ranks.gradient_norm(learner.parameters())
     if not bool(torch.isfinite(losses["loss"] + norm)):  # before clipping, which would make every gradient NaN
         raise NotFinite(describe_failure(model, step, computing, ranks, adapters))
@@ -178,12 +167,11 @@ def batch_terms(
     place: Place,
     settings: StepSettings,
     ranks: Ranks = ALONE,
-    objective: Objective = TEXT,
 ) -> tuple[Terms, list[LayerRecord]]:
     """The micro-batch's contributions to the batch's loss: {name: (unweighted scalar, coefficient)}."""
     with settings.precision.autocast():
         tokens = _token_context(part, place.step, place.index, settings.seed)
-        terms, records = objective.terms(model, part, tokens, place)
+        terms, records = settings.objective.terms(model, part, tokens, place)
     if before is None:
         before = BatchStatistics(balance_losses)
         before.add(records)

@@ -276,8 +276,7 @@ def one_step(loop: Loop) -> None:
     what = Observe(observe, observe and (due(progress.step + 1, every) or (last and every > 0)))
     result = train_step(
         setup.model, setup.optimizer, setup.balance_losses, batch, progress.step, setup.step_settings,
-        observe=what, update=loop.update, ranks=setup.ranks, adapters=setup.adapters, head=setup.head,
-        objective=setup.objective,
+        observe=what, update=loop.update, ranks=setup.ranks, adapters=setup.adapters,
     )  # fmt: skip
     with loop.interruption.held():
         progress.advance(batch.token_count, result.served, time.perf_counter() - started)
