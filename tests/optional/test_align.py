@@ -159,6 +159,28 @@ def test_a_reward_learns_which_answer_is_chosen(base: Path, tmp_path: Path) -> N
     assert load_file(_checkpoint(run) / "training.safetensors")["head/score.weight"].shape == (1, 64)
 
 
+def test_sampled_pairs_raise_what_the_reward_likes_and_resume_exactly(base: Path, tmp_path: Path) -> None:
+    """The reward has learned that short answers are better; ties are counted."""
+    (reward,) = align(base, tmp_path / "reward", f"[{_stage(base, 'reward', steps=12)}]")
+    one = _stage(base, "online_dpo", reward=str(reward.run_dir), samples=3, max_new_tokens=6, steps=4, beta=0.5)
+    (whole,) = align(base, tmp_path / "whole", f"[{one}]")
+    row = next(row for row in whole.metrics if "train/dpo_loss" in row)
+    assert row["train/dpo_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert 0 <= row["align/sampled/tied_share"] < 1 and row["align/sampled/distinct_share"] > 0.5
+    assert row["align/sampled/reward_std"] > 0
+    more = ("train.save_every=2", "train.keep_checkpoints=0")
+    (again,) = align(base, tmp_path / "again", f"[{one}]", *more)
+    shutil.rmtree(_checkpoint(again))
+    (resumed,) = align(base, tmp_path / "again", f"[{one}]", *more, resume=True)
+    assert without_clock(resumed.metrics) == without_clock(whole.metrics)
+
+
+def test_a_reward_that_is_none_or_says_nothing_is_told(base: Path, tmp_path: Path) -> None:
+    one = _stage(base, "online_dpo", reward=f"{base}/base", steps=1)
+    with pytest.raises(moelab.UserError, match=r"alignment\.0\.reward: .*has no head for rewards"):
+        align(base, tmp_path / "out", f"[{one}]")
+
+
 @pytest.mark.parametrize(
     ("stage", "more", "said"),
     [
@@ -167,7 +189,7 @@ def test_a_reward_learns_which_answer_is_chosen(base: Path, tmp_path: Path) -> N
         ("dpo", ["alignment.0.beta=0"], r"alignment\.0\.beta: must be positive"),
         ("sft", ["alignment.0.data=nowhere.jsonl"], r"alignment\.data: no file or folder 'nowhere.jsonl'"),
         ("sft", ["alignment.0.sequence_length=5"], r"sums\.jsonl:1: .*hold nothing of an answer"),
-        ("sft", ["alignment.0.reward={name: x}"], r"alignment\.0\.reward: is of online_dpo"),
+        ("sft", ["alignment.0.reward=x"], r"alignment\.0\.reward: is of online_dpo"),
         ("online_dpo", [], r"alignment\.0\.reward: has no value"),
         ("sft", ["train.keep_best=true", "evaluation.every=1"], r"train\.keep_best"),
         ("sft", ["parallel.shard=2"], r"alignment: is for one process"),

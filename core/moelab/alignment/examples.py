@@ -8,8 +8,7 @@ ends them. Special tokens that somebody typed stay text in both.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,8 @@ class Examples:
 
     rows: list[Example]
     account: Account
-    fingerprint: str = field(default="")
+    fingerprint: str = ""
+    ends: tuple[int, ...] = ()  # token ids that end an answer
 
     @property
     def tokens(self) -> int:
@@ -118,7 +118,8 @@ def read_examples(path: Path, shaping: Shaping) -> Examples:
     for row in rows:
         for answer in row.answers:
             digest.update(len(answer.ids).to_bytes(8, "little") + answer.ids.tobytes() + answer.learned.tobytes())
-    return Examples(rows, account, digest.hexdigest())
+    ends = dict.fromkeys([*shaping.template.end_token_ids, shaping.tokenizer.eos_token_id])
+    return Examples(rows, account, digest.hexdigest(), tuple(ends))
 
 
 def _example(where: str, line: dict[str, Any], shaping: Shaping) -> Example:
@@ -220,10 +221,11 @@ def fitted(example: Example, shaping: Shaping, account: Account) -> Example | No
     """
     longest = shaping.longest
     most = max(len(answer.ids) for answer in example.answers)
-    if shaping.stage == "online_dpo" or most <= longest:
+    if most <= longest:
         return _apart(example, account)
-    if shaping.too_long == "refuse":
-        raise DataError(f"has {most} tokens, more than the {longest} of sequence_length; raise it, or set too_long")
+    sampled = len(example.answers) == 1 and not example.answers[0].learned.any()  # of which a cut prompt is another one
+    if shaping.too_long == "refuse" or (sampled and shaping.too_long == "cut"):
+        raise DataError(f"has {most} tokens, more than {longest}; raise sequence_length, or set too_long: drop")
     if shaping.too_long == "drop":
         account.dropped += 1
         return None
@@ -242,11 +244,3 @@ def _apart(example: Example, account: Account) -> Example | None:
         account.alike += 1
         return None
     return example
-
-
-Reader = Callable[[Path, Shaping], Examples]
-
-
-def longest_of(examples: Sequence[Example]) -> int:
-    """Tokens of the longest conversation."""
-    return max(len(answer.ids) for example in examples for answer in example.answers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Alignment:
         self.stage, self.trainer, self.policy, self.reference = stage, trainer, policy, reference
         self.fingerprint = fingerprint
         self.account: Account | None = None
+        self.sampled: Callable[[], dict[str, float]] = dict  # numbers of the step's draws, where it draws
         self._records: list[LayerRecord] = []
         self._theirs: list[LayerRecord] = []
         self._measures = RouteMeasures()
@@ -59,7 +60,8 @@ class Alignment:
             reference.on_records = self._theirs.extend
 
     def _take(self, records: Any) -> None:
-        self._records[:] = records
+        if torch.is_grad_enabled():  # and not what is sampled
+            self._records[:] = records
 
     def begin(self, batch: AnswerBatch, observed: bool) -> int:
         """-> learned tokens of SFT, examples of the others."""
@@ -102,7 +104,7 @@ class Alignment:
         """TRL's numbers as `align/...`, and the routes'."""
         values = {name: found for name, found in self.trainer._metrics["train"].items() if name not in UNTOLD}
         theirs = {f"align/{name}": sum(found) / len(found) for name, found in values.items() if found}
-        return theirs | self._measures.metrics() | self._drift()
+        return theirs | self._measures.metrics() | self._drift() | self.sampled()
 
     def _drift(self) -> dict[str, float]:
         """How far each router's matrix has moved from the reference's, over that one's L2 norm."""

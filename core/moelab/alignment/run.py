@@ -129,6 +129,13 @@ def _ready(config: RunConfig) -> Examples:
     tokenizer = load_tokenizer(config.data.tokenizer)
     template = ChatTemplate.chatml(tokenizer) if stage.template == "chatml" else _own_template(config)
     longest = stage.sequence_length or config.train.sequence_length
+    if stage.reward is not None:
+        if stage.max_new_tokens >= longest:
+            raise ConfigError(
+                f"{KEY}.0.max_new_tokens: {stage.max_new_tokens} leave no room for a prompt in the {longest} tokens of "
+                "sequence_length"
+            )
+        longest -= stage.max_new_tokens
     shaping = Shaping(stage.stage, template, longest, stage.too_long, stage.loss_on)
     try:
         path = resolve_path(stage.data, config.places(KEY))

@@ -7,7 +7,6 @@ from typing import Any, Protocol, TypeVar
 
 from omegaconf import MISSING
 
-from moelab.config.model import Part
 from moelab.errors import ConfigError
 
 KEY = "alignment"
@@ -49,7 +48,7 @@ class AlignmentConfig:
     # The weights whose log-probabilities and routes the policy is compared with; null: those that it starts from, and
     # of sft and reward none, since only the look at routes needs them there.
     reference: str | None = None
-    reward: Part | None = None  # of online_dpo: what answers are worth, {name: model, path: a run of stage reward}
+    reward: str | None = None  # of online_dpo: a run of stage reward, which says what answers are worth
     samples: int = 4  # of online_dpo: answers to each prompt, of which the best and the worst are a pair
     max_new_tokens: int = 64  # of an answer that is sampled
     temperature: float = 1.0  # of the same
