@@ -160,6 +160,34 @@ def test_routers_step_once_for_each_optimizer_step_and_losses_do_not_hang_on_the
     assert {"load_balance", "moe/mean/max_violation", "moe/layer_00/router_entropy"} <= row.keys()
 
 
+def test_a_trainer_that_was_stopped_goes_on_exactly_its_losses_and_biases_too(tmp_path: Path) -> None:
+    """By transformers' own resuming: a router's bias is in the weights, a balance loss's coefficient beside them."""
+    router = {"name": "remoe"}
+    losses = [{"name": "remoe_l1"}]
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
+
+    def run(folder: Path, resume: bool) -> tuple[dict[str, torch.Tensor], float]:
+        model = moelab.as_transformers(built(router, balance_losses=losses))
+        args = quiet(
+            trl.SFTConfig, folder, max_steps=4, learning_rate=1e-3, save_strategy="steps", save_steps=2,
+            per_device_train_batch_size=2,
+        )  # fmt: skip
+        trainer = Sft(model, args=args, train_dataset=pairs(rows), processing_class=byte_tokenizer())
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
+        return {n: p.detach().clone() for n, p in model.state_dict().items()}, trainer.routes.balance_losses[
+            0
+        ].loss.weight
+
+    whole, coefficient = run(tmp_path, False)
+    again, same = run(tmp_path, True)
+    assert (
+        coefficient
+        == same
+        != build_balance_losses(built(router, balance_losses=losses).config, Registry())[0].loss.weight
+    )
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
 def test_the_balance_loss_is_ours_and_trls_pooled_one_is_not_there(tmp_path: Path) -> None:
     """Gradients with it less those without are the balance loss's own, over tokens that are no padding."""
     found = []

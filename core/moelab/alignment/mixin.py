@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +23,17 @@ from transformers import TrainerCallback
 from moelab.adapter.base import MoelabPreTrainedModel
 from moelab.alignment.measures import RouteMeasures
 from moelab.builder import build_balance_losses
+from moelab.checkpoint import stored_tensors
 from moelab.errors import ConfigError
 from moelab.moe.balance import NamedLoss
 from moelab.moe.batch_statistics import BatchStatistics
 from moelab.moe.routing import LayerRecord
 from moelab.nn.count import moe_blocks
 from moelab.registry import Registry
+from moelab.tensor_file import write_tensors
 from moelab.training.router_statistics import RouterStatistics
+
+LOSSES = "balance_losses.safetensors"  # of a checkpoint of transformers' trainers
 
 
 def adapter_of(model: Any) -> MoelabPreTrainedModel:
@@ -72,6 +77,20 @@ class RoutedTrainer:
         """Theirs, with the balance losses in its backward pass."""
         with self.routes.in_backward(self.accelerator, inputs):  # type: ignore[attr-defined]
             return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Theirs, and what balance losses carry from step to step."""
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        state = self.routes.state()
+        if state:
+            write_tensors(Path(output_dir) / LOSSES, state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Theirs, and what `_save_optimizer_and_scheduler` wrote beside. Raises CheckpointError where it is missing."""
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None and self.routes.state():
+            stored = stored_tensors(Path(checkpoint), LOSSES)
+            self.routes.restore({name: tensor.read() for name, tensor in stored.items()})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Theirs, with our tags beside."""
@@ -173,6 +192,21 @@ class Routes:
     def forget(self) -> None:
         """Begin counting anew: the step is over, or was not made."""
         self._seen = BatchStatistics(self.balance_losses)
+
+    def state(self) -> dict[str, Tensor]:
+        """{loss/name: tensor} of what balance losses carry from step to step; most carry nothing."""
+        found: dict[str, Mapping[str, Tensor]] = {
+            named.name: getattr(named.loss, "state_dict", dict)() for named in self.balance_losses
+        }
+        return {f"{name}/{key}": value for name, held in found.items() for key, value in held.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave."""
+        for named in self.balance_losses:
+            prefix = f"{named.name}/"
+            mine = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            if mine:
+                named.loss.load_state_dict(mine)  # type: ignore[attr-defined]
 
     def metrics(self) -> dict[str, float]:
         """What was seen since the last time, by our tags. Waits for the device."""

@@ -18,7 +18,7 @@ from typing import Any
 from moelab.alignment.examples import Examples, Shaping, read_examples
 from moelab.builder import build_model
 from moelab.checkpoint import CONFIG
-from moelab.config.alignment import KEY, stand_in
+from moelab.config.alignment import KEY, PAIRED, stand_in
 from moelab.config.files import Layer
 from moelab.config.run import RunConfig
 from moelab.config.stored import read_stored_tree
@@ -28,6 +28,9 @@ from moelab.data.tokenizer import load_tokenizer
 from moelab.errors import ConfigError, DataError
 from moelab.integrity import Verify
 from moelab.loading import chat_template_of
+from moelab.moe.promises import batch_invariant
+from moelab.nn.count import moe_blocks
+from moelab.nn.transformer import Transformer
 from moelab.origin import origin_layer, read_origin
 from moelab.paths import user_path
 from moelab.registry import Registry
@@ -146,7 +149,11 @@ def _ready(config: RunConfig) -> Examples:
         logger.warning("%s", line)
     if stage.epochs is not None:
         config.train.steps = ceil(stage.epochs * len(examples.rows) / config.train.batch_size)
-    _apply_policy(config)
+    registry = Registry(config.plugins, config.entry_points, config.places("plugins"))
+    model = build_model(config.model, registry, device="meta", seed=None)
+    if stage.stage in PAIRED:
+        refuse_batch_dependent(model, stage.stage)
+    _apply_policy(config, model)
     config.check()
     return examples
 
@@ -160,14 +167,27 @@ def _own_template(config: RunConfig) -> ChatTemplate:
     return chat_template_of(path if path.is_dir() else path.parent)
 
 
-def _apply_policy(config: RunConfig) -> None:
+def refuse_batch_dependent(model: Transformer, stage: str) -> None:
+    """Raise ConfigError, naming the router, where a token's experts hang on what else is in the batch, or on noise.
+
+    Then the same answer has another log-probability beside other answers, and a policy equal to its reference has a
+    margin: preferences would be learned from that.
+    """
+    for block in moe_blocks(model):
+        if not batch_invariant(block.router):
+            raise ConfigError(
+                f"{block.parts['router'].title}: which experts a token goes to in training hangs on the rest of the "
+                "batch, or on noise (capacity, experts that choose, a plan over all tokens), so log-probabilities do "
+                f"too, and {stage} compares these; take a router or options without, such as capacity_factor=null, "
+                "with train.init_overrides=[model.moe.router]"
+            )
+
+
+def _apply_policy(config: RunConfig, model: Transformer) -> None:
     """The router's policy in the words of a run: frozen parameters, or a rate of their own."""
     (stage,) = config.alignment
     if stage.router == "train":
         return
-    model = build_model(
-        config.model, Registry(config.plugins, config.entry_points, config.places("plugins")), device="meta", seed=None
-    )
     if not any(".router." in name for name, _ in model.named_parameters()):
         raise ConfigError(f"{KEY}.0.router: {stage.router}, and no router of this model has a parameter; write train")
     if stage.router == "freeze":

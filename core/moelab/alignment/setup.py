@@ -22,7 +22,6 @@ from moelab.errors import ConfigError
 from moelab.hub import user_folder
 from moelab.integrity import Verify
 from moelab.loading import load
-from moelab.moe.promises import batch_invariant
 from moelab.origin import read_origin, same_tokenizer
 from moelab.parallel.ranks import ALONE, Ranks
 from moelab.registry import Registry
@@ -43,8 +42,6 @@ class Preparing:
         """Raises UserError before anything is written, as `prepare` does, and for what the stage can't be done with."""
         (stage,) = config.alignment
         setup = prepare(config, registry, verify=verify, ranks=ranks)
-        if stage.stage in PAIRED:
-            refuse_batch_dependent(setup)
         if stage.router == "freeze":
             for block in setup.blocks:
                 if hasattr(block.router, "after_step"):
@@ -76,22 +73,6 @@ class Preparing:
         losses = setup.balance_losses if stage.balance else []
         settings = dataclasses.replace(setup.step_settings, objective=objective)
         return dataclasses.replace(setup, batches=batches, step_settings=settings, balance_losses=losses)
-
-
-def refuse_batch_dependent(setup: Setup) -> None:
-    """Raise ConfigError, naming the router, where a token's experts hang on what else is in the batch, or on noise.
-
-    Then the same answer has another log-probability beside other answers, and a policy equal to its reference has a
-    margin: preferences would be learned from that.
-    """
-    for block in setup.blocks:
-        if not batch_invariant(block.router):
-            raise ConfigError(
-                f"{block.parts['router'].title}: which experts a token goes to in training hangs on the rest of the "
-                f"batch, or on noise (capacity, experts that choose, a plan over all tokens), so log-probabilities do "
-                f"too, and {setup.config.alignment[0].stage} compares these; take a router or options without, such as "
-                "capacity_factor=null, with train.init_overrides=[model.moe.router]"
-            )
 
 
 def _reference(setup: Setup, stage: AlignmentConfig, verify: Verify) -> MoelabPreTrainedModel | None:
