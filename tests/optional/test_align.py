@@ -175,6 +175,25 @@ def test_sampled_pairs_raise_what_the_reward_likes_and_resume_exactly(base: Path
     assert without_clock(resumed.metrics) == without_clock(whole.metrics)
 
 
+@pytest.mark.parametrize("stage", ["dpo", "online_dpo"])
+def test_replayed_routes_are_the_recorded_ones_however_the_router_moves(base: Path, tmp_path: Path, stage: str) -> None:
+    """A router that learns alone, fast: its own choices leave the reference's, and the loss is of the recorded ones."""
+    more: dict[str, Any] = {"replay": "reference"}
+    if stage == "online_dpo":
+        (reward,) = align(base, tmp_path / "reward", f"[{_stage(base, 'reward')}]")
+        more = {"replay": "sampled", "reward": str(reward.run_dir), "samples": 3, "max_new_tokens": 6}
+    freeze = "train.freeze=[embed_tokens.*, layers.*.self_attn.*, layers.*.mlp.experts.*, layers.*.norm*]"
+    (run,) = align(
+        base,
+        tmp_path / "out",
+        f"[{_stage(base, stage, lr=0.1, steps=4, **more)}]",
+        freeze.replace(", layers.*.norm*", ""),
+    )
+    first, last = _rows(run, "train/dpo_loss")[0], _rows(run, "moe/mean/route_agreement")[-1]
+    assert first == pytest.approx(math.log(2), abs=1e-5)
+    assert _rows(run, "moe/mean/route_agreement")[0] > 0.99 and last < 0.99
+
+
 def test_a_reward_that_is_none_or_says_nothing_is_told(base: Path, tmp_path: Path) -> None:
     one = _stage(base, "online_dpo", reward=f"{base}/base", steps=1, max_new_tokens=8)
     with pytest.raises(moelab.UserError, match=r"alignment\.0\.reward: .*has no head for rewards"):

@@ -26,7 +26,7 @@ from moelab.adapter.forward import Inputs, Passed, run, start
 from moelab.builder import build_model
 from moelab.errors import CheckpointError, ConfigError
 from moelab.moe.block import MoEBlock
-from moelab.moe.routing import LayerRecord
+from moelab.moe.routing import LayerRecord, RoutingOverride
 from moelab.nn.transformer import DecoderLayer, Transformer
 from moelab.registry import Registry
 from moelab.seeds import generator
@@ -93,6 +93,7 @@ class MoelabPreTrainedModel(PreTrainedModel):
         self.model = decoder
         self.on_records: Callable[[Sequence[LayerRecord]], None] | None = None
         self.noise: torch.Generator | None = None  # what routers that draw draw from; None: torch's global stream
+        self.override: RoutingOverride | None = None  # sends tokens elsewhere than their routers would; None: nobody
         self._built_empty = any(parameter.is_meta for parameter in decoder.parameters())
         self.vocab_size = config.vocab_size
         self._registry = registry
@@ -121,7 +122,10 @@ class MoelabPreTrainedModel(PreTrainedModel):
         cache = self._cache_to_use(past_key_values, use_cache)
         passed = run(
             self.model,
-            start(self.model, Inputs(input_ids, inputs_embeds, attention_mask, position_ids, cache, self.noise)),
+            start(
+                self.model,
+                Inputs(input_ids, inputs_embeds, attention_mask, position_ids, cache, self.noise, self.override),
+            ),
             states=self._asked(output_hidden_states, "output_hidden_states"),
             attentions=self._asked(output_attentions, "output_attentions"),
         )

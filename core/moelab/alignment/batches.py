@@ -6,7 +6,7 @@ R rows of S tokens, padded at their end; of pairs, the chosen rows before the re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ class AnswerBatch:
     attention_mask: Tensor  # [R, S] bool, False for padding
     learned: Tensor  # [R, S] bool: tokens whose log-probability counts
     answers: int  # rows of an example: 1, or 2 for chosen and rejected
+    routes: dict[int, Tensor] = field(default_factory=dict)  # layer -> [R, S, K] int64, where routes were recorded ...
+    routed: Tensor | None = None  # [R, S] bool: ... and of which tokens
 
     @property
     def token_count(self) -> int:
@@ -63,7 +65,9 @@ class AnswerBatch:
 
     def to(self, device: torch.device | str) -> AnswerBatch:
         ids, mask, learned = (t.to(device, non_blocking=True) for t in self._tensors())
-        return AnswerBatch(ids, mask, learned, self.answers)
+        routes = {layer: expert.to(device, non_blocking=True) for layer, expert in self.routes.items()}
+        routed = None if self.routed is None else self.routed.to(device, non_blocking=True)
+        return AnswerBatch(ids, mask, learned, self.answers, routes, routed)
 
     def split(self, micro_batch_size: int) -> list[AnswerBatch]:
         """Batches of at most that many examples, in order, each as wide as its longest row."""
@@ -73,7 +77,9 @@ class AnswerBatch:
             rows = torch.cat([torch.arange(begin, end) + side * self.examples for side in range(self.answers)])
             width = int(self.attention_mask[rows].sum(1).max())
             ids, mask, learned = (t[rows, :width] for t in self._tensors())
-            found.append(AnswerBatch(ids, mask, learned, self.answers))
+            routes = {layer: expert[rows, :width] for layer, expert in self.routes.items()}
+            routed = None if self.routed is None else self.routed[rows, :width]
+            found.append(AnswerBatch(ids, mask, learned, self.answers, routes, routed))
         return found
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +95,17 @@ def padded(rows: Sequence[Answer], answers: int, pad_id: int) -> AnswerBatch:
         ids[index, : len(row.ids)] = row.ids
         mask[index, : len(row.ids)] = True
         learned[index, : len(row.ids)] = row.learned
-    return AnswerBatch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(learned), answers)
+    routes: dict[int, Tensor] = {}
+    routed = None if rows[0].routes is None else np.zeros((len(rows), width), bool)
+    for index, row in enumerate(rows):
+        for layer, expert in (row.routes or {}).items():
+            known = min(len(expert), len(row.ids))
+            into = routes.setdefault(layer, torch.zeros(len(rows), width, expert.shape[1], dtype=torch.int64))
+            into[index, :known] = torch.from_numpy(expert[:known])
+            if routed is not None:
+                routed[index, :known] = True
+    tensors = (torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(learned))
+    return AnswerBatch(*tensors, answers, routes, None if routed is None else torch.from_numpy(routed))
 
 
 @dataclass(frozen=True)

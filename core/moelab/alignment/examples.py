@@ -40,6 +40,9 @@ class Answer:
 
     ids: np.ndarray  # [n] int32, the prompt's before the answer's
     learned: np.ndarray  # [n] bool: whose log-probability counts
+    routes: dict[int, np.ndarray] | None = (
+        None  # layer -> [m, K] int64, experts of the first m <= n tokens, if recorded
+    )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from moelab.adapter.base import MoelabPreTrainedModel
 from moelab.alignment.batches import AnswerBatch
 from moelab.alignment.examples import Account
 from moelab.alignment.measures import PREFIX, RouteMeasures
+from moelab.alignment.replay import Replayed, recorded, weighers
 from moelab.config.alignment import KEY, AlignmentConfig
 from moelab.errors import ConfigError
 from moelab.moe.routing import LayerRecord
@@ -57,11 +58,14 @@ class Alignment:
         policy.on_records = self._take
         if reference is not None:
             reference.requires_grad_(False).eval()
-            reference.on_records = self._theirs.extend
+            reference.on_records = self._hear
 
     def _take(self, records: Any) -> None:
         if torch.is_grad_enabled():  # and not what is sampled
             self._records[:] = records
+
+    def _hear(self, records: Any) -> None:
+        self._theirs[:] = records
 
     def begin(self, batch: AnswerBatch, observed: bool) -> int:
         """-> learned tokens of SFT, examples of the others."""
@@ -74,13 +78,35 @@ class Alignment:
         self._theirs.clear()
         self.policy.noise = tokens.generator
         inputs = self._inputs(part)
-        loss: Tensor = self.trainer.compute_loss(self.policy, dict(inputs), num_items_in_batch=place.targets)
+        self.policy.override = replayed = self._replayed(part, inputs)
+        try:
+            loss: Tensor = self.trainer.compute_loss(self.policy, dict(inputs), num_items_in_batch=place.targets)
+        finally:
+            self.policy.override = None
         if self.stage.stage != "sft":  # a mean over the micro-batch's examples
             loss = loss * (part.examples / place.targets)
         records = list(self._records)
         if self._observed:
-            self._look(records, part, inputs)
+            self._look(records if replayed is None else replayed.owned(records), part, inputs)
         return {LOSSES[self.stage.stage]: (loss, 1.0)}, records
+
+    def _replayed(self, part: AnswerBatch, inputs: Mapping[str, Any]) -> Replayed | None:
+        """The experts that stand in place of the policy's own; None: its own do."""
+        if self.stage.replay == "none":
+            return None
+        weigh = weighers(self.policy.model)
+        if self.stage.replay == "sampled":
+            assert part.routed is not None
+            return Replayed(weigh, {layer: e.flatten(0, 1) for layer, e in part.routes.items()}, part.routed.flatten())
+        self._ask_reference(inputs)
+        return Replayed(weigh, recorded(self._theirs))
+
+    @torch.no_grad()
+    def _ask_reference(self, inputs: Mapping[str, Any]) -> None:
+        """A pass without the head, for its records alone."""
+        assert self.reference is not None
+        self._theirs.clear()
+        self.reference.base_model(inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
 
     def _inputs(self, part: AnswerBatch) -> dict[str, Any]:
         found: dict[str, Any] = {"input_ids": part.input_ids, "attention_mask": part.attention_mask.long()}
@@ -93,7 +119,7 @@ class Alignment:
     @torch.no_grad()
     def _look(self, records: list[LayerRecord], part: AnswerBatch, inputs: Mapping[str, Any]) -> None:
         if self.reference is not None and not self._theirs:  # the loss itself asks nothing of it
-            self.reference.base_model(inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+            self._ask_reference(inputs)
         if self._theirs:
             self._measures.add_reference(records, self._theirs)
         if part.answers == 2:

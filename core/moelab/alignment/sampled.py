@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from moelab.adapter.base import MoelabPreTrainedModel
 from moelab.adapter.registration import as_classifier
 from moelab.alignment.batches import AnswerBatch, ExampleBatches, padded
 from moelab.alignment.examples import Answer, Example
+from moelab.alignment.replay import Recorder
 from moelab.checkpoint import TRAINING, is_moelab, resolve_checkpoint, stored_tensors
 from moelab.config.alignment import AlignmentConfig
 from moelab.errors import CheckpointError, RunFailure
@@ -90,13 +92,16 @@ class SampledBatches:
     ends: tuple[int, ...]  # token ids that end an answer
     seed: int
     counts: Counts = field(default_factory=Counts)  # of the last batch
+    _routes: dict[int, Tensor] = field(default_factory=dict)  # layer -> [R, positions, K], with which it was written
+    _width: int = 0  # of its prompts, padded on the left
 
     def batch(self, step: int) -> AnswerBatch:
         """Pairs of at most `batch_size` prompts. Raises RunFailure for rewards that are NaN, or always the same."""
         self.counts, pairs = Counts(), []
         for attempt in range(TRIES):
-            for example, answers in zip(self._chosen(step, attempt), self._drawn(step, attempt), strict=True):
-                pairs += self._pair(example, answers)
+            drawn = self._drawn(step, attempt)
+            for number, (example, answers) in enumerate(zip(self._chosen(step, attempt), drawn, strict=True)):
+                pairs += self._pair(example, answers, number * self.stage.samples)
             if pairs:
                 rows = [pair[side] for side in (0, 1) for pair in pairs]
                 return padded(rows, 2, self.prompts.pad_id)
@@ -117,8 +122,11 @@ class SampledBatches:
         """Answers [samples] of each prompt: the new token ids, with the one that ended them."""
         prompts = [example.answers[0] for example in self._chosen(step, attempt)]
         batch = _padded_left(prompts, self.prompts.pad_id, next(self.policy.parameters()).device)
-        was_training = self.policy.training
+        self._width = batch[0].shape[1]
+        was_training, told, recorder = self.policy.training, self.policy.on_records, Recorder()
         self.policy.eval()
+        if self.stage.replay == "sampled":
+            self.policy.on_records = partial(recorder.take, len(prompts) * self.stage.samples)
         torch.manual_seed(derive_seed(self.seed, "answers", step, attempt))
         stage: Any = self.stage
         with torch.no_grad():
@@ -128,15 +136,17 @@ class SampledBatches:
                 eos_token_id=list(self.ends), pad_token_id=self.prompts.pad_id,
             )  # fmt: skip
         self.policy.train(was_training)
-        new = [self._until_end(row) for row in ids[:, batch[0].shape[1] :].cpu().numpy()]
+        self.policy.on_records = told
+        new = [self._until_end(row) for row in ids[:, self._width :].cpu().numpy()]
+        self._routes = recorder.routes()
         return [new[at : at + stage.samples] for at in range(0, len(new), stage.samples)]
 
     def _until_end(self, row: np.ndarray) -> np.ndarray:
         ends = np.flatnonzero(np.isin(row, self.ends))
         return row[: ends[0] + 1] if len(ends) else row
 
-    def _pair(self, example: Example, answers: Sequence[np.ndarray]) -> list[tuple[Answer, Answer]]:
-        """(best, worst) of a prompt's answers, or nothing where all are worth the same."""
+    def _pair(self, example: Example, answers: Sequence[np.ndarray], row: int) -> list[tuple[Answer, Answer]]:
+        """(best, worst) of a prompt's answers, drawn from `row` on, or nothing where all are worth the same."""
         prompt = example.answers[0].ids
         whole = [np.concatenate([prompt, answer]).astype(np.int32) for answer in answers]
         rewards = self.judge(whole)
@@ -151,8 +161,16 @@ class SampledBatches:
             return []
         self.counts.pairs += 1
         self.counts.longer += len(answers[best]) - len(answers[worst])
-        learned = [np.arange(len(ids)) >= len(prompt) for ids in whole]
-        return [(Answer(whole[best], learned[best]), Answer(whole[worst], learned[worst]))]
+        best_and_worst = (self._answer(whole[which], len(prompt), row + which) for which in (best, worst))
+        return [tuple(best_and_worst)]  # type: ignore[list-item]
+
+    def _answer(self, ids: np.ndarray, prompt: int, row: int) -> Answer:
+        learned = np.arange(len(ids)) >= prompt
+        if self.stage.replay != "sampled":
+            return Answer(ids, learned)
+        return Answer(
+            ids, learned, {layer: e[row, self._width - prompt :].numpy() for layer, e in self._routes.items()}
+        )
 
     def documents_read(self, steps: int) -> np.ndarray:
         """[n] bool: none of the training text."""

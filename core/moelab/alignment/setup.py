@@ -14,6 +14,7 @@ from moelab.adapter.registration import as_classifier, as_transformers
 from moelab.alignment.batches import ExampleBatches
 from moelab.alignment.examples import Examples
 from moelab.alignment.objective import Alignment, Headed
+from moelab.alignment.replay import weighers
 from moelab.alignment.sampled import SampledBatches, reward_model
 from moelab.alignment.trainers import build_trainer
 from moelab.config.alignment import KEY, PAIRED, AlignmentConfig
@@ -70,6 +71,8 @@ class Preparing:
             judge = reward_model(stage.reward, device, setup.registry, batches.pad_id, where)
             batches = SampledBatches(batches, policy, judge, stage, self.examples.ends, setup.config.order_seed)
             objective.sampled = batches.metrics
+        if stage.replay != "none":
+            weighers(setup.model)
         losses = setup.balance_losses if stage.balance else []
         settings = dataclasses.replace(setup.step_settings, objective=objective)
         return dataclasses.replace(setup, batches=batches, step_settings=settings, balance_losses=losses)

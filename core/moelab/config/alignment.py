@@ -16,6 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss_on": ("assistant", "all"),
     "too_long": ("cut", "drop", "refuse"),
     "template": ("own", "chatml"),
+    "replay": ("none", "reference", "sampled"),
     "router": ("train", "freeze", "lr_scale"),
 }
 LOSSES = ("sigmoid", "hinge", "ipo", "sigmoid_norm", "robust", "apo_zero", "apo_down")  # TRL's, of pairs alone
@@ -48,6 +49,10 @@ class AlignmentConfig:
     # The weights whose log-probabilities and routes the policy is compared with; null: those that it starts from, and
     # of sft and reward none, since only the look at routes needs them there.
     reference: str | None = None
+    # Experts that were recorded stand in place of those that the policy's routers choose while it is trained, and the
+    # routers learn by the weights they give them: none; reference, those of its pass; sampled, of online_dpo, those
+    # with which the answers were written.
+    replay: str = "none"
     reward: str | None = None  # of online_dpo: a run of stage reward, which says what answers are worth
     samples: int = 4  # of online_dpo: answers to each prompt, of which the best and the worst are a pair
     max_new_tokens: int = 64  # of an answer that is sampled
@@ -123,9 +128,17 @@ def _check_stage(where: str, stage: AlignmentConfig) -> None:
             raise ConfigError(f"{where}.{key}: must be positive, not {value}")
     if stage.epochs is not None and stage.steps is not None:
         raise ConfigError(f"{where}.steps: epochs decide them already; give one of the two")
+    _check_sampling(where, stage)
+
+
+def _check_sampling(where: str, stage: AlignmentConfig) -> None:
     for key, least in (("samples", 2), ("max_new_tokens", 1)):
         if getattr(stage, key) < least:
             raise ConfigError(f"{where}.{key}: must be at least {least}, not {getattr(stage, key)}")
+    if stage.replay == "sampled" and stage.stage != "online_dpo":
+        raise ConfigError(f"{where}.replay: sampled is of online_dpo, whose answers the policy writes itself")
+    if stage.replay == "reference" and stage.stage not in PAIRED and stage.reference is None:
+        raise ConfigError(f"{where}.replay: reference, and {stage.stage} has none; name one as reference")
     if not 0 < stage.top_p <= 1:
         raise ConfigError(f"{where}.top_p: must be in 0 .. 1, 0 excluded, not {stage.top_p}")
     if not 0 <= stage.label_smoothing < 0.5:

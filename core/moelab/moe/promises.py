@@ -34,7 +34,7 @@ def router_built(router: object) -> str | None:
         value = getattr(router, key, True)
         if not isinstance(value, bool):
             return f"has {key} {value!r}; it must be True or False"
-    return _not_callable(router, ("initialise", "after_step", "qwen2_moe_fields"))
+    return _not_callable(router, ("initialise", "after_step", "qwen2_moe_fields", "weigh"))
 
 
 def batch_invariant(router: object) -> bool:
