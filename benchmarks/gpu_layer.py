@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpu_common import BF16, QWEN_57B, Bench
+from gpu_common import BF16, QWEN_57B, Bench, choose
 from layer import Contender, LayerShape, backends_for, bank_of, draw_routing, recorded, time_in_turn
 from moelab import ExpertBackend, Routing
-from moelab.moe.activation import SwiGLU
+from moelab.moe.activation import SwiGLU, activate
 from moelab.moe.experts import ExpertBank
 from moelab_plugins.expert_backends._megablocks_install import load as load_kernels
 from moelab_plugins.expert_backends._megablocks_install import missing
@@ -20,6 +21,7 @@ from moelab_plugins.expert_backends._megablocks_topology import BLOCK, bins, top
 from moelab_plugins.expert_backends.megablocks import block_matrix
 from report import markdown_table
 
+LEFT_OUT = {"loop", "auto", "densemixer"}  # slow, another one again, or another computation
 TOLERANCE = 2e-2  # relative to the largest output: bf16 keeps 8 bits, three products
 Part = tuple[list[dict[str, Any]], str]
 
@@ -67,8 +69,9 @@ def layer(shape: LayerShape, sizes: tuple[int, ...], bench: Bench) -> Part:
         upstream = torch.randn_like(x)
         for load in ("balanced", *(["replayed"] if recorded() else ["random"])):
             routing = draw_routing(shape, tokens, load, device)
-            backends = {k: b for k, b in backends_for(shape, tokens, device, BF16).items() if k != "loop"}
+            backends = {k: b for k, b in backends_for(shape, tokens, device, BF16).items() if k not in LEFT_OUT}
             sides = {name: _contender(backend, x, routing, bank) for name, backend in backends.items()}
+            sides["grouped_mm, torch's passes"] = _contender(backends["grouped_mm"], x, routing, bank, ours=False)
             sides |= _peers(shape, x, routing)
             for name, timing in time_in_turn(sides, upstream, bench.sizes.repeats, device).items():
                 rows.append(
@@ -91,8 +94,12 @@ def layer(shape: LayerShape, sizes: tuple[int, ...], bench: Bench) -> Part:
     return rows, f"\n{title}\n\n" + markdown_table(head, body) + "\n"
 
 
-def _contender(backend: ExpertBackend, x: Tensor, routing: Routing, bank: ExpertBank) -> Contender:
-    return Contender(lambda: backend(x, routing, bank), [x, routing.weight, *bank.parameters()])
+def _contender(backend: ExpertBackend, x: Tensor, routing: Routing, bank: ExpertBank, ours: bool = True) -> Contender:
+    def run() -> Tensor:
+        choose(ours)
+        return backend(x, routing, bank)
+
+    return Contender(run, [x, routing.weight, *bank.parameters()])
 
 
 def _peers(shape: LayerShape, x: Tensor, routing: Routing) -> dict[str, Contender]:
@@ -100,7 +107,9 @@ def _peers(shape: LayerShape, x: Tensor, routing: Routing) -> dict[str, Contende
     width = shape.top_k * shape.width
     up = torch.nn.Parameter(0.02 * torch.randn(2 * width, shape.hidden, device=x.device, dtype=x.dtype))
     down = torch.nn.Parameter(0.02 * torch.randn(width, shape.hidden, device=x.device, dtype=x.dtype))
-    peers = {"dense FFN": Contender(lambda: SwiGLU()(*(x @ up.t()).chunk(2, -1)) @ down, [x, up, down])}
+    peers = {
+        "dense FFN": Contender(lambda: activate(SwiGLU(), (x @ up.t()).unflatten(-1, (2, -1))) @ down, [x, up, down])
+    }
     if importlib.util.find_spec("transformers") is None:
         return peers
     from transformers import Qwen2MoeConfig
@@ -126,36 +135,50 @@ def profile(bench: Bench) -> Part:
     bank, rows, tables = bank_of(shape, bench.device, BF16), [], []
     x = torch.randn(tokens, shape.hidden, device=bench.device, dtype=BF16, requires_grad=True)
     upstream = torch.randn_like(x)
-    for name in ("grouped_mm", "megablocks"):
-        backend = backends_for(shape, tokens, bench.device, BF16).get(name)
-        if backend is None:
+    for name, backend in backends_for(shape, tokens, bench.device, BF16).items():
+        if name in LEFT_OUT:
             continue
 
         def run(backend: ExpertBackend = backend) -> None:
             torch.autograd.grad(backend(x, routing, bank), [x, routing.weight, *bank.parameters()], upstream)
 
-        bench.seconds(run, 1)
-        with torch.profiler.profile() as seen:
-            run()
-            bench.wait()
-        found = [(e.key, e.device_time_total / 1e3, e.count) for e in seen.key_averages()]
-        if bench.device.type == "cuda":
-            kinds = {e.key for e in seen.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA}
-            waits = sum(e.count for e in seen.key_averages() if e.key == "cudaStreamSynchronize")
-            found = sorted((f for f in found if f[0] in kinds), key=lambda f: -f[1])[:22]
-        else:
-            found, waits = found[:3], 0
-        total = sum(milliseconds for _, milliseconds, _ in found) or 1.0
-        rows += [{"backend": name, "kernel": key, "ms": ms, "calls": calls} for key, ms, calls in found]
-        body = [
-            [key[:110].replace("|", "/"), f"{ms:.2f}", f"{100 * ms / total:.0f} %", str(calls)]
-            for key, ms, calls in found
+        found, table = kernels_of(run, bench, f"{name}, {shape.name}, {tokens} tokens, forward + backward")
+        rows += [{"backend": name} | row for row in found]
+        tables.append(table)
+    return rows, "\n".join(tables)
+
+
+def kernels_of(run: Callable[[], None], bench: Bench, title: str) -> Part:
+    """The kernels of one call by their time on the device, the longest ones; on a CPU torch's operations."""
+    bench.seconds(run, 1)
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if bench.device.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as seen:
+        run()
+        bench.wait()
+    events = seen.key_averages()
+    if bench.device.type == "cuda":
+        chosen = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    else:
+        chosen = [e for e in events if e.key.startswith("aten::")]
+    rows = [
+        {"kernel": e.key, "ms": (e.self_device_time_total or e.self_cpu_time_total) / 1e3, "calls": e.count}
+        for e in sorted(chosen, key=lambda e: -(e.self_device_time_total or e.self_cpu_time_total))
+    ]
+    total = sum(row["ms"] for row in rows)
+    waits = sum(e.count for e in events if e.key == "cudaStreamSynchronize")
+    body = [
+        [
+            row["kernel"][:140].replace("|", "/"),
+            f"{row['ms']:.2f}",
+            f"{100 * row['ms'] / total:.1f} %",
+            str(row["calls"]),
         ]
-        tables.append(
-            f"\n{name}, {shape.name}, {tokens} tokens, forward + backward: {total:.2f} ms on the device, "
-            f"{waits} waits\n\n" + markdown_table(["kernel", "ms", "share", "calls"], body)
-        )
-    return rows, "\n".join(tables) + "\n"
+        for row in rows[:20]
+    ]
+    table = markdown_table(["kernel", "ms", "share", "calls"], body)
+    return rows[:40], f"\n{title}: {total:.2f} ms on the device, the host waits {waits} times\n\n{table}\n"
 
 
 def kernels(bench: Bench) -> Part:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import moelab
-from gpu_common import BF16, QWEN_57B, TOY, Bench
-from gpu_layer import Part
+from gpu_common import BF16, QWEN_57B, TOY, Bench, choose
+from gpu_layer import LEFT_OUT, Part, kernels_of
 from layer import LayerShape, backends_for
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.hookspecs import ATTENTIONS
@@ -19,51 +19,88 @@ from moelab.nn.attention_inputs import AttentionContext, AttentionInputs
 from moelab.nn.count import count_parameters, flops_per_token
 from moelab.nn.full_attention import torch_attention
 from moelab.nn.rope import Rope, rotate
+from moelab.nn.transformer import Transformer
 from report import markdown_table
 
 HEADS, KEY_HEADS, HEAD_DIM = 28, 4, 128  # 57B-A14B's
 
 
-def training_steps(bench: Bench, compiled: bool = False) -> Part:
+def training_steps(bench: Bench) -> Part:
     """Four full-width layers of 57B-A14B: forward, backward, clipping, fused AdamW; bf16 matmuls, fp32 state."""
-    rows, device = [], bench.device
-    sequences, positions, experts = bench.sizes.step
-    shape = QWEN_57B if device.type == "cuda" else TOY
-    names = [name for name in backends_for(shape, 8192, device, BF16) if name not in {"loop", "auto", "densemixer"}]
-    for name in ["grouped_mm"] if compiled else names:
-        model = moelab.build(_four_layers(name, shape, experts), device=device)
-        if compiled:
-            for layer in model.layers:
-                layer.compile()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        ids = torch.randint(0, 32000, (sequences, positions), device=device)
+    names = [name for name in backends_for(_shape(bench), 8192, bench.device, BF16) if name not in LEFT_OUT]
+    rows = []
+    for sequences, positions in bench.sizes.steps:
+        for name in names:
+            rows.append(_measured(bench, name, sequences, positions))
+        rows.append(_measured(bench, "grouped_mm", sequences, positions, ours=False))
+    return rows, _table(rows)
 
-        def step(model: Any = model, optimizer: Any = optimizer, ids: Tensor = ids) -> None:
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, BF16):
-                loss = model(ids, targets=ids).token_loss.mean()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
 
-        seconds = bench.seconds(step)
-        speed = ids.numel() / seconds
-        rows.append(
-            {
-                "backend": name + ", layers compiled" * compiled, "tokens_per_second": speed,
-                "parameters": count_parameters(model).total,
-                "mfu_of_matmul_rate": speed * flops_per_token(model, positions) / bench.rate,
-                "peak_gb": bench.peak_gb(),
-            }
-        )  # fmt: skip
-        del model, optimizer, step
-        bench.release()
+def compiled_step(bench: Bench) -> Part:
+    """The same with torch.compile around each layer."""
+    rows = [_measured(bench, "grouped_mm", *bench.sizes.steps[0], compiled=True)]
+    return rows, _table(rows)
+
+
+def step_profile(bench: Bench) -> Part:
+    """What the device does in one of these steps."""
+    step, _ = _step(bench, "grouped_mm", *bench.sizes.steps[0])
+    return kernels_of(step, bench, "one training step of the same four layers")
+
+
+def _measured(
+    bench: Bench, backend: str, sequences: int, positions: int, *, ours: bool = True, compiled: bool = False
+) -> dict[str, Any]:
+    bench.release()
+    choose(ours)
+    step, model = _step(bench, backend, sequences, positions, compiled)
+    seconds = bench.seconds(step)
+    choose(True)
+    speed = sequences * positions / seconds
+    return {
+        "backend": backend + ", layers compiled" * compiled + ", torch's passes" * (not ours),
+        "tokens": f"{sequences} x {positions}", "tokens_per_second": speed,
+        "parameters": count_parameters(model).total,
+        "mfu_of_matmul_rate": speed * flops_per_token(model, positions) / bench.rate, "peak_gb": bench.peak_gb(),
+    }  # fmt: skip
+
+
+def _step(
+    bench: Bench, backend: str, sequences: int, positions: int, compiled: bool = False
+) -> tuple[Callable[[], None], Transformer]:
+    model = moelab.build(_four_layers(backend, _shape(bench), bench.sizes.step_experts), device=bench.device, seed=None)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)  # on the device; a model's own are drawn on the host
+    if compiled:
+        for layer in model.layers:
+            layer.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    ids = torch.randint(0, 32000, (sequences, positions), device=bench.device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(bench.device.type, BF16):
+            output = model(ids, targets=ids)
+        assert output.token_loss is not None
+        output.token_loss.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step, model
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
     body = [
-        [r["backend"], f"{r['tokens_per_second']:.0f}", f"{100 * r['mfu_of_matmul_rate']:.0f} %", f"{r['peak_gb']:.0f}"]
+        [r["backend"], r["tokens"], f"{r['tokens_per_second']:.0f}", f"{100 * r['mfu_of_matmul_rate']:.0f} %",
+         f"{r['peak_gb']:.0f}"]
         for r in rows
-    ]
-    head = ["backend", "tokens/s", "model FLOP/s of the matmul rate", "peak GB"]
-    return rows, "\ntraining step, 4 layers of full width, 2 x 4096 tokens\n\n" + markdown_table(head, body) + "\n"
+    ]  # fmt: skip
+    head = ["backend", "tokens", "tokens/s", "model FLOP/s of the matmul rate", "peak GB"]
+    return "\ntraining step, 4 layers of full width\n\n" + markdown_table(head, body) + "\n"
+
+
+def _shape(bench: Bench) -> LayerShape:
+    return QWEN_57B if bench.device.type == "cuda" else TOY
 
 
 def _four_layers(backend: str, shape: LayerShape, experts: int) -> ModelConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -35,3 +36,8 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def rehearsed(cases: list[Any]) -> list[Any]:
+    """All on a GPU, the first alone in a rehearsal."""
+    return cases if ON_GPU else cases[:1]

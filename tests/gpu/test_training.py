@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import moelab
-from on_device import DEVICE
+from on_device import DEVICE, rehearsed
 
 pytestmark = pytest.mark.gpu
 
@@ -48,7 +48,7 @@ def losses(folder: Path) -> dict[int, float]:
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", rehearsed(list(VARIANTS)))
 def test_a_run_learns_and_goes_on_after_a_stop(name: str, tmp_path: Path) -> None:
     if name == "megablocks" and DEVICE.type != "cuda":
         pytest.skip("MegaBlocks needs a CUDA device")
