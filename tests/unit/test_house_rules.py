@@ -144,7 +144,6 @@ def test_core_is_built_in_floors() -> None:
         ("pyarrow", "plugins/moelab_plugins/observers/table.py"),
         ("megablocks", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
         ("stk", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
-        ("triton", "plugins/moelab_plugins/expert_backends/_megablocks_install.py"),
         (
             "transformers",
             ("core/moelab/adapter/", "core/moelab/alignment/mixin.py", "tools/moelab_tools/tokenizer_check.py"),
