@@ -9,7 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moelab.adapter.registration import as_transformers, register_with_transformers, transformers_tokenizer
+    from moelab.adapter.registration import (
+        as_classifier,
+        as_transformers,
+        register_with_transformers,
+        transformers_tokenizer,
+    )
+    from moelab.alignment.mixin import RoutedTrainer
     from moelab.builder import build, build_model
     from moelab.components import Component, component
     from moelab.config.run import RunConfig
@@ -41,13 +47,20 @@ if TYPE_CHECKING:
     from moelab.run_table.frame import run_records, runs
     from moelab.run_table.record import RunRecord
     from moelab.seeds import derive_seed, generator
-    from moelab.session import TrainedRun, load_config, prepare, train
+    from moelab.session import TrainedRun, align, load_config, prepare, train
     from moelab.training.schedule import learning_rate_factor
 
 __version__ = "0.2.0"
 
 _HOMES = {
-    "moelab.adapter.registration": ("as_transformers", "register_with_transformers", "transformers_tokenizer"),
+    "moelab.adapter.registration": (
+        "align",
+        "as_classifier",
+        "as_transformers",
+        "register_with_transformers",
+        "transformers_tokenizer",
+    ),
+    "moelab.alignment.mixin": ("RoutedTrainer",),
     "moelab.builder": ("build", "build_model"),
     "moelab.components": ("Component", "component"),
     "moelab.config.run": ("RunConfig",),
@@ -77,7 +90,7 @@ _HOMES = {
     "moelab.paths": ("Places", "user_path"),
     "moelab.registry": ("Registry",),
     "moelab.seeds": ("derive_seed", "generator"),
-    "moelab.session": ("TrainedRun", "load_config", "prepare", "train"),
+    "moelab.session": ("TrainedRun", "align", "load_config", "prepare", "train"),
     "moelab.training.schedule": ("learning_rate_factor",),
     "moelab.run_table.frame": ("run_records", "runs"),
     "moelab.run_table.record": ("RunRecord",),
@@ -116,6 +129,7 @@ __all__ = [
     "Places",
     "Registry",
     "Rejected",
+    "RoutedTrainer",
     "Router",
     "Routing",
     "RunConfig",
@@ -131,6 +145,8 @@ __all__ = [
     "TrainedRun",
     "UserError",
     "__version__",
+    "align",
+    "as_classifier",
     "as_transformers",
     "build",
     "build_corpus",

@@ -16,6 +16,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+from moelab.alignment.run import align as run_stages
+from moelab.alignment.run import check_installed, lowest_layer
 from moelab.checkpoint import BEST
 from moelab.config.load import Loaded
 from moelab.config.load import load_config as load_layers
@@ -113,6 +115,37 @@ def train(
     except ConfigError as error:
         raise loaded.blame(error) from error
     return TrainedRun(run_dir, _registry(run))
+
+
+def align(
+    *config: RunConfig | str | PathLike[str],
+    resume: bool = False,
+    force: bool = False,
+    observers: Sequence[object] = (),
+    progress: bool = True,
+    verify: bool = True,
+) -> list[TrainedRun]:
+    """Run the stages of `alignment`, as `moelab align` does: config files and 'key=value', or one RunConfig.
+
+    -> a run for each stage, in order. `observers` see every stage. Raises ConfigError without the extra `align`,
+    UserError before anything of a stage is written where something is wrong, RunFailure where training fails.
+    """
+    check_installed()
+    if len(config) == 1 and isinstance(config[0], RunConfig):
+        loaded = _load_any(config, resume=resume, verify=in_shares(verify))
+    else:
+        texts = [fspath(argument) for argument in [*config, *(["resume=true"] if resume else [])]]  # type: ignore[arg-type]
+        loaded = load_layers(texts, RunConfig, below=partial(lowest_layer, verify=in_shares(verify)))
+    run = loaded.config
+
+    def watching(own: RunConfig) -> list[object]:
+        return [*(_progress(own.train.steps) if progress else []), *observers]
+
+    try:
+        folders = run_stages(run, observers=watching, force=force, verify=verify)
+    except ConfigError as error:
+        raise loaded.blame(error) from error
+    return [TrainedRun(folder, _registry(run)) for folder in folders]
 
 
 def prepare(config: RunConfig, *, verify: bool = True) -> Setup:

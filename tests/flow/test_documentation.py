@@ -96,6 +96,8 @@ DECLARED: dict[str, Instead | Not] = {
         "needs the extra lm-eval: tests/optional/test_judging.py"
     ),
     "pip install 'moelab[lm-eval]'": Not("make test-extras installs it"),
+    "pip install 'moelab[align]'": Not("make test-extras installs it"),
+    "moelab align configs/align/tiny_sft_dpo.yaml": Not("needs the extra align: tests/optional/test_align.py"),
     "git clone --depth 1 --branch v5.23.0 https://github.com/huggingface/transformers FOLDER": Not("the network"),
     "pip install parameterized": Not("what another library's tests need"),
     "MOELAB_TRANSFORMERS_CHECKOUT=FOLDER python -m pytest tests/optional -k mixins": Not("needs that checkout"),

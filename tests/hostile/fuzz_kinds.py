@@ -10,10 +10,12 @@ from pathlib import Path
 from fuzz_mutate import some_value, spelled
 
 from moelab import Registry, load
+from moelab.alignment.examples import Shaping, read_examples
 from moelab.checkpoint import read_state
 from moelab.config.load import load_config
 from moelab.config.run import RunConfig
 from moelab.config.upcycle import UpcycleConfig
+from moelab.data.chat import ChatTemplate
 from moelab.data.lineage import lineage_of
 from moelab.data.seen import read_record
 from moelab.data.tokenizer import load_tokenizer
@@ -81,6 +83,14 @@ def _encode(folder: Path) -> None:
             tokenizer.decode([0, 5, 10**6])
             tokenizer.files()
             largest_token_id(folder / name)
+
+
+def _chats(stage: str) -> Reader:
+    def read(folder: Path) -> None:
+        template = ChatTemplate.from_tokenizer(load_tokenizer("bytes"))
+        read_examples(folder / "chats.jsonl", Shaping(stage, template, 64))
+
+    return read
 
 
 def _plan(folder: Path) -> None:
@@ -151,6 +161,7 @@ _KEYS = """
 """
 KEYS = _KEYS.split()
 TRAIN = ("train", "mine.yaml")
+ALIGN = ("align", "mine.yaml", "train.init_from=run", "alignment=[{stage: sft, data: chats.jsonl, steps: 2}]")
 RESUME = (*TRAIN, "run_dir=run", "--resume")
 CURATE = ("stages=[{name: normalise}, {name: repetition}]", "output=o", "workers=1", "entry_points=false")
 CONFIGURED = (("explain", "mine.yaml"), TRAIN, ("plan", "mine.yaml"))
@@ -166,6 +177,10 @@ def _corpora(*sources: str) -> Group:
 
 KINDS: dict[str, Kind] = {
     "config": Kind(("mine.yaml", "text"), (Group(("mine.yaml",), (_config(),), CONFIGURED),), own=True),
+    "chats": Kind(
+        ("mine.yaml", "run", "text", "chats.jsonl"),
+        (Group(("chats.jsonl",), tuple(map(_chats, ("sft", "reward", "dpo", "online_dpo"))), (ALIGN,)),),
+    ),
     "override": Kind(("mine.yaml", "text", "hf", "tok"), (Group((), (), CONFIGURED),), _override, own=True),
     "safetensors": Kind(
         ("mine.yaml", "text", "hf", "run"),

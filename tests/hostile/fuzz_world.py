@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fuzz_gguf import write_gguf
@@ -72,6 +73,7 @@ def make_world(folder: Path) -> None:
     lines = [json.dumps({"text": " ".join(WORDS[at : at + 20]), "domain": "d"}) for at in range(0, 380, 20)]
     (folder / "docs.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "docs.jsonl.gz").write_bytes(gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0))
+    (folder / "chats.jsonl").write_text("".join(json.dumps(_chat(number)) + "\n" for number in range(20)))
     ids = np.array([[*b"some text of a document", 256] for _ in range(100)]).reshape(-1)
     ids[::7] = np.arange(len(ids[::7])) % 250
     ids[23::24] = 256
@@ -90,6 +92,18 @@ def make_world(folder: Path) -> None:
     files = {path.name: path.read_bytes() for path in sorted((folder / "tok").iterdir())}
     save_hf(build_model(dense), folder / "dense", max_shard_size="12KB", extra_files=files)
     _do("upcycle", str(folder / "recipe.yaml"), f"source={folder / 'dense'}", f"output={folder / 'up'}", "--no-receipt")
+
+
+def _chat(number: int) -> dict[str, Any]:
+    """A line that every stage of `moelab align` can learn from."""
+    ask = [{"role": "user", "content": WORDS[number]}]
+    said = [[{"role": "assistant", "content": WORDS[number + shift]}] for shift in (1, 2)]
+    plain = {"messages": [*ask, *said[0]], "chosen": said[0], "rejected": said[1]}
+    return (
+        {"prompt": ask} | plain
+        if number % 2
+        else {"messages": plain["messages"], "prompt": "a", "chosen": "b", "rejected": "c"}
+    )
 
 
 def _tokenizer(folder: Path) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "demo": "Dense Qwen2 -> upcycle -> train variants -> compare, on real text.",
     "train": "Train a model from a config; writes a run folder.",
+    "align": "Fine-tune on conversations, learn rewards or preferences, through TRL.",
     "sweep": "Train variants times seeds, then compare them.",
     "experiment": "Run a declared experiment, judge it by its own rule.",
     "runs": "List run folders: state, step, held-out loss, and what differs.",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moelab.errors import ConfigError
-from moelab.moe.routing import LayerRecord
+from moelab.moe.routing import LayerRecord, RoutingOverride
 from moelab.nn.transformer import LayerState, TokenContext, Transformer
 
 
@@ -74,6 +74,8 @@ class Inputs:
     mask: Tensor | None  # [B, P + S] 1 or True for real tokens; or [B, 1, S, P + S] as attention wants it
     position_ids: Tensor | None  # [B or 1, S]; None: those that follow the cache's
     cache: Any  # of transformers, or None
+    noise: torch.Generator | None = None  # of routers that draw; None: torch's global stream
+    override: RoutingOverride | None = None  # sends tokens elsewhere than their routers would
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def start(decoder: Transformer, given: Inputs) -> LayerState:
         x, positions, past=past, padding=padding, documents=document_id, given_mask=whole, cache=cache
     )
     real = None if padding is None else padding[:, past:]
-    return LayerState(x, inputs, decoder.token_info(ids, positions, real, TokenContext(document_id=document_id)), [])
+    tokens = TokenContext(document_id=document_id, generator=given.noise, routing_override=given.override)
+    return LayerState(x, inputs, decoder.token_info(ids, positions, real, tokens), [])
 
 
 def run(decoder: Transformer, state: LayerState, *, states: bool = False, attentions: bool = False) -> Passed:

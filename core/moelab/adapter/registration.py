@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from moelab.adapter.causal_lm import MoelabConfig, MoelabForCausalLM
+from moelab.adapter.causal_lm import MoelabForCausalLM
+from moelab.adapter.classifier import MoelabForSequenceClassification
+from moelab.adapter.config import MoelabConfig
 from moelab.adapter.folders import MODEL_TYPE, is_run
 from moelab.data.tokenizer import Tokenizer
 from moelab.data.tokenizer_file import fast_tokenizer
@@ -28,7 +30,16 @@ def as_transformers(model: Transformer) -> MoelabForCausalLM:
     `generate`, `labels`, masks, caches and `save_pretrained` are transformers' own. A model that `moelab.load` read
     stops where its folder says. Imports transformers, which is no dependency of moelab: raises ImportError without it.
     """
-    return MoelabForCausalLM.wrap(model)
+    return MoelabForCausalLM.of(model)
+
+
+def as_classifier(model: Transformer, num_labels: int = 1, *, pad_token_id: int | None = None) -> Any:
+    """`model` under a new head of `num_labels` numbers a sequence, as transformers' sequence classifiers are.
+
+    One label is a reward, as TRL's RewardTrainer trains it. The head is drawn from torch's global stream.
+    -> MoelabForSequenceClassification. Raises ImportError without transformers.
+    """
+    return MoelabForSequenceClassification.of(model, num_labels=num_labels, pad_token_id=pad_token_id)
 
 
 def transformers_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
@@ -46,6 +57,7 @@ def register_with_transformers() -> None:
     """
     AutoConfig.register(MODEL_TYPE, MoelabConfig, exist_ok=True)
     AutoModelForCausalLM.register(MoelabConfig, MoelabForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(MoelabConfig, MoelabForSequenceClassification, exist_ok=True)
     theirs = AutoConfig.from_pretrained
     if getattr(theirs, "reads_moelab", False):
         return

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 
 from moelab.config.adapters import KEY as ADAPTERS
 from moelab.config.adapters import AdapterConfig, check_adapters
+from moelab.config.alignment import AlignmentConfig, check_alignment
 from moelab.config.model import ModelConfig, Part
 from moelab.config.scalars import bytes_of
 from moelab.config.stages import StageConfig, check_stages, fill_in, in_stage, stand_in
@@ -176,6 +177,8 @@ class RunConfig:
     # Parts of the run one after the other, [{name, steps, and what is otherwise}]: sequence_length, batch_size,
     # micro_batch_size, rope_theta, rope_scaling, max_position_embeddings, mixer, lr; else the run's own.
     stages: list[StageConfig] = field(default_factory=list)
+    # Post-training (`moelab align`), stages one after the other: [{stage: sft, data: chats.jsonl}, {stage: dpo, ...}].
+    alignment: list[AlignmentConfig] = field(default_factory=list)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     # What watches and records the run.
@@ -188,11 +191,11 @@ class RunConfig:
     STORED_AS_WRITTEN: ClassVar[frozenset[str]] = frozenset(
         {
             "run_dir", "name", "seed", "data", "train", "optimizer", "schedule", "evaluation", "observers", "resume",
-            "parallel",
+            "parallel", "alignment",
         }
     )  # fmt: skip
 
-    SEARCHED: ClassVar[tuple[str, ...]] = ("plugins", "data")  # what names modules and files
+    SEARCHED: ClassVar[tuple[str, ...]] = ("plugins", "data", "alignment")  # what names modules and files
 
     def __post_init__(self) -> None:
         self.as_written: dict[tuple[str, ...], str] = {}  # key path -> the expression that is stored there
@@ -245,6 +248,7 @@ class RunConfig:
                 )
         self._check_narrow()
         self._check_adapters()
+        check_alignment(self)
         self.model.check()
 
     def _check_in_stages(self) -> None:

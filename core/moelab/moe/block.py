@@ -79,9 +79,8 @@ class MoEBlock(nn.Module):
         # On a CPU the number of real assignments is known at no cost; elsewhere placeholders of weight 0 are computed.
         served = routing.compact() if x.device.type == "cpu" else routing
         rows = x if self.latent is None else self.latent.down(x)  # [T, L]
-        self._check_backend(rows, served)
         shown: list[Tensor] = []
-        y = self.experts(rows, served, self._compute(shown if self.shows_experts or info.measure else None))
+        y = self.experts(rows, served, self._compute(shown, whole=self.shows_experts or info.measure))
         if first:
             self._refuse("backend", promises.output(y, rows))
         if self.latent is not None:
@@ -108,18 +107,21 @@ class MoEBlock(nn.Module):
             return compute(x, routing, self.experts)
         return self.latent.up(compute(self.latent.down(x), routing, self.experts))
 
-    def _compute(self, shown: list[Tensor] | None) -> Callable[[Tensor, Routing, ExpertBank], Tensor]:
+    def _compute(self, shown: list[Tensor], *, whole: bool) -> Callable[[Tensor, Routing, ExpertBank], Tensor]:
         """The backend, in chunks where a cap is set, and around both the exchange with other processes.
 
-        `shown`: takes the whole weights of the experts, where they lie in pieces.
+        It takes the bank from the one who calls it, which may be another's module around ours that changes the weights
+        meanwhile (PEFT's). `shown` takes these: where they lie in pieces, made `whole` or none.
         """
         compute = weigh_inputs(self.reach(self.backend if self.chunk is None else InChunks(self.backend, self.chunk)))
-        whole = self.whole_experts
-        if shown is None or whole is None:
-            return compute
+        gathered = self.whole_experts
 
         def showing(x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
-            shown.extend(whole(bank))
+            self._check_backend(x, routing, bank)
+            if gathered is None:
+                shown.extend((bank.gate_up, bank.down))
+            elif whole:
+                shown.extend(gathered(bank))
             return compute(x, routing, bank)
 
         return showing
@@ -134,7 +136,7 @@ class MoEBlock(nn.Module):
         counts = routing.counts()
         measured = {"routed_norm": routed, "shared_norm": shared} if info.measure else {}
         weight, in_pieces = getattr(self.router, "weight", None), self.whole_experts is not None
-        gate_up, down = (shown or (None, None)) if in_pieces else (self.experts.gate_up, self.experts.down)
+        gate_up, down = shown or (None, None)
         return LayerRecord(
             self.layer_id,
             replace(routing, bypass=None),  # [T, D]: of no use to a loss, and it would live until the backward pass
@@ -147,13 +149,13 @@ class MoEBlock(nn.Module):
             **{name: y.detach().float().norm(dim=-1) for name, y in measured.items() if y is not None},
         )
 
-    def _check_backend(self, x: Tensor, routing: Routing) -> None:
+    def _check_backend(self, x: Tensor, routing: Routing, bank: ExpertBank) -> None:
         """Ask the backend once for each device, dtype and power of two of assignments."""
         held = routing.expert.numel() if self.chunk is None else min(self.chunk, routing.expert.numel())
         kind = (x.device.type, compute_dtype(x), held.bit_length())
         if kind in self._served:
             return
-        bank, width = self.experts, self.layout.moe_intermediate_size
+        width = self.layout.moe_intermediate_size
         problem = ExpertProblem(
             self.layout.num_experts, x.shape[-1], width, x.shape[0], held, x.device, compute_dtype(x),
             bank.activation, bank.down_bias is not None,

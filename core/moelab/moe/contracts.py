@@ -69,6 +69,11 @@ class Router(Protocol):
     - `causal`: False for a router in whose training a token's experts depend on later tokens; it refuses to be built
       without `allow_noncausal`. `causal_in_evaluation`: False where they do in evaluation too, so that its held-out
       loss sees the future. A run looks whether that is true, tells what is declared, and refuses what is not.
+    - `batch_invariant`: False for a router in whose training a token's experts depend on the batch's other sequences,
+      or on noise, which is laid over the batch; without it the same as `causal`. Log-probabilities then hang on these,
+      and what compares them (DPO) refuses it by name.
+    - `weigh(scores [T, E'], expert [T, K]) -> [T, K]`: the weights that it gives experts which something else chose, of
+      its own scores; without it recorded routes can't be replayed while it learns.
     - `expert_rows`: ExpertRows (`moe/surgery.py`), which of its tensors have a row for each expert, or in words why
       they can't be cut so; without it its experts can't be operated on (`moelab surgery`), unless it has no tensors.
     - `forced`: True for a router that ignores its input and balances by force; marked FORCED wherever a run is named.

@@ -30,11 +30,16 @@ def router_built(router: object) -> str | None:
     declared = getattr(router, "expected_assignments", None)
     if declared is not None and not isinstance(declared, ExpectedAssignments):
         return f"has expected_assignments {declared!r}; it must be a moelab.ExpectedAssignments"
-    for key in ("causal", "causal_in_evaluation", "forced"):
+    for key in ("causal", "causal_in_evaluation", "forced", "batch_invariant"):
         value = getattr(router, key, True)
         if not isinstance(value, bool):
             return f"has {key} {value!r}; it must be True or False"
-    return _not_callable(router, ("initialise", "after_step", "qwen2_moe_fields"))
+    return _not_callable(router, ("initialise", "after_step", "qwen2_moe_fields", "weigh"))
+
+
+def batch_invariant(router: object) -> bool:
+    """Whether a token's experts, in training too, are the same in any batch (`Router.batch_invariant`)."""
+    return bool(getattr(router, "batch_invariant", getattr(router, "causal", True)))
 
 
 def shared_expert_built(shared: object) -> str | None:

@@ -99,6 +99,11 @@ class TopKRouter(LinearRouter):
             self.register_buffer("table", token_table(options.token_table, context))
 
     @property
+    def batch_invariant(self) -> bool:
+        """Unless it looks beyond a token, or jitters."""
+        return self.causal and self.options.input_jitter == 0
+
+    @property
     def expected_assignments(self) -> ExpectedAssignments:
         """K, or capacity_factor K where that is less."""
         return self.capacity.expected(self.top_k, self.top_k, "K of the layout")
@@ -126,18 +131,21 @@ class TopKRouter(LinearRouter):
         logits = self.logits(self.jitter(x, info))
         scores = self.score(logits, self.score_function)
         expert = self.select(scores, info)  # [T, K]
-        weight = scores.gather(1, expert)
-        if self.norm_topk_prob:
-            weight = normalise(weight)
-        weight = self.round_weight(weight * self.options.routed_scaling_factor)
         routing = Routing.from_topk(
-            expert, weight, self.num_experts, scores=scores, logits=logits, token_mask=info.mask
+            expert, self.weigh(scores, expert), self.num_experts, scores=scores, logits=logits, token_mask=info.mask
         )
         on_input = self.options.weights_on == "input"
         routing = replace(routing, balance_top_k=self.balance_top_k, weights_on_input=on_input)
         if self.options.balance == "quantile" and info.training:
             routing = replace(routing, statistics=margin_histogram(scores, self.bias, self.top_k, info.mask))
         return self.capacity.apply(self.thin(routing, info), info.training)
+
+    def weigh(self, scores: Tensor, expert: Tensor) -> Tensor:
+        """The weights of these experts, whoever chose them: scores [T, E'], expert [T, K] -> [T, K]."""
+        weight = scores.gather(1, expert)
+        if self.norm_topk_prob:
+            weight = normalise(weight)
+        return self.round_weight(weight * self.options.routed_scaling_factor)
 
     def jitter(self, x: Tensor, info: TokenInfo) -> Tensor:
         """x [T, D] -> x times noise around one, in training; drawn in fp32 (Switch 2101.03961, 2.4)."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moelab.checkpoint import MODEL, TRAINING, load_model_tensors, model_tensors, read_state, stored_tensors
 from moelab.errors import CheckpointError
@@ -21,6 +21,8 @@ from moelab.training.adapters import Adapters
 from moelab.training.optimizer import optimizer_tensors, restore_optimizer
 from moelab.training.writing import Held, Writing
 
+HEAD = "head"  # of training.safetensors: what is trained beside the model
+
 
 @dataclass(frozen=True)
 class TrainingState:
@@ -29,6 +31,18 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     balance_losses: Sequence[NamedLoss]
     adapters: Adapters | None = None  # what the optimizer trains in place of the model's parameters
+    head: nn.Module | None = None  # what it trains beside them: the model with one more head
+
+    def learner(self, model: Transformer) -> nn.Module:
+        """Where the optimizer's parameters are."""
+        return self.adapters or self.head or model
+
+    def head_tensors(self, model: Transformer) -> dict[str, Tensor]:
+        """Parameters of the head that are not the model's."""
+        if self.head is None:
+            return {}
+        own = {id(parameter) for parameter in model.parameters()}
+        return {name: p for name, p in self.head.named_parameters() if id(p) not in own}
 
 
 def save_checkpoint(
@@ -82,20 +96,27 @@ def restore_checkpoint(folder: Path, model: Transformer, training: TrainingState
     tensors = stored_tensors(folder, TRAINING)
     moments = _below("optimizer", tensors)
     losses: dict[str, dict[str, Tensor]] = {named.name: {} for named in training.balance_losses if _state_dict(named)}
+    heads = training.head_tensors(model)
     try:
         if training.adapters is not None:
             training.adapters.restore(_below("adapters", tensors))
-        restore_optimizer(training.adapters or model, training.optimizer, moments)
+        restore_optimizer(training.learner(model), training.optimizer, moments)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     for key in sorted(tensors):
         kind, _, rest = key.partition("/")
         if kind == "optimizer" or (kind == "adapters" and training.adapters is not None):
             continue
+        if kind == HEAD and rest in heads and tensors[key].shape == heads[rest].shape:
+            with torch.no_grad():
+                heads.pop(rest).copy_(tensors[key].read())
+            continue
         name, _, part = rest.partition("/")
         if kind != "balance_losses" or name not in losses:
             raise CheckpointError(f"{path}: holds '{key}', which nothing of this run keeps; use an earlier checkpoint")
         losses[name][part] = tensors[key].read()
+    if heads:
+        raise CheckpointError(f"{path}: lacks {HEAD}/{min(heads)}; use an earlier checkpoint, or restore it")
     for named in training.balance_losses:
         if named.name in losses:
             _restore_loss(named, losses[named.name], path)
@@ -128,8 +149,9 @@ def _state_dict(named: NamedLoss) -> Mapping[str, Tensor]:
 
 
 def _training_tensors(model: Transformer, training: TrainingState) -> dict[str, Tensor]:
-    moments = optimizer_tensors(training.adapters or model, training.optimizer)
+    moments = optimizer_tensors(training.learner(model), training.optimizer)
     tensors = {f"optimizer/{key}": value for key, value in moments.items()}
+    tensors |= {f"{HEAD}/{key}": value for key, value in training.head_tensors(model).items()}
     if training.adapters is not None:
         tensors |= {f"adapters/{key}": value for key, value in training.adapters.tensors().items()}
     for named in training.balance_losses:

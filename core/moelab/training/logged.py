@@ -32,7 +32,7 @@ def log_step(loop: Loop, result: StepResult, rate: float) -> None:
     step, train = loop.progress.step, loop.setup.config.train
     probed = probe(loop) if due(step, train.probe_every) or step == train.steps else {}
     metrics = probed | report.metrics | mixture_metrics(loop.setup.batches, step, loop.setup.first)
-    metrics |= stage_metrics(loop.setup)
+    metrics |= stage_metrics(loop.setup) | dict(loop.setup.step_settings.objective.metrics())
     if loop.setup.compiled is not None and loop.setup.compiled.line() != loop.told_compiled:
         loop.told_compiled = loop.setup.compiled.line()  # again whenever another shape was compiled
         logger.info("%s", loop.told_compiled)

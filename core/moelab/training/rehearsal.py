@@ -24,8 +24,9 @@ from moelab.nn.transformer import Transformer
 from moelab.plugin_faults import PluginPart, plugins_told
 from moelab.training.causality import Causality, probe_causality
 from moelab.training.failure import Terms
+from moelab.training.objective import Place
 from moelab.training.router_gradient import warn_of_untaught_routers, watch_routers
-from moelab.training.step import Place, StepSettings, batch_terms
+from moelab.training.step import StepSettings, batch_terms
 
 logger = logging.getLogger("moelab")
 PROBE_TOKENS = 16

@@ -111,6 +111,7 @@ def restore(setup: Setup, checkpoint: Path) -> dict[str, Any]:
     state = restore_checkpoint(checkpoint, setup.model, training_state(setup))
     check_state(state, checkpoint, setup.corpus.fingerprint)
     check_mixture(setup.batches, state, checkpoint)
+    setup.step_settings.objective.check(state, checkpoint)
     for line in other_versions(state, setup.registry.versions(), versions()):
         logger.warning(line)
     return state
@@ -133,4 +134,4 @@ def replan(setup: Setup, checkpoint: Path, state: Mapping[str, Any]) -> Plan:
 
 def training_state(setup: Setup) -> TrainingState:
     """What a checkpoint holds beside the model."""
-    return TrainingState(setup.optimizer, setup.balance_losses, setup.adapters)
+    return TrainingState(setup.optimizer, setup.balance_losses, setup.adapters, setup.step_settings.head)

@@ -117,6 +117,7 @@ def _write(
         BACKENDS: served_backends(loop),
         REPLANNED: to_json(loop.plan.changes),
         BEST_EVALUATION: loop.best.to_json(),
+        **setup.step_settings.objective.state(),
     }
     outside = fixed_environment(setup.config)
     if outside:

@@ -115,8 +115,8 @@ class Setup:
 
     @property
     def learner(self) -> torch.nn.Module:
-        """What the optimizer trains, and where gradients are: the model, or its adapters."""
-        return self.adapters or self.model
+        """What the optimizer trains, and where gradients are: the model, with one more head, or its adapters."""
+        return self.adapters or self.step_settings.head or self.model
 
     @property
     def first(self) -> int:
@@ -223,11 +223,17 @@ def _whole_model(
     return model, adapters
 
 
-def _optimizer(config: RunConfig, model: Transformer, adapters: Adapters | None) -> torch.optim.Optimizer:
+def _optimizer(config: RunConfig, model: torch.nn.Module, adapters: Adapters | None) -> torch.optim.Optimizer:
     optimizer = build_adamw(adapters or model, config.optimizer)
     if adapters is not None:
         adapters.follow(optimizer)
     return optimizer
+
+
+def with_head(setup: Setup, head: torch.nn.Module) -> Setup:
+    """The setup of a run that trains the model with one more head; `head` holds the parameters of both, by name."""
+    settings = dataclasses.replace(setup.step_settings, head=head)
+    return dataclasses.replace(setup, optimizer=_optimizer(setup.config, head, None), step_settings=settings)
 
 
 def _check_shapes(config: RunConfig, registry: Registry, precision: Precision, ranks: Ranks) -> None:

@@ -24,6 +24,7 @@ from moelab.parallel.ranks import ALONE, Ranks
 from moelab.seeds import derive_seed, generator
 from moelab.training.adapters import Adapters
 from moelab.training.failure import NotFinite, Terms, describe_failure
+from moelab.training.objective import TEXT, Objective, Place
 from moelab.training.precision import Precision
 from moelab.training.router_statistics import RouterStatistics
 
@@ -36,6 +37,8 @@ class StepSettings:
     grad_clip: float
     seed: int
     precision: Precision
+    objective: Objective = TEXT  # what is learned of a micro-batch
+    head: nn.Module | None = None  # the model with one more head, where the optimizer trains that too
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,6 @@ class StepResult:
     served: Tensor | None  # [sum of E] int64: assignments served, layer after layer, without padding; None: dense
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a micro-batch stands in its batch."""
-
-    step: int
-    index: int
-    share: float  # of the batch's unmasked tokens
-    targets: int  # of the whole batch
-
-
 def train_step(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
@@ -101,7 +94,7 @@ def train_step(
     ranks.begin(model)
     whole = batch.split(settings.micro_batch_size)
     parts = [(index, part.to(next(model.parameters()).device)) for index, part in ranks.own(whole)]
-    targets = int((batch.targets >= 0).sum())
+    targets = settings.objective.begin(batch, observe.routing)
     model.train()
     optimizer.zero_grad(set_to_none=True)
     # Re-seeded at each step: a plugin that draws from torch's global stream resumes exactly too.
@@ -122,7 +115,7 @@ def train_step(
         ranks.accumulate(model, last=index + 1 == len(computing))
         sums.add(terms, records, observe)
     losses = dict(zip(sums.losses, ranks.sum(torch.stack(list(sums.losses.values()))).unbind(), strict=True))
-    learner = adapters or model
+    learner = adapters or settings.head or model
     norm = ranks.gradient_norm(learner.parameters())
     if not bool(torch.isfinite(losses["loss"] + norm)):  # before clipping, which would make every gradient NaN
         raise NotFinite(describe_failure(model, step, computing, ranks, adapters))
@@ -177,23 +170,17 @@ def batch_terms(
 ) -> tuple[Terms, list[LayerRecord]]:
     """The micro-batch's contributions to the batch's loss: {name: (unweighted scalar, coefficient)}."""
     with settings.precision.autocast():
-        output = model(
-            part.input_ids,
-            part.attention_mask,
-            targets=part.targets,
-            tokens=_token_context(part, place.step, place.index, settings.seed),
-        )
-    assert output.token_loss is not None
-    terms: dict[str, tuple[Tensor, float]] = {"lm_loss": (output.token_loss.sum() / place.targets, 1.0)}
+        tokens = _token_context(part, place.step, place.index, settings.seed)
+        terms, records = settings.objective.terms(model, part, tokens, place)
     if before is None:
         before = BatchStatistics(balance_losses)
-        before.add(output.records)
+        before.add(records)
         if ranks.size > 1 and any(named.loss.needs_batch_counts for named in balance_losses):
             before.reduce(ranks.sum)  # one micro-batch a rank: no pass has counted the batch
     for named in balance_losses:
-        value = named(output.records, before.context(named))
+        value = named(records, before.context(named))
         terms[named.name] = (value * place.share, named.weight_at(place.step))
-    return terms, output.records
+    return terms, records
 
 
 @torch.no_grad()

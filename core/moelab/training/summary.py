@@ -111,6 +111,7 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
         "git": _git_revision(),
         "init_from": written["train"]["init_from"],
         **({"adapters": {"trained": setup.adapters.numbers}} if setup.adapters else {}),
+        **setup.step_settings.objective.facts(),
         COMMIT: setup.start.commit,  # of the hub that init_from named
         OVERRIDES: setup.start.overrides,  # {key: {config, checkpoint}}: where the model is not the checkpoint's
         "lineage": setup.lineage.to_json() if setup.lineage else None,  # of the weights it starts from

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +20,7 @@ from moelab.config.run import RunConfig
 from moelab.config.stored import stored, to_yaml
 from moelab.data.packing import PackedBatches
 from moelab.data.seen import read_record
+from moelab.errors import ConfigError
 from moelab.in_shares import in_shares
 from moelab.integrity import Verify
 from moelab.parallel.process_group import joined, together
@@ -57,12 +58,13 @@ from moelab.training.run_folder import (
 )
 from moelab.training.run_lock import hold
 from moelab.training.saving import save, settle_if_done, settled
-from moelab.training.setup import prepare
+from moelab.training.setup import Setup, prepare
 from moelab.training.shadow import writing_folder
 from moelab.training.step import Observe, train_step
 from moelab.training.summary import BACKENDS, LOADS, environment_facts, summary
 
 logger = logging.getLogger("moelab")
+Preparing = Callable[..., Setup]  # (config, registry, verify=..., ranks=...), as `moelab.training.setup.prepare`
 
 
 def train(
@@ -72,17 +74,21 @@ def train(
     force: bool = False,
     verify: bool = True,
     interruption: Interruption | None = None,
+    preparing: Preparing = prepare,
 ) -> Path:
     """Run `config` to its end and return its folder. `observers` are added to the config's own.
 
     A run is resumed from its newest checkpoint that is as it was written; not `verify`: from the newest.
 
     Several processes that torchrun started all call it, and share the run as `config.parallel` says. `interruption`:
-    what has listened for signals while the config was read.
+    what has listened for signals while the config was read. `preparing`: what makes the setup of the config; of
+    post-training, that of `moelab.alignment`.
 
     Raises UserError before anything is written when the config, data, plugins or run folder are wrong;
     RunFailure when the loss stops being finite.
     """
+    if config.alignment and preparing is prepare:
+        raise ConfigError("alignment: post-training is run by `moelab align`, or moelab.align")
     run_dir = user_path(config.run_dir, "run_dir")
     device = choose_precision(config.train).device
     if launcher.has_begun(run_dir):  # another attempt of the same torchrun
@@ -94,7 +100,7 @@ def train(
         joined(config.parallel, device) as ranks,
         writing_folder(run_dir, ranks, resume=config.resume) as folder,
     ):
-        chosen = Asked(observers if ranks.main else (), force, in_shares(verify), heard)
+        chosen = Asked(observers if ranks.main else (), force, in_shares(verify), heard, preparing)
         _train(config, ranks, folder, chosen)
     return run_dir
 
@@ -107,6 +113,7 @@ class Asked:
     force: bool
     verify: Verify
     interruption: Interruption
+    preparing: Preparing
 
 
 def _train(config: RunConfig, ranks: Ranks, run_dir: Path, asked: Asked) -> None:
@@ -115,7 +122,7 @@ def _train(config: RunConfig, ranks: Ranks, run_dir: Path, asked: Asked) -> None
         with HeldLog() as held, together(ranks):
             registry = Registry(config.plugins, config.entry_points, config.places("plugins"))
             with shortages_told(config, registry):
-                setup = prepare(config, registry, verify=asked.verify, ranks=ranks)
+                setup = asked.preparing(config, registry, verify=asked.verify, ranks=ranks)
             lock = stack.enter_context(hold(run_dir))
             choice = own_choice(setup)
             resumed = find_resume(setup, choice, run_dir)

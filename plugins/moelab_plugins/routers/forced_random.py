@@ -28,6 +28,7 @@ class ForcedRandom(nn.Module):
 
     forced = True
     learns = False
+    batch_invariant = False  # drawn anew for each batch
 
     def __init__(self, options: ForcedRandomOptions, context: MoEContext) -> None:
         super().__init__()

@@ -51,6 +51,11 @@ class GShard(TopKRouter):
         self.random_second = options.random_second
 
     @property
+    def batch_invariant(self) -> bool:
+        """Unless the second expert serves by chance."""
+        return super().batch_invariant and not self.random_second
+
+    @property
     def expected_assignments(self) -> ExpectedAssignments:
         """One, and the second with probability min(1, 2 w2); w2 as large as it can be: an undecided token."""
         second = 1.0

@@ -38,6 +38,7 @@ class NoisyTopK(LinearRouter):
 
     row_tensors = (*LinearRouter.row_tensors, "noise_weight")
     equal_rows = "share"
+    batch_invariant = False  # noise in training
 
     def __init__(self, options: NoisyTopKOptions, context: MoEContext) -> None:
         super().__init__(options, context)

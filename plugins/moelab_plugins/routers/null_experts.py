@@ -66,6 +66,7 @@ class NullExperts(TopKRouter):
 
     options: NullExpertsOptions
 
+    weigh = None  # type: ignore[assignment]  # a token has different numbers of experts
     equal_rows = None  # copies of experts leave fewer places to the null ones
 
     def __init__(self, options: NullExpertsOptions, context: MoEContext) -> None:

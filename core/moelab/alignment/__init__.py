@@ -1,0 +1,1 @@
+"""Post-training through TRL: what its trainers can't see of a model with experts, and `moelab align`."""
