@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from moelab import Component, Corpus, DataContext, DataError, Document, build_corpus, component, hookimpl
 from moelab.data.reading import decode_text, distinct_files
@@ -81,7 +81,7 @@ def _lines(file: Path, records: Records) -> Iterator[tuple[int, bytes]]:
         records.bad("the rest of files that can't be read to their end", DataError(said))
 
 
-def _decompressed(file: Path, stream: io.BufferedReader) -> IO[bytes]:
+def _decompressed(file: Path, stream: io.BufferedReader) -> io.BufferedIOBase:
     begin = stream.peek(4)[:4]
     if begin[:2] == GZIP or file.suffix == ".gz":
         return gzip.GzipFile(fileobj=stream)
