@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from moelab.data.tokenizer import Tokenizer
 from moelab.errors import DataError
 from moelab.paths import Places
 
+_TOGETHER = 1 << 22  # characters that are encoded in one call
 _KEEP = "where the source has the option, deduplicate: false keeps them"
 
 
@@ -235,7 +236,7 @@ def _tokenise(documents: list[Document], domains: list[str], context: DataContex
     token_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     end, no_bytes = np.array([tokenizer.eos_token_id], token_type), np.zeros(1, np.uint16)
     tokens, counts, lengths = [], [], [0]
-    for document in documents:
+    for document, (ids, byte_counts) in encoded(documents, tokenizer):
         if spelled := special.findall(document.text):
             context.account.add(
                 "special tokens spelled in texts, read as text and not as control tokens",
@@ -243,7 +244,6 @@ def _tokenise(documents: list[Document], domains: list[str], context: DataContex
                 "where they were meant to end a document, cut there (the text source's `separator`), or take them out",
                 len(spelled),
             )
-        ids, byte_counts = tokenizer.encode_with_bytes(document.text)
         # A token of 64 KB is possible: a tokenizer that drops white space leaves it to the next token.
         count_type = np.uint16 if byte_counts.max(initial=0) < 1 << 16 else np.uint32
         tokens += [ids.astype(token_type), end]
@@ -257,6 +257,21 @@ def _tokenise(documents: list[Document], domains: list[str], context: DataContex
         token_bytes=np.concatenate(counts),
         identities=np.array([document.identity for document in documents], np.uint64),
     )
+
+
+def encoded(
+    documents: Iterable[Document], tokenizer: Tokenizer
+) -> Iterator[tuple[Document, tuple[np.ndarray, np.ndarray]]]:
+    """Each document with its ids [n] int32 and the bytes they stand for [n] uint32; megabytes are encoded together."""
+    waiting: list[Document] = []
+    held = 0
+    for document in documents:
+        waiting.append(document)
+        held += len(document.text)
+        if held >= _TOGETHER:
+            yield from zip(waiting, tokenizer.encode_many([one.text for one in waiting]), strict=True)
+            waiting, held = [], 0
+    yield from zip(waiting, tokenizer.encode_many([one.text for one in waiting]), strict=True)
 
 
 def _fingerprint(parts: list[list[Document]], tokenizer: Tokenizer) -> str:

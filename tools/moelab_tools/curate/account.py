@@ -11,7 +11,8 @@ from moelab.printable import printable
 
 EXAMPLES, LONGEST = 3, 160  # kept of each reason; characters of a text
 EXACT, NEAR = "deduplicate: exact", "deduplicate: near"
-SAME_TEXT, SAME_SHINGLES = "copies", "near copies"
+SPLIT = "split"
+SAME_TEXT, SAME_SHINGLES, LEAKS = "copies", "near copies", "near copies of held-out text"
 
 Key = tuple[str, str, str]  # stage, reason, domain
 
@@ -48,6 +49,14 @@ class Account:
             getattr(self, name).update(getattr(other, name))
         for key, shown in other.examples.items():
             self.examples[key] = (self.examples.get(key, []) + shown)[:EXAMPLES]
+
+    def copies(self, domain: str) -> int:
+        """Documents of a domain that left as copies of others."""
+        return sum(
+            count
+            for (stage, _, name), count in self.rejected.items()
+            if stage in (EXACT, NEAR, SPLIT) and name == domain
+        )
 
     @property
     def domains(self) -> list[str]:

@@ -107,7 +107,12 @@ def make_piece(work: Work, built: Sequence[Built], number: int, documents: Seque
     if work.near:
         signatures = b"".join(signature(one.text).tobytes() for one in kept)
         write_file(work.folder / f"{number:06d}.signatures", signatures)
-    told = {"input": digest, "settings": work.settings, "kept": len(kept), "account": account.to_json()}
+    told = {
+        "input": digest,
+        "settings": work.settings,
+        "domains": [one.domain for one in kept],
+        "account": account.to_json(),
+    }
     write_file(work.folder / f"{number:06d}.json", json.dumps(told))
 
 

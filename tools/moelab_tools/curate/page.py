@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moelab.atomic import write_file
-from moelab_tools.curate.account import EXACT, NEAR, Account
+from moelab_tools.curate.account import EXACT, NEAR, SPLIT, Account
 from moelab_tools.curate.declaration import CurateConfig
 
 ALL = "all"
@@ -29,7 +29,7 @@ tr.sum{font-weight:600}.examples{color:#555;font-size:13px}pre{overflow-x:auto;b
 
 def rows(account: Account, stages: Iterable[str]) -> list[tuple[str, str, dict[str, int]]]:
     """(stage, reason, {domain: documents}) of all that was left out, in the order of the stages."""
-    return account.of_stage(["0. reading", *stages, EXACT, NEAR])
+    return account.of_stage(["0. reading", *stages, EXACT, NEAR, SPLIT])
 
 
 def print_account(console: Console, account: Account, stages: Iterable[str]) -> None:

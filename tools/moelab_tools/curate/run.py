@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -22,8 +23,10 @@ from rich.console import Console
 
 from moelab.atomic import put_in_place
 from moelab.config.load import Loaded, load_config
+from moelab.data.account import Account as Causes
 from moelab.data.byte_tokenizer import ByteTokenizer
 from moelab.data.corpus import Corpus, DataContext, Document, TokenStream
+from moelab.data.tokenizer import load_tokenizer
 from moelab.errors import ConfigError, UserError
 from moelab.hookspecs import DATA_SOURCES, TEXT_FILTERS
 from moelab.lock import hold_file
@@ -35,10 +38,11 @@ from moelab_tools.curate.duplicates import Pieces
 from moelab_tools.curate.filtering import Built, Work, build_stages, digest_of, is_done, make_piece
 from moelab_tools.curate.page import print_account, write_account
 from moelab_tools.curate.progress import Reading
+from moelab_tools.curate.tokens import cut, tokenise, write_cache
 from moelab_tools.terminal import make_console
 
-KEPT, REJECTED, PIECES, DONE = "kept", "rejected", "pieces", "account.json"
-UNCOUNTED = ("output", "workers", "plugins", "entry_points")  # say nothing of what becomes of a document
+KEPT, REJECTED, TOKENS, PIECES = "kept", "rejected", "tokens", "pieces"
+UNCOUNTED = ("output", "workers", "plugins", "entry_points", "tokens")  # say nothing of what becomes of a document
 # What a source is answered with whose documents were taken.
 EMPTY = TokenStream(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64), [])
 _BUILT: list[Built] = []  # of this process
@@ -67,6 +71,8 @@ def run_curate(request: CurateRequest, console: Console | None = None) -> Accoun
         config.sources = [
             registry.resolve(DATA_SOURCES, source, f"sources.{number}") for number, source in enumerate(config.sources)
         ]
+        if config.tokens.tokenizer is not None:
+            load_tokenizer(config.tokens.tokenizer)
         work = _work(loaded, registry, output.with_name(f".{output.name}.making"))
         build_stages(work)
     except ConfigError as error:
@@ -82,13 +88,18 @@ def run_curate(request: CurateRequest, console: Console | None = None) -> Accoun
 def _make(loaded: Loaded[CurateConfig], registry: Registry, work: Work, output: Path, console: Console) -> Account:
     config = loaded.config
     work.folder.mkdir(parents=True, exist_ok=True)
-    with Reading() as reading, _workers(config.workers, work) as pool:
-        count, commits = _read_all(loaded, registry, work, pool, reading)
-    if not count:
-        raise UserError("sources: no document with any text in it; check the paths")
-    pieces = Pieces(work.folder, count)
-    account = pieces.account()
-    dropped = pieces.copies(config.deduplicate, account)
+    tokenised, causes = config.tokens.tokenizer is not None and work.write_text, Causes()
+    with _workers(config.workers, work) as pool:
+        with Reading() as reading:
+            count, commits = _read_all(loaded, registry, work, pool, reading)
+        if not count:
+            raise UserError("sources: no document with any text in it; check the paths")
+        pieces = Pieces(work.folder, count)
+        account = pieces.account()
+        dropped = pieces.copies(config.deduplicate, account)
+        if tokenised:
+            held_out = cut(pieces, dropped, config.tokens, account, causes, near=config.deduplicate.near is not None)
+            tokenise(pieces, dropped, config.tokens, work.settings, pool)
     names = [f"{number + 1}. {stage.part['name']}" for number, stage in enumerate(work.stages)]
     made = work.folder.parent / "made"
     shutil.rmtree(made, ignore_errors=True)  # what a killed run had begun to put together
@@ -97,6 +108,9 @@ def _make(loaded: Loaded[CurateConfig], registry: Registry, work: Work, output: 
         pieces.write(made / KEPT, dropped)
     if config.keep_rejected:
         pieces.write_rejected(made / REJECTED, dropped)
+    if tokenised:
+        written = write_cache(pieces, dropped, held_out, config.tokens, account, causes, made / TOKENS)
+        causes.close()
     write_account(made, account, names, config, commits)
     put_in_place(made, output)
     shutil.rmtree(work.folder.parent)
@@ -104,7 +118,15 @@ def _make(loaded: Loaded[CurateConfig], registry: Registry, work: Work, output: 
     if work.write_text:
         console.print(f"text: {output / KEPT}", highlight=False, soft_wrap=True)
         told = f'moelab train CONFIG "data.source={{name: jsonl, paths: [{output / KEPT}], domain_key: domain}}"'
+        if tokenised:
+            source = f"{{name: tokenised, path: {output / TOKENS}}}"
+            told = f'moelab train CONFIG "data.source={source}" data.tokenizer={output / TOKENS}'
         console.print(f"train on it: {told}", highlight=False, soft_wrap=True, markup=False)
+    if tokenised:
+        console.print(
+            f"tokens: {output / TOKENS}, {written.train:,} to train on, {written.validation:,} held out",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     console.print(f"account: {output / 'account.html'}", highlight=False, soft_wrap=True)
     return account
 
@@ -117,6 +139,8 @@ def _work(loaded: Loaded[CurateConfig], registry: Registry, folder: Path) -> Wor
     )
     decides = {key: value for key, value in asdict(config).items() if key not in UNCOUNTED}
     decides["stages"] = [asdict(stage) for stage in found]
+    near = config.deduplicate.near is not None or config.tokens.tokenizer is not None
+    decides["signatures"] = near
     settings = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return Work(
         stages=found,
@@ -128,7 +152,7 @@ def _work(loaded: Loaded[CurateConfig], registry: Registry, folder: Path) -> Wor
         folder=folder / PIECES,
         write_text=not config.report_only,
         keep_rejected=config.keep_rejected and not config.report_only,
-        near=config.deduplicate.near is not None,
+        near=near,
     )
 
 
@@ -198,7 +222,7 @@ def _workers(count: int, work: Work) -> Iterator[Executor | None]:
         _begin(work)
         yield None
         return
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_begin, initargs=(work,)) as pool:
+    with ProcessPoolExecutor(count, get_context("spawn"), _begin_one_of_several, (work,)) as pool:
         try:
             yield pool
         except BaseException:
@@ -208,6 +232,11 @@ def _workers(count: int, work: Work) -> Iterator[Executor | None]:
 
 def _begin(work: Work) -> None:
     _BUILT[:], _WORK[:] = build_stages(work), [work]
+
+
+def _begin_one_of_several(work: Work) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _begin(work)
 
 
 def _in_process(number: int, piece: Sequence[Document], digest: str) -> None:
