@@ -36,7 +36,7 @@ from moelab_tools.curate.account import Account
 from moelab_tools.curate.declaration import CurateConfig, stages
 from moelab_tools.curate.duplicates import Pieces
 from moelab_tools.curate.filtering import Built, Work, build_stages, digest_of, is_done, make_piece
-from moelab_tools.curate.page import print_account, write_account
+from moelab_tools.curate.page import Circumstances, print_account, write_account
 from moelab_tools.curate.progress import Reading
 from moelab_tools.curate.tokens import cut, tokenise, write_cache
 from moelab_tools.terminal import make_console
@@ -88,10 +88,10 @@ def run_curate(request: CurateRequest, console: Console | None = None) -> Accoun
 def _make(loaded: Loaded[CurateConfig], registry: Registry, work: Work, output: Path, console: Console) -> Account:
     config = loaded.config
     work.folder.mkdir(parents=True, exist_ok=True)
-    tokenised, causes = config.tokens.tokenizer is not None and work.write_text, Causes()
+    tokenised = config.tokens.tokenizer is not None and work.write_text
     with _workers(config.workers, work) as pool:
         with Reading() as reading:
-            count, commits = _read_all(loaded, registry, work, pool, reading)
+            count, commits, causes = _read_all(loaded, registry, work, pool, reading)
         if not count:
             raise UserError("sources: no document with any text in it; check the paths")
         pieces = Pieces(work.folder, count)
@@ -110,18 +110,18 @@ def _make(loaded: Loaded[CurateConfig], registry: Registry, work: Work, output: 
         pieces.write_rejected(made / REJECTED, dropped)
     if tokenised:
         written = write_cache(pieces, dropped, held_out, config.tokens, account, causes, made / TOKENS)
-        causes.close()
-    write_account(made, account, names, config, commits)
+    told = causes.close()
+    write_account(made, account, Circumstances(config, names, commits, told))
     put_in_place(made, output)
     shutil.rmtree(work.folder.parent)
     print_account(console, account, names)
     if work.write_text:
         console.print(f"text: {output / KEPT}", highlight=False, soft_wrap=True)
-        told = f'moelab train CONFIG "data.source={{name: jsonl, paths: [{output / KEPT}], domain_key: domain}}"'
+        how = f'moelab train CONFIG "data.source={{name: jsonl, paths: [{output / KEPT}], domain_key: domain}}"'
         if tokenised:
             source = f"{{name: tokenised, path: {output / TOKENS}}}"
-            told = f'moelab train CONFIG "data.source={source}" data.tokenizer={output / TOKENS}'
-        console.print(f"train on it: {told}", highlight=False, soft_wrap=True, markup=False)
+            how = f'moelab train CONFIG "data.source={source}" data.tokenizer={output / TOKENS}'
+        console.print(f"train on it: {how}", highlight=False, soft_wrap=True, markup=False)
     if tokenised:
         console.print(
             f"tokens: {output / TOKENS}, {written.train:,} to train on, {written.validation:,} held out",
@@ -158,11 +158,11 @@ def _work(loaded: Loaded[CurateConfig], registry: Registry, folder: Path) -> Wor
 
 def _read_all(
     loaded: Loaded[CurateConfig], registry: Registry, work: Work, pool: Executor | None, reading: Reading
-) -> tuple[int, dict[str, str]]:
-    """Every source to its end -> how many pieces there are, and {dataset on the hub: commit} that was read."""
+) -> tuple[int, dict[str, str], Causes]:
+    """Every source to its end -> pieces that there are, {dataset on the hub: commit} read, and what was told."""
     config = loaded.config
     waiting: set[Future[None]] = set()
-    count, taken, commits = 0, list[bool](), dict[str, str]()
+    count, taken, commits, causes = 0, list[bool](), dict[str, str](), Causes()
 
     def take(documents: Iterable[Document]) -> Corpus:
         nonlocal count, waiting
@@ -181,9 +181,9 @@ def _read_all(
         return Corpus(EMPTY, EMPTY, [], "taken")
 
     for number, source in enumerate(config.sources):
-        context = DataContext(ByteTokenizer(), seed=config.seed, places=loaded.places("sources"), tap=take)
+        places = loaded.places("sources")
+        context = DataContext(ByteTokenizer(), seed=config.seed, places=places, account=causes, tap=take)
         registry.build(DATA_SOURCES, source, context, f"sources.{number}")
-        context.account.close()
         commits |= context.account.commits
         if len(taken) == number:
             raise ConfigError(
@@ -192,7 +192,7 @@ def _read_all(
             )
     while waiting:
         waiting = _finish(waiting, FIRST_COMPLETED)
-    return count, commits
+    return count, commits, causes
 
 
 def _pieces(documents: Iterable[Document], size: float) -> Iterator[list[Document]]:
