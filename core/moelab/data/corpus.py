@@ -19,6 +19,7 @@ import numpy as np
 from moelab.data.account import Account
 from moelab.data.deduplicate import LEAK, LEAKED, sort_out
 from moelab.data.identity import TEXT, text_identity
+from moelab.data.joined import Tokens
 from moelab.data.reading import resolve_path
 from moelab.data.special_tokens import spelling
 from moelab.data.split import split
@@ -51,9 +52,9 @@ class Document:
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Tokens that may lie on disk: `tokens` is any one-dimensional integer array, also a memmap."""
+    """Tokens that may lie on disk: `tokens` is any one-dimensional integer array, also a memmap, or several."""
 
-    tokens: np.ndarray  # [N]
+    tokens: Tokens  # [N]
     document_starts: np.ndarray  # [n + 1] int64, rising strictly from 0 to N
     document_domain: np.ndarray  # [n] int64, into Corpus.domains
     document_names: Sequence[str]  # n
