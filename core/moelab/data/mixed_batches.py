@@ -20,6 +20,7 @@ from moelab.errors import DataError
 from moelab.seeds import derive_seed
 
 _TOGETHER = 1 << 20  # windows whose places are computed at once
+_STEPS = 64  # whose windows are computed at once
 
 
 class DomainText:
@@ -90,8 +91,23 @@ class MixedBatches:
 
     def windows_of(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """-> (domain [B] int64, window of that domain's text [B] int64)."""
-        phase, first = self._phase_of(step)
-        sample = np.arange((step - first) * self.batch_size, (step - first + 1) * self.batch_size, dtype=np.int64)
+        first = step - step % _STEPS
+        if self._kept is None or self._kept[0] != first:  # numpy takes as long for one step as for many
+            pieces, begin = [], first
+            while begin < first + _STEPS:
+                phase, phase_first = self._phase_of(begin)
+                end = min(first + _STEPS, self.ends[phase] or first + _STEPS)
+                pieces.append(self._windows(phase, phase_first, begin, end))
+                begin = end
+            self._kept = (first, *(np.concatenate(several) for several in zip(*pieces, strict=True)))
+        mine = slice((step - first) * self.batch_size, (step - first + 1) * self.batch_size)
+        return self._kept[1][mine], self._kept[2][mine]
+
+    _kept: tuple[int, np.ndarray, np.ndarray] | None = None  # (first step, domain, window of each), last asked for
+
+    def _windows(self, phase: int, first: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the steps `begin` .. `end` of a phase that began at `first`: [(end - begin) * B] int64 each."""
+        sample = np.arange((begin - first) * self.batch_size, (end - first) * self.batch_size, dtype=np.int64)
         domain = self.deals[phase].domain_of(sample)
         place = self.dealt(first)[domain] + self.deals[phase].within(sample)
         window = np.empty_like(place)
