@@ -99,9 +99,11 @@ class MixedBatches:
                 end = min(first + _STEPS, self.ends[phase] or first + _STEPS)
                 pieces.append(self._windows(phase, phase_first, begin, end))
                 begin = end
-            self._kept = (first, *(np.concatenate(several) for several in zip(*pieces, strict=True)))
+            domains, windows = zip(*pieces, strict=True)
+            self._kept = (first, np.concatenate(domains), np.concatenate(windows))
+        _, domain, window = self._kept
         mine = slice((step - first) * self.batch_size, (step - first + 1) * self.batch_size)
-        return self._kept[1][mine], self._kept[2][mine]
+        return domain[mine], window[mine]
 
     _kept: tuple[int, np.ndarray, np.ndarray] | None = None  # (first step, domain, window of each), last asked for
 
