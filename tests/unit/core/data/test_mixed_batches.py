@@ -155,7 +155,7 @@ def test_a_domain_without_one_whole_window_is_refused_where_it_is_asked_for() ->
 
 
 def test_shares_recounted_from_the_tokens_are_those_asked_for_whatever_step_is_asked_for_first() -> None:
-    """Eight domains of uneven sizes and weights, two phases, 1,000 steps; windows of many steps are computed at once."""
+    """Eight domains of uneven sizes and weights, two phases, 1,000 steps; windows come many steps together."""
     chance, names = np.random.default_rng(0), [f"d{n}" for n in range(8)]
     lengths = chance.integers(30, 400, 160)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
