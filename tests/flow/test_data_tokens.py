@@ -142,6 +142,44 @@ def test_what_it_makes_is_trained_on_by_domain(made: Path, tmp_path: Path) -> No
     assert summary["data"]["fingerprint"] == json.loads((made / "tokens/cache.json").read_text())["fingerprint"]
 
 
+def test_tags_stand_in_rows_account_and_cache_and_can_be_the_domain(library: Path, tmp_path: Path) -> None:
+    tags = "[{name: language}, {name: size, borders: [30, 500]}]"
+    assert moelab(["data", *command(library, tmp_path / "out", "bytes", tags=tags)]) == 0
+    texts = [gzip.decompress(file.read_bytes()).decode() for file in sorted((tmp_path / "out/kept").iterdir())]
+    rows = [json.loads(line) for text in texts for line in text.splitlines()]
+    assert {row["size"] == ("0-29" if len(row["text"]) < 30 else "30-499" if len(row["text"]) < 500 else "500+")
+            for row in rows} == {True}  # fmt: skip
+    account = json.loads((tmp_path / "out/account.json").read_text())["account"]
+    counted = {(tag, value, domain): count for tag, value, domain, count, _ in account["tagged"]}
+    for (tag, value, domain), count in counted.items():
+        assert count == sum(row[tag] == value and row["domain"] == domain for row in rows)
+    corpus = opened(tmp_path / "out/tokens", domain_by=["domain", "size"])
+    by_name = {row["name"]: row for row in rows}
+    for stream in (corpus.train, corpus.validation):
+        for name, number in zip(stream.document_names, stream.document_domain, strict=True):
+            row = by_name[name]
+            assert corpus.domains[number] == f"{row['domain']}/{row['size']}"
+    assert sum(told["documents"] for told in corpus.manifest.values()) == len(rows)
+    plain = opened(tmp_path / "out/tokens")
+    assert plain.domains == ["code", "prose"] and plain.fingerprint != corpus.fingerprint
+    with pytest.raises(DataError, match="has no tag 'colour'; it has: domain, language, size"):
+        opened(tmp_path / "out/tokens", domain_by=["colour"])
+
+
+def test_copies_take_their_tags_with_them(library: Path, tmp_path: Path) -> None:
+    lines = (library / "some.jsonl").read_text().splitlines()
+    (tmp_path / "some.jsonl").write_text("\n".join([*lines, *lines[:7]]))
+    assert moelab(["data", *command(tmp_path, tmp_path / "out", "bytes", tags="[{name: size}]")]) == 0
+    account = json.loads((tmp_path / "out/account.json").read_text())["account"]
+    assert sum(count for *_, count, _ in account["tagged"]) == sum(account["kept"].values()) == 61
+
+
+@pytest.mark.parametrize("tags", ["[{name: size}, {name: size}]", "[{name: sise}]"])
+def test_a_tag_that_can_not_be_is_refused(tags: str, library: Path, tmp_path: Path, capsys: Any) -> None:
+    assert moelab(["data", *command(library, tmp_path / "out", "bytes", tags=tags)]) == 2
+    assert "tags." in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_held_out_text_has_no_near_copy_in_training_though_copies_may_stay(library: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (library / "some.jsonl").read_text().splitlines()][:60]
     near = [{**row, "text": re.sub("nobody|said", "somebody", row["text"], count=1)} for row in rows]

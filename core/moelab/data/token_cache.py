@@ -4,6 +4,7 @@
     {train,validation}.tokens.npy      [N] uint16 or int32
                       .starts.npy      [n + 1] int64, where documents begin, and the end
                       .domains.npy     [n] uint16, into the domains
+                      .tag_NAME.npy    [n] uint16, into the values of a tag
                       .identities.npy  [n] uint64, `data.identity` of the text
                       .names.npy       UTF-8 of all names end to end, .name_ends.npy [n] int64
                       .bytes.npy       [N] bytes each token stands for, where its id does not say it
@@ -15,12 +16,13 @@ N tokens, n documents of a part. Free of torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
@@ -37,7 +39,7 @@ from moelab.records import Record
 from moelab.safe_files import Reading, map_array, read_object
 
 FORMAT_VERSION = 1
-ABOUT = "cache.json"
+ABOUT, DOMAIN = "cache.json", "domain"
 PARTS = ("train", "validation")
 READING = Reading(DataError, "make it again with `moelab data`")
 
@@ -74,9 +76,12 @@ class WrittenDocument:
 
 def write_part(
     folder: Path, part: str, documents: Iterable[WrittenDocument], types: tuple[np.dtype[Any], np.dtype[Any] | None],
-    starts: np.ndarray, domains: np.ndarray, identities: np.ndarray,
+    starts: np.ndarray, identities: np.ndarray, columns: Mapping[str, np.ndarray],
 ) -> None:  # fmt: skip
-    """Write one part's files. types: of ids and of their byte counts, None for no counts. starts [n + 1] int64."""
+    """Write one part's files. types: of ids and of their byte counts, None for no counts. starts [n + 1] int64.
+
+    columns: {name: [n] whole numbers below 65,536}, `domains` and what tags say.
+    """
     id_type, count_type = types
     name_ends: list[int] = []
     held = folder / f".{part}.names"
@@ -94,8 +99,8 @@ def write_part(
     with _array(folder / f"{part}.names.npy", np.dtype(np.uint8), total) as file, held.open("rb") as spelled:
         shutil.copyfileobj(spelled, file)
     held.unlink()
-    small = {"starts": starts, "domains": domains.astype(np.uint16), "identities": identities,
-             "name_ends": np.array(name_ends, np.int64)}  # fmt: skip
+    small = {"starts": starts, "identities": identities, "name_ends": np.array(name_ends, np.int64)}
+    small |= {name: values.astype(np.uint16) for name, values in columns.items()}
     for name, values in small.items():
         with _array(folder / f"{part}.{name}.npy", values.dtype, len(values)) as file:
             file.write(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes())
@@ -115,10 +120,13 @@ def write_about(folder: Path, about: Mapping[str, Any], tokenizer: Tokenizer) ->
     write_file(folder / MANIFEST, manifest_bytes(entries))
 
 
-def read_token_cache(folder: Path, tokenizer: Tokenizer, account: Account, *, verify: bool) -> Corpus:
+def read_token_cache(
+    folder: Path, tokenizer: Tokenizer, account: Account, *, verify: bool, domain_by: Sequence[str] = (DOMAIN,)
+) -> Corpus:
     """The corpus of a folder, mapped. `verify`: every byte is read once and compared with its checksum.
 
-    Raises DataError for what is no such folder, is damaged, or was made with another tokenizer.
+    `domain_by`: what counts as a document's domain, "domain" itself or tags; of several their values, a slash between.
+    Raises DataError for what is no such folder, is damaged, was made with another tokenizer, or has no such tag.
     """
     _check_files(folder, verify=verify)
     about = Record(str(folder / ABOUT), read_object(folder / ABOUT, READING), READING)
@@ -133,15 +141,48 @@ def read_token_cache(folder: Path, tokenizer: Tokenizer, account: Account, *, ve
     if id_bytes is not None:
         id_bytes = id_bytes.copy()
         id_bytes[tokenizer.eos_token_id] = 0
+    values = {DOMAIN: about.listed("domains", str)}
+    values |= {tag: about.record("tags").listed(tag, str) for tag in about.record("tags", optional=True).values}
+    if unknown := [name for name in domain_by if name not in values] or not domain_by:
+        named = unknown[0] if isinstance(unknown, list) else ""
+        raise DataError(f"data.source.domain_by: {folder} has no tag '{named}'; it has: {', '.join(values)}")
     parts = [_read_part(folder, part, id_bytes) for part in PARTS]
-    return Corpus(
-        train=parts[0],
-        validation=parts[1],
-        domains=about.listed("domains", str),
-        fingerprint=about.text("fingerprint"),
-        manifest=dict(about.record("manifest").values),
-        left_out=account.close(),
-    )
+    fingerprint, manifest = about.text("fingerprint"), dict(about.record("manifest").values)
+    domains = values[DOMAIN]
+    if list(domain_by) != [DOMAIN]:
+        found = [_labels(folder, part, domain_by, values) for part in PARTS]
+        domains = sorted(set(found[0]) | set(found[1]))
+        place = {name: number for number, name in enumerate(domains)}
+        parts = [
+            replace(stream, document_domain=np.array([place[name] for name in own], np.int64))
+            for stream, own in zip(parts, found, strict=True)
+        ]
+        fingerprint = hashlib.sha256(f"{fingerprint}/{'/'.join(domain_by)}".encode()).hexdigest()
+        manifest = _manifest(domains, parts)
+    return Corpus(parts[0], parts[1], domains, fingerprint, manifest, account.close())
+
+
+def _labels(folder: Path, part: str, domain_by: Sequence[str], values: Mapping[str, Sequence[str]]) -> list[str]:
+    """What counts as each document's domain."""
+    columns = []
+    for name in domain_by:
+        column = "domains" if name == DOMAIN else f"tag_{name}"
+        codes = map_array(folder / f"{part}.{column}.npy", READING)
+        columns.append([values[name][code] or "not told" for code in codes.tolist()])
+    return ["/".join(several) for several in zip(*columns, strict=True)]
+
+
+def _manifest(domains: Sequence[str], parts: Sequence[TokenStream]) -> dict[str, Any]:
+    """{domain: what it holds}, where domains are other ones than when it was written."""
+    told: dict[str, Any] = {}
+    for number, name in enumerate(domains):
+        mine = [part.document_domain == number for part in parts]
+        tokens = [int(np.diff(part.document_starts)[own].sum()) for part, own in zip(parts, mine, strict=True)]
+        told[name] = {
+            "documents": int(sum(own.sum() for own in mine)), "bytes": None, "tokens": sum(tokens),
+            "validation_documents": int(mine[1].sum()), "validation_tokens": tokens[1], "sources": {},
+        }  # fmt: skip
+    return told
 
 
 def split_of(folder: Path) -> tuple[float, int]:

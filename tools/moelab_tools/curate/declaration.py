@@ -46,6 +46,8 @@ class CurateConfig:
     # Text filters in their order, each {name: ..., its options}. `domains: [...]` gives one these domains alone,
     # `but: [...]` all others.
     stages: list[Part] = field(default_factory=list)
+    # Taggers of what is kept, each {name: ..., its options}: a key of that name in every row, a column of the cache.
+    tags: list[Part] = field(default_factory=list)
     deduplicate: DeduplicateConfig = field(default_factory=DeduplicateConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
     output: str = MISSING  # folder that is made

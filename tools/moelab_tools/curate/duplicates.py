@@ -104,7 +104,7 @@ class Pieces:
         for one, mine, row in zip(what, chosen, self._rows(), strict=True):
             if mine:
                 stage, reason = WHY[int(one)]
-                account.take_back(stage, reason, row["domain"], row["name"], "", row["text"])
+                account.take_back(stage, reason, row)
 
     def write(self, folder: Path, what: np.ndarray) -> None:
         """The kept documents as JSON lines, in files of some hundred megabytes."""

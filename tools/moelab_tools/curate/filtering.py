@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +16,9 @@ from moelab.atomic import write_file
 from moelab.data.corpus import Document
 from moelab.data.filtering import FilterContext, Rejected, TextFilter
 from moelab.data.minhash import signature
-from moelab.errors import DataError, UserError
-from moelab.hookspecs import TEXT_FILTERS
+from moelab.data.tagging import RESERVED, Tagger, tag_fault
+from moelab.errors import ConfigError, DataError, UserError
+from moelab.hookspecs import TAGGERS, TEXT_FILTERS
 from moelab.paths import Places
 from moelab.plugin_faults import PluginPart, article
 from moelab.registry import Registry
@@ -43,6 +45,7 @@ class Work:
     write_text: bool
     keep_rejected: bool
     near: bool  # signatures are wanted
+    tags: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,41 @@ class Built:
     part: PluginPart
 
 
-def build_stages(work: Work) -> list[Built]:
-    """Raises ConfigError for whatever is wrong in a stage."""
-    registry = Registry(work.plugins, work.entry_points, work.places, points=[TEXT_FILTERS])
+@dataclass(frozen=True)
+class BuiltTagger:
+    """A tagger, ready."""
+
+    name: str  # the key of its answer
+    apply: Tagger
+    part: PluginPart
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that a document passes."""
+
+    stages: Sequence[Built]
+    taggers: Sequence[BuiltTagger]
+
+
+def build_parts(work: Work) -> Parts:
+    """Raises ConfigError for whatever is wrong in a stage or a tagger."""
+    registry = Registry(work.plugins, work.entry_points, work.places, points=[TEXT_FILTERS, TAGGERS])
+    return Parts(_build_stages(work, registry), _build_taggers(work, registry))
+
+
+def _build_taggers(work: Work, registry: Registry) -> list[BuiltTagger]:
+    context, found = FilterContext(work.data_places), dict[str, BuiltTagger]()
+    for number, tagger in enumerate(work.tags):
+        where, name = f"tags.{number}", str(tagger["name"])
+        if name in RESERVED or name in found or not name.isidentifier():
+            raise ConfigError(f"{where}: '{name}' can't be the key of a tag: it is another's, or no word")
+        apply = registry.build(TAGGERS, tagger, context, where)
+        found[name] = BuiltTagger(name, apply, registry.part(TAGGERS, tagger, where))
+    return list(found.values())
+
+
+def _build_stages(work: Work, registry: Registry) -> list[Built]:
     context, found = FilterContext(work.data_places), []
     for number, stage in enumerate(work.stages):
         where = f"stages.{number}"
@@ -86,19 +121,22 @@ def is_done(work: Work, number: int, digest: str) -> bool:
     return (found.get("input"), found.get("settings")) == (digest, work.settings)
 
 
-def make_piece(work: Work, built: Sequence[Built], number: int, documents: Sequence[Document], digest: str) -> None:
+def make_piece(work: Work, parts: Parts, number: int, documents: Sequence[Document], digest: str) -> None:
     """Writes NUMBER.jsonl.gz, .identities (uint64), .signatures (uint32) and, when these are whole, NUMBER.json."""
     account, kept = Account(), []
     left_out: list[dict[str, str]] = []
+    rows: list[dict[str, str]] = []
     for document in documents:
         account.documents[document.domain] += 1
         account.characters[document.domain] += len(document.text)
-        answer = _through(built, document, account, left_out)
+        answer = _through(parts.stages, document, account, left_out)
         if answer is not None:
             account.kept[answer.domain] += 1
             account.kept_characters[answer.domain] += len(answer.text)
             kept.append(answer)
-    rows = [{"text": one.text, "domain": one.domain, "name": one.name} for one in kept]
+            tags = {tagger.name: _tag(tagger, answer) for tagger in parts.taggers}
+            account.tag(answer.domain, tags, len(answer.text))
+            rows.append({"text": answer.text, "domain": answer.domain, "name": answer.name} | tags)
     _write_lines(work.folder / f"{number:06d}.jsonl.gz", rows)
     if work.keep_rejected:
         _write_lines(work.folder / f"{number:06d}.rejected.jsonl.gz", left_out)
@@ -152,6 +190,20 @@ def _ask(one: Built, document: Document) -> Document | Rejected:
         raise one.part.raised(error) from error
     if not isinstance(answer, Document | Rejected):
         raise one.part.fault(f"returned {article(answer)}; it must return a moelab.Document or Rejected", one.apply)
+    return answer
+
+
+def _tag(tagger: BuiltTagger, document: Document) -> str:
+    try:
+        answer = tagger.apply(document)
+    except UserError:
+        raise
+    except Exception as error:  # a stranger's: anything
+        if tagger.part.ours or shortage(error):
+            raise
+        raise tagger.part.raised(error) from error
+    if (fault := tag_fault(answer)) is not None:
+        raise tagger.part.fault(fault, tagger.apply)
     return answer
 
 

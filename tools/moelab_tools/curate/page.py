@@ -74,6 +74,10 @@ def texts(account: Account, of: Circumstances) -> dict[str, str]:
     for word, counts in _lines(account, of.stages):
         lines.append(f"| {_in_cell(word)} | {' | '.join(_cell(counts, account, name) for name in columns)} |")
     found = {"data/account": "\n".join(lines)}
+    if tags := _tag_lines(account):
+        body = [f"| {_in_cell(word)} | {' | '.join(_cell(counts, account, name) for name in columns)} |"
+                for word, counts in tags]  # fmt: skip
+        found["data/tags"] = "\n".join([*lines[:2], *body])
     examples = [
         f"**{_in_cell(f'{stage}: {reason}')}** {sum(counts.values()):,}\n\n"
         + verbatim("\n".join(account.examples.get((stage, reason), [])))
@@ -130,6 +134,13 @@ def page(account: Account, of: Circumstances) -> str:
         )
     if changed:
         pieces.append(f"<h2>Changed</h2><table><tr><th>stage<th>domain<th>documents{''.join(changed)}</table>")
+    if tags := _tag_lines(account):
+        rows_ = "".join(
+            f'<tr><td class="word">{html.escape(word)}'
+            + "".join(f"<td>{_cell(counts, account, name)}" for name in columns)
+            for word, counts in tags
+        )
+        pieces.append(f"<h2>Tags of what is kept</h2><table><tr>{head}{rows_}</table>")
     if of.causes:
         items = "".join(f"<li>{html.escape(line)}" for line in _cause_lines(of))
         pieces.append(f"<h2>Beside documents</h2><ul>{items}</ul>")
@@ -149,6 +160,16 @@ def _lines(account: Account, stages: Iterable[str]) -> list[tuple[str, dict[str,
         ("kept", dict(account.kept)),
         ("kept, % of the characters", characters | {ALL: total}),
     ]
+
+
+def _tag_lines(account: Account) -> list[tuple[str, dict[str, int]]]:
+    """("tag: value", {domain: kept documents}), the commonest values of each tag first."""
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    for (tag, value, domain), count in account.tagged.items():
+        if count:
+            found.setdefault((tag, value), {})[domain] = count
+    ordered = sorted(found.items(), key=lambda item: (item[0][0], -sum(item[1].values()), item[0][1]))
+    return [(f"{tag}: {value or 'not told'}", counts) for (tag, value), counts in ordered]
 
 
 def _cell(counts: dict[str, int], account: Account, name: str) -> str:

@@ -28,14 +28,14 @@ from moelab.data.byte_tokenizer import ByteTokenizer
 from moelab.data.corpus import Corpus, DataContext, Document, TokenStream
 from moelab.data.tokenizer import load_tokenizer
 from moelab.errors import ConfigError, UserError
-from moelab.hookspecs import DATA_SOURCES, TEXT_FILTERS
+from moelab.hookspecs import DATA_SOURCES, TAGGERS, TEXT_FILTERS
 from moelab.lock import hold_file
 from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab_tools.curate.account import Account
 from moelab_tools.curate.declaration import CurateConfig, stages
 from moelab_tools.curate.duplicates import Pieces
-from moelab_tools.curate.filtering import Built, Work, build_stages, digest_of, is_done, make_piece
+from moelab_tools.curate.filtering import Parts, Work, build_parts, digest_of, is_done, make_piece
 from moelab_tools.curate.page import Circumstances, print_account, write_account
 from moelab_tools.curate.progress import Reading
 from moelab_tools.curate.tokens import cut, tokenise, write_cache
@@ -45,7 +45,7 @@ KEPT, REJECTED, TOKENS, PIECES = "kept", "rejected", "tokens", "pieces"
 UNCOUNTED = ("output", "workers", "plugins", "entry_points", "tokens")  # say nothing of what becomes of a document
 # What a source is answered with whose documents were taken.
 EMPTY = TokenStream(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64), [])
-_BUILT: list[Built] = []  # of this process
+_BUILT: list[Parts] = []  # of this process
 _WORK: list[Work] = []
 
 
@@ -67,14 +67,14 @@ def run_curate(request: CurateRequest, console: Console | None = None) -> Accoun
     output = user_path(config.output, "output")
     try:
         registry = Registry(config.plugins, config.entry_points, loaded.places("plugins"),
-                            points=[DATA_SOURCES, TEXT_FILTERS])  # fmt: skip
+                            points=[DATA_SOURCES, TEXT_FILTERS, TAGGERS])  # fmt: skip
         config.sources = [
             registry.resolve(DATA_SOURCES, source, f"sources.{number}") for number, source in enumerate(config.sources)
         ]
         if config.tokens.tokenizer is not None:
             load_tokenizer(config.tokens.tokenizer)
         work = _work(loaded, registry, output.with_name(f".{output.name}.making"))
-        build_stages(work)
+        build_parts(work)
     except ConfigError as error:
         raise loaded.blame(error) from error
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -137,8 +137,9 @@ def _work(loaded: Loaded[CurateConfig], registry: Registry, folder: Path) -> Wor
         replace(stage, part=registry.resolve(TEXT_FILTERS, stage.part, f"stages.{number}"))
         for number, stage in enumerate(stages(config))
     )
+    tags = tuple(registry.resolve(TAGGERS, tag, f"tags.{number}") for number, tag in enumerate(config.tags))
     decides = {key: value for key, value in asdict(config).items() if key not in UNCOUNTED}
-    decides["stages"] = [asdict(stage) for stage in found]
+    decides |= {"stages": [asdict(stage) for stage in found], "tags": list(tags)}
     near = config.deduplicate.near is not None or config.tokens.tokenizer is not None
     decides["signatures"] = near
     settings = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
@@ -153,6 +154,7 @@ def _work(loaded: Loaded[CurateConfig], registry: Registry, folder: Path) -> Wor
         write_text=not config.report_only,
         keep_rejected=config.keep_rejected and not config.report_only,
         near=near,
+        tags=tags,
     )
 
 
@@ -170,7 +172,7 @@ def _read_all(
             digest = digest_of(piece)
             if not is_done(work, count, digest):
                 if pool is None:
-                    make_piece(work, _BUILT, count, piece, digest)
+                    make_piece(work, _BUILT[0], count, piece, digest)
                 else:
                     waiting.add(pool.submit(_in_process, count, piece, digest))
             reading.add(piece)
@@ -231,7 +233,7 @@ def _workers(count: int, work: Work) -> Iterator[Executor | None]:
 
 
 def _begin(work: Work) -> None:
-    _BUILT[:], _WORK[:] = build_stages(work), [work]
+    _BUILT[:], _WORK[:] = [build_parts(work)], [work]
 
 
 def _begin_one_of_several(work: Work) -> None:
@@ -240,4 +242,4 @@ def _begin_one_of_several(work: Work) -> None:
 
 
 def _in_process(number: int, piece: Sequence[Document], digest: str) -> None:
-    make_piece(_WORK[0], _BUILT, number, piece, digest)
+    make_piece(_WORK[0], _BUILT[0], number, piece, digest)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +25,7 @@ from moelab.data.account import Account as Causes
 from moelab.data.corpus import Document, encoded
 from moelab.data.special_tokens import spelling
 from moelab.data.split import held_out
+from moelab.data.tagging import RESERVED
 from moelab.data.token_cache import WrittenDocument, write_about, write_part
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import DataError
@@ -106,10 +107,10 @@ def _make(spec: str, pieces: Pieces, number: int, kept: np.ndarray, digest: str)
     id_bytes, special = tokenizer.id_bytes(), spelling(tokenizer.special_tokens)
     rows = list(pieces.rows_of(number))
     documents = [Document(rows[place]["text"], rows[place]["domain"], rows[place]["name"]) for place in kept.tolist()]
-    ids, counts, lengths, spelled = [], [], [], 0
+    ids, counts, lengths, spelled = [], [], [], list[str]()
     end, said = np.array([tokenizer.eos_token_id], np.int32), True
     for document, (own, own_counts) in encoded(documents, tokenizer):
-        spelled += len(special.findall(document.text))
+        spelled += [f"{document.domain}/{document.name}: '{one}'" for one in special.findall(document.text)]
         said = said and id_bytes is not None and np.array_equal(id_bytes[own], own_counts)
         ids += [own, end]
         counts += [own_counts, np.zeros(1, COUNT_TYPE)]
@@ -128,7 +129,13 @@ def _make(spec: str, pieces: Pieces, number: int, kept: np.ndarray, digest: str)
         "names": [document.name for document in documents],
         "sizes": [len(document.text.encode("utf-8", "replace")) for document in documents],
         "digests": [document.digest.hex() for document in documents],
-        "spelled": spelled,
+        "spelled": len(spelled),
+        "spelled_first": spelled[:1],
+        "tags": {
+            key: [rows[place][key] for place in kept.tolist()]
+            for key in (rows[0] if rows else ())
+            if key not in RESERVED
+        },
     }
     write_file(pieces.folder / f"{number:06d}.ids.json", json.dumps(told))
 
@@ -148,6 +155,8 @@ class Laid:
     name_ends: np.ndarray  # int64
     has_counts: bool
     spelled: int
+    spelled_first: str
+    tags: dict[str, np.ndarray]  # object: texts
 
 
 def _lay(pieces: Pieces, tokenizer: Tokenizer) -> Laid:
@@ -181,7 +190,14 @@ def _lay(pieces: Pieces, tokenizer: Tokenizer) -> Laid:
         np.array(name_ends, np.int64),
         has_counts,
         sum(one["spelled"] for one in told),
+        next((first for one in told for first in one["spelled_first"]), ""),
+        {tag: _texts(told, tag) for tag in sorted({tag for one in told for tag in one["tags"]})},
     )
+
+
+def _texts(told: Sequence[Mapping[str, Any]], tag: str) -> np.ndarray:
+    """The values of a tag, of all documents in their order."""
+    return np.array([value for one in told if one["lengths"] for value in one["tags"][tag]], object)
 
 
 def write_cache(
@@ -195,7 +211,7 @@ def write_cache(
     laid = _lay(pieces, tokenizer)
     if laid.spelled:
         causes.add(
-            "special tokens spelled in texts, read as text and not as control tokens", "see the texts",
+            "special tokens spelled in texts, read as text and not as control tokens", laid.spelled_first,
             "where they were meant to end a document, cut there, or take them out", laid.spelled,
         )  # fmt: skip
     alive = what == KEPT
@@ -208,14 +224,18 @@ def write_cache(
     parts = {"train": order[~held[order]], "validation": validation[np.argsort(domain[validation], kind="stable")]}
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     types = (type_of(tokenizer), COUNT_TYPE if laid.has_counts else None)
+    values = {tag: sorted(set(texts)) for tag, texts in laid.tags.items()}
+    codes = {tag: np.searchsorted(values[tag], laid.tags[tag].astype(str)) for tag in values}
     with _Reader(pieces.folder, laid, types, identities) as reader:
         for part, chosen in parts.items():
             starts = np.concatenate([[0], np.cumsum(laid.lengths[chosen])]).astype(np.int64)
-            write_part(folder, part, reader.documents(chosen), types, starts, domain[chosen], identities[chosen])
+            columns = {"domains": domain[chosen]} | {f"tag_{tag}": codes[tag][chosen] for tag in codes}
+            write_part(folder, part, reader.documents(chosen), types, starts, identities[chosen], columns)
             digest.update(len(chosen).to_bytes(8, "little") + laid.digests[chosen].tobytes())
     about = {
         "fingerprint": digest.hexdigest(),
         "domains": domains,
+        "tags": values,
         "split": {"validation_fraction": config.validation_fraction, "split_seed": config.split_seed},
         "manifest": _manifest(domains, domain, held, laid, account),
     }

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import moelab
-from moelab import ConfigError, Document, FilterContext, Places, Registry, Rejected, TextFilter
+from moelab import ConfigError, Document, FilterContext, Places, Registry, Rejected, TextFilter, testing
 from moelab.hookspecs import TEXT_FILTERS
 from moelab_plugins.text_filters._ngram_classifier import buckets, train
 
@@ -94,5 +94,6 @@ def test_bits_per_byte_are_the_models_loss_over_bytes(run: Path, tmp_path: Path)
     easy = stage(tmp_path, "perplexity", model=str(run), at_least=expected + 1e-3)(document)
     assert isinstance(hard, Rejected) and hard.reason == "too hard for the model"
     assert isinstance(easy, Rejected) and easy.measured.startswith(f"{expected:.3f} bits per byte")
+    testing.check_text_filter(REGISTRY.components(TEXT_FILTERS)["perplexity"], {"model": str(run), "at_most": 8.05})
     with pytest.raises(ConfigError, match="every text is kept"):
         stage(tmp_path, "perplexity", model=str(run))
