@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from moelab import Corpus, DataContext, DataError, Document, Places, Registry, build_corpus
+from moelab.data.chat import ChatTemplate
 from moelab.data.tokenizer import load_tokenizer
 from moelab.hookspecs import DATA_SOURCES
 from moelab_tools.cli import run as moelab
@@ -164,6 +165,33 @@ def test_tags_stand_in_rows_account_and_cache_and_can_be_the_domain(library: Pat
     assert plain.domains == ["code", "prose"] and plain.fingerprint != corpus.fingerprint
     with pytest.raises(DataError, match="has no tag 'colour'; it has: domain, language, size"):
         opened(tmp_path / "out/tokens", domain_by=["colour"])
+
+
+def test_conversations_pass_filters_as_they_are_and_are_rendered_in_the_cache(library: Path, tmp_path: Path) -> None:
+    lines = (library / "some.jsonl").read_text().splitlines()
+    chats = [[{"role": "user", "content": text_of("x", n) + "  "}, {"role": "assistant", "content": "Yes."}]
+             for n in range(20)]  # fmt: skip
+    rows = [json.dumps({"chat": chat, "kind": "chat"}) for chat in [*chats, chats[0]]]
+    (tmp_path / "some.jsonl").write_text("\n".join([*lines, *rows]))
+    source = f"[{{name: jsonl, paths: [{tmp_path / 'some.jsonl'}], domain_key: kind, messages_key: chat}}]"
+    given = {"sources": source, "stages": "[{name: normalise}]", "tags": "[{name: size}]"}
+    assert moelab(["data", *command(tmp_path, tmp_path / "out", "bytes", **given)]) == 0
+    corpus = opened(tmp_path / "out/tokens")
+    template = ChatTemplate.from_tokenizer(load_tokenizer("bytes"))
+    expected = sorted([*template.render(chat).ids.tolist(), 256] for chat in chats)
+    found = [
+        stream.tokens[stream.document_starts[n] : stream.document_starts[n + 1]].tolist()
+        for stream in (corpus.train, corpus.validation)
+        for n in np.flatnonzero(stream.document_domain == corpus.domains.index("chat"))
+    ]
+    assert sorted(found) == expected  # the copy is gone
+    kept_file = [str(path) for path in (tmp_path / "out/kept").iterdir()]
+    again = Registry(entry_points=False).build(
+        DATA_SOURCES,
+        {"name": "jsonl", "paths": kept_file, "domain_key": "domain", "messages_key": "messages"},
+        DataContext(load_tokenizer("bytes"), validation_fraction=0.2), "data.source",
+    )  # fmt: skip
+    assert again.fingerprint == corpus.fingerprint
 
 
 def test_copies_take_their_tags_with_them(library: Path, tmp_path: Path) -> None:

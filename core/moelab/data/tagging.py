@@ -6,7 +6,7 @@ from typing import Protocol
 
 from moelab.data.corpus import Document
 
-RESERVED = ("text", "domain", "name", "stage", "reason", "measured")  # keys of a row that are no tag
+RESERVED = ("text", "messages", "domain", "name", "stage", "reason", "measured")  # keys of a row that are no tag
 LONGEST = 40  # characters of a value
 
 

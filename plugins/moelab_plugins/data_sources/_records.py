@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -21,6 +21,9 @@ ROWS = 256  # of a table that are in memory at once
 class RecordOptions:
     paths: list[str] = field(default_factory=list)  # files, globs or folders
     text_key: str = "text"
+    # Conversations, [{role: user, content: ...}, ...], are under this key, rendered by the tokenizer's chat template; a
+    # line without it has its text read.
+    messages_key: str | None = None
     domain_key: str | None = None  # null: the domain is the file's name up to its first dot
     id_key: str | None = None  # a record's own name; one that stands twice is refused. null: the file and a number
     skip_bad: bool = False  # leave out what can't be used, and count it, instead of ending there
@@ -29,7 +32,8 @@ class RecordOptions:
     @property
     def keys(self) -> list[str]:
         """Of a record, those that are read."""
-        return [key for key in (self.text_key, self.domain_key, self.id_key) if key is not None]
+        content = self.messages_key or self.text_key
+        return [key for key in (content, self.domain_key, self.id_key) if key is not None]
 
 
 class Records:
@@ -59,10 +63,10 @@ class Records:
     def document(self, record: Any, where: str, name: str, domain: str) -> Document | None:
         """The document of a record, or None where it is left out. `where`: its place, for messages."""
         options = self._options
-        text = self.attempt(f"without a text '{options.text_key}'", _text, record, options.text_key, where)
-        if text is None:
+        found = self._said(record, where)
+        if found is None:
             return None
-        if "\0" in text:
+        if "\0" in found.text:
             self.bad("with a NUL", DataError(f"data.source: {where} is binary, not text (it has a NUL); leave it out"))
             return None
         if options.domain_key is not None:
@@ -75,7 +79,16 @@ class Records:
             if own is None:
                 return None
             name = own
-        return Document(text, domain, name)
+        return replace(found, domain=domain, name=name)
+
+    def _said(self, record: Any, where: str) -> Document | None:
+        """The record's text, or its conversation; domain and name are not known yet."""
+        options = self._options
+        bare = isinstance(record, dict) and record.get(options.messages_key) is None and options.text_key in record
+        if options.messages_key is None or bare:
+            text = self.attempt(f"without a text '{options.text_key}'", _text, record, options.text_key, where)
+            return None if text is None else Document(text, "", "")
+        return self.attempt("without a conversation", _conversation, record, options.messages_key, where)
 
     def rows(
         self, batches: Iterable[Mapping[str, Sequence[Any]]], where: Callable[[int], str], name: str, domain: str
@@ -105,7 +118,8 @@ class Records:
 
 def check_columns(found: Sequence[str], options: RecordOptions, where: object) -> None:
     """Raises DataError for a table without a column that is asked for."""
-    for key, option in ((options.text_key, "text_key"), (options.domain_key, "domain_key"), (options.id_key, "id_key")):
+    content = (options.messages_key, "messages_key") if options.messages_key else (options.text_key, "text_key")
+    for key, option in (content, (options.domain_key, "domain_key"), (options.id_key, "id_key")):
         if key is not None and key not in found:
             raise DataError(
                 f"data.source: {where} has no column '{key}'{near(key, found)} It has: {', '.join(found)}; set "
@@ -133,6 +147,14 @@ def _text(record: Any, key: str, where: str) -> str:
         f"data.source: {where} has no string '{key}'{kind} (it has: {found}); set data.source.text_key, or write "
         "skip_bad: true"
     )
+
+
+def _conversation(record: Any, key: str, where: str) -> Document:
+    try:
+        messages: Any = record.get(key) if isinstance(record, dict) else None
+        return Document.conversation(messages, "", "")
+    except DataError as error:
+        raise DataError(f"data.source: {where}, '{key}': {error}; set data.source.messages_key") from error
 
 
 def _word(record: Any, key: str, option: str, where: str) -> str:

@@ -46,7 +46,7 @@ class Account:
             self.tagged[tag, value, domain] += count
             self.tagged_characters[tag, value, domain] += count * characters
 
-    def take_back(self, stage: str, reason: str, row: Mapping[str, str]) -> None:
+    def take_back(self, stage: str, reason: str, row: Mapping[str, Any]) -> None:
         """A document, as it stands in a row, that was kept until all were in."""
         domain, name, text = row["domain"], row["name"], row["text"]
         self.tag(domain, {key: value for key, value in row.items() if key not in RESERVED}, len(text), -1)

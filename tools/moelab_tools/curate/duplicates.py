@@ -91,7 +91,7 @@ class Pieces:
         """Of the documents that a piece was made of."""
         return str(self._told(number)["input"])
 
-    def rows_of(self, number: int) -> Iterator[dict[str, str]]:
+    def rows_of(self, number: int) -> Iterator[dict[str, Any]]:
         """The kept documents of a piece."""
         return self._lines(f"{number:06d}.jsonl.gz")
 
@@ -142,11 +142,11 @@ class Pieces:
     def _numbers(self, number: int, what: str, dtype: type[np.generic]) -> np.ndarray:
         return np.frombuffer(read_bytes(self.folder / f"{number:06d}.{what}", READING, LARGEST), dtype)
 
-    def _rows(self) -> Iterator[dict[str, str]]:
+    def _rows(self) -> Iterator[dict[str, Any]]:
         for number in range(self.count):
             yield from self._lines(f"{number:06d}.jsonl.gz")
 
-    def _lines(self, name: str) -> Iterator[dict[str, str]]:
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
         with gzip.open(self.folder / name, "rb") as lines:
             for line in lines:
                 yield parse_json(line, str(self.folder / name), READING, finite=False, whole=False)
@@ -160,7 +160,7 @@ class _Shards:
         self._file: gzip.GzipFile | None = None
         self._below: BinaryIO | None = None
 
-    def add(self, row: dict[str, str]) -> None:
+    def add(self, row: dict[str, Any]) -> None:
         if self._file is None:
             path = self._folder / f"{self._number:04d}.jsonl.gz"
             self._below = path.open("wb")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,11 +102,24 @@ def _build_stages(work: Work, registry: Registry) -> list[Built]:
     return found
 
 
+def row_of(document: Document) -> dict[str, Any]:
+    """As it is written down."""
+    row = {"text": document.text, "domain": document.domain, "name": document.name}
+    return row if document.messages is None else row | {"messages": document.messages}
+
+
+def document_of(row: Mapping[str, Any]) -> Document:
+    """What `row_of` wrote."""
+    messages = row.get("messages")
+    return Document(row["text"], row["domain"], row["name"], None if messages is None else tuple(messages))
+
+
 def digest_of(documents: Iterable[Document]) -> str:
     """Of the texts, domains and names, in their order."""
     digest = hashlib.sha256()
     for document in documents:
-        for text in (document.domain, document.name, document.text):
+        said = () if document.messages is None else (json.dumps(document.messages, sort_keys=True),)
+        for text in (document.domain, document.name, document.text, *said):
             encoded = text.encode("utf-8", "replace")
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.hexdigest()
@@ -124,8 +137,8 @@ def is_done(work: Work, number: int, digest: str) -> bool:
 def make_piece(work: Work, parts: Parts, number: int, documents: Sequence[Document], digest: str) -> None:
     """Writes NUMBER.jsonl.gz, .identities (uint64), .signatures (uint32) and, when these are whole, NUMBER.json."""
     account, kept = Account(), []
-    left_out: list[dict[str, str]] = []
-    rows: list[dict[str, str]] = []
+    left_out: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for document in documents:
         account.documents[document.domain] += 1
         account.characters[document.domain] += len(document.text)
@@ -136,7 +149,7 @@ def make_piece(work: Work, parts: Parts, number: int, documents: Sequence[Docume
             kept.append(answer)
             tags = {tagger.name: _tag(tagger, answer) for tagger in parts.taggers}
             account.tag(answer.domain, tags, len(answer.text))
-            rows.append({"text": answer.text, "domain": answer.domain, "name": answer.name} | tags)
+            rows.append(row_of(answer) | tags)
     _write_lines(work.folder / f"{number:06d}.jsonl.gz", rows)
     if work.keep_rejected:
         _write_lines(work.folder / f"{number:06d}.rejected.jsonl.gz", left_out)
@@ -155,13 +168,12 @@ def make_piece(work: Work, parts: Parts, number: int, documents: Sequence[Docume
 
 
 def _through(
-    built: Sequence[Built], document: Document, account: Account, left_out: list[dict[str, str]]
+    built: Sequence[Built], document: Document, account: Account, left_out: list[dict[str, Any]]
 ) -> Document | None:
     def leave_out(stage: str, why: Rejected) -> None:
         domain, name, text = document.domain, document.name, document.text
         account.reject(stage, why.reason, domain, name, why.measured, text)
-        row = {"text": text, "domain": domain, "name": name}
-        left_out.append(row | {"stage": stage, "reason": why.reason, "measured": why.measured})
+        left_out.append(row_of(document) | {"stage": stage, "reason": why.reason, "measured": why.measured})
 
     if not document.text.strip():
         leave_out("0. reading", Rejected("empty"))
@@ -173,6 +185,8 @@ def _through(
         if isinstance(answer, Rejected):
             leave_out(one.name, answer)
             return None
+        if document.messages is not None:
+            continue  # what is said in a conversation stays as it was said
         if answer.text != document.text:
             account.changed[one.name, document.domain] += 1
         document = answer
@@ -207,6 +221,6 @@ def _tag(tagger: BuiltTagger, document: Document) -> str:
     return answer
 
 
-def _write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
     write_file(path, gzip.compress(content, ZIPPED, mtime=0))

@@ -22,7 +22,7 @@ import numpy as np
 
 from moelab.atomic import write_file
 from moelab.data.account import Account as Causes
-from moelab.data.corpus import Document, encoded
+from moelab.data.corpus import encoded
 from moelab.data.special_tokens import spelling
 from moelab.data.split import held_out
 from moelab.data.tagging import RESERVED
@@ -33,7 +33,7 @@ from moelab.safe_files import read_bytes, read_object
 from moelab_tools.curate.account import Account
 from moelab_tools.curate.declaration import TokensConfig
 from moelab_tools.curate.duplicates import KEPT, LARGEST, Pieces
-from moelab_tools.curate.filtering import READING
+from moelab_tools.curate.filtering import READING, document_of
 
 COUNT_TYPE = np.dtype("<u4")  # of bytes that a token stands for: 64 KB and more where a tokenizer drops white space
 
@@ -106,11 +106,14 @@ def _make(spec: str, pieces: Pieces, number: int, kept: np.ndarray, digest: str)
     tokenizer = _tokenizer(spec)
     id_bytes, special = tokenizer.id_bytes(), spelling(tokenizer.special_tokens)
     rows = list(pieces.rows_of(number))
-    documents = [Document(rows[place]["text"], rows[place]["domain"], rows[place]["name"]) for place in kept.tolist()]
+    documents = [document_of(rows[place]) for place in kept.tolist()]
     ids, counts, lengths, spelled = [], [], [], list[str]()
     end, said = np.array([tokenizer.eos_token_id], np.int32), True
     for document, (own, own_counts) in encoded(documents, tokenizer):
-        spelled += [f"{document.domain}/{document.name}: '{one}'" for one in special.findall(document.text)]
+        spelled += [
+            f"{document.domain}/{document.name}: '{one}'"
+            for one in (special.findall(document.text) if document.messages is None else ())
+        ]
         said = said and id_bytes is not None and np.array_equal(id_bytes[own], own_counts)
         ids += [own, end]
         counts += [own_counts, np.zeros(1, COUNT_TYPE)]

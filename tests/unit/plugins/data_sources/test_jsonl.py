@@ -11,6 +11,7 @@ import pytest
 
 from moelab import ConfigError, Corpus, DataContext, DataError, Places, Registry
 from moelab.data.byte_tokenizer import ByteTokenizer
+from moelab.data.chat import ChatTemplate
 from moelab.hookspecs import DATA_SOURCES
 
 LINES = [{"text": f"Text {n} é", "body": f"Body {n}", "from": "ab"[n % 2]} for n in range(6)]
@@ -169,3 +170,38 @@ def test_other_files_of_a_folder_are_told(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     ((what, cause),) = build(tmp_path, paths=["."]).left_out.items()
     assert (what, cause["count"]) == ("files left out, not '**/*.jsonl' or '**/*.jsonl.gz' or '**/*.jsonl.zst'", 3)
+
+
+TURNS = [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "It is 2."}]
+
+
+def test_conversations_are_rendered_by_the_chat_template_beside_plain_text(tmp_path: Path) -> None:
+    chats = [[{"role": "user", "content": f"Say {n} <|endoftext|>"}, TURNS[1]] for n in range(8)]
+    write(tmp_path / "some.jsonl", [*({"chat": chat, "kind": "chat"} for chat in chats),
+                                    *({"text": f"plain {n}", "kind": "plain"} for n in range(8))])  # fmt: skip
+    corpus = build(tmp_path, paths=["some.jsonl"], messages_key="chat", domain_key="kind", deduplicate=False)
+    assert corpus.domains == ["chat", "plain"] and not corpus.left_out
+    template, found = ChatTemplate.from_tokenizer(ByteTokenizer()), {}
+    for stream in (corpus.train, corpus.validation):
+        for n, name in enumerate(stream.document_names):
+            begin, end = stream.document_starts[n : n + 2]
+            found[name] = stream.tokens[begin:end].tolist()
+            counts = stream.bytes_of(begin, end)
+            assert counts is not None and counts.sum() == sum(token < 256 for token in found[name])
+    for n, chat in enumerate(chats):  # what somebody typed is text, the template's own are control tokens
+        assert found[f"some.jsonl:{n + 1}"] == [*template.render(chat).ids.tolist(), 256]
+        assert found[f"some.jsonl:{n + 9}"] == [*f"plain {n}".encode(), 256]
+    other = [
+        {**line, "chat": [*chats[0][:1], {"role": "assistant", "content": "Other"}]} for line in [{"kind": "chat"}]
+    ]
+    write(tmp_path / "some.jsonl", [*({"chat": chat, "kind": "chat"} for chat in chats[1:]), *other,
+                                    *({"text": f"plain {n}", "kind": "plain"} for n in range(8))])  # fmt: skip
+    again = build(tmp_path, paths=["some.jsonl"], messages_key="chat", domain_key="kind", deduplicate=False)
+    assert again.fingerprint != corpus.fingerprint
+
+
+@pytest.mark.parametrize("chat", [[], [{"role": "user"}], "Hi", None])
+def test_what_is_no_conversation_is_named(chat: Any, tmp_path: Path) -> None:
+    write(tmp_path / "some.jsonl", [{"chat": TURNS}, {"chat": chat}])
+    with pytest.raises(DataError, match=r"some\.jsonl:2, 'chat': messages: .*set data.source.messages_key"):
+        build(tmp_path, paths=["some.jsonl"], messages_key="chat")
