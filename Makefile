@@ -53,7 +53,7 @@ SHUFFLE ?= $(or $(shell git rev-parse --short HEAD 2>/dev/null),0)
 test-elsewhere: $(INSTALLED)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=3 OMP_WAIT_POLICY=passive \
 		PYTHONPATH=$(CURDIR)/tests/elsewhere \
-		$(BIN)/python -m pytest -n 2 -q -m 'not interpreter and not processes' --shuffle=$(SHUFFLE)
+		$(BIN)/python -m pytest -n 2 -q -m 'not interpreter and not processes and not gpu' --shuffle=$(SHUFFLE)
 
 test-lowest:
 	$(MAKE) setup-megablocks test VENV=.venv-lowest CONSTRAINTS=requirements.lowest

@@ -1,4 +1,4 @@
-"""Backends on a CUDA device. Skipped without one; benchmarks/gpu.py measures speed there."""
+"""Backends on the device, in bf16; benchmarks/gpu.py measures speed there."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from moelab import BackendContext, Registry
 from moelab.hookspecs import EXPERT_BACKENDS
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.layout import ExpertLayout
+from on_device import DEVICE
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -26,9 +24,7 @@ def test_bf16_output_and_gradients_stay_within_rounding_of_float64(name: str, ca
     context = BackendContext(layout, 128, 0, lambda: others)
     backend = registry.build(EXPERT_BACKENDS, {"name": name}, context, "here")
     routing = CASES[case]()
-    problem = ExpertProblem(
-        EXPERTS, 128, 128, routing.num_tokens, routing.expert.numel(), torch.device("cuda"), torch.bfloat16
-    )
+    problem = ExpertProblem(EXPERTS, 128, 128, routing.num_tokens, routing.expert.numel(), DEVICE, torch.bfloat16)
     reason = backend.supports(problem)
     if reason is not None:
         pytest.skip(reason)
@@ -37,15 +33,15 @@ def test_bf16_output_and_gradients_stay_within_rounding_of_float64(name: str, ca
     wanted = reference(x, routing, experts)
     wanted_gradients = gradients(wanted, upstream, [x, routing.weight, *experts.parameters()])
     moved = type(routing).from_assignments(
-        routing.token.cuda(), routing.expert.cuda(), routing.weight.detach().cuda().requires_grad_(),
+        routing.token.to(DEVICE), routing.expert.to(DEVICE), routing.weight.detach().to(DEVICE).requires_grad_(),
         routing.num_tokens, routing.num_experts,
     )  # fmt: skip
-    experts, x = experts.cuda(), x.detach().cuda().requires_grad_()
-    with torch.autocast("cuda", torch.bfloat16):
+    experts, x = experts.to(DEVICE), x.detach().to(DEVICE).requires_grad_()
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         found = backend(x, moved, experts)
     inputs = [x, moved.weight, *experts.parameters()]
     for ours, theirs in zip(
-        [found, *gradients(found, upstream.cuda(), inputs)], [wanted, *wanted_gradients], strict=True
+        [found, *gradients(found, upstream.to(DEVICE), inputs)], [wanted, *wanted_gradients], strict=True
     ):
         scale = float(theirs.detach().abs().max()) if theirs.numel() else 0.0
         # bf16 has 8 bits; three products.

@@ -25,6 +25,13 @@ def test_the_gpu_benchmark_says_that_nothing_was_measured(root: Path, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+def test_no_line_of_the_gpu_benchmark_fails_for_want_of_a_gpu(root: Path) -> None:
+    pytest.importorskip("transformers", minversion="5.0", reason="its experts are one of the sides")
+    done = _run(root, "gpu.py", "--rehearse")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "grouped_mm, torch's passes" in done.stdout
+
+
 def test_the_cpu_step_agrees_with_transformers_and_writes_its_table(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers", minversion="5.0", reason="4.x computes experts in one way")
     small = "--shape 4:2:16 --hidden 32 --layers 1 --shared 32 --vocab 64 --batch 2 --sequence 16 --rounds 2"

@@ -6,11 +6,14 @@ T tokens, N assignments, E experts, D hidden size. Row r of the expert order is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moelab.kernels.choice import fused
 from moelab.moe.routing import Routing
 
 
@@ -61,7 +64,8 @@ def gather_rows(x: Tensor, plan: Dispatch) -> Tensor:
 def combine_rows(rows: Tensor, weight: Tensor, plan: Dispatch) -> Tensor:
     """Undo `gather_rows` and mix each token's experts: rows [N, D] in expert order, weight [N] fp32 -> [T, D].
 
-    The weight is applied after the down projection, as Hugging Face does, and in the dtype of `rows`.
+    The weight is applied after the down projection, as Hugging Face does, and in the dtype of `rows`; by our kernels
+    in fp32.
     """
     mixed: Tensor = _Combine.apply(rows, weight, plan)
     return mixed
@@ -73,6 +77,8 @@ def sum_rows(rows: Tensor, by_token: Tensor, starts: Tensor, row_weight: Tensor 
     by_token [N] int64 lists the rows grouped by token, those of token t from starts[t] on.
     embedding_bag gathers and adds in one pass, with an fp32 accumulator and no atomics.
     """
+    if row_weight is None and fused(rows):
+        return _kernels().mix(rows, by_token, starts, None, None)
     if by_token.numel() == 0:
         return rows.new_zeros(starts.numel(), rows.shape[-1])
     if row_weight is not None:
@@ -100,14 +106,23 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, plan: Dispatch) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.plan = plan
+        if fused(rows):
+            return _kernels().mix(rows.contiguous(), plan.by_token, plan.starts, weight.contiguous(), plan.order)
         return sum_rows(rows, plan.by_token, plan.starts, weight.index_select(0, plan.order))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weight = ctx.saved_tensors
         plan: Dispatch = ctx.plan
+        if fused(rows):
+            dy = grads[0].contiguous()
+            return *_kernels().spread(dy, rows.contiguous(), weight.contiguous(), plan.token, plan.order), None
         spread = grads[0].index_select(0, plan.token)  # [N, D]
         by_row = weight.index_select(0, plan.order).to(rows.dtype)
         grad_weight = torch.empty_like(weight)
         grad_weight[plan.order] = (spread * rows).sum(-1, dtype=weight.dtype)
         return spread * by_row.unsqueeze(-1), grad_weight, None
+
+
+def _kernels() -> ModuleType:
+    return import_module("moelab.kernels.rows")  # which imports triton: a CPU may lack it

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moelab.moe.activation import Activation, SwiGLU, num_inputs
+from moelab.moe.activation import Activation, SwiGLU, activate, num_inputs
 from moelab.moe.layout import ExpertLayout
 from moelab.moe.routing import Routing
 
@@ -48,7 +48,10 @@ class ExpertBank(nn.Module):
 
     def activate(self, pre: Tensor) -> Tensor:
         """The activation of what gate_up gave: [..., M F] -> [..., F]."""
-        return self.activation(*pre.chunk(num_inputs(self.activation), dim=-1))
+        parts = num_inputs(self.activation)
+        width = pre.shape[-1] // parts
+        joined = pre.reshape(pre.shape[:-1].numel(), parts, width)
+        return activate(self.activation, joined).view(*pre.shape[:-1], width)
 
     def of_one(self, expert: int, rows: Tensor) -> Tensor:
         """One expert's output for rows [n, D] -> [n, D], in the dtype of `rows`: for who looks at a single one."""

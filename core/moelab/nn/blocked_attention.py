@@ -55,7 +55,9 @@ class View:
     segments: Tensor | None = None  # as AttentionInputs'
     starts: Tensor | None = None  # [B, L] int64: the first position that a query of each position may see
     chunks: Tensor | None = None  # [B, L] int64, with segments: the chunk that each position lies in
+    torn: Tensor | None = None  # `segments` where padding may lie among the keys of a sequence, as `starts` can't say
     laid: dict[tuple[int, int], list[Block]] = field(default_factory=dict)
+    spans: list[Any] = field(default_factory=list)  # what `flex_attention` made of it
 
     @classmethod
     def of(cls, inputs: AttentionInputs, window: int | None = None, chunk: int | None = None) -> View:
@@ -67,7 +69,8 @@ class View:
         positions = inputs.key_positions
         starts = torch.arange(inputs.length, device=positions.device) - positions
         chunks = None if chunk is None else positions // chunk
-        return cls(batch, inputs.past, seq, window, chunk, segments, starts, chunks)
+        torn = segments if inputs.documents is None else None
+        return cls(batch, inputs.past, seq, window, chunk, segments, starts, chunks, torn)
 
     def blocks(self, groups: int, shared: int) -> list[Block]:
         """All queries, for `groups` key heads of `shared` query heads each."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from moelab.nn.attention_inputs import Attend, AttentionInputs
-from moelab.nn.blocked_attention import View, blocked_attention
+from moelab.nn.blocked_attention import View
 from moelab.nn.causal_attention import blocks_pay, causal_attention
+from moelab.nn.masked_attention import masked_attention
 from moelab.nn.rope import rotate
 
 ROTATED = "keys turned by their own positions"  # cache_mode
@@ -29,7 +30,7 @@ class FullAttention:
         if inputs.attend is not None:
             return inputs.attend(query, key, value, inputs.mask)
         if inputs.given_mask is None and _in_blocks(inputs):
-            return blocked_attention([query], key, value, inputs.once("full", lambda: View.of(inputs)))
+            return masked_attention([query], key, value, inputs.once("full", lambda: View.of(inputs)))
         return self.attend(query, key, value, inputs.mask)
 
 

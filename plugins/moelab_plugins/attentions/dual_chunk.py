@@ -11,7 +11,8 @@ from torch import Tensor
 
 from moelab import Component, ConfigError, component, hookimpl
 from moelab.nn.attention_inputs import AttentionContext, AttentionInputs, AttentionKernel
-from moelab.nn.blocked_attention import View, blocked_attention
+from moelab.nn.blocked_attention import View
+from moelab.nn.masked_attention import masked_attention
 from moelab.nn.rope import rotate
 
 PRESETS, TEMPERATURES = ("paper", "qwen_1m"), ("none", "static", "per_query")
@@ -123,7 +124,7 @@ class DualChunkAttention:
             key, value = inputs.cache.append(self.layer_id, key, value)
         queries = [rotate(query, *(table.to(query.dtype) for table in turn)) for turn in turns]
         view = inputs.once(("dual_chunk view", self.chunks), lambda: View.of(inputs, chunk=self.chunks.chunk))
-        return blocked_attention(queries, key, value, view)
+        return masked_attention(queries, key, value, view)
 
     def _rotations(self, inputs: AttentionInputs) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
         """cos and sin of the queries, for each distance of chunks that occurs, and of the keys: [B or 1, 1, S, d]."""

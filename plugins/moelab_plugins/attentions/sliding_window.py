@@ -10,8 +10,9 @@ from torch import Tensor
 from moelab import Component, ConfigError, component, hookimpl
 from moelab.moe.per_layer import match_layers
 from moelab.nn.attention_inputs import AttentionContext, AttentionInputs, AttentionKernel
-from moelab.nn.blocked_attention import View, blocked_attention
+from moelab.nn.blocked_attention import View
 from moelab.nn.full_attention import ROTATED, FullAttention, turned
+from moelab.nn.masked_attention import masked_attention
 
 
 @dataclass
@@ -48,7 +49,7 @@ class SlidingWindow:
             raise ConfigError("model.attention: sliding_window takes masks of padding alone, and shows no weights")
         query, key, value = turned(self.full.layer_id, query, key, value, inputs)
         view = inputs.once(("sliding_window", self.window), lambda: View.of(inputs, window=self.window))
-        return blocked_attention([query], key, value, view)
+        return masked_attention([query], key, value, view)
 
 
 def build(options: SlidingWindowOptions, context: AttentionContext) -> AttentionKernel:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import sys
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NoReturn
+
+from moelab.kernels.choice import interpreted
 
 INSTALL = "`make setup-megablocks` installs it"
 EXTENSION = "megablocks_ops"
@@ -30,11 +31,6 @@ class Kernels:
     matrix: Any  # stk.Matrix
     sdd: Any  # (dense, dense, topology) -> sparse
     dsd: Any  # (sparse, dense) -> dense
-
-
-def interpreted() -> bool:
-    """Whether triton runs its kernels in Python, on the CPU. It decides when it is first imported."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def missing() -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moelab import BackendContext, Component, ExpertBackend, Routing, component, hookimpl
-from moelab.moe.activation import num_inputs
+from moelab.moe.activation import activate, num_inputs
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
 from moelab.moe.experts import ExpertBank, add_down_bias, compute_dtype
@@ -85,7 +85,7 @@ def _experts(kernels: Kernels, x: Tensor, bank: ExpertBank, order: _Order, weigh
         columns = bank.gate_up_bias.to(x.dtype).view(-1, BLOCK)  # of each block column
         pre = pre + columns.index_select(0, hidden_map.column)[:, None, :]
     # A block row holds its expert's gate blocks, if it has some, then its up blocks.
-    act = bank.activation(*pre.view(-1, parts, width // BLOCK, BLOCK, BLOCK).unbind(1))
+    act = activate(bank.activation, pre.view(-1, parts, width * BLOCK))
     out = kernels.dsd(
         block_matrix(kernels, act_map, act.reshape(-1, BLOCK, BLOCK), x.dtype), bank.down.to(x.dtype).flatten(0, 1)
     )

@@ -1,0 +1,21 @@
+"""Attention under a `View` by what is fast on the device: the one place that chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from moelab.nn.blocked_attention import View, blocked_attention
+
+
+def masked_attention(queries: Sequence[Tensor], key: Tensor, value: Tensor, view: View) -> Tensor:
+    """queries, each [B, H, S, d], key and value [B, G, L, d] -> [B, H, S, d]: see `blocked_attention`."""
+    if queries[0].device.type == "cuda":
+        from moelab.nn import flex_attention  # noqa: PLC0415  (brings torch's compiler with it)
+
+        if flex_attention.serves(queries[0], view):
+            out = flex_attention.flexed_attention(queries, key, value, view)
+            if out is not None:
+                return out
+    return blocked_attention(queries, key, value, view)
