@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import struct
 import time
 from collections.abc import Callable
@@ -86,6 +87,7 @@ def waiting(folder: Path, config: str, steps: int) -> dict[str, float]:
         f"data.mixer={{name: weights, weights: {spelled(WEIGHTS)}}}", f"run_dir={folder / 'run'}", "observers=[]",
         "evaluation.prompts=[]", "evaluation.sequences=8", "train.log_every=10", "train.gradient_shares_every=0",
     )  # fmt: skip
+    shutil.rmtree(folder / "run", ignore_errors=True)
     batches = moelab.prepare(run).batches
     counted, took = np.zeros(DOMAINS, np.int64), []
     for step in range(steps):

@@ -24,7 +24,7 @@ _STEPS = 64  # whose windows are computed at once
 
 
 class DomainText:
-    """The documents of one domain as one text. Positions in it are virtual: `real` ones are the stream's."""
+    """The documents of one domain as one text. Positions in it are virtual."""
 
     def __init__(self, stream: TokenStream, domain: int) -> None:
         self.documents = np.flatnonzero(stream.document_domain == domain)
@@ -38,11 +38,6 @@ class DomainText:
     def document_at(self, virtual: np.ndarray) -> np.ndarray:
         """virtual [...] int64 -> index into `documents` [...]."""
         return np.searchsorted(self.starts, virtual, side="right") - 1
-
-    def real(self, virtual: np.ndarray) -> np.ndarray:
-        """virtual [...] int64 -> positions in the stream [...] int64."""
-        document = self.document_at(virtual)
-        return np.asarray(self.begins[document] + virtual - self.starts[document])
 
 
 class MixedBatches:
@@ -61,6 +56,12 @@ class MixedBatches:
         self.deals = [Deal(wanted, self.domains, seed, number) for number, wanted in enumerate(self.wanted)]
         self.ends = [phase.until for phase in mixer.phases]
         self.texts = [DomainText(stream, domain) for domain in range(len(self.domains))]
+        self._first = np.concatenate([[0], np.cumsum([len(text) for text in self.texts])]).astype(np.int64)  # [D + 1]
+        self._starts = np.concatenate(
+            [text.starts[:-1] + first for text, first in zip(self.texts, self._first, strict=False)]
+        )
+        self._shift = np.concatenate([text.begins for text in self.texts]) - self._starts  # [n] to places in the stream
+        self._documents = np.concatenate([text.documents for text in self.texts])  # [n]
         self.windows = [max(0, len(text) - 1) // sequence_length for text in self.texts]
         for domain, name in enumerate(self.domains):
             if self.windows[domain] == 0 and any(wanted[domain] > 0 for wanted in self.wanted):
@@ -73,11 +74,10 @@ class MixedBatches:
         """The batch of `step`, counted from 0."""
         domain, window = self.windows_of(step)
         virtual = window[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)  # [B, S + 1]
-        position = np.empty_like(virtual)
-        for number in np.unique(domain):
-            position[domain == number] = self.texts[number].real(virtual[domain == number])
+        virtual += self._first[domain][:, None]  # of all domains' texts end to end
+        at = np.searchsorted(self._starts, virtual, side="right") - 1
+        position, document = virtual + self._shift[at], self._documents[at]
         tokens = np.asarray(self.stream.tokens[position.reshape(-1)]).reshape(position.shape).astype(np.int64)
-        document = self.stream.document_of(position)
         targets = tokens[:, 1:].copy()
         if self.apart:
             targets[document[:, 1:] != document[:, :-1]] = IGNORED
