@@ -168,6 +168,8 @@ def _labels(folder: Path, part: str, domain_by: Sequence[str], values: Mapping[s
     for name in domain_by:
         column = "domains" if name == DOMAIN else f"tag_{name}"
         codes = map_array(folder / f"{part}.{column}.npy", READING)
+        if len(codes) and int(codes.max()) >= len(values[name]):
+            READING.refuse(folder, f"has values of '{name}' that it does not name")
         columns.append([values[name][code] or "not told" for code in codes.tolist()])
     return ["/".join(several) for several in zip(*columns, strict=True)]
 
