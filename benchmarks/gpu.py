@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one run of under eight minutes on one H200; without one it says so and stops.
+"""Everything that needs a GPU, in one run of three minutes on one H200; without one it says so and stops.
 
     python benchmarks/gpu.py --out benchmarks/results
     python benchmarks/gpu.py --rehearse          # every line on the CPU, at toy sizes: no figures, nothing written
@@ -23,7 +23,7 @@ import torch
 import gpu_layer
 import gpu_model
 import gpu_run
-from gpu_common import REHEARSAL, Bench, Sizes
+from gpu_common import REHEARSAL, Bench, Sizes, choose
 from report import machine, write_results
 
 NO_GPU = 2  # exit code
@@ -32,7 +32,7 @@ NO_GPU = 2  # exit code
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="folder for gpu.json and gpu.md")
-    parser.add_argument("--budget", type=float, default=480, help="seconds, after which no further part is begun")
+    parser.add_argument("--budget", type=float, default=300, help="seconds, after which no further part is begun")
     parser.add_argument("--parts", help="only these, by commas")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, at toy sizes, to see that no line fails")
     options = parser.parse_args()
@@ -66,6 +66,7 @@ def main() -> int:
             results["skipped"].append(name)
             continue
         started = time.perf_counter()
+        choose(True)
         try:
             results[name], table = part()
         except Exception as error:  # one part's fault must not cost the others their time on the card

@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch._dynamo import exc as compiling
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
@@ -216,6 +217,8 @@ def _compiler() -> bool:
 @cache
 def _compiled() -> Callable[..., Tensor]:
     """`merged`, compiled: for the first length as it is, from the second one on for any."""
+    # A loss's share in the routers' gradient is a backward pass that keeps the graph, for which no buffer may be given.
+    torch._functorch.config.donated_buffer = False
     # Beyond the limit, eight as torch ships it, a whole graph is refused.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS)
     compiled: Callable[..., Tensor] = torch.compile(merged, fullgraph=True)
