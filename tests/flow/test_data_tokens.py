@@ -78,7 +78,11 @@ def made(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_is_the_corpus_that_the_same_documents_build(tokenizer: str, library: Path, tmp_path: Path) -> None:
     """Of words, ids don't say which bytes they stand for, so these lie beside them."""
     path = str(library) if tokenizer == "words" else tokenizer
-    assert moelab(["data", *command(library, tmp_path / "out", path)]) == 0
+    rows = [json.dumps({"text": text_of("z", n), "kind": "prose"}) for n in range(9)]
+    (tmp_path / "some.jsonl").write_text("\n".join(rows))  # its documents have names of the library's
+    sources = ", ".join(f"{{name: jsonl, paths: [{folder / 'some.jsonl'}], domain_key: kind}}"
+                        for folder in (library, tmp_path))  # fmt: skip
+    assert moelab(["data", *command(library, tmp_path / "out", path, sources=f"[{sources}]")]) == 0
     context = DataContext(load_tokenizer(path), validation_fraction=0.2)
     expected, found = build_corpus(kept(tmp_path / "out"), context), opened(tmp_path / "out/tokens")
     assert (found.fingerprint, found.domains) == (expected.fingerprint, expected.domains)
