@@ -1,6 +1,7 @@
 """`moelab data` on text with planted copies: rate, memory, kills, and how many copies it finds.
 
-    python benchmarks/curate.py [--mb 4000] [--kills 20] [--workers 2] [--seed 0] [--out benchmarks/results]
+    python benchmarks/curate.py --work DIR [--mb 4000] [--kills 20] [--workers 2] [--tokenizer bytes] [--seed 0]
+        [--out benchmarks/results]
 
 Documents are drawn word by word; a share of them are written again with some words changed, and their similarity is
 computed exactly. The command is run once in peace and once killed by SIGKILL at random moments and started again; the
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, required=True, help="a folder with room for three times the text")
+    parser.add_argument("--tokenizer", help="tokenise too: bytes, or a tokenizer.json")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -47,6 +50,7 @@ def main() -> None:
     command = [
         sys.executable, "-m", "moelab", "data", f"sources=[{{name: jsonl, paths: [{options.work / 'text.jsonl'}]}}]",
         "stages=[{name: normalise}, {name: length, min_words: 50}, {name: repetition}]", f"workers={options.workers}",
+        *([f"tokens.tokenizer={options.tokenizer}"] if options.tokenizer else []),
     ]  # fmt: skip
     seconds, peak = watch([*command, f"output={options.work / 'peace'}"])
     chance, killed = random.Random(options.seed), 0
@@ -126,8 +130,14 @@ def resident(group: int) -> int:
     return total
 
 
-def texts(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((folder / "kept").iterdir())}
+def texts(folder: Path) -> dict[str, str]:
+    """{file: sha256} of all but the account, which names the output."""
+    files = [path for part in ("kept", "tokens") for path in sorted((folder / part).glob("*"))]
+    found = {}
+    for path in files:
+        with path.open("rb") as content:
+            found[str(path.relative_to(folder))] = hashlib.file_digest(content, "sha256").hexdigest()
+    return found
 
 
 def found(folder: Path, planted: dict[str, float]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moelab.data.corpus import Corpus, DataContext, Document, TokenStream, build_corpus
     from moelab.data.filtering import FilterContext, Rejected, TextFilter
     from moelab.data.mixing import MixContext, Mixer, Phase
+    from moelab.data.tagging import Tagger
     from moelab.errors import CheckpointError, ConfigError, DataError, RunFailure, UserError
     from moelab.hookspecs import hookimpl
     from moelab.loading import load
@@ -66,6 +67,7 @@ _HOMES = {
     "moelab.config.run": ("RunConfig",),
     "moelab.data.filtering": ("FilterContext", "Rejected", "TextFilter"),
     "moelab.data.mixing": ("MixContext", "Mixer", "Phase"),
+    "moelab.data.tagging": ("Tagger",),
     "moelab.data.corpus": ("Corpus", "DataContext", "Document", "TokenStream", "build_corpus"),
     "moelab.errors": ("CheckpointError", "ConfigError", "DataError", "RunFailure", "UserError"),
     "moelab.hookspecs": ("hookimpl",),
@@ -138,6 +140,7 @@ __all__ = [
     "SharedExpert",
     "Surgery",
     "SurgeryContext",
+    "Tagger",
     "TextFilter",
     "TokenContext",
     "TokenInfo",

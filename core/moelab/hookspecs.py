@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moelab.data.corpus import Corpus, DataContext
     from moelab.data.filtering import FilterContext, TextFilter
     from moelab.data.mixing import MixContext, Mixer
+    from moelab.data.tagging import Tagger
     from moelab.dense_sources import DenseArchitecture
     from moelab.initialisers import (
         ExpertInitialiser,
@@ -138,6 +139,11 @@ TEXT_FILTERS: ExtensionPoint[FilterContext, TextFilter] = ExtensionPoint(
     "text filter", "moelab_text_filters", "stages", "moelab_plugins.text_filters",
     "A stage of `moelab data`: document -> the document, as it is or changed, or why it is left out.",
     check="check_text_filter",
+)  # fmt: skip
+TAGGERS: ExtensionPoint[FilterContext, Tagger] = ExtensionPoint(
+    "tagger", "moelab_taggers", "tags", "moelab_plugins.taggers",
+    "What `moelab data` notes of a document beside its domain: document -> one of a few words.",
+    check="check_tagger",
 )  # fmt: skip
 MIXERS: ExtensionPoint[MixContext, Mixer] = ExtensionPoint(
     "mixer", "moelab_mixers", "data.mixer", "moelab_plugins.mixers",

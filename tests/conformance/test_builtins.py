@@ -29,6 +29,7 @@ from moelab.hookspecs import (
     ROUTERS,
     SHARED_EXPERTS,
     SURGERIES,
+    TAGGERS,
     TEXT_FILTERS,
 )
 from moelab.testing import initialisers
@@ -386,11 +387,26 @@ def test_a_mixer_conforms(name: str) -> None:
     testing.check_mixer(REGISTRY.components(MIXERS)[name], options)
 
 
-@pytest.mark.parametrize("name", sorted(REGISTRY.components(TEXT_FILTERS)))
+# Need a package, and a model: tests/optional/test_datatrove.py, tests/unit/plugins/text_filters/
+WITH_MORE = {"datatrove", "perplexity"}
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY.components(TEXT_FILTERS).keys() - WITH_MORE))
 def test_a_text_filter_conforms(name: str, tmp_path: Path) -> None:
     (tmp_path / "asked.txt").write_text("The cat sat on the mat")
-    options = {"against": ["asked.txt"], "words": 3} if name == "decontaminate" else None
-    testing.check_text_filter(REGISTRY.components(TEXT_FILTERS)[name], options, base=tmp_path)
+    for kind, word in (("wanted", "cat"), ("other", "number")):
+        rows = [json.dumps({"text": f"The {word} {n} sat {n * n}"}) for n in range(40)]
+        (tmp_path / f"{kind}.jsonl").write_text("\n".join(rows))
+    options = {
+        "decontaminate": {"against": ["asked.txt"], "words": 3},
+        "classifier": {"wanted": ["wanted.jsonl"], "other": ["other.jsonl"]},
+    }
+    testing.check_text_filter(REGISTRY.components(TEXT_FILTERS)[name], options.get(name), base=tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY.components(TAGGERS)))
+def test_a_tagger_conforms(name: str, tmp_path: Path) -> None:
+    testing.check_tagger(REGISTRY.components(TAGGERS)[name], base=tmp_path)
 
 
 # Whole copies are as wide as the dense layer of the kit, pieces make it up, and a mixture has several sources.

@@ -52,7 +52,8 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != "tensorboard"]
+    return {path.name: path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,28 @@ def test_each_reason_is_counted_where_it_belongs(made: Path) -> None:
     assert texts["code", "31.txt"].startswith("spaces at the end\n")
     changed = json.loads((made / "account.json").read_text())["account"]["changed"]
     assert ["1. normalise", "code", 1] in changed or any(row[:2] == ["1. normalise", "code"] for row in changed)
+
+
+def test_tensorboard_has_the_table_and_examples(made: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(made / "tensorboard"))
+    events.Reload()
+    found = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
+    assert found.keys() == {"data/account", "data/left_out"}
+    rows_of_table = [line.split(" | ") for line in found["data/account"].splitlines()]
+    assert rows_of_table[0] == ["| documents", "all", "code", "prose |"]
+    assert ["| 2. length: too few characters", "1", "0", "1 |"] in rows_of_table
+    assert "short" in found["data/left_out"] and "near copies" in found["data/left_out"]
+
+
+def test_what_a_source_leaves_out_stands_in_the_account(tmp_path: Path) -> None:
+    (tmp_path / "some.jsonl").write_text(json.dumps({"text": "good and long enough"}) + "\n{cut\n")
+    source = f"[{{name: jsonl, paths: [{tmp_path / 'some.jsonl'}], skip_bad: true}}]"
+    assert moelab(["data", *words(tmp_path, tmp_path / "out", sources=source)]) == 0
+    told = json.loads((tmp_path / "out/account.json").read_text())["beside_documents"]
+    assert told["records left out, not JSON"]["count"] == 1
+    assert "records left out, not JSON: 1 (first" in (tmp_path / "out/account.html").read_text()
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
@@ -141,7 +164,7 @@ def test_processes_change_nothing(made: Path, library: Path, tmp_path: Path) -> 
 
 def test_a_report_alone_writes_no_text(library: Path, tmp_path: Path) -> None:
     assert moelab(["data", *words(library, tmp_path / "out"), "--report-only"]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["account.html", "account.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["account.html", "account.json", "tensorboard"]
 
 
 def test_what_it_makes_can_be_trained_on(made: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import io
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def make_world(folder: Path) -> None:
     ids[23::24] = 256
     np.save(folder / "ids.npy", ids.astype(np.int32))
     ids.astype("<u2").tofile(folder / "ids.bin")
+    _write_indexed(folder, ids.astype("<u2"))
     _tokenizer(folder / "tok")
     write_gguf(folder / "dense.gguf")
     for name, seed in (("run", 0), ("run2", 1)):
@@ -126,3 +128,17 @@ def _do(*arguments: str) -> None:
     with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
         code = run(list(arguments))
     assert code == 0, told.getvalue()
+
+
+def _write_indexed(folder: Path, ids: np.ndarray) -> None:
+    """The same tokens as Megatron-LM and as datatrove keep them."""
+    ends = np.flatnonzero(ids == 256) + 1
+    lengths = np.diff([0, *ends.tolist()]).astype("<i4")
+    ids = ids[: ends[-1]]
+    for name in ("meg.bin", "tok.ds"):
+        ids.tofile(folder / name)
+    ends.astype("<u8").tofile(folder / "tok.ds.index")
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, len(lengths), len(lengths) + 1)
+    pointers = (2 * np.array([0, *ends[:-1].tolist()])).astype("<i8")
+    first = np.arange(len(lengths) + 1).astype("<i8")
+    (folder / "meg.idx").write_bytes(head + lengths.tobytes() + pointers.tobytes() + first.tobytes())

@@ -174,7 +174,7 @@ READERS = {
     "yaml.unsafe_load": set(), "yaml.safe_load_all": set(), "yaml.compose": set(),
     "safe_open": {"core/moelab/hf/files.py"}, "load_file": {READER},
     "np.load": {READER}, "np.fromfile": set(),  # curate/duplicates.py maps a file that it has just made
-    "np.memmap": {"plugins/moelab_plugins/data_sources/tokens.py", "tools/moelab_tools/curate/duplicates.py"},
+    "np.memmap": {"plugins/moelab_plugins/data_sources/_token_files.py", "tools/moelab_tools/curate/duplicates.py"},
     "np.loadtxt": set(), "np.genfromtxt": set(), "torch.load": set(), "pickle.load": set(), "pickle.loads": set(),
     "FastTokenizer.from_str": {"core/moelab/data/tokenizer_file.py"}, "Tokenizer.from_str": set(),
     "FastTokenizer.from_file": set(), "Tokenizer.from_file": set(), "FastTokenizer.from_buffer": set(),

@@ -33,6 +33,10 @@ class ByteTokenizer:
         ids = self.encode(text)
         return ids, np.ones(len(ids), np.uint32)
 
+    def encode_many(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`encode_with_bytes` of each text."""
+        return [self.encode_with_bytes(text) for text in texts]
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """-> text; 256 is spelled out, larger ids vanish (a model's vocabulary may be padded)."""
         array = np.asarray(ids, np.int64).reshape(-1)

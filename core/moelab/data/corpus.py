@@ -6,9 +6,10 @@ N tokens, n documents. A stream is all its documents end to end, each followed b
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +18,10 @@ from typing import Any
 import numpy as np
 
 from moelab.data.account import Account
+from moelab.data.chat import ChatTemplate, Message, check_messages
 from moelab.data.deduplicate import LEAK, LEAKED, sort_out
 from moelab.data.identity import TEXT, text_identity
+from moelab.data.joined import Tokens
 from moelab.data.reading import resolve_path
 from moelab.data.special_tokens import spelling
 from moelab.data.split import split
@@ -26,16 +29,29 @@ from moelab.data.tokenizer import Tokenizer
 from moelab.errors import DataError
 from moelab.paths import Places
 
+_TOGETHER = 1 << 22  # characters that are encoded in one call
 _KEEP = "where the source has the option, deduplicate: false keeps them"
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text. `name` is the same on every machine: no absolute path."""
+    """One text. `name` is the same on every machine: no absolute path.
+
+    With `messages` it is a conversation: its ids are those of the tokenizer's chat template, and `text` is what is said
+    in it, which filters, copies and the split look at.
+    """
 
     text: str
     domain: str
     name: str
+    messages: tuple[Message, ...] | None = field(default=None, hash=False)
+
+    @classmethod
+    def conversation(cls, messages: Sequence[Message], domain: str, name: str) -> Document:
+        """Raises DataError for messages that are none, naming the turn."""
+        check_messages(messages)
+        said = (str(message["content"]) for message in messages if message.get("content"))
+        return cls("\n\n".join(said), domain, name, tuple(messages))
 
     @cached_property
     def identity(self) -> int:
@@ -44,15 +60,18 @@ class Document:
 
     @property
     def digest(self) -> bytes:
-        """sha256 of domain and text."""
-        return hashlib.sha256(f"{self.domain}\0{self.text}".encode("utf-8", "replace")).digest()
+        """sha256 of domain and text, and of the messages where it has some."""
+        whole = f"{self.domain}\0{self.text}"
+        if self.messages is not None:
+            whole += "\0" + json.dumps(self.messages, sort_keys=True)
+        return hashlib.sha256(whole.encode("utf-8", "replace")).digest()
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Tokens that may lie on disk: `tokens` is any one-dimensional integer array, also a memmap."""
+    """Tokens that may lie on disk: `tokens` is any one-dimensional integer array, also a memmap, or several."""
 
-    tokens: np.ndarray  # [N]
+    tokens: Tokens  # [N]
     document_starts: np.ndarray  # [n + 1] int64, rising strictly from 0 to N
     document_domain: np.ndarray  # [n] int64, into Corpus.domains
     document_names: Sequence[str]  # n
@@ -235,15 +254,14 @@ def _tokenise(documents: list[Document], domains: list[str], context: DataContex
     token_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     end, no_bytes = np.array([tokenizer.eos_token_id], token_type), np.zeros(1, np.uint16)
     tokens, counts, lengths = [], [], [0]
-    for document in documents:
-        if spelled := special.findall(document.text):
+    for document, (ids, byte_counts) in encoded(documents, tokenizer):
+        if document.messages is None and (spelled := special.findall(document.text)):
             context.account.add(
                 "special tokens spelled in texts, read as text and not as control tokens",
                 f"{document.domain}/{document.name}: '{spelled[0]}'",
                 "where they were meant to end a document, cut there (the text source's `separator`), or take them out",
                 len(spelled),
             )
-        ids, byte_counts = tokenizer.encode_with_bytes(document.text)
         # A token of 64 KB is possible: a tokenizer that drops white space leaves it to the next token.
         count_type = np.uint16 if byte_counts.max(initial=0) < 1 << 16 else np.uint32
         tokens += [ids.astype(token_type), end]
@@ -257,6 +275,48 @@ def _tokenise(documents: list[Document], domains: list[str], context: DataContex
         token_bytes=np.concatenate(counts),
         identities=np.array([document.identity for document in documents], np.uint64),
     )
+
+
+def encoded(
+    documents: Iterable[Document], tokenizer: Tokenizer
+) -> Iterator[tuple[Document, tuple[np.ndarray, np.ndarray]]]:
+    """Each document with its ids [n] int32 and the bytes they stand for [n] uint32; megabytes are encoded together."""
+    waiting: list[Document] = []
+    held, template = 0, None
+    for document in documents:
+        if document.messages is not None and template is None:
+            template = ChatTemplate.from_tokenizer(tokenizer)
+        waiting.append(document)
+        held += len(document.text)
+        if held >= _TOGETHER:
+            yield from zip(waiting, _encode(waiting, tokenizer, template), strict=True)
+            waiting, held = [], 0
+    yield from zip(waiting, _encode(waiting, tokenizer, template), strict=True)
+
+
+def _encode(
+    documents: Sequence[Document], tokenizer: Tokenizer, template: ChatTemplate | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    plain = iter(tokenizer.encode_many([document.text for document in documents if document.messages is None]))
+    return [
+        next(plain) if document.messages is None or template is None else _rendered(document, tokenizer, template)
+        for document in documents
+    ]
+
+
+def _rendered(document: Document, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[np.ndarray, np.ndarray]:
+    """A conversation's ids, and the bytes of text that each stands for: control tokens stand for none."""
+    lengths = tokenizer.id_bytes()
+    if lengths is None or document.messages is None:
+        raise DataError(
+            f"data.source: document {document.name} is a conversation, and data.tokenizer does not say by its ids how "
+            "many bytes each stands for; take a byte-level tokenizer (Qwen2's, GPT-2's), or leave messages_key out"
+        )
+    try:
+        ids = template.render(document.messages).ids
+    except DataError as error:
+        raise DataError(f"data.source: document {document.name}: {error}") from error
+    return ids, lengths[ids]
 
 
 def _fingerprint(parts: list[list[Document]], tokenizer: Tokenizer) -> str:

@@ -11,6 +11,8 @@ import hashlib
 
 import numpy as np
 
+from moelab.data.joined import Tokens
+
 TEXT = "text"  # the kind of `text_identity`; token ids name their tokenizer instead
 CHUNK = 1 << 22  # tokens hashed together
 _WEYL = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, the increment of splitmix64
@@ -33,7 +35,7 @@ def token_kind(tokenizer: str, eos_token_id: int) -> str:
     return f"tokens of {tokenizer[:16]}, end {eos_token_id}"
 
 
-def token_identities(tokens: np.ndarray, document_starts: np.ndarray, eos_token_id: int) -> np.ndarray:
+def token_identities(tokens: Tokens, document_starts: np.ndarray, eos_token_id: int) -> np.ndarray:
     """tokens [N], document_starts [n + 1] -> [n] uint64 of the ids and their places; end-of-document ids don't count.
 
     The sum over a document of mixed (place, id) pairs modulo 2^64, so that pieces can be added up: 15 ns a token.

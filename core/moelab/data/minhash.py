@@ -44,15 +44,19 @@ def signature(text: str) -> np.ndarray:
     return (least >> np.uint64(32)).astype(np.uint32)
 
 
-def near_copies(signatures: np.ndarray, threshold: float, alive: np.ndarray) -> np.ndarray:
+def near_copies(signatures: np.ndarray, threshold: float, alive: np.ndarray, *, among: int | None = None) -> np.ndarray:
     """signatures [n, H], may lie on disk; alive [n] bool -> [n] bool: which repeat one before them that is kept.
 
     Documents are gone through in order, so the first of a group stays, and so does one that is near to a dropped one
-    alone: chains of small changes don't take all with them.
+    alone: chains of small changes don't take all with them. `among`: none of the first so many is dropped, and others
+    are compared with these alone.
     """
     dropped = np.zeros(len(signatures), bool)
     for later, earlier in _ordered(_candidates(signatures, alive)):
-        kept = [one for one in earlier if not dropped[one]]
+        if among is None:
+            kept = [one for one in earlier if not dropped[one]]
+        else:
+            kept = [one for one in earlier if one < among <= later]
         if kept and (np.asarray(signatures[kept]) == signatures[later]).mean(1).max() >= threshold:
             dropped[later] = True
     return dropped

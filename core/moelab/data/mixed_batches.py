@@ -20,10 +20,11 @@ from moelab.errors import DataError
 from moelab.seeds import derive_seed
 
 _TOGETHER = 1 << 20  # windows whose places are computed at once
+_STEPS = 64  # whose windows are computed at once
 
 
 class DomainText:
-    """The documents of one domain as one text. Positions in it are virtual: `real` ones are the stream's."""
+    """The documents of one domain as one text. Positions in it are virtual."""
 
     def __init__(self, stream: TokenStream, domain: int) -> None:
         self.documents = np.flatnonzero(stream.document_domain == domain)
@@ -37,11 +38,6 @@ class DomainText:
     def document_at(self, virtual: np.ndarray) -> np.ndarray:
         """virtual [...] int64 -> index into `documents` [...]."""
         return np.searchsorted(self.starts, virtual, side="right") - 1
-
-    def real(self, virtual: np.ndarray) -> np.ndarray:
-        """virtual [...] int64 -> positions in the stream [...] int64."""
-        document = self.document_at(virtual)
-        return np.asarray(self.begins[document] + virtual - self.starts[document])
 
 
 class MixedBatches:
@@ -60,6 +56,12 @@ class MixedBatches:
         self.deals = [Deal(wanted, self.domains, seed, number) for number, wanted in enumerate(self.wanted)]
         self.ends = [phase.until for phase in mixer.phases]
         self.texts = [DomainText(stream, domain) for domain in range(len(self.domains))]
+        self._first = np.concatenate([[0], np.cumsum([len(text) for text in self.texts])]).astype(np.int64)  # [D + 1]
+        self._starts = np.concatenate(
+            [text.starts[:-1] + first for text, first in zip(self.texts, self._first, strict=False)]
+        )
+        self._shift = np.concatenate([text.begins for text in self.texts]) - self._starts  # [n] to places in the stream
+        self._documents = np.concatenate([text.documents for text in self.texts])  # [n]
         self.windows = [max(0, len(text) - 1) // sequence_length for text in self.texts]
         for domain, name in enumerate(self.domains):
             if self.windows[domain] == 0 and any(wanted[domain] > 0 for wanted in self.wanted):
@@ -72,11 +74,10 @@ class MixedBatches:
         """The batch of `step`, counted from 0."""
         domain, window = self.windows_of(step)
         virtual = window[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)  # [B, S + 1]
-        position = np.empty_like(virtual)
-        for number in np.unique(domain):
-            position[domain == number] = self.texts[number].real(virtual[domain == number])
+        virtual += self._first[domain][:, None]  # of all domains' texts end to end
+        at = np.searchsorted(self._starts, virtual, side="right") - 1
+        position, document = virtual + self._shift[at], self._documents[at]
         tokens = np.asarray(self.stream.tokens[position.reshape(-1)]).reshape(position.shape).astype(np.int64)
-        document = self.stream.document_of(position)
         targets = tokens[:, 1:].copy()
         if self.apart:
             targets[document[:, 1:] != document[:, :-1]] = IGNORED
@@ -90,8 +91,25 @@ class MixedBatches:
 
     def windows_of(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """-> (domain [B] int64, window of that domain's text [B] int64)."""
-        phase, first = self._phase_of(step)
-        sample = np.arange((step - first) * self.batch_size, (step - first + 1) * self.batch_size, dtype=np.int64)
+        first = step - step % _STEPS
+        if self._kept is None or self._kept[0] != first:  # numpy takes as long for one step as for many
+            pieces, begin = [], first
+            while begin < first + _STEPS:
+                phase, phase_first = self._phase_of(begin)
+                end = min(first + _STEPS, self.ends[phase] or first + _STEPS)
+                pieces.append(self._windows(phase, phase_first, begin, end))
+                begin = end
+            domains, windows = zip(*pieces, strict=True)
+            self._kept = (first, np.concatenate(domains), np.concatenate(windows))
+        _, domain, window = self._kept
+        mine = slice((step - first) * self.batch_size, (step - first + 1) * self.batch_size)
+        return domain[mine], window[mine]
+
+    _kept: tuple[int, np.ndarray, np.ndarray] | None = None  # (first step, domain, window of each), last asked for
+
+    def _windows(self, phase: int, first: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the steps `begin` .. `end` of a phase that began at `first`: [(end - begin) * B] int64 each."""
+        sample = np.arange((begin - first) * self.batch_size, (end - first) * self.batch_size, dtype=np.int64)
         domain = self.deals[phase].domain_of(sample)
         place = self.dealt(first)[domain] + self.deals[phase].within(sample)
         window = np.empty_like(place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moelab.data.corpus import Corpus, TokenStream
+from moelab.data.joined import JoinedTokens
 from moelab.plugin_faults import article
 
 LOOKED_AT = 1 << 20  # tokens at either end of a stream, which may lie on disk and be long
@@ -29,7 +30,7 @@ def _stream_fault(stream: object, domains: int, vocab_size: int) -> str | None:
     if not isinstance(stream, TokenStream):
         return f"is {article(stream)}; it must be a moelab.TokenStream"
     tokens = stream.tokens
-    if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+    if not isinstance(tokens, np.ndarray | JoinedTokens) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         return "tokens are no one-dimensional array of whole numbers"
     for piece in (tokens[:LOOKED_AT], tokens[-LOOKED_AT:]):
         if len(piece) and not 0 <= int(piece.min()) <= int(piece.max()) < vocab_size:

@@ -45,6 +45,9 @@ class Tokenizer(Protocol):
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """-> ids [n] int32 and the UTF-8 bytes of text each stands for [n] uint32, summing to the text's."""
 
+    def encode_many(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`encode_with_bytes` of each text, together and so faster."""
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """-> text; broken UTF-8 becomes U+FFFD and ids outside the vocabulary vanish: never raises."""
 

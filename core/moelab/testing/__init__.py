@@ -23,6 +23,7 @@ from moelab.testing.rope_scalings import ROPE_SCALING_CHECKS, RopeScalingCase, c
 from moelab.testing.routers import ROUTER_CHECKS, RouterCase, check_router
 from moelab.testing.shared_experts import SHARED_EXPERT_CHECKS, SharedExpertCase, check_shared_expert
 from moelab.testing.surgeries import SURGERY_CHECKS, SurgeryCase, check_surgery
+from moelab.testing.taggers import TAGGER_CHECKS, TaggerCase, check_tagger
 from moelab.testing.text_filters import TEXT_FILTER_CHECKS, TextFilterCase, check_text_filter
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "ROUTER_CHECKS",
     "SHARED_EXPERT_CHECKS",
     "SURGERY_CHECKS",
+    "TAGGER_CHECKS",
     "TEXT_FILTER_CHECKS",
     "ActivationCase",
     "AttentionCase",
@@ -56,6 +58,7 @@ __all__ = [
     "RouterCase",
     "SharedExpertCase",
     "SurgeryCase",
+    "TaggerCase",
     "TextFilterCase",
     "check_activation",
     "check_attention",
@@ -71,5 +74,6 @@ __all__ = [
     "check_router",
     "check_shared_expert",
     "check_surgery",
+    "check_tagger",
     "check_text_filter",
 ]

@@ -1,79 +1,93 @@
-"""Documents as JSON, one object a line, plain or gzipped."""
+"""Documents as JSON, one object a line: plain, gzipped, or compressed by zstd."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moelab import Component, ConfigError, Corpus, DataContext, DataError, Document, build_corpus, component, hookimpl
+from moelab import Component, Corpus, DataContext, DataError, Document, build_corpus, component, hookimpl
 from moelab.data.reading import decode_text, distinct_files
 from moelab.safe_files import LARGEST_LINE, Reading, check_regular, parse_json
+from moelab_plugins.data_sources._records import RecordOptions, Records, require
 
 READING = Reading(DataError, "each line of data.source must be one whole object")
-PATTERNS = ("**/*.jsonl", "**/*.jsonl.gz")  # of a folder
+PATTERNS = ("**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst")  # of a folder
 GZIP = b"\x1f\x8b"  # how a gzip file begins (RFC 1952, section 2.3.1)
+ZSTD = b"\x28\xb5\x2f\xfd"  # how a zstd frame begins (RFC 8878, section 3.1.1)
 
 
 @dataclass
-class JsonlOptions:
-    paths: list[str] = field(default_factory=list)  # files, globs or folders (of which *.jsonl and *.jsonl.gz are read)
-    text_key: str = "text"
-    domain_key: str | None = None  # null: the domain is the file's name up to its first dot
-    deduplicate: bool = True  # drop exact and near copies before the split
+class JsonlOptions(RecordOptions):
+    pass
 
 
 def jsonl(options: JsonlOptions, context: DataContext) -> Corpus:
-    """One JSON object a line, its text under `text_key`; gzipped or not, as the content says.
+    """One JSON object a line, its text under `text_key`; compressed or not, as the content says.
 
-    A file named outright is read whatever it is called; of a folder, what ends in .jsonl or .jsonl.gz. A link has the
-    name it is seen under, not that of what it points to.
+    A file named outright is read whatever it is called; of a folder, what ends in .jsonl, .jsonl.gz or .jsonl.zst (with
+    moelab[parquet]: pyarrow decompresses it). A link has the name it is seen under, not that of what it points to.
     """
-    if not options.paths:
-        raise ConfigError("paths: nothing to read; give `paths: [...]`")
     return build_corpus(_documents(options, context), context, deduplicate=options.deduplicate)
 
 
 def _documents(options: JsonlOptions, context: DataContext) -> Iterator[Document]:
+    records = Records(options, context.account)
     for _, root, file in distinct_files(
         [(None, path) for path in options.paths], context.places, PATTERNS, context.account
     ):
         name, domain = file.relative_to(root).as_posix(), file.name.split(".", maxsplit=1)[0] or file.name
-        for number, line in enumerate(_lines(file), 1):
+        for number, line in _lines(file, records):
             if line.strip():
-                text, own = _text(line, f"{file}:{number}", options)
-                yield Document(text, own or domain, f"{name}:{number}")
+                where = f"{file}:{number}"
+                text = records.attempt("not text in UTF-8", decode_text, line, where)
+                record = None if text is None else records.attempt("not JSON", _parsed, text, where)
+                found = None if record is None else records.document(record, where, f"{name}:{number}", domain)
+                if found is not None:
+                    yield found
 
 
-def _lines(file: Path) -> Iterator[bytes]:
+def _parsed(text: str, where: str) -> Any:
+    record = parse_json(text, where, READING, finite=False, whole=False)
+    if not isinstance(record, dict):
+        raise DataError(
+            f'data.source: {where} is not an object (it has: a {type(record).__name__}), as {{"text": ...}}'
+        )
+    return record
+
+
+def _lines(file: Path, records: Records) -> Iterator[tuple[int, bytes]]:
+    """(number, line), none longer than LARGEST_LINE, whatever the compressed bytes become."""
     check_regular(file, READING)
+    number = 0
     try:
         with file.open("rb") as stream:
-            zipped = stream.peek(2)[:2] == GZIP or file.suffix == ".gz"
-            lines = gzip.GzipFile(fileobj=stream) if zipped else stream
+            lines = _decompressed(file, stream)
             while line := lines.readline(LARGEST_LINE + 1):
-                if len(line) > LARGEST_LINE:
-                    raise DataError(f"data.source: {file} has a line of more than {LARGEST_LINE >> 20} MiB; cut it")
-                yield line
-    except (OSError, EOFError, zlib.error) as error:  # what gzip raises for a truncated or false archive
-        raise DataError(f"data.source: {file} can't be read: {error}; download or write it again") from error
+                number += 1
+                if len(line) <= LARGEST_LINE:
+                    yield number, line
+                    continue
+                said = f"data.source: {file}:{number} has more than {LARGEST_LINE >> 20} MiB; cut it"
+                records.bad(f"lines of more than {LARGEST_LINE >> 20} MiB", DataError(said))
+                while line and not line.endswith(b"\n"):
+                    line = lines.readline(1 << 20)
+    except (OSError, EOFError, zlib.error) as error:  # what gzip and pyarrow raise for a truncated or false archive
+        said = f"data.source: {file} can't be read after line {number}: {error}; download or write it again"
+        records.bad("the rest of files that can't be read to their end", DataError(said))
 
 
-def _text(line: bytes, where: str, options: JsonlOptions) -> tuple[str, str | None]:
-    """(text, domain where a key names it)."""
-    record = parse_json(decode_text(line, where), where, READING, finite=False, whole=False)
-    own = None if options.domain_key is None else _string(record, options.domain_key, "domain_key", where)
-    return _string(record, options.text_key, "text_key", where), own
-
-
-def _string(record: Any, key: str, option: str, where: str) -> str:
-    if not isinstance(record, dict) or not isinstance(record.get(key), str):
-        found = ", ".join(map(str, record)) if isinstance(record, dict) else f"a {type(record).__name__}"
-        raise DataError(f"data.source: {where} has no string '{key}' (it has: {found}); set data.source.{option}")
-    return str(record[key])
+def _decompressed(file: Path, stream: io.BufferedReader) -> io.BufferedIOBase:
+    begin = stream.peek(4)[:4]
+    if begin[:2] == GZIP or file.suffix == ".gz":
+        return gzip.GzipFile(fileobj=stream)
+    if begin == ZSTD or file.suffix == ".zst":
+        return io.BufferedReader(require("pyarrow", "parquet", f"paths: {file}").CompressedInputStream(stream, "zstd"))
+    return stream
 
 
 @hookimpl

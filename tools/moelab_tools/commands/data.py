@@ -18,12 +18,14 @@ def command(arguments: tuple[str, ...], report_only: bool, force: bool) -> None:
 
     Reads any data source, sends each document through the stages (`moelab plugins text_filter`), drops exact and near
     copies, and writes OUTPUT/kept/*.jsonl.gz with OUTPUT/account.html: what was read, what went and why, by stage and
-    domain, with examples. Killed at any moment, the same command goes on and ends with the same bytes.
+    domain, with examples. With tokens.tokenizer it is tokenised too, into what training maps (docs/curation.md). Killed
+    at any moment, the same command goes on and ends with the same bytes.
 
     \b
     Example:
       moelab data configs/data/embedded.yaml output=curated
       moelab data configs/data/embedded.yaml output=seen --report-only
+      moelab data configs/data/embedded.yaml output=tokenised tokens.tokenizer=bytes
     """
     from moelab_tools.curate.run import CurateRequest, run_curate
 

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moelab.data.tagging import RESERVED
 from moelab.printable import printable
 
 EXAMPLES, LONGEST = 3, 160  # kept of each reason; characters of a text
 EXACT, NEAR = "deduplicate: exact", "deduplicate: near"
-SAME_TEXT, SAME_SHINGLES = "copies", "near copies"
+SPLIT = "split"
+SAME_TEXT, SAME_SHINGLES, LEAKS = "copies", "near copies", "near copies of held-out text"
 
 Key = tuple[str, str, str]  # stage, reason, domain
 
@@ -26,6 +28,8 @@ class Account:
     kept_characters: Counter[str] = field(default_factory=Counter)
     changed: Counter[tuple[str, str]] = field(default_factory=Counter)  # {(stage, domain): texts it changed}
     rejected: Counter[Key] = field(default_factory=Counter)
+    tagged: Counter[Key] = field(default_factory=Counter)  # {(tag, its value, domain): kept documents}
+    tagged_characters: Counter[Key] = field(default_factory=Counter)
     examples: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # {(stage, reason): "name: how, text"}
 
     def reject(self, stage: str, reason: str, domain: str, name: str, measured: str, text: str) -> None:
@@ -36,18 +40,36 @@ class Account:
             how = f" ({measured})" if measured else ""
             shown.append(printable(f"{domain}/{name}{how}: {' '.join(text.split())}", LONGEST))
 
-    def take_back(self, stage: str, reason: str, domain: str, name: str, measured: str, text: str) -> None:
-        """A document that was kept until all were in."""
+    def tag(self, domain: str, tags: Mapping[str, str], characters: int, count: int = 1) -> None:
+        """A kept document's tags; with a `count` of -1 they are taken back."""
+        for tag, value in tags.items():
+            self.tagged[tag, value, domain] += count
+            self.tagged_characters[tag, value, domain] += count * characters
+
+    def take_back(self, stage: str, reason: str, row: Mapping[str, Any]) -> None:
+        """A document, as it stands in a row, that was kept until all were in."""
+        domain, name, text = row["domain"], row["name"], row["text"]
+        self.tag(domain, {key: value for key, value in row.items() if key not in RESERVED}, len(text), -1)
         self.kept[domain] -= 1
         self.kept_characters[domain] -= len(text)
-        self.reject(stage, reason, domain, name, measured, text)
+        self.reject(stage, reason, domain, name, "", text)
 
     def add(self, other: Account) -> None:
         """Of two pieces, in the order in which they were read."""
-        for name in ("documents", "characters", "kept", "kept_characters", "changed", "rejected"):
+        for name in (
+            "documents", "characters", "kept", "kept_characters", "changed", "rejected", "tagged", "tagged_characters",
+        ):  # fmt: skip
             getattr(self, name).update(getattr(other, name))
         for key, shown in other.examples.items():
             self.examples[key] = (self.examples.get(key, []) + shown)[:EXAMPLES]
+
+    def copies(self, domain: str) -> int:
+        """Documents of a domain that left as copies of others."""
+        return sum(
+            count
+            for (stage, _, name), count in self.rejected.items()
+            if stage in (EXACT, NEAR, SPLIT) and name == domain
+        )
 
     @property
     def domains(self) -> list[str]:
@@ -75,6 +97,7 @@ class Account:
             "kept_characters": dict(self.kept_characters),
             "changed": [[*key, count] for key, count in self.changed.items()],
             "rejected": [[*key, count] for key, count in self.rejected.items()],
+            "tagged": [[*key, count, self.tagged_characters[key]] for key, count in self.tagged.items()],
             "examples": [[*key, shown] for key, shown in self.examples.items()],
         }
 
@@ -88,5 +111,7 @@ class Account:
             kept_characters=Counter(found["kept_characters"]),
             changed=Counter({(stage, domain): count for stage, domain, count in found["changed"]}),
             rejected=Counter({(stage, reason, domain): count for stage, reason, domain, count in found["rejected"]}),
+            tagged=Counter({(tag, value, domain): count for tag, value, domain, count, _ in found["tagged"]}),
+            tagged_characters=Counter({(tag, value, domain): size for tag, value, domain, _, size in found["tagged"]}),
             examples={(stage, reason): list(shown) for stage, reason, shown in found["examples"]},
         )

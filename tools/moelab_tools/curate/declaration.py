@@ -25,6 +25,20 @@ class DeduplicateConfig:
 
 
 @dataclass
+class TokensConfig:
+    """The tokenised corpus that training maps into memory, with its split."""
+
+    tokenizer: str | None = None  # as `data.tokenizer`: `bytes`, a tokenizer.json or its folder; null: text alone
+    validation_fraction: float = 0.1  # of the documents: those whose text hashes below it are held out
+    split_seed: int = 0  # of the split
+
+    def check(self) -> None:
+        """Raises ConfigError for a share that is none."""
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigError(f"tokens.validation_fraction: {self.validation_fraction} is no share between 0 and 1")
+
+
+@dataclass
 class CurateConfig:
     """All of a `moelab data` run."""
 
@@ -32,7 +46,10 @@ class CurateConfig:
     # Text filters in their order, each {name: ..., its options}. `domains: [...]` gives one these domains alone,
     # `but: [...]` all others.
     stages: list[Part] = field(default_factory=list)
+    # Taggers of what is kept, each {name: ..., its options}: a key of that name in every row, a column of the cache.
+    tags: list[Part] = field(default_factory=list)
     deduplicate: DeduplicateConfig = field(default_factory=DeduplicateConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
     output: str = MISSING  # folder that is made
     workers: int = 2  # processes; the bytes do not depend on it
     piece_mb: float = 4.0  # of text that a process takes at a time, and that a kill loses
@@ -51,6 +68,7 @@ class CurateConfig:
         if not self.piece_mb > 0:
             raise ConfigError(f"piece_mb: {self.piece_mb}; above 0")
         self.deduplicate.check()
+        self.tokens.check()
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,22 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from moelab.data.minhash import SIZE, near_copies
 from moelab.safe_files import parse_json, read_bytes, read_object
-from moelab_tools.curate.account import EXACT, NEAR, SAME_SHINGLES, SAME_TEXT, Account
+from moelab_tools.curate.account import EXACT, LEAKS, NEAR, SAME_SHINGLES, SAME_TEXT, SPLIT, Account
 from moelab_tools.curate.declaration import DeduplicateConfig
 from moelab_tools.curate.filtering import READING, ZIPPED
 
 LARGEST = 1 << 30  # bytes of numbers of one piece
 SHARD = 256_000_000  # bytes of text in a file of the output
-KEPT, EXACT_COPY, NEAR_COPY = 0, 1, 2
+KEPT, EXACT_COPY, NEAR_COPY, LEAK = 0, 1, 2, 3
+WHY = {EXACT_COPY: (EXACT, SAME_TEXT), NEAR_COPY: (NEAR, SAME_SHINGLES), LEAK: (SPLIT, LEAKS)}
+TOGETHER = 1 << 16  # signatures in memory at once
+SIMILAR = 0.75  # estimated similarity from which no training document stands beside a held-out one
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,12 @@ class Pieces:
         """Of all pieces, in their order."""
         total = Account()
         for number in range(self.count):
-            total.add(Account.from_json(read_object(self.folder / f"{number:06d}.json", READING)["account"]))
+            total.add(Account.from_json(self._told(number)["account"]))
         return total
 
     def copies(self, config: DeduplicateConfig, account: Account) -> np.ndarray:
         """[n] int8 over all kept documents: KEPT, EXACT_COPY or NEAR_COPY; the account says so too."""
-        identities = np.concatenate([self._numbers(number, "identities", np.uint64) for number in range(self.count)])
+        identities = self.identities()
         what = np.full(len(identities), KEPT, np.int8)
         if config.exact and len(identities):
             _, first = np.unique(identities, return_index=True)
@@ -48,11 +51,60 @@ class Pieces:
         if config.near is not None and len(identities):
             signatures = self._signatures(len(identities))
             what[near_copies(signatures, config.near, what == KEPT)] = NEAR_COPY
-        for one, row in zip(what, self._rows(), strict=True):
-            if one != KEPT:
-                stage, reason = (EXACT, SAME_TEXT) if one == EXACT_COPY else (NEAR, SAME_SHINGLES)
-                account.take_back(stage, reason, row["domain"], row["name"], "", row["text"])
+        self._take_back(what, what != KEPT, account)
         return what
+
+    def drop_leaks(self, what: np.ndarray, held_out: np.ndarray, account: Account) -> None:
+        """Marks training documents that are near copies of held-out ones. held_out [n] bool."""
+        index = np.concatenate([np.flatnonzero((what == KEPT) & held_out), np.flatnonzero((what == KEPT) & ~held_out)])
+        first_of_training = int((held_out & (what == KEPT)).sum())
+        signatures = self._signatures(len(what))
+        ordered = np.memmap(self.folder / "ordered.u32", np.uint32, "w+", shape=(len(index), SIZE))
+        for begin in range(0, len(index), TOGETHER):
+            ordered[begin : begin + TOGETHER] = signatures[index[begin : begin + TOGETHER]]
+        repeats = near_copies(ordered, SIMILAR, np.ones(len(index), bool), among=first_of_training)
+        leaks = np.zeros(len(what), bool)
+        leaks[index[first_of_training:][repeats[first_of_training:]]] = True
+        what[leaks] = LEAK
+        self._take_back(what, leaks, account)
+
+    def identities(self) -> np.ndarray:
+        """[n] uint64 of all kept documents."""
+        return np.concatenate([self._numbers(number, "identities", np.uint64) for number in range(self.count)])
+
+    def domains(self) -> tuple[list[str], np.ndarray]:
+        """(sorted names, [n] int64 into them) of all kept documents."""
+        found = [name for number in range(self.count) for name in self._told(number)["domains"]]
+        names = sorted(set(found))
+        place = {name: at for at, name in enumerate(names)}
+        return names, np.array([place[name] for name in found], np.int64)
+
+    def shares(self, what: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """(piece, its part of `what`)."""
+        begin = 0
+        for number in range(self.count):
+            end = begin + len(self._told(number)["domains"])
+            yield number, what[begin:end]
+            begin = end
+
+    def input_digest(self, number: int) -> str:
+        """Of the documents that a piece was made of."""
+        return str(self._told(number)["input"])
+
+    def rows_of(self, number: int) -> Iterator[dict[str, Any]]:
+        """The kept documents of a piece."""
+        return self._lines(f"{number:06d}.jsonl.gz")
+
+    def _told(self, number: int) -> dict[str, Any]:
+        return read_object(self.folder / f"{number:06d}.json", READING)
+
+    def _take_back(self, what: np.ndarray, chosen: np.ndarray, account: Account) -> None:
+        if not chosen.any():
+            return
+        for one, mine, row in zip(what, chosen, self._rows(), strict=True):
+            if mine:
+                stage, reason = WHY[int(one)]
+                account.take_back(stage, reason, row)
 
     def write(self, folder: Path, what: np.ndarray) -> None:
         """The kept documents as JSON lines, in files of some hundred megabytes."""
@@ -72,7 +124,7 @@ class Pieces:
                 writer.add(row)
         for one, row in zip(what, self._rows(), strict=True):
             if one != KEPT:
-                stage, reason = (EXACT, SAME_TEXT) if one == EXACT_COPY else (NEAR, SAME_SHINGLES)
+                stage, reason = WHY[int(one)]
                 writer.add({**row, "stage": stage, "reason": reason, "measured": ""})
         writer.close()
 
@@ -90,11 +142,11 @@ class Pieces:
     def _numbers(self, number: int, what: str, dtype: type[np.generic]) -> np.ndarray:
         return np.frombuffer(read_bytes(self.folder / f"{number:06d}.{what}", READING, LARGEST), dtype)
 
-    def _rows(self) -> Iterator[dict[str, str]]:
+    def _rows(self) -> Iterator[dict[str, Any]]:
         for number in range(self.count):
             yield from self._lines(f"{number:06d}.jsonl.gz")
 
-    def _lines(self, name: str) -> Iterator[dict[str, str]]:
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
         with gzip.open(self.folder / name, "rb") as lines:
             for line in lines:
                 yield parse_json(line, str(self.folder / name), READING, finite=False, whole=False)
@@ -108,7 +160,7 @@ class _Shards:
         self._file: gzip.GzipFile | None = None
         self._below: BinaryIO | None = None
 
-    def add(self, row: dict[str, str]) -> None:
+    def add(self, row: dict[str, Any]) -> None:
         if self._file is None:
             path = self._folder / f"{self._number:04d}.jsonl.gz"
             self._below = path.open("wb")

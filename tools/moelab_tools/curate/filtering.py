@@ -5,9 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +16,9 @@ from moelab.atomic import write_file
 from moelab.data.corpus import Document
 from moelab.data.filtering import FilterContext, Rejected, TextFilter
 from moelab.data.minhash import signature
-from moelab.errors import DataError, UserError
-from moelab.hookspecs import TEXT_FILTERS
+from moelab.data.tagging import RESERVED, Tagger, tag_fault
+from moelab.errors import ConfigError, DataError, UserError
+from moelab.hookspecs import TAGGERS, TEXT_FILTERS
 from moelab.paths import Places
 from moelab.plugin_faults import PluginPart, article
 from moelab.registry import Registry
@@ -43,6 +45,7 @@ class Work:
     write_text: bool
     keep_rejected: bool
     near: bool  # signatures are wanted
+    tags: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,41 @@ class Built:
     part: PluginPart
 
 
-def build_stages(work: Work) -> list[Built]:
-    """Raises ConfigError for whatever is wrong in a stage."""
-    registry = Registry(work.plugins, work.entry_points, work.places, points=[TEXT_FILTERS])
+@dataclass(frozen=True)
+class BuiltTagger:
+    """A tagger, ready."""
+
+    name: str  # the key of its answer
+    apply: Tagger
+    part: PluginPart
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that a document passes."""
+
+    stages: Sequence[Built]
+    taggers: Sequence[BuiltTagger]
+
+
+def build_parts(work: Work) -> Parts:
+    """Raises ConfigError for whatever is wrong in a stage or a tagger."""
+    registry = Registry(work.plugins, work.entry_points, work.places, points=[TEXT_FILTERS, TAGGERS])
+    return Parts(_build_stages(work, registry), _build_taggers(work, registry))
+
+
+def _build_taggers(work: Work, registry: Registry) -> list[BuiltTagger]:
+    context, found = FilterContext(work.data_places), dict[str, BuiltTagger]()
+    for number, tagger in enumerate(work.tags):
+        where, name = f"tags.{number}", str(tagger["name"])
+        if name in RESERVED or name in found or not name.isidentifier():
+            raise ConfigError(f"{where}: '{name}' can't be the key of a tag: it is another's, or no word")
+        apply = registry.build(TAGGERS, tagger, context, where)
+        found[name] = BuiltTagger(name, apply, registry.part(TAGGERS, tagger, where))
+    return list(found.values())
+
+
+def _build_stages(work: Work, registry: Registry) -> list[Built]:
     context, found = FilterContext(work.data_places), []
     for number, stage in enumerate(work.stages):
         where = f"stages.{number}"
@@ -67,11 +102,24 @@ def build_stages(work: Work) -> list[Built]:
     return found
 
 
+def row_of(document: Document) -> dict[str, Any]:
+    """As it is written down."""
+    row = {"text": document.text, "domain": document.domain, "name": document.name}
+    return row if document.messages is None else row | {"messages": document.messages}
+
+
+def document_of(row: Mapping[str, Any]) -> Document:
+    """What `row_of` wrote."""
+    messages = row.get("messages")
+    return Document(row["text"], row["domain"], row["name"], None if messages is None else tuple(messages))
+
+
 def digest_of(documents: Iterable[Document]) -> str:
     """Of the texts, domains and names, in their order."""
     digest = hashlib.sha256()
     for document in documents:
-        for text in (document.domain, document.name, document.text):
+        said = () if document.messages is None else (json.dumps(document.messages, sort_keys=True),)
+        for text in (document.domain, document.name, document.text, *said):
             encoded = text.encode("utf-8", "replace")
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.hexdigest()
@@ -86,19 +134,22 @@ def is_done(work: Work, number: int, digest: str) -> bool:
     return (found.get("input"), found.get("settings")) == (digest, work.settings)
 
 
-def make_piece(work: Work, built: Sequence[Built], number: int, documents: Sequence[Document], digest: str) -> None:
+def make_piece(work: Work, parts: Parts, number: int, documents: Sequence[Document], digest: str) -> None:
     """Writes NUMBER.jsonl.gz, .identities (uint64), .signatures (uint32) and, when these are whole, NUMBER.json."""
     account, kept = Account(), []
-    left_out: list[dict[str, str]] = []
+    left_out: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for document in documents:
         account.documents[document.domain] += 1
         account.characters[document.domain] += len(document.text)
-        answer = _through(built, document, account, left_out)
+        answer = _through(parts.stages, document, account, left_out)
         if answer is not None:
             account.kept[answer.domain] += 1
             account.kept_characters[answer.domain] += len(answer.text)
             kept.append(answer)
-    rows = [{"text": one.text, "domain": one.domain, "name": one.name} for one in kept]
+            tags = {tagger.name: _tag(tagger, answer) for tagger in parts.taggers}
+            account.tag(answer.domain, tags, len(answer.text))
+            rows.append(row_of(answer) | tags)
     _write_lines(work.folder / f"{number:06d}.jsonl.gz", rows)
     if work.keep_rejected:
         _write_lines(work.folder / f"{number:06d}.rejected.jsonl.gz", left_out)
@@ -107,18 +158,22 @@ def make_piece(work: Work, built: Sequence[Built], number: int, documents: Seque
     if work.near:
         signatures = b"".join(signature(one.text).tobytes() for one in kept)
         write_file(work.folder / f"{number:06d}.signatures", signatures)
-    told = {"input": digest, "settings": work.settings, "kept": len(kept), "account": account.to_json()}
+    told = {
+        "input": digest,
+        "settings": work.settings,
+        "domains": [one.domain for one in kept],
+        "account": account.to_json(),
+    }
     write_file(work.folder / f"{number:06d}.json", json.dumps(told))
 
 
 def _through(
-    built: Sequence[Built], document: Document, account: Account, left_out: list[dict[str, str]]
+    built: Sequence[Built], document: Document, account: Account, left_out: list[dict[str, Any]]
 ) -> Document | None:
     def leave_out(stage: str, why: Rejected) -> None:
         domain, name, text = document.domain, document.name, document.text
         account.reject(stage, why.reason, domain, name, why.measured, text)
-        row = {"text": text, "domain": domain, "name": name}
-        left_out.append(row | {"stage": stage, "reason": why.reason, "measured": why.measured})
+        left_out.append(row_of(document) | {"stage": stage, "reason": why.reason, "measured": why.measured})
 
     if not document.text.strip():
         leave_out("0. reading", Rejected("empty"))
@@ -130,6 +185,8 @@ def _through(
         if isinstance(answer, Rejected):
             leave_out(one.name, answer)
             return None
+        if document.messages is not None:
+            continue  # what is said in a conversation stays as it was said
         if answer.text != document.text:
             account.changed[one.name, document.domain] += 1
         document = answer
@@ -150,6 +207,20 @@ def _ask(one: Built, document: Document) -> Document | Rejected:
     return answer
 
 
-def _write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
+def _tag(tagger: BuiltTagger, document: Document) -> str:
+    try:
+        answer = tagger.apply(document)
+    except UserError:
+        raise
+    except Exception as error:  # a stranger's: anything
+        if tagger.part.ours or shortage(error):
+            raise
+        raise tagger.part.raised(error) from error
+    if (fault := tag_fault(answer)) is not None:
+        raise tagger.part.fault(fault, tagger.apply)
+    return answer
+
+
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
     write_file(path, gzip.compress(content, ZIPPED, mtime=0))

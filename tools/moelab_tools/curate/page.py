@@ -1,12 +1,14 @@
-"""The account, for people: a table in the terminal, a page, and a file for programs."""
+"""The account, for people: a table in the terminal, a page, TensorBoard's texts; and a file for programs."""
 
 from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable
-from dataclasses import asdict
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -14,10 +16,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from moelab.atomic import write_file
-from moelab_tools.curate.account import EXACT, NEAR, Account
+from moelab.printable import printable
+from moelab_plugins.observers._tensorboard_texts import verbatim, write_texts
+from moelab_tools.curate.account import EXACT, NEAR, SPLIT, Account
 from moelab_tools.curate.declaration import CurateConfig
 
-ALL = "all"
+ALL, TENSORBOARD = "all", "tensorboard"
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
 th,td{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
@@ -29,7 +33,7 @@ tr.sum{font-weight:600}.examples{color:#555;font-size:13px}pre{overflow-x:auto;b
 
 def rows(account: Account, stages: Iterable[str]) -> list[tuple[str, str, dict[str, int]]]:
     """(stage, reason, {domain: documents}) of all that was left out, in the order of the stages."""
-    return account.of_stage(["0. reading", *stages, EXACT, NEAR])
+    return account.of_stage(["0. reading", *stages, EXACT, NEAR, SPLIT])
 
 
 def print_account(console: Console, account: Account, stages: Iterable[str]) -> None:
@@ -44,19 +48,63 @@ def print_account(console: Console, account: Account, stages: Iterable[str]) -> 
     console.print(table)
 
 
-def write_account(
-    folder: Path, account: Account, stages: Iterable[str], config: CurateConfig, commits: dict[str, str]
-) -> None:
-    """account.json and account.html. `commits`: {dataset on the hub: commit}."""
-    stages = list(stages)
-    told = {"config": asdict(config), "commits": commits, "stages": stages, "account": account.to_json()}
+@dataclass(frozen=True)
+class Circumstances:
+    """What the account is of."""
+
+    config: CurateConfig
+    stages: Sequence[str]  # as the account calls them
+    commits: Mapping[str, str]  # {dataset on the hub: commit}
+    causes: Mapping[str, Mapping[str, Any]]  # {what: count, example, cure} of what is no document: lines, files, tokens
+
+
+def write_account(folder: Path, account: Account, of: Circumstances) -> None:
+    """account.json, account.html and, for TensorBoard's Text tab, an event file in a folder of its own."""
+    told = {"config": asdict(of.config), "commits": dict(of.commits), "stages": list(of.stages),
+            "beside_documents": dict(of.causes), "account": account.to_json()}  # fmt: skip
     write_file(folder / "account.json", json.dumps(told, indent=1, ensure_ascii=False))
-    write_file(folder / "account.html", page(account, stages, config))
+    write_file(folder / "account.html", page(account, of))
+    write_texts(folder / TENSORBOARD, texts(account, of))
 
 
-def page(account: Account, stages: Iterable[str], config: CurateConfig) -> str:
+def texts(account: Account, of: Circumstances) -> dict[str, str]:
+    """{tag: Markdown} of the table, and of what was left out with examples."""
+    columns = [ALL, *account.domains]
+    lines = [f"| documents | {' | '.join(map(_in_cell, columns))} |", f"| --- |{' ---: |' * len(columns)}"]
+    for word, counts in _lines(account, of.stages):
+        lines.append(f"| {_in_cell(word)} | {' | '.join(_cell(counts, account, name) for name in columns)} |")
+    found = {"data/account": "\n".join(lines)}
+    if tags := _tag_lines(account):
+        body = [f"| {_in_cell(word)} | {' | '.join(_cell(counts, account, name) for name in columns)} |"
+                for word, counts in tags]  # fmt: skip
+        found["data/tags"] = "\n".join([*lines[:2], *body])
+    examples = [
+        f"**{_in_cell(f'{stage}: {reason}')}** {sum(counts.values()):,}\n\n"
+        + verbatim("\n".join(account.examples.get((stage, reason), [])))
+        for stage, reason, counts in rows(account, of.stages)
+    ]
+    if examples:
+        found["data/left_out"] = "\n\n".join(examples)
+    if of.causes:
+        found["data/beside_documents"] = "\n".join(f"- {_in_cell(line)}" for line in _cause_lines(of))
+    return found
+
+
+def _cause_lines(of: Circumstances) -> list[str]:
+    return [
+        f"{what}: {cause['count']:,} (first {printable(str(cause['example']), 300)}); {cause['cure']}"
+        for what, cause in of.causes.items()
+    ]
+
+
+def _in_cell(text: str) -> str:
+    """Text that begins no markup and no other cell."""
+    return re.sub(r"([|*_`<\[\\])", r"\\\1", " ".join(text.split()))
+
+
+def page(account: Account, of: Circumstances) -> str:
     """One HTML file that needs nothing else."""
-    stages = list(stages)
+    stages = of.stages
     columns = [ALL, *account.domains]
     head = "".join(f"<th>{html.escape(name)}" for name in ["documents", *columns])
     body = []
@@ -73,7 +121,7 @@ def page(account: Account, stages: Iterable[str], config: CurateConfig) -> str:
         f"<tr><td>{html.escape(stage)}<td>{html.escape(domain)}<td>{count:,}"
         for (stage, domain), count in sorted(account.changed.items())
     ]
-    text = json.dumps(asdict(config), indent=1, ensure_ascii=False)
+    text = json.dumps(asdict(of.config), indent=1, ensure_ascii=False)
     pieces = [
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>What became of every document</title>',
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>',
@@ -86,6 +134,16 @@ def page(account: Account, stages: Iterable[str], config: CurateConfig) -> str:
         )
     if changed:
         pieces.append(f"<h2>Changed</h2><table><tr><th>stage<th>domain<th>documents{''.join(changed)}</table>")
+    if tags := _tag_lines(account):
+        rows_ = "".join(
+            f'<tr><td class="word">{html.escape(word)}'
+            + "".join(f"<td>{_cell(counts, account, name)}" for name in columns)
+            for word, counts in tags
+        )
+        pieces.append(f"<h2>Tags of what is kept</h2><table><tr>{head}{rows_}</table>")
+    if of.causes:
+        items = "".join(f"<li>{html.escape(line)}" for line in _cause_lines(of))
+        pieces.append(f"<h2>Beside documents</h2><ul>{items}</ul>")
     return "".join(pieces) + f"<h2>Config</h2><pre>{html.escape(text)}</pre></html>\n"
 
 
@@ -102,6 +160,16 @@ def _lines(account: Account, stages: Iterable[str]) -> list[tuple[str, dict[str,
         ("kept", dict(account.kept)),
         ("kept, % of the characters", characters | {ALL: total}),
     ]
+
+
+def _tag_lines(account: Account) -> list[tuple[str, dict[str, int]]]:
+    """("tag: value", {domain: kept documents}), the commonest values of each tag first."""
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    for (tag, value, domain), count in account.tagged.items():
+        if count:
+            found.setdefault((tag, value), {})[domain] = count
+    ordered = sorted(found.items(), key=lambda item: (item[0][0], -sum(item[1].values()), item[0][1]))
+    return [(f"{tag}: {value or 'not told'}", counts) for (tag, value), counts in ordered]
 
 
 def _cell(counts: dict[str, int], account: Account, name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -22,26 +23,29 @@ from rich.console import Console
 
 from moelab.atomic import put_in_place
 from moelab.config.load import Loaded, load_config
+from moelab.data.account import Account as Causes
 from moelab.data.byte_tokenizer import ByteTokenizer
 from moelab.data.corpus import Corpus, DataContext, Document, TokenStream
+from moelab.data.tokenizer import load_tokenizer
 from moelab.errors import ConfigError, UserError
-from moelab.hookspecs import DATA_SOURCES, TEXT_FILTERS
+from moelab.hookspecs import DATA_SOURCES, TAGGERS, TEXT_FILTERS
 from moelab.lock import hold_file
 from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab_tools.curate.account import Account
 from moelab_tools.curate.declaration import CurateConfig, stages
 from moelab_tools.curate.duplicates import Pieces
-from moelab_tools.curate.filtering import Built, Work, build_stages, digest_of, is_done, make_piece
-from moelab_tools.curate.page import print_account, write_account
+from moelab_tools.curate.filtering import Parts, Work, build_parts, digest_of, is_done, make_piece
+from moelab_tools.curate.page import Circumstances, print_account, write_account
 from moelab_tools.curate.progress import Reading
+from moelab_tools.curate.tokens import cut, tokenise, write_cache
 from moelab_tools.terminal import make_console
 
-KEPT, REJECTED, PIECES, DONE = "kept", "rejected", "pieces", "account.json"
-UNCOUNTED = ("output", "workers", "plugins", "entry_points")  # say nothing of what becomes of a document
+KEPT, REJECTED, TOKENS, PIECES = "kept", "rejected", "tokens", "pieces"
+UNCOUNTED = ("output", "workers", "plugins", "entry_points", "tokens")  # say nothing of what becomes of a document
 # What a source is answered with whose documents were taken.
 EMPTY = TokenStream(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64), [])
-_BUILT: list[Built] = []  # of this process
+_BUILT: list[Parts] = []  # of this process
 _WORK: list[Work] = []
 
 
@@ -63,12 +67,14 @@ def run_curate(request: CurateRequest, console: Console | None = None) -> Accoun
     output = user_path(config.output, "output")
     try:
         registry = Registry(config.plugins, config.entry_points, loaded.places("plugins"),
-                            points=[DATA_SOURCES, TEXT_FILTERS])  # fmt: skip
+                            points=[DATA_SOURCES, TEXT_FILTERS, TAGGERS])  # fmt: skip
         config.sources = [
             registry.resolve(DATA_SOURCES, source, f"sources.{number}") for number, source in enumerate(config.sources)
         ]
+        if config.tokens.tokenizer is not None:
+            load_tokenizer(config.tokens.tokenizer)
         work = _work(loaded, registry, output.with_name(f".{output.name}.making"))
-        build_stages(work)
+        build_parts(work)
     except ConfigError as error:
         raise loaded.blame(error) from error
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -82,13 +88,18 @@ def run_curate(request: CurateRequest, console: Console | None = None) -> Accoun
 def _make(loaded: Loaded[CurateConfig], registry: Registry, work: Work, output: Path, console: Console) -> Account:
     config = loaded.config
     work.folder.mkdir(parents=True, exist_ok=True)
-    with Reading() as reading, _workers(config.workers, work) as pool:
-        count, commits = _read_all(loaded, registry, work, pool, reading)
-    if not count:
-        raise UserError("sources: no document with any text in it; check the paths")
-    pieces = Pieces(work.folder, count)
-    account = pieces.account()
-    dropped = pieces.copies(config.deduplicate, account)
+    tokenised = config.tokens.tokenizer is not None and work.write_text
+    with _workers(config.workers, work) as pool:
+        with Reading() as reading:
+            count, commits, causes = _read_all(loaded, registry, work, pool, reading)
+        if not count:
+            raise UserError("sources: no document with any text in it; check the paths")
+        pieces = Pieces(work.folder, count)
+        account = pieces.account()
+        dropped = pieces.copies(config.deduplicate, account)
+        if tokenised:
+            held_out = cut(pieces, dropped, config.tokens, account, causes, near=config.deduplicate.near is not None)
+            tokenise(pieces, dropped, config.tokens, work.settings, pool)
     names = [f"{number + 1}. {stage.part['name']}" for number, stage in enumerate(work.stages)]
     made = work.folder.parent / "made"
     shutil.rmtree(made, ignore_errors=True)  # what a killed run had begun to put together
@@ -97,14 +108,25 @@ def _make(loaded: Loaded[CurateConfig], registry: Registry, work: Work, output: 
         pieces.write(made / KEPT, dropped)
     if config.keep_rejected:
         pieces.write_rejected(made / REJECTED, dropped)
-    write_account(made, account, names, config, commits)
+    if tokenised:
+        written = write_cache(pieces, dropped, held_out, config.tokens, account, causes, made / TOKENS)
+    told = causes.close()
+    write_account(made, account, Circumstances(config, names, commits, told))
     put_in_place(made, output)
     shutil.rmtree(work.folder.parent)
     print_account(console, account, names)
     if work.write_text:
         console.print(f"text: {output / KEPT}", highlight=False, soft_wrap=True)
-        told = f'moelab train CONFIG "data.source={{name: jsonl, paths: [{output / KEPT}], domain_key: domain}}"'
-        console.print(f"train on it: {told}", highlight=False, soft_wrap=True, markup=False)
+        how = f'moelab train CONFIG "data.source={{name: jsonl, paths: [{output / KEPT}], domain_key: domain}}"'
+        if tokenised:
+            source = f"{{name: tokenised, path: {output / TOKENS}}}"
+            how = f'moelab train CONFIG "data.source={source}" data.tokenizer={output / TOKENS}'
+        console.print(f"train on it: {how}", highlight=False, soft_wrap=True, markup=False)
+    if tokenised:
+        console.print(
+            f"tokens: {output / TOKENS}, {written.train:,} to train on, {written.validation:,} held out",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     console.print(f"account: {output / 'account.html'}", highlight=False, soft_wrap=True)
     return account
 
@@ -115,8 +137,11 @@ def _work(loaded: Loaded[CurateConfig], registry: Registry, folder: Path) -> Wor
         replace(stage, part=registry.resolve(TEXT_FILTERS, stage.part, f"stages.{number}"))
         for number, stage in enumerate(stages(config))
     )
+    tags = tuple(registry.resolve(TAGGERS, tag, f"tags.{number}") for number, tag in enumerate(config.tags))
     decides = {key: value for key, value in asdict(config).items() if key not in UNCOUNTED}
-    decides["stages"] = [asdict(stage) for stage in found]
+    decides |= {"stages": [asdict(stage) for stage in found], "tags": list(tags)}
+    near = config.deduplicate.near is not None or config.tokens.tokenizer is not None
+    decides["signatures"] = near
     settings = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return Work(
         stages=found,
@@ -128,17 +153,18 @@ def _work(loaded: Loaded[CurateConfig], registry: Registry, folder: Path) -> Wor
         folder=folder / PIECES,
         write_text=not config.report_only,
         keep_rejected=config.keep_rejected and not config.report_only,
-        near=config.deduplicate.near is not None,
+        near=near,
+        tags=tags,
     )
 
 
 def _read_all(
     loaded: Loaded[CurateConfig], registry: Registry, work: Work, pool: Executor | None, reading: Reading
-) -> tuple[int, dict[str, str]]:
-    """Every source to its end -> how many pieces there are, and {dataset on the hub: commit} that was read."""
+) -> tuple[int, dict[str, str], Causes]:
+    """Every source to its end -> pieces that there are, {dataset on the hub: commit} read, and what was told."""
     config = loaded.config
     waiting: set[Future[None]] = set()
-    count, taken, commits = 0, list[bool](), dict[str, str]()
+    count, taken, commits, causes = 0, list[bool](), dict[str, str](), Causes()
 
     def take(documents: Iterable[Document]) -> Corpus:
         nonlocal count, waiting
@@ -146,7 +172,7 @@ def _read_all(
             digest = digest_of(piece)
             if not is_done(work, count, digest):
                 if pool is None:
-                    make_piece(work, _BUILT, count, piece, digest)
+                    make_piece(work, _BUILT[0], count, piece, digest)
                 else:
                     waiting.add(pool.submit(_in_process, count, piece, digest))
             reading.add(piece)
@@ -157,9 +183,9 @@ def _read_all(
         return Corpus(EMPTY, EMPTY, [], "taken")
 
     for number, source in enumerate(config.sources):
-        context = DataContext(ByteTokenizer(), seed=config.seed, places=loaded.places("sources"), tap=take)
+        places = loaded.places("sources")
+        context = DataContext(ByteTokenizer(), seed=config.seed, places=places, account=causes, tap=take)
         registry.build(DATA_SOURCES, source, context, f"sources.{number}")
-        context.account.close()
         commits |= context.account.commits
         if len(taken) == number:
             raise ConfigError(
@@ -168,7 +194,7 @@ def _read_all(
             )
     while waiting:
         waiting = _finish(waiting, FIRST_COMPLETED)
-    return count, commits
+    return count, commits, causes
 
 
 def _pieces(documents: Iterable[Document], size: float) -> Iterator[list[Document]]:
@@ -198,7 +224,7 @@ def _workers(count: int, work: Work) -> Iterator[Executor | None]:
         _begin(work)
         yield None
         return
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_begin, initargs=(work,)) as pool:
+    with ProcessPoolExecutor(count, get_context("spawn"), _begin_one_of_several, (work,)) as pool:
         try:
             yield pool
         except BaseException:
@@ -207,8 +233,13 @@ def _workers(count: int, work: Work) -> Iterator[Executor | None]:
 
 
 def _begin(work: Work) -> None:
-    _BUILT[:], _WORK[:] = build_stages(work), [work]
+    _BUILT[:], _WORK[:] = [build_parts(work)], [work]
+
+
+def _begin_one_of_several(work: Work) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _begin(work)
 
 
 def _in_process(number: int, piece: Sequence[Document], digest: str) -> None:
-    make_piece(_WORK[0], _BUILT, number, piece, digest)
+    make_piece(_WORK[0], _BUILT[0], number, piece, digest)

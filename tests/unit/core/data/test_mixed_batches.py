@@ -152,3 +152,22 @@ def test_a_domain_without_one_whole_window_is_refused_where_it_is_asked_for() ->
     mixed(Phase({"code": 1.0}), sequence_length=length)
     with pytest.raises(DataError, match=f"domain 'prose' is asked for and has {length} training tokens"):
         mixed(Phase(WEIGHTS), sequence_length=length)
+
+
+def test_shares_recounted_from_the_tokens_are_those_asked_for_whatever_step_is_asked_for_first() -> None:
+    """Eight domains of uneven sizes and weights, two phases, 1,000 steps; windows come many steps together."""
+    chance, names = np.random.default_rng(0), [f"d{n}" for n in range(8)]
+    lengths = chance.integers(30, 400, 160)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    text = TokenStream(np.arange(starts[-1]), starts, np.arange(160) % 8, [f"{n}" for n in range(160)])
+    first, then = ({name: 1 / (n + 1.3) ** power for n, name in enumerate(names)} for power in (1, -1))
+    mixer = Mixer([Phase(first, until=333), Phase(then)])
+    batches = MixedBatches(text, names, mixer, 6, 8, 0)
+    counted = np.zeros(8)
+    for step in range(1000):
+        counted += np.bincount(text.document_domain[text.document_of(batches.batch(step).input_ids.numpy())].ravel(),
+                               minlength=8)  # fmt: skip
+    assert np.abs(counted / counted.sum() - batches.asked(1000)).max() < 0.005
+    for step in (999, 332, 333, 0, 64, 700, 320):
+        fresh = MixedBatches(text, names, mixer, 6, 8, 0)
+        assert all(np.array_equal(a, b) for a, b in zip(fresh.windows_of(step), batches.windows_of(step), strict=True))

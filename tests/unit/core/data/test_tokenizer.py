@@ -57,6 +57,9 @@ def test_byte_counts_sum_to_the_text(kind: str, text: str, tmp_path: Path) -> No
     tokenizer = load_tokenizer(saved(made, tmp_path))
     ids, byte_counts = tokenizer.encode_with_bytes(text)
     assert ids.tolist() == tokenizer.encode(text).tolist()
+    for (many_ids, many_counts), one in zip(tokenizer.encode_many(TEXTS), TEXTS, strict=True):
+        expected = tokenizer.encode_with_bytes(one)
+        assert (many_ids.tolist(), many_counts.tolist()) == (expected[0].tolist(), expected[1].tolist())
     assert len(ids) == len(byte_counts)
     assert byte_counts.sum() == len(text.encode())
 

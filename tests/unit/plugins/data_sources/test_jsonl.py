@@ -11,6 +11,7 @@ import pytest
 
 from moelab import ConfigError, Corpus, DataContext, DataError, Places, Registry
 from moelab.data.byte_tokenizer import ByteTokenizer
+from moelab.data.chat import ChatTemplate
 from moelab.hookspecs import DATA_SOURCES
 
 LINES = [{"text": f"Text {n} é", "body": f"Body {n}", "from": "ab"[n % 2]} for n in range(6)]
@@ -79,6 +80,60 @@ def test_a_truncated_or_false_archive_is_named(cut: slice, tmp_path: Path) -> No
         build(tmp_path, paths=["some.jsonl.gz"])
 
 
+BAD = [
+    b'{"text": "cut o',
+    b'{"content": "x"}',
+    b'{"text": "caf\xe9"}',
+    b'{"text": "a\\u0000b"}',
+    b"[1]",
+    b'{"text": "a\0b"}',
+]
+
+
+def test_bad_lines_are_left_out_where_asked_and_each_is_counted(tmp_path: Path) -> None:
+    good = [json.dumps(line).encode() for line in LINES]
+    (tmp_path / "some.jsonl").write_bytes(b"\n".join([*good, *BAD]) + b"\n")
+    corpus = build(tmp_path, paths=["some.jsonl"], skip_bad=True)
+    assert sorted(decoded(corpus).split("<|endoftext|>")[:-1]) == [line["text"] for line in LINES]
+    counted = {what.removeprefix("records left out, "): cause["count"] for what, cause in corpus.left_out.items()}
+    assert counted == {"not JSON": 2, "without a text 'text'": 1, "not text in UTF-8": 2, "with a NUL": 1}
+    assert "some.jsonl:7" in corpus.left_out["records left out, not JSON"]["example"]
+
+
+def test_a_line_that_is_too_long_is_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moelab_plugins.data_sources.jsonl.LARGEST_LINE", 100)
+    lines = [LINES[0], {"text": "long " * 900}, *LINES[1:]]
+    write(tmp_path / "some.jsonl", lines)
+    with pytest.raises(DataError, match=r"some\.jsonl:2 has more than 0 MiB; cut it"):
+        build(tmp_path, paths=["some.jsonl"])
+    corpus = build(tmp_path, paths=["some.jsonl"], skip_bad=True)
+    assert sorted(decoded(corpus).split("<|endoftext|>")[:-1]) == [line["text"] for line in LINES]
+    assert "some.jsonl:7" in {*corpus.train.document_names, *corpus.validation.document_names}  # lines are counted on
+
+
+def test_ids_name_documents_and_stand_once(tmp_path: Path) -> None:
+    lines = [{**line, "id": f"doc-{n}"} for n, line in enumerate(LINES)]
+    write(tmp_path / "some.jsonl", lines)
+    corpus = build(tmp_path, paths=["some.jsonl"], id_key="id")
+    assert {*corpus.train.document_names, *corpus.validation.document_names} == {f"doc-{n}" for n in range(6)}
+    write(tmp_path / "some.jsonl", [*lines, {"text": "another text", "id": "doc-2"}])
+    with pytest.raises(DataError, match=r"some\.jsonl:7 has the id 'doc-2', which a record before it has too"):
+        build(tmp_path, paths=["some.jsonl"], id_key="id")
+    left_out = build(tmp_path, paths=["some.jsonl"], id_key="id", skip_bad=True).left_out
+    assert left_out["records left out, without an id, or with one that was there before"]["count"] == 1
+
+
+def test_what_a_truncated_archive_holds_is_read_where_asked(tmp_path: Path) -> None:
+    write(tmp_path / "some.jsonl.gz", [{"text": f"Text {n} of many {n * n}"} for n in range(5000)])
+    whole = (tmp_path / "some.jsonl.gz").read_bytes()
+    (tmp_path / "some.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"some\.jsonl\.gz can't be read after line \d+:"):
+        build(tmp_path, paths=["some.jsonl.gz"])
+    corpus = build(tmp_path, paths=["some.jsonl.gz"], skip_bad=True)
+    assert len(corpus.train.document_names) > 500
+    assert "records left out, the rest of files that can't be read to their end" in corpus.left_out
+
+
 def test_no_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to read"):
         build(tmp_path)
@@ -111,7 +166,42 @@ def test_files_of_one_stem_give_names_of_their_own(tmp_path: Path) -> None:
 
 def test_other_files_of_a_folder_are_told(tmp_path: Path) -> None:
     write(tmp_path / "some.jsonl", LINES)
-    for name in ("README.md", "some.jsonl.zst", "other.json"):
+    for name in ("README.md", "some.jsonl.xz", "other.json"):
         (tmp_path / name).write_text("x")
     ((what, cause),) = build(tmp_path, paths=["."]).left_out.items()
-    assert (what, cause["count"]) == ("files left out, not '**/*.jsonl' or '**/*.jsonl.gz'", 3)
+    assert (what, cause["count"]) == ("files left out, not '**/*.jsonl' or '**/*.jsonl.gz' or '**/*.jsonl.zst'", 3)
+
+
+TURNS = [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", "content": "It is 2."}]
+
+
+def test_conversations_are_rendered_by_the_chat_template_beside_plain_text(tmp_path: Path) -> None:
+    chats = [[{"role": "user", "content": f"Say {n} <|endoftext|>"}, TURNS[1]] for n in range(8)]
+    write(tmp_path / "some.jsonl", [*({"chat": chat, "kind": "chat"} for chat in chats),
+                                    *({"text": f"plain {n}", "kind": "plain"} for n in range(8))])  # fmt: skip
+    corpus = build(tmp_path, paths=["some.jsonl"], messages_key="chat", domain_key="kind", deduplicate=False)
+    assert corpus.domains == ["chat", "plain"] and not corpus.left_out
+    template, found = ChatTemplate.from_tokenizer(ByteTokenizer()), {}
+    for stream in (corpus.train, corpus.validation):
+        for n, name in enumerate(stream.document_names):
+            begin, end = stream.document_starts[n : n + 2]
+            found[name] = stream.tokens[begin:end].tolist()
+            counts = stream.bytes_of(begin, end)
+            assert counts is not None and counts.sum() == sum(token < 256 for token in found[name])
+    for n, chat in enumerate(chats):  # what somebody typed is text, the template's own are control tokens
+        assert found[f"some.jsonl:{n + 1}"] == [*template.render(chat).ids.tolist(), 256]
+        assert found[f"some.jsonl:{n + 9}"] == [*f"plain {n}".encode(), 256]
+    other = [
+        {**line, "chat": [*chats[0][:1], {"role": "assistant", "content": "Other"}]} for line in [{"kind": "chat"}]
+    ]
+    write(tmp_path / "some.jsonl", [*({"chat": chat, "kind": "chat"} for chat in chats[1:]), *other,
+                                    *({"text": f"plain {n}", "kind": "plain"} for n in range(8))])  # fmt: skip
+    again = build(tmp_path, paths=["some.jsonl"], messages_key="chat", domain_key="kind", deduplicate=False)
+    assert again.fingerprint != corpus.fingerprint
+
+
+@pytest.mark.parametrize("chat", [[], [{"role": "user"}], "Hi", None])
+def test_what_is_no_conversation_is_named(chat: Any, tmp_path: Path) -> None:
+    write(tmp_path / "some.jsonl", [{"chat": TURNS}, {"chat": chat}])
+    with pytest.raises(DataError, match=r"some\.jsonl:2, 'chat': messages: .*set data.source.messages_key"):
+        build(tmp_path, paths=["some.jsonl"], messages_key="chat")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from moelab import ConfigError, Corpus, DataContext, DataError, Places, Registry
 from moelab.data.batches import ValidationBatches
 from moelab.data.byte_tokenizer import ByteTokenizer
+from moelab.data.mixed_batches import MixedBatches
+from moelab.data.mixing import Mixer, Phase
 from moelab.hookspecs import DATA_SOURCES
 from moelab_plugins.data_sources import tokens as module
 
@@ -163,3 +166,99 @@ def test_raw_files_need_a_type_that_fits(folder: Path) -> None:
     (folder / "cut.npy").write_bytes((folder / "all.npy").read_bytes()[:150])
     with pytest.raises(DataError, match=r"cut\.npy"):
         build(folder, train="cut.npy")
+
+
+def write_megatron(base: Path, documents: list[list[int]], code: int = 8, per_sequence: int = 4) -> None:
+    """As megatron/core/datasets/indexed_dataset.py: _IndexWriter writes; documents of several sequences each."""
+    pieces = [[one[at : at + per_sequence] for at in range(0, len(one), per_sequence)] for one in documents]
+    lengths = [len(piece) for one in pieces for piece in one]
+    kind = {8: "<u2", 4: "<i4"}[code]
+    base.with_suffix(".bin").write_bytes(np.array([token for one in documents for token in one], kind).tobytes())
+    pointers = np.cumsum([0, *lengths[:-1]]) * np.dtype(kind).itemsize
+    first = np.cumsum([0, *map(len, pieces)])
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(lengths), len(first))
+    arrays = (np.array(lengths, "<i4"), pointers.astype("<i8"), first.astype("<i8"))
+    base.with_suffix(".idx").write_bytes(head + b"".join(array.tobytes() for array in arrays))
+
+
+def write_datatrove(file: Path, documents: list[list[int]], kind: str = "<u2") -> None:
+    file.write_bytes(np.array([token for one in documents for token in one], kind).tobytes())
+    Path(f"{file}.index").write_bytes(np.cumsum([len(one) for one in documents]).astype("<u8").tobytes())
+    Path(f"{file}.metadata").write_text("gpt2|2\n100\n100 T")
+
+
+@pytest.mark.parametrize("code", [8, 4])
+def test_megatron_files_are_read_by_their_index(code: int, tmp_path: Path) -> None:
+    bare = [one[:-1] for one in DOCUMENTS]  # without an end of document among the tokens
+    write_megatron(tmp_path / "web_document", bare, code)
+    corpus = build(tmp_path, train="web_document.bin")
+    assert np.array_equal(corpus.train.tokens, np.concatenate(bare[:8]))
+    assert corpus.train.document_starts.tolist() == list(range(0, 73, 9))
+    assert isinstance(corpus.train.tokens, np.memmap)
+
+
+@pytest.mark.parametrize("kind", ["<u2", "<u4"])
+def test_datatrove_files_are_read_by_their_index(kind: str, tmp_path: Path) -> None:
+    write_datatrove(tmp_path / "000_web.ds", [one[:-1] for one in DOCUMENTS], kind)
+    assert build(tmp_path, train="000_web.ds").train.document_starts.tolist() == list(range(0, 73, 9))
+
+
+def test_npy_without_numpys_header_is_raw_as_olmo_has_it(folder: Path) -> None:
+    (folder / "part-0.npy").write_bytes(TOKENS.astype("<u2").tobytes())
+    expected = build(folder, train="all.npy")
+    assert build(folder, train="part-0.npy", dtype="uint16").fingerprint == expected.fingerprint
+    assert build(folder, train="all.npy", dtype="uint32").fingerprint == expected.fingerprint  # its header says it
+    with pytest.raises(DataError, match=r"part-0\.npy: is no \.npy array"):
+        build(folder, train="part-0.npy")
+
+
+def test_files_of_several_domains_are_one_corpus_that_tells_them_apart(tmp_path: Path) -> None:
+    documents = [[1000 * n % 251 + k for k in range(n + 2)] + [256] for n in range(30)]
+    for name, mine in (("a/0", documents[:10]), ("a/1", documents[10:20])):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_datatrove(tmp_path / f"{name}.ds", mine)
+    write_megatron(tmp_path / "code", documents[20:], 4)
+    corpus = build(tmp_path, domains={"web": ["a"], "code": ["code.bin"]})
+    assert corpus.domains == ["code", "web"] and corpus.left_out == {}
+    found = {}
+    for stream in (corpus.train, corpus.validation):
+        for n, name in enumerate(stream.document_names):
+            begin, end = stream.document_starts[n : n + 2]
+            found[corpus.domains[stream.document_domain[n]], name] = stream.tokens[begin:end].tolist()
+    expected = {("web", f"{n // 10}.ds#{n % 10}"): documents[n] for n in range(20)}
+    assert found == expected | {("code", f"code.bin#{n}"): documents[20 + n] for n in range(10)}
+    assert {corpus.domains[n] for n in corpus.validation.document_domain} == {"code", "web"}
+    tokens = {name: told["tokens"] for name, told in corpus.manifest.items()}
+    assert tokens == {"web": sum(map(len, documents[:20])), "code": sum(map(len, documents[20:]))}
+    batch = MixedBatches(corpus.train, corpus.domains, Mixer([Phase({"code": 1, "web": 1})]), 4, 8, 0).batch(3)
+    assert batch.domain_id[:, 0].bincount().tolist() == [2, 2]
+    assert corpus.fingerprint != build(tmp_path, domains={"code": ["a"], "web": ["code.bin"]}).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("web.idx", lambda content: content[:30], r"web\.idx: has 30 bytes, too few"),
+        ("web.idx", lambda content: content[:80], r"web\.idx: is cut short: it speaks of 30 sequences"),
+        ("web.idx", lambda content: content[:17] + b"\x06" + content[18:], "of version 1 and type 6"),
+        ("web.idx", lambda content: content[:18] + b"\xff" * 8 + content[26:], "is cut short"),
+        ("web.bin", lambda content: content[:-2], r"web\.bin: has 99 tokens, and its index speaks of 100"),
+        ("web.idx", lambda content: content[:154] + b"\1" + content[155:], "in another order"),
+        ("web.idx", lambda content: content[:-8] + b"\xff" * 8, "documents whose sequences don't rise"),
+        ("x.ds", lambda content: content[:-2], r"x\.ds: has 198 bytes, and its index ends at token 100"),
+        ("x.ds.index", lambda content: content[:-3], r"no whole number of uint64s"),
+        ("x.ds.index", lambda content: b"", r"its index ends at token 0"),
+    ],
+)
+def test_a_damaged_index_or_file_is_named(name: str, change: Any, said: str, tmp_path: Path) -> None:
+    write_megatron(tmp_path / "web", DOCUMENTS)
+    write_datatrove(tmp_path / "x.ds", DOCUMENTS)
+    (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))
+    with pytest.raises(DataError, match=said):
+        build(tmp_path, train="web.bin" if name.startswith("web") else "x.ds")
+
+
+def test_one_file_or_domains_and_not_both(folder: Path) -> None:
+    for options in ({}, {"train": "all.npy", "domains": {"a": ["all.npy"]}}):
+        with pytest.raises(ConfigError, match="and not both"):
+            build(folder, **options)

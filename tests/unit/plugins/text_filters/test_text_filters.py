@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,11 @@ def test_decontaminate_finds_a_run_of_words_whatever_their_case(tmp_path: Path) 
     assert isinstance(ask("decontaminate", "the answer is forty two", **options), Rejected)  # a short one is whole
     with pytest.raises(ConfigError, match="nothing to look for"):
         ask("decontaminate", "x")
+
+
+def test_a_filter_of_datatrove_needs_datatrove(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datatrove", None)
+    monkeypatch.delitem(sys.modules, "datatrove.pipeline.filters", raising=False)
+    part = {"name": "datatrove", "filter": "GopherQualityFilter"}
+    with pytest.raises(ConfigError, match=r"needs datatrove .*: pip install 'moelab\[curate\]'"):
+        Registry(entry_points=False).build(TEXT_FILTERS, part, FilterContext(), "stages.0")

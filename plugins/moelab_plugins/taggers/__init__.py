@@ -1,0 +1,1 @@
+"""What `moelab data` notes of a document beside its domain."""

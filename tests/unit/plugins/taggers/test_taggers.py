@@ -1,0 +1,107 @@
+"""Each tagger's rule, by texts of known kinds, and the installed text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moelab import Document, FilterContext, Registry
+from moelab.hookspecs import TAGGERS
+from moelab_plugins.data_sources.embedded import read_domain
+
+REGISTRY = Registry(entry_points=False, points=[TAGGERS])
+
+
+def say(name: str, text: str, **options: Any) -> str:
+    return REGISTRY.build(TAGGERS, {"name": name, **options}, FilterContext(), "tags.0")(Document(text, "d", "n"))
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("en", "All human beings are born free and equal in dignity and rights. They are endowed with reason."),
+        (
+            "de",
+            "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft begabt.",
+        ),
+        ("fr", "Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués de raison."),
+        ("es", "Todos los seres humanos nacen libres e iguales en dignidad y derechos y, dotados como están de razón."),
+        (
+            "pt",
+            "Todos os seres humanos nascem livres e iguais em dignidade e em direitos. Dotados de razão.",
+        ),
+        (
+            "it",
+            "Tutti gli esseri umani nascono liberi ed eguali in dignità e diritti. Essi sono dotati di ragione.",
+        ),
+        (
+            "nl",
+            "Alle mensen worden vrij en gelijk in waardigheid en rechten geboren. Zij zijn begiftigd met verstand.",
+        ),
+        ("zh", "人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心，并应以兄弟关系的精神相对待。" * 2),
+        ("ja", "すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。" * 2),
+        (
+            "ko",
+            "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다." * 2,
+        ),
+        ("cyrillic", "Все люди рождаются свободными и равными в своем достоинстве и правах. Они наделены разумом."),
+        ("latin", "Kaikki ihmiset syntyvät vapaina ja tasavertaisina arvoltaan ja oikeuksiltaan."),
+        ("", "12 + 30 = 42"),
+    ],
+)
+def test_language_by_frequent_words_or_by_script(language: str, text: str) -> None:
+    assert say("language", text) == language
+
+
+def test_size_is_the_class_of_the_number_of_characters() -> None:
+    assert [say("size", "x" * n, borders=[10, 20]) for n in (0, 9, 10, 19, 20)] == [
+        "0-9", "0-9", "10-19", "10-19", "20+",
+    ]  # fmt: skip
+    with pytest.raises(Exception, match="don't rise"):
+        say("size", "", borders=[10, 10])
+
+
+def test_code_is_told_apart_from_prose_in_the_installed_text() -> None:
+    expected = {"code_py": "python", "docs_en": "no", "legal": "no"}
+    for domain, wanted in expected.items():
+        documents = read_domain(domain, 0, 400_000)
+        found = [say("code", document.text) for document in documents]
+        assert found.count(wanted) >= 0.9 * len(documents), (domain, found)
+    snippet = "#include <vector>\n\nint main(int argc, char** argv) {\n  return 0;\n}\n"
+    assert say("code", snippet) == "c"
+    assert say("code", "fn main() {\n    let mut x = 1;\n}") == "rust"
+    assert say("code", "") == "no"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("doctest", "Adds.\n\n    >>> 1 + 1\n    2\n"),
+        ("no", ">>> import this\n\nand nothing is printed"),
+        ("test", "def test_it():\n    assert f(1) == 2\n"),
+        ("answer", "She has 3 + 4 apples.\n#### 7\n"),
+        ("answer", r"so the sum is $\boxed{12}$."),
+        ("proof", "Lemma one. Let x be."),
+        ("no", "I assert that the answer is unknown, said she."),
+    ],
+)
+def test_what_can_be_verified(kind: str, text: str) -> None:
+    assert say("verifiable", text) == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("write", "Please write a poem about spring."),
+        ("question", "What is the capital of France?"),
+        ("no", "What a day it was."),
+        ("transform", "User: Summarize the following text.\n\nWhy?"),
+        ("code", "Implement quicksort in Rust."),
+        ("choose", "classify these: a, b"),
+        ("no", "The cat sat on the mat."),
+        ("no", ""),
+    ],
+)
+def test_an_instruction_is_told_by_its_first_word(kind: str, text: str) -> None:
+    assert say("instruction", text) == kind
