@@ -11,7 +11,8 @@ from moelab.config.model import ModelConfig
 from moelab.data.byte_tokenizer import ByteTokenizer
 from moelab.data.corpus import TokenStream
 from moelab.errors import ConfigError, DataError
-from moelab_tools.lengths import moved, parse_lengths
+from moelab_tools.lengths.asked import parse_lengths
+from moelab_tools.lengths.measure import moved
 from moelab_tools.passkey import make_trials, passkey_accuracy
 from moelab_tools.positions import Positions
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moelab.training.evaluation import Evaluation
     from moelab.training.precision import Precision
     from moelab_tools.judging import Score
+    from moelab_tools.lengths.asked import Way
 
 SCORES = "lm_eval.json"  # of a run folder: what `--tasks` found last
 
@@ -43,6 +44,8 @@ SCORES = "lm_eval.json"  # of a run folder: what `--tasks` found last
 )
 @click.option("--limit", type=click.IntRange(1), help="With --tasks: examples of each task.")
 @click.option("--length", "lengths", help="Several: 1x,2x,4x of the trained length, or tokens: 512,4096.")
+@click.option("--ways", type=USER_PATH, help="With --length: a YAML file of several {NAME: {attention, rope_scaling}}.")
+@click.option("--tokens", type=click.IntRange(1), help="With --length: held-out tokens read at each, about.")
 @click.option("--passkey", type=click.IntRange(1), help="With --length: keys hidden at each depth, to be given back.")
 @position_options
 @NO_VERIFY
@@ -55,6 +58,8 @@ def command(
     tasks: str | None,
     limit: int | None,
     lengths: str | None,
+    ways: Path | None,
+    tokens: int | None,
     passkey: int | None,
     attention: str | None,
     rope_scaling: str | None,
@@ -69,8 +74,10 @@ def command(
     CONFIG that says another model or tokenizer is refused, unless its train.init_overrides names the key.
 
     --length evaluates at several lengths in turn, as many tokens each: the loss by place, whether experts get other
-    loads beyond the trained length, and with --passkey whether a number hidden in the text is found. --attention and
-    --rope-scaling reach beyond the trained length without training; what they leave out is filled in and told.
+    loads beyond the trained length, how widely its attention looks, and with --passkey whether a number hidden in the
+    text is found. --attention and --rope-scaling reach beyond the trained length without training; what they leave out
+    is filled in and told. --ways compares several. Of a checkpoint in a run folder all is kept in the run's lengths/,
+    where TensorBoard and the report of `moelab compare` find it.
 
     \b
     Example:
@@ -82,13 +89,19 @@ def command(
           evaluation.sequences=128
     """
     positions = Positions(attention, rope_scaling)
+    for option, value in (("--passkey", passkey), ("--ways", ways), ("--tokens", tokens)):
+        if value is not None and lengths is None:
+            raise click.UsageError(f"{option}: goes with --length, and there is none")
+    if ways is not None and positions != Positions():
+        raise click.UsageError("--ways: says attention and rope scaling itself; leave out the options of these names")
     if lengths is not None and tasks is not None:
         raise click.UsageError("--length and --tasks: one at a time")
-    if passkey is not None and lengths is None:
-        raise click.UsageError("--passkey: says how many keys at each --length, and there is none")
     opened = _open(checkpoint, config, trust=trust, verify=verify)
     if tasks is None and lengths is not None:
-        _tell_lengths(opened, positions, lengths, passkey, as_json=as_json)
+        from moelab_tools.lengths.asked import read_ways, way_of
+
+        asked = read_ways(ways) if ways is not None else [way_of(positions)]
+        _tell_lengths(opened, asked, lengths, (tokens, passkey), as_json=as_json)
         return
     length = opened.run.train.sequence_length
     for line in positions.apply(opened.model, opened.registry, length, length):
@@ -111,6 +124,7 @@ def command(
 class _Opened:
     """A checkpoint, and the held-out text that it is evaluated on."""
 
+    folder: Path
     model: Transformer
     run: RunConfig
     registry: Registry
@@ -151,17 +165,32 @@ def _open(checkpoint: Path, config: tuple[str, ...], *, trust: bool, verify: boo
     for line in seen_text(history, str(checkpoint), corpus, tokenizer, batches.documents_scored()).lines():
         click.echo(f"warning: {line}", err=True)
     model = read_model(folder, device=precision.device, registry=registry)
-    return _Opened(model, run, registry, tokenizer, corpus, batches, precision)
+    return _Opened(folder, model, run, registry, tokenizer, corpus, batches, precision)
 
 
-def _tell_lengths(opened: _Opened, positions: Positions, lengths: str, passkey: int | None, *, as_json: bool) -> None:
-    from moelab_tools.lengths import at_lengths, length_lines
+def _tell_lengths(
+    opened: _Opened, ways: Sequence[Way], lengths: str, how: tuple[int | None, int | None], *, as_json: bool
+) -> None:
+    """`how`: tokens at each length, and keys at each depth."""
+    from moelab_tools.lengths import board, kept, lines, measure
 
+    tokens, passkey = how
     keys = None if passkey is None else (opened.tokenizer, passkey)
-    told = at_lengths(
-        opened.model, opened.registry, opened.run, opened.corpus, opened.precision, positions, lengths, keys
-    )
-    click.echo(json.dumps([asdict(one) for one in told], indent=2) if as_json else "\n".join(length_lines(told)))
+    looked = measure.Looked(opened.model, opened.run, opened.registry, opened.corpus, opened.precision, tokens, keys)
+    found = {}
+    for way in ways:
+        found[way.name] = measure.at_lengths(looked, way, lengths)
+        if len(ways) > 1:
+            click.echo(f"{way.name}: looked at", err=True)
+    for line in lines.filled_lines(found):
+        click.echo(line, err=True)
+    told = {name: [asdict(one) for one in ones] for name, ones in found.items()}
+    shown = next(iter(told.values())) if len(told) == 1 else told
+    click.echo(json.dumps(shown, indent=2) if as_json else "\n".join(lines.length_lines(found)))
+    place = kept.place_of(opened.folder)
+    if place is not None:
+        board.write_board(place, kept.keep(place, looked, found))
+        click.echo(f"kept in {place}", err=True)
 
 
 def _tell(evaluation: Evaluation, domains: Sequence[str], *, as_json: bool) -> None:

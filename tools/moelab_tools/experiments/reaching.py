@@ -1,4 +1,4 @@
-"""`lengths` of an experiment: what its runs make of longer texts, their weights as they are, by several ways of reaching.
+"""`lengths` of an experiment: what its runs make of longer texts, their weights as they are, by several ways.
 
 A way is an attention and a rope scaling. At each length every way reads the same text with the weights of the same run,
 so that ways are paired over seeds and documents; words are given at the greatest length alone, and hold together.
@@ -6,7 +6,6 @@ so that ways are paired over seeds and documents; words are given at the greates
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +13,9 @@ from omegaconf import MISSING
 
 from moelab.errors import ConfigError, near
 from moelab_tools.compare.verdict import BETTER, NEGLIGIBLE, NOT_RESOLVED, WORSE
+from moelab_tools.lengths.asked import NAME, parse_lengths, ways_of
 
 WORDS = (BETTER, WORSE, NEGLIGIBLE, NOT_RESOLVED)  # that a decision is declared for
-PARTS = ("attention", "rope_scaling")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*(?:_[A-Za-z0-9.+-]+)*")
 
 
 @dataclass
@@ -42,16 +40,13 @@ class Reaching:
                 f"lengths.baseline: '{self.baseline}' must be one of two or more ways{near(self.baseline, self.ways)} "
                 f"They are: {', '.join(self.ways) or 'none'}"
             )
-        for kind, names in (("moments", self.moments), ("ways", self.ways)):
-            for name in names:
-                if not _NAME.fullmatch(name):
-                    raise ConfigError(
-                        f"lengths.{kind}.{name}: a name is of letters, digits, . + - and single _ between them"
-                    )
-        for name, parts in self.ways.items():
-            for key in parts:
-                if key not in PARTS:
-                    raise ConfigError(f"lengths.ways.{name}.{key}: unknown{near(key, PARTS)} Known: {', '.join(PARTS)}")
+        for name in self.moments:
+            if not NAME.fullmatch(name):
+                raise ConfigError(
+                    f"lengths.moments.{name}: a name is of letters, digits, . + - and single _ between them"
+                )
+        ways_of(self.ways, "lengths.ways.")
+        parse_lengths(self.at, 1)
         if self.tokens < 1 or (self.passkey or 1) < 1:
             raise ConfigError("lengths: tokens and passkey must be at least 1")
         if set(self.decision) != set(WORDS):
