@@ -8,9 +8,9 @@ from typing import Any
 HEAD = (
     "Nats a token of those with at least the trained length before them (at 1x, and below: of all), by way and length; "
     "at the greatest length, against {baseline}: the difference, and a word. All words together are false in at most "
-    "{error:g} % of such experiments; the intervals are those the words go by. *Moved*: the share of assignments that go "
-    "to other experts beyond the trained length, mean over the layers. *Entropy*: of attention, nats, mean over the "
-    "layers, in the last full bin of places. *Keys*: how many of the hidden numbers were given back, by length."
+    "{error:g} % of such experiments; the intervals are those the words go by. *Moved*: the share of assignments that "
+    "go to other experts beyond the trained length, mean over the layers. *Entropy*: of attention, nats, mean over the "
+    "layers, in the last doubling of places. *Keys*: how many of the hidden numbers were given back, by length."
 )
 
 

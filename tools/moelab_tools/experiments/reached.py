@@ -132,7 +132,7 @@ def _way(
         "documents": len(losses.size),
         "moved": _mean([_mean(list(one["drift"].values())) for one in ones]),
         "moved_within": _mean([_mean(list(one["drift_within"].values())) for one in ones]),
-        "entropy": _mean([_mean([list(layer.values())[-1] for layer in one["entropy"].values()]) for one in ones]),
+        "entropy": _mean([_mean([_last(layer, one["length"]) for layer in one["entropy"].values()]) for one in ones]),
     }
     if asked.passkey:
         keys = round(sum(share for one in ones for share in one["passkey"].values()) * asked.passkey)
@@ -145,6 +145,11 @@ def _way(
             told["verdict"] = verdict.verdict
             told["concluded"] = asked.decision.get(verdict.verdict, f"nothing: the verdict is '{verdict.verdict}'")
     return told
+
+
+def _last(places: Mapping[str, float], length: int) -> float:
+    """Of the last bin that begins below the length."""
+    return [value for name, value in places.items() if int(name.split("-")[0]) < length][-1]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -42,9 +42,9 @@ def parse_lengths(text: str, trained: int) -> list[int]:
 
 def way_of(positions: Positions) -> Way:
     """The one that `--attention` and `--rope-scaling` say, named after them."""
-    said = [re.sub(r"[^A-Za-z0-9.+]+", "-", one).strip("-.+") for one in
-            (positions.rope_scaling, positions.attention) if one is not None]  # fmt: skip
-    return Way("_".join(one for one in said if one) or AS_IT_IS, positions)
+    parts = [one for one in (positions.rope_scaling, positions.attention) if one is not None]
+    said = [re.sub(r"[^A-Za-z0-9._]+", "-", one) for one in parts]
+    return Way("+".join(one.strip("-._") for one in said) or AS_IT_IS, positions)
 
 
 def read_ways(path: Path) -> list[Way]:

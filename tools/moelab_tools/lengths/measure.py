@@ -26,7 +26,7 @@ from moelab_tools.lengths.asked import Way, parse_lengths
 from moelab_tools.passkey import make_trials, passkey_accuracy
 
 ENTROPY_TOKENS = 1 << 14  # that are looked at for the entropy of attention
-FEWEST_SHOWN = 4  # places of fewer tokens than the trained length by this have too few assignments to tell a drift
+LEAST_SHOWN = 4  # drift is shown from the trained length over this: bins of few places have too few assignments
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,10 @@ class Loads:
         }
 
     def by_place(self) -> dict[str, dict[str, float]]:
-        """{layer: {tokens before the target: what moves from all of the trained length}}."""
+        """{layer: {tokens before the target: what moves from all of the trained length}}; no bin of one place."""
         names = bin_names(self.length)
-        shown = [int(b) for b in self.bin.unique() if int(names[int(b)].split("-")[0]) * FEWEST_SHOWN >= self.trained]
+        begins = {int(b): int(names[int(b)].split("-")[0]) for b in self.bin.unique()}
+        shown = [b for b, begin in begins.items() if LEAST_SHOWN * begin >= self.trained and begin < self.length]
         return {
             key: {names[b]: moved(self._of(one, self.border < 2), self._of(one, self.bin == b)) for b in shown}
             for key, one in self.counts.items()
