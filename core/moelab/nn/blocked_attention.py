@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moelab.nn.attention_inputs import AttentionInputs
+from moelab.nn.fused_parts import chunked_attention, fused_pays
 
 BLOCK_ROWS = 256  # of a product: queries of one block times query heads of a group
 KEEP_ELEMENTS = 1 << 22  # attention weights kept for the backward pass: 16 MB a layer; beyond, they are computed again
@@ -72,6 +73,15 @@ class View:
         chunks = None if chunk is None else positions // chunk
         torn = segments if inputs.documents is None else None
         return cls(batch, inputs.past, seq, window, chunk, segments, starts, chunks, torn)
+
+    def fuses(self, query: Tensor, *, training: bool) -> bool:
+        """Whether torch's kernel computes the forward pass of query [B, H, S, d]: see `fused_parts`.
+
+        In training not where the weights of blocks would be kept for the backward pass.
+        """
+        if self.chunk is None or self.segments is not None or self.window is not None or not fused_pays(query):
+            return False
+        return not training or query.shape[0] * query.shape[1] * self.seq * (self.past + self.seq) // 2 > KEEP_ELEMENTS
 
     def blocks(self, groups: int, shared: int) -> list[Block]:
         """All queries, for `groups` key heads of `shared` query heads each."""
@@ -177,8 +187,13 @@ class _Blocked(torch.autograd.Function):
         key, value = (key * width**-0.5).contiguous(), value.contiguous()
         groups = key.shape[1]
         grouped = [query.unflatten(1, (groups, -1)) for query in queries]  # [B, G, H / G, S, d]
+        ctx.view, ctx.queries = view, len(queries)
+        if look is None and view.fuses(queries[0], training=any(ctx.needs_input_grad)):
+            assert view.chunk is not None
+            ctx.save_for_backward(key, value, *grouped)
+            return chunked_attention(queries, key, value, view.past, view.chunk).transpose(1, 2)
         out = key.new_empty(batch, seq, groups, heads // groups, width)  # the order in which o_proj reads it
-        ctx.view, kept, room = view, [], KEEP_ELEMENTS if any(ctx.needs_input_grad) else 0
+        kept, room = [], KEEP_ELEMENTS if any(ctx.needs_input_grad) else 0
         for block in view.blocks(groups, heads // groups):
             weights = _weights(view, block, grouped, key)
             if look is not None:
@@ -187,7 +202,6 @@ class _Blocked(torch.autograd.Function):
             room -= weights.numel()
             kept += [weights] if room >= 0 else []
         ctx.save_for_backward(key, value, *grouped, *kept)
-        ctx.queries = len(queries)
         return out.view(batch, seq, heads, width).transpose(1, 2)
 
     @staticmethod

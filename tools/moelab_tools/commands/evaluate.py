@@ -100,8 +100,8 @@ def command(
     if tasks is None and lengths is not None:
         from moelab_tools.lengths.asked import read_ways, way_of
 
-        asked = read_ways(ways) if ways is not None else [way_of(positions)]
-        _tell_lengths(opened, asked, lengths, (tokens, passkey), as_json=as_json)
+        chosen = read_ways(ways) if ways is not None else [way_of(positions)]
+        _tell_lengths(opened, chosen, lengths, (tokens, passkey), as_json=as_json)
         return
     length = opened.run.train.sequence_length
     for line in positions.apply(opened.model, opened.registry, length, length):

@@ -198,14 +198,11 @@ def entropy_by_place(
 
     Layers whose attention shows no weights are left out.
     """
-    part = next(iter(batches)).to(precision.device)
     rows = max(1, ENTROPY_TOKENS // batches.sequence_length)
-    context = TokenContext(
-        *(None if one is None else one[:rows] for one in (part.document_id, part.domain_id)),
-        attention_id=None if part.attention_id is None else part.attention_id[:rows],
-    )
+    part = next(iter(batches)).split(rows)[0].to(precision.device)
+    context = TokenContext(part.document_id, part.domain_id, attention_id=part.attention_id)
     with precision.autocast():
-        found = attention_entropy(model, part.input_ids[:rows], None, context)
+        found = attention_entropy(model, part.input_ids, part.attention_mask, context)
     names, bins = bin_names(batches.sequence_length), bin_of(np.arange(1, batches.sequence_length + 1))
     return {
         str(layer): {names[b]: float(values[torch.from_numpy(bins == b)].mean()) for b in np.unique(bins).tolist()}
