@@ -19,7 +19,7 @@ from moelab.data.corpus import TokenStream
 from moelab.errors import ConfigError, DataError, UserError
 from moelab.training.precision import choose_precision
 from moelab_tools.lengths import board, kept
-from moelab_tools.lengths.asked import AS_IT_IS, parse_lengths, read_ways, way_of
+from moelab_tools.lengths.asked import AS_IT_IS, KNOWN, parse_lengths, read_ways, way_of
 from moelab_tools.lengths.measure import Loads, Looked, at_lengths, moved
 from moelab_tools.passkey import make_trials, passkey_accuracy
 from moelab_tools.positions import Positions
@@ -90,7 +90,7 @@ def test_ways_are_read_by_name_and_what_is_none_is_refused(tmp_path: Path) -> No
     path.write_text(
         "plain: {}\nyarn: {rope_scaling: yarn}\ndca: {attention: {name: dual_chunk, temperature: per_query}}\n"
     )
-    ways = read_ways(path)
+    ways = read_ways(str(path))
     assert [way.name for way in ways] == ["plain", "yarn", "dca"]
     assert ways[0].positions == Positions()
     told = ways[2].positions.apply(model(), REGISTRY, 300, 128)
@@ -102,7 +102,8 @@ def test_ways_are_read_by_name_and_what_is_none_is_refused(tmp_path: Path) -> No
     ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(ConfigError, match=wrong):
-            read_ways(path)
+            read_ways(str(path))
+    assert [way.name for way in read_ways("all")] == list(KNOWN)
     assert way_of(Positions()).name == AS_IT_IS
     assert way_of(Positions("dual_chunk", "{name: yarn, factor: 4}")).name == "name-yarn-factor-4+dual_chunk"
 

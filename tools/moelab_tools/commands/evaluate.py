@@ -44,7 +44,9 @@ SCORES = "lm_eval.json"  # of a run folder: what `--tasks` found last
 )
 @click.option("--limit", type=click.IntRange(1), help="With --tasks: examples of each task.")
 @click.option("--length", "lengths", help="Several: 1x,2x,4x of the trained length, or tokens: 512,4096.")
-@click.option("--ways", type=USER_PATH, help="With --length: a YAML file of several {NAME: {attention, rope_scaling}}.")
+@click.option(
+    "--ways", help="With --length: several, a YAML file {NAME: {attention, rope_scaling}}, or all: the known ones."
+)
 @click.option("--tokens", type=click.IntRange(1), help="With --length: held-out tokens read at each, about.")
 @click.option("--passkey", type=click.IntRange(1), help="With --length: keys hidden at each depth, to be given back.")
 @position_options
@@ -58,7 +60,7 @@ def command(
     tasks: str | None,
     limit: int | None,
     lengths: str | None,
-    ways: Path | None,
+    ways: str | None,
     tokens: int | None,
     passkey: int | None,
     attention: str | None,
@@ -85,6 +87,7 @@ def command(
       moelab evaluate runs/tiny_moe --tasks heldout_continuation
       moelab evaluate runs/tiny_moe --length 1x,2x,4x --rope-scaling yarn \\
           --attention dual_chunk
+      moelab evaluate runs/tiny_moe --length 1x,8x --ways all
       moelab evaluate exported/tiny_moe configs/train/tiny_moe.yaml \\
           evaluation.sequences=128
     """

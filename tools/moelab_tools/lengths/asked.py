@@ -6,16 +6,32 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from moelab.config.text import read_tree
 from moelab.errors import ConfigError, near
+from moelab.paths import user_path
 from moelab.safe_files import Reading, read_text
 from moelab_tools.positions import Positions
 
 PARTS = ("attention", "rope_scaling")  # of a way
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*(?:_[A-Za-z0-9.+-]+)*")  # of a way: it becomes a folder's
+ALL = "all"  # `--ways`: KNOWN
+# Left out: the trained length (window, original_max_position_embeddings), or how often a text has it (factor).
+KNOWN: dict[str, dict[str, Any]] = {
+    "window": {
+        "attention": "sliding_window"
+    },  # the control: the last trained length of tokens, and nothing before them
+    "plain": {},
+    "linear": {"rope_scaling": "linear"},
+    "dynamic_ntk": {"rope_scaling": {"name": "dynamic", "factor": 1}},  # the longest wavelength grows as the text does
+    "yarn_static": {
+        "rope_scaling": {"name": "yarn", "factor": 8}
+    },  # one factor for all lengths, as a served model has it
+    "yarn_dynamic": {"rope_scaling": "yarn"},
+    "dca": {"attention": "dual_chunk"},
+    "dca_temperature": {"attention": {"name": "dual_chunk", "temperature": "per_query"}},
+}
 AS_IT_IS = "as_trained"  # the way that leaves the model what it is
 _LENGTH = re.compile(r"([0-9]*\.?[0-9]+)(x?)")
 
@@ -47,9 +63,15 @@ def way_of(positions: Positions) -> Way:
     return Way("+".join(one.strip("-._") for one in said) or AS_IT_IS, positions)
 
 
-def read_ways(path: Path) -> list[Way]:
-    """Of a YAML file {NAME: {attention: PART, rope_scaling: PART}}. Raises ConfigError naming what is wrong."""
-    tree = read_tree(read_text(path, Reading(ConfigError, "name another file with --ways")), str(path))
+def read_ways(said: str) -> list[Way]:
+    """KNOWN for `all`, else those of a YAML file {NAME: {attention: PART, rope_scaling: PART}}.
+
+    Raises ConfigError naming what is wrong.
+    """
+    if said == ALL:
+        return ways_of(KNOWN, "")
+    path = user_path(said, "--ways")
+    tree = read_tree(read_text(path, Reading(ConfigError, f"name a file of ways, or {ALL}, with --ways")), str(path))
     if not isinstance(tree, Mapping) or not tree:
         raise ConfigError(f"{path}: must hold ways by name: {{yarn: {{rope_scaling: yarn}}, plain: {{}}}}")
     return ways_of(tree, f"{path}: ")

@@ -27,8 +27,9 @@ def length_lines(found: Mapping[str, Sequence[AtLength]]) -> list[str]:
 
 
 def filled_lines(found: Mapping[str, Sequence[AtLength]]) -> list[str]:
-    """What the options left out, each once."""
-    return list(dict.fromkeys(line for ones in found.values() for one in ones for line in one.filled))
+    """What the options left out, each once; of several ways with the way's name."""
+    named = [(f"{name}: " * (len(found) > 1), one) for name, ones in found.items() for one in ones]
+    return list(dict.fromkeys(name + line for name, one in named for line in one.filled))
 
 
 def one_way(found: Sequence[AtLength]) -> list[str]:
