@@ -99,7 +99,8 @@ class DualChunkAttention:
     (2309.00071) 3.4; vLLM's code multiplies the keys alone, and by the length of the whole text: here of what the
     query sees, so that the text before it doesn't change with what follows.
     Use: texts beyond the trained length without training, up to any length. With rope scaling yarn both apply.
-    Cost: S^2 / 2 scores a head as full attention; queries are turned three times.
+    Cost: S^2 / 2 scores a head as full attention; queries are turned three times. On a CPU torch's kernel computes the
+    parts (`nn.fused_parts`); backward passes, and texts with padding or documents or short ones, go in blocks.
     """
 
     reach = inf
