@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,10 +76,9 @@ def command(
     CONFIG that says another model or tokenizer is refused, unless its train.init_overrides names the key.
 
     --length evaluates at several lengths in turn, as many tokens each: the loss by place, whether experts get other
-    loads beyond the trained length, how widely its attention looks, and with --passkey whether a number hidden in the
-    text is found. --attention and --rope-scaling reach beyond the trained length without training; what they leave out
-    is filled in and told. --ways compares several. Of a checkpoint in a run folder all is kept in the run's lengths/,
-    where TensorBoard and the report of `moelab compare` find it.
+    loads beyond the trained length, how widely attention looks, and with --passkey whether a hidden number is found.
+    --attention and --rope-scaling reach farther without training; what they leave out is filled in and told. --ways
+    compares several. Of a checkpoint in a run folder all is kept in the run's lengths/, for TensorBoard and reports.
 
     \b
     Example:
@@ -92,18 +91,9 @@ def command(
           evaluation.sequences=128
     """
     positions = Positions(attention, rope_scaling)
-    for option, value in (("--passkey", passkey), ("--ways", ways), ("--tokens", tokens)):
-        if value is not None and lengths is None:
-            raise click.UsageError(f"{option}: goes with --length, and there is none")
-    if ways is not None and positions != Positions():
-        raise click.UsageError("--ways: says attention and rope scaling itself; leave out the options of these names")
-    if lengths is not None and tasks is not None:
-        raise click.UsageError("--length and --tasks: one at a time")
+    chosen = _ways(positions, ways, lengths, {"--passkey": passkey, "--tokens": tokens, "--tasks": tasks})
     opened = _open(checkpoint, config, trust=trust, verify=verify)
-    if tasks is None and lengths is not None:
-        from moelab_tools.lengths.asked import read_ways, way_of
-
-        chosen = read_ways(ways) if ways is not None else [way_of(positions)]
+    if lengths is not None:
         _tell_lengths(opened, chosen, lengths, (tokens, passkey), as_json=as_json)
         return
     length = opened.run.train.sequence_length
@@ -121,6 +111,22 @@ def command(
     evaluation = evaluate(opened.model, opened.batches, opened.precision)
     domains = [opened.corpus.domains[i] for i in opened.batches.stream.document_domain]
     _tell(evaluation, domains, as_json=as_json)
+
+
+def _ways(positions: Positions, ways: str | None, lengths: str | None, others: Mapping[str, object]) -> list[Way]:
+    """What is looked at with --length; refuses options that don't go together."""
+    from moelab_tools.lengths.asked import read_ways, way_of
+
+    if lengths is not None and others["--tasks"] is not None:
+        raise click.UsageError("--length and --tasks: one at a time")
+    for option in ("--passkey", "--tokens"):
+        if others[option] is not None and lengths is None:
+            raise click.UsageError(f"{option}: goes with --length, and there is none")
+    if ways is None:
+        return [way_of(positions)]
+    if lengths is None or positions != Positions():
+        raise click.UsageError("--ways: goes with --length, and in place of --attention and --rope-scaling")
+    return read_ways(ways)
 
 
 @dataclass(frozen=True)
