@@ -162,7 +162,9 @@ def test_what_is_kept_is_read_again_beside_other_ways_of_the_same_text(tmp_path:
     content = json.loads((tmp_path / kept.FILE).read_text())
     for change, wrong in (
         ({"format_version": 9}, "format_version 9"), ({"trained": 0}, "trained"),
-        ({"ways": {"a": [{"length": "x"}]}}, "length"),
+        ({"ways": {"a": [{"length": "x"}]}}, "length"), ({"ways": {}}, "ways"), ({"ways": {"a": []}}, "ways"),
+        ({"ways": {"../../a": content["ways"]["dca"]}}, "no name of a way"),
+        ({"ways": {"a": [content["ways"]["dca"][0] | {"positions": {"far": 1.0}}]}}, "a number of places"),
     ):  # fmt: skip
         (tmp_path / kept.FILE).write_text(json.dumps(content | change))
         with pytest.raises(UserError, match=rf"lengths.json.*{wrong}.*delete it, and evaluate again"):
@@ -184,3 +186,4 @@ def test_tensorboard_has_every_way_as_a_run_with_tokens_as_steps(tmp_path: Path)
     assert [one.step for one in events.Scalars("length/loss")] == [64, 256]
     assert [one.step for one in events.Scalars("length/loss_beyond")] == [256]
     assert "length/entropy_by_place/layer_0" in events.Tags()["scalars"]
+    assert "custom_scalars__config__" in events.Tags()["tensors"], "drawn without smoothing"

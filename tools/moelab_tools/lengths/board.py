@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+CATEGORY = "Longer texts: tokens to the right"
 Curves = dict[str, list[tuple[int, float]]]
 
 
@@ -17,7 +18,7 @@ def write_board(folder: Path, kept: Mapping[str, Any]) -> None:
     from moelab_plugins.observers._tensorboard_curves import write_curves
 
     for name, ones in kept["ways"].items():
-        write_curves(folder / name, curves_of(ones))
+        write_curves(folder / name, CATEGORY, curves_of(ones))
 
 
 def curves_of(ones: Sequence[Mapping[str, Any]]) -> Curves:

@@ -6,6 +6,7 @@ A way that is looked at again takes the place of what was there, and so do all w
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from moelab.checkpoint import CHECKPOINTS, CONFIG
 from moelab.errors import UserError
 from moelab.records import Record, read_record
 from moelab.safe_files import Reading
+from moelab_tools.lengths.asked import NAME
 
 if TYPE_CHECKING:
     from moelab_tools.lengths.measure import AtLength, Looked
@@ -24,6 +26,7 @@ FOLDER, FILE = "lengths", "lengths.json"  # in the run's folder, and in that of 
 FORMAT_VERSION = 1
 READING = Reading(UserError, "delete it, and evaluate again with --length")
 NUMBERS, BY_LAYER = ("positions", "drift", "drift_within", "passkey"), ("drift_by_place", "entropy")
+_PLACES = re.compile(r"[0-9]{1,12}(-[0-9]{1,12})?")
 TEXT = ("text", "tokens")  # what says that two looks read the same
 
 
@@ -62,9 +65,14 @@ def read_kept(path: Path) -> dict[str, Any]:
     record.integer("trained", least=1)
     record.integer("tokens", least=1)
     record.record("text")
-    for name, _ in record.record("ways").values.items():
-        for one in record.record("ways").listed(name, dict):
+    ways = record.record("ways")
+    for name in ways.values:
+        if not NAME.fullmatch(name):  # it becomes a folder's
+            READING.refuse(path, f"ways: {name!r} is no name of a way")
+        for one in ways.listed(name, dict):
             _check(Record(f"{path}: ways.{name}", one, READING))
+    if not ways.values or not all(ways.values.values()):
+        record.refuse("ways", "ways, each with lengths")
     return dict(record.values)
 
 
@@ -83,11 +91,16 @@ def _check(one: Record) -> None:
     one.number("times", least=0)
     one.number("loss")
     one.number("beyond", None)
+    places = [one.record("positions")]
     for key in NUMBERS:
         one.record(key).numbers()
     for key in BY_LAYER:
-        for _, layer in one.record(key).records():
-            layer.numbers()
+        places += [layer for _, layer in one.record(key).records()]
+    for each in places:
+        each.numbers()
+        for name in each.values:
+            if not _PLACES.fullmatch(name):
+                each.refuse(name, "a number of places, as 0064-0127")
     for name in one.record("documents").values:
         pair = one.record("documents").listed(name, float, most=2)
         if len(pair) != 2:
