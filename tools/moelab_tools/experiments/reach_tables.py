@@ -27,7 +27,7 @@ def lengths_section(findings: Mapping[str, Any], level: str = "##") -> list[str]
         for moment, one in moments.items():
             told += ["", f"{level}# {variant}, {moment}: trained on {one['trained']} tokens", ""]
             told += [*_table(one, asked), ""]
-            told += _by_word(one)
+            told += [*_by_word(one), *_within(one, asked["baseline"])]
     return told
 
 
@@ -60,6 +60,14 @@ def _by_word(one: Mapping[str, Any]) -> list[str]:
         if "concluded" in way:
             names.setdefault(way["concluded"], []).append(name)
     return [f"- {', '.join(ways)}: {concluded}" for concluded, ways in names.items()]
+
+
+def _within(one: Mapping[str, Any], baseline: str) -> list[str]:
+    """Beside what moves beyond the trained length, what moves within it; nothing without experts."""
+    moved = one["lengths"][0]["ways"][baseline]["moved_within"]
+    if moved is None:
+        return []
+    return [f"- of assignments, {moved:.3f} move from the first half of the trained length to its second"]
 
 
 def _interval(way: Mapping[str, Any]) -> str:

@@ -74,6 +74,7 @@ def test_every_run_is_looked_at_once_and_the_findings_tell_of_it(tmp_path: Path)
     text = (folder / "results" / "reading.md").read_text()
     assert "Which way reaches?" in text
     assert "slow, end: trained on 32 tokens" in text
+    assert "move from the first half of the trained length to its second" in text
     again = InProcess()
     run_experiment(ExperimentRequest(folder, out=tmp_path / "out"), quiet(), again)
     assert again.started == []
