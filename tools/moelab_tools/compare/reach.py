@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from moelab_tools.compare.bands import short
@@ -23,14 +24,20 @@ def longer_texts(cast: Cast) -> Section:
     shown: list[Chart] = []
     folded: list[Chart] = []
     for place, line in enumerate(cast.lines):
-        newest = [found[-1] for run in cast.counted(line) if (found := of_run(run.path))]
-        alike = [kept for step, kept in newest if step == newest[0][0] and kept["text"] == newest[0][1]["text"]]
-        if not alike:
+        found = charts_of(*(run.path for run in cast.counted(line)), name=f"longer-{place}", title=label(line.name))
+        if not found:
             continue
-        (first, *rest) = _charts(alike, f"longer-{place}", label(line.name))
+        (first, *rest) = found
         (shown if cast.is_main(place) else folded).append(first)
         folded += rest
     return Section("Longer texts", TEXT, shown, folded, each="chart")
+
+
+def charts_of(*runs: Path, name: str = "longer", title: str = "") -> list[Chart]:
+    """Of the runs of one variant, by their newest checkpoint that was looked at, where it is the same in all."""
+    newest = [found[-1] for run in runs if (found := of_run(run))]
+    alike = [kept for step, kept in newest if step == newest[0][0] and kept["text"] == newest[0][1]["text"]]
+    return _charts(alike, name, title) if alike else []
 
 
 def _charts(kept: Sequence[Kept], name: str, title: str) -> list[Chart]:

@@ -91,6 +91,8 @@ def _check(one: Record) -> None:
     one.number("times", least=0)
     one.number("loss")
     one.number("beyond", None)
+    if "beyond" not in one.values:
+        one.refuse("beyond", "a number, or null")
     places = [one.record("positions")]
     for key in NUMBERS:
         one.record(key).numbers()
