@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,21 @@ def lengths_section(findings: Mapping[str, Any], level: str = "##") -> list[str]
             told += [*_table(one, asked), ""]
             told += [*_by_word(one), *_within(one, asked["baseline"])]
     return told
+
+
+def lengths_in_short(findings: Mapping[str, Any]) -> str:
+    """How many ways got which word, over all variants and moments; empty where nothing was asked."""
+    ends = [
+        max(one["lengths"], key=lambda each: each["length"])["ways"]
+        for moments in (findings.get("lengths") or {}).values()
+        for one in moments.values()
+    ]
+    words = Counter(way["verdict"] for ways in ends for way in ways.values() if "verdict" in way)
+    if not words:
+        return ""
+    told = ", ".join(f"{count} {word}" for word, count in words.most_common())
+    baseline = findings["declaration"]["declared"]["lengths"]["baseline"]
+    return f"; ways of reaching, of {words.total()}: {told} (than {baseline})"
 
 
 def _table(one: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
