@@ -26,12 +26,14 @@ from moelab.origin import end_token_ids, read_origin
 from moelab.routes.files import read_trace
 from moelab.run_table.frame import run_records
 from moelab.training.setup import build_corpus_of, resolve_run
+from moelab_tools.compare.reach import charts_of
 from moelab_tools.compare.runs import read_run
 from moelab_upcycling.convert import prepare, registry_of
 from moelab_upcycling.verify import plan_of_output
 
 Reader = Callable[[Path], object]
 STEP = "run/checkpoints/step_00000003"
+LENGTHS = "run/lengths/step_00000003/lengths.json"
 SHORT = ("--tokens", "3")
 
 
@@ -302,6 +304,11 @@ KINDS: dict[str, Kind] = {
                     ("runs", ".", "--sort", "loss", "--where", "state=*"),
                     ("runs", ".", "--json"),
                 ),
+            ),
+            Group(
+                (LENGTHS,),
+                (lambda f: charts_of(f / "run"),),
+                (("compare", "run", "run2", "--output", "o"), ("evaluate", "run", "--length", "2x", "--tokens", "64")),
             ),
             Group(
                 (f"{STEP}/config.yaml",),

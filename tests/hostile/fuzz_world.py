@@ -85,6 +85,7 @@ def make_world(folder: Path) -> None:
     write_gguf(folder / "dense.gguf")
     for name, seed in (("run", 0), ("run2", 1)):
         _do("train", str(folder / "mine.yaml"), f"run_dir={folder / name}", f"seed={seed}")
+    _do("evaluate", str(folder / "run"), "--length", "1x,2x", "--tokens", "64")
     _do("trace", str(folder / "run"), "--out", str(folder / "trace"), "--tokens", "100")
     _do("export", str(folder / "run"), str(folder / "hf"))
     dense = ModelConfig(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 OPTIONS: dict[str, ExtensionPoint[Any, Any]] = {"--attention": ATTENTIONS, "--rope-scaling": ROPE_SCALINGS}
-TRAINED, FACTOR = "original_max_position_embeddings", "factor"
+TRAINED, FACTOR, WINDOW = "original_max_position_embeddings", "factor", "window"
 
 
 def position_options(command: CommandT) -> CommandT:
@@ -45,8 +45,8 @@ class Positions:
     def apply(self, model: Transformer, registry: Registry, length: int, trained: int) -> list[str]:
         """Reposition `model` for texts of `length` tokens; -> a line for each number that was filled in.
 
-        What an option leaves out of the trained length and of a factor that is needed is filled in: `trained`, and how
-        many times that `length` is. Raises ConfigError naming the option.
+        What an option leaves out of the trained length, of a window and of a factor that are needed is filled in:
+        `trained`, twice, and how many times that `length` is. Raises ConfigError naming the option.
         """
         from moelab.builder import reposition
 
@@ -79,6 +79,8 @@ def _part(option: str, said: str, registry: Registry, length: int, trained: int)
         defaults = {field.name: field.default for field in fields(known.options)}
         if TRAINED in defaults and part.get(TRAINED) is None:
             filled[TRAINED] = trained
+        if defaults.get(WINDOW) == MISSING_TEXT and WINDOW not in part:
+            filled[WINDOW] = trained
         if defaults.get(FACTOR) == MISSING_TEXT and FACTOR not in part:
             filled[FACTOR] = max(1, ceil(length / int(part.get(TRAINED) or trained)))
     return part | filled, ", ".join(f"{key} {value}" for key, value in filled.items())

@@ -135,12 +135,6 @@ def check_stages(config: Staged) -> None:
         if stage.steps is not None and stage.steps < 1:
             raise ConfigError(f"{where}.steps: must be at least 1, not {stage.steps}")
     _check_steps(config)
-    if config.train.keep_best or config.train.patience is not None:
-        key = "keep_best" if config.train.keep_best else "patience"
-        raise ConfigError(
-            f"train.{key}: compares held-out losses, and each stage has its own, of its own length; leave it out, or "
-            "make the last stage a run of its own with train.init_from"
-        )
 
 
 def _check_steps(config: Staged) -> None:

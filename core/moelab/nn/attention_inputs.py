@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -17,6 +18,8 @@ from moelab.nn.rope import Rope
 
 MadeT = TypeVar("MadeT")
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # as `nn.full_attention.fastest`
+# Of a layer's block of queries: layer_id, sequences, their rows among the S, and the weights [b, heads, rows, keys].
+Look = Callable[[int, slice, slice, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class AttentionInputs:
     documents: Tensor | None = None  # [B, L] int64: attention stays among equal neighbours; None: one a sequence
     given_mask: Tensor | None = None  # [B, 1, S, L], True or 0 where a query may look: a caller's own, in place of both
     cache: Appending | None = None
-    attend: Attend | None = None  # computes in place of `full_attention.fastest`: for a look at the weights
+    attend: Attend | None = None  # computes in place of `full_attention.fastest`: for a look at all weights
+    look: Look | None = None  # shown the weights block by block, by an attention that has them; others don't call it
     shared: dict[Hashable, Any] = field(default_factory=dict)  # what `once` made
 
     def once(self, key: Hashable, make: Callable[[], MadeT]) -> MadeT:
@@ -83,6 +87,10 @@ class AttentionInputs:
         if positions is None:
             return self.once("rotation", lambda: self.rotation(self.positions))
         return self.rope.tables(positions, self.dtype, self.length)
+
+    def look_of(self, layer_id: int) -> Callable[[slice, slice, Tensor], None] | None:
+        """`look` as `blocked_attention` calls it."""
+        return None if self.look is None else partial(self.look, layer_id)
 
     @property
     def mask(self) -> Tensor | None:

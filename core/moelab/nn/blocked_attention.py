@@ -7,7 +7,7 @@ B sequences, H query heads in G groups of one key head each, S queries, P positi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from moelab.nn.attention_inputs import AttentionInputs
+from moelab.nn.fused_parts import chunked_attention, fused_pays
 
 BLOCK_ROWS = 256  # of a product: queries of one block times query heads of a group
 KEEP_ELEMENTS = 1 << 22  # attention weights kept for the backward pass: 16 MB a layer; beyond, they are computed again
 BATCH_ELEMENTS = 1 << 19  # scores computed at once, where one block has fewer: 2 MB
 LEAST_ROWS = 16
+Look = Callable[[slice, slice, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,15 @@ class View:
         chunks = None if chunk is None else positions // chunk
         torn = segments if inputs.documents is None else None
         return cls(batch, inputs.past, seq, window, chunk, segments, starts, chunks, torn)
+
+    def fuses(self, query: Tensor, *, training: bool) -> bool:
+        """Whether torch's kernel computes the forward pass of query [B, H, S, d]: see `fused_parts`.
+
+        In training not where the weights of blocks would be kept for the backward pass.
+        """
+        if self.chunk is None or self.segments is not None or self.window is not None or not fused_pays(query):
+            return False
+        return not training or query.shape[0] * query.shape[1] * self.seq * (self.past + self.seq) // 2 > KEEP_ELEMENTS
 
     def blocks(self, groups: int, shared: int) -> list[Block]:
         """All queries, for `groups` key heads of `shared` query heads each."""
@@ -150,15 +161,18 @@ class View:
         return same & (index >= self.starts[batch, own, None])
 
 
-def blocked_attention(queries: Sequence[Tensor], key: Tensor, value: Tensor, view: View) -> Tensor:
+def blocked_attention(
+    queries: Sequence[Tensor], key: Tensor, value: Tensor, view: View, look: Look | None = None
+) -> Tensor:
     """queries, each [B, H, S, d], key and value [B, G, L, d] -> [B, H, S, d] in the query's dtype.
 
     All turned already. One query, or with `view.chunk` three: for keys of the own chunk, of the one before, and of
-    others; those that no key needs may be left out. Computed in fp32 or wider.
+    others; those that no key needs may be left out. Computed in fp32 or wider. `look` is shown the sequences, the rows
+    and the weights [b, heads, rows, keys] of each block, and must not change them.
     """
     dtype, wide = queries[0].dtype, torch.promote_types(queries[0].dtype, torch.float32)
     with torch.autocast(queries[0].device.type, enabled=False):
-        out: Tensor = _Blocked.apply(view, key.to(wide), value.to(wide), *(query.to(wide) for query in queries))
+        out: Tensor = _Blocked.apply((view, look), key.to(wide), value.to(wide), *(query.to(wide) for query in queries))
     return out.to(dtype)
 
 
@@ -166,21 +180,28 @@ class _Blocked(torch.autograd.Function):
     """softmax(q k^T / sqrt(d)) v. With p the weights: dv = p^T dy, ds = p (dy v^T - rowsum), dq = ds k, dk = ds^T q."""
 
     @staticmethod
-    def forward(ctx: Any, view: View, key: Tensor, value: Tensor, *queries: Tensor) -> Tensor:
+    def forward(ctx: Any, how: tuple[View, Look | None], key: Tensor, value: Tensor, *queries: Tensor) -> Tensor:
+        view, look = how
         batch, heads, seq, width = queries[0].shape
         # Scaled here and not with each query; contiguous, so that each block reads a view.
         key, value = (key * width**-0.5).contiguous(), value.contiguous()
         groups = key.shape[1]
         grouped = [query.unflatten(1, (groups, -1)) for query in queries]  # [B, G, H / G, S, d]
+        ctx.view, ctx.queries = view, len(queries)
+        if look is None and view.fuses(queries[0], training=any(ctx.needs_input_grad)):
+            assert view.chunk is not None
+            ctx.save_for_backward(key, value, *grouped)
+            return chunked_attention(queries, key, value, view.past, view.chunk).transpose(1, 2)
         out = key.new_empty(batch, seq, groups, heads // groups, width)  # the order in which o_proj reads it
-        ctx.view, kept, room = view, [], KEEP_ELEMENTS if any(ctx.needs_input_grad) else 0
+        kept, room = [], KEEP_ELEMENTS if any(ctx.needs_input_grad) else 0
         for block in view.blocks(groups, heads // groups):
             weights = _weights(view, block, grouped, key)
+            if look is not None:
+                look(block.batch, block.rows, _of_sequences(weights, block))
             _write(out.permute(0, 2, 3, 1, 4), block, torch.bmm(weights, _keys(value, block, block.keys)))
             room -= weights.numel()
             kept += [weights] if room >= 0 else []
         ctx.save_for_backward(key, value, *grouped, *kept)
-        ctx.queries = len(queries)
         return out.view(batch, seq, heads, width).transpose(1, 2)
 
     @staticmethod
@@ -269,6 +290,12 @@ def _by_head(scores: Tensor, mask: Tensor) -> Tensor:
     """[N, H / G * rows, keys] -> [b, g, H / G, rows, keys], a view; mask [b, rows, keys]."""
     batch, rows = mask.shape[:2]
     return scores.view(batch, scores.shape[0] // batch, scores.shape[1] // rows, rows, scores.shape[2])
+
+
+def _of_sequences(weights: Tensor, block: Block) -> Tensor:
+    """[N, H / G * rows, keys] -> [b, heads, rows, keys]."""
+    sequences, rows = block.batch.stop - block.batch.start, block.rows.stop - block.rows.start
+    return weights.view(sequences, -1, rows, weights.shape[2])
 
 
 def _write(grouped: Tensor, block: Block, values: Tensor, *, add: bool = False) -> None:

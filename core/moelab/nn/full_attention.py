@@ -29,8 +29,9 @@ class FullAttention:
         query, key, value = turned(self.layer_id, query, key, value, inputs)
         if inputs.attend is not None:
             return inputs.attend(query, key, value, inputs.mask)
-        if inputs.given_mask is None and _in_blocks(inputs):
-            return masked_attention([query], key, value, inputs.once("full", lambda: View.of(inputs)))
+        if inputs.given_mask is None and (inputs.look is not None or _in_blocks(inputs)):
+            view = inputs.once("full", lambda: View.of(inputs))
+            return masked_attention([query], key, value, view, inputs.look_of(self.layer_id))
         return self.attend(query, key, value, inputs.mask)
 
 

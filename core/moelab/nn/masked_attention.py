@@ -6,16 +6,21 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from moelab.nn.blocked_attention import View, blocked_attention
+from moelab.nn.blocked_attention import Look, View, blocked_attention
 
 
-def masked_attention(queries: Sequence[Tensor], key: Tensor, value: Tensor, view: View) -> Tensor:
-    """queries, each [B, H, S, d], key and value [B, G, L, d] -> [B, H, S, d]: see `blocked_attention`."""
-    if queries[0].device.type == "cuda":
+def masked_attention(
+    queries: Sequence[Tensor], key: Tensor, value: Tensor, view: View, look: Look | None = None
+) -> Tensor:
+    """queries, each [B, H, S, d], key and value [B, G, L, d] -> [B, H, S, d]: see `blocked_attention`.
+
+    Blocks alone have weights to show a `look`.
+    """
+    if look is None and queries[0].device.type == "cuda":
         from moelab.nn import flex_attention  # noqa: PLC0415  (brings torch's compiler with it)
 
         if flex_attention.serves(queries[0], view):
             out = flex_attention.flexed_attention(queries, key, value, view)
             if out is not None:
                 return out
-    return blocked_attention(queries, key, value, view)
+    return blocked_attention(queries, key, value, view, look)

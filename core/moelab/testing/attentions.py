@@ -214,6 +214,24 @@ def equals_its_definition(case: AttentionCase) -> None:
             assert_close(one, other, f"the gradient of the {name}, against all pairs in float64", 1e-4)
 
 
+def what_it_shows_are_its_weights(case: AttentionCase) -> None:
+    """Where it calls `inputs.look`: every query of every head once, with weights that sum to one; same output."""
+    heads = case.heads()
+    batch, count, seq = heads[0].shape[:3]
+    shown = torch.zeros(batch, seq)
+
+    def look(layer_id: int, sequences: slice, rows: slice, weights: Tensor) -> None:
+        assert layer_id == case.context.layer_id, f"shown as of layer {layer_id}, not {case.context.layer_id}"
+        assert_close(weights.sum(-1), torch.ones(weights.shape[:3]), "sums of the weights shown", 1e-5)
+        shown[sequences, rows] += weights.shape[1]
+
+    out = case.build()(*heads, case.inputs(heads, look=look))
+    if shown.any():
+        wrong = f"of {count} heads, the queries of {sorted(set(shown.flatten().tolist()))} were shown"
+        assert bool((shown == count).all()), wrong
+        assert_close(out, case.run(heads), "looked at, and not", 1e-5)
+
+
 ATTENTION_CHECKS: tuple[Callable[[AttentionCase], None], ...] = (
     returns_the_shape_and_dtype_of_the_query,
     what_follows_changes_nothing,
@@ -223,6 +241,7 @@ ATTENTION_CHECKS: tuple[Callable[[AttentionCase], None], ...] = (
     documents_are_apart,
     its_gradients_are_those_of_its_output,
     equals_its_definition,
+    what_it_shows_are_its_weights,
 )
 
 

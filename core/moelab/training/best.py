@@ -3,7 +3,8 @@
 Both uses are off unless asked for. `train.keep_best` keeps the checkpoint of that evaluation in RUN/best beside the
 newest ones. `train.patience` ends a run after so many evaluations without a lower loss, its rate then not brought down
 (Prechelt 1998, "Early Stopping - but when?", criterion UP_s in the form that Keras and Lightning call patience; the
-chapter was not opened). The lowest of many looks at one text is too low by chance: `moelab compare` goes by the last
+chapter was not opened). In a run of stages both count from the stage's beginning, and patience ends the last one
+alone. The lowest of many looks at one text is too low by chance: `moelab compare` goes by the last
 evaluation unless asked otherwise.
 """
 
@@ -56,6 +57,12 @@ class Best:
             return True
         self.since += 1
         return False
+
+    def of_stage(self, first: int) -> Best:
+        """As a stage that begins after step `first` has it: losses of another stage's length don't compare."""
+        if first == 0 or self.step is None or self.step > first:
+            return self
+        return Best(evaluations=self.evaluations, last=self.last)
 
     def over(self, patience: int | None) -> bool:
         """Whether a run of this patience waits no longer."""

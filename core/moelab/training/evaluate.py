@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from moelab.config.run import EvaluationConfig, RunConfig
 from moelab.data.batches import Batch, ValidationBatches
 from moelab.data.tokenizer import Tokenizer
+from moelab.moe.routing import LayerRecord
 from moelab.nn.generate import Sampling, generate
 from moelab.nn.transformer import TokenContext, Transformer
 from moelab.parallel.ranks import ALONE, Ranks
@@ -22,6 +23,7 @@ from moelab.training.precision import Precision
 # Tokens of a forward pass without gradients: on a CPU a smaller one is slower and a larger one no faster
 # (benchmarks/results/evaluation.md); it keeps one layer's activations at a time and no logits.
 TOKENS_AT_ONCE = 1 << 14
+Watch = Callable[[Batch, Sequence[LayerRecord]], None]  # of a batch, and the records of its MoE layers
 AXES = ("position", "context")  # of `Evaluation.places`
 
 
@@ -38,8 +40,15 @@ def evaluation_batch_size(config: RunConfig) -> int:
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, batches: ValidationBatches, precision: Precision, ranks: Ranks = ALONE) -> Evaluation:
-    """The loss of every held-out token, each counted once, by one of the ranks.
+def evaluate(
+    model: Transformer,
+    batches: ValidationBatches,
+    precision: Precision,
+    ranks: Ranks = ALONE,
+    *,
+    watch: Watch | None = None,
+) -> Evaluation:
+    """The loss of every held-out token, each counted once, by one of the ranks. `watch` sees what was routed for it.
 
     The batch size changes no number beyond the rounding of a matrix product of another shape (1e-7 of a document's
     loss in float32): in evaluation no router lets sequences of a batch touch each other, unless it is given an
@@ -57,6 +66,8 @@ def evaluate(model: Transformer, batches: ValidationBatches, precision: Precisio
         assert output.token_loss is not None
         if waiting is not None:  # a device computes this batch while the host sums the one before
             found.add(*waiting)
+        if watch is not None and counts:
+            watch(batch, output.records)
         waiting = (batch, output.token_loss) if counts else None
     if waiting is not None:
         found.add(*waiting)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from moelab.atomic import write_file
+from moelab.training.best import Best
 from moelab.training.evaluate import evaluate, sample_texts
 from moelab.training.failure import check_evaluation
 from moelab.training.loop import Loop
@@ -21,6 +22,7 @@ def evaluate_run(loop: Loop) -> None:
     )
     loss = evaluation.loss()
     told = loop.progress.step > 0 or setup.config.train.init_from is not None  # random weights have nothing to say
+    loop.best = _best_of_stage(loop)
     lowest = told and loop.best.look(loop.progress.step, loss)
     loop.ended_early = ends_early(loop)
     metrics = evaluation.metrics() | evaluation.detail(held_out_documents(setup))
@@ -35,9 +37,15 @@ def evaluate_run(loop: Loop) -> None:
 
 
 def ends_early(loop: Loop) -> bool:
-    """Whether the run waits no longer for a lower held-out loss, before its last step."""
-    train = loop.setup.config.train
-    return loop.progress.step < train.steps and loop.best.over(train.patience)
+    """Whether the run waits no longer for a lower held-out loss, in its last stage and before its last step."""
+    setup, train = loop.setup, loop.setup.config.train
+    last = setup.stage == max(len(setup.stages) - 1, 0)
+    return last and loop.progress.step < train.steps and _best_of_stage(loop).over(train.patience)
+
+
+def _best_of_stage(loop: Loop) -> Best:
+    setup = loop.setup
+    return loop.best.of_stage(setup.stages[setup.stage].first) if setup.stages else loop.best
 
 
 def write_evaluation(loop: Loop) -> None:

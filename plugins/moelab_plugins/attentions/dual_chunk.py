@@ -99,7 +99,8 @@ class DualChunkAttention:
     (2309.00071) 3.4; vLLM's code multiplies the keys alone, and by the length of the whole text: here of what the
     query sees, so that the text before it doesn't change with what follows.
     Use: texts beyond the trained length without training, up to any length. With rope scaling yarn both apply.
-    Cost: S^2 / 2 scores a head as full attention; queries are turned three times.
+    Cost: S^2 / 2 scores a head as full attention; queries are turned three times. On a CPU torch's kernel computes the
+    parts (`nn.fused_parts`); backward passes, and texts with padding or documents or short ones, go in blocks.
     """
 
     reach = inf
@@ -124,7 +125,7 @@ class DualChunkAttention:
             key, value = inputs.cache.append(self.layer_id, key, value)
         queries = [rotate(query, *(table.to(query.dtype) for table in turn)) for turn in turns]
         view = inputs.once(("dual_chunk view", self.chunks), lambda: View.of(inputs, chunk=self.chunks.chunk))
-        return masked_attention(queries, key, value, view)
+        return masked_attention(queries, key, value, view, inputs.look_of(self.layer_id))
 
     def _rotations(self, inputs: AttentionInputs) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
         """cos and sin of the queries, for each distance of chunks that occurs, and of the keys: [B or 1, 1, S, d]."""

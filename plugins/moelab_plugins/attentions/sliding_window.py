@@ -49,7 +49,7 @@ class SlidingWindow:
             raise ConfigError("model.attention: sliding_window takes masks of padding alone, and shows no weights")
         query, key, value = turned(self.full.layer_id, query, key, value, inputs)
         view = inputs.once(("sliding_window", self.window), lambda: View.of(inputs, window=self.window))
-        return masked_attention([query], key, value, view)
+        return masked_attention([query], key, value, view, inputs.look_of(self.full.layer_id))
 
 
 def build(options: SlidingWindowOptions, context: AttentionContext) -> AttentionKernel:

@@ -7,6 +7,7 @@ lines by 0.6, which moves the last of three evaluations by a tenth of a nat. It 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from moelab_plugins.observers import _tensorboard_tags as tags
@@ -33,10 +34,7 @@ LAYERS = {
 
 def layout_summary() -> Any:
     """The Summary that holds the layout."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.compat.proto.tensor_pb2 import TensorProto
-    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-    from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+    from tensorboard.plugins.custom_scalar import layout_pb2
 
     charts = [_exact(title, *charted) for title, charted in reversed(CHARTS.items())]  # shown last first, in 2.21
     by_layer = [_lines(title, f"layers_{metric}/") for title, metric in LAYERS.items()]
@@ -44,6 +42,23 @@ def layout_summary() -> Any:
         layout_pb2.Category(title=FIRST, chart=charts),
         layout_pb2.Category(title=BY_LAYER, chart=by_layer, closed=True),
     ]
+    return _summary(categories)
+
+
+def exact_summary(category: str, charted: Iterable[str]) -> Any:
+    """A Summary that draws each of these tags as it is."""
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    charts = [_exact(tag, tag) for tag in reversed(list(charted))]
+    return _summary([layout_pb2.Category(title=category, chart=charts)])
+
+
+def _summary(categories: list[Any]) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+    from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+
     content = layout_pb2.Layout(category=categories).SerializeToString()
     tensor = TensorProto(dtype="DT_STRING", string_val=[content], tensor_shape=TensorShapeProto())
     about = metadata.create_summary_metadata()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moelab.training.evaluation import Evaluation
     from moelab.training.precision import Precision
     from moelab_tools.judging import Score
+    from moelab_tools.lengths.asked import Way
 
 SCORES = "lm_eval.json"  # of a run folder: what `--tasks` found last
 
@@ -43,6 +44,10 @@ SCORES = "lm_eval.json"  # of a run folder: what `--tasks` found last
 )
 @click.option("--limit", type=click.IntRange(1), help="With --tasks: examples of each task.")
 @click.option("--length", "lengths", help="Several: 1x,2x,4x of the trained length, or tokens: 512,4096.")
+@click.option(
+    "--ways", help="With --length: several, a YAML file {NAME: {attention, rope_scaling}}, or all: the known ones."
+)
+@click.option("--tokens", type=click.IntRange(1), help="With --length: held-out tokens read at each, about.")
 @click.option("--passkey", type=click.IntRange(1), help="With --length: keys hidden at each depth, to be given back.")
 @position_options
 @NO_VERIFY
@@ -55,6 +60,8 @@ def command(
     tasks: str | None,
     limit: int | None,
     lengths: str | None,
+    ways: str | None,
+    tokens: int | None,
     passkey: int | None,
     attention: str | None,
     rope_scaling: str | None,
@@ -69,8 +76,9 @@ def command(
     CONFIG that says another model or tokenizer is refused, unless its train.init_overrides names the key.
 
     --length evaluates at several lengths in turn, as many tokens each: the loss by place, whether experts get other
-    loads beyond the trained length, and with --passkey whether a number hidden in the text is found. --attention and
-    --rope-scaling reach beyond the trained length without training; what they leave out is filled in and told.
+    loads beyond the trained length, how widely attention looks, and with --passkey whether a hidden number is found.
+    --attention and --rope-scaling reach farther without training; what they leave out is filled in and told. --ways
+    compares several. Of a checkpoint in a run folder all is kept in the run's lengths/, for TensorBoard and reports.
 
     \b
     Example:
@@ -78,17 +86,15 @@ def command(
       moelab evaluate runs/tiny_moe --tasks heldout_continuation
       moelab evaluate runs/tiny_moe --length 1x,2x,4x --rope-scaling yarn \\
           --attention dual_chunk
+      moelab evaluate runs/tiny_moe --length 1x,8x --ways all
       moelab evaluate exported/tiny_moe configs/train/tiny_moe.yaml \\
           evaluation.sequences=128
     """
     positions = Positions(attention, rope_scaling)
-    if lengths is not None and tasks is not None:
-        raise click.UsageError("--length and --tasks: one at a time")
-    if passkey is not None and lengths is None:
-        raise click.UsageError("--passkey: says how many keys at each --length, and there is none")
+    chosen = _ways(positions, ways, lengths, {"--passkey": passkey, "--tokens": tokens, "--tasks": tasks})
     opened = _open(checkpoint, config, trust=trust, verify=verify)
-    if tasks is None and lengths is not None:
-        _tell_lengths(opened, positions, lengths, passkey, as_json=as_json)
+    if lengths is not None:
+        _tell_lengths(opened, chosen, lengths, (tokens, passkey), as_json=as_json)
         return
     length = opened.run.train.sequence_length
     for line in positions.apply(opened.model, opened.registry, length, length):
@@ -107,10 +113,27 @@ def command(
     _tell(evaluation, domains, as_json=as_json)
 
 
+def _ways(positions: Positions, ways: str | None, lengths: str | None, others: Mapping[str, object]) -> list[Way]:
+    """What is looked at with --length; refuses options that don't go together."""
+    from moelab_tools.lengths.asked import read_ways, way_of
+
+    if lengths is not None and others["--tasks"] is not None:
+        raise click.UsageError("--length and --tasks: one at a time")
+    for option in ("--passkey", "--tokens"):
+        if others[option] is not None and lengths is None:
+            raise click.UsageError(f"{option}: goes with --length, and there is none")
+    if ways is None:
+        return [way_of(positions)]
+    if lengths is None or positions != Positions():
+        raise click.UsageError("--ways: goes with --length, and in place of --attention and --rope-scaling")
+    return read_ways(ways)
+
+
 @dataclass(frozen=True)
 class _Opened:
     """A checkpoint, and the held-out text that it is evaluated on."""
 
+    folder: Path
     model: Transformer
     run: RunConfig
     registry: Registry
@@ -151,17 +174,32 @@ def _open(checkpoint: Path, config: tuple[str, ...], *, trust: bool, verify: boo
     for line in seen_text(history, str(checkpoint), corpus, tokenizer, batches.documents_scored()).lines():
         click.echo(f"warning: {line}", err=True)
     model = read_model(folder, device=precision.device, registry=registry)
-    return _Opened(model, run, registry, tokenizer, corpus, batches, precision)
+    return _Opened(folder, model, run, registry, tokenizer, corpus, batches, precision)
 
 
-def _tell_lengths(opened: _Opened, positions: Positions, lengths: str, passkey: int | None, *, as_json: bool) -> None:
-    from moelab_tools.lengths import at_lengths, length_lines
+def _tell_lengths(
+    opened: _Opened, ways: Sequence[Way], lengths: str, how: tuple[int | None, int | None], *, as_json: bool
+) -> None:
+    """`how`: tokens at each length, and keys at each depth."""
+    from moelab_tools.lengths import board, kept, lines, measure
 
+    tokens, passkey = how
     keys = None if passkey is None else (opened.tokenizer, passkey)
-    told = at_lengths(
-        opened.model, opened.registry, opened.run, opened.corpus, opened.precision, positions, lengths, keys
-    )
-    click.echo(json.dumps([asdict(one) for one in told], indent=2) if as_json else "\n".join(length_lines(told)))
+    looked = measure.Looked(opened.model, opened.run, opened.registry, opened.corpus, opened.precision, tokens, keys)
+    found = {}
+    for way in ways:
+        found[way.name] = measure.at_lengths(looked, way, lengths)
+        if len(ways) > 1:
+            click.echo(f"{way.name}: looked at", err=True)
+    for line in lines.filled_lines(found):
+        click.echo(line, err=True)
+    told = {name: [asdict(one) for one in ones] for name, ones in found.items()}
+    shown = next(iter(told.values())) if len(told) == 1 else told
+    click.echo(json.dumps(shown, indent=2) if as_json else "\n".join(lines.length_lines(found)))
+    place = kept.place_of(opened.folder)
+    if place is not None:
+        board.write_board(place, kept.keep(place, looked, found))
+        click.echo(f"kept in {place}", err=True)
 
 
 def _tell(evaluation: Evaluation, domains: Sequence[str], *, as_json: bool) -> None:

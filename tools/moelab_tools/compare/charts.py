@@ -35,6 +35,7 @@ class Section:
     text: str
     charts: list[Chart] = field(default_factory=list)
     more: list[Chart] = field(default_factory=list)
+    each: str = "variant"  # what one of `more` shows
 
     @property
     def anchor(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moelab_tools.compare.bands import Band, band, short
@@ -11,6 +11,7 @@ from moelab_tools.compare.charts import Cast, Chart, Section
 from moelab_tools.compare.comparison import Comparison
 from moelab_tools.compare.frontier import frontier
 from moelab_tools.compare.layers import balance_by_layer, loads_at_the_end
+from moelab_tools.compare.reach import longer_texts
 from moelab_tools.compare.runs import Run
 
 MOST_POINTS, ALL_POINTS, LEAST_POINTS = 240, 4000, 40  # of a curve, of all curves of a chart, of a curve nevertheless
@@ -41,6 +42,7 @@ def sections(comparison: Comparison, cast: Cast) -> list[Section]:
                 plot.places("context", comparison, "Tokens of its own document before it"),
             ],
         ),
+        longer_texts(cast),
         Section(
             "Training loss",
             "Language-model loss of the training batches; long runs are averaged over 1/40 of their length."
@@ -73,7 +75,9 @@ def sections(comparison: Comparison, cast: Cast) -> list[Section]:
             ],
         ),
     ]  # fmt: skip
-    filled = [Section(one.title, one.text, [c for c in one.charts if c.data], one.more) for one in found]
+    filled = [
+        replace(one, charts=[c for c in one.charts if c.data], more=[c for c in one.more if c.data]) for one in found
+    ]
     return [section for section in filled if section.charts]
 
 

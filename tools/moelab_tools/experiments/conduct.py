@@ -25,8 +25,9 @@ from moelab_tools.experiments.arms import Arms
 from moelab_tools.experiments.declaration import END, RESULTS, Declaration, read_declaration
 from moelab_tools.experiments.findings import Conclusion, Settled, write_findings
 from moelab_tools.experiments.prepared import Preparation
+from moelab_tools.experiments.reached import Looks, reached
 from moelab_tools.experiments.register import registered, write_register
-from moelab_tools.sweep.launch import Outcome, Worker, launch
+from moelab_tools.sweep.launch import Outcome, Task, Worker, launch
 from moelab_tools.sweep.matching import told as told_match
 from moelab_tools.sweep.plan import REPORT, PlannedRun
 from moelab_tools.sweep.run import hold_folder, readable, refuse_changed, workers
@@ -98,11 +99,25 @@ class Experiment:
             conclusion.why_it_ended = self._ended(conclusion, at)
             if conclusion.why_it_ended:
                 break
+        self._look_at_lengths(planned, conclusion)
         conclusion.minutes = self.minutes()
         return conclusion
 
+    def _look_at_lengths(self, planned: dict[str, list[PlannedRun]], conclusion: Conclusion) -> None:
+        """Of the seeds that were run, where the declaration asks."""
+        asked, count = self.declaration.config.lengths, len(conclusion.seeds)
+        if asked is None or not count:
+            return
+        looks = Looks(asked, self.arms)
+        self._do([*self.arms.tasks(conclusion.seeds), *looks.tasks(planned, count)])
+        conclusion.failed |= {name: one.why for name, one in self.outcomes.items() if not one.well}
+        conclusion.lengths = reached(looks, planned, count)
+
     def _launch(self, seeds: Sequence[int]) -> None:
-        tasks = self.arms.tasks(seeds)
+        self._do(self.arms.tasks(seeds))
+
+    def _do(self, tasks: Sequence[Task]) -> None:
+        """What is done already is not done again."""
         outcomes = launch(tasks, self.worker, self.console, at_once=self.at_once, known=self.outcomes)
         for name in outcomes.keys() - self.outcomes.keys():
             self.spent[name] = self.spent.get(name, 0.0) + outcomes[name].seconds

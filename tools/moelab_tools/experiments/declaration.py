@@ -20,13 +20,12 @@ from moelab.planning.match import MEASURES
 from moelab_tools.compare.budgets import AXES
 from moelab_tools.compare.pairing import LEAST_PAIRS
 from moelab_tools.compare.sequential import SPENDING
-from moelab_tools.compare.verdict import BETTER, NEGLIGIBLE, NOT_RESOLVED, WORSE
+from moelab_tools.experiments.reaching import WORDS, Reaching
 from moelab_tools.sweep.axes import OURS, whole_numbers
 from moelab_tools.sweep.plan import digest
 
 FILE, RESULTS = "experiment.yaml", "results"
 END = "end"  # the axis of the last evaluation, whatever each run spent
-WORDS = (BETTER, WORSE, NEGLIGIBLE, NOT_RESOLVED)  # that a decision is declared for
 REFERENCE = "@"  # train.init_from=@dense: the weights that the step `dense` prepared
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*(?:_[A-Za-z0-9.+-]+)*")
 
@@ -76,6 +75,7 @@ class ExperimentConfig:
     budget: Budget = field(default_factory=Budget)
     protocol: Protocol = field(default_factory=Protocol)
     decision: dict[str, str] = field(default_factory=dict)  # verdict -> what is then concluded, of each variant
+    lengths: Reaching | None = None  # what the runs make of longer texts; null: that isn't asked
 
     @property
     def seed_list(self) -> list[int]:
@@ -100,6 +100,8 @@ class ExperimentConfig:
             )
         if self.match is not None and self.match not in MEASURES:
             raise ConfigError(f"match: no '{self.match}'{near(self.match, MEASURES)} Known: {', '.join(MEASURES)}")
+        if self.lengths is not None:
+            self.lengths.check()
         runs = len(self.variants) * len(self.seed_list)
         if self.budget.runs is not None and runs > self.budget.runs:
             raise ConfigError(f"budget.runs: {self.budget.runs}; variants times seeds are {runs}: declare fewer seeds")
@@ -115,7 +117,7 @@ class Declaration:
     hash: str
 
     def tree(self) -> dict[str, Any]:
-        return asdict(self.config)
+        return _said(self.config)
 
     def meaning(self, words: Sequence[str]) -> list[Any]:
         """What files and overrides say, wherever they lie."""
@@ -144,7 +146,13 @@ def read_declaration(name: str | Path) -> Declaration:
     files = {word: find_near(word, folder) for word in named if not is_override(word)}
     texts = {word: [settle(layer.tree) for layer in file_layers(file)] for word, file in sorted(files.items())}
     label = folder.resolve().name if path.name == FILE else path.stem
-    return Declaration(label, path, config, digest({"declared": asdict(config), "files": texts}))
+    return Declaration(label, path, config, digest({"declared": _said(config), "files": texts}))
+
+
+def _said(config: ExperimentConfig) -> dict[str, Any]:
+    """Without `lengths` where nothing is asked of them: as it was hashed before there were any."""
+    tree = asdict(config)
+    return tree if config.lengths is not None else {key: value for key, value in tree.items() if key != "lengths"}
 
 
 def find_near(word: str, folder: Path) -> Path:

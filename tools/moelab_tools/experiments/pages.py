@@ -15,6 +15,7 @@ from typing import Any
 from moelab.config.files import config_folder
 from moelab_tools.experiments.declaration import FILE, RESULTS, Declaration, read_declaration
 from moelab_tools.experiments.findings import READING, read_findings, table
+from moelab_tools.experiments.reach_tables import lengths_in_short, lengths_section
 from moelab_tools.experiments.register import FINDINGS
 
 HEAD = """# Findings
@@ -34,10 +35,15 @@ def page(experiments: Path) -> str:
     known = {one.name: _findings(one) for one in declared}
     told += ["| experiment | question | found |", "|---|---|---|"]
     for one in declared:
-        told.append(f"| [{one.name}](#{one.name}) | {one.config.question} | {_in_short(known[one.name])} |")
+        told.append(f"| [{one.name}](#{one.name}) | {_question(one)} | {_in_short(known[one.name])} |")
     for one in declared:
         told += ["", f"## {one.name}", "", one.config.question, "", *_section(one, known[one.name])]
     return "\n".join(told).rstrip() + "\n"
+
+
+def _question(declaration: Declaration) -> str:
+    asked = declaration.config.lengths
+    return declaration.config.question + (f" {asked.question}" if asked else "")
 
 
 def _findings(declaration: Declaration) -> dict[str, Any] | None:
@@ -52,7 +58,8 @@ def _in_short(findings: Mapping[str, Any] | None) -> str:
     for name, one in findings["variants"].items():
         if "verdict" in one:
             words.setdefault(one["verdict"] or "no verdict", []).append(name)
-    return "; ".join(f"{word}: {', '.join(names)}" for word, names in words.items()) + f" (than {findings['baseline']})"
+    told = "; ".join(f"{word}: {', '.join(names)}" for word, names in words.items()) + f" (than {findings['baseline']})"
+    return told + lengths_in_short(findings)
 
 
 def _section(declaration: Declaration, findings: Mapping[str, Any] | None) -> list[str]:
@@ -68,6 +75,7 @@ def _section(declaration: Declaration, findings: Mapping[str, Any] | None) -> li
     told += [f"- {name} did not end well: {why}" for name, why in findings["failed"].items()]
     seen = [_could_have_seen(name, one) for name, one in findings["variants"].items()]
     told += [one for one in seen if one]
+    told += ["", *lengths_section(findings, "###")] if "lengths" in findings else []
     told += ["", f"{len(findings['runs'])} runs, {findings['minutes']:g} minutes: `{findings['command']}`. "
              f"[Declared]({folder}/{FILE}), [read]({folder}/{RESULTS}/{READING})."]  # fmt: skip
     return told

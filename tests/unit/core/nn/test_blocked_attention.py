@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from moelab import Registry, testing
 from moelab.hookspecs import ATTENTIONS
 from moelab.nn import blocked_attention as module
+from moelab.nn import fused_parts
 from moelab.testing import attentions
 
 REGISTRY = Registry(entry_points=False)
@@ -38,6 +41,49 @@ def test_small_blocks_give_what_all_pairs_give(
     attentions.documents_are_apart(case)
     attentions.padding_changes_nothing(case)
     attentions.a_cache_continues_the_text(case)
+
+
+@pytest.mark.parametrize(("chunk", "local"), [(7, 3), (16, 16), (20, 1)])
+def test_chunks_by_the_kernel_give_what_all_pairs_give(chunk: int, local: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs, gradients, and a text that a cache continues from within a chunk; documents still go in blocks."""
+    calls: list[tuple[int, int]] = []
+    kernel = fused_parts.chunked_attention
+
+    def counted(queries: list[torch.Tensor], key: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append((queries[0].shape[2], key.shape[2]))
+        return kernel(queries, key, *rest)
+
+    monkeypatch.setattr(module, "chunked_attention", counted)
+    monkeypatch.setattr(fused_parts, "LEAST_QUERIES", 2)
+    monkeypatch.setattr(module, "KEEP_ELEMENTS", 0)
+
+    def definition(i: torch.Tensor, j: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        back, inside = i // chunk - j // chunk, i % chunk
+        place = torch.where(back == 0, inside, torch.where((back == 1) & (inside < local), chunk + inside, most))
+        return place - j % chunk, j <= i, torch.ones(())
+
+    most = chunk + local
+    options = {"preset": None, "chunk": chunk, "local": local, "max_position": most}
+    case = testing.AttentionCase(REGISTRY.components(ATTENTIONS)["dual_chunk"], options, definition=definition)
+    attentions.equals_its_definition(case)
+    whole = len(calls)
+    assert whole > 0
+    attentions.its_gradients_are_those_of_its_output(case)
+    attentions.what_follows_changes_nothing(case)
+    attentions.a_cache_continues_the_text(case)
+    assert any(keys > queries > 1 for queries, keys in calls), "a block of a text that goes on"
+    before, heads = len(calls), case.heads()
+    case.run(heads, documents=(torch.arange(heads[0].shape[2]) // 20)[None])
+    assert len(calls) == before
+
+
+def test_short_texts_in_training_keep_their_weights_in_blocks() -> None:
+    view = module.View(1, 0, 512, chunk=128)
+    query = torch.zeros(1, 4, 512, 8)
+    assert view.fuses(query, training=False)
+    assert not view.fuses(query, training=True)
+    assert module.View(1, 0, 8192, chunk=128).fuses(torch.zeros(1, 4, 8192, 1), training=True)
+    assert not module.View(1, 8192, 1, chunk=128).fuses(torch.zeros(1, 4, 1, 8), training=False), "a token to decode"
 
 
 def test_what_no_query_of_a_block_sees_is_not_computed() -> None:

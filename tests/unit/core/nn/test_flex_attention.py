@@ -207,7 +207,7 @@ def test_attentions_are_what_they_are_by_definition(
 
     calls = []
 
-    def flexed(queries: Any, key: Tensor, value: Tensor, view: View) -> Tensor | None:
+    def flexed(queries: Any, key: Tensor, value: Tensor, view: View, look: object) -> Tensor | None:
         calls.append(view)
         return flexed_attention(queries, key, value, view)
 

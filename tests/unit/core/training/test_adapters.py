@@ -20,6 +20,7 @@ from moelab.checkpoint import newest_checkpoint
 from moelab.config.adapters import AdapterConfig
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.config.run import DataConfig, EvaluationConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from moelab.config.stages import StageConfig
 from moelab.data.batches import Batch
 from moelab.errors import CheckpointError, ConfigError
 from moelab.nn.low_rank import adapter_targets
@@ -242,6 +243,34 @@ def test_resumed_it_is_the_same_to_the_bit(started: RunConfig, tmp_path: Path) -
     assert whole.keys() == halves.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor, halves[name]), name
+
+
+def test_in_a_run_of_stages_they_go_on_across_the_border_stopped_or_not(started: RunConfig, tmp_path: Path) -> None:
+    """The same factors and moments learn on the longer text; what isn't adapted stays the base's to the bit."""
+    config = dataclasses.replace(started, run_dir=str(tmp_path / "staged"), resume=False)
+    config.train = dataclasses.replace(started.train, save_every=1, keep_checkpoints=0)
+    config.stages = [
+        StageConfig("short", 2, sequence_length=8, rope_theta=1e4, max_position_embeddings=8),
+        StageConfig("long", sequence_length=16, rope_theta=1e6, max_position_embeddings=64),
+    ]
+    config.train.init_overrides = ["model.rope_theta"]
+    config.check()
+    run = train(config)
+    whole, border = tensors_of(run), load_file(run / "checkpoints/step_00000002/model.safetensors")
+    base = load_file(newest_checkpoint(Path(str(started.train.init_from))) / "model.safetensors")
+    targets = {target.name for target in adapter_targets(build_model(MODEL, REGISTRY), EVERYWHERE)}
+    for name in base:
+        assert torch.equal(whole[name], border[name]) == (name not in targets), name
+        assert name in targets or torch.equal(whole[name], base[name]), name
+    for left in (2, 3):
+        again = tmp_path / f"from_{left}"
+        shutil.copytree(run, again)
+        (again / "summary.json").unlink()
+        for step in range(left + 1, config.train.steps + 1):
+            shutil.rmtree(again / f"checkpoints/step_{step:08d}")
+        resumed = dataclasses.replace(config, run_dir=str(again), resume=True)
+        for name, tensor in tensors_of(train(resumed)).items():
+            assert torch.equal(tensor, whole[name]), (left, name)
 
 
 def test_every_reader_sees_the_merged_weights(started: RunConfig, tmp_path: Path) -> None:

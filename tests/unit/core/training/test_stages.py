@@ -230,11 +230,40 @@ def test_stages_that_are_none_are_refused_by_key(small_run: RunConfig, stages: l
         small_run.check()
 
 
-@pytest.mark.parametrize("key", ["keep_best", "patience"])
-def test_what_compares_losses_of_several_lengths_is_refused(staged: RunConfig, key: str) -> None:
-    setattr(staged.train, key, 1)
-    with pytest.raises(ConfigError, match=rf"^train.{key}: compares held-out losses"):
-        staged.check()
+def test_the_best_is_the_last_stages_whatever_a_shorter_one_had(staged: RunConfig, tmp_path: Path) -> None:
+    """The same, too, of a run that was stopped at the border, whose best is then still the short stage's."""
+    staged.train.keep_best, staged.evaluation.every = True, 1
+    staged.optimizer.lr = 1e-6  # hardly learns, so that which length is easier decides
+    train(staged)
+    run = Path(staged.run_dir)
+    losses = {row["step"]: row["eval/loss"] for row in _rows(run) if "eval/loss" in row}
+    long = {step: loss for step, loss in losses.items() if step > 3}
+    best = json.loads((run / "summary.json").read_text())["best_evaluation"]
+    assert best["step"] == min(long, key=lambda step: long[step])
+    assert (best["loss"], best["evaluations"]) == (long[best["step"]], len(losses) - 1)
+    assert json.loads((run / "best" / "state.json").read_text())["step"] == best["step"]
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    for step in (4, 5, 6):
+        shutil.rmtree(_checkpoint(again, step))
+    (again / "summary.json").unlink()
+    staged.run_dir, staged.resume = str(again), True
+    train(staged)
+    assert json.loads((again / "summary.json").read_text())["best_evaluation"] == best
+    assert json.loads((again / "best" / "state.json").read_text())["step"] == best["step"]
+
+
+def test_patience_ends_the_last_stage_alone(staged: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that never falls: three looks in the short stage end nothing, and one lower and two more the long one."""
+    staged.train.patience, staged.evaluation.every = 2, 1
+    staged.stages[1].steps, staged.train.steps = 5, 8
+    rising = iter(range(100))
+    monkeypatch.setattr("moelab.training.evaluation.Evaluation.loss", lambda self: 1.0 + next(rising))
+    train(staged)
+    summary = json.loads((Path(staged.run_dir) / "summary.json").read_text())
+    assert max(row["step"] for row in _rows(Path(staged.run_dir))) == 6
+    assert summary["best_evaluation"]["step"] == 4
+    assert summary["ended_early"] == {"planned": 8, "patience": 2}
 
 
 def test_a_stage_that_cannot_be_is_told_before_the_first_step(staged: RunConfig) -> None:

@@ -6,7 +6,7 @@
 
 const FONT = "12px system-ui, sans-serif", NARROW = 460, PRINT = {wide: 700, cells: 220, other: 340};
 const pen = document.createElement("canvas").getContext("2d");
-const variant = line => report.variants[line.v];
+const variant = line => line.own ?? report.variants[line.v];  // `own` where lines are no variants (reach.py)
 const tone = {good: "var(--good)", bad: "var(--bad)", open: "var(--open)"};
 
 function textWidth(text) {
