@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from moelab.moe.layout import ExpertLayout, LayoutContext
     from moelab.moe.routing import LayerRecord, Routing, TokenInfo
     from moelab.moe.surgery import Evidence, ExpertRows, LayerPlan, NewExpert, Surgery, SurgeryContext
+    from moelab.nn.optimizing import Kept, OptimizerContext, Trained
     from moelab.nn.transformer import TokenContext
     from moelab.paths import Places, user_path
     from moelab.registry import Registry
@@ -73,6 +74,7 @@ _HOMES = {
     "moelab.moe.layout": ("ExpertLayout", "LayoutContext"),
     "moelab.moe.routing": ("LayerRecord", "Routing", "TokenInfo"),
     "moelab.moe.surgery": ("Evidence", "ExpertRows", "LayerPlan", "NewExpert", "Surgery", "SurgeryContext"),
+    "moelab.nn.optimizing": ("Kept", "OptimizerContext", "Trained"),
     "moelab.nn.transformer": ("TokenContext",),
     "moelab.paths": ("Places", "user_path"),
     "moelab.registry": ("Registry",),
@@ -105,6 +107,7 @@ __all__ = [
     "ExpertLayout",
     "ExpertRows",
     "FilterContext",
+    "Kept",
     "LayerPlan",
     "LayerRecord",
     "LayoutContext",
@@ -112,6 +115,7 @@ __all__ = [
     "Mixer",
     "MoEContext",
     "NewExpert",
+    "OptimizerContext",
     "Phase",
     "Places",
     "Registry",
@@ -128,6 +132,7 @@ __all__ = [
     "TokenContext",
     "TokenInfo",
     "TokenStream",
+    "Trained",
     "TrainedRun",
     "UserError",
     "__version__",

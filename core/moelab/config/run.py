@@ -78,13 +78,17 @@ class TrainConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019). Matrices decay; biases and norms don't."""
+    """What makes a step of gradients. Matrices decay; biases and norms don't.
 
+    AdamW's own keys (Loshchilov & Hutter 2019) hold for whatever the algorithm leaves to AdamW.
+    """
+
+    algorithm: Part = field(default_factory=lambda: {"name": "adamw"})  # the keys beside it mean the same to all
     lr: float = 1e-3  # the highest learning rate; `schedule` says when
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of the first and the second moment
-    eps: float = 1e-8  # added to the root of the second moment
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW's: decay of the first and the second moment
+    eps: float = 1e-8  # AdamW's: added to the root of the second moment
     weight_decay: float = 0.1  # decoupled, times the learning rate; of matrices alone
-    moments_dtype: str = "float32"  # of AdamW's state: float32, or bfloat16, rounded at random. For one process
+    moments_dtype: str = "float32"  # of what is kept of gradients: float32, or bfloat16, rounded. For one process
     # Factors on the learning rate by patterns over names of parameters, {"embed_tokens.*": 0.1}: of several
     # that match a name the last one counts. Decay goes along, since it is times the rate.
     learning_rates: dict[str, float] = field(default_factory=dict)

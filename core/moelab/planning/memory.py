@@ -16,7 +16,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from moelab.builder import build_balance_losses, build_model
 from moelab.config.model import ModelConfig
+from moelab.config.run import OptimizerConfig
 from moelab.errors import ConfigError
+from moelab.hookspecs import OPTIMIZERS
 from moelab.moe.contracts import ExpertProblem, Router
 from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
 from moelab.moe.experts import ExpertBank, add_down_bias, add_up_bias, compute_dtype
@@ -26,6 +28,7 @@ from moelab.nn.count import moe_blocks
 from moelab.nn.full_attention import FullAttention, torch_attention
 from moelab.nn.low_rank import Target, adapter_targets, train_alone
 from moelab.nn.narrow import narrow
+from moelab.nn.optimizing import OptimizerContext, each, kept_of, trained_parameters
 from moelab.nn.room import MOMENTS
 from moelab.nn.transformer import Transformer
 from moelab.planning.machine import Machine
@@ -114,10 +117,10 @@ def predict(
         targets = adapter_targets(model, problem.adapters)
         if targets:
             train_alone(model, targets)
-        saved = _saved(model, problem)
+        saved, state = _saved(model, problem), _state(model, problem, registry)
     times = times_of(model, problem, sent, machine, counts_before(problem, losses)) if machine else None
     total = sum(parameter.numel() for parameter in model.parameters())
-    memory, trained = _memory(model, problem, saved), total
+    memory, trained = replace(_memory(model, problem, saved), optimizer=state), total
     if targets:
         memory, trained = _adapted(memory, problem, targets), sum(target.numbers for target in targets)
     return Plan(problem, memory, sent, total, trained, times)
@@ -145,7 +148,7 @@ def _memory(model: Transformer, problem: Problem, saved: _Saved) -> MemoryPlan:
     return MemoryPlan(
         parameters=FP32 * held - spared,
         gradients=FP32 * (units.whole if adds_up else held) - spared,
-        optimizer=MOMENTS * problem.moments.itemsize * held,
+        optimizer=0,
         weights_in_use=(saved.casts if not all(again) else saved.cached) + _whole(units, problem),
         activations=kept if any(again) else saved.activations,
         # Gradients of one layer's activations, about half of which live at once; and the layer itself if recomputed.
@@ -154,6 +157,27 @@ def _memory(model: Transformer, problem: Problem, saved: _Saved) -> MemoryPlan:
         process=_process(model, problem),
         heap=problem.device == "cpu",
     )
+
+
+def _state(model: Transformer, problem: Problem, registry: Registry) -> int:
+    """Bytes that the optimizer holds on one device, as it says itself.
+
+    Numbers of the banks and of the rest are shared out over different devices. Raises ConfigError as it is built.
+    """
+    settings = OptimizerConfig(dict(problem.algorithm), moments_dtype=str(problem.moments).removeprefix("torch."))
+    context = OptimizerContext(trained_parameters(model, {}), settings, problem.parallel.world, bool(problem.adapters))
+    optimizer = registry.build(OPTIMIZERS, settings.algorithm, context, OPTIMIZERS.key)
+    routed = {id(parameter) for block in moe_blocks(model) for parameter in block.experts.parameters()}
+    units, found = units_of(model, problem.parallel), {True: [0, 0], False: [0, 0]}
+    for group, _, parameter in each(optimizer):
+        sums = found[id(parameter) in routed]
+        sums[0] += parameter.numel()
+        sums[1] += parameter.numel() * kept_of(optimizer, group).bytes_each
+    parts = {
+        True: sum(units.banks) // problem.copies,
+        False: (units.root + sum(units.layers)) // problem.parallel.shard,
+    }
+    return sum(held * found[which][1] // found[which][0] for which, held in parts.items() if found[which][0])
 
 
 def _adapted(memory: MemoryPlan, problem: Problem, targets: Sequence[Target]) -> MemoryPlan:

@@ -13,7 +13,7 @@ from torch import nn
 
 from moelab.config.run import RunConfig
 from moelab.errors import CheckpointError
-from moelab.nn.room import MOMENTS, memory_of
+from moelab.nn.room import memory_of
 from moelab.planning.memory import predict
 from moelab.planning.traffic import Problem
 from moelab.registry import Registry
@@ -49,7 +49,7 @@ def fitting(config: RunConfig, registry: Registry) -> str | None:
         )
         problem = Problem(
             sequences, train.sequence_length, dtype, device.type, config.parallel, 1, int(checkpointing), kept, moments,
-            tuple(train.adapters),
+            tuple(train.adapters), config.optimizer.algorithm,
         )  # fmt: skip
         return predict(config.model, problem, registry).memory.peak
 
@@ -98,12 +98,12 @@ def check_disk(folder: Path, sizes: dict[str, int]) -> None:
         )
 
 
-def warn_of_disk(
-    folder: Path, model: nn.Module, keep: int, moments: str = "float32", adapters: nn.Module | None = None
-) -> None:
-    """One line before a run whose checkpoints won't fit; the oldest is removed after the newest is written."""
-    each = sum(p.nbytes for p in model.parameters())
-    each += sum(MOMENTS * getattr(torch, moments).itemsize * p.numel() for p in (adapters or model).parameters())
+def warn_of_disk(folder: Path, model: nn.Module, keep: int, state: int, adapters: nn.Module | None = None) -> None:
+    """One line before a run whose checkpoints won't fit; the oldest is removed after the newest is written.
+
+    state: bytes of the optimizer's in each.
+    """
+    each = state + sum(p.nbytes for p in model.parameters())
     each += sum(tensor.nbytes for tensor in adapters.state_dict().values()) if adapters is not None else 0
     count, free = (keep or 1) + 1, shutil.disk_usage(_existing(folder)).free
     if each * count > free:

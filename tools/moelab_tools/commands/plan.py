@@ -85,6 +85,7 @@ def command(
         kept=getattr(torch, train.parameters_dtype),
         moments=getattr(torch, run.optimizer.moments_dtype),
         adapters=train.adapters,
+        algorithm=run.optimizer.algorithm,
     )
     registry = Registry(run.plugins, run.entry_points, plugin_places(loaded, trust=trust))
     if device_memory is None and chosen is not None and chosen.memory:
