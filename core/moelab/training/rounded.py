@@ -22,8 +22,9 @@ from torch.optim.adamw import adamw
 from moelab.nn.optimizing import Kept, each, noise_of
 from moelab.nn.pieces import held
 
-# (first number of the piece, its weights, first and second moments) [n] fp32, to be changed in place
-Then = Callable[[int, Tensor, Tensor, Tensor], None]
+# (first number of the piece, its weights before the step, those after it, first and second moments) [n] fp32; the
+# weights after it may be changed in place
+Then = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 PIECE = 1 << 20  # numbers of a CPU's piece: what is widened for a moment stays in its cache
 LANES = 4  # of 16 bits in 64
 UPPER = 1 if sys.byteorder == "little" else 0  # where the upper half of a 32-bit number lies
@@ -75,9 +76,10 @@ class AdamWStep:
         for begin in range(0, kept[0].numel(), size):
             pieces = [tensor[begin : begin + size] for tensor in kept]
             wide = [piece.float() for piece in pieces]  # of an fp32 one itself
+            before = None if then is None else wide[0].clone()
             self._update(group, state["step"].clone(), wide, gradient[begin : begin + size].float())
-            if then is not None:
-                then(begin, *wide)
+            if then is not None and before is not None:
+                then(begin, before, *wide)
             round_at_random([pair for pair in zip(pieces, wide, strict=True) if pair[0].dtype != torch.float32], noise)
         state["step"] += 1
 

@@ -158,6 +158,7 @@ class OnlineMerging(Optimizer):
         merge = _Merge(
             options, one, self._tau[one.name], state["delta"].view(-1) if "delta" in state else None,
             rate=-group["lr"] / (1 - beta1**count), root=(1 - beta2**count).sqrt(), eps=group["eps"],
+            decay=1 - group["lr"] * group["weight_decay"],
             now=options.merge_every == 1 or int(count) % options.merge_every == 0,
             noise=noise_of(self._seed, "online merging", one.name, state["step"], parameter.device),
         )  # fmt: skip
@@ -182,9 +183,9 @@ class OnlineMerging(Optimizer):
 
 @dataclass
 class _Merge:
-    """What is done to each piece of one parameter after AdamW's step, which is corrected to the merged one.
+    """What is done to each piece of one parameter after AdamW's step: the merged one in its place.
 
-    A correction of 0 leaves AdamW's very bits. All tensors [n] fp32.
+    Where both are the same it has AdamW's very bits, and where nothing is merged those from before. Tensors [n] fp32.
     """
 
     options: OnlineMergingOptions
@@ -194,49 +195,53 @@ class _Merge:
     rate: Tensor  # -lr, with the first moment's correction
     root: Tensor  # of the second moment's
     eps: float
+    decay: float  # 1 - lr wd
     now: bool
     noise: torch.Generator
 
-    def __call__(self, begin: int, weight: Tensor, first: Tensor, second: Tensor) -> None:
+    def __call__(self, begin: int, before: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> None:
         part = slice(begin, begin + weight.numel())
         step = first / second.sqrt().div_(self.root).add_(self.eps)
         step.mul_(self.rate)
         if self.delta is not None:
+            if not self.now:
+                self.delta[part].add_(step)
+                return
+            before.sub_(self.delta[part])
             step = self.delta[part].add_(step)
-        if not self.now:
-            return
         tau = self.tau[part].to(weight.dtype)
         rule = partial(_ties, self.one) if self.options.method == ONTIES else partial(_dare, self.noise)
-        weight.add_(rule(self.options, step, tau))
+        merged = rule(self.options, step, tau)
+        weight.copy_(torch.where(merged == step, weight, before.mul_(self.decay).add_(merged)))
         if self.delta is not None:
             self.delta[part].zero_()
 
 
 def _dare(noise: torch.Generator, options: OnlineMergingOptions, step: Tensor, tau: Tensor) -> Tensor:
-    """(1 - a) B(step) + a B(tau) - step."""
+    """(1 - a) B(step) + a B(tau)."""
     a, p, official = options.alpha, options.reserve_rate, options.compat == OFFICIAL
     if p == 1:
-        return (step * -a).add_(tau, alpha=a)
+        return (step * (1 - a)).add_(tau, alpha=a)
     drawn = torch.empty(step.numel(), dtype=torch.int64, device=step.device).random_(-(2**63), None, generator=noise)
     kept = drawn.view(torch.int32).view(-1, 2) < round(p * 2**32) - 2**31  # of 32 bits one decides each
     merged = (step * kept[:, 0]).mul_((1 - a) / p if official else 1 - a)
-    return merged.add_(tau if official else tau * kept[:, 1], alpha=a).sub_(step)
+    return merged.add_(tau if official else tau * kept[:, 1], alpha=a)
 
 
 def _ties(one: Trained, options: OnlineMergingOptions, step: Tensor, tau: Tensor) -> Tensor:
-    """(1 - a) T(step) (+) a tau - step, tau being sparse already."""
+    """(1 - a) T(step) (+) a tau, tau being sparse already."""
     a = options.alpha
     width = one.slices(one.parameter)[0].numel()
     kept = largest(step.view(-1, width), options.reserve_rate).view(-1)
     if options.compat == OFFICIAL:
         sign = torch.where(kept + tau >= 0, 1.0, -1.0)
         ours, theirs = (x * (x.sign() == sign) for x in (kept, tau))
-        return ours.mul_(1 - a).add_(theirs, alpha=a).sub_(step)
+        return ours.mul_(1 - a).add_(theirs, alpha=a)
     ours, theirs = kept * (1 - a), tau * a
     agree = ours.sign() == theirs.sign()
     size, other = ours.abs(), theirs.abs()
     merged = ours * (agree | (size >= other))
-    return merged.add_(theirs * (agree | (other >= size))).sub_(step)
+    return merged.add_(theirs * (agree | (other >= size)))
 
 
 def largest(values: Tensor, share: float) -> Tensor:

@@ -45,10 +45,11 @@ def command(
     """Predict memory, traffic and time of a step on each device. Nothing is allocated.
 
     The mesh is the config's: parallel.replicate, shard and expert; so are micro-batches and recomputation.
-    Parameters, gradients and AdamW's moments are of the config's types. Activations are counted by running the
-    model on tensors without data; tokens go to as many experts as the routers declare, evenly. On a CPU the peak
-    is the resident set of a process (docs/compute.md). Bytes are those of a ring, and were counted in real steps
-    (docs/planning.md). Peaks on a GPU were compared on an H200; times were not.
+    Parameters, gradients and the optimizer's state are of the config's types. Activations are counted by running
+    the model on tensors without data; tokens go to as many experts as the routers declare, evenly. On a CPU the
+    peak is the resident set of a process (docs/compute.md). Bytes are those of a ring, and were counted in real
+    steps (docs/planning.md). Peaks on a GPU were compared on an H200; times
+    were not.
 
     \b
     Example:
@@ -84,8 +85,8 @@ def command(
         checkpointing=train.activation_checkpointing,
         kept=getattr(torch, train.parameters_dtype),
         moments=getattr(torch, run.optimizer.moments_dtype),
-        adapters=train.adapters,
         algorithm=run.optimizer.algorithm,
+        adapters=train.adapters,
     )
     registry = Registry(run.plugins, run.entry_points, plugin_places(loaded, trust=trust))
     if device_memory is None and chosen is not None and chosen.memory:
