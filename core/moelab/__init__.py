@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from moelab.run_table.record import RunRecord
     from moelab.seeds import derive_seed, generator
     from moelab.session import TrainedRun, load_config, prepare, train
+    from moelab.training.for_trainers import optimizer_for
     from moelab.training.schedule import learning_rate_factor
 
 __version__ = "0.2.0"
@@ -80,6 +81,7 @@ _HOMES = {
     "moelab.registry": ("Registry",),
     "moelab.seeds": ("derive_seed", "generator"),
     "moelab.session": ("TrainedRun", "load_config", "prepare", "train"),
+    "moelab.training.for_trainers": ("optimizer_for",),
     "moelab.training.schedule": ("learning_rate_factor",),
     "moelab.run_table.frame": ("run_records", "runs"),
     "moelab.run_table.record": ("RunRecord",),
@@ -147,6 +149,7 @@ __all__ = [
     "learning_rate_factor",
     "load",
     "load_config",
+    "optimizer_for",
     "prepare",
     "register_with_transformers",
     "run_records",

@@ -16,6 +16,7 @@ from moelab.errors import ConfigError
 from moelab.paths import Places, user_path
 
 PACKINGS = ("stream", "concat", "best_fit")  # data/packing.py has each
+NARROW = ("float32", "bfloat16")  # in which numbers may be kept from step to step
 MOST_THREADS = 1024  # torch dies of a number that the machine can't start
 
 
@@ -83,7 +84,8 @@ class OptimizerConfig:
     AdamW's own keys (Loshchilov & Hutter 2019) hold for whatever the algorithm leaves to AdamW.
     """
 
-    algorithm: Part = field(default_factory=lambda: {"name": "adamw"})  # the keys beside it mean the same to all
+    # What computes a step; the keys beside it mean the same to all.
+    algorithm: Part = field(default_factory=lambda: {"name": "adamw"})
     lr: float = 1e-3  # the highest learning rate; `schedule` says when
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW's: decay of the first and the second moment
     eps: float = 1e-8  # AdamW's: added to the root of the second moment
@@ -92,6 +94,23 @@ class OptimizerConfig:
     # Factors on the learning rate by patterns over names of parameters, {"embed_tokens.*": 0.1}: of several
     # that match a name the last one counts. Decay goes along, since it is times the rate.
     learning_rates: dict[str, float] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise ConfigError for values out of range, naming the key."""
+        for key in ("lr", "eps"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"optimizer.{key}: must be positive, not {getattr(self, key)}")
+        _at_least("optimizer", self, "weight_decay", 0)
+        for pattern, factor in self.learning_rates.items():
+            if factor <= 0:
+                raise ConfigError(
+                    f"optimizer.learning_rates: the factor of '{pattern}' must be positive, not {factor}; train.freeze "
+                    "leaves parameters as they are"
+                )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas: must be two numbers in 0 .. 1, not {self.betas}")
+        if self.moments_dtype not in NARROW:
+            raise ConfigError(f"optimizer.moments_dtype: must be float32 or bfloat16, not '{self.moments_dtype}'")
 
 
 @dataclass
@@ -218,7 +237,7 @@ class RunConfig:
             raise ConfigError(f"data.packing: must be one of {', '.join(PACKINGS)}, not '{self.data.packing}'")
         _check_train(self.train)
         _check_schedule(self.schedule)
-        _check_optimizer(self.optimizer)
+        self.optimizer.check()
         _check_parallel(self.parallel, self.train)
         if not 0 < self.data.validation_fraction < 1:
             raise ConfigError(f"data.validation_fraction: must be between 0 and 1, not {self.data.validation_fraction}")
@@ -258,7 +277,7 @@ class RunConfig:
         """Numbers of 16 bits that are kept from step to step."""
         kept, moments, products = self.train.parameters_dtype, self.optimizer.moments_dtype, self.train.dtype
         for key, dtype in {"train.parameters_dtype": kept, "optimizer.moments_dtype": moments}.items():
-            if dtype not in {"float32", "bfloat16"}:
+            if dtype not in NARROW:
                 raise ConfigError(f"{key}: must be float32 or bfloat16, not '{dtype}'")
             if dtype != "float32" and self.parallel.world > 1:
                 raise ConfigError(f"{key}: {dtype} is for one process; write float32, or shard over more processes")
@@ -322,21 +341,6 @@ def _check_schedule(schedule: ScheduleConfig) -> None:
     for key in ("min_lr_ratio", "decay_fraction"):
         if not 0 <= getattr(schedule, key) <= 1:
             raise ConfigError(f"schedule.{key}: must be in 0 .. 1, not {getattr(schedule, key)}")
-
-
-def _check_optimizer(optimizer: OptimizerConfig) -> None:
-    for key in ("lr", "eps"):
-        if getattr(optimizer, key) <= 0:
-            raise ConfigError(f"optimizer.{key}: must be positive, not {getattr(optimizer, key)}")
-    _at_least("optimizer", optimizer, "weight_decay", 0)
-    for pattern, factor in optimizer.learning_rates.items():
-        if factor <= 0:
-            raise ConfigError(
-                f"optimizer.learning_rates: the factor of '{pattern}' must be positive, not {factor}; train.freeze "
-                "leaves parameters as they are"
-            )
-    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
-        raise ConfigError(f"optimizer.betas: must be two numbers in 0 .. 1, not {optimizer.betas}")
 
 
 def _check_parallel(parallel: ParallelConfig, train: TrainConfig) -> None:

@@ -150,7 +150,7 @@ def _print(plan: Plan, device_memory: float | None) -> None:
     rows: dict[str, int] = {
         f"parameters ({kept})": memory.parameters,
         f"gradients ({kept})": memory.gradients,
-        f"AdamW's moments ({moments})": memory.optimizer,
+        f"{problem.algorithm['name']}'s state ({moments})": memory.optimizer,
         "weights in use": memory.weights_in_use,
         "activations": memory.activations,
         "being computed or reduced": memory.working,

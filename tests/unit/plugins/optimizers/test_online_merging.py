@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.unit.core.training.test_rounded import model_of
 from torch import Tensor
 
 import moelab
@@ -20,7 +21,6 @@ from moelab.planning.memory import predict
 from moelab.planning.traffic import Problem
 from moelab.testing.optimizers import OptimizerCase, Stepped, weights_of
 from moelab.training.optimizer import begin, state_bytes
-from tests.unit.core.training.test_rounded import model_of
 
 REGISTRY = Registry(entry_points=False)
 COMPONENT = REGISTRY.components(OPTIMIZERS)["online_merging"]
