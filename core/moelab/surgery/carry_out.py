@@ -81,8 +81,8 @@ class Operation:
             return Made(stored.shape, stored.dtype, stored.read)
         if moment not in (*LINEAR, SECOND):
             raise CheckpointError(
-                f"{self.patient.folder / TRAINING}: holds '{name}', and surgery knows the state of AdamW and Muon alone; "
-                "operate on a run that one of them trained, or on one of a single step (train.init_from)"
+                f"{self.patient.folder / TRAINING}: holds '{name}', and surgery knows the state of AdamW and Muon "
+                "alone; operate on a run that one of them trained, or on one of a single step (train.init_from)"
             )
         layer, own = place
         return Made(layer.shape(own, stored.shape), stored.dtype, bound(layer.make, own, moment, stored))

@@ -93,7 +93,7 @@ class LayerSurgery:
             yield values
 
     def _factor(self, name: str, moment: str, expert: NewExpert) -> float:
-        """On the values: d of down. On a moment: r of sums of gradients and r^2 of exp_avg_sq (see `moelab.moe.surgery`)."""
+        """On the values: d of down. On a moment: r of a sum of gradients, r^2 of exp_avg_sq (`moelab.moe.surgery`)."""
         is_output = name in (BANK + DOWN, BANK + OUTPUT_BIAS)
         if moment == VALUES:
             # The biases of all that were made of one expert, each by its weight, add up to the one that it had.

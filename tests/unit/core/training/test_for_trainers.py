@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.unit.core.training.test_rounded import model_of
 from torch import nn
 
 import moelab
 from moelab import ConfigError, session
 from moelab.config.run import OptimizerConfig
 from moelab.nn.optimizing import each
-from tests.unit.core.training.test_rounded import model_of
 
 
 class Scored(nn.Module):
@@ -82,7 +82,7 @@ def test_what_holds_no_model_is_refused() -> None:
         moelab.optimizer_for(nn.Linear(2, 2), {"lr": 1e-3})
     with pytest.raises(ConfigError, match=r"optimizer.lr: must be positive, not -1.0"):
         moelab.optimizer_for(model_of(), {"lr": -1})
-    with pytest.raises(ConfigError, match="optimizer.rate: no such key"):
+    with pytest.raises(ConfigError, match=r"optimizer.rate: no such key"):
         moelab.optimizer_for(model_of(), {"rate": 1})
     frozen = model_of().requires_grad_(False)
     with pytest.raises(ConfigError, match="every parameter is frozen"):
