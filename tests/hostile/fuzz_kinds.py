@@ -151,6 +151,7 @@ _KEYS = """
 """
 KEYS = _KEYS.split()
 TRAIN = ("train", "mine.yaml")
+MERGE = ("merge", "models=[{path: hf}, {path: hf}]", "output=o", "entry_points=false")
 RESUME = (*TRAIN, "run_dir=run", "--resume")
 CURATE = ("stages=[{name: normalise}, {name: repetition}]", "output=o", "workers=1", "entry_points=false")
 CONFIGURED = (("explain", "mine.yaml"), TRAIN, ("plan", "mine.yaml"))
@@ -173,7 +174,7 @@ KINDS: dict[str, Kind] = {
             Group(
                 ("hf/model.safetensors",),
                 (lambda f: load(f / "hf"),),
-                (("generate", "hf", *SHORT), (*TRAIN, "train.init_from=hf"), ("export", "hf", "o")),
+                (("generate", "hf", *SHORT), (*TRAIN, "train.init_from=hf"), ("export", "hf", "o"), MERGE),
             ),
             Group(
                 (f"{STEP}/model.safetensors",),

@@ -190,10 +190,16 @@ def each(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], str, nn.Paramet
             yield group, name, parameter
 
 
-def noise_of(seed: int | None, purpose: str, name: str, step: Tensor, device: torch.device) -> torch.Generator:
-    """The stream of one parameter in one step. `step`: how many there were, looked at only where a `seed` is given.
+def noise_seed(seed: int | None, purpose: str, name: str, step: Tensor) -> int:
+    """Of the stream of one parameter in one step. `step`: how many there were, looked at only where a `seed` is given.
 
     Keyed by name, so that neither the order of parameters nor a frozen neighbour changes a draw.
     """
-    key = (torch.initial_seed(), purpose, name) if seed is None else (seed, purpose, name, int(step))
-    return torch.Generator(device=device).manual_seed(derive_seed(*key))
+    if seed is None:
+        return derive_seed(torch.initial_seed(), purpose, name)
+    return derive_seed(seed, purpose, name, int(step))
+
+
+def noise_of(seed: int | None, purpose: str, name: str, step: Tensor, device: torch.device) -> torch.Generator:
+    """The stream itself."""
+    return torch.Generator(device=device).manual_seed(noise_seed(seed, purpose, name, step))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,12 @@ from torch import Tensor
 
 from moelab import CheckpointError, Component, ConfigError, Kept, OptimizerContext, Trained, component, hookimpl
 from moelab.nn.names import matching
-from moelab.nn.optimizing import Optimizer, WeightsOnDisk, each, noise_of
+from moelab.nn.optimizing import Optimizer, WeightsOnDisk, each, noise_seed
 from moelab.seeds import generator
-from moelab.training.rounded import PIECE, AdamWStep
+from moelab.training.rounded import AdamWStep
 
 KEY = "optimizer.algorithm"
+MERGED_AT_ONCE = 1 << 17  # numbers of a CPU's piece
 ONDARE, ONTIES = "ondare", "onties"
 PAPER, OFFICIAL = "paper", "official"
 
@@ -85,6 +85,7 @@ class OnlineMerging(Optimizer):
         self._adamw = AdamWStep(context.moments, context.seed)
         self._tau: dict[str, Tensor] = {}  # {parameter: [numbers]}
         self._sums: dict[str, float] = {}  # {parameter: the sum of tau}, by which it is known again
+        self._counts: dict[str, int] = {}  # {parameter: its steps}, which on an accelerator would have to be waited for
         self._weights: dict[str, WeightsOnDisk] = {}
         for key in ("reference", "base"):
             if context.weights is None:  # a plan
@@ -122,6 +123,7 @@ class OnlineMerging(Optimizer):
 
     def restored(self) -> str | None:
         """After a state was put back: whether tau is what it was."""
+        self._counts.clear()
         for _, name, parameter in each(self):
             then = self.state.get(parameter, {}).get("tau_sum")
             if then is not None and float(then) != self._sums.get(name):
@@ -152,21 +154,24 @@ class OnlineMerging(Optimizer):
             self._step(group, self._merged[name], state)
 
     def _step(self, group: Mapping[str, Any], one: Trained, state: dict[str, Any]) -> None:
-        options, parameter = self._options, one.parameter
-        count = state["step"].double() + 1
+        options, parameter, p = self._options, one.parameter, self._options.reserve_rate
+        count = self._counts[one.name] = self._counts.get(one.name) or int(state["step"])  # once, then without a look
+        count = self._counts[one.name] = count + 1
+        if options.alpha == 0 and p == 1 and options.merge_every == 1:
+            self._adamw(group, one.name, parameter, state)
+            return
         beta1, beta2 = group["betas"]
+        root = (1 - beta2**count) ** 0.5
         merge = _Merge(
             options, one, self._tau[one.name], state["delta"].view(-1) if "delta" in state else None,
-            rate=-group["lr"] / (1 - beta1**count), root=(1 - beta2**count).sqrt(), eps=group["eps"],
-            decay=1 - group["lr"] * group["weight_decay"],
-            now=options.merge_every == 1 or int(count) % options.merge_every == 0,
-            noise=noise_of(self._seed, "online merging", one.name, state["step"], parameter.device),
+            rate=-group["lr"] * root / (1 - beta1**count), eps=group["eps"] * root,
+            decay=1 - group["lr"] * group["weight_decay"], now=count % options.merge_every == 0,
+            noise=Bits(noise_seed(self._seed, "online merging", one.name, state["step"]), parameter.device),
         )  # fmt: skip
-        size = None
+        size = MERGED_AT_ONCE if parameter.device.type == "cpu" else max(parameter.numel(), 1)
         if options.method == ONTIES:  # whole matrices, of which the largest numbers are looked for
-            each_one = one.slices(parameter)[0].numel()
-            on_cpu = parameter.device.type == "cpu"
-            size = each_one * max(1, PIECE // each_one) if on_cpu else parameter.numel()
+            matrix = one.slices(parameter)[0].numel()
+            size = matrix * max(1, size // matrix)
         self._adamw(group, one.name, parameter, state, size, merge)
 
     def _prepared(self, one: Trained, tau: Tensor) -> Tensor:
@@ -181,49 +186,75 @@ class OnlineMerging(Optimizer):
         return tau
 
 
+class Bits:
+    """Random bits of one parameter in one step; numpy's on a CPU, which take half of torch's time there."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._device = device
+        on_cpu = device.type == "cpu"
+        self._numpy = np.random.SFC64(seed) if on_cpu else None
+        self._torch = None if on_cpu else torch.Generator(device=device).manual_seed(seed)
+
+    def masks(self, count: int, p: float) -> Tensor:
+        """[count, 2] bool, each True with probability p: 16 bits below a bound that is drawn for all of them.
+
+        p * 2^16 is no whole number: the bound is one of its neighbours, as often as it lies near it.
+        """
+        lanes = self._draw(1 + -(-count // 2)).view(torch.int16)
+        low, up = divmod(p * 2**16, 1.0)
+        bound = int(low) - 2**15 + (lanes[0].float() < up * 2**16 - 2**15).to(torch.int32)
+        return lanes[4 : 4 + 2 * count].view(-1, 2) < bound
+
+    def _draw(self, count: int) -> Tensor:
+        """[count] int64, all bits at random."""
+        if self._numpy is not None:
+            return torch.from_numpy(self._numpy.random_raw(count).view(np.int64))
+        drawn = torch.empty(count, dtype=torch.int64, device=self._device)
+        return drawn.random_(-(2**63), None, generator=self._torch)
+
+
 @dataclass
 class _Merge:
-    """What is done to each piece of one parameter after AdamW's step: the merged one in its place.
-
-    Where both are the same it has AdamW's very bits, and where nothing is merged those from before. Tensors [n] fp32.
-    """
+    """What is done to each piece of one parameter after AdamW's step: the merged one in its place. Tensors [n] fp32."""
 
     options: OnlineMergingOptions
     one: Trained
     tau: Tensor
     delta: Tensor | None  # the sum of the steps since the last merge
-    rate: Tensor  # -lr, with the first moment's correction
-    root: Tensor  # of the second moment's
+    rate: float  # AdamW's step is rate m / (sqrt(v) + eps): with the corrections of both moments
     eps: float
     decay: float  # 1 - lr wd
     now: bool
-    noise: torch.Generator
+    noise: Bits
 
     def __call__(self, begin: int, before: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> None:
-        part = slice(begin, begin + weight.numel())
-        step = first / second.sqrt().div_(self.root).add_(self.eps)
-        step.mul_(self.rate)
-        if self.delta is not None:
-            if not self.now:
-                self.delta[part].add_(step)
-                return
+        options, part = self.options, slice(begin, begin + weight.numel())
+        root = second.sqrt().add_(self.eps)
+        if self.delta is not None and not self.now:
+            self.delta[part].addcdiv_(first, root, value=self.rate)
+            return
+        if options.alpha == 0 and options.reserve_rate == 1:  # AdamW's very bits
+            return
+        if self.delta is None:
+            step = torch.div(first, root, out=root).mul_(self.rate)
+        else:
             before.sub_(self.delta[part])
-            step = self.delta[part].add_(step)
+            step = self.delta[part].addcdiv_(first, root, value=self.rate)
         tau = self.tau[part].to(weight.dtype)
-        rule = partial(_ties, self.one) if self.options.method == ONTIES else partial(_dare, self.noise)
-        merged = rule(self.options, step, tau)
-        weight.copy_(torch.where(merged == step, weight, before.mul_(self.decay).add_(merged)))
+        merged = (
+            _ties(self.one, options, step, tau) if options.method == ONTIES else _dare(self.noise, options, step, tau)
+        )
+        torch.add(before.mul_(self.decay), merged, out=weight)
         if self.delta is not None:
             self.delta[part].zero_()
 
 
-def _dare(noise: torch.Generator, options: OnlineMergingOptions, step: Tensor, tau: Tensor) -> Tensor:
+def _dare(noise: Bits, options: OnlineMergingOptions, step: Tensor, tau: Tensor) -> Tensor:
     """(1 - a) B(step) + a B(tau)."""
     a, p, official = options.alpha, options.reserve_rate, options.compat == OFFICIAL
     if p == 1:
         return (step * (1 - a)).add_(tau, alpha=a)
-    drawn = torch.empty(step.numel(), dtype=torch.int64, device=step.device).random_(-(2**63), None, generator=noise)
-    kept = drawn.view(torch.int32).view(-1, 2) < round(p * 2**32) - 2**31  # of 32 bits one decides each
+    kept = noise.masks(step.numel(), p)
     merged = (step * kept[:, 0]).mul_((1 - a) / p if official else 1 - a)
     return merged.add_(tau if official else tau * kept[:, 1], alpha=a)
 
@@ -238,10 +269,10 @@ def _ties(one: Trained, options: OnlineMergingOptions, step: Tensor, tau: Tensor
         ours, theirs = (x * (x.sign() == sign) for x in (kept, tau))
         return ours.mul_(1 - a).add_(theirs, alpha=a)
     ours, theirs = kept * (1 - a), tau * a
-    agree = ours.sign() == theirs.sign()
-    size, other = ours.abs(), theirs.abs()
-    merged = ours * (agree | (size >= other))
-    return merged.add_(theirs * (agree | (other >= size)))
+    # What is above 0 and what is below: of one sign one of the two is the sum, of unlike ones each is one of them.
+    above, below = (ours.clamp(*bounds).add_(theirs.clamp(*bounds)) for bounds in ((0, None), (None, 0)))
+    sign = (above + below).sign_()  # of the larger; torch.where would take four times as long
+    return above.mul_(sign.clamp(min=0)).sub_(below.mul_(sign.clamp_(max=0)))
 
 
 def largest(values: Tensor, share: float) -> Tensor:
