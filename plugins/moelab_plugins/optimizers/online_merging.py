@@ -86,6 +86,7 @@ class OnlineMerging(Optimizer):
         self._tau: dict[str, Tensor] = {}  # {parameter: [numbers]}
         self._sums: dict[str, float] = {}  # {parameter: the sum of tau}, by which it is known again
         self._counts: dict[str, int] = {}  # {parameter: its steps}, which on an accelerator would have to be waited for
+        self.register_load_state_dict_post_hook(lambda _: self._counts.clear())
         self._weights: dict[str, WeightsOnDisk] = {}
         for key in ("reference", "base"):
             if context.weights is None:  # a plan

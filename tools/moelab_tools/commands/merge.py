@@ -12,7 +12,7 @@ from moelab_tools.verify_option import NO_VERIFY
 
 
 @click.command("merge")
-@click.argument("config", nargs=-1, required=True, metavar="CONFIG... [KEY=VALUE...]", shell_complete=complete_config)
+@click.argument("config", nargs=-1, required=True, metavar="[CONFIG...] [KEY=VALUE...]", shell_complete=complete_config)
 @click.option("--check", is_flag=True, help="Write nothing: merge again, and compare with what the output holds.")
 @TRUST_PLUGINS
 @NO_VERIFY
@@ -24,12 +24,12 @@ def command(config: tuple[str, ...], check: bool, trust: bool, verify: bool) -> 
     itself, as mergekit takes those of a Hugging Face folder, to the same numbers. Writes such a folder, a parameter at
     a time. Experts that stand in another order are told of, and put in order with align_experts=true.
 
-    `moelab config --keys models` lists the keys with their meaning.
+    The keys may stand in a file; `moelab config --keys models` and docs/config_keys.md say what each means.
 
     \b
     Example:
       moelab merge 'models=[{path: runs/a}, {path: runs/b}]' output=merged/mean
-      moelab merge configs/merge/ties.yaml base=runs/base output=merged/ties \\
+      moelab merge method=ties base=runs/base output=merged/ties \\
           'models=[{path: runs/a, density: 0.5}, {path: runs/b, density: 0.5}]'
     """
     from moelab.config.load import load_config
