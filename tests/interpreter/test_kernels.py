@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+
 from triton_process import interpreter_works, need, run
 
 pytestmark = pytest.mark.interpreter

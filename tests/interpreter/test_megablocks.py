@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from triton_process import interpreter_works, need, run
 
 from moelab_plugins.expert_backends._megablocks_install import missing
+from triton_process import interpreter_works, need, run
 
 pytestmark = pytest.mark.interpreter
 

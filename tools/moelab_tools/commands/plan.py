@@ -47,9 +47,8 @@ def command(
     The mesh is the config's: parallel.replicate, shard and expert; so are micro-batches and recomputation.
     Parameters, gradients and the optimizer's state are of the config's types. Activations are counted by running
     the model on tensors without data; tokens go to as many experts as the routers declare, evenly. On a CPU the
-    peak is the resident set of a process (docs/compute.md). Bytes are those of a ring, and were counted in real
-    steps (docs/planning.md). Peaks on a GPU were compared on an H200; times
-    were not.
+    peak is the resident set of a process (docs/compute.md). Bytes are those of a ring, and were counted in steps
+    (docs/planning.md). Peaks on a GPU were compared on an H200; times were not.
 
     \b
     Example:
