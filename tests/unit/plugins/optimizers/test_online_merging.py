@@ -21,6 +21,7 @@ from moelab.planning.memory import predict
 from moelab.planning.traffic import Problem
 from moelab.testing.optimizers import OptimizerCase, Stepped, weights_of
 from moelab.training.optimizer import begin, state_bytes
+from moelab_plugins.optimizers.online_merging import largest
 
 REGISTRY = Registry(entry_points=False)
 COMPONENT = REGISTRY.components(OPTIMIZERS)["online_merging"]
@@ -217,6 +218,19 @@ def test_each_expert_has_its_own_share() -> None:
     stepped.optimizer.step()
     moved = (stepped.values()[name] != before).flatten(1).sum(1)
     assert moved[1:].tolist() == [6, 6]
+
+
+@pytest.mark.parametrize("width", [40, 5000])
+def test_of_each_row_the_largest_stay(width: int) -> None:
+    """Short rows and long ones, which go other ways; a row of zeros stays one."""
+    values = torch.randn(3, width, generator=torch.Generator().manual_seed(width))
+    values[1] = 0
+    kept = largest(values, 0.05)
+    for row, found in zip(values, kept, strict=True):
+        expected = torch.zeros_like(row)
+        best = row.abs().topk(int(0.05 * width)).indices
+        expected[best] = row[best]
+        assert torch.equal(found, expected)
 
 
 def test_it_says_what_it_holds() -> None:
