@@ -164,6 +164,7 @@ _KEYS = """
 KEYS = _KEYS.split()
 TRAIN = ("train", "mine.yaml")
 ALIGN = ("align", "mine.yaml", "train.init_from=run", "alignment=[{stage: sft, data: chats.jsonl, steps: 2}]")
+MERGE = ("merge", "models=[{path: hf}, {path: hf}]", "output=o", "entry_points=false")
 RESUME = (*TRAIN, "run_dir=run", "--resume")
 CURATE = ("stages=[{name: normalise}, {name: repetition}]", "output=o", "workers=1", "entry_points=false")
 CONFIGURED = (("explain", "mine.yaml"), TRAIN, ("plan", "mine.yaml"))
@@ -190,7 +191,7 @@ KINDS: dict[str, Kind] = {
             Group(
                 ("hf/model.safetensors",),
                 (lambda f: load(f / "hf"),),
-                (("generate", "hf", *SHORT), (*TRAIN, "train.init_from=hf"), ("export", "hf", "o")),
+                (("generate", "hf", *SHORT), (*TRAIN, "train.init_from=hf"), ("export", "hf", "o"), MERGE),
             ),
             Group(
                 (f"{STEP}/model.safetensors",),

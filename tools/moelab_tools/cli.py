@@ -29,6 +29,7 @@ COMMANDS = {
     "data": "Filter text, drop its copies, account for every document.",
     "upcycle": "Turn a dense checkpoint into one with experts.",
     "surgery": "Grow, split, merge, prune or revive trained experts, or change K.",
+    "merge": "Merge checkpoints of one model, expert by expert.",
     "verify": "Compare checkpoints with their checksums, or an upcycled one with its source.",
     "export": "Write a moelab checkpoint as a Hugging Face one.",
     "compare": "Compare runs: a table and an HTML report.",

@@ -18,6 +18,7 @@ from moelab.testing.expert_layouts import EXPERT_LAYOUT_CHECKS, ExpertLayoutCase
 from moelab.testing.initialisers import INITIALISER_CHECKS, InitialiserCase, check_initialiser
 from moelab.testing.mixers import MIXER_CHECKS, MixerCase, check_mixer
 from moelab.testing.observers import OBSERVER_CHECKS, ObserverCase, check_observer
+from moelab.testing.optimizers import OPTIMIZER_CHECKS, OptimizerCase, check_optimizer
 from moelab.testing.report import ConformanceError
 from moelab.testing.rope_scalings import ROPE_SCALING_CHECKS, RopeScalingCase, check_rope_scaling
 from moelab.testing.routers import ROUTER_CHECKS, RouterCase, check_router
@@ -37,6 +38,7 @@ __all__ = [
     "INITIALISER_CHECKS",
     "MIXER_CHECKS",
     "OBSERVER_CHECKS",
+    "OPTIMIZER_CHECKS",
     "ROPE_SCALING_CHECKS",
     "ROUTER_CHECKS",
     "SHARED_EXPERT_CHECKS",
@@ -54,6 +56,7 @@ __all__ = [
     "InitialiserCase",
     "MixerCase",
     "ObserverCase",
+    "OptimizerCase",
     "RopeScalingCase",
     "RouterCase",
     "SharedExpertCase",
@@ -70,6 +73,7 @@ __all__ = [
     "check_initialiser",
     "check_mixer",
     "check_observer",
+    "check_optimizer",
     "check_rope_scaling",
     "check_router",
     "check_shared_expert",
