@@ -9,7 +9,11 @@ import torch
 
 from moelab.builder import build_hollow, build_model
 from moelab.checkpoint import OwnWeights, is_moelab, read_run_config
+from moelab.data.chat import ChatTemplate
+from moelab.data.tokenizer import Tokenizer
 from moelab.errors import CheckpointError
+from moelab.hf.carried import tokenizer_side_files
+from moelab.hf.gguf_file import gguf_of
 from moelab.hf.load import HFWeights, load_hf
 from moelab.hub import user_folder
 from moelab.integrity import verified
@@ -104,6 +108,18 @@ def _own(folder: Path, plugins: Registry, dtype: torch.dtype, device: torch.devi
     model = build_empty(config, plugins, weights.shapes, dtype=dtype, device=device)
     fill(model, weights)
     return model
+
+
+def chat_template_of(folder: Path, tokenizer: Tokenizer | None = None) -> ChatTemplate:
+    """The chat template of a folder of weights, as `ChatTemplate.from_tokenizer` chooses; ChatML where it has none.
+
+    `tokenizer`: to be used in place of its own, and its template too. Raises CheckpointError where there is neither.
+    """
+    if tokenizer is not None:
+        return ChatTemplate.from_tokenizer(tokenizer)
+    tokenizer = speech_of(folder).tokenizer
+    beside = {} if gguf_of(folder) is not None else tokenizer_side_files(folder)
+    return ChatTemplate.from_tokenizer(tokenizer, beside, where=str(folder))
 
 
 def speech_of(folder: Path) -> Speech:
