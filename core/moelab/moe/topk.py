@@ -129,12 +129,12 @@ class TopKRouter(LinearRouter):
         weight = scores.gather(1, expert)
         if self.norm_topk_prob:
             weight = normalise(weight)
-        weight = self.round_weight(weight * self.options.routed_scaling_factor)
+        if self.options.routed_scaling_factor != 1:
+            weight = weight * self.options.routed_scaling_factor
         routing = Routing.from_topk(
-            expert, weight, self.num_experts, scores=scores, logits=logits, token_mask=info.mask
-        )
-        on_input = self.options.weights_on == "input"
-        routing = replace(routing, balance_top_k=self.balance_top_k, weights_on_input=on_input)
+            expert, self.round_weight(weight), self.num_experts, scores=scores, logits=logits, token_mask=info.mask,
+            balance_top_k=self.balance_top_k, weights_on_input=self.options.weights_on == "input",
+        )  # fmt: skip
         if self.options.balance == "quantile" and info.training:
             routing = replace(routing, statistics=margin_histogram(scores, self.bias, self.top_k, info.mask))
         return self.capacity.apply(self.thin(routing, info), info.training)
