@@ -32,7 +32,7 @@ from moelab.plugin_faults import PluginPart
 
 FUSED_BYTES = 1 << 22  # of a layer's query, key and value matrices: up to here a copy as one costs less than two calls
 COPY_BYTES = 1 << 29  # of all experts' gate_up: up to here a copy is made that a token reads in half the time ...
-COPY_TOKENS = 16  # ... where so many tokens come: making it takes as long as two to four of them
+COPY_TOKENS = 128  # ... where so many tokens come, of all texts: making it takes as long as 10 tokens of 16 texts do
 WIDE = (torch.float32, torch.float64)
 
 
@@ -73,8 +73,8 @@ class Step:
 class Decoding:
     """Made for a batch of texts whose prompts `cache` holds; reads the weights as they are then."""
 
-    def __init__(self, model: Decoder, cache: KVCache, padding: Tensor, new_tokens: int) -> None:
-        """padding [B] int64: positions before each text; new_tokens: at most so many are to come."""
+    def __init__(self, model: Decoder, cache: KVCache, padding: Tensor, new_tokens: int, rows: int) -> None:
+        """padding [B] int64: positions before each text; new_tokens: at most so many are to come, in `rows` texts."""
         room = cache.length + new_tokens
         self.model, self.cache = model, cache
         weight = model.embed_tokens.weight
@@ -82,7 +82,7 @@ class Decoding:
         self._whole = not computes_apart(model)
         self._layers: list[Any] = list(model.layers)
         self._attend = [] if self._whole else [_attending(layer) for layer in self._layers]
-        self._copied = [] if self._whole else _copied(self._layers, new_tokens)
+        self._copied = [] if self._whole else _copied(self._layers, rows * new_tokens)
         scaling = model.rope.scaling
         self._moving = scaling is not None and scaling.length_matters
         self._cos, self._sin = self._tables(torch.arange(room, device=self._device), room)

@@ -196,7 +196,7 @@ def _begin(model: Decoder, prompts: Sequence[Sequence[int]], rows: Sequence[_Row
     cache = KVCache(len(model.layers), room=longest + new)
     hidden, _ = model.hidden_states(ids, mask, cache=cache)
     scores = model.lm_head(hidden[:, -1])
-    batch = Decoding(model, cache, padding.to(device), new)
+    batch = Decoding(model, cache, padding.to(device), new, len(rows))
     places = [numbers.index(row.prompt) for row in rows]
     if places != list(range(len(numbers))):
         spread = torch.tensor(places, device=device)

@@ -154,6 +154,13 @@ def test_greedy_takes_the_likeliest_token_of_a_full_forward_pass() -> None:
     assert _behind(model, [1, 2, 3], _tokens(max_new_tokens=10, temperature=0.0)) < 1e-4
 
 
+def test_tokens_in_hundreds_are_made_with_copies_of_the_experts_and_are_the_same() -> None:
+    """From 128 on; 5 texts of 30 tokens."""
+    model = _build()
+    for one in generate_batch(model, RAGGED, Sampling(30, temperature=0.0)):
+        assert _behind(model, RAGGED[one.prompt], one.ids) < 1e-4
+
+
 def test_narrow_weights_and_hooked_layers_are_generated_from_too() -> None:
     """What can't be computed part by part goes through the model's own forward pass."""
     narrow = _build().to(torch.bfloat16)
