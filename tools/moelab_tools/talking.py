@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from moelab.data.chat import ChatTemplate
+from moelab.errors import UserError
 from moelab.integrity import verified
 from moelab.loading import chat_template_of, read_model
 from moelab.nn.generate import Continuation, generate
@@ -93,13 +94,12 @@ class Talk:
 
 def talk(conversation: Talk) -> None:
     """Turns from stdin, answers to stdout; prompts to a person alone."""
-    person = sys.stdin.isatty()
+    person = sys.stdin is not None and sys.stdin.isatty()
     click.echo(f"template: {printable(conversation.template.where)}; {NEW} begins anew, an empty line ends", err=True)
     while True:
         if person:
             click.echo("> ", nl=False, err=True)
-        line = sys.stdin.readline()
-        said = line.rstrip("\r\n")
+        said = _line().rstrip("\r\n")
         if not said.strip():
             return
         if said.strip() == NEW:
@@ -108,3 +108,11 @@ def talk(conversation: Talk) -> None:
         for piece in conversation.answer(said):
             click.echo(printable(piece, keep=SHOWN), nl=False)
         click.echo()
+
+
+def _line() -> str:
+    """The next line of stdin, empty at its end. UserError where there is none: closed, or a terminal that is gone."""
+    try:
+        return "" if sys.stdin is None else sys.stdin.readline()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"stdin: can't be read ({error}); give turns as lines of UTF-8") from error

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 import moelab
 from moelab.config.model import ModelConfig
 from moelab.data.byte_tokenizer import ByteTokenizer
+from moelab.errors import UserError
 from moelab.hf.save import save_hf
 from moelab.nn.generate import generate
 from moelab.nn.sampling import Sampling
@@ -53,6 +54,12 @@ def test_lines_of_the_input_are_turns(folder: Path):
     assert "the built-in ChatML" in found.stderr
     first, second = found.stdout.splitlines()
     assert first == second
+
+
+def test_input_that_is_no_text_is_refused(folder: Path):
+    found = CliRunner().invoke(program, ["chat", str(folder)], input=b"\xff\xfe\n")
+    assert isinstance(found.exception, UserError)
+    assert "stdin: can't be read" in str(found.exception)
 
 
 def test_a_file_of_prompts_becomes_a_file_of_texts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
