@@ -22,7 +22,7 @@ from moelab.data.tokenizer import load_tokenizer
 from moelab.hf.carried import carried_files, largest_token_id
 from moelab.hf.config import read_config
 from moelab.hf.files import TensorFolder, read_header
-from moelab.origin import end_token_ids, read_origin
+from moelab.origin import end_token_ids, read_origin, sampling_settings
 from moelab.routes.files import read_trace
 from moelab.run_table.frame import run_records
 from moelab.training.setup import build_corpus_of, resolve_run
@@ -234,7 +234,11 @@ KINDS: dict[str, Kind] = {
                     ("plan", "hf"),
                 ),
             ),
-            Group(("hf/generation_config.json",), (lambda f: end_token_ids(f / "hf"),), (("generate", "hf", *SHORT),)),
+            Group(
+                ("hf/generation_config.json",),
+                (lambda f: end_token_ids(f / "hf"), lambda f: sampling_settings(f / "hf")),
+                (("generate", "hf", *SHORT), ("chat", "hf")),
+            ),
             Group(
                 ("dense/config.json",),
                 (_plan, lambda f: load(f / "dense")),
