@@ -110,7 +110,7 @@ class MoEBlock(nn.Module):
         if copied is not None and not served.weights_on_input and pays(rows, served):
             y = few_rows(rows, served, self.experts, copied)
         else:
-            y = self.experts(rows, served, self._compute(None))
+            y = self.experts(rows, served, self._compute([], whole=False))
         if self.latent is not None:
             y = self.latent.up(y)
         if routing.bypass is not None:
