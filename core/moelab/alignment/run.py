@@ -117,7 +117,7 @@ def stage_configs(config: RunConfig) -> list[RunConfig]:
         own.alignment = [copy.deepcopy(stage)]
         stand_in(own, own.alignment[0])
         if len(config.alignment) > 1:
-            own.run_dir = str(Path(config.run_dir) / f"{number:02d}_{stage.stage}")
+            own.run_dir = str(user_path(config.run_dir, "run_dir") / f"{number:02d}_{stage.stage}")
             own.name = f"{config.name} {stage.stage}" if config.name else None
             if found:
                 own.train.init_from = found[-1].run_dir
