@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moelab.config.model import ModelConfig
+from moelab.config.rope_scaling import RopeContext
 from moelab.errors import ConfigError
 from moelab.hf import roles as names
 from moelab.hookspecs import ROPE_SCALINGS
@@ -124,8 +125,6 @@ def _angles(config: ModelConfig, length: int) -> tuple[Floats, Floats]:
 def _scaled(config: ModelConfig, frequency: Floats, length: int) -> tuple[Floats, float]:
     """By the scaling's own plugin, which imports torch when called: 0.3 GB more a worker, of such sources alone."""
     import torch  # noqa: PLC0415
-
-    from moelab.nn.rope import RopeContext  # noqa: PLC0415
 
     assert config.rope_scaling is not None
     context = RopeContext(config.attention_head_dim, config.rope_theta, config.max_position_embeddings)
