@@ -11,6 +11,7 @@ from moelab import Component, ConfigError, MoEContext, Router, Routing, TokenInf
 from moelab.moe.capacity import rank_in_expert, refuse_noncausal
 from moelab.moe.gate import GateOptions, LinearRouter
 from moelab.moe.selection import sigmoid_score
+from moelab.moe.waiting import waiting_is_free
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Base(LinearRouter):
     1,024 tokens and 64 uneven experts of normal affinities 64 rounds reach 97 % of it, 512 all but 0.1 %.
     Use: balance without a loss, at one expert a token. Non-causal in training, hence `allow_noncausal`; evaluation is
     not balanced.
-    Cost: `rounds` passes over [T, E], each with a sort of T; on a CPU over the rows of those who still bid, and none once
+    Cost: `rounds` passes over [T, E], each with a sort of T; on a CPU over the rows of those who still bid, until
     nobody does: the same assignment.
     """
 
@@ -83,11 +84,11 @@ def balanced_assignment(value: Tensor, valid: Tensor, rounds: int, least_bid: fl
     places = (valid.sum() + experts - 1) // experts
     price = value.new_zeros(experts)
     expert, bid = torch.full_like(best, experts), value.new_zeros(tokens)  # `experts`: none
-    waits = value.device.type != "cpu"  # to learn who still bids, and that nobody does
+    compacts = waiting_is_free(value)  # to learn who still bids, and that nobody does
     everyone = torch.arange(tokens, device=value.device)
     for _ in range(rounds):
         bidding = valid & (expert == experts)
-        who = everyone if waits else everyone[bidding]
+        who = everyone[bidding] if compacts else everyone
         if len(who) == 0:
             break
         first, second, wanted = _best_two(value[who] - price)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 
 from moelab import ConfigError, MoEContext, Registry
 from moelab.hookspecs import ROUTERS
+from moelab.moe.waiting import as_on_an_accelerator
 from moelab.testing.tensors import fill_parameters, make_info
 from moelab_plugins.routers.base import balanced_assignment
 
@@ -65,10 +68,14 @@ def plain_auction(value: np.ndarray, rounds: int, least_bid: float) -> list[int]
 
 @pytest.mark.parametrize(("tokens", "experts"), [(64, 8), (50, 8), (40, 2)])
 @pytest.mark.parametrize("rounds", [1, 7, 600])
-def test_who_has_a_place_is_who_has_it_in_the_plain_auction(tokens: int, experts: int, rounds: int) -> None:
+@pytest.mark.parametrize("world", [nullcontext, as_on_an_accelerator])
+def test_who_has_a_place_is_who_has_it_in_the_plain_auction(
+    tokens: int, experts: int, rounds: int, world: Callable[[], AbstractContextManager[None]]
+) -> None:
     """Whether those who sit are looked at again or not, and however many rounds are left when nobody bids."""
     value = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(tokens)) + torch.arange(experts) / 4
-    found = balanced_assignment(value, torch.ones(tokens, dtype=torch.bool), rounds, 0.05).tolist()
+    with world():
+        found = balanced_assignment(value, torch.ones(tokens, dtype=torch.bool), rounds, 0.05).tolist()
     plain = plain_auction(value.numpy(), rounds, 0.05)
     assert all(mine == theirs for mine, theirs in zip(found, plain, strict=True) if theirs >= 0)
     assert rounds < 600 or -1 not in plain
