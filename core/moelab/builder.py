@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from moelab.config.model import ModelConfig
-from moelab.config.rope_scaling import as_part
+from moelab.config.rope_scaling import RopeContext, as_part
 from moelab.errors import ConfigError
 from moelab.hookspecs import (
     ACTIVATIONS,
@@ -38,7 +38,7 @@ from moelab.nn.init import initialise, release
 from moelab.nn.latent import LatentProjection
 from moelab.nn.mlp import MLP
 from moelab.nn.positional_promises import attention_built, scaling_built
-from moelab.nn.rope import RopeContext, RopeScaling
+from moelab.nn.rope import RopeScaling
 from moelab.nn.transformer import Transformer
 from moelab.plugin_faults import PluginPart, plugins_told
 from moelab.registry import Registry

@@ -19,6 +19,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from moelab.alarms import Alarm, AlarmChange
+    from moelab.config.rope_scaling import RopeContext
     from moelab.data.corpus import Corpus, DataContext
     from moelab.data.filtering import FilterContext, TextFilter
     from moelab.data.mixing import MixContext, Mixer
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from moelab.moe.surgery import Surgery, SurgeryContext
     from moelab.nn.attention_inputs import AttentionContext, AttentionKernel
     from moelab.nn.optimizing import Optimizer, OptimizerContext
-    from moelab.nn.rope import RopeContext, RopeScaling
+    from moelab.nn.rope import RopeScaling
 
 hookspec = pluggy.HookspecMarker("moelab")
 hookimpl = pluggy.HookimplMarker("moelab")

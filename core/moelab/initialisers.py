@@ -115,6 +115,8 @@ class PromptReader:
 
     encode: Callable[[str], Sequence[int]]  # with the source's tokenizer.json
     embed: Callable[[Sequence[int]], npt.NDArray[np.float32]]  # token ids [T] -> [T, D]
+    # (layer, token ids of each text) -> [T_i, D] of each: the residual stream that enters the layer
+    hidden: Callable[[int, Sequence[Sequence[int]]], Sequence[npt.NDArray[np.float64]]]
 
 
 @runtime_checkable

@@ -126,6 +126,8 @@ LOSS_CASES: dict[str, list[tuple[dict[str, Any], str | None, dict[str, Any], flo
         ({}, "moe_plus_plus", {"gating_residual": False}, 1.0),
         ({"kind": "average"}, "null_experts", {"num_null_experts": 8}, 1.0),
         ({"convention": "moe_plus_plus"}, "moe_plus_plus", {}, 0.25),  # K / E, without null choices
+        ({"kind": "device", "num_devices": 4}, "null_experts", {"num_null_experts": 8}, None),
+        ({"kind": "device", "num_devices": 2, "scope": "micro"}, "null_experts", {"num_null_experts": 4}, None),
     ],
     "depth_predictor": [({}, "mixture_of_depths", {"capacity": 0.5}, None)],
 }

@@ -110,6 +110,7 @@ class Maker:
         self.plan = plan
         self.registry = registry
         self.sources = sources
+        self.prompts = prompt_reader(sources[0])  # one for all layers: their hidden states follow from each other
         self._layer: _Layer | None = None
 
     def make(self, tensor: OutputTensor) -> Iterator[npt.NDArray[Any]]:
@@ -166,7 +167,7 @@ class _Layer:
             if prepare is not None:
                 prepare(lambda matrix: self.dense(0, matrix))
         if hasattr(self.parts.router, "prepare"):
-            self.parts.router.prepare(prompt_reader(self.sources[0]))
+            self.parts.router.prepare(maker.prompts)
         self.plan_of = cache(self._plan_of)
 
     def make(self, tensor: OutputTensor) -> Iterator[npt.NDArray[Any]]:

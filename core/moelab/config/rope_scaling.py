@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 PLAIN = "none"  # the rope scaling that changes nothing
 HF_PLAIN = "default"  # as Hugging Face calls it
 _KEYS = ("rope_type", "type")
+
+
+@dataclass(frozen=True)
+class RopeContext:
+    """What the scaling of a rotary embedding may depend on when it is built."""
+
+    head_dim: int
+    rope_theta: float
+    max_position_embeddings: int
 
 
 def as_part(said: Mapping[str, Any]) -> dict[str, Any]:

@@ -137,11 +137,12 @@ class MoEBlock(nn.Module):
         It takes the bank from the one who calls it, which may be another's module around ours that changes the weights
         meanwhile (PEFT's). `shown` takes these: where they lie in pieces, made `whole` or none.
         """
-        compute = weigh_inputs(self.reach(self.backend if self.chunk is None else InChunks(self.backend, self.chunk)))
         gathered = self.whole_experts
 
         def showing(x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
-            self._check_backend(x, routing, bank)
+            self._check_backend(x, routing, bank)  # first: a backend may build what computes from the answer
+            inner = self.backend if self.chunk is None else InChunks(self.backend, self.chunk)
+            compute = weigh_inputs(self.reach(inner))
             if gathered is None:
                 shown.extend((bank.gate_up, bank.down))
             elif whole:

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class RopeContext:
-    """What the scaling of a rotary embedding may depend on when it is built."""
-
-    head_dim: int
-    rope_theta: float
-    max_position_embeddings: int
 
 
 class RopeScaling(Protocol):

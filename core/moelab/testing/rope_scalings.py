@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from moelab.components import Component
+from moelab.config.rope_scaling import RopeContext
 from moelab.nn.positional_promises import scaling_built
-from moelab.nn.rope import Rope, RopeContext, RopeScaling, rotate
+from moelab.nn.rope import Rope, RopeScaling, rotate
 from moelab.testing.report import make_options, promised, run_checks
 from moelab.testing.tensors import assert_close, assert_finite, host_waits
 

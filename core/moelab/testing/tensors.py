@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelab.moe.routing import Routing, TokenInfo
+from moelab.moe.waiting import as_on_an_accelerator
 
 TOLERANCE = 1e-6
 
@@ -128,7 +129,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def host_waits(call: Callable[[], Any]) -> list[str]:
-    """What in `call` would make the host wait for an accelerator."""
-    with HostWaits() as watch:
+    """What in `call` would make the host wait for an accelerator; `moe.waiting.waiting_is_free` is false in it."""
+    with as_on_an_accelerator(), HostWaits() as watch:
         call()
     return watch.found

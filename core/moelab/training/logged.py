@@ -13,6 +13,7 @@ from moelab.training.budget import tell_measured
 from moelab.training.loop import Loop, due, served_backends
 from moelab.training.mixture import mixture_metrics
 from moelab.training.probe import look, probe_batch
+from moelab.training.router_gradient import frozen_by_config
 from moelab.training.router_numbers import layer_facts
 from moelab.training.setup import Setup
 from moelab.training.step import StepResult
@@ -74,7 +75,8 @@ def alarm_watch(setup: Setup, state: Mapping[str, Any]) -> AlarmWatch:
     """As it was when a resumed run left off; what a new one found before its first step has been told."""
     lineage = setup.lineage
     untrained = lineage is None or any(stage == CONVERSION for stage, _ in lineage.stages[-1:])
-    facts = layer_facts(setup.blocks, untrained=untrained)
+    frozen = frozen_by_config(setup.model, setup.blocks, setup.config.train)
+    facts = layer_facts(setup.blocks, untrained=untrained, frozen=frozen)
     watch = AlarmWatch(facts, setup.config.train.steps)
     if state:
         watch.restore(state.get("alarms", []))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from moelab.alarms import RULE_OF, Alarm
 from moelab.config.model import ModelConfig
+from moelab.config.run import TrainConfig
 from moelab.moe.block import MoEBlock
 from moelab.moe.per_layer import layer_parts
 from moelab.moe.routing import TokenInfo
@@ -92,6 +94,22 @@ def learns(router: object) -> bool:
 def is_frozen(block: MoEBlock) -> bool:
     """Whether its router has nothing that a gradient moves."""
     return not any(parameter.requires_grad for parameter in _parameters(block.router))
+
+
+def frozen_by_config(model: nn.Module, blocks: Sequence[MoEBlock], train: TrainConfig) -> dict[int, str]:
+    """{layer: the config key that keeps its router as it is}, of routers that are to learn and have nothing trainable.
+
+    Another that has nothing trainable froze itself, without a word (`learns = False`) or a key of the config.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    matched = {id(named[name]) for pattern in train.freeze for name in named if fnmatchcase(name, pattern)}
+    key = "train.adapters" if train.adapters else "train.freeze"
+    return {
+        block.layer_id: key
+        for block in blocks
+        if learns(block.router) and is_frozen(block)
+        and (train.adapters or all(id(parameter) in matched for parameter in _parameters(block.router)))
+    }  # fmt: skip
 
 
 def _parameters(router: object) -> Iterator[nn.Parameter]:

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from moelab.alarms import NO_GRADIENT, LayerFacts
 from moelab.moe.block import MoEBlock
 from moelab.nn.transformer import Transformer
 from moelab.training.adapters import Adapters
-from moelab.training.router_gradient import is_frozen, learns
+from moelab.training.router_gradient import learns
 from moelab.training.step import StepResult, router_parameters
 
 TEXT = "lm_loss"  # the term that is the text's
 LEAST_SHARE = 10  # assignments: where a fair share of an interval is fewer, chance alone leaves experts without
 
 
-def layer_facts(blocks: Sequence[MoEBlock], *, untrained: bool) -> dict[int, LayerFacts]:
+def layer_facts(blocks: Sequence[MoEBlock], *, untrained: bool, frozen: Collection[int] = ()) -> dict[int, LayerFacts]:
     """What alarms go by, for each MoE layer; `untrained`: no training has touched the routers before this run.
 
-    One that was trained and is frozen now follows a fixed rule, by design.
+    `frozen`: layers whose router the config keeps as it is. One that was trained before is no fault then: summary.json
+    names it (`frozen_routers`), and `compare` says so with every word that it gives to the run.
     """
     found = {}
     for block in blocks:
         layout, weight = block.layout, getattr(block.router, "weight", None)
         choices = len(weight) if weight is not None else None
-        to_learn = learns(block.router) and (untrained or not is_frozen(block))
+        to_learn = learns(block.router) and (untrained or block.layer_id not in frozen)
         found[block.layer_id] = LayerFacts(layout.num_experts, layout.num_experts_per_tok, to_learn, untrained, choices)
     return found
 

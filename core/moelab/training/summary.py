@@ -22,7 +22,7 @@ from moelab.training.mixture import mixture_facts
 from moelab.training.parts import components, own_options
 from moelab.training.peak import peak_flops
 from moelab.training.progress import Progress
-from moelab.training.router_gradient import learns
+from moelab.training.router_gradient import frozen_by_config, learns
 from moelab.training.router_numbers import gradient_metrics, idle_metrics
 from moelab.training.router_statistics import RouterReport, rank_metrics
 from moelab.training.start import COMMIT, OVERRIDES
@@ -99,6 +99,9 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
         "options": own_options(written["model"]["moe"], config.model.moe, setup.registry),  # not at their defaults
         # Layers whose router follows a fixed rule, by design: a fact and no alarm.
         "fixed_routers": {str(b.layer_id): type(b.router).__name__ for b in setup.blocks if not learns(b.router)},
+        "frozen_routers": {
+            str(layer): key for layer, key in frozen_by_config(setup.model, setup.blocks, config.train).items()
+        },
         "plugins": setup.registry.versions(),
         "versions": {
             "moelab": moelab.__version__,

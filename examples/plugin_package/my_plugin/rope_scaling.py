@@ -11,7 +11,7 @@ from moelab import Component, component, hookimpl
 if TYPE_CHECKING:  # `moelab upcycle` reads these options without torch
     from torch import Tensor
 
-    from moelab.nn.rope import RopeContext
+    from moelab.config.rope_scaling import RopeContext
 
 
 @dataclass

@@ -13,7 +13,8 @@ from moelab import Component, component, hookimpl
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moelab.nn.rope import RopeContext, RopeScaling
+    from moelab.config.rope_scaling import RopeContext
+    from moelab.nn.rope import RopeScaling
 
 
 @dataclass

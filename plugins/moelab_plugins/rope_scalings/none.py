@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from moelab import Component, component, hookimpl
 
 if TYPE_CHECKING:
-    from moelab.nn.rope import RopeContext, RopeScaling
+    from moelab.config.rope_scaling import RopeContext
+    from moelab.nn.rope import RopeScaling
 
 
 @dataclass

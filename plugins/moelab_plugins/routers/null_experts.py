@@ -57,8 +57,8 @@ class NullExperts(TopKRouter):
     0, or x. balance=proportional: after each step b_i += bias_update_rate (K_e / (K E) - load_i / (K T)) for the real
     ones, and 0 for the null ones.
     Source: AdaMoE (2406.13233) 3.2 (section not opened). LongCat-Flash (2509.01322): transformers' longcat_flash for
-    the routing (null_output copy, norm_topk_prob false, scaling 6, 256 beside 512 experts, 12 a token); the update in
-    notes on the report, which give no rate. Its loss over groups of experts is not offered.
+    the routing (null_output copy, norm_topk_prob false, scaling 6, 256 beside 512 experts, 12 a token); the update is
+    its eq. 2, and it gives no rate. Its loss over groups of experts is null_load_balance of kind device.
     Use: adaptive compute at a bounded maximum; raise num_experts_per_tok accordingly. Without balance the loss
     null_load_balance of kind average, which leaves tokens free to differ in their number of nulls.
     Cost: m more router rows; on average K E / (E + m) experts a token at balance, or `target_experts`.

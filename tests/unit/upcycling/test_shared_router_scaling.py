@@ -137,7 +137,11 @@ def test_tied_groups_repeat_each_row_for_a_whole_dense_ffn():
 
 def test_a_router_from_prompts_points_at_their_embeddings():
     embedding = np.eye(32, dtype=np.float32)
-    reader = PromptReader(encode=lambda text: [ord(c) - 97 for c in text], embed=lambda ids: embedding[list(ids)])
+    reader = PromptReader(
+        encode=lambda text: [ord(c) - 97 for c in text],
+        embed=lambda ids: embedding[list(ids)],
+        hidden=lambda layer, texts: [],
+    )
     part = router({"name": "cheap_embed", "positive": [["ab"], ["c"]], "negative": [[], ["d"]]},
                   layout=ExpertLayout(2, 1, 13))  # fmt: skip
     part.prepare(reader)

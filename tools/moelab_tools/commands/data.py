@@ -25,7 +25,7 @@ def command(arguments: tuple[str, ...], report_only: bool, force: bool) -> None:
     Example:
       moelab data configs/data/embedded.yaml output=curated
       moelab data configs/data/embedded.yaml output=seen --report-only
-      moelab data configs/data/embedded.yaml output=tokenised tokens.tokenizer=bytes
+      moelab data configs/data/embedded.yaml output=tok tokens.tokenizer=bytes
     """
     from moelab_tools.curate.run import CurateRequest, run_curate
 

@@ -55,6 +55,7 @@ class Line:
     score: float | None  # held-out loss in the comparison's measure
     score_sd: float | None  # over training seeds; None for a single run
     untaught: str | None  # why its router has learnt nothing, so that no word ranks it; None: nothing speaks for that
+    frozen: str | None  # what each of its words is said with, where its config keeps the router as it is
     verdict: str  # a word of `verdict`, baseline, best, lowest, or the status of a variant of which no run finished
     difference: Verdict | None  # to the baseline, at the end of each run
     at_equal: dict[str, Verdict]  # to the baseline, by axis: tokens, flops, seconds
@@ -63,6 +64,11 @@ class Line:
     tokens_per_second: float | None
     max_violation: float | None
     dead_fraction: float | None
+
+    @property
+    def qualified(self) -> str:
+        """Its name as words are said of it."""
+        return f"{self.name} ({self.frozen})" if self.frozen else self.name
 
 
 @dataclass(frozen=True)
@@ -234,6 +240,7 @@ def _line(variant: Variant, measure: Measure, budgets: Sequence[Budget], judged:
         score=float(np.mean(values)) if values else None,
         score_sd=float(np.std(values, ddof=1)) if len(values) > 1 else None,
         untaught=untaught,
+        frozen=routers.frozen(variant),
         verdict=verdict.verdict if verdict else "",
         difference=verdict,
         at_equal={axis: found[variant.name] for axis, found in judged.at_equal.items() if variant.name in found},

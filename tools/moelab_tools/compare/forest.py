@@ -77,7 +77,10 @@ def _chart(
     known = [(place, line, one) for place, line, one in found if one is not None and one.difference is not None]
     if not known:
         return None
-    rows = [_row(label(line.name), place, one, TONES.get(one.verdict, OPEN), one.verdict) for place, line, one in known]
+    rows = [
+        _row(label(line.name), place, one, TONES.get(one.verdict, OPEN), wording.word(line, one.verdict))
+        for place, line, one in known
+    ]
     reach = _reach([_interval(one) for _, _, one in known])
     return Chart(name, "intervals", title, note, _data(comparison, rows, reach, band=True), wide)
 

@@ -137,6 +137,14 @@ def by_design(variants: Sequence[Variant]) -> list[str]:
     return told
 
 
+def frozen(variant: Variant) -> str | None:
+    """How every word that the variant gets goes on, where its config keeps routers as they are."""
+    kept = variant.counted[0].summary.get("frozen_routers")
+    if not isinstance(kept, Mapping) or not kept:
+        return None
+    return f"router frozen by config ({', '.join(sorted({str(key) for key in kept.values()}))})"
+
+
 def unknown(runs: Sequence[Run]) -> list[str]:
     """Runs with experts that kept no alarms."""
     names = [

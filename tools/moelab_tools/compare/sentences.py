@@ -41,7 +41,7 @@ def headlines(comparison: Comparison) -> list[str]:
 
 def _first(comparison: Comparison) -> str:
     best = comparison.lines[0]
-    text = f"{best.name} has the lowest held-out loss: {wording.loss(best.score)} {comparison.measure.name}"
+    text = f"{best.qualified} has the lowest held-out loss: {wording.loss(best.score)} {comparison.measure.name}"
     if best.untaught:
         return f"{text}, and that is no verdict: {best.untaught}."
     if best.verdict == words.BEST:
@@ -55,7 +55,7 @@ def against_baseline(line: Line, comparison: Comparison) -> str:
     """One variant in one or two sentences."""
     other, found, unit = comparison.baseline, line.difference, comparison.measure.name
     if line.status != "finished":
-        return f"{line.name}: {wording.loss(line.score)} {unit}; {line.status}, so this is not its final state."
+        return f"{line.qualified}: {wording.loss(line.score)} {unit}; {line.status}, so this is not its final state."
     if other is None or found is None:
         return f"{line.name}: {wording.loss(line.score)} {unit}, with nothing to compare it with."
     if found.difference is None:
@@ -65,7 +65,7 @@ def against_baseline(line: Line, comparison: Comparison) -> str:
         )
     base = next(one for one in comparison.lines if one.name == other)
     told = [
-        _difference(line.name, other, found, unit, base.score),
+        _difference(line.qualified, base.qualified, found, unit, base.score),
         footing(line, base),
         could_have_seen(found, base.score),
     ]

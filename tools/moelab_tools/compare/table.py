@@ -91,7 +91,8 @@ def _loss(comparison: Comparison, line: Line) -> str:
 
 
 def _difference(comparison: Comparison, line: Line) -> str:
-    gap, word = line.difference, f"[{STYLES.get(line.verdict, 'bold')}]{escape(line.verdict)}[/]"
+    gap, said = line.difference, wording.word(line, line.verdict)
+    word = f"[{STYLES.get(line.verdict, 'bold')}]{escape(said)}[/]"
     if gap is None or gap.difference is None:
         return word
     interval = ""

@@ -71,11 +71,16 @@ def at_budget(comparison: Comparison, line: Line, axis: str) -> str:
     return f"{rough}{loss(value)}{'*' if set(line.runs) & set(budget.cut_short) else ''}"
 
 
+def word(line: Line, verdict: str) -> str:
+    """A word of a variant, never without what it is said with."""
+    return f"{verdict}, {line.frozen}" if line.frozen else verdict
+
+
 def at_equal(comparison: Comparison, line: Line, axis: str) -> str:
     """The same with the word that the difference there got."""
     found = line.at_equal.get(axis)
     value = at_budget(comparison, line, axis)
-    return f"{value} {found.verdict}" if found is not None else value
+    return f"{value} {word(line, found.verdict)}" if found is not None else value
 
 
 def in_domain(comparison: Comparison, line: Line, domain: str) -> float | None:
@@ -146,4 +151,4 @@ def _verdict_at(line: Line, axis: str) -> str:
     interval = (
         f" [{signed(found.low)}, {signed(found.high)}]" if found.low is not None and found.high is not None else ""
     )
-    return f" ({found.verdict}: {signed(found.difference)}{interval})"
+    return f" ({word(line, found.verdict)}: {signed(found.difference)}{interval})"

@@ -14,10 +14,11 @@ import torch
 import moelab
 from moelab.builder import reposition
 from moelab.config.model import ModelConfig
+from moelab.config.rope_scaling import RopeContext
 from moelab.errors import ConfigError
 from moelab.hookspecs import ROPE_SCALINGS
 from moelab.nn.kv_cache import KVCache
-from moelab.nn.rope import Rope, RopeContext
+from moelab.nn.rope import Rope
 
 REGISTRY = moelab.Registry(entry_points=False)
 CONFIG = ModelConfig(

@@ -373,8 +373,10 @@ def test_a_trained_router_that_is_frozen_raises_no_alarm_and_an_untrained_one_do
     config.train = dataclasses.replace(started.train, steps=2, log_every=1, adapters=[EVERYWHERE[0]])
     summary = json.loads((train(config) / "summary.json").read_text())
     assert summary["alarms"] == []
+    assert set(summary["frozen_routers"].values()) == {"train.adapters"}
     assert "no parameter of this router is trainable" in caplog.text
     fresh = dataclasses.replace(config, run_dir=str(tmp_path / "fresh"))
     fresh.train = dataclasses.replace(config.train, init_from=None, adapters=[], freeze=["*.router.*"])
     summary = json.loads((train(fresh) / "summary.json").read_text())
     assert {alarm["name"] for alarm in summary["alarms"]} == {"no_gradient"}
+    assert set(summary["frozen_routers"].values()) == {"train.freeze"}

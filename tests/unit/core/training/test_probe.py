@@ -13,10 +13,13 @@ import moelab
 from moelab.alarms import NO_GRADIENT
 from moelab.builder import build_balance_losses
 from moelab.config.model import ModelConfig, MoEConfig
+from moelab.config.run import TrainConfig
 from moelab.data.batches import Batch
 from moelab.moe.block import MoEBlock
+from moelab.training.freeze import freeze
 from moelab.training.precision import Precision
 from moelab.training.probe import look
+from moelab.training.router_gradient import frozen_by_config
 from moelab.training.router_numbers import gradient_metrics, idle_metrics, layer_facts
 from moelab.training.step import Observe, StepResult, StepSettings, train_step
 
@@ -155,6 +158,21 @@ def test_a_router_by_design_has_no_gradient_to_tell_of() -> None:
     facts = layer_facts(blocks(model), untrained=True)
     assert [fact.learns for fact in facts.values()] == [False, False]
     assert layer_facts(blocks(model_of(router={"name": "softmax_topk"})), untrained=True)[1].learns
+
+
+def test_only_a_router_that_the_config_froze_over_trained_weights_has_nothing_to_learn() -> None:
+    """One that froze itself without a word, or by half, is to learn as before: what it does not learn is an alarm."""
+    model = model_of(router={"name": "softmax_topk", "gate_bias": True})
+    found, train = blocks(model), TrainConfig(steps=1, freeze=["layers.0.mlp.router.*", "layers.1.mlp.router.weight"])
+    freeze(model, train.freeze)
+    assert frozen_by_config(model, found, train) == {0: "train.freeze"}  # layer 1 has its bias left
+    for parameter in found[1].router.parameters():  # type: ignore[union-attr]
+        parameter.requires_grad_(False)
+    frozen = frozen_by_config(model, found, train)
+    assert frozen == {0: "train.freeze"}
+    for untrained, to_learn in ((False, [False, True]), (True, [True, True])):
+        facts = layer_facts(found, untrained=untrained, frozen=frozen)
+        assert [fact.learns for fact in facts.values()] == to_learn
 
 
 def test_idle_experts_are_counted_over_the_interval_where_chance_can_not_explain_them() -> None:

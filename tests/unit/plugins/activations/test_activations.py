@@ -136,6 +136,26 @@ def test_parameters_and_flops_by_hand(name: str, bias: bool) -> None:
     assert served_costs(model, 64).expert_weights == (m * D * F,) * 4
 
 
+@pytest.mark.parametrize("limit", [7.0, 1.2, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_is_clamped_has_no_gradient_and_the_limit_itself_has_one(dtype: torch.dtype, limit: float) -> None:
+    """Wherever autograd's clamp lets a gradient through, its own backward does: among the numbers next to a limit."""
+    act: Any = activation("clamped_swiglu", swiglu_limit=limit)
+    near = torch.tensor([limit, -limit, 0.5 * limit, 9.0 * limit, -9.0 * limit], dtype=torch.float64).to(dtype)
+    beside = [torch.nextafter(near, torch.full_like(near, end)) for end in (torch.inf, -torch.inf)]
+    values = torch.cat([near, *beside])
+    gate, up = (v.contiguous().requires_grad_() for v in torch.meshgrid(values, values, indexing="ij"))
+    (expected_gate, expected_up) = torch.autograd.grad(act(gate, up).sum(), (gate, up))
+    with torch.no_grad():
+        result, pullback = act.differentiate(gate, up)
+        found = [torch.empty_like(gate), torch.empty_like(up)]
+        pullback(torch.ones_like(result), *found)
+        assert torch.equal(result, act(gate, up))
+    for mine, theirs in zip(found, (expected_gate, expected_up), strict=True):
+        assert torch.equal(mine != 0, theirs != 0)
+        torch.testing.assert_close(mine, theirs, rtol=0.05 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+
+
 @pytest.mark.parametrize("name", ["gelu", "clamped_swiglu"])
 def test_narrow_experts_keep_their_width_while_they_learn(name: str) -> None:
     """Neurons beyond an expert's own width stay zero, and so does their bias."""

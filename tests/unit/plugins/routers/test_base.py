@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 
 from moelab import ConfigError, MoEContext, Registry
 from moelab.hookspecs import ROUTERS
+from moelab.moe.waiting import as_on_an_accelerator
 from moelab.testing.tensors import fill_parameters, make_info
 from moelab_plugins.routers.base import balanced_assignment
 
@@ -38,6 +41,44 @@ def test_the_auction_is_near_the_optimum_and_balanced(tokens: int, experts: int,
     assert torch.bincount(found, minlength=experts).max() <= places
     total = value.gather(1, found[:, None]).double().sum().item()
     assert optimum(value.double().numpy(), places) - total <= tokens * 0.01 + 1e-5
+
+
+def plain_auction(value: np.ndarray, rounds: int, least_bid: float) -> list[int]:
+    """Bertsekas' auction, bidder by bidder, all of a round at the same prices; -1: without an expert."""
+    tokens, experts = value.shape
+    places, price = -(-tokens // experts), np.zeros(experts, np.float32)
+    held: list[list[tuple[np.float32, int]]] = [[] for _ in range(experts)]
+    for _ in range(rounds):
+        sitting = {token for bids in held for _, token in bids}
+        for token in sorted(set(range(tokens)) - sitting):
+            gain = value[token] - price
+            best, second = np.argsort(-gain, kind="stable")[:2]
+            held[best].append((price[best] + gain[best] - gain[second] + np.float32(least_bid), token))
+        for expert, bids in enumerate(held):
+            bids.sort(key=lambda one: (-one[0], one[1]))
+            del bids[places:]
+            if len(bids) == places:
+                price[expert] = bids[-1][0]
+    found = [-1] * tokens
+    for expert, bids in enumerate(held):
+        for _, token in bids:
+            found[token] = expert
+    return found
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(64, 8), (50, 8), (40, 2)])
+@pytest.mark.parametrize("rounds", [1, 7, 600])
+@pytest.mark.parametrize("world", [nullcontext, as_on_an_accelerator])
+def test_who_has_a_place_is_who_has_it_in_the_plain_auction(
+    tokens: int, experts: int, rounds: int, world: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Whether those who sit are looked at again or not, and however many rounds are left when nobody bids."""
+    value = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(tokens)) + torch.arange(experts) / 4
+    with world():
+        found = balanced_assignment(value, torch.ones(tokens, dtype=torch.bool), rounds, 0.05).tolist()
+    plain = plain_auction(value.numpy(), rounds, 0.05)
+    assert all(mine == theirs for mine, theirs in zip(found, plain, strict=True) if theirs >= 0)
+    assert rounds < 600 or -1 not in plain
 
 
 def test_who_is_outbid_in_the_last_round_takes_a_place_that_is_left() -> None:

@@ -13,9 +13,11 @@ from rich.console import Console
 
 from moelab.alarms import LEARNT_NOTHING
 from moelab.errors import UserError
+from moelab_tools.compare.board import board_text
 from moelab_tools.compare.comparison import Comparison, compare
 from moelab_tools.compare.report import render, write_json
 from moelab_tools.compare.runs import read_runs
+from moelab_tools.compare.sentences import headlines
 from moelab_tools.compare.table import print_comparison
 
 MakeRun = Callable[..., Path]
@@ -129,6 +131,28 @@ def test_a_router_by_design_is_a_fact_and_gets_its_word(variants: Callable[..., 
     assert words(comparison)["bad"] == "better"
     for where, told in everything(comparison, tmp_path).items():
         assert "bad routes by a fixed rule in layers 0, 2, 10 (Hash): nothing to learn, by design" in told, where
+
+
+@pytest.mark.parametrize("baseline", ["good", "bad", None])
+def test_a_router_that_the_config_froze_gets_its_words_with_that_one(
+    variants: Callable[..., list[Path]], tmp_path: Path, baseline: str | None
+) -> None:
+    """Wherever a word stands: in the sentences, in the row, at equal budgets, in the board's table."""
+    kept = "router frozen by config (train.freeze)"
+    comparison = compare(read_runs(variants(frozen_routers={"0": "train.freeze", "1": "train.freeze"})), baseline)
+    told = " ".join(headlines(comparison))
+    assert f"bad ({kept}) " in told
+    assert "bad is better" not in told
+    assert "than bad:" not in told
+    (frozen,) = [line for line in comparison.lines if line.name == "bad"]
+    assert frozen.frozen == kept
+    for where, text in everything(comparison, tmp_path).items():
+        said = " ".join(text.replace("│", " ").split())
+        assert kept in said or (where == "text" and "router frozen by" in said), where
+    assert f"{frozen.verdict}, {kept}" in board_text(comparison)
+    assert f"{frozen.verdict}, {kept}" in render(comparison)
+    others = [line for line in comparison.lines if line.name != "bad"]
+    assert all(line.frozen is None for line in others)
 
 
 def test_runs_that_kept_no_alarms_are_said_to_be_unknown(make_run: MakeRun) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from moelab import Component, ConfigError, component, hookimpl
+from moelab import Component, component, hookimpl
 from moelab.initialisers import PromptReader, RouterInitialiser, UpcycleContext
+from moelab_upcycling.initialisers.router._prompts import PromptOptions, check_prompts, contrasts
 
 
 @dataclass
-class CheapEmbedOptions:
-    positive: list[list[str]] = field(default_factory=list)  # for each expert, what it is to be chosen for
-    negative: list[list[str]] = field(default_factory=list)  # for each expert, what not; may be left out
-    scale: float = 1.0  # norm of a row
+class CheapEmbedOptions(PromptOptions):
+    pass
 
 
 class CheapEmbedRouter:
@@ -27,15 +26,9 @@ class CheapEmbedRouter:
     """
 
     def __init__(self, options: CheapEmbedOptions, context: UpcycleContext) -> None:
-        self.options, experts = options, context.layout.num_experts
+        check_prompts(options, context)
+        self.options = options
         self.std = options.scale * context.hidden_size**-0.5
-        for key, prompts in (("positive", options.positive), ("negative", options.negative)):
-            if len(prompts) != experts and (key == "positive" or prompts):
-                raise ConfigError(
-                    f"{key} needs a list of prompts for each of the {experts} experts, has {len(prompts)}"
-                )
-        if not all(options.positive):
-            raise ConfigError("positive: every expert needs at least one prompt")
 
     def prepare(self, prompts: PromptReader) -> None:
         """Called with the source's tokenizer and embeddings."""
@@ -43,16 +36,7 @@ class CheapEmbedRouter:
         def mean(texts: list[str]) -> npt.NDArray[np.float64]:
             return np.mean([prompts.embed(prompts.encode(t)).astype(np.float64).mean(axis=0) for t in texts], axis=0)
 
-        rows = []
-        for expert, texts in enumerate(self.options.positive):
-            row = mean(texts)
-            if self.options.negative and self.options.negative[expert]:
-                row = row - mean(self.options.negative[expert])
-            length = float(np.linalg.norm(row))
-            if length == 0:
-                raise ConfigError(f"recipe.router: the prompts of expert {expert} cancel each other")
-            rows.append(row / length)
-        self.rows = (np.stack(rows) * self.options.scale).astype(np.float32)
+        self.rows = contrasts(self.options, mean)
 
     def weight(self) -> npt.NDArray[np.float32]:
         return self.rows
