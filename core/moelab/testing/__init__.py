@@ -19,6 +19,7 @@ from moelab.testing.initialisers import INITIALISER_CHECKS, InitialiserCase, che
 from moelab.testing.mixers import MIXER_CHECKS, MixerCase, check_mixer
 from moelab.testing.observers import OBSERVER_CHECKS, ObserverCase, check_observer
 from moelab.testing.report import ConformanceError
+from moelab.testing.rewards import REWARD_CHECKS, RewardCase, check_reward
 from moelab.testing.rope_scalings import ROPE_SCALING_CHECKS, RopeScalingCase, check_rope_scaling
 from moelab.testing.routers import ROUTER_CHECKS, RouterCase, check_router
 from moelab.testing.shared_experts import SHARED_EXPERT_CHECKS, SharedExpertCase, check_shared_expert
@@ -37,6 +38,7 @@ __all__ = [
     "INITIALISER_CHECKS",
     "MIXER_CHECKS",
     "OBSERVER_CHECKS",
+    "REWARD_CHECKS",
     "ROPE_SCALING_CHECKS",
     "ROUTER_CHECKS",
     "SHARED_EXPERT_CHECKS",
@@ -54,6 +56,7 @@ __all__ = [
     "InitialiserCase",
     "MixerCase",
     "ObserverCase",
+    "RewardCase",
     "RopeScalingCase",
     "RouterCase",
     "SharedExpertCase",
@@ -70,6 +73,7 @@ __all__ = [
     "check_initialiser",
     "check_mixer",
     "check_observer",
+    "check_reward",
     "check_rope_scaling",
     "check_router",
     "check_shared_expert",
