@@ -5,6 +5,8 @@
 Times are processor seconds of this process, which another process on the same core stretches less than wall time;
 sizes take turns, and the median of the rounds counts. Weights are random. `default` is what a run without
 `evaluation.batch_size` takes. The last column is the largest relative change of any document's nats against size 1.
+Below: tokens of the default beside those of a training step of the same run (forward, backward, clipping, optimizer),
+and what the routers' statistics take of an evaluation: the same without them, in turns.
 """
 
 from __future__ import annotations
@@ -19,9 +21,12 @@ import numpy as np
 from moelab.config.load import load_config
 from moelab.config.run import RunConfig
 from moelab.data.batches import ValidationBatches
+from moelab.moe.block import MoEBlock
+from moelab.moe.routing import LayerRecord
 from moelab.registry import Registry
 from moelab.training.evaluate import evaluate
 from moelab.training.setup import prepare
+from moelab.training.step import train_step
 from report import machine, markdown_table, median, write_results
 
 DEMO = "configs/experiments/demo/upcycled.yaml"
@@ -42,7 +47,8 @@ def main() -> None:
     rows = measure(setup, sorted({*options.sizes, default}), options.rounds)
     for row in rows:
         row["default"] = row["sequences"] == default
-    tables = [_table(rows)]
+    beside = beside_training(setup, default, options.rounds)
+    tables = [_table(rows), _beside(beside)]
     print("\n".join(tables))
     if options.output:
         facts = machine() | {
@@ -50,7 +56,7 @@ def main() -> None:
             "config": " ".join(options.config),
             "sequence_length": config.train.sequence_length,
         }
-        write_results(options.output, "evaluation", facts, rows, tables)
+        write_results(options.output, "evaluation", facts | beside, rows, tables)
 
 
 def measure(setup: Any, sizes: list[int], rounds: int) -> list[dict[str, Any]]:
@@ -72,6 +78,48 @@ def measure(setup: Any, sizes: list[int], rounds: int) -> list[dict[str, Any]]:
          "moved": float(np.max(np.abs(nats[size][read] / first[read] - 1)))}
         for size in sizes
     ]  # fmt: skip
+
+
+def beside_training(setup: Any, size: int, rounds: int) -> dict[str, float]:
+    """Tokens a processor second of a training step and of an evaluation, and the share of the routers' statistics."""
+    batches = ValidationBatches(
+        setup.validation.stream, len(setup.validation.windows), setup.validation.sequence_length, size
+    )
+    record = MoEBlock._record
+    seconds: dict[str, list[float]] = {"step": [], "evaluation": [], "without": []}
+    for turn in range(rounds + 1):
+        batch = setup.batches.batch(turn)
+        times = {}
+        begun = time.process_time()
+        train_step(setup.model, setup.optimizer, setup.balance_losses, batch, turn, setup.step_settings)
+        times["step"] = time.process_time() - begun
+        for name in ("evaluation", "without"):
+            MoEBlock._record = record if name == "evaluation" else _no_statistics
+            begun = time.process_time()
+            evaluate(setup.model, batches, setup.step_settings.precision)
+            times[name] = time.process_time() - begun
+        MoEBlock._record = record
+        for name, value in times.items():
+            seconds[name] += [value] if turn else []  # the first warms up
+    tokens = len(setup.validation.windows) * setup.validation.sequence_length
+    step, evaluation, without = (median(seconds[name]) for name in ("step", "evaluation", "without"))
+    return {
+        "training_tokens_per_second": batch.token_count / step,
+        "evaluation_tokens_per_second": tokens / evaluation,
+        "statistics_share": 1 - without / evaluation,
+    }
+
+
+def _no_statistics(block: MoEBlock, routing: Any, *rest: Any) -> LayerRecord:
+    return LayerRecord(block.layer_id, routing, routing.expert[:0])
+
+
+def _beside(found: dict[str, float]) -> str:
+    ours, step = found["evaluation_tokens_per_second"], found["training_tokens_per_second"]
+    return (
+        f"evaluation {ours:,.0f} tokens/s, training step {step:,.0f}: {ours / step:.2f} x; routers' statistics "
+        f"{100 * found['statistics_share']:.1f} % of an evaluation"
+    )
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -25,6 +25,7 @@ from moelab.integrity import newest_whole, verified
 from moelab.loading import open_weights
 from moelab.manifest import read_manifest
 from moelab.moe.balance import NamedLoss
+from moelab.nn.optimizing import OptimizerContext, trained_parameters
 from moelab.nn.pieces import held, is_piece
 from moelab.nn.transformer import Transformer
 from moelab.parallel.filling import fill_hollow, make_room
@@ -35,7 +36,7 @@ from moelab.parallel.ranks import ALONE, Ranks
 from moelab.stored_weights import StoredWeights
 from moelab.training import writing
 from moelab.training.checkpoint import TrainingState, own_tensors, restore_checkpoint, save_checkpoint
-from moelab.training.optimizer import build_adamw, optimizer_tensors
+from moelab.training.optimizer import build_adamw, build_optimizer, optimizer_tensors
 from moelab.training.step import StepSettings, train_step
 from moelab.training.writing import Staging, Writing
 
@@ -201,3 +202,18 @@ def goes_on(run: str, port: int) -> dict[str, Any]:
     except CheckpointError as error:
         return {"choice": repr(choice), "read": once, "refused": str(error)}
     raise AssertionError("was not refused")
+
+
+def muon_steps(mesh: str | None) -> dict[str, list[float]]:
+    """{parameter: some of its numbers} after three steps of Muon, alone (None) or in pieces."""
+    registry, ranks = moelab.Registry(entry_points=False), ALONE if mesh is None else Group()
+    config = grid.model_config("softmax_global")
+    model = moelab.build_model(config, registry, seed=1) if mesh is None else spread("softmax_global", mesh)
+    settings = OptimizerConfig({"name": "muon", "ns_dtype": "float32"}, lr=1e-2)
+    context = OptimizerContext(trained_parameters(model, {}), settings, ranks.size)
+    trained(model, TrainingState(build_optimizer(context, registry), []), range(3), ranks)
+    found: dict[str, list[float]] = {}
+    for name, parameter in model.named_parameters():
+        tensor: Any = parameter
+        found[name] = (tensor.full_tensor() if is_piece(tensor) else tensor).detach().flatten()[::7].tolist()
+    return found

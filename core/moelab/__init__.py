@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from moelab.moe.layout import ExpertLayout, LayoutContext
     from moelab.moe.routing import LayerRecord, Routing, TokenInfo
     from moelab.moe.surgery import Evidence, ExpertRows, LayerPlan, NewExpert, Surgery, SurgeryContext
+    from moelab.nn.optimizing import Kept, OptimizerContext, Trained
     from moelab.nn.transformer import TokenContext
     from moelab.paths import Places, user_path
     from moelab.registry import Registry
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from moelab.run_table.record import RunRecord
     from moelab.seeds import derive_seed, generator
     from moelab.session import TrainedRun, align, load_config, prepare, train
+    from moelab.training.for_trainers import optimizer_for
     from moelab.training.schedule import learning_rate_factor
 
 __version__ = "0.2.0"
@@ -90,11 +92,13 @@ _HOMES = {
     "moelab.moe.layout": ("ExpertLayout", "LayoutContext"),
     "moelab.moe.routing": ("LayerRecord", "Routing", "TokenInfo"),
     "moelab.moe.surgery": ("Evidence", "ExpertRows", "LayerPlan", "NewExpert", "Surgery", "SurgeryContext"),
+    "moelab.nn.optimizing": ("Kept", "OptimizerContext", "Trained"),
     "moelab.nn.transformer": ("TokenContext",),
     "moelab.paths": ("Places", "user_path"),
     "moelab.registry": ("Registry",),
     "moelab.seeds": ("derive_seed", "generator"),
     "moelab.session": ("TrainedRun", "align", "load_config", "prepare", "train"),
+    "moelab.training.for_trainers": ("optimizer_for",),
     "moelab.training.schedule": ("learning_rate_factor",),
     "moelab.run_table.frame": ("run_records", "runs"),
     "moelab.run_table.record": ("RunRecord",),
@@ -123,6 +127,7 @@ __all__ = [
     "ExpertLayout",
     "ExpertRows",
     "FilterContext",
+    "Kept",
     "LayerPlan",
     "LayerRecord",
     "LayoutContext",
@@ -130,6 +135,7 @@ __all__ = [
     "Mixer",
     "MoEContext",
     "NewExpert",
+    "OptimizerContext",
     "Phase",
     "Places",
     "Registry",
@@ -150,6 +156,7 @@ __all__ = [
     "TokenContext",
     "TokenInfo",
     "TokenStream",
+    "Trained",
     "TrainedRun",
     "UserError",
     "__version__",
@@ -166,6 +173,7 @@ __all__ = [
     "learning_rate_factor",
     "load",
     "load_config",
+    "optimizer_for",
     "prepare",
     "register_with_transformers",
     "run_records",

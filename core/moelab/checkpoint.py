@@ -103,8 +103,8 @@ class OwnWeights:
         self.path = folder / MODEL
         found = stored_tensors(folder, MODEL)
         order = sorted(found, key=lambda name: (found[name].parts[0].path, found[name].parts[0].offset))
-        self._stored = {name: found[name] for name in order}
-        self.shapes: dict[str, Shape] = {name: stored.shape for name, stored in self._stored.items()}
+        self.stored = {name: found[name] for name in order}
+        self.shapes: dict[str, Shape] = {name: stored.shape for name, stored in self.stored.items()}
 
     def check(self, model: Transformer) -> None:
         """Every tensor must be there, fit, and be asked for. Raises CheckpointError where one doesn't."""
@@ -112,7 +112,7 @@ class OwnWeights:
 
     def read_into(self, name: str, tensor: Tensor) -> None:
         """Set it to the stored values; of one that lies in pieces, this process's own."""
-        fill_from(tensor, self._stored[name])
+        fill_from(tensor, self.stored[name])
 
 
 def load_model_tensors(folder: Path, model: Transformer) -> None:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from moelab.moe.probe import Probe
     from moelab.moe.surgery import Surgery, SurgeryContext
     from moelab.nn.attention_inputs import AttentionContext, AttentionKernel
+    from moelab.nn.optimizing import Optimizer, OptimizerContext
     from moelab.nn.rope import RopeContext, RopeScaling
 
 hookspec = pluggy.HookspecMarker("moelab")
@@ -108,6 +109,11 @@ ROPE_SCALINGS: ExtensionPoint[RopeContext, RopeScaling | None] = ExtensionPoint(
     "How the rotary embedding is stretched: (inv_freq [head_dim / 2], length) -> the same, and a factor on cos and "
     "sin; None for plain. Without torch until it is called.",
     check="check_rope_scaling",
+)  # fmt: skip
+OPTIMIZERS: ExtensionPoint[OptimizerContext, Optimizer] = ExtensionPoint(
+    "optimizer", "moelab_optimizers", "optimizer.algorithm", "moelab_plugins.optimizers",
+    "How gradients become a step: the named parameters that are trained -> a torch.optim.Optimizer.",
+    check="check_optimizer",
 )  # fmt: skip
 EXPERT_INITIALISERS: ExtensionPoint[UpcycleContext, ExpertInitialiser] = ExtensionPoint(
     "expert initialiser", "moelab_expert_initialisers", "recipe.experts", "moelab_upcycling.initialisers.experts",

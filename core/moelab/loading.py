@@ -17,9 +17,9 @@ from moelab.hf.gguf_file import gguf_of
 from moelab.hf.load import HFWeights, load_hf
 from moelab.hub import user_folder
 from moelab.integrity import verified
-from moelab.nn.generate import Speech
+from moelab.nn.texts import Speech
 from moelab.nn.transformer import Transformer
-from moelab.origin import end_token_ids, read_origin
+from moelab.origin import end_token_ids, read_origin, sampling_settings
 from moelab.registry import Registry
 from moelab.stored_weights import StoredWeights, build_empty, fill
 from moelab.trust import stored_registry
@@ -132,4 +132,4 @@ def speech_of(folder: Path) -> Speech:
     if tokenizer is None:
         raise CheckpointError(f"{folder}: holds no tokenizer.json; name one, tokenizer=PATH, or tokenizer='bytes'")
     ends = end_token_ids(folder)
-    return Speech(tokenizer, ends[0] if ends else (tokenizer.eos_token_id,))
+    return Speech(tokenizer, ends[0] if ends else (tokenizer.eos_token_id,), sampling_settings(folder))

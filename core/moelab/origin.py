@@ -41,12 +41,14 @@ from moelab.hub import user_folder
 from moelab.integrity import Choice, Verify, newest_whole
 from moelab.lock import LOCK, check_free
 from moelab.paths import unresolved_hint, user_path
+from moelab.records import Record
 from moelab.registry import Registry
 from moelab.safe_files import read_bytes
 from moelab.trust import stored_registry
 
 FIELDS_FILE = "config_fields.json"  # in a moelab checkpoint: what of config.json goes along
 BYTES = "bytes"
+SAMPLING_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")  # of generation_config.json
 _NOT_IDS = ("version", "truncation", "padding", "post_processor")  # keys of tokenizer.json that leave ids alone
 
 
@@ -199,6 +201,24 @@ def end_token_ids(folder: Path) -> tuple[tuple[int, ...], str] | None:
     if said is None:
         return None
     return (tuple(said) if isinstance(said, list) else (said,)), name
+
+
+def sampling_settings(folder: Path) -> dict[str, Any]:
+    """How generation_config.json wants texts drawn, as fields of `nn.sampling.Sampling`; nothing where it doesn't say.
+
+    `do_sample: false` is a temperature of 0. What stands there without a word on sampling is taken as said, where
+    transformers would be greedy. Raises CheckpointError for values without sense.
+    """
+    path = folder / GENERATION_FILE
+    if not path.is_file():
+        return {}
+    record = Record(str(path), read_json(path), READING)
+    found: dict[str, Any] = {key: record.number(key, None, least=0.0) for key in SAMPLING_NUMBERS}
+    found["top_k"] = record.integer("top_k", None, least=0)
+    found["max_new_tokens"] = record.integer("max_new_tokens", None, least=1)
+    if record.flag("do_sample", None) is False:
+        found["temperature"] = 0.0
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _tokenizer(folder: Path) -> str | None:

@@ -25,6 +25,7 @@ from moelab.hookspecs import (
     EXPERT_LAYOUTS,
     MIXERS,
     OBSERVERS,
+    OPTIMIZERS,
     REWARDS,
     ROPE_SCALINGS,
     ROUTERS,
@@ -386,6 +387,29 @@ def test_a_data_source_conforms(name: str, tmp_path: Path) -> None:
 def test_a_mixer_conforms(name: str) -> None:
     options = {"weights": {"code": 3, "prose": 1}} if name == "weights" else None
     testing.check_mixer(REGISTRY.components(MIXERS)[name], options)
+
+
+MERGED = {"reference": "there", "base": "here", "alpha": 1e-3}
+OPTIMIZER_CASES: dict[str, list[dict[str, Any]]] = {
+    "adamw": [{}],
+    "muon": [{}, {"adjust_lr_fn": "original", "nesterov": False, "ns_dtype": "float32"}],
+    "online_merging": [
+        MERGED,
+        {**MERGED, "reserve_rate": 0.5, "merge_every": 2, "merge_routers": True},
+        {**MERGED, "method": "onties", "reserve_rate": 0.4},
+        {**MERGED, "method": "onties", "reserve_rate": 0.4, "compat": "official", "tau_dtype": "bfloat16"},
+        {**MERGED, "reserve_rate": 0.5, "compat": "official"},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, options) for name in REGISTRY.components(OPTIMIZERS) for options in OPTIMIZER_CASES[name]],
+    ids=str,
+)
+def test_an_optimizer_conforms(name: str, options: dict[str, Any]) -> None:
+    testing.check_optimizer(REGISTRY.components(OPTIMIZERS)[name], options)
 
 
 # Need a package, and a model: tests/optional/test_datatrove.py, tests/unit/plugins/text_filters/

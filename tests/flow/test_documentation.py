@@ -117,6 +117,10 @@ DECLARED: dict[str, Instead | Not] = {
     ),
     "sbatch --export=ALL,RUN=runs/mine,PROCESSES=8 --gpus-per-node=8 examples/slurm/train.sbatch train/tiny_moe "
     "parallel.shard=8": Not("needs Slurm; tests/unit/test_examples.py runs the script on programs of Slurm's names"),
+    "moelab chat runs/tiny_moe": Not("reads the terminal: tests/unit/tools/test_talking.py gives it one"),
+    "moelab generate runs/tiny_moe --prompts prompts.jsonl --samples 4 --out texts.jsonl": Not(
+        "needs such a file: tests/unit/tools/test_talking.py"
+    ),
     "moelab train train/tiny_long": Instead("moelab train train/tiny_long stages.0.steps=1"),
     "moelab upcycle SOURCE OUTPUT": Instead("moelab upcycle Qwen2-7B elsewhere"),
     "python benchmarks/cpu_step.py --out benchmarks/results": A_BENCHMARK,
@@ -144,7 +148,7 @@ EVERYTHING = {
     "traces/moe": "trace", "traces/other": "trace",
 }  # fmt: skip
 ASSUMED = {
-    "README.md": {"Qwen2-7B": "dense"},
+    "README.md": {"Qwen2-7B": "dense", "runs/moe_seed0": "moe_seed0", "runs/moe_seed1": "moe_seed1"},
     "docs/howto.md": {"Qwen2-7B": "dense", "upcycled": "exported"},
     "docs/upcycling.md": {"Qwen2-7B": "dense"},
     "docs/surgery.md": {},

@@ -22,7 +22,7 @@ from moelab.data.tokenizer import load_tokenizer
 from moelab.hf.carried import carried_files, largest_token_id
 from moelab.hf.config import read_config
 from moelab.hf.files import TensorFolder, read_header
-from moelab.origin import end_token_ids, read_origin
+from moelab.origin import end_token_ids, read_origin, sampling_settings
 from moelab.routes.files import read_trace
 from moelab.run_table.frame import run_records
 from moelab.training.setup import build_corpus_of, resolve_run
@@ -164,6 +164,7 @@ _KEYS = """
 KEYS = _KEYS.split()
 TRAIN = ("train", "mine.yaml")
 ALIGN = ("align", "mine.yaml", "train.init_from=run", "alignment=[{stage: sft, data: chats.jsonl, steps: 2}]")
+MERGE = ("merge", "models=[{path: hf}, {path: hf}]", "output=o", "entry_points=false")
 RESUME = (*TRAIN, "run_dir=run", "--resume")
 CURATE = ("stages=[{name: normalise}, {name: repetition}]", "output=o", "workers=1", "entry_points=false")
 CONFIGURED = (("explain", "mine.yaml"), TRAIN, ("plan", "mine.yaml"))
@@ -190,7 +191,7 @@ KINDS: dict[str, Kind] = {
             Group(
                 ("hf/model.safetensors",),
                 (lambda f: load(f / "hf"),),
-                (("generate", "hf", *SHORT), (*TRAIN, "train.init_from=hf"), ("export", "hf", "o")),
+                (("generate", "hf", *SHORT), (*TRAIN, "train.init_from=hf"), ("export", "hf", "o"), MERGE),
             ),
             Group(
                 (f"{STEP}/model.safetensors",),
@@ -233,7 +234,11 @@ KINDS: dict[str, Kind] = {
                     ("plan", "hf"),
                 ),
             ),
-            Group(("hf/generation_config.json",), (lambda f: end_token_ids(f / "hf"),), (("generate", "hf", *SHORT),)),
+            Group(
+                ("hf/generation_config.json",),
+                (lambda f: end_token_ids(f / "hf"), lambda f: sampling_settings(f / "hf")),
+                (("generate", "hf", *SHORT), ("chat", "hf")),
+            ),
             Group(
                 ("dense/config.json",),
                 (_plan, lambda f: load(f / "dense")),

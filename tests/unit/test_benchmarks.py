@@ -109,6 +109,16 @@ def test_evaluation_is_timed_by_batch_size(root: Path, tmp_path: Path) -> None:
     assert all(row["moved"] < 1e-5 for row in rows)
 
 
+def test_generation_gives_the_texts_of_transformers_and_writes_its_table(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", minversion="5.0", reason="4.x computes experts in one way")
+    small = "--shape 4:2:16 --hidden 32 --layers 1 --shared 32 --vocab 64 --prompt 6 --tokens 8 --rounds 2 --batch 1 3"
+    done = _run(root, "generation.py", *small.split(), "--peers", "eager", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "generation.json").read_text())["results"]
+    assert [result["batch"] for result in results] == [1, 3]
+    assert all(result["different"] == 0 or result["behind"] < 1e-4 for result in results)
+
+
 def test_a_recorded_run_is_replayed_as_it_was(root: Path, tmp_path: Path) -> None:
     """The recorded tokens are those of the run; a layer of the run's E and K gets them one by one."""
     train = "train.steps=3 data.source.name=embedded evaluation.sequences=8 model.moe.layout.num_experts=6"

@@ -20,8 +20,9 @@ from moelab.hookspecs import EXTENSION_POINTS
 from moelab.registry import Registry, builtin_modules
 from moelab_tools.curate.declaration import CurateConfig
 from moelab_tools.describe_plugins import OptionEntry, PluginEntry, describe_point
+from moelab_tools.merging.declaration import MergeConfig
 
-COMMANDS: dict[str, type] = {"train": RunConfig, "upcycle": UpcycleConfig, "data": CurateConfig}
+COMMANDS: dict[str, type] = {"train": RunConfig, "upcycle": UpcycleConfig, "data": CurateConfig, "merge": MergeConfig}
 POINT_OF = {point.key: point for point in EXTENSION_POINTS}
 
 

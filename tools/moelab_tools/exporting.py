@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from moelab.integrity import verified
 from moelab.loading import open_model
 from moelab.nn.transformer import Transformer
 from moelab.origin import Origin, carried_ids, check_vocabulary, end_token_ids, read_origin
+from moelab.stored_weights import StoredWeights
 from moelab_tools.tokenizer_check import check_auto_tokenizer
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -44,11 +46,26 @@ def export(
     """
     origin = read_origin(verified(checkpoint, verify=verify))
     model, weights = open_model(origin.folder, trust=trust)
+    return write_folder(origin, model, weights, output, dtype=dtype, max_shard_size=max_shard_size, force=force)
+
+
+def write_folder(
+    origin: Origin,
+    model: Transformer,
+    weights: StoredWeights,
+    output: Path,
+    *,
+    dtype: str | None,
+    max_shard_size: str,
+    force: bool,
+    more: Mapping[str, bytes] | None = None,
+) -> list[str]:
+    """`export` of weights that are made, or read, as they are written; what goes along is the origin's, and `more`."""
     tokenizer = origin.own_tokenizer()
     if tokenizer is not None:
         check_vocabulary(model.config.vocab_size, tokenizer, origin.tokenizer or str(origin.folder))
     chosen, why = _dtype(origin, dtype)
-    files = _files(origin, tokenizer, dense=model.config.moe is None)
+    files = _files(origin, tokenizer, dense=model.config.moe is None) | dict(more or {})
     save_hf(
         model,
         output,

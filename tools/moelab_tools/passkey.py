@@ -14,7 +14,8 @@ import numpy as np
 from moelab.data.corpus import TokenStream
 from moelab.data.tokenizer import Tokenizer
 from moelab.errors import DataError
-from moelab.nn.generate import Sampling, generate
+from moelab.nn.generate import generate_batch
+from moelab.nn.sampling import Sampling
 from moelab.nn.transformer import Transformer
 from moelab.seeds import derive_seed
 
@@ -58,8 +59,9 @@ def make_trials(stream: TokenStream, tokenizer: Tokenizer, length: int, trials: 
 def passkey_accuracy(model: Transformer, tokenizer: Tokenizer, trials: Sequence[Trial]) -> dict[str, float]:
     """{depth: share of keys that were given back digit by digit}."""
     right: dict[float, list[bool]] = {}
-    for trial in trials:
-        sampling = Sampling(len(tokenizer.encode(trial.key)), temperature=0.0)
-        answer = tokenizer.decode(list(generate(model, trial.prompt, sampling)))
+    longest = max(len(tokenizer.encode(trial.key)) for trial in trials)
+    found = generate_batch(model, [trial.prompt for trial in trials], Sampling(longest, temperature=0.0))
+    for trial, one in zip(trials, found, strict=True):
+        answer = tokenizer.decode(one.ids[: len(tokenizer.encode(trial.key))])
         right.setdefault(trial.depth, []).append(answer.strip().startswith(trial.key))
     return {f"{depth:g}": sum(found) / len(found) for depth, found in right.items()}

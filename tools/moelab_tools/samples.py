@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from moelab.checkpoint import read_run_config
 from moelab.integrity import verified
-from moelab.loading import read_model
-from moelab.nn.generate import Sampling, generate
+from moelab.loading import chat_template_of, read_model
+from moelab.nn.generate import Continuation, generate_batch
+from moelab.nn.texts import Speech
 from moelab.nn.transformer import Transformer
-from moelab.origin import Origin, check_vocabulary, end_token_ids, read_origin
+from moelab.origin import Origin, check_vocabulary, end_token_ids, read_origin, sampling_settings
 from moelab.printable import printable
 from moelab.registry import Registry
 from moelab.trust import stored_registry
@@ -26,49 +28,93 @@ SHOWN = "\n\t"  # control characters that a terminal is given; others are spelle
 
 
 @dataclass(frozen=True)
+class Request:
+    """What is asked of each checkpoint."""
+
+    prompts: Sequence[str | list[Any]]  # texts, or conversations for the chat template: [{"role": ..., "content": ...}]
+    settings: Mapping[str, Any] = field(default_factory=dict)  # fields of `Sampling`; others as the checkpoint says
+    samples: int = 1
+    batch_size: int | None = None
+    tokenizer: str | None = None  # in place of the checkpoint's own
+
+
+@dataclass(frozen=True)
 class Sample:
     """One prompt and how a checkpoint goes on with it."""
 
     checkpoint: str
     prompt: str
-    text: str  # with the prompt, without the token that ended it
+    text: str  # with the prompt, without what ended it
     ended: str  # a sentence: what ended it
+    sample: int = 0  # which of the prompt's
 
 
 def continue_prompts(
     checkpoint: Path,
-    prompts: Sequence[str],
-    sampling: Sampling,
+    request: Request,
     positions: Positions = AS_TRAINED,
     *,
-    tokenizer: str | None = None,
     trust: bool = False,
     verify: bool = True,
 ) -> list[Sample]:
-    """Each prompt on its own, all with `sampling.seed`; its end tokens are replaced by the checkpoint's.
+    """Each prompt with its continuations, in order; settings that aren't given are as generation_config.json says.
 
-    Raises CheckpointError or ConfigError for a folder that can't be loaded, or a tokenizer that isn't the model's.
+    Raises CheckpointError or ConfigError for a folder that can't be loaded, or a tokenizer that isn't the model's,
+    DataError for messages that the template refuses.
     """
     origin = read_origin(verified(checkpoint, verify=verify))
-    chosen = tokenizer_of(origin.folder, tokenizer)
-    check_vocabulary(origin.model.vocab_size, chosen, tokenizer or str(origin.tokenizer))
-    model = read_model(origin.folder, trust=trust)
-    longest = max(len(chosen.encode(prompt)) for prompt in prompts) + sampling.max_new_tokens
-    _reposition(positions, model, origin, longest, trust=trust)
+    chosen = tokenizer_of(origin.folder, request.tokenizer)
+    check_vocabulary(origin.model.vocab_size, chosen, request.tokenizer or str(origin.tokenizer))
     # Ids mean something to their own tokenizer alone.
-    ends = end_token_ids(origin.folder) if tokenizer is None else None
+    ends = end_token_ids(origin.folder) if request.tokenizer is None else None
     end_ids, said_by = ends or ((chosen.eos_token_id,), "the tokenizer")
-    rules = Sampling(sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.seed, end_ids)
-    samples = []
-    for prompt in prompts:
-        ids = chosen.encode(prompt).tolist() or [chosen.eos_token_id]
-        found = list(generate(model, ids, rules))
-        ended = found[-1:] if found[-1:] and found[-1] in end_ids else []
-        names = ", ".join(f"{chosen.decode([i])} ({i})" for i in (ended or end_ids))
-        why = f"ended at {names}, as {said_by} says" if ended else f"{len(found)} tokens without {names} of {said_by}"
-        text = prompt + chosen.decode(found[: len(found) - len(ended)])
-        samples.append(Sample(str(checkpoint), prompt, text, why))
-    return samples
+    speech = Speech(chosen, end_ids, sampling_settings(origin.folder))
+    prompts, ids, turn_ends = _encoded(request, speech, origin)
+    sampling = speech.sampling(request.settings)
+    if turn_ends:
+        sampling = replace(sampling, end_token_ids=(*end_ids, *turn_ends))
+    model = read_model(origin.folder, trust=trust)
+    longest = max(map(len, ids)) + sampling.max_new_tokens
+    _reposition(positions, model, origin, longest, trust=trust)
+    found = generate_batch(
+        model, ids, sampling, samples=request.samples, batch_size=request.batch_size, tokenizer=chosen
+    )
+    return [
+        Sample(
+            str(checkpoint), prompts[one.prompt], prompts[one.prompt] + speech.text(one),
+            _ended(one, speech, said_by), one.sample,
+        )
+        for one in found
+    ]  # fmt: skip
+
+
+def _encoded(request: Request, speech: Speech, origin: Origin) -> tuple[list[str], list[list[int]], tuple[int, ...]]:
+    """Texts, ids, and what ends a turn where conversations are among them."""
+    texts, ids = [], []
+    template = None
+    for prompt in request.prompts:
+        if isinstance(prompt, str):
+            texts.append(prompt)
+            ids.append(speech.encode(prompt))
+            continue
+        if template is None:
+            template = chat_template_of(origin.folder, None if request.tokenizer is None else speech.tokenizer)
+        rendered = template.render(prompt, add_generation_prompt=True)
+        texts.append(rendered.text)
+        ids.append(rendered.ids.tolist())
+    return texts, ids, () if template is None else template.end_token_ids
+
+
+def _ended(one: Continuation, speech: Speech, said_by: str) -> str:
+    """A sentence."""
+    if isinstance(one.ended, str):
+        return f"ended before {one.ended!r}"
+    ids = speech.end_token_ids if one.ended is None else (one.ended,)
+    names = ", ".join(f"{speech.tokenizer.decode([i])} ({i})" for i in ids)
+    if one.ended is None:
+        return f"{len(one.ids)} tokens without {names} of {said_by}"
+    said = said_by if one.ended in speech.end_token_ids else "the chat template"
+    return f"ended at {names}, as {said} says"
 
 
 def _reposition(positions: Positions, model: Transformer, origin: Origin, length: int, *, trust: bool) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.alignment.examples import Examples, Shaping, read_examples
-from moelab.alignment.rewards import resolve_rewards
+from moelab.alignment.judge import resolve_rewards
 from moelab.builder import build_model
 from moelab.checkpoint import CONFIG
 from moelab.config.alignment import KEY, PAIRED, stand_in
@@ -118,7 +118,7 @@ def stage_configs(config: RunConfig) -> list[RunConfig]:
         own.alignment = [copy.deepcopy(stage)]
         stand_in(own, own.alignment[0])
         if len(config.alignment) > 1:
-            own.run_dir = str(Path(config.run_dir) / f"{number:02d}_{stage.stage}")
+            own.run_dir = str(user_path(config.run_dir, "run_dir") / f"{number:02d}_{stage.stage}")
             own.name = f"{config.name} {stage.stage}" if config.name else None
             if found:
                 own.train.init_from = found[-1].run_dir

@@ -20,8 +20,9 @@ from torch import Tensor
 from moelab.adapter.base import MoelabPreTrainedModel
 from moelab.alignment.batches import AnswerBatch, ExampleBatches, padded
 from moelab.alignment.examples import Answer, Example
+from moelab.alignment.judge import Judge
 from moelab.alignment.replay import Recorder
-from moelab.alignment.rewards import Attempt, Judge
+from moelab.alignment.rewards import Attempt
 from moelab.config.alignment import AlignmentConfig
 from moelab.errors import RunFailure
 from moelab.seeds import derive_seed

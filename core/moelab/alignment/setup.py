@@ -13,9 +13,10 @@ from moelab.adapter.base import MoelabPreTrainedModel
 from moelab.adapter.registration import as_classifier, as_transformers
 from moelab.alignment.batches import ExampleBatches
 from moelab.alignment.examples import Examples
+from moelab.alignment.judge import build_judge
 from moelab.alignment.objective import Alignment, Headed
 from moelab.alignment.replay import weighers
-from moelab.alignment.rewards import RewardContext, build_judge
+from moelab.alignment.rewards import RewardContext
 from moelab.alignment.sampled import SampledBatches
 from moelab.alignment.trainers import build_trainer
 from moelab.config.alignment import KEY, PAIRED, AlignmentConfig

@@ -18,6 +18,7 @@ from moelab.errors import ConfigError
 from moelab.paths import Places, user_path
 
 PACKINGS = ("stream", "concat", "best_fit")  # data/packing.py has each
+NARROW = ("float32", "bfloat16")  # in which numbers may be kept from step to step
 MOST_THREADS = 1024  # torch dies of a number that the machine can't start
 
 
@@ -88,16 +89,38 @@ class TrainConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019). Matrices decay; biases and norms don't."""
+    """What makes a step of gradients. Matrices decay; biases and norms don't.
 
+    AdamW's own keys (Loshchilov & Hutter 2019) hold for whatever the algorithm leaves to AdamW.
+    """
+
+    # What computes a step; the keys beside it mean the same to all.
+    algorithm: Part = field(default_factory=lambda: {"name": "adamw"})
     lr: float = 1e-3  # the highest learning rate; `schedule` says when
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of the first and the second moment
-    eps: float = 1e-8  # added to the root of the second moment
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW's: decay of the first and the second moment
+    eps: float = 1e-8  # AdamW's: added to the root of the second moment
     weight_decay: float = 0.1  # decoupled, times the learning rate; of matrices alone
-    moments_dtype: str = "float32"  # of AdamW's state: float32, or bfloat16, rounded at random. For one process
+    moments_dtype: str = "float32"  # of what is kept of gradients: float32, or bfloat16, rounded. For one process
     # Factors on the learning rate by patterns over names of parameters, {"embed_tokens.*": 0.1}: of several
     # that match a name the last one counts. Decay goes along, since it is times the rate.
     learning_rates: dict[str, float] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise ConfigError for values out of range, naming the key."""
+        for key in ("lr", "eps"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"optimizer.{key}: must be positive, not {getattr(self, key)}")
+        _at_least("optimizer", self, "weight_decay", 0)
+        for pattern, factor in self.learning_rates.items():
+            if factor <= 0:
+                raise ConfigError(
+                    f"optimizer.learning_rates: the factor of '{pattern}' must be positive, not {factor}; train.freeze "
+                    "leaves parameters as they are"
+                )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas: must be two numbers in 0 .. 1, not {self.betas}")
+        if self.moments_dtype not in NARROW:
+            raise ConfigError(f"optimizer.moments_dtype: must be float32 or bfloat16, not '{self.moments_dtype}'")
 
 
 @dataclass
@@ -226,7 +249,7 @@ class RunConfig:
             raise ConfigError(f"data.packing: must be one of {', '.join(PACKINGS)}, not '{self.data.packing}'")
         _check_train(self.train)
         _check_schedule(self.schedule)
-        _check_optimizer(self.optimizer)
+        self.optimizer.check()
         _check_parallel(self.parallel, self.train)
         if not 0 < self.data.validation_fraction < 1:
             raise ConfigError(f"data.validation_fraction: must be between 0 and 1, not {self.data.validation_fraction}")
@@ -269,7 +292,7 @@ class RunConfig:
         if self.train.compile and self.parallel.world > 1:
             raise ConfigError(f"train.compile: is for one process, and parallel asks for {self.parallel.world}")
         for key, dtype in {"train.parameters_dtype": kept, "optimizer.moments_dtype": moments}.items():
-            if dtype not in {"float32", "bfloat16"}:
+            if dtype not in NARROW:
                 raise ConfigError(f"{key}: must be float32 or bfloat16, not '{dtype}'")
             if dtype != "float32" and self.parallel.world > 1:
                 raise ConfigError(f"{key}: {dtype} is for one process; write float32, or shard over more processes")
@@ -335,21 +358,6 @@ def _check_schedule(schedule: ScheduleConfig) -> None:
     for key in ("min_lr_ratio", "decay_fraction"):
         if not 0 <= getattr(schedule, key) <= 1:
             raise ConfigError(f"schedule.{key}: must be in 0 .. 1, not {getattr(schedule, key)}")
-
-
-def _check_optimizer(optimizer: OptimizerConfig) -> None:
-    for key in ("lr", "eps"):
-        if getattr(optimizer, key) <= 0:
-            raise ConfigError(f"optimizer.{key}: must be positive, not {getattr(optimizer, key)}")
-    _at_least("optimizer", optimizer, "weight_decay", 0)
-    for pattern, factor in optimizer.learning_rates.items():
-        if factor <= 0:
-            raise ConfigError(
-                f"optimizer.learning_rates: the factor of '{pattern}' must be positive, not {factor}; train.freeze "
-                "leaves parameters as they are"
-            )
-    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
-        raise ConfigError(f"optimizer.betas: must be two numbers in 0 .. 1, not {optimizer.betas}")
 
 
 def _check_parallel(parallel: ParallelConfig, train: TrainConfig) -> None:

@@ -91,6 +91,8 @@ def trained(config: RunConfig, start: Lineage | None, made: Mapping[str, Any] | 
     tree["data"] = {key: value for key, value in tree["data"].items() if key != "order_seed"}
     if not config.stages:
         del tree["stages"]  # there are runs from before there were any
+    if tree["optimizer"]["algorithm"] == {"name": "adamw"}:
+        del tree["optimizer"]["algorithm"]  # there are runs from before there was another
     del tree["schedule"]["rewarm_steps"]  # `made` says whether and where that happened
     tree |= {"made": dict(made)} if made else {}
     seeds = f"seed {config.seed}"

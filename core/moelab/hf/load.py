@@ -45,28 +45,28 @@ class HFWeights:
     def __init__(self, folder: Path, registry: Registry | None = None) -> None:
         """Raises CheckpointError naming file, tensor and cure."""
         opened = open_folder(folder, registry)
-        config, self._stored = opened.config, opened.stored
+        config, self._folder = opened.config, opened.stored
         try:
             self.model = build_model(config, registry, device="meta", seed=None)  # without a number in it
         except ConfigError as error:
             raise CheckpointError(f"{folder / 'config.json'}: can't be built: {error}") from error
-        wanted = _wanted(self.model, self._stored)
-        self._stored.check(
+        wanted = _wanted(self.model, self._folder)
+        self._folder.check(
             {piece.name: piece.shape(shape) for shape, found in wanted.values() for piece in found},
             tied=(LM_HEAD, EMBEDDING) if config.tie_word_embeddings else None,
         )
         parts = {name: Stored(shape, tuple(map(self._part, found))) for name, (shape, found) in wanted.items()}
         order = sorted(parts, key=lambda name: min((part.path, part.offset) for part in parts[name].parts))
-        self._parts = {name: parts[name] for name in order}
+        self.stored = {name: parts[name] for name in order}
         self.shapes: dict[str, Shape] = {name: wanted[name][0] for name in order}
 
     def read_into(self, name: str, tensor: Tensor) -> None:
         """`name` as the model has it: each expert's matrices into their bank; of a piece of it, what lies there."""
-        fill_from(tensor, self._parts[name])
+        fill_from(tensor, self.stored[name])
 
     def _part(self, piece: Piece) -> Part:
-        at = self._stored.tensors[piece.name]
-        decoded = None if at.is_plain else partial(self._stored.read, piece.name)
+        at = self._folder.tensors[piece.name]
+        decoded = None if at.is_plain else partial(self._folder.read, piece.name)
         return Part(at.path, at.name, at.offset, at.dtype, at.shape, piece.index, piece.transposed, decoded)
 
 

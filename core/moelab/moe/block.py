@@ -14,6 +14,7 @@ from moelab.moe import promises
 from moelab.moe.chunked import InChunks
 from moelab.moe.contracts import ExpertBackend, ExpertProblem, Latent, Router, SharedExpert
 from moelab.moe.experts import ExpertBank, compute_dtype
+from moelab.moe.few_rows import few_rows, pays
 from moelab.moe.layout import ExpertLayout
 from moelab.moe.on_input import weigh_inputs
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
@@ -92,6 +93,29 @@ class MoEBlock(nn.Module):
             self._refuse("shared_expert", None if shared is None else promises.output(shared, x))
             self._looked_at.add(self.training)
         return (y if shared is None else y + shared), self._record(routing, info, y, shared, shown)
+
+    @property
+    def reads_few_rows(self) -> bool:
+        """Whether `serve` may compute the experts by `moe/few_rows.py`: its backend hands them over."""
+        return bool(getattr(self.backend, "hands_over_few_rows", False)) and self.dealt is None and self.chunk is None
+
+    def serve(self, x: Tensor, info: TokenInfo, copied: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x [T, D] -> y [T, D] and who served whom: `forward` without a record, for tokens that are generated.
+
+        Its parts were looked at when the prompt went through `forward`. `copied`: few_rows.input_first of the bank.
+        """
+        routing = self.router(x, info)
+        served = routing if routing.served is None or x.device.type != "cpu" else routing.compact()
+        rows = x if self.latent is None else self.latent.down(x)
+        if copied is not None and not served.weights_on_input and pays(rows, served):
+            y = few_rows(rows, served, self.experts, copied)
+        else:
+            y = self.experts(rows, served, self._compute([], whole=False))
+        if self.latent is not None:
+            y = self.latent.up(y)
+        if routing.bypass is not None:
+            y = y + routing.bypass.to(y.dtype)
+        return (y if self.shared_expert is None else y + self.shared_expert(x)), routing
 
     def reach(self, inner: ExpertBackend) -> ExpertBackend:
         """A backend with the exchange around it, or within, where the experts lie on several processes."""

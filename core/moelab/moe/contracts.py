@@ -181,6 +181,7 @@ class ExpertBackend(Protocol):
 
     Activation and biases are the bank's (`bank.activate`, `add_up_bias`, `add_down_bias` of moelab.moe.experts); one
     that can't compute all of them says so in `supports`, and the conformance kit looks whether it is true.
+    One that leaves a few tokens without gradients to `moe/few_rows.py` says `hands_over_few_rows = True`.
     One that in training also computes, forward, the experts that a token did not take says so with
     `computes_every_expert = True`; its FLOPs are counted then. Where whole experts lie on other processes, a backend is
     handed the rows that came to its own, with weights of 1, and knows nothing more of their tokens. One that must know

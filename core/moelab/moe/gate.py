@@ -154,6 +154,8 @@ def project(x: Tensor, weight: Tensor, dtype: str = "float32") -> Tensor:
     """x [T, D], weight [E, D] -> x weight^T [T, E], float32 or wider; autocast does not reach it."""
     wide = torch.promote_types(x.dtype, torch.float32)
     chosen = {"float32": wide, "input": x.dtype}.get(dtype) or DTYPES[dtype]
+    if not torch.is_autocast_enabled(x.device.type):  # entering it takes as long as a token's product
+        return nn.functional.linear(x.to(chosen), weight.to(chosen)).to(wide)
     with torch.autocast(x.device.type, enabled=False):
         return nn.functional.linear(x.to(chosen), weight.to(chosen)).to(wide)
 

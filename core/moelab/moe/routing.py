@@ -86,6 +86,8 @@ class Routing:
         scores: Tensor | None = None,
         logits: Tensor | None = None,
         token_mask: Tensor | None = None,
+        balance_top_k: int | None = None,
+        weights_on_input: bool = False,
     ) -> Routing:
         """Exactly K experts per token: expert [T, K] int64, weight [T, K]."""
         tokens, top_k = expert.shape
@@ -93,6 +95,7 @@ class Routing:
         return cls(
             token, expert.reshape(-1), weight.reshape(-1), tokens, num_experts,
             top_k=top_k, scores=scores, logits=logits, token_mask=token_mask,
+            balance_top_k=balance_top_k, weights_on_input=weights_on_input,
         )  # fmt: skip
 
     @classmethod

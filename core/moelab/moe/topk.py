@@ -132,10 +132,9 @@ class TopKRouter(LinearRouter):
         scores = self.score(logits, self.score_function)
         expert = self.select(scores, info)  # [T, K]
         routing = Routing.from_topk(
-            expert, self.weigh(scores, expert), self.num_experts, scores=scores, logits=logits, token_mask=info.mask
-        )
-        on_input = self.options.weights_on == "input"
-        routing = replace(routing, balance_top_k=self.balance_top_k, weights_on_input=on_input)
+            expert, self.weigh(scores, expert), self.num_experts, scores=scores, logits=logits, token_mask=info.mask,
+            balance_top_k=self.balance_top_k, weights_on_input=self.options.weights_on == "input",
+        )  # fmt: skip
         if self.options.balance == "quantile" and info.training:
             routing = replace(routing, statistics=margin_histogram(scores, self.bias, self.top_k, info.mask))
         return self.capacity.apply(self.thin(routing, info), info.training)

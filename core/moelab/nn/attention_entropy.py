@@ -18,8 +18,8 @@ class AttentionEntropy:
     """Sums as `AttentionInputs.look` shows weights; an attention that doesn't show its own has no entry.
 
     Formula: -sum_j p_ij ln p_ij in nats, p_ij the weight of key j for query i: 0 where one key has all of it, ln n
-    where n keys have the same. As Zhai et al. (2303.06296) 3 define it, who look at its fall in training; mean over
-    heads and sequences.
+    where n keys have the same. As Zhai et al. (2303.06296; the abstract was opened, not the paper) look at its fall in
+    training; mean over heads and sequences.
     """
 
     length: int  # S

@@ -1,107 +1,232 @@
-"""Continuing a prompt over the KV cache, greedily or by temperature and top-p: token ids, or text."""
+"""Continuing prompts over the KV cache, many at a time: token ids, or text.
+
+A text hangs on its prompt, the weights, the seed and its numbers (which prompt, which sample) alone: rows of a batch
+are independent but for rounding, padding is seen by nobody, and random numbers belong to a row. Where a router can't
+promise that, texts are made one by one, which is told.
+B rows: one for each sample of each prompt. V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moelab.config.model import ModelConfig
 from moelab.data.tokenizer import Tokenizer
 from moelab.errors import CheckpointError, ConfigError
-from moelab.moe.routing import LayerRecord
+from moelab.nn.decoding import Decoder, Decoding, computes_apart
 from moelab.nn.kv_cache import KVCache
-from moelab.seeds import generator
+from moelab.nn.sampling import Draws, Sampling, choose
+
+BATCH_SIZE = 32  # rows at once, where the caller says nothing ...
+MOST_POSITIONS = 1 << 17  # ... and positions of all of them, prompts and new tokens: keys and values take memory
+STOP_SLACK = 8  # tokens more than a stop text has bytes that are looked through for it
+logger = logging.getLogger("moelab")
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. temperature 0 is greedy; top_p as in Holtzman et al. 2020."""
+class Continuation:
+    """What a model went on with."""
 
-    max_new_tokens: int = 64
-    temperature: float = 0.8
-    top_p: float = 1.0
-    seed: int = 0
-    end_token_ids: tuple[int, ...] = ()  # any of them ends the text
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 0 or not self.temperature >= 0 or not 0 < self.top_p <= 1:  # NaN is neither
-            raise ConfigError("sampling: max_new_tokens and temperature must not be negative, top_p must be in (0, 1]")
+    prompt: int  # which of the prompts
+    sample: int  # which of its samples
+    ids: list[int]  # the new tokens, with the one that ended them
+    ended: int | str | None  # the end token, or the stop text; None: max_new_tokens came first
 
 
-@dataclass(frozen=True)
-class Speech:
-    """What a model's token ids mean, and which of them end a text."""
+@dataclass
+class _Row:
+    """A text while it grows."""
 
-    tokenizer: Tokenizer
-    end_token_ids: tuple[int, ...]
+    prompt: int
+    sample: int
+    draws: Draws
+    ids: list[int]
+    ended: int | str | None = None
 
-
-class Decoder(Protocol):
-    """What generating asks of a model: `nn.transformer.Transformer` is one."""
-
-    config: ModelConfig
-    training: bool
-    lm_head: nn.Linear
-
-    def train(self, mode: bool = True) -> Any: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def state_dict(self) -> Mapping[str, Tensor]: ...
-
-    def hidden_states(self, input_ids: Tensor, *, cache: KVCache) -> tuple[Tensor, list[LayerRecord]]: ...
+    def add(self, token: int, sampling: Sampling, decode: Callable[[list[int]], str] | None) -> bool:
+        """Take a token; -> whether the text ends with it."""
+        self.ids.append(token)
+        if token in sampling.end_token_ids:
+            self.ended = token
+        elif sampling.stop and decode is not None:
+            longest = max(len(text.encode()) for text in sampling.stop)
+            tail = decode(self.ids[-longest - STOP_SLACK :])
+            self.ended = next((text for text in sampling.stop if text in tail), None)
+        return self.ended is not None or len(self.ids) >= sampling.max_new_tokens
 
 
-def continue_text(model: Decoder, prompt: str, speech: Speech, sampling: Sampling) -> str:
-    """The prompt and what `model` goes on with, without the token that ends it.
+def generate_batch(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    samples: int = 1,
+    batch_size: int | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> list[Continuation]:
+    """`samples` continuations of each of `prompts`, token ids; in order, the samples of a prompt side by side.
 
-    An empty prompt stands for the token that ends documents. Raises ConfigError for a tokenizer with an id that the
-    model has no row for; what `generate` raises.
+    `batch_size`: rows at once; None: 32, less where they are long. It changes nothing but time and memory, and the last
+    bits of scores. `tokenizer`: for stop texts. Raises ConfigError for an empty prompt or ids that the model has no row
+    for, CheckpointError where the weights give no finite scores.
     """
-    tokenizer, ends = speech.tokenizer, speech.end_token_ids
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ConfigError(
-            f"tokenizer: gives ids up to {tokenizer.vocab_size - 1}, and the model has {model.config.vocab_size} rows; "
-            "use the one that it was trained with"
-        )
-    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eos_token_id]
-    found = list(generate(model, ids, replace(sampling, end_token_ids=ends)))
-    ended = bool(found) and found[-1] in ends
-    return prompt + tokenizer.decode(found[:-1] if ended else found)
+    check_prompts(model, prompts)
+    if samples < 1 or (batch_size is not None and batch_size < 1):
+        raise ConfigError("generate: samples and batch_size must be at least 1")
+    if sampling.stop and tokenizer is None:
+        raise ConfigError("generate: stop texts need a tokenizer")
+    rows = [_Row(prompt, sample, Draws(sampling.seed, prompt, sample), [])
+            for prompt in range(len(prompts)) for sample in range(samples)]  # fmt: skip
+    decode = None if tokenizer is None else tokenizer.decode
+    if sampling.max_new_tokens > 0:
+        with _evaluating(model):  # once, where nobody looks between two tokens
+            for some in _batches(rows, prompts, sampling, _rows_at_once(model, batch_size)):
+                for _ in _grow(model, prompts, some, sampling, decode):
+                    pass
+    return [Continuation(row.prompt, row.sample, row.ids, row.ended) for row in rows]
 
 
-@torch.no_grad()
-def generate(model: Decoder, prompt: list[int], sampling: Sampling) -> Iterator[int]:
-    """Token ids that continue `prompt` (one sequence), one at a time; stops after any of end_token_ids.
+def generate(
+    model: Decoder, prompt: list[int], sampling: Sampling, tokenizer: Tokenizer | None = None
+) -> Iterator[int]:
+    """Token ids that continue `prompt`, one at a time: sample 0 of prompt 0 of `generate_batch`, as it grows."""
+    check_prompts(model, [prompt])
+    if sampling.max_new_tokens == 0:
+        return
+    row = _Row(0, 0, Draws(sampling.seed, 0, 0), [])
+    for _ in _grow(model, [prompt], [row], sampling, None if tokenizer is None else tokenizer.decode):
+        yield row.ids[-1]
 
-    Raises ConfigError for an empty prompt, CheckpointError where the weights give no finite scores.
-    """
-    if not prompt:
-        raise ConfigError("prompt: must hold at least one token")
-    was_training = model.training
-    model.train(False)
-    device = next(model.parameters()).device
-    noise = generator(sampling.seed, "generate")
-    cache = KVCache(model.config.num_hidden_layers)
-    input_ids = torch.tensor([prompt], device=device)
-    try:
-        for _ in range(sampling.max_new_tokens):
-            x, _ = model.hidden_states(input_ids, cache=cache)
-            logits = model.lm_head(x[:, -1])  # [1, V]
-            scores = logits[0].float().cpu()
-            if not scores.isfinite().all():
+
+def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise ConfigError, saying which, for a prompt without tokens or with ids that the model has no row for."""
+    rows = model.embed_tokens.num_embeddings
+    for number, prompt in enumerate(prompts, 1):
+        which = "prompt" if len(prompts) == 1 else f"prompt {number}"
+        if len(prompt) == 0:
+            raise ConfigError(f"{which}: must hold at least one token")
+        if min(prompt) < 0 or max(prompt) >= rows:
+            raise ConfigError(f"{which}: holds ids in {min(prompt)} .. {max(prompt)}, and the model has {rows} rows")
+
+
+def _rows_at_once(model: Decoder, batch_size: int | None) -> int:
+    """What was asked for; 1, which is told, where texts of a batch would change each other."""
+    if batch_size == 1:
+        return 1
+    for part, router in model.plugin_parts():
+        if not getattr(router, "causal_in_evaluation", True):
+            logger.warning(
+                "generate: one text at a time: %s looks at other tokens in evaluation too, so that texts of a batch "
+                "would change each other", part.title,
+            )  # fmt: skip
+            return 1
+    return batch_size or BATCH_SIZE
+
+
+def _batches(
+    rows: Sequence[_Row], prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int
+) -> Iterator[list[_Row]]:
+    """Rows of like length together, the longest first: what doesn't fit is known at once."""
+    held: list[_Row] = []
+    for row in sorted(rows, key=lambda row: -len(prompts[row.prompt])):
+        longest = len(prompts[held[0].prompt]) + sampling.max_new_tokens if held else 0
+        if held and (len(held) >= batch_size or (len(held) + 1) * longest > MOST_POSITIONS):
+            yield held
+            held = []
+        held.append(row)
+    if held:
+        yield held
+
+
+def _grow(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    rows: list[_Row],
+    sampling: Sampling,
+    decode: Callable[[list[int]], str] | None,
+) -> Iterator[None]:
+    """Tokens for all rows, until each has ended; yields after every one."""
+    batch: Decoding | None = None
+    live, token = list(rows), torch.empty(0)
+    for position in range(sampling.max_new_tokens):
+        with _evaluating(model):
+            if batch is None:
+                batch, scores = _begin(model, prompts, live, sampling.max_new_tokens)
+                seen = _seen(prompts, live, sampling, scores)
+            else:
+                scores = batch(token)
+            token = choose(scores, sampling, seen, [row.draws for row in live], position)
+            found = token.tolist()
+            if min(found) < 0:
                 raise CheckpointError(_not_finite(model))
-            token = _choose(scores, sampling, noise)
-            yield token
-            if token in sampling.end_token_ids:
-                return
-            input_ids = torch.tensor([[token]], device=device)
+            stays = [
+                index
+                for index, (row, one) in enumerate(zip(live, found, strict=True))
+                if not row.add(one, sampling, decode)
+            ]
+            if seen is not None:
+                seen.scatter_(1, token.unsqueeze(1), True)
+            if len(stays) < len(live):
+                live = [live[index] for index in stays]
+                if live:
+                    kept = torch.tensor(stays, device=token.device)
+                    batch.take_rows(kept)
+                    token, seen = token[kept], None if seen is None else seen[kept]
+        yield
+        if not live:
+            return
+
+
+def _begin(model: Decoder, prompts: Sequence[Sequence[int]], rows: Sequence[_Row], new: int) -> tuple[Decoding, Tensor]:
+    """The prompts of rows in one forward pass, each once, padded on the left -> what goes on, and scores [B, V]."""
+    numbers = sorted({row.prompt for row in rows})
+    texts = [prompts[number] for number in numbers]
+    longest = max(map(len, texts))
+    device = model.embed_tokens.weight.device
+    ids = torch.tensor([[text[0]] * (longest - len(text)) + list(text) for text in texts]).to(device)
+    padding = torch.tensor([longest - len(text) for text in texts])
+    mask = None
+    if int(padding.max()) > 0:
+        mask = (torch.arange(longest) >= padding.unsqueeze(1)).to(device)
+    cache = KVCache(len(model.layers), room=longest + new)
+    hidden, _ = model.hidden_states(ids, mask, cache=cache)
+    scores = model.lm_head(hidden[:, -1])
+    batch = Decoding(model, cache, padding.to(device), new, len(rows))
+    places = [numbers.index(row.prompt) for row in rows]
+    if places != list(range(len(numbers))):
+        spread = torch.tensor(places, device=device)
+        batch.take_rows(spread)
+        scores = scores.index_select(0, spread)
+    return batch, scores
+
+
+def _seen(prompts: Sequence[Sequence[int]], rows: Sequence[_Row], sampling: Sampling, scores: Tensor) -> Tensor | None:
+    """[B, V] bool, the tokens of each prompt; None where nothing asks."""
+    if sampling.repetition_penalty == 1:
+        return None
+    seen = torch.zeros(scores.shape, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        seen[index, torch.tensor(prompts[row.prompt])] = True
+    return seen.to(scores.device)
+
+
+@contextmanager
+def _evaluating(model: Decoder) -> Iterator[None]:
+    """The model in evaluation, as it was afterwards; nothing is kept for a backward pass."""
+    was_training = model.training
+    if was_training:
+        model.train(False)
+    try:
+        with torch.inference_mode() if computes_apart(model) else torch.no_grad():
+            yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train(True)
 
 
 def _not_finite(model: Decoder) -> str:
@@ -111,16 +236,3 @@ def _not_finite(model: Decoder) -> str:
         if bad:
             return f"{name}: {bad} of {tensor.numel()} numbers are NaN or infinite; the weights are damaged, use others"
     return "the scores of the next token are NaN or infinite though all weights are finite: these weights overflow"
-
-
-def _choose(logits: Tensor, sampling: Sampling, noise: torch.Generator) -> int:
-    """logits [V] on the host -> a token id."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
-    probabilities = ((logits - logits.max()) / temperature).softmax(-1)  # the best is 0 / t, however small t is
-    if sampling.top_p < 1:
-        ordered, index = probabilities.sort(descending=True)
-        beyond = ordered.cumsum(0) - ordered >= sampling.top_p  # the token that crosses top_p stays in
-        probabilities = torch.zeros_like(probabilities).scatter(0, index, ordered.masked_fill(beyond, 0.0))
-    return int(torch.multinomial(probabilities, 1, generator=noise))

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from moelab.moe.thin_product import few_product
+
 LEAST_FLOPS = 1e8  # of one product; below, nn.Linear is as fast
 
 
@@ -21,7 +23,7 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input [..., D] -> [..., N]."""
         if not prefers_onednn(input, self.out_features):
-            return super().forward(input)
+            return few_product(input, self.weight, self.bias)
         y: Tensor = _Linear.apply(input.reshape(-1, self.in_features), self.weight, self.bias)
         return y.view(*input.shape[:-1], self.out_features)
 
@@ -29,9 +31,9 @@ class Linear(nn.Linear):
 def prefers_onednn(x: Tensor, columns: int) -> bool:
     """Whether the product of x [..., D] with a matrix of D x `columns` is one that `product` computes faster."""
     return (
-        x.device.type == "cpu"
+        2 * x.numel() * columns >= LEAST_FLOPS
+        and x.device.type == "cpu"
         and x.dtype == torch.float32
-        and 2 * x.numel() * columns >= LEAST_FLOPS
         and not torch.is_autocast_enabled("cpu")
         and not isinstance(x, FakeTensor)
         and not torch.compiler.is_compiling()

@@ -88,6 +88,13 @@ def read_as(stored: Stored, like: Tensor) -> Tensor:
     return _spread(part, like)
 
 
+def gathered(part: Tensor, like: Tensor) -> Tensor:
+    """The whole of a tensor of which each process has a `part`, laid as `like`. All of them call it."""
+    spread: Any = _spread(part, like)
+    whole: Tensor = spread.full_tensor() if is_piece(like) else part
+    return whole
+
+
 def _spread(part: Tensor, like: Tensor) -> Tensor:
     if not is_piece(like):
         return part

@@ -22,25 +22,25 @@ _CGROUP = Path("/sys/fs/cgroup/memory.max")  # kernel.org, Documentation/admin-g
 def check_room(
     model: Transformer,
     device: torch.device | str,
-    moments: torch.dtype | None = None,
+    state: int | None = None,
     *,
     shard: int = 1,
     beside: int = 1,
 ) -> None:
     """`model` on the meta device. Raises ConfigError where its parameters alone exceed all of the memory.
 
-    moments: it is trained, so gradients and AdamW's moments, of this type, lie beside them; shard: processes that share
-    them out; beside: those of them on this machine, which share a CPU's memory.
+    state: it is trained, so gradients lie beside them, and so many bytes that the optimizer holds; shard: processes
+    that share them out; beside: those of them on this machine, which share a CPU's memory.
     """
     stored = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
     weights = sum(tensor.numel() * tensor.element_size() for tensor in stored)
     device = torch.device(device)
     there = memory_of(device)
     numbers = sum(parameter.numel() for parameter in model.parameters())
-    asked = weights if moments is None else 2 * weights + MOMENTS * moments.itemsize * numbers
+    asked = weights if state is None else 2 * weights + state
     held = asked / shard * (beside if device.type == "cpu" else 1)
     if there is not None and held > there:
-        more = f", with gradients and moments {_bytes(asked)}" if moments is not None else ""
+        more = f", with gradients and moments {_bytes(asked)}" if state is not None else ""
         more += f", {_bytes(int(held))} of it here" if shard > 1 else ""
         raise ConfigError(
             f"model: its {numbers:,} parameters take {_bytes(weights)}{more}, and {device} has {_bytes(there)} in all; "

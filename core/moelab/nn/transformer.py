@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,13 @@ from moelab.moe.routing import LayerRecord, RoutingOverride, TokenInfo
 from moelab.nn.attention import Attention
 from moelab.nn.attention_inputs import AttentionInputs, AttentionKernel, run_starts
 from moelab.nn.full_attention import FullAttention
-from moelab.nn.generate import Sampling, Speech, continue_text
 from moelab.nn.kv_cache import KVCache
 from moelab.nn.loss import token_cross_entropy
 from moelab.nn.mlp import MLP
 from moelab.nn.norm import RMSNorm
 from moelab.nn.reach import Positional
 from moelab.nn.rope import Rope, RopeScaling
+from moelab.nn.texts import Speech, continue_texts
 from moelab.plugin_faults import PluginPart
 
 
@@ -110,7 +110,7 @@ class Transformer(nn.Module):
         self.config = config
         self.recompute_logits: bool | None = None  # for the loss's backward pass; None: beyond a number of them
         self.speech: Callable[[], Speech] | Speech | None = None  # read when first asked; None: nobody knows
-        self.embed_tokens = _Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Embedding = _Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, mlp) for i, mlp in enumerate(mlps))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -162,48 +162,47 @@ class Transformer(nn.Module):
             None, token_cross_entropy(x, self.lm_head.weight, targets, recompute=self.recompute_logits), records
         )
 
-    @overload
-    def generate(
-        self, prompt: str, max_new_tokens: int = ..., *, temperature: float = ..., top_p: float = ..., seed: int = ...,
-        tokenizer: Tokenizer | str | None = ...,
-    ) -> str: ...  # fmt: skip
-
-    @overload
-    def generate(
-        self, prompt: list[str] | tuple[str, ...], max_new_tokens: int = ..., *, temperature: float = ...,
-        top_p: float = ..., seed: int = ..., tokenizer: Tokenizer | str | None = ...,
-    ) -> list[str]: ...  # fmt: skip
-
     def generate(
         self,
-        prompt: str | list[str] | tuple[str, ...],
-        max_new_tokens: int = 64,
+        prompt: str | Sequence[str],
+        max_new_tokens: int | None = None,
         *,
-        temperature: float = 0.8,
-        top_p: float = 1.0,
-        seed: int = 0,
+        samples: int | None = None,
+        batch_size: int | None = None,
         tokenizer: Tokenizer | str | None = None,
-    ) -> str | list[str]:
-        """Each prompt with its continuation, as `moelab generate` writes it: one text, or a list of them.
+        **settings: Any,
+    ) -> Any:
+        """Each prompt with its continuation, as `moelab generate` writes it: one text for one, a list for several.
 
-        Each on its own and all with the same random numbers, so that a text does not hang on its neighbours;
-        temperature 0 is greedy. `tokenizer`: "bytes", the path of a tokenizer.json, or one; None: that of the folder
-        which `moelab.load` read. Raises ConfigError where nobody knows one, CheckpointError where weights are damaged.
+        With `samples` a list of so many in place of each text. `settings`: `nn.sampling.Sampling`'s (temperature,
+        top_k, top_p, min_p, repetition_penalty, stop, seed); what isn't given is as generation_config.json says.
+        A text doesn't hang on `batch_size`, nor on its neighbours, but on its place among the prompts.
+        `tokenizer`: "bytes", the path of a tokenizer.json, or one; None: that of the folder which `moelab.load` read.
+        Raises ConfigError where nobody knows one and for settings without sense, CheckpointError where weights are
+        damaged.
+        """
+        speech = self.speech_by(tokenizer)
+        sampling = speech.sampling({"max_new_tokens": max_new_tokens, **settings})
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        texts = continue_texts(self, prompts, speech, sampling, samples=samples or 1, batch_size=batch_size)
+        answers = [each[0] if samples is None else each for each in texts]
+        return answers[0] if isinstance(prompt, str) else answers
+
+    def speech_by(self, tokenizer: Tokenizer | str | None) -> Speech:
+        """By a tokenizer, "bytes" or the path of one; None: that of the folder which `moelab.load` read.
+
+        Raises ConfigError where nobody knows one.
         """
         if tokenizer is not None:
             chosen = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-            speech = Speech(chosen, (chosen.eos_token_id,))
-        elif self.speech is None:
+            return Speech(chosen, (chosen.eos_token_id,))
+        if self.speech is None:
             raise ConfigError(
                 "generate: this model was built, not loaded, so its tokenizer isn't known; give tokenizer='bytes' or a "
                 "tokenizer.json"
             )
-        else:
-            self.speech = speech = self.speech if isinstance(self.speech, Speech) else self.speech()
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-        if isinstance(prompt, str):
-            return continue_text(self, prompt, speech, sampling)
-        return [continue_text(self, one, speech, sampling) for one in prompt]
+        self.speech = speech = self.speech if isinstance(self.speech, Speech) else self.speech()
+        return speech
 
     def hidden_states(
         self,
@@ -233,6 +232,8 @@ class Transformer(nn.Module):
         position_ids = torch.arange(past, past + seq, device=input_ids.device).expand(batch, seq)
         tokens = tokens or TokenContext()
         documents = tokens.attention_id
+        if documents is None and seen is not None:  # a text begins behind the padding on its left
+            position_ids = (position_ids - seen.int().argmax(1, keepdim=True)).clamp(min=0)
         if documents is not None:
             if cache is not None:
                 documents = cache.extend_documents(documents)

@@ -14,11 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moelab.builder import build_balance_losses, build_model
 from moelab.config.model import ModelConfig
+from moelab.config.run import OptimizerConfig
 from moelab.errors import ConfigError
+from moelab.hookspecs import OPTIMIZERS
 from moelab.nn.count import moe_blocks
 from moelab.nn.loss import chunk_rows, keeps_logits
 from moelab.nn.low_rank import Target, adapter_targets, train_alone
 from moelab.nn.narrow import narrow
+from moelab.nn.optimizing import OptimizerContext, each, kept_of, trained_parameters
 from moelab.nn.room import MOMENTS
 from moelab.nn.transformer import Transformer
 from moelab.planning.machine import Machine
@@ -118,10 +121,11 @@ class Counted:
     sent: CommunicationPlan
     saved: Saved
     targets: Sequence[Target]  # of adapters, which alone are trained; none: everything is
+    state: int  # bytes that the optimizer holds on one device
 
     def memory(self, problem: Problem) -> MemoryPlan:
         """Of the problem that was counted, or of one that keeps less of it: checkpointing, recompute_logits."""
-        memory = _memory(self.model, problem, self.saved)
+        memory = replace(_memory(self.model, problem, self.saved), optimizer=self.state)
         return _adapted(memory, problem, self.targets) if self.targets else memory
 
 
@@ -138,7 +142,7 @@ def count(config: ModelConfig, problem: Problem, registry: Registry) -> Counted:
         targets = adapter_targets(model, problem.adapters)
         if targets:
             train_alone(model, targets)
-        return Counted(model, sent, count_saved(model, problem), targets)
+        return Counted(model, sent, count_saved(model, problem), targets, _state(model, problem, registry))
 
 
 def _check_dealt(model: Transformer, problem: Problem) -> None:
@@ -166,7 +170,7 @@ def _memory(model: Transformer, problem: Problem, saved: Saved) -> MemoryPlan:
     return MemoryPlan(
         parameters=FP32 * held - spared,
         gradients=FP32 * (units.whole if adds_up else held) - spared,
-        optimizer=MOMENTS * problem.moments.itemsize * held,
+        optimizer=0,
         weights_in_use=(saved.casts if not all(again) else saved.cached) + _whole(units, problem),
         activations=kept,
         working=max(layer, _of_loss(model, problem, keeps)) + _whole_gradients(units, problem),
@@ -183,6 +187,27 @@ def _of_loss(model: Transformer, problem: Problem, keeps: bool) -> int:
     narrow_ones = problem.dtype.itemsize if problem.dtype != torch.float32 else 0
     each = FP32 + narrow_ones + (0 if keeps else problem.dtype.itemsize)
     return rows * model.config.vocab_size * each
+
+
+def _state(model: Transformer, problem: Problem, registry: Registry) -> int:
+    """Bytes that the optimizer holds on one device, as it says itself.
+
+    Numbers of the banks and of the rest are shared out over different devices. Raises ConfigError as it is built.
+    """
+    settings = OptimizerConfig(dict(problem.algorithm), moments_dtype=str(problem.moments).removeprefix("torch."))
+    context = OptimizerContext(trained_parameters(model, {}), settings, problem.parallel.world, bool(problem.adapters))
+    optimizer = registry.build(OPTIMIZERS, settings.algorithm, context, OPTIMIZERS.key)
+    routed = {id(parameter) for block in moe_blocks(model) for parameter in block.experts.parameters()}
+    units, found = units_of(model, problem.parallel), {True: [0, 0], False: [0, 0]}
+    for group, _, parameter in each(optimizer):
+        sums = found[id(parameter) in routed]
+        sums[0] += parameter.numel()
+        sums[1] += parameter.numel() * kept_of(optimizer, group).bytes_each
+    parts = {
+        True: sum(units.banks) // problem.copies,
+        False: (units.root + sum(units.layers)) // problem.parallel.shard,
+    }
+    return sum(held * found[which][1] // found[which][0] for which, held in parts.items() if found[which][0])
 
 
 def _adapted(memory: MemoryPlan, problem: Problem, targets: Sequence[Target]) -> MemoryPlan:

@@ -26,5 +26,6 @@ def problem_of(run: RunConfig, device: str) -> Problem:
         kept=getattr(torch, train.parameters_dtype),
         moments=getattr(torch, run.optimizer.moments_dtype),
         adapters=train.adapters,
+        algorithm=run.optimizer.algorithm,
         recompute_logits=train.recompute_logits,
     )

@@ -17,8 +17,9 @@ The collectives are those that `moelab.parallel` and FSDP2 make, and are held ag
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,6 +51,7 @@ class Problem:
     moments: torch.dtype = torch.float32  # of AdamW's state; of one device
     adapters: Sequence[AdapterConfig] = ()  # which alone are trained; none: all parameters are. Of one device
     recompute_logits: bool | None = None  # in the backward pass; None: where there are very many
+    algorithm: Mapping[str, Any] = field(default_factory=lambda: {"name": "adamw"})  # of the optimizer
 
     @property
     def tokens(self) -> int:

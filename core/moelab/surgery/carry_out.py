@@ -34,7 +34,7 @@ from moelab.manifest import MANIFEST, manifest_bytes, plain_entry
 from moelab.origin import model_files, read_origin
 from moelab.surgery.layout_change import with_layouts
 from moelab.surgery.patient import Patient
-from moelab.surgery.tensors import COUNT, FIRST, SECOND, VALUES, LayerSurgery
+from moelab.surgery.tensors import COUNT, LINEAR, SECOND, VALUES, LayerSurgery
 from moelab.tensor_file import Made, write_tensors
 from moelab.tensor_parts import Shape, Stored
 from moelab.training.format import BEST_EVALUATION
@@ -79,9 +79,10 @@ class Operation:
         place = self._place(parameter) if name.startswith(OPTIMIZER) else None
         if place is None or moment == COUNT:
             return Made(stored.shape, stored.dtype, stored.read)
-        if moment not in (FIRST, SECOND):
+        if moment not in (*LINEAR, SECOND):
             raise CheckpointError(
-                f"{self.patient.folder / TRAINING}: holds '{name}', and surgery knows AdamW's moments"
+                f"{self.patient.folder / TRAINING}: holds '{name}', and surgery knows the state of AdamW and Muon "
+                "alone; operate on a run that one of them trained, or on one of a single step (train.init_from)"
             )
         layer, own = place
         return Made(layer.shape(own, stored.shape), stored.dtype, bound(layer.make, own, moment, stored))

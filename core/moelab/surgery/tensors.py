@@ -21,6 +21,7 @@ OUTPUT_BIAS = "down_bias"  # [E, D]; of the bank's other tensors, axis 1 runs ov
 WITH_NEURONS = (GATE_UP, "gate_up_bias", DOWN)
 BANK, ROUTER = "experts.", "router."  # what stands before the names of a layer's tensors
 FIRST, SECOND, COUNT = "exp_avg", "exp_avg_sq", "step"  # AdamW's state of a parameter
+LINEAR = (FIRST, "momentum_buffer")  # sums of gradients, of which Muon keeps one
 VALUES = ""  # of the parameter itself
 
 
@@ -92,7 +93,7 @@ class LayerSurgery:
             yield values
 
     def _factor(self, name: str, moment: str, expert: NewExpert) -> float:
-        """On the values: d of down. On a moment: r of exp_avg and r^2 of exp_avg_sq (see `moelab.moe.surgery`)."""
+        """On the values: d of down. On a moment: r of a sum of gradients, r^2 of exp_avg_sq (`moelab.moe.surgery`)."""
         is_output = name in (BANK + DOWN, BANK + OUTPUT_BIAS)
         if moment == VALUES:
             # The biases of all that were made of one expert, each by its weight, add up to the one that it had.
@@ -104,7 +105,7 @@ class LayerSurgery:
             gradient = 1 / expert.copies
         else:
             gradient = expert.weight if is_output else expert.weight * expert.down
-        return gradient if moment == FIRST else gradient * gradient
+        return gradient if moment in LINEAR else gradient * gradient
 
     def _blocks(self, name: str, old: Shape) -> int:
         """Of F neurons along axis 1; 0 where no axis runs over neurons."""

@@ -18,6 +18,7 @@ from moelab.testing.expert_layouts import EXPERT_LAYOUT_CHECKS, ExpertLayoutCase
 from moelab.testing.initialisers import INITIALISER_CHECKS, InitialiserCase, check_initialiser
 from moelab.testing.mixers import MIXER_CHECKS, MixerCase, check_mixer
 from moelab.testing.observers import OBSERVER_CHECKS, ObserverCase, check_observer
+from moelab.testing.optimizers import OPTIMIZER_CHECKS, OptimizerCase, check_optimizer
 from moelab.testing.report import ConformanceError
 from moelab.testing.rewards import REWARD_CHECKS, RewardCase, check_reward
 from moelab.testing.rope_scalings import ROPE_SCALING_CHECKS, RopeScalingCase, check_rope_scaling
@@ -38,6 +39,7 @@ __all__ = [
     "INITIALISER_CHECKS",
     "MIXER_CHECKS",
     "OBSERVER_CHECKS",
+    "OPTIMIZER_CHECKS",
     "REWARD_CHECKS",
     "ROPE_SCALING_CHECKS",
     "ROUTER_CHECKS",
@@ -56,6 +58,7 @@ __all__ = [
     "InitialiserCase",
     "MixerCase",
     "ObserverCase",
+    "OptimizerCase",
     "RewardCase",
     "RopeScalingCase",
     "RouterCase",
@@ -73,6 +76,7 @@ __all__ = [
     "check_initialiser",
     "check_mixer",
     "check_observer",
+    "check_optimizer",
     "check_reward",
     "check_rope_scaling",
     "check_router",

@@ -14,7 +14,9 @@ from moelab.config.run import EvaluationConfig, RunConfig
 from moelab.data.batches import Batch, ValidationBatches
 from moelab.data.tokenizer import Tokenizer
 from moelab.moe.routing import LayerRecord
-from moelab.nn.generate import Sampling, generate
+from moelab.nn.generate import generate_batch
+from moelab.nn.sampling import Sampling
+from moelab.nn.texts import Speech
 from moelab.nn.transformer import TokenContext, Transformer
 from moelab.parallel.ranks import ALONE, Ranks
 from moelab.training.evaluation import Evaluation, Floats, Sums, bin_names, bin_of, tokens_before
@@ -145,9 +147,8 @@ def sample_texts(model: Transformer, tokenizer: Tokenizer, config: EvaluationCon
     """Each prompt with its continuation; the same seed draws the same numbers for every model."""
     if config.sample_tokens == 0:
         return []
-    sampling = Sampling(config.sample_tokens, config.temperature, seed=seed, end_token_ids=(tokenizer.eos_token_id,))
-    texts = []
-    for prompt in config.prompts:
-        ids = tokenizer.encode(prompt).tolist() or [tokenizer.eos_token_id]
-        texts.append(prompt + tokenizer.decode(list(generate(model, ids, sampling))))
-    return texts
+    speech = Speech(tokenizer, (tokenizer.eos_token_id,))
+    sampling = Sampling(config.sample_tokens, config.temperature, seed=seed, end_token_ids=speech.end_token_ids)
+    ids = [speech.encode(prompt) for prompt in config.prompts]
+    found = generate_batch(model, ids, sampling)
+    return [prompt + tokenizer.decode(one.ids) for prompt, one in zip(config.prompts, found, strict=True)]

@@ -14,7 +14,7 @@ from torch import nn
 
 from moelab.config.run import RunConfig
 from moelab.errors import CheckpointError
-from moelab.nn.room import MOMENTS, memory_of
+from moelab.nn.room import memory_of
 from moelab.planning.memory import predict
 from moelab.planning.of_run import problem_of
 from moelab.registry import Registry
@@ -95,12 +95,12 @@ def check_disk(folder: Path, sizes: dict[str, int]) -> None:
         )
 
 
-def warn_of_disk(
-    folder: Path, model: nn.Module, keep: int, moments: str = "float32", adapters: nn.Module | None = None
-) -> None:
-    """One line before a run whose checkpoints won't fit; the oldest is removed after the newest is written."""
-    each = sum(p.nbytes for p in model.parameters())
-    each += sum(MOMENTS * getattr(torch, moments).itemsize * p.numel() for p in (adapters or model).parameters())
+def warn_of_disk(folder: Path, model: nn.Module, keep: int, state: int, adapters: nn.Module | None = None) -> None:
+    """One line before a run whose checkpoints won't fit; the oldest is removed after the newest is written.
+
+    state: bytes of the optimizer's in each.
+    """
+    each = state + sum(p.nbytes for p in model.parameters())
     each += sum(tensor.nbytes for tensor in adapters.state_dict().values()) if adapters is not None else 0
     count, free = (keep or 1) + 1, shutil.disk_usage(_existing(folder)).free
     if each * count > free:

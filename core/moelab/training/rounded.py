@@ -12,25 +12,90 @@ frozen neighbour changes nothing. One draw serves a number and its two moments: 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from moelab.seeds import derive_seed
+from moelab.nn.optimizing import Kept, each, noise_of
+from moelab.nn.pieces import held
 
+# (first number of the piece, its weights before the step, those after it, first and second moments) [n] fp32; the
+# weights after it may be changed in place
+Then = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 PIECE = 1 << 20  # numbers of a CPU's piece: what is widened for a moment stays in its cache
 LANES = 4  # of 16 bits in 64
 UPPER = 1 if sys.byteorder == "little" else 0  # where the upper half of a 32-bit number lies
 HALF = 1 << 15
 
 
-class RoundedAdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW's step, whose parameters, moments or both are bf16; the arithmetic is its own, on fp32 copies.
+class AdamWStep:
+    """torch.optim.AdamW's step of one parameter, whose weight, moments or both may be bf16: its own, on fp32 copies.
 
-    Groups hold (name, parameter) pairs. `moments`: their dtype. What is fp32 gets AdamW's very bits.
+    What is fp32 gets AdamW's very bits. Optimizers that leave parameters to AdamW, or go on from its step, call it.
+    `moments`: their dtype. `seed`: of the rounding; None: torch's own, which each training step sets.
+    """
+
+    def __init__(self, moments: torch.dtype, seed: int | None = None) -> None:
+        self.moments, self.seed = moments, seed
+
+    @property
+    def kept(self) -> dict[str, torch.dtype]:
+        """Beside the step, which is a scalar."""
+        return dict.fromkeys(("exp_avg", "exp_avg_sq"), self.moments)
+
+    def begin(self, state: dict[str, Any], parameter: Tensor) -> None:
+        """Zero moments, laid as the parameter is."""
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        for key in self.kept:
+            state[key] = torch.zeros_like(parameter, dtype=self.moments, memory_format=torch.contiguous_format)
+
+    def __call__(
+        self,
+        group: Mapping[str, Any],
+        name: str,
+        parameter: Tensor,
+        state: dict[str, Any],
+        size: int | None = None,
+        then: Then | None = None,
+    ) -> None:
+        """Step a parameter of the model's by its gradient. `size`: numbers of a piece; None: what fits a cache.
+
+        `then`: called with each piece in fp32, between the step and the rounding.
+        """
+        if "step" not in state:
+            self.begin(state, parameter)
+        assert parameter.grad is not None
+        kept = [held(tensor.detach()).view(-1) for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"])]
+        gradient = held(parameter.grad).reshape(-1)
+        noise = noise_of(self.seed, "rounding", name, state["step"], parameter.device)
+        if size is None:
+            size = PIECE if parameter.device.type == "cpu" else max(kept[0].numel(), 1)
+        for begin in range(0, kept[0].numel(), size):
+            pieces = [tensor[begin : begin + size] for tensor in kept]
+            wide = [piece.float() for piece in pieces]  # of an fp32 one itself
+            before = None if then is None else wide[0].clone()
+            self._update(group, state["step"].clone(), wide, gradient[begin : begin + size].float())
+            if then is not None and before is not None:
+                then(begin, before, *wide)
+            round_at_random([pair for pair in zip(pieces, wide, strict=True) if pair[0].dtype != torch.float32], noise)
+        state["step"] += 1
+
+    def _update(self, group: Mapping[str, Any], step: Tensor, wide: list[Tensor], gradient: Tensor) -> None:
+        weight, first, second = wide
+        beta1, beta2 = group["betas"]
+        adamw(
+            [weight], [gradient], [first], [second], [], [step], fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
+            lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip
+
+
+class RoundedAdamW(torch.optim.Optimizer):
+    """AdamW of parameters, moments or both that are bf16, one after the other.
+
+    Groups hold (name, parameter) pairs. `moments`: their dtype.
     """
 
     def __init__(
@@ -41,46 +106,21 @@ class RoundedAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         moments: torch.dtype,
+        seed: int | None = None,
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.moments = moments
+        self._adamw = AdamWStep(moments, seed)
+
+    def kept(self, group: Mapping[str, Any]) -> Kept:
+        return Kept(self._adamw.kept)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Every parameter that has a gradient. The seed of its noise is torch's, which each training step sets."""
+        """Every parameter that has a gradient."""
         assert closure is None, "a training step has its gradients already"
-        for group in self.param_groups:
-            for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                if parameter.grad is not None:
-                    self._step(group, name, parameter)
-
-    def _step(self, group: dict[str, Any], name: str, parameter: Tensor) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros_like(parameter, dtype=self.moments, memory_format=torch.contiguous_format)
-        assert parameter.grad is not None
-        kept = [tensor.view(-1) for tensor in (parameter.data, state["exp_avg"], state["exp_avg_sq"])]
-        gradient = parameter.grad.reshape(-1)
-        noise = torch.Generator(device=parameter.device).manual_seed(
-            derive_seed(torch.initial_seed(), "rounding", name)
-        )
-        size = PIECE if parameter.device.type == "cpu" else max(parameter.numel(), 1)
-        for begin in range(0, parameter.numel(), size):
-            pieces = [tensor[begin : begin + size] for tensor in kept]
-            wide = [piece.float() for piece in pieces]  # of an fp32 one itself
-            self._update(group, state["step"].clone(), wide, gradient[begin : begin + size].float())
-            round_at_random([pair for pair in zip(pieces, wide, strict=True) if pair[0].dtype != torch.float32], noise)
-        state["step"] += 1
-
-    def _update(self, group: dict[str, Any], step: Tensor, wide: list[Tensor], gradient: Tensor) -> None:
-        weight, first, second = wide
-        beta1, beta2 = group["betas"]
-        adamw(
-            [weight], [gradient], [first], [second], [], [step], fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
-            lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-        )  # fmt: skip
+        for group, name, parameter in each(self):
+            if parameter.grad is not None:
+                self._adamw(group, name, parameter, self.state[parameter])
 
 
 def round_at_random(pairs: list[tuple[Tensor, Tensor]], noise: torch.Generator) -> None:

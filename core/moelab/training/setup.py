@@ -28,7 +28,7 @@ from moelab.data.promises import corpus_fault
 from moelab.data.seen import RECORD, DataRecord, SeenText, history_of, record_of_run, seen_text
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import ConfigError
-from moelab.hookspecs import DATA_SOURCES, MIXERS, OBSERVERS, ROPE_SCALINGS
+from moelab.hookspecs import DATA_SOURCES, MIXERS, OBSERVERS, OPTIMIZERS, ROPE_SCALINGS
 from moelab.integrity import Verify
 from moelab.moe.balance import NamedLoss
 from moelab.moe.block import MoEBlock
@@ -36,6 +36,7 @@ from moelab.nn.allocator import keep_freed_memory
 from moelab.nn.checkpointing import apply_activation_checkpointing
 from moelab.nn.count import Parameters, ServedCosts, count_parameters, flops_per_token, served_costs
 from moelab.nn.narrow import narrow
+from moelab.nn.optimizing import OptimizerContext, trained_parameters
 from moelab.nn.room import check_room
 from moelab.nn.transformer import Transformer
 from moelab.origin import check_vocabulary
@@ -49,11 +50,11 @@ from moelab.training.budget import settle_budget
 from moelab.training.causality import Causality
 from moelab.training.freeze import freeze
 from moelab.training.mixture import Batches, build_batches
-from moelab.training.optimizer import build_adamw
+from moelab.training.optimizer import begin, build_optimizer, state_bytes
 from moelab.training.precision import Precision, choose_precision, set_threads
 from moelab.training.rehearsal import probe_step
 from moelab.training.stages import Stage, build_stages, documents_read, held_out, rehearse
-from moelab.training.start import Start, find_start, starting_model, starting_weights
+from moelab.training.start import Start, find_start, same_model, starting_model, starting_weights
 from moelab.training.step import StepSettings
 
 logger = logging.getLogger("moelab")
@@ -148,7 +149,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
     if config.stages:
         stand_in(config, 0)
     losses = build_balance_losses(config.model, registry)
-    _check_shapes(config, registry, precision, ranks)
+    _check_shapes(config, registry, precision, ranks, verify)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config.model.vocab_size, tokenizer, config.data.tokenizer)
     start = find_start(config, tokenizer, registry, verify=verify)
@@ -177,7 +178,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         batches=batches,
         validation=stages[0].validation if stages else held_out(config, corpus),
         model=model,
-        optimizer=_optimizer(config, model, adapters),
+        optimizer=_optimizer(config, registry, model, adapters, tokenizer, ranks, verify),
         balance_losses=losses,
         step_settings=settings,
         threads=threads,
@@ -223,8 +224,24 @@ def _whole_model(
     return model, adapters
 
 
-def _optimizer(config: RunConfig, model: torch.nn.Module, adapters: Adapters | None) -> torch.optim.Optimizer:
-    optimizer = build_adamw(adapters or model, config.optimizer)
+def _optimizer(
+    config: RunConfig,
+    registry: Registry,
+    model: torch.nn.Module,
+    adapters: Adapters | None,
+    tokenizer: Tokenizer | None,
+    ranks: Ranks,
+    verify: Verify = True,
+) -> torch.optim.Optimizer:
+    """Built, and what it reads from disk read, unless the model is one without a number in it."""
+    trained = trained_parameters(adapters or model, config.optimizer.learning_rates)
+    context = OptimizerContext(
+        trained, config.optimizer, ranks.size, adapters is not None,
+        weights=same_model(config, registry, tokenizer, verify=verify),
+    )  # fmt: skip
+    optimizer = build_optimizer(context, registry)
+    if not trained[0].parameter.is_meta:
+        begin(optimizer)
     if adapters is not None:
         adapters.follow(optimizer)
     return optimizer
@@ -233,16 +250,19 @@ def _optimizer(config: RunConfig, model: torch.nn.Module, adapters: Adapters | N
 def with_head(setup: Setup, head: torch.nn.Module) -> Setup:
     """The setup of a run that trains the model with one more head; `head` holds the parameters of both, by name."""
     settings = dataclasses.replace(setup.step_settings, head=head)
-    return dataclasses.replace(setup, optimizer=_optimizer(setup.config, head, None), step_settings=settings)
+    optimizer = _optimizer(setup.config, setup.registry, head, None, setup.tokenizer, setup.ranks)
+    return dataclasses.replace(setup, optimizer=optimizer, step_settings=settings)
 
 
-def _check_shapes(config: RunConfig, registry: Registry, precision: Precision, ranks: Ranks) -> None:
-    """Before the data: a wrong shape, or one that no memory holds, fails at once."""
+def _check_shapes(config: RunConfig, registry: Registry, precision: Precision, ranks: Ranks, verify: Verify) -> None:
+    """Before the data: a wrong shape, one that no memory holds, or an optimizer that can't be, fails at once."""
     hollow, beside = build_model(config.model, registry, device="meta", seed=None), processes_here(ranks.size)
     if precision.kept == torch.bfloat16:
         narrow(hollow)
-    moments = None if config.train.adapters else getattr(torch, config.optimizer.moments_dtype)
-    check_room(hollow, precision.device, moments, shard=config.parallel.shard, beside=beside)
+    state = None
+    if not config.train.adapters:
+        state = state_bytes(_optimizer(config, registry, hollow, None, None, ranks, verify))
+    check_room(hollow, precision.device, state, shard=config.parallel.shard, beside=beside)
 
 
 def _spread_model(
@@ -272,6 +292,7 @@ def _spread_model(
 def resolve_run(config: RunConfig, registry: Registry) -> None:
     """Write every default of every chosen plugin into the config, in place."""
     resolve_model(config.model, registry)
+    config.optimizer.algorithm = registry.resolve(OPTIMIZERS, config.optimizer.algorithm, OPTIMIZERS.key)
     config.data.source = registry.resolve(DATA_SOURCES, config.data.source, "data.source")
     if config.data.mixer is not None:
         config.data.mixer = registry.resolve(MIXERS, config.data.mixer, "data.mixer")

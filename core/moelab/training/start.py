@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,13 +22,13 @@ from moelab.data.tokenizer import Tokenizer
 from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.carried import tokenizer_side_files
 from moelab.hookspecs import ROUTERS, SHARED_EXPERTS, ExtensionPoint
-from moelab.hub import commit_of
+from moelab.hub import commit_of, user_folder
 from moelab.integrity import Verify, verified
 from moelab.layouts import build_layouts
 from moelab.loading import open_weights
 from moelab.moe.per_layer import layer_parts
 from moelab.nn.transformer import Transformer
-from moelab.origin import Origin, model_files, origin_of, same_definition, same_tokenizer, tokenizer_files
+from moelab.origin import Origin, model_files, origin_of, read_origin, same_definition, same_tokenizer, tokenizer_files
 from moelab.registry import Registry
 from moelab.stored_weights import StoredWeights, build_empty, fill
 
@@ -143,6 +143,34 @@ def differences(
         yield Difference(key, ours.max_position_embeddings, theirs.max_position_embeddings)
     if tokenizer is not None and origin.tokenizer is not None and not same_tokenizer(tokenizer, origin.folder):
         yield Difference(TOKENIZER, config.data.tokenizer, origin.tokenizer)
+
+
+def same_model(
+    config: RunConfig, registry: Registry, tokenizer: Tokenizer | None, *, verify: Verify = True
+) -> Callable[[str, str], StoredWeights]:
+    """-> (folder, key that names it) -> its weights, none read yet.
+
+    That raises ConfigError naming the key where they are of another model or another tokenizer than the config's, and
+    CheckpointError for a folder that can't be read. No `tokenizer`: it is not compared.
+    """
+
+    def opened(folder: str, key: str) -> StoredWeights:
+        try:
+            origin = read_origin(verified(user_folder(folder, key), verify=verify))
+            weights = open_weights(origin.folder, registry=registry)
+        except CheckpointError as error:
+            raise CheckpointError(f"{key}: {error}") from error
+        found = list(differences(config, origin, registry, tokenizer))
+        if found:
+            lines = "; ".join(f"{d.key}: {d.config!r} here, {d.checkpoint!r} there" for d in found[:3])
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise ConfigError(
+                f"{key}: {origin.folder} is another model than the one that is trained ({lines}{more}); name a "
+                "checkpoint of the same one (of experts that were upcycled, the upcycled model)"
+            )
+        return weights
+
+    return opened
 
 
 def model_differences(ours: ModelConfig, theirs: ModelConfig, mine: Registry, other: Registry) -> Iterator[Difference]:

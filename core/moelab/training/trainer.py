@@ -37,7 +37,7 @@ from moelab.training.limits import warn_of_disk
 from moelab.training.logged import alarm_watch, log_step, probe
 from moelab.training.loop import Loop, due, evaluation_due, served_backends
 from moelab.training.observers import gather_observers, threads_told
-from moelab.training.optimizer import set_learning_rate
+from moelab.training.optimizer import set_learning_rate, state_bytes
 from moelab.training.plan import Plan, to_json
 from moelab.training.precision import choose_precision
 from moelab.training.progress import Progress
@@ -132,7 +132,7 @@ def _train(config: RunConfig, ranks: Ranks, run_dir: Path, asked: Asked) -> None
             best = Best.of(state, resumed)
             prepare_run_folder(run_dir, resume=config.resume, force=asked.force)
             keep = config.train.keep_checkpoints + config.train.keep_best
-            warn_of_disk(run_dir, setup.model, keep, config.optimizer.moments_dtype, setup.adapters)
+            warn_of_disk(run_dir, setup.model, keep, state_bytes(setup.optimizer, stored=True), setup.adapters)
             if resumed and (history := read_record(resumed)):
                 setup = replace(setup, history=history)
             for line in setup.seen.lines():

@@ -11,6 +11,7 @@ from moelab import BackendContext, Component, ExpertBackend, Routing, UserError,
 from moelab.moe.activation import num_matrices
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.experts import ExpertBank, compute_dtype
+from moelab.moe.few_rows import few_rows, pays
 
 # FLOPs of the forward pass from which `batched` pays for its Python in fp32 (benchmarks/experts.py, docs/compute.md).
 LARGE = 4e8
@@ -37,10 +38,12 @@ def ranking(problem: ExpertProblem) -> tuple[tuple[str, ...], str]:
 class AutoBackend:
     """The first backend, in the order that was measured fastest, that supports the problem.
 
-    Chosen once for each device, dtype and power of two of assignments, so that no step is decided anew.
+    Chosen once for each device, dtype and power of two of assignments, so that no step is decided anew. A few tokens
+    without gradients on a CPU, as generation has them, go to none of them: `moe/few_rows.py` reads their experts.
     """
 
     name = "auto"
+    hands_over_few_rows = True  # to moe/few_rows.py
 
     def __init__(self, options: AutoOptions, context: BackendContext) -> None:
         self._layer_id = context.layer_id
@@ -54,6 +57,8 @@ class AutoBackend:
 
     def __call__(self, x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
         """x [T, D] -> [T, D]."""
+        if pays(x, routing):
+            return few_rows(x, routing, bank)
         dtype = compute_dtype(x)
         key = (x.device.type, str(dtype), max(routing.expert.numel() - 1, 0).bit_length())
         if key not in self._chosen:

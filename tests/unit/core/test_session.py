@@ -17,10 +17,9 @@ from moelab import session
 from moelab.config.run import RunConfig
 from moelab.config.stored import to_yaml
 from moelab.errors import CheckpointError, ConfigError
-from moelab.nn.generate import Sampling
 from moelab.training.setup import prepare as prepare_run
 from moelab_tools.checkpoints import load_run
-from moelab_tools.samples import continue_prompts
+from moelab_tools.samples import Request, continue_prompts
 
 PROMPTS = ["document 1", "document 12 says", ""]
 
@@ -68,12 +67,16 @@ def test_a_run_from_files_and_overrides_says_what_became_of_it(trained: session.
 
 
 def test_a_model_writes_what_the_command_writes(trained: session.TrainedRun) -> None:
-    """By the folder's own tokenizer; each text on its own, whatever stands beside it."""
-    for sampling in (Sampling(12), Sampling(12, temperature=0.0), Sampling(12, top_p=0.5, seed=7)):
-        told = [sample.text for sample in continue_prompts(trained.run_dir, PROMPTS, sampling)]
-        options: dict[str, Any] = {key: getattr(sampling, key) for key in ("temperature", "top_p", "seed")}
+    """By the folder's own tokenizer; a prompt has the random numbers of its place."""
+    cases: list[dict[str, Any]] = [{}, {"temperature": 0.0}, {"top_p": 0.5, "top_k": 9, "seed": 7}]
+    for options in cases:
+        request = Request(PROMPTS, {"max_new_tokens": 12, **options})
+        told = [sample.text for sample in continue_prompts(trained.run_dir, request)]
         assert trained.model.generate(PROMPTS, 12, **options) == told
-        assert trained.model.generate(PROMPTS[1], 12, **options) == told[1]
+        assert trained.model.generate(PROMPTS[0], 12, **options) == told[0]
+    with pytest.raises(ConfigError, match="no setting 'temprature', did you mean 'temperature'"):
+        trained.model.generate("x", temprature=1.0)
+    assert len(trained.model.generate("x", 3, samples=2)) == 2
     assert trained.model.generate("x", 12, seed=1) != trained.model.generate("x", 12, seed=2)
     assert copy.deepcopy(trained.model).generate("x", 4) == trained.model.generate("x", 4)
 

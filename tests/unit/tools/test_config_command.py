@@ -67,7 +67,7 @@ def test_an_upcycling_config_is_known_by_its_keys(capsys: pytest.CaptureFixture[
 
 def test_keys_of_a_section_and_options_of_a_part(capsys: pytest.CaptureFixture[str]) -> None:
     lines = _told(capsys, "--keys", "optimizer").splitlines()
-    assert lines[2] == "optimizer.lr: float = 0.001  # the highest learning rate; `schedule` says when"
+    assert lines[3] == "optimizer.lr: float = 0.001  # the highest learning rate; `schedule` says when"
     parts = _told(capsys, "--keys", "model.moe.shared_expert")
     assert "  intermediate_size: int = required  # of each" in parts
     assert "gated  # One feed-forward network" in parts
@@ -86,7 +86,7 @@ def test_keys_of_a_section_and_options_of_a_part(capsys: pytest.CaptureFixture[s
     ("arguments", "told"),
     [
         (["--keys", "optimiser"], "did you mean 'optimizer'"), (["--keys", "data.source.txt"], "did you mean 'text'"),
-        (["--schema", "trian"], "must be train or upcycle"), ([], "name a config file"),
+        (["--schema", "trian"], "must be train or upcycle or data or merge"), ([], "name a config file"),
         (["--keys", "--resolved"], "one at a time"),
     ],
 )  # fmt: skip

@@ -240,7 +240,8 @@ def test_what_llama_cpp_computes_otherwise_is_said(tmp_path: Path):
 def test_generate_ends_at_any_end_token_and_says_at_which(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Whatever greedy decoding says fifth is made an end token: the text ends before it."""
     folder = write_checkpoint(tmp_path / "a", "bytes")
-    from moelab.nn.generate import Sampling, generate
+    from moelab.nn.generate import generate
+    from moelab.nn.sampling import Sampling
 
     prompt = load_tokenizer("bytes").encode("def ").tolist()
     said = list(generate(moelab.load(folder), prompt, Sampling(12, temperature=0.0)))

@@ -24,7 +24,11 @@ ALL = ""  # the prefix of every key
     shell_complete=complete_key,
 )  # fmt: skip
 @click.option(
-    "--schema", metavar="[train|upcycle]", is_flag=False, flag_value="train", help="Write a JSON Schema for editors."
+    "--schema",
+    metavar="[train|upcycle|data|merge]",
+    is_flag=False,
+    flag_value="train",
+    help="Write a JSON Schema for editors.",
 )
 @click.option(
     "--trust-plugins", "trust", is_flag=True, help="Import the plugin modules that a folder names; they run as you."

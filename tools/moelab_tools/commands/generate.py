@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from moelab.errors import ConfigError
 from moelab_tools.positions import Positions, position_options
+from moelab_tools.sampling_options import sampling_options
 from moelab_tools.user_path import USER_PATH
 from moelab_tools.verify_option import NO_VERIFY
+
+if TYPE_CHECKING:
+    from moelab_tools.prompts_file import Prompt
+    from moelab_tools.samples import Sample
 
 
 @click.command("generate")
 @click.argument("checkpoint", nargs=-1, required=True, type=USER_PATH, metavar="CHECKPOINT...")
-@click.option("--prompt", multiple=True, default=["def "], show_default=True, help="Several: one --prompt each.")
-@click.option("--tokens", default=200, show_default=True, help="At most so many new tokens.")
-@click.option("--temperature", default=0.8, show_default=True, help="0 is greedy.")
-@click.option("--top-p", default=1.0, show_default=True)
-@click.option("--seed", default=0, show_default=True)
+@click.option("--prompt", multiple=True, help="Several: one --prompt each.  [default: def ]")
+@click.option(
+    "--prompts",
+    type=USER_PATH,
+    metavar="FILE",
+    help="Prompts of a file: .jsonl with prompt or messages, or .txt lines.",
+)
+@click.option("--out", type=USER_PATH, metavar="FILE", help="Write results there, a line of JSON each.")
+@click.option("--tokens", type=int, default=None, help="At most so many new tokens.  [default: 200]")
+@sampling_options
+@click.option("--samples", default=1, show_default=True, help="Continuations of each prompt.")
+@click.option("--batch-size", type=int, default=None, help="Texts at once; changes time and memory alone.")
 @click.option("--tokenizer", default=None, help='"bytes" or a tokenizer.json; default: the checkpoint\'s own.')
 @click.option("--json", "as_json", is_flag=True, help="Print the texts as JSON, to the last character.")
 @click.option(
@@ -31,22 +45,26 @@ from moelab_tools.verify_option import NO_VERIFY
 def command(
     checkpoint: tuple[Path, ...],
     prompt: tuple[str, ...],
-    tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
+    prompts: Path | None,
+    out: Path | None,
+    tokens: int | None,
+    samples: int,
+    batch_size: int | None,
     tokenizer: str | None,
     as_json: bool,
     trust: bool,
     verify: bool,
     attention: str | None,
     rope_scaling: str | None,
+    **settings: Any,
 ) -> None:
     """Continue a prompt; with several checkpoints, the same prompts side by side, drawn with the same random numbers.
 
     CHECKPOINT is a run folder, a moelab checkpoint or a Hugging Face folder. The text ends at any of the end tokens
     that its generation_config.json names, else its config.json, else at the token that ended documents in training;
     which one ended it is said on stderr. Control characters are spelled out; --json gives the texts as they are.
+    How tokens are drawn is as generation_config.json says, where no option says it, else at a temperature of 0.8.
+    Texts are made many at a time, which changes none of them: each has random numbers of its own.
 
     --attention and --rope-scaling reach beyond the trained length; the factor of yarn and linear is that of prompt and
     new tokens, where it is not given.
@@ -55,30 +73,52 @@ def command(
     Example:
       moelab generate runs/tiny_moe --prompt "import "
       moelab generate runs/dense runs/moe --prompt "def " --temperature 0
+      moelab generate runs/tiny_moe --prompts questions.jsonl --out answers.jsonl
     """
+    from moelab_tools.prompts_file import Prompt, read_prompts
+    from moelab_tools.samples import Request, continue_prompts
+
+    if prompt and prompts is not None:
+        raise ConfigError("--prompts: a file of prompts and --prompt at once; give one of them")
+    asked = (
+        [Prompt(f"--prompt {text}", text) for text in prompt or ("def ",)] if prompts is None else read_prompts(prompts)
+    )
+    settings["max_new_tokens"] = 200 if tokens is None else tokens
+    request = Request([one.asked for one in asked], settings, samples, batch_size, tokenizer)
+    positions = Positions(attention, rope_scaling)
+    each = [continue_prompts(folder, request, positions, trust=trust, verify=verify) for folder in checkpoint]
+    # prompt by prompt, and of each the checkpoints in the order given
+    found = [(asked[place // samples], sample) for place, row in enumerate(zip(*each, strict=True)) for sample in row]
+    if prompts is not None or out is not None:
+        _write_lines(found, out)
+    else:
+        _show([sample for _, sample in found], as_json)
+
+
+def _write_lines(found: list[tuple[Prompt, Sample]], out: Path | None) -> None:
+    """A line of JSON each, with what stood beside the prompt."""
+    import json
+    from dataclasses import asdict
+
+    from moelab.atomic import write_file
+
+    lines = [json.dumps(prompt.beside | asdict(sample)) + "\n" for prompt, sample in found]
+    if out is None:
+        click.echo("".join(lines), nl=False)
+        return
+    write_file(out, "".join(lines))
+    click.echo(f"{out}: {len(lines)} texts to {len({prompt.where for prompt, _ in found})} prompts", err=True)
+
+
+def _show(samples: list[Sample], as_json: bool) -> None:
+    """On a terminal, or as JSON; what ended each on stderr."""
     import json
     import shutil
     from dataclasses import asdict
 
-    from moelab.nn.generate import Sampling
     from moelab.printable import printable
-    from moelab_tools.samples import continue_prompts, show
+    from moelab_tools.samples import show
 
-    sampling = Sampling(tokens, temperature, top_p, seed)
-    samples = [
-        sample
-        for folder in checkpoint
-        for sample in continue_prompts(
-            folder,
-            prompt,
-            sampling,
-            Positions(attention, rope_scaling),
-            tokenizer=tokenizer,
-            trust=trust,
-            verify=verify,
-        )
-    ]
-    samples.sort(key=lambda sample: prompt.index(sample.prompt))  # stable: checkpoints stay in the order given
     if as_json:
         click.echo(json.dumps([asdict(sample) for sample in samples], indent=2))
     else:

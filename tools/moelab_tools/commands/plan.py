@@ -45,9 +45,9 @@ def command(
     """Predict memory, traffic and time of a step on each device. Nothing is allocated.
 
     The mesh is the config's: parallel.replicate, shard and expert; so are micro-batches and recomputation.
-    Parameters, gradients and AdamW's moments are of the config's types. Activations are counted by running the
-    model on tensors without data; tokens go to as many experts as the routers declare, evenly. On a CPU the peak
-    is the resident set of a process (docs/compute.md). Bytes are those of a ring, and were counted in real steps
+    Parameters, gradients and the optimizer's state are of the config's types. Activations are counted by running
+    the model on tensors without data; tokens go to as many experts as the routers declare, evenly. On a CPU the
+    peak is the resident set of a process (docs/compute.md). Bytes are those of a ring, and were counted in steps
     (docs/planning.md). Peaks on a GPU were compared on an H200; times were not.
 
     \b
@@ -139,7 +139,7 @@ def _print(plan: Plan, device_memory: float | None) -> None:
     rows: dict[str, int] = {
         f"parameters ({kept})": memory.parameters,
         f"gradients ({kept})": memory.gradients,
-        f"AdamW's moments ({moments})": memory.optimizer,
+        f"{problem.algorithm['name']}'s state ({moments})": memory.optimizer,
         "weights in use": memory.weights_in_use,
         "activations": memory.activations,
         "being computed or reduced": memory.working,

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import moelab
-from moelab.alignment.rewards import Attempt, Judge, RewardContext, build_judge, resolve_rewards
+from moelab.alignment.judge import Judge, build_judge, resolve_rewards
+from moelab.alignment.rewards import Attempt, RewardContext
 from moelab.errors import ConfigError, DataError, RunFailure
 from moelab.registry import Registry
 

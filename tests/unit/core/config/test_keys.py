@@ -95,7 +95,10 @@ def test_a_prefix_takes_whole_words() -> None:
     paths = [key.path for key in keys_under(RunConfig, "optimizer")]
     assert paths == [
         "optimizer",
-        *(f"optimizer.{name}" for name in ("lr", "betas", "eps", "weight_decay", "moments_dtype", "learning_rates")),
+        *(
+            f"optimizer.{name}"
+            for name in ("algorithm", "lr", "betas", "eps", "weight_decay", "moments_dtype", "learning_rates")
+        ),
     ]
     with pytest.raises(ConfigError, match="did you mean 'optimizer'"):
         keys_under(RunConfig, "optimiser")

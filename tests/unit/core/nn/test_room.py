@@ -35,7 +35,7 @@ def test_training_needs_four_times_the_weights(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("moelab.nn.room.memory_of", lambda device: 3 * weights)
     check_room(model, "cpu")
     with pytest.raises(ConfigError, match="with gradients and moments"):
-        check_room(model, "cpu", torch.float32)
+        check_room(model, "cpu", 2 * weights)
 
 
 def test_processes_that_share_a_model_out_need_their_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,10 +43,10 @@ def test_processes_that_share_a_model_out_need_their_part_of_it(monkeypatch: pyt
     model = build_model(_model(16), device="meta", seed=None)
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     monkeypatch.setattr("moelab.nn.room.memory_of", lambda device: 3 * weights)
-    check_room(model, "cpu", torch.float32, shard=8, beside=4)
-    check_room(model, "cuda", torch.float32, shard=2, beside=2)
+    check_room(model, "cpu", 2 * weights, shard=8, beside=4)
+    check_room(model, "cuda", 2 * weights, shard=2, beside=2)
     with pytest.raises(ConfigError, match="of it here"):
-        check_room(model, "cpu", torch.float32, shard=8, beside=8)
+        check_room(model, "cpu", 2 * weights, shard=8, beside=8)
 
 
 def test_a_process_counts_with_the_least_of_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:

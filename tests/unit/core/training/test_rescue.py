@@ -108,9 +108,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_written(
     check_disk(tmp_path / "not there yet", {"a": 3000, "b": 2000})
     with pytest.raises(CheckpointError, match=r"it takes 5\.0 kB, and 5\.0 kB are free on that disk"):
         check_disk(tmp_path, {"a": 3000, "b": 2001})
-    warn_of_disk(tmp_path, nn.Linear(10, 10, bias=False), 2)  # 3 checkpoints of 3 * 400 bytes
+    warn_of_disk(tmp_path, nn.Linear(10, 10, bias=False), 2, 800)  # 3 checkpoints of 3 * 400 bytes
     assert not caplog.messages
-    warn_of_disk(tmp_path, nn.Linear(20, 20, bias=False), 2)
+    warn_of_disk(tmp_path, nn.Linear(20, 20, bias=False), 2, 3200)
     assert "3 checkpoints of 4.8 kB won't fit into the 5.0 kB that are free" in caplog.messages[0]
 
 

@@ -1,0 +1,138 @@
+"""Tokens a second of greedy generation beside transformers' `generate`: same weights, same prompts, same texts.
+
+    python benchmarks/generation.py --out benchmarks/results
+    python benchmarks/generation.py --shape 64:6:96 --hidden 384 --batch 1 8
+
+transformers runs with each of its implementations of experts, and the fastest counts. Sides take turns, and the median
+of the rounds counts; what is measured is a whole call, prompt included. Weights are wide enough that scores spread; a
+text that differs is counted, with how far its token was behind in scores of a whole forward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import moelab
+from cpu_step import Shape, _config, _peer
+from moelab.nn.generate import generate_batch
+from moelab.nn.sampling import Sampling
+from report import machine, markdown_table, median, spread, write_results
+
+PEERS = ("eager", "grouped_mm", "batched_mm")  # experts_implementation
+WIDER = 4.0  # times the usual weights: at random ones scores are all alike
+
+
+def main() -> None:
+    options = _options()
+    if int(transformers.__version__.split(".")[0]) < 5:
+        print(f"transformers {transformers.__version__} computes experts in one way; nothing was measured")
+        sys.exit(2)
+    torch.set_num_threads(options.threads)
+    results = []
+    for experts, top_k, width in options.shape:
+        shape = Shape(experts, top_k, width, options.hidden, options.layers, options.shared, options.vocab)
+        for batch in options.batch:
+            results.append(measure(shape, batch, options))
+            print(_table(results[-1]), flush=True)
+    if options.out:
+        facts = machine() | {"threads": options.threads, "transformers": transformers.__version__}
+        write_results(Path(options.out), "generation", facts, results, [_table(result) for result in results])
+
+
+def measure(shape: Shape, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One model, one number of prompts: all sides in turn."""
+    model = moelab.build(_config(shape, "auto"), seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(WIDER)
+    stream = torch.Generator().manual_seed(1)
+    prompts = torch.randint(0, shape.vocab, (batch, options.prompt), generator=stream)
+    peers = {name: _peer(shape, name, model).eval() for name in options.peers}
+    model.eval()
+    sides = {"moelab": lambda: _ours(model, prompts, options.tokens)} | {
+        f"transformers {name}": lambda peer=peer: _theirs(peer, prompts, options.tokens) for name, peer in peers.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    texts: dict[str, Tensor] = {}
+    for turn in range(options.rounds + 1):
+        for name, generate in sides.items():
+            begun = time.perf_counter()
+            texts[name] = generate()
+            if turn:  # the first warms up
+                seconds[name].append(time.perf_counter() - begun)
+    tokens = batch * options.tokens
+    rates = {name: tokens / median(times) for name, times in seconds.items()}
+    best = max((name for name in rates if name != "moelab"), key=lambda name: rates[name])
+    different = (texts["moelab"] != texts[best]).any(1).nonzero().flatten().tolist()
+    return {
+        "shape": shape.title, "batch": batch, "prompt": options.prompt, "tokens": options.tokens,
+        "rates": rates, "spread": {name: [tokens / t for t in spread(times)] for name, times in seconds.items()},
+        "best": best, "speedup": rates["moelab"] / rates[best], "different": len(different),
+        "behind": max((_behind(model, prompts[row], texts["moelab"][row]) for row in different), default=0.0),
+    }  # fmt: skip
+
+
+def _ours(model: Any, prompts: Tensor, tokens: int) -> Tensor:
+    found = generate_batch(model, prompts.tolist(), Sampling(tokens, temperature=0.0), batch_size=len(prompts))
+    return torch.tensor([one.ids for one in found])
+
+
+def _theirs(peer: Any, prompts: Tensor, tokens: int) -> Tensor:
+    ids = peer.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=tokens, min_new_tokens=tokens,
+        do_sample=False, use_cache=True, pad_token_id=0,
+    )  # fmt: skip
+    found: Tensor = ids[:, prompts.shape[1] :]
+    return found
+
+
+@torch.no_grad()
+def _behind(model: Any, prompt: Tensor, text: Tensor) -> float:
+    """How far scores of the text's tokens are behind the best of a whole forward pass, at worst."""
+    logits = model(torch.cat([prompt, text])[None]).logits[0, len(prompt) - 1 : -1]
+    return float((logits.amax(-1) - logits[torch.arange(len(text)), text]).max())
+
+
+def _table(result: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{rate:.0f}", " .. ".join(f"{value:.0f}" for value in sorted(result["spread"][name]))]
+        for name, rate in result["rates"].items()
+    ]
+    return "\n".join(
+        [
+            f"{result['shape'].rpartition(',')[0]}; {result['batch']} prompts of {result['prompt']} tokens, "
+            f"{result['tokens']} new ones",
+            markdown_table(["", "tokens/s (median)", "quartiles"], rows),
+            f"moelab / {result['best']}: {result['speedup']:.2f} x; {result['different']} texts of {result['batch']} "
+            f"differ" + (f", by {result['behind']:.1e} of a score" if result["different"] else ""),
+        ]
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", default=["32:4:128", "128:8:64"], help="experts:top_k:width")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
+    for name, value in (
+        ("hidden", 256), ("layers", 4), ("shared", 512), ("vocab", 4096), ("prompt", 32), ("tokens", 128),
+        ("rounds", 7), ("threads", 2),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    options.shape = [tuple(map(int, shape.split(":"))) for shape in options.shape]
+    return options
+
+
+if __name__ == "__main__":
+    main()

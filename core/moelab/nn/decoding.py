@@ -1,0 +1,255 @@
+"""One more token for each of several texts: the layers as generation needs them, over a cache.
+
+Without records, and the head on one position alone. Where the attention is the plain kind (`FullAttention`, nothing
+wrapped around its parts) it is computed here in a dozen operations: one product for query, key and value, tables of the
+rotary embedding made once, keys written where they stay. Any other attention is called as in a forward pass, and a
+model whose layers have hooks, or that computes under autocast, goes through its own forward pass as a whole.
+B sequences, L positions with the new one, D hidden size, H query heads in G groups, d head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moelab.config.model import ModelConfig
+from moelab.moe.block import MoEBlock
+from moelab.moe.few_rows import input_first
+from moelab.moe.routing import LayerRecord, TokenInfo
+from moelab.moe.thin_product import few_product
+from moelab.nn.attention import Attention
+from moelab.nn.attention_inputs import AttentionInputs
+from moelab.nn.full_attention import FullAttention, fastest
+from moelab.nn.kv_cache import KVCache
+from moelab.nn.linear import Linear
+from moelab.nn.norm import RMSNorm
+from moelab.nn.rope import Rope
+from moelab.plugin_faults import PluginPart
+
+FUSED_BYTES = 1 << 22  # of a layer's query, key and value matrices: up to here a copy as one costs less than two calls
+COPY_BYTES = 1 << 29  # of all experts' gate_up: up to here a copy is made that a token reads in half the time ...
+COPY_TOKENS = 128  # ... where so many tokens come, of all texts: making it takes as long as 10 tokens of 16 texts do
+WIDE = (torch.float32, torch.float64)
+
+
+class Decoder(Protocol):
+    """What generating asks of a model: `nn.transformer.Transformer` is one."""
+
+    config: ModelConfig
+    training: bool
+    rope: Rope
+    embed_tokens: nn.Embedding
+    layers: nn.ModuleList  # of `DecoderLayer`s
+    norm: RMSNorm
+    lm_head: nn.Linear
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+    def plugin_parts(self) -> list[tuple[PluginPart, object]]: ...
+
+    def attention_inputs(self, x: Tensor, positions: Tensor, *, past: int, **more: Any) -> AttentionInputs: ...
+
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cache: KVCache
+    ) -> tuple[Tensor, list[LayerRecord]]: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the layers share while one token of each text passes."""
+
+    inputs: AttentionInputs
+    cos: Tensor  # [B or 1, 1, d]
+    sin: Tensor  # the same, its first half negated
+    hidden: Tensor | None  # [B, 1, 1, L], -inf where there is padding; None: nowhere
+
+
+class Decoding:
+    """Made for a batch of texts whose prompts `cache` holds; reads the weights as they are then."""
+
+    def __init__(self, model: Decoder, cache: KVCache, padding: Tensor, new_tokens: int, rows: int) -> None:
+        """padding [B] int64: positions before each text; new_tokens: at most so many are to come, in `rows` texts."""
+        room = cache.length + new_tokens
+        self.model, self.cache = model, cache
+        weight = model.embed_tokens.weight
+        self._dtype, self._device = weight.dtype, weight.device
+        self._whole = not computes_apart(model)
+        self._layers: list[Any] = list(model.layers)
+        self._attend = [] if self._whole else [_attending(layer) for layer in self._layers]
+        self._copied = [] if self._whole else _copied(self._layers, rows * new_tokens)
+        scaling = model.rope.scaling
+        self._moving = scaling is not None and scaling.length_matters
+        self._cos, self._sin = self._tables(torch.arange(room, device=self._device), room)
+        self._room = room
+        self._take_padding(padding)
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Go on with these texts, `rows` [B'] int64: some left out, or several times."""
+        self.cache.take_rows(rows)
+        self._take_padding(self._padding.index_select(0, rows))
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """tokens [B] int64, the next of each text -> scores [B, V] of what follows."""
+        model = self.model
+        if self._whole:
+            real = None if self._real is None else self._real[:, :1] | True
+            x = model.hidden_states(tokens.unsqueeze(1), real, cache=self.cache)[0][:, 0]
+            return self._scores(x)
+        past = self.cache.length
+        positions = past - self._padding  # [B]
+        x = model.embed_tokens(tokens)  # [B, D]
+        info, step = self._info(tokens, positions), self._step(x, positions, past)
+        for layer, attend, copied in zip(self._layers, self._attend, self._copied, strict=True):
+            if attend is None:
+                x = x + layer.self_attn(layer.input_layernorm(x.unsqueeze(1)), step.inputs).squeeze(1)
+            else:
+                x = attend(x, step)
+            normed = normalise(layer.post_attention_layernorm, x)
+            if isinstance(layer.mlp, MoEBlock):
+                y, routing = layer.mlp.serve(normed, info, copied)
+                info = replace(info, previous=routing)
+            else:
+                y = layer.mlp(normed)
+            x = x + y
+        return self._scores(normalise(model.norm, x))
+
+    def _scores(self, x: Tensor) -> Tensor:
+        head = self.model.lm_head
+        if type(head) is nn.Linear and not _hooked(head):
+            return few_product(x, head.weight, head.bias)
+        scores: Tensor = head(x)
+        return scores
+
+    def _take_padding(self, padding: Tensor) -> None:
+        self._padding = padding
+        self._rows = torch.arange(len(padding), device=self._device)
+        self._zeros = torch.zeros_like(self._rows)
+        self._real: Tensor | None = None  # [B, room] bool, False for padding
+        self._hidden: Tensor | None = None
+        if bool(padding.any()):  # once a batch
+            self._real = torch.arange(self._room, device=self._device) >= padding.unsqueeze(1)
+            lowest = torch.zeros(self._real.shape, dtype=self._dtype, device=self._device)
+            self._hidden = lowest.masked_fill_(~self._real, float("-inf"))[:, None, None]
+
+    def _tables(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """positions [N] -> cos and sin [N, d], the first half of sin negated."""
+        cos, sin = (table[0, 0] for table in self.model.rope.tables(positions[None], self._dtype, length))
+        half = sin.shape[-1] // 2
+        return cos, torch.cat([-sin[:, :half], sin[:, half:]], -1)
+
+    def _step(self, x: Tensor, positions: Tensor, past: int) -> Step:
+        real = None if self._real is None else self._real[:, : past + 1]
+        inputs = self.model.attention_inputs(
+            x, positions.unsqueeze(1), past=past, padding=real, documents=None, cache=self.cache
+        )
+        hidden = None if self._hidden is None else self._hidden[..., : past + 1]
+        if self._moving:
+            cos, sin = self._tables(positions, past + 1)
+        elif self._real is None:
+            cos, sin = self._cos[past : past + 1], self._sin[past : past + 1]
+        else:
+            cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+        return Step(inputs, cos.unsqueeze(1), sin.unsqueeze(1), hidden)
+
+    def _info(self, tokens: Tensor, positions: Tensor) -> TokenInfo:
+        return TokenInfo(
+            token_id=tokens, document_id=self._rows, domain_id=self._zeros, position=positions,
+            sequence_id=self._rows, num_sequences=len(self._rows),
+        )  # fmt: skip
+
+
+class PlainAttention:
+    """x [B, D] -> x and what attention adds, [B, D]: norm, projections and heads of one layer, for one token each."""
+
+    def __init__(self, norm: RMSNorm, attention: Attention) -> None:
+        self._norm, self._attention = norm, attention
+        self._layer_id, self._head_dim = attention.layer_id, attention.head_dim
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self._parts, self._weight, self._bias = parts, None, None
+        weights = [part.weight for part in parts]
+        if sum(weight.numel() * weight.element_size() for weight in weights) <= FUSED_BYTES:
+            self._weight = torch.cat(weights)
+            self._bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+        self._heads, self._groups = (part.out_features // self._head_dim for part in parts[:2])
+        self._head_scale: Tensor | None = None  # [H + G, d], of normed heads
+        if attention.q_norm is not None and attention.k_norm is not None:
+            scales = (attention.q_norm.weight.expand(self._heads, -1), attention.k_norm.weight.expand(self._groups, -1))
+            self._head_scale = torch.cat(scales)
+        self._output = attention.o_proj.weight
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        batch, heads, groups, size = x.shape[0], self._heads, self._groups, self._head_dim
+        turned, value = self._project(normalise(self._norm, x)).split([heads + groups, groups], 1)
+        if self._head_scale is not None:
+            assert self._attention.q_norm is not None
+            turned = nn.functional.rms_norm(turned, (size,), eps=self._attention.q_norm.eps) * self._head_scale
+        first, second = turned.chunk(2, -1)
+        turned = torch.addcmul(turned * step.cos, torch.cat([second, first], -1), step.sin)
+        assert step.inputs.cache is not None
+        keys, values = step.inputs.cache.append(
+            self._layer_id, turned[:, heads:].unsqueeze(2), value.unsqueeze(2)
+        )  # [B, G, L, d]
+        query = turned[:, :heads].view(
+            batch, groups, heads // groups, size
+        )  # those of a group as if they were positions
+        out = nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=step.hidden)
+        return x + few_product(out.reshape(batch, heads * size), self._output)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """x [B, D] -> query, key and value [B, H + 2 G, d]."""
+        if self._weight is not None:
+            projected = few_product(x, self._weight, self._bias)
+        else:
+            projected = torch.cat([part(x) for part in self._parts], -1)
+        return projected.view(len(x), -1, self._head_dim)
+
+
+def computes_apart(model: Decoder) -> bool:
+    """Whether the layers may be computed part by part: no hook that a layer's own call would run, no autocast."""
+    device = model.embed_tokens.weight.device.type
+    return not torch.is_autocast_enabled(device) and not any(_hooked(layer) for layer in model.layers)
+
+
+def normalise(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x) in one operation where it is ours, in full precision."""
+    if type(norm) is RMSNorm and x.dtype in WIDE:
+        return nn.functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.eps)
+    normed: Tensor = norm(x)
+    return normed
+
+
+def _attending(layer: Any) -> Callable[[Tensor, Step], Tensor] | None:
+    """What computes its attention here; None where its own forward pass must."""
+    attention = layer.self_attn
+    kernel = attention.kernel
+    parts = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    norms = [norm for norm in (layer.input_layernorm, attention.q_norm, attention.k_norm) if norm is not None]
+    ours = (
+        type(kernel) is FullAttention
+        and kernel.attend is fastest
+        and type(attention) is Attention
+        and all(type(part) is Linear and type(part.weight) is nn.Parameter for part in parts)
+        and all(type(norm) is RMSNorm for norm in norms)
+        and all(part.weight.dtype in WIDE for part in (*parts, *norms))
+        and not any(_hooked(module) for module in (attention, *parts, *norms))
+    )
+    return PlainAttention(layer.input_layernorm, attention) if ours else None
+
+
+def _copied(layers: list[Any], new_tokens: int) -> list[Tensor | None]:
+    """Of each layer's experts the copy that a token reads faster; None where it would not pay, or takes much memory."""
+    blocks = [layer.mlp if isinstance(layer.mlp, MoEBlock) and layer.mlp.reads_few_rows else None for layer in layers]
+    size = sum(4 * block.experts.gate_up.numel() for block in blocks if block is not None)
+    if new_tokens < COPY_TOKENS or size > COPY_BYTES:
+        return [None] * len(layers)
+    return [None if block is None else input_first(block.experts) for block in blocks]
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

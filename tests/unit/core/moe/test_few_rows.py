@@ -1,0 +1,94 @@
+"""The experts of a few tokens: the loop backend's numbers, for every kind of routing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moelab.moe import few_rows, thin_product
+from moelab.moe.activation import SwiGLU
+from moelab.moe.contracts import BackendContext
+from moelab.moe.experts import ExpertBank
+from moelab.moe.layout import ExpertLayout
+from moelab.moe.routing import Routing
+from moelab_plugins.activations.relu2 import moelab_activations
+from moelab_plugins.expert_backends.auto import AutoBackend, AutoOptions
+from moelab_plugins.expert_backends.batched import BatchedBackend, BatchedOptions
+from moelab_plugins.expert_backends.loop import LoopBackend, LoopOptions
+
+LAYOUT = ExpertLayout(6, 2, 24)
+CONTEXT = BackendContext(LAYOUT, 16, 0, dict)
+
+
+def _case(tokens: int, *, spread: bool = True, fixed: bool = True, bias: bool = False) -> tuple:
+    stream = torch.Generator().manual_seed(tokens)
+    relu2 = moelab_activations()[0]
+    bank = ExpertBank(LAYOUT, 16, relu2.build(relu2.options(), None) if bias else SwiGLU(), bias=bias)
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter.normal_(0, 0.5, generator=stream)
+    score = torch.rand(tokens, 6, generator=stream)
+    expert = score.topk(2, dim=-1).indices if spread else torch.tensor([[1, 4]]).expand(tokens, -1)
+    routing = Routing.from_topk(expert, torch.rand(tokens, 2, generator=stream), 6)
+    if not fixed:
+        keep = torch.arange(2 * tokens) % 3 != 1
+        routing = Routing.from_assignments(
+            routing.token[keep], routing.expert[keep], routing.weight[keep], tokens, 6
+        )  # fmt: skip
+    return torch.randn(tokens, 16, generator=stream), routing, bank
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16, 40])
+@pytest.mark.parametrize("kind", [{}, {"spread": False}, {"fixed": False}, {"bias": True}], ids=str)
+def test_a_few_rows_give_what_the_loop_gives(
+    tokens: int, kind: dict[str, bool], left: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(thin_product, "reads_matrices_faster", lambda: left)
+    monkeypatch.setattr(thin_product, "LEAST_ELEMENTS", 1)
+    x, routing, bank = _case(tokens, **kind)
+    with torch.inference_mode():
+        expected = LoopBackend(LoopOptions(), CONTEXT)(x.double(), routing, bank.double())
+        bank = bank.float()
+        found = [few_rows.few_rows(x, routing, bank, copied) for copied in (None, few_rows.input_first(bank))]
+    for y in found:
+        torch.testing.assert_close(y, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_is_computed_in_bfloat16():
+    x, routing, bank = _case(5)
+    with torch.no_grad():
+        found = few_rows.few_rows(x.bfloat16(), routing, bank.bfloat16())
+        expected = LoopBackend(LoopOptions(), CONTEXT)(x.bfloat16(), routing, bank.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2)
+
+
+def test_only_what_needs_no_gradient_and_is_small_is_computed_so():
+    x, routing, bank = _case(5)
+    assert not few_rows.pays(x, routing)
+    with torch.no_grad():
+        assert few_rows.pays(x, routing)
+        assert not few_rows.pays(x, _case(few_rows.MOST)[1])
+        assert not few_rows.pays(x.to("meta"), routing)
+    auto = AutoBackend(
+        AutoOptions(), BackendContext(LAYOUT, 16, 0, lambda: {"batched": BatchedBackend(BatchedOptions(), CONTEXT)})
+    )
+    y = auto(x.requires_grad_(), routing, bank)
+    y.sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(auto(x, routing, bank), y)
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("shape", [(1, 32), (2, 32), (8, 32), (9, 32), (3, 5, 32), (0, 32)], ids=str)
+def test_products_of_few_rows_are_products(shape: tuple[int, ...], left: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(thin_product, "reads_matrices_faster", lambda: left)
+    monkeypatch.setattr(thin_product, "LEAST_ELEMENTS", 1)
+    weight, bias = torch.randn(20, 32), torch.randn(20)
+    x = torch.randn(*shape)
+    with torch.no_grad():
+        for given in (None, bias):
+            found = thin_product.few_product(x, weight, given)
+            torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, given), rtol=1e-5, atol=1e-5)
+            assert found.is_contiguous()

@@ -1,0 +1,1 @@
+"""`moelab merge`: several checkpoints of one model become one, expert by expert."""
