@@ -16,13 +16,13 @@ if TYPE_CHECKING:
         transformers_tokenizer,
     )
     from moelab.alignment.mixin import RoutedTrainer
-    from moelab.alignment.rewards import Attempt, Reward, RewardContext
     from moelab.builder import build, build_model
     from moelab.components import Component, component
     from moelab.config.run import RunConfig
     from moelab.data.corpus import Corpus, DataContext, Document, TokenStream, build_corpus
     from moelab.data.filtering import FilterContext, Rejected, TextFilter
     from moelab.data.mixing import MixContext, Mixer, Phase
+    from moelab.data.rewards import Attempt, Reward, RewardContext
     from moelab.data.tagging import Tagger
     from moelab.errors import CheckpointError, ConfigError, DataError, RunFailure, UserError
     from moelab.hookspecs import hookimpl
@@ -65,7 +65,7 @@ _HOMES = {
         "transformers_tokenizer",
     ),
     "moelab.alignment.mixin": ("RoutedTrainer",),
-    "moelab.alignment.rewards": ("Attempt", "Reward", "RewardContext"),
+    "moelab.data.rewards": ("Attempt", "Reward", "RewardContext"),
     "moelab.builder": ("build", "build_model"),
     "moelab.components": ("Component", "component"),
     "moelab.config.run": ("RunConfig",),

@@ -19,10 +19,10 @@ import pluggy
 
 if TYPE_CHECKING:
     from moelab.alarms import Alarm, AlarmChange
-    from moelab.alignment.rewards import Reward, RewardContext
     from moelab.data.corpus import Corpus, DataContext
     from moelab.data.filtering import FilterContext, TextFilter
     from moelab.data.mixing import MixContext, Mixer
+    from moelab.data.rewards import Reward, RewardContext
     from moelab.data.tagging import Tagger
     from moelab.dense_sources import DenseArchitecture
     from moelab.initialisers import (

@@ -104,7 +104,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _verdict(path: Path, token: str) -> str:
     """What stands behind the token that the guard alone has read; "" for anything else."""
     try:
-        text = path.read_bytes()[:NOISE].decode("utf-8", "replace")
+        with path.open("rb") as file:
+            text = file.read(NOISE).decode("utf-8", "replace")
     except OSError:
         return ""
     return text.removeprefix(token) if text.startswith(token) else ""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moelab.alignment.rewards import Attempt, Reward, RewardContext, needs_of, reward_fault
+from moelab.data.rewards import Attempt, Reward, RewardContext, needs_of, reward_fault
 from moelab.errors import ConfigError, DataError, RunFailure, UserError
 from moelab.hookspecs import REWARDS
 from moelab.plugin_faults import PluginPart

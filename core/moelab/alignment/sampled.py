@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from moelab.adapter.base import MoelabPreTrainedModel
 from moelab.alignment.batches import AnswerBatch, ExampleBatches, padded
 from moelab.alignment.examples import Answer, Example
 from moelab.alignment.judge import Judge
-from moelab.alignment.replay import Recorder
-from moelab.alignment.rewards import Attempt
+from moelab.alignment.replay import routes_of
 from moelab.config.alignment import AlignmentConfig
+from moelab.data.rewards import Attempt
 from moelab.errors import RunFailure
+from moelab.nn.generate import generate_batch
+from moelab.nn.sampling import Sampling
 from moelab.seeds import derive_seed
 
 TRIES = 8  # draws for a batch before nothing is found to prefer
@@ -69,19 +67,17 @@ class SampledBatches:
     ends: tuple[int, ...]  # token ids that end an answer
     seed: int
     counts: Counts = field(default_factory=Counts)  # of the last batch
-    _routes: dict[int, Tensor] = field(default_factory=dict)  # layer -> [R, positions, K], with which it was written
-    _width: int = 0  # of its prompts, padded on the left
 
     def batch(self, step: int) -> AnswerBatch:
         """Pairs of at most `batch_size` prompts. Raises RunFailure for rewards that are NaN, or always the same."""
         self.counts, pairs = Counts(), []
         for attempt in range(TRIES):
             drawn = self._drawn(step, attempt)
-            for number, (example, answers) in enumerate(zip(self._chosen(step, attempt), drawn, strict=True)):
-                pairs += self._pair(example, answers, number * self.stage.samples)
+            for example, answers in zip(self._chosen(step, attempt), drawn, strict=True):
+                pairs += self._pair(example, answers)
             if pairs:
                 rows = [pair[side] for side in (0, 1) for pair in pairs]
-                return padded(rows, 2, self.prompts.pad_id)
+                return padded(self._routed(rows), 2, self.prompts.pad_id)
         raise RunFailure(
             f"alignment.0.reward: at step {step} all answers to each of {self.counts.prompts} prompts are worth the "
             f"same, in {TRIES} draws; raise temperature or samples, or give a reward that tells them apart"
@@ -97,33 +93,17 @@ class SampledBatches:
 
     def _drawn(self, step: int, attempt: int) -> list[list[np.ndarray]]:
         """Answers [samples] of each prompt: the new token ids, with the one that ended them."""
-        prompts = [example.answers[0] for example in self._chosen(step, attempt)]
-        batch = _padded_left(prompts, self.prompts.pad_id, next(self.policy.parameters()).device)
-        self._width = batch[0].shape[1]
-        was_training, told, recorder = self.policy.training, self.policy.on_records, Recorder()
-        self.policy.eval()
-        if self.stage.replay == "sampled":
-            self.policy.on_records = partial(recorder.take, len(prompts) * self.stage.samples)
-        torch.manual_seed(derive_seed(self.seed, "answers", step, attempt))
-        stage: Any = self.stage
-        with torch.no_grad():
-            ids = self.policy.generate(
-                batch[0], attention_mask=batch[1], do_sample=True, temperature=stage.temperature, top_p=stage.top_p,
-                top_k=0, max_new_tokens=stage.max_new_tokens, num_return_sequences=stage.samples,
-                eos_token_id=list(self.ends), pad_token_id=self.prompts.pad_id,
-            )  # fmt: skip
-        self.policy.train(was_training)
-        self.policy.on_records = told
-        new = [self._until_end(row) for row in ids[:, self._width :].cpu().numpy()]
-        self._routes = recorder.routes()
-        return [new[at : at + stage.samples] for at in range(0, len(new), stage.samples)]
+        prompts = [example.answers[0].ids.tolist() for example in self._chosen(step, attempt)]
+        seed, samples = derive_seed(self.seed, "answers", step, attempt), self.stage.samples
+        sampling = Sampling(
+            self.stage.max_new_tokens, self.stage.temperature, self.stage.top_p, seed=seed, end_token_ids=self.ends
+        )
+        drawn = generate_batch(self.policy.model, prompts, sampling, samples=samples)
+        new = [np.array(one.ids, np.int32) for one in drawn]
+        return [new[at : at + samples] for at in range(0, len(new), samples)]
 
-    def _until_end(self, row: np.ndarray) -> np.ndarray:
-        ends = np.flatnonzero(np.isin(row, self.ends))
-        return row[: ends[0] + 1] if len(ends) else row
-
-    def _pair(self, example: Example, answers: Sequence[np.ndarray], row: int) -> list[tuple[Answer, Answer]]:
-        """(best, worst) of a prompt's answers, drawn from `row` on, or nothing where all are worth the same."""
+    def _pair(self, example: Example, answers: Sequence[np.ndarray]) -> list[tuple[Answer, Answer]]:
+        """(best, worst) of a prompt's answers, or nothing where all are worth the same."""
         prompt = example.answers[0].ids
         whole = [np.concatenate([prompt, answer]).astype(np.int32) for answer in answers]
         rewards, parts = self.judge([self._attempt(example, answer) for answer in answers])
@@ -139,8 +119,8 @@ class SampledBatches:
             return []
         self.counts.pairs += 1
         self.counts.longer += len(answers[best]) - len(answers[worst])
-        best_and_worst = (self._answer(whole[which], len(prompt), row + which) for which in (best, worst))
-        return [tuple(best_and_worst)]  # type: ignore[list-item]
+        learned = [np.arange(len(whole[which])) >= len(prompt) for which in (best, worst)]
+        return [(Answer(whole[best], learned[0]), Answer(whole[worst], learned[1]))]
 
     def _attempt(self, example: Example, answer: np.ndarray) -> Attempt:
         ended = len(answer) > 0 and int(answer[-1]) in self.ends
@@ -148,25 +128,17 @@ class SampledBatches:
         ids = np.concatenate([example.answers[0].ids, answer]).astype(np.int32)
         return Attempt(example.prompt, text, example.fields, example.where, ids, len(answer), ended)
 
-    def _answer(self, ids: np.ndarray, prompt: int, row: int) -> Answer:
-        learned = np.arange(len(ids)) >= prompt
+    def _routed(self, rows: list[Answer]) -> list[Answer]:
+        """With replay=sampled, the experts that the policy chooses for them as it stands: those it wrote them with."""
         if self.stage.replay != "sampled":
-            return Answer(ids, learned)
-        return Answer(
-            ids, learned, {layer: e[row, self._width - prompt :].numpy() for layer, e in self._routes.items()}
-        )
+            return rows
+        batch = padded(rows, 1, self.prompts.pad_id).to(next(self.policy.parameters()).device)
+        routes = routes_of(self.policy.model, batch.input_ids, batch.attention_mask)
+        return [
+            replace(row, routes={layer: expert[index, : len(row.ids)].numpy() for layer, expert in routes.items()})
+            for index, row in enumerate(rows)
+        ]
 
     def documents_read(self, steps: int) -> np.ndarray:
         """[n] bool: none of the training text."""
         return self.prompts.documents_read(steps)
-
-
-def _padded_left(rows: Sequence[Answer], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """-> ids and mask [R, S], each row at the end, where it is gone on with."""
-    width = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, width - len(row.ids) :] = torch.from_numpy(row.ids.astype(np.int64))
-        mask[index, width - len(row.ids) :] = 1
-    return ids.to(device), mask.to(device)

@@ -16,11 +16,11 @@ from moelab.alignment.examples import Examples
 from moelab.alignment.judge import build_judge
 from moelab.alignment.objective import Alignment, Headed
 from moelab.alignment.replay import weighers
-from moelab.alignment.rewards import RewardContext
 from moelab.alignment.sampled import SampledBatches
 from moelab.alignment.trainers import build_trainer
 from moelab.config.alignment import KEY, PAIRED, AlignmentConfig
 from moelab.config.run import RunConfig
+from moelab.data.rewards import RewardContext
 from moelab.errors import ConfigError
 from moelab.hub import user_folder
 from moelab.integrity import Verify

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from moelab.alignment.rewards import Attempt, Reward, RewardContext, needs_of, reward_fault
 from moelab.components import Component
+from moelab.data.rewards import Attempt, Reward, RewardContext, needs_of, reward_fault
 from moelab.paths import Places
 from moelab.testing.report import make_options, promised, run_checks
 

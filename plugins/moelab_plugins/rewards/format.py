@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from moelab import Attempt, Component, Reward, RewardContext, component, hookimpl
+from moelab import Attempt, Component, DataError, Reward, RewardContext, component, hookimpl
+from moelab.safe_files import Reading, parse_json
 
 
 @dataclass
@@ -54,8 +54,8 @@ def format_rules(options: FormatOptions, context: RewardContext) -> Reward:
 def _is_json(text: str) -> bool:
     fenced = re.fullmatch(r"\s*```(?:json)?\n(.*?)\n?```\s*", text, re.DOTALL)
     try:
-        json.loads(fenced[1] if fenced else text)
-    except (ValueError, RecursionError):
+        parse_json(fenced[1] if fenced else text, "answer", Reading(DataError))
+    except DataError:
         return False
     return True
 

@@ -12,7 +12,7 @@ import pytest
 
 import moelab
 from moelab.alignment.judge import Judge, build_judge, resolve_rewards
-from moelab.alignment.rewards import Attempt, RewardContext
+from moelab.data.rewards import Attempt, RewardContext
 from moelab.errors import ConfigError, DataError, RunFailure
 from moelab.registry import Registry
 
