@@ -34,9 +34,8 @@ def command(paths: tuple[Path, ...], out: Path, most: int | None, seed: int) -> 
 
     found = list(islice(questions(of_paths(paths) if paths else installed(seed)), most))
     if not found:
-        raise DataError(
-            f"{', '.join(map(str, paths)) or 'installed text'}: no function has an example in its docstring"
-        )
+        where = ", ".join(map(str, paths)) or "installed text"
+        raise DataError(f"{where}: no function has an example in its docstring; give other files")
     write_file(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
     functions = len({(row["source"]["file"], row["source"]["line"]) for row in found})
     click.echo(f"{out}: {len(found)} questions of {functions} functions")
