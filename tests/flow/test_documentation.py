@@ -98,6 +98,8 @@ DECLARED: dict[str, Instead | Not] = {
     "pip install 'moelab[lm-eval]'": Not("make test-extras installs it"),
     "pip install 'moelab[align]'": Not("make test-extras installs it"),
     "moelab align configs/align/tiny_sft_dpo.yaml": Not("needs the extra align: tests/optional/test_align.py"),
+    "moelab align configs/align/tiny_sft_dpo.yaml run_dir=runs/chat": Not("needs the extra align"),
+    "moelab chat runs/chat/02_dpo": Not("reads the terminal"),
     "git clone --depth 1 --branch v5.23.0 https://github.com/huggingface/transformers FOLDER": Not("the network"),
     "pip install parameterized": Not("what another library's tests need"),
     "MOELAB_TRANSFORMERS_CHECKOUT=FOLDER python -m pytest tests/optional -k mixins": Not("needs that checkout"),

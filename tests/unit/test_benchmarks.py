@@ -25,6 +25,7 @@ def test_the_gpu_benchmark_says_that_nothing_was_measured(root: Path, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.gpu
 def test_no_line_of_the_gpu_benchmark_fails_for_want_of_a_gpu(root: Path) -> None:
     pytest.importorskip("transformers", minversion="5.0", reason="its experts are one of the sides")
     done = _run(root, "gpu.py", "--rehearse")
