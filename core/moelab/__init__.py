@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moelab.data.corpus import Corpus, DataContext, Document, TokenStream, build_corpus
     from moelab.data.filtering import FilterContext, Rejected, TextFilter
     from moelab.data.mixing import MixContext, Mixer, Phase
+    from moelab.data.rewards import Attempt, Reward, RewardContext
     from moelab.data.tagging import Tagger
     from moelab.errors import CheckpointError, ConfigError, DataError, RunFailure, UserError
     from moelab.hookspecs import hookimpl
@@ -64,6 +65,7 @@ _HOMES = {
         "transformers_tokenizer",
     ),
     "moelab.alignment.mixin": ("RoutedTrainer",),
+    "moelab.data.rewards": ("Attempt", "Reward", "RewardContext"),
     "moelab.builder": ("build", "build_model"),
     "moelab.components": ("Component", "component"),
     "moelab.config.run": ("RunConfig",),
@@ -106,6 +108,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Activation",
     "ActivationContext",
+    "Attempt",
     "BackendContext",
     "BalanceContext",
     "BalanceLoss",
@@ -137,6 +140,8 @@ __all__ = [
     "Places",
     "Registry",
     "Rejected",
+    "Reward",
+    "RewardContext",
     "RoutedTrainer",
     "Router",
     "Routing",

@@ -123,6 +123,12 @@ DECLARED: dict[str, Instead | Not] = {
     "moelab generate runs/tiny_moe --prompts prompts.jsonl --samples 4 --out texts.jsonl": Not(
         "needs such a file: tests/unit/tools/test_talking.py"
     ),
+    "moelab generate runs/tiny_moe --prompts sums.jsonl --samples 8 --out said.jsonl": Not(
+        "needs such a file: tests/unit/tools/test_talking.py"
+    ),
+    'moelab synthesise said.jsonl --reward "{name: exact_answer, take: last_number}" --out synthetic': Not(
+        "needs what the line before it writes: tests/unit/tools/synthesis/test_synthesise.py"
+    ),
     "moelab train train/tiny_long": Instead("moelab train train/tiny_long stages.0.steps=1"),
     "moelab upcycle SOURCE OUTPUT": Instead("moelab upcycle Qwen2-7B elsewhere"),
     "python benchmarks/cpu_step.py --out benchmarks/results": A_BENCHMARK,

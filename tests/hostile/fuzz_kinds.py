@@ -28,6 +28,8 @@ from moelab.run_table.frame import run_records
 from moelab.training.setup import build_corpus_of, resolve_run
 from moelab_tools.compare.reach import charts_of
 from moelab_tools.compare.runs import read_run
+from moelab_tools.synthesis.answers import read_answers
+from moelab_tools.synthesis.doctests import of_paths, questions
 from moelab_upcycling.convert import prepare, registry_of
 from moelab_upcycling.verify import plan_of_output
 
@@ -93,6 +95,14 @@ def _chats(stage: str) -> Reader:
         read_examples(folder / "chats.jsonl", Shaping(stage, template, 64))
 
     return read
+
+
+def _answers(folder: Path) -> None:
+    read_answers([folder / "said.jsonl"])
+
+
+def _functions(folder: Path) -> None:
+    list(questions(of_paths([folder / "functions.py"])))
 
 
 def _plan(folder: Path) -> None:
@@ -164,6 +174,8 @@ _KEYS = """
 KEYS = _KEYS.split()
 TRAIN = ("train", "mine.yaml")
 ALIGN = ("align", "mine.yaml", "train.init_from=run", "alignment=[{stage: sft, data: chats.jsonl, steps: 2}]")
+JUDGE = ("synthesise", "said.jsonl", "--reward", "{name: exact_answer, take: last_number}", "--out", "o")
+REPURPOSE = ("repurpose", "functions.py", "--out", "q.jsonl")
 MERGE = ("merge", "models=[{path: hf}, {path: hf}]", "output=o", "entry_points=false")
 RESUME = (*TRAIN, "run_dir=run", "--resume")
 CURATE = ("stages=[{name: normalise}, {name: repetition}]", "output=o", "workers=1", "entry_points=false")
@@ -184,6 +196,8 @@ KINDS: dict[str, Kind] = {
         ("mine.yaml", "run", "text", "chats.jsonl"),
         (Group(("chats.jsonl",), tuple(map(_chats, ("sft", "reward", "dpo", "online_dpo"))), (ALIGN,)),),
     ),
+    "answers": Kind(("said.jsonl",), (Group(("said.jsonl",), (_answers,), (JUDGE,)),)),
+    "functions": Kind(("functions.py",), (Group(("functions.py",), (_functions,), (REPURPOSE,)),)),
     "override": Kind(("mine.yaml", "text", "hf", "tok"), (Group((), (), CONFIGURED),), _override, own=True),
     "safetensors": Kind(
         ("mine.yaml", "text", "hf", "run"),

@@ -75,6 +75,8 @@ def make_world(folder: Path) -> None:
     (folder / "docs.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "docs.jsonl.gz").write_bytes(gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0))
     (folder / "chats.jsonl").write_text("".join(json.dumps(_chat(number)) + "\n" for number in range(20)))
+    (folder / "functions.py").write_text(FUNCTIONS)
+    (folder / "said.jsonl").write_text("".join(json.dumps(_said(number)) + "\n" for number in range(20)))
     ids = np.array([[*b"some text of a document", 256] for _ in range(100)]).reshape(-1)
     ids[::7] = np.arange(len(ids[::7])) % 250
     ids[23::24] = 256
@@ -95,6 +97,25 @@ def make_world(folder: Path) -> None:
     files = {path.name: path.read_bytes() for path in sorted((folder / "tok").iterdir())}
     save_hf(build_model(dense), folder / "dense", max_shard_size="12KB", extra_files=files)
     _do("upcycle", str(folder / "recipe.yaml"), f"source={folder / 'dense'}", f"output={folder / 'up'}", "--no-receipt")
+
+
+FUNCTIONS = '''def twice(x):
+    """Two times x.
+
+    >>> twice(2)
+    4
+    """
+    return 2 * x
+'''
+
+
+def _said(number: int) -> dict[str, object]:
+    """An answer as `moelab generate --out` writes it."""
+    prompt = f"{number // 2}+1="
+    return {
+        "answer": number // 2 + 1, "checkpoint": "run", "prompt": prompt, "text": f"{prompt}{number}",
+        "ended": "ended at <|endoftext|> (256), as the tokenizer says", "sample": number % 2, "tokens": 2,
+    }  # fmt: skip
 
 
 def _chat(number: int) -> dict[str, Any]:

@@ -26,6 +26,8 @@ COMMANDS = {
     "runs": "List run folders: state, step, held-out loss, and what differs.",
     "evaluate": "Held-out loss of a checkpoint.",
     "generate": "Continue prompts with a checkpoint, a file of them too.",
+    "repurpose": "Make questions with checkable answers of functions' doctests.",
+    "synthesise": "Judge answers: right ones to learn from, right against wrong as preferences.",
     "chat": "Talk with a checkpoint in a terminal.",
     "data": "Filter text, drop its copies, account for every document.",
     "upcycle": "Turn a dense checkpoint into one with experts.",

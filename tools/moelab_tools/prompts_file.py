@@ -14,7 +14,7 @@ from moelab.printable import printable
 from moelab.safe_files import Reading, json_lines, kind_of, read_text
 
 READING = Reading(DataError, 'give JSON lines with "prompt" or "messages", or a .txt file with a prompt on each line')
-RESULT_KEYS = ("prompt", "text", "sample", "checkpoint", "ended")  # what results have of their own
+RESULT_KEYS = ("prompt", "text", "sample", "checkpoint", "ended", "tokens")  # what results have of their own
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class Sample:
     text: str  # with the prompt, without what ended it
     ended: str  # a sentence: what ended it
     sample: int = 0  # which of the prompt's
+    tokens: int = 0  # new ones
 
 
 def continue_prompts(
@@ -82,7 +83,7 @@ def continue_prompts(
     return [
         Sample(
             str(checkpoint), prompts[one.prompt], prompts[one.prompt] + speech.text(one),
-            _ended(one, speech, said_by), one.sample,
+            _ended(one, speech, said_by), one.sample, len(one.ids),
         )
         for one in found
     ]  # fmt: skip
@@ -115,6 +116,11 @@ def _ended(one: Continuation, speech: Speech, said_by: str) -> str:
         return f"{len(one.ids)} tokens without {names} of {said_by}"
     said = said_by if one.ended in speech.end_token_ids else "the chat template"
     return f"ended at {names}, as {said} says"
+
+
+def ended_itself(said: str) -> bool:
+    """Whether a sentence of `Sample.ended` tells of an end, and not that max_new_tokens came first."""
+    return said.startswith("ended ")
 
 
 def _reposition(positions: Positions, model: Transformer, origin: Origin, length: int, *, trust: bool) -> None:

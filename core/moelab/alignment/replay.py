@@ -75,17 +75,13 @@ def recorded(records: Sequence[LayerRecord]) -> dict[int, Tensor]:
     return found
 
 
-class Recorder:
-    """Takes the records of `generate`: a pass over the prompts, then one for each token."""
-
-    def __init__(self) -> None:
-        self._passes: dict[int, list[Tensor]] = {}
-
-    def take(self, rows: int, records: Sequence[LayerRecord]) -> None:
-        """One pass over `rows` sequences."""
-        for layer, expert in recorded(records).items():
-            self._passes.setdefault(layer, []).append(expert.view(rows, -1, expert.shape[-1]).cpu())
-
-    def routes(self) -> dict[int, Tensor]:
-        """{layer: expert [R, positions, K] int64}; the last token that was written went through no pass."""
-        return {layer: torch.cat(passes, dim=1) for layer, passes in self._passes.items()}
+@torch.no_grad()
+def routes_of(model: Transformer, input_ids: Tensor, attention_mask: Tensor) -> dict[int, Tensor]:
+    """{layer: expert [R, S, K] int64, on the host} that a model in evaluation chooses for rows padded at their end."""
+    was_training = model.training
+    model.eval()
+    try:
+        records = model(input_ids, attention_mask, head=False).records
+    finally:
+        model.train(was_training)
+    return {layer: expert.view(*input_ids.shape, -1).cpu() for layer, expert in recorded(records).items()}

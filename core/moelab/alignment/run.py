@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.alignment.examples import Examples, Shaping, read_examples
+from moelab.alignment.judge import resolve_rewards
 from moelab.builder import build_model
 from moelab.checkpoint import CONFIG
 from moelab.config.alignment import KEY, PAIRED, stand_in
@@ -150,6 +151,8 @@ def _ready(config: RunConfig) -> Examples:
     if stage.epochs is not None:
         config.train.steps = ceil(stage.epochs * len(examples.rows) / config.train.batch_size)
     registry = Registry(config.plugins, config.entry_points, config.places("plugins"))
+    if stage.reward is not None:
+        stage.reward = resolve_rewards(stage.reward, registry, f"{KEY}.0.reward")
     model = build_model(config.model, registry, device="meta", seed=None)
     if stage.stage in PAIRED:
         refuse_batch_dependent(model, stage.stage)

@@ -1,59 +1,31 @@
 """Pairs that the policy itself has written: n answers to each prompt, of which a reward takes the best and the worst.
 
 Qwen2's online preferences (2407.10671 section 4.3, as the references tell it): sampled from the current policy, judged
-by a reward model. Prompts whose answers are all worth the same teach nothing: they are left out, and counted.
+by a reward model; here by any reward. Prompts whose answers are all worth the same teach nothing: they are left out,
+and counted.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from moelab.adapter.base import MoelabPreTrainedModel
-from moelab.adapter.registration import as_classifier
 from moelab.alignment.batches import AnswerBatch, ExampleBatches, padded
 from moelab.alignment.examples import Answer, Example
-from moelab.alignment.replay import Recorder
-from moelab.checkpoint import TRAINING, is_moelab, resolve_checkpoint, stored_tensors
+from moelab.alignment.judge import Judge
+from moelab.alignment.replay import routes_of
 from moelab.config.alignment import AlignmentConfig
-from moelab.errors import CheckpointError, RunFailure
-from moelab.hub import user_folder
-from moelab.loading import load
-from moelab.registry import Registry
+from moelab.data.rewards import Attempt
+from moelab.errors import RunFailure
+from moelab.nn.generate import generate_batch
+from moelab.nn.sampling import Sampling
 from moelab.seeds import derive_seed
-from moelab.training.checkpoint import HEAD
 
-Judge = Callable[[Sequence[np.ndarray]], list[float]]  # conversations, prompt and answer, as ids -> what each is worth
-SCORE = f"{HEAD}/score.weight"
 TRIES = 8  # draws for a batch before nothing is found to prefer
-
-
-def reward_model(path: str, device: torch.device, registry: Registry, pad_id: int, where: str) -> Judge:
-    """A run of stage reward as a judge. Raises CheckpointError for a folder that is none."""
-    folder = resolve_checkpoint(user_folder(path, where))
-    tensors = stored_tensors(folder, TRAINING) if is_moelab(folder) else {}
-    if SCORE not in tensors:
-        raise CheckpointError(f"{where}: {folder} has no head for rewards; name a run of `moelab align`, stage reward")
-    model = as_classifier(load(path, device=device, registry=registry), pad_token_id=pad_id)
-    with torch.no_grad():
-        model.score.weight.copy_(tensors[SCORE].read())
-    model.requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def judge(conversations: Sequence[np.ndarray]) -> list[float]:
-        rows = [Answer(ids, np.zeros(len(ids), bool)) for ids in conversations]
-        batch = padded(rows, 1, pad_id).to(device)
-        found: list[float] = model(batch.input_ids, attention_mask=batch.attention_mask.long()).logits[:, 0].tolist()
-        return found
-
-    return judge
 
 
 @dataclass
@@ -63,6 +35,7 @@ class Counts:
     prompts: int = 0
     pairs: int = 0
     rewards: list[float] = field(default_factory=list)
+    parts: dict[str, list[float]] = field(default_factory=dict)  # of several rewards, what each said
     ended: int = 0  # answers that the policy ended itself
     distinct: int = 0  # of the answers to each prompt
     longer: float = 0.0  # tokens of chosen less rejected, summed over pairs
@@ -71,7 +44,8 @@ class Counts:
         """By tag."""
         answers = max(len(self.rewards), 1)
         mean = sum(self.rewards) / answers
-        return {
+        parts = {f"align/sampled/{name}_mean": sum(said) / len(said) for name, said in self.parts.items() if said}
+        return parts | {
             "align/sampled/reward_mean": mean,
             "align/sampled/reward_std": math.sqrt(sum((value - mean) ** 2 for value in self.rewards) / answers),
             "align/sampled/tied_share": 1 - self.pairs / max(self.prompts, 1),
@@ -89,22 +63,21 @@ class SampledBatches:
     policy: MoelabPreTrainedModel
     judge: Judge
     stage: AlignmentConfig
+    decode: Callable[[np.ndarray], str]  # token ids -> text
     ends: tuple[int, ...]  # token ids that end an answer
     seed: int
     counts: Counts = field(default_factory=Counts)  # of the last batch
-    _routes: dict[int, Tensor] = field(default_factory=dict)  # layer -> [R, positions, K], with which it was written
-    _width: int = 0  # of its prompts, padded on the left
 
     def batch(self, step: int) -> AnswerBatch:
         """Pairs of at most `batch_size` prompts. Raises RunFailure for rewards that are NaN, or always the same."""
         self.counts, pairs = Counts(), []
         for attempt in range(TRIES):
             drawn = self._drawn(step, attempt)
-            for number, (example, answers) in enumerate(zip(self._chosen(step, attempt), drawn, strict=True)):
-                pairs += self._pair(example, answers, number * self.stage.samples)
+            for example, answers in zip(self._chosen(step, attempt), drawn, strict=True):
+                pairs += self._pair(example, answers)
             if pairs:
                 rows = [pair[side] for side in (0, 1) for pair in pairs]
-                return padded(rows, 2, self.prompts.pad_id)
+                return padded(self._routed(rows), 2, self.prompts.pad_id)
         raise RunFailure(
             f"alignment.0.reward: at step {step} all answers to each of {self.counts.prompts} prompts are worth the "
             f"same, in {TRIES} draws; raise temperature or samples, or give a reward that tells them apart"
@@ -120,40 +93,25 @@ class SampledBatches:
 
     def _drawn(self, step: int, attempt: int) -> list[list[np.ndarray]]:
         """Answers [samples] of each prompt: the new token ids, with the one that ended them."""
-        prompts = [example.answers[0] for example in self._chosen(step, attempt)]
-        batch = _padded_left(prompts, self.prompts.pad_id, next(self.policy.parameters()).device)
-        self._width = batch[0].shape[1]
-        was_training, told, recorder = self.policy.training, self.policy.on_records, Recorder()
-        self.policy.eval()
-        if self.stage.replay == "sampled":
-            self.policy.on_records = partial(recorder.take, len(prompts) * self.stage.samples)
-        torch.manual_seed(derive_seed(self.seed, "answers", step, attempt))
-        stage: Any = self.stage
-        with torch.no_grad():
-            ids = self.policy.generate(
-                batch[0], attention_mask=batch[1], do_sample=True, temperature=stage.temperature, top_p=stage.top_p,
-                top_k=0, max_new_tokens=stage.max_new_tokens, num_return_sequences=stage.samples,
-                eos_token_id=list(self.ends), pad_token_id=self.prompts.pad_id,
-            )  # fmt: skip
-        self.policy.train(was_training)
-        self.policy.on_records = told
-        new = [self._until_end(row) for row in ids[:, self._width :].cpu().numpy()]
-        self._routes = recorder.routes()
-        return [new[at : at + stage.samples] for at in range(0, len(new), stage.samples)]
+        prompts = [example.answers[0].ids.tolist() for example in self._chosen(step, attempt)]
+        seed, samples = derive_seed(self.seed, "answers", step, attempt), self.stage.samples
+        sampling = Sampling(
+            self.stage.max_new_tokens, self.stage.temperature, self.stage.top_p, seed=seed, end_token_ids=self.ends
+        )
+        drawn = generate_batch(self.policy.model, prompts, sampling, samples=samples)
+        new = [np.array(one.ids, np.int32) for one in drawn]
+        return [new[at : at + samples] for at in range(0, len(new), samples)]
 
-    def _until_end(self, row: np.ndarray) -> np.ndarray:
-        ends = np.flatnonzero(np.isin(row, self.ends))
-        return row[: ends[0] + 1] if len(ends) else row
-
-    def _pair(self, example: Example, answers: Sequence[np.ndarray], row: int) -> list[tuple[Answer, Answer]]:
-        """(best, worst) of a prompt's answers, drawn from `row` on, or nothing where all are worth the same."""
+    def _pair(self, example: Example, answers: Sequence[np.ndarray]) -> list[tuple[Answer, Answer]]:
+        """(best, worst) of a prompt's answers, or nothing where all are worth the same."""
         prompt = example.answers[0].ids
         whole = [np.concatenate([prompt, answer]).astype(np.int32) for answer in answers]
-        rewards = self.judge(whole)
-        if not all(map(math.isfinite, rewards)):
-            raise RunFailure(f"alignment.0.reward: is NaN or Inf for an answer to {example.where}; mend the reward")
+        rewards, parts = self.judge([self._attempt(example, answer) for answer in answers])
         self.counts.prompts += 1
         self.counts.rewards += rewards
+        if len(parts) > 1:
+            for name, said in parts.items():
+                self.counts.parts.setdefault(name, []).extend(said)
         self.counts.ended += sum(int(answer[-1]) in self.ends for answer in answers if len(answer))
         self.counts.distinct += len({answer.tobytes() for answer in answers})
         best, worst = int(np.argmax(rewards)), int(np.argmin(rewards))
@@ -161,28 +119,26 @@ class SampledBatches:
             return []
         self.counts.pairs += 1
         self.counts.longer += len(answers[best]) - len(answers[worst])
-        best_and_worst = (self._answer(whole[which], len(prompt), row + which) for which in (best, worst))
-        return [tuple(best_and_worst)]  # type: ignore[list-item]
+        learned = [np.arange(len(whole[which])) >= len(prompt) for which in (best, worst)]
+        return [(Answer(whole[best], learned[0]), Answer(whole[worst], learned[1]))]
 
-    def _answer(self, ids: np.ndarray, prompt: int, row: int) -> Answer:
-        learned = np.arange(len(ids)) >= prompt
+    def _attempt(self, example: Example, answer: np.ndarray) -> Attempt:
+        ended = len(answer) > 0 and int(answer[-1]) in self.ends
+        text = self.decode(answer[:-1] if ended else answer)
+        ids = np.concatenate([example.answers[0].ids, answer]).astype(np.int32)
+        return Attempt(example.prompt, text, example.fields, example.where, ids, len(answer), ended)
+
+    def _routed(self, rows: list[Answer]) -> list[Answer]:
+        """With replay=sampled, the experts that the policy chooses for them as it stands: those it wrote them with."""
         if self.stage.replay != "sampled":
-            return Answer(ids, learned)
-        return Answer(
-            ids, learned, {layer: e[row, self._width - prompt :].numpy() for layer, e in self._routes.items()}
-        )
+            return rows
+        batch = padded(rows, 1, self.prompts.pad_id).to(next(self.policy.parameters()).device)
+        routes = routes_of(self.policy.model, batch.input_ids, batch.attention_mask)
+        return [
+            replace(row, routes={layer: expert[index, : len(row.ids)].numpy() for layer, expert in routes.items()})
+            for index, row in enumerate(rows)
+        ]
 
     def documents_read(self, steps: int) -> np.ndarray:
         """[n] bool: none of the training text."""
         return self.prompts.documents_read(steps)
-
-
-def _padded_left(rows: Sequence[Answer], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """-> ids and mask [R, S], each row at the end, where it is gone on with."""
-    width = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, width - len(row.ids) :] = torch.from_numpy(row.ids.astype(np.int64))
-        mask[index, width - len(row.ids) :] = 1
-    return ids.to(device), mask.to(device)

@@ -102,7 +102,10 @@ def _write_lines(found: list[tuple[Prompt, Sample]], out: Path | None) -> None:
 
     from moelab.atomic import write_file
 
-    lines = [json.dumps(prompt.beside | asdict(sample)) + "\n" for prompt, sample in found]
+    lines = [
+        json.dumps(prompt.beside | ({"messages": prompt.messages} if prompt.messages else {}) | asdict(sample)) + "\n"
+        for prompt, sample in found
+    ]
     if out is None:
         click.echo("".join(lines), nl=False)
         return

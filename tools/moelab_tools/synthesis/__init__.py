@@ -1,0 +1,1 @@
+"""Training data made of what models say: `moelab synthesise`."""
