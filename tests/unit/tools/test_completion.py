@@ -24,6 +24,8 @@ def _ask(shell: str, words: list[str], at: int) -> list[str]:
     return outcome.stdout.split()
 
 
+SOURCES = ("datasets", "embedded", "jsonl", "parquet", "text", "tokenised", "tokens")
+
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
@@ -31,7 +33,7 @@ def _ask(shell: str, words: list[str], at: int) -> list[str]:
         ("moelab train optimizer.lr", ["plain,optimizer.lr="]),
         ("moelab train a.yaml model.moe.ro", ["plain,model.moe.router.name="]),
         ("moelab train a.yaml model.moe.router.name = sig", ["plain,sigmoid_topk"]),  # bash cuts at the =
-        ("moelab train a.yaml data.source.name =", [f"plain,{n}" for n in ("embedded", "jsonl", "text", "tokens")]),
+        ("moelab train a.yaml data.source.name =", [f"plain,{n}" for n in SOURCES]),
         ("moelab train a.yaml resume = t", ["plain,true"]),
         ("moelab train conf", ["file,conf"]),
         ("moelab upcycle recipe.experts.name = dr", ["plain,drop"]),
