@@ -73,19 +73,3 @@ def recorded(records: Sequence[LayerRecord]) -> dict[int, Tensor]:
         assert routing.top_k is not None, "weighers was not asked"
         found[record.layer_id] = routing.expert.view(routing.num_tokens, routing.top_k)
     return found
-
-
-class Recorder:
-    """Takes the records of `generate`: a pass over the prompts, then one for each token."""
-
-    def __init__(self) -> None:
-        self._passes: dict[int, list[Tensor]] = {}
-
-    def take(self, rows: int, records: Sequence[LayerRecord]) -> None:
-        """One pass over `rows` sequences."""
-        for layer, expert in recorded(records).items():
-            self._passes.setdefault(layer, []).append(expert.view(rows, -1, expert.shape[-1]).cpu())
-
-    def routes(self) -> dict[int, Tensor]:
-        """{layer: expert [R, positions, K] int64}; the last token that was written went through no pass."""
-        return {layer: torch.cat(passes, dim=1) for layer, passes in self._passes.items()}

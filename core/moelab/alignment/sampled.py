@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +18,13 @@ from moelab.adapter.base import MoelabPreTrainedModel
 from moelab.adapter.registration import as_classifier
 from moelab.alignment.batches import AnswerBatch, ExampleBatches, padded
 from moelab.alignment.examples import Answer, Example
-from moelab.alignment.replay import Recorder
 from moelab.checkpoint import TRAINING, is_moelab, resolve_checkpoint, stored_tensors
 from moelab.config.alignment import AlignmentConfig
 from moelab.errors import CheckpointError, RunFailure
 from moelab.hub import user_folder
 from moelab.loading import load
+from moelab.nn.generate import generate_batch
+from moelab.nn.sampling import Sampling
 from moelab.registry import Registry
 from moelab.seeds import derive_seed
 from moelab.training.checkpoint import HEAD
@@ -92,8 +91,7 @@ class SampledBatches:
     ends: tuple[int, ...]  # token ids that end an answer
     seed: int
     counts: Counts = field(default_factory=Counts)  # of the last batch
-    _routes: dict[int, Tensor] = field(default_factory=dict)  # layer -> [R, positions, K], with which it was written
-    _width: int = 0  # of its prompts, padded on the left
+    _routes: list[dict[int, Tensor] | None] = field(default_factory=list)  # of each answer; None: not replayed
 
     def batch(self, step: int) -> AnswerBatch:
         """Pairs of at most `batch_size` prompts. Raises RunFailure for rewards that are NaN, or always the same."""
@@ -120,30 +118,17 @@ class SampledBatches:
 
     def _drawn(self, step: int, attempt: int) -> list[list[np.ndarray]]:
         """Answers [samples] of each prompt: the new token ids, with the one that ended them."""
-        prompts = [example.answers[0] for example in self._chosen(step, attempt)]
-        batch = _padded_left(prompts, self.prompts.pad_id, next(self.policy.parameters()).device)
-        self._width = batch[0].shape[1]
-        was_training, told, recorder = self.policy.training, self.policy.on_records, Recorder()
-        self.policy.eval()
-        if self.stage.replay == "sampled":
-            self.policy.on_records = partial(recorder.take, len(prompts) * self.stage.samples)
-        torch.manual_seed(derive_seed(self.seed, "answers", step, attempt))
-        stage: Any = self.stage
-        with torch.no_grad():
-            ids = self.policy.generate(
-                batch[0], attention_mask=batch[1], do_sample=True, temperature=stage.temperature, top_p=stage.top_p,
-                top_k=0, max_new_tokens=stage.max_new_tokens, num_return_sequences=stage.samples,
-                eos_token_id=list(self.ends), pad_token_id=self.prompts.pad_id,
-            )  # fmt: skip
-        self.policy.train(was_training)
-        self.policy.on_records = told
-        new = [self._until_end(row) for row in ids[:, self._width :].cpu().numpy()]
-        self._routes = recorder.routes()
+        stage = self.stage
+        prompts = [example.answers[0].ids.tolist() for example in self._chosen(step, attempt)]
+        sampling = Sampling(
+            stage.max_new_tokens, stage.temperature, stage.top_p,
+            seed=derive_seed(self.seed, "answers", step, attempt), end_token_ids=self.ends,
+        )  # fmt: skip
+        replays = stage.replay == "sampled"
+        found = generate_batch(self.policy.model, prompts, sampling, samples=stage.samples, routes=replays)
+        self._routes = [one.routes for one in found]
+        new = [np.array(one.ids, np.int32) for one in found]
         return [new[at : at + stage.samples] for at in range(0, len(new), stage.samples)]
-
-    def _until_end(self, row: np.ndarray) -> np.ndarray:
-        ends = np.flatnonzero(np.isin(row, self.ends))
-        return row[: ends[0] + 1] if len(ends) else row
 
     def _pair(self, example: Example, answers: Sequence[np.ndarray], row: int) -> list[tuple[Answer, Answer]]:
         """(best, worst) of a prompt's answers, drawn from `row` on, or nothing where all are worth the same."""
@@ -165,24 +150,10 @@ class SampledBatches:
         return [tuple(best_and_worst)]  # type: ignore[list-item]
 
     def _answer(self, ids: np.ndarray, prompt: int, row: int) -> Answer:
-        learned = np.arange(len(ids)) >= prompt
-        if self.stage.replay != "sampled":
-            return Answer(ids, learned)
-        return Answer(
-            ids, learned, {layer: e[row, self._width - prompt :].numpy() for layer, e in self._routes.items()}
-        )
+        routes = self._routes[row]
+        experts = None if routes is None else {layer: expert.numpy() for layer, expert in routes.items()}
+        return Answer(ids, np.arange(len(ids)) >= prompt, experts)
 
     def documents_read(self, steps: int) -> np.ndarray:
         """[n] bool: none of the training text."""
         return self.prompts.documents_read(steps)
-
-
-def _padded_left(rows: Sequence[Answer], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """-> ids and mask [R, S], each row at the end, where it is gone on with."""
-    width = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, width - len(row.ids) :] = torch.from_numpy(row.ids.astype(np.int64))
-        mask[index, width - len(row.ids) :] = 1
-    return ids.to(device), mask.to(device)

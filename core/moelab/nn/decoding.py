@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moelab.config.model import ModelConfig
 from moelab.moe.block import MoEBlock
 from moelab.moe.few_rows import input_first
-from moelab.moe.routing import LayerRecord, TokenInfo
+from moelab.moe.routing import LayerRecord, Routing, TokenInfo
 from moelab.moe.thin_product import few_product
 from moelab.nn.attention import Attention
 from moelab.nn.attention_inputs import AttentionInputs
@@ -77,6 +77,7 @@ class Decoding:
         """padding [B] int64: positions before each text; new_tokens: at most so many are to come, in `rows` texts."""
         room = cache.length + new_tokens
         self.model, self.cache = model, cache
+        self.routings: dict[int, Routing] = {}  # layer -> who served the token of each text, of the last call
         weight = model.embed_tokens.weight
         self._dtype, self._device = weight.dtype, weight.device
         self._whole = not computes_apart(model)
@@ -99,8 +100,9 @@ class Decoding:
         model = self.model
         if self._whole:
             real = None if self._real is None else self._real[:, :1] | True
-            x = model.hidden_states(tokens.unsqueeze(1), real, cache=self.cache)[0][:, 0]
-            return self._scores(x)
+            hidden, records = model.hidden_states(tokens.unsqueeze(1), real, cache=self.cache)
+            self.routings = {record.layer_id: record.routing for record in records}
+            return self._scores(hidden[:, 0])
         past = self.cache.length
         positions = past - self._padding  # [B]
         x = model.embed_tokens(tokens)  # [B, D]
@@ -114,6 +116,7 @@ class Decoding:
             if isinstance(layer.mlp, MoEBlock):
                 y, routing = layer.mlp.serve(normed, info, copied)
                 info = replace(info, previous=routing)
+                self.routings[layer.mlp.layer_id] = routing
             else:
                 y = layer.mlp(normed)
             x = x + y

@@ -174,6 +174,31 @@ def test_narrow_weights_and_hooked_layers_are_generated_from_too() -> None:
         assert _behind(model, RAGGED[one.prompt], one.ids) < 1e-4
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_routes_are_those_of_a_whole_forward_pass_of_each_text(hooked: bool) -> None:
+    """Also of rows that go on when others have ended, and of samples that share the pass over their prompt."""
+    model = _build(moe=dataclasses.replace(MOE, router={"name": "sigmoid_topk"}))
+    if hooked:
+        model.layers[0].register_forward_hook(lambda *given: None)
+    ends = (generate_batch(model, RAGGED, Sampling(6, seed=3), samples=2)[0].ids[1],)
+    found = generate_batch(model, RAGGED, Sampling(6, seed=3, end_token_ids=ends), samples=2, routes=True)
+    assert {len(one.ids) for one in found} > {6}
+    for one in found:
+        text = [*RAGGED[one.prompt], *one.ids]
+        with torch.no_grad():
+            records = model(torch.tensor([text[:-1]])).records
+        assert one.routes is not None and sorted(one.routes) == [record.layer_id for record in records]
+        for record in records:
+            whole = record.routing.expert.view(-1, 2)
+            assert torch.equal(one.routes[record.layer_id].sort(-1).values, whole.sort(-1).values)
+
+
+def test_routes_of_a_router_without_a_fixed_number_are_refused() -> None:
+    model = _build(moe=dataclasses.replace(MOE, router={"name": "top_p"}))
+    with pytest.raises(ConfigError, match="unlike numbers of experts"):
+        generate_batch(model, [[1]], Sampling(2), routes=True)
+
+
 def test_weights_that_change_between_calls_are_read_anew() -> None:
     """As between the steps of a trainer that samples."""
     model = _build()
