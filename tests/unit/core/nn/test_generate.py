@@ -13,6 +13,7 @@ import torch
 import moelab
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.errors import CheckpointError, ConfigError
+from moelab.moe import thin_product
 from moelab.nn.generate import generate, generate_batch
 from moelab.nn.sampling import Sampling
 from moelab.nn.texts import Speech, continue_texts
@@ -154,11 +155,26 @@ def test_greedy_takes_the_likeliest_token_of_a_full_forward_pass() -> None:
     assert _behind(model, [1, 2, 3], _tokens(max_new_tokens=10, temperature=0.0)) < 1e-4
 
 
-def test_tokens_in_hundreds_are_made_with_copies_of_the_experts_and_are_the_same() -> None:
-    """From 128 on; 5 texts of 30 tokens."""
-    model = _build()
-    for one in generate_batch(model, RAGGED, Sampling(30, temperature=0.0)):
+@pytest.mark.parametrize("tied", [False, True])
+def test_long_texts_are_made_with_copies_of_the_weights_and_are_the_same(
+    tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The experts' from 128 tokens on, of 5 texts together; the others' from 32 of a text on, and gone afterwards."""
+    monkeypatch.setattr(thin_product, "reads_matrices_faster", lambda: True)
+    monkeypatch.setattr(thin_product, "LEAST_ELEMENTS", 1)
+    model, packs = _build(tie_word_embeddings=tied), []
+    kept = thin_product.PackedWeights.__init__
+
+    def keeping(self: Any, weights: Any, most_bytes: int) -> None:
+        packs.append(len(list(weights)))
+        kept(self, weights, most_bytes)
+
+    monkeypatch.setattr(thin_product.PackedWeights, "__init__", keeping)
+    for one in generate_batch(model, RAGGED, Sampling(33, temperature=0.0)):
         assert _behind(model, RAGGED[one.prompt], one.ids) < 1e-4
+    assert packs == [2 * 2 + 1], "query, key and value of each layer as one, output, and the head"
+    with torch.no_grad():
+        assert thin_product.packed(model.lm_head.weight) is None
 
 
 def test_narrow_weights_and_hooked_layers_are_generated_from_too() -> None:
