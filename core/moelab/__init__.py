@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from moelab.run_table.frame import run_records, runs
     from moelab.run_table.record import RunRecord
     from moelab.seeds import derive_seed, generator
-    from moelab.session import TrainedRun, align, load_config, prepare, train
+    from moelab.session import TrainedRun, align, generate, load_config, prepare, train
     from moelab.training.for_trainers import optimizer_for
     from moelab.training.schedule import learning_rate_factor
 
@@ -58,7 +58,6 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "moelab.adapter.registration": (
-        "align",
         "as_classifier",
         "as_transformers",
         "register_with_transformers",
@@ -97,7 +96,7 @@ _HOMES = {
     "moelab.paths": ("Places", "user_path"),
     "moelab.registry": ("Registry",),
     "moelab.seeds": ("derive_seed", "generator"),
-    "moelab.session": ("TrainedRun", "align", "load_config", "prepare", "train"),
+    "moelab.session": ("TrainedRun", "align", "generate", "load_config", "prepare", "train"),
     "moelab.training.for_trainers": ("optimizer_for",),
     "moelab.training.schedule": ("learning_rate_factor",),
     "moelab.run_table.frame": ("run_records", "runs"),
@@ -168,6 +167,7 @@ __all__ = [
     "build_model",
     "component",
     "derive_seed",
+    "generate",
     "generator",
     "hookimpl",
     "learning_rate_factor",

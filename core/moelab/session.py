@@ -148,6 +148,31 @@ def align(
     return [TrainedRun(folder, _registry(run)) for folder in folders]
 
 
+def generate(
+    model: Transformer | str | PathLike[str],
+    prompt: str | Sequence[str],
+    max_new_tokens: int | None = None,
+    *,
+    registry: Registry | None = None,
+    trust: bool = False,
+    **how: Any,
+) -> Any:
+    """Each prompt with its continuation, many at a time: one text for one, a list for several, as `moelab generate`.
+
+        moelab.generate("runs/tiny_moe", ["import ", "def "], 40, temperature=0.0)
+
+    `model`: one, also inside `moelab.as_transformers`, or whatever folder `moelab.load` takes, with its `registry` and
+    `trust`. `how`: `samples`, `batch_size`, `tokenizer` and the settings of `Transformer.generate`, which says what it
+    raises.
+    """
+    chosen: Any = load(fspath(model), registry=registry, trust=trust) if isinstance(model, str | PathLike) else model
+    if not isinstance(chosen, Transformer):
+        chosen = getattr(chosen, "model", None)
+    if not isinstance(chosen, Transformer):
+        raise ConfigError(f"generate: takes a model of moelab or the folder of one, not {type(model).__name__}")
+    return chosen.generate(prompt, max_new_tokens, **how)
+
+
 def prepare(config: RunConfig, *, verify: bool = True) -> Setup:
     """All that a run needs, ready for its first step, and nothing written: for a loop of your own.
 

@@ -73,15 +73,3 @@ def recorded(records: Sequence[LayerRecord]) -> dict[int, Tensor]:
         assert routing.top_k is not None, "weighers was not asked"
         found[record.layer_id] = routing.expert.view(routing.num_tokens, routing.top_k)
     return found
-
-
-@torch.no_grad()
-def routes_of(model: Transformer, input_ids: Tensor, attention_mask: Tensor) -> dict[int, Tensor]:
-    """{layer: expert [R, S, K] int64, on the host} that a model in evaluation chooses for rows padded at their end."""
-    was_training = model.training
-    model.eval()
-    try:
-        records = model(input_ids, attention_mask, head=False).records
-    finally:
-        model.train(was_training)
-    return {layer: expert.view(*input_ids.shape, -1).cpu() for layer, expert in recorded(records).items()}

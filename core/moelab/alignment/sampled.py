@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 from moelab.adapter.base import MoelabPreTrainedModel
 from moelab.alignment.batches import AnswerBatch, ExampleBatches, padded
 from moelab.alignment.examples import Answer, Example
 from moelab.alignment.judge import Judge
-from moelab.alignment.replay import routes_of
 from moelab.config.alignment import AlignmentConfig
 from moelab.data.rewards import Attempt
 from moelab.errors import RunFailure
@@ -67,17 +67,18 @@ class SampledBatches:
     ends: tuple[int, ...]  # token ids that end an answer
     seed: int
     counts: Counts = field(default_factory=Counts)  # of the last batch
+    _routes: list[dict[int, Tensor] | None] = field(default_factory=list)  # of each answer; None: not replayed
 
     def batch(self, step: int) -> AnswerBatch:
         """Pairs of at most `batch_size` prompts. Raises RunFailure for rewards that are NaN, or always the same."""
         self.counts, pairs = Counts(), []
         for attempt in range(TRIES):
             drawn = self._drawn(step, attempt)
-            for example, answers in zip(self._chosen(step, attempt), drawn, strict=True):
-                pairs += self._pair(example, answers)
+            for number, (example, answers) in enumerate(zip(self._chosen(step, attempt), drawn, strict=True)):
+                pairs += self._pair(example, answers, number * self.stage.samples)
             if pairs:
                 rows = [pair[side] for side in (0, 1) for pair in pairs]
-                return padded(self._routed(rows), 2, self.prompts.pad_id)
+                return padded(rows, 2, self.prompts.pad_id)
         raise RunFailure(
             f"alignment.0.reward: at step {step} all answers to each of {self.counts.prompts} prompts are worth the "
             f"same, in {TRIES} draws; raise temperature or samples, or give a reward that tells them apart"
@@ -93,17 +94,20 @@ class SampledBatches:
 
     def _drawn(self, step: int, attempt: int) -> list[list[np.ndarray]]:
         """Answers [samples] of each prompt: the new token ids, with the one that ended them."""
+        stage = self.stage
         prompts = [example.answers[0].ids.tolist() for example in self._chosen(step, attempt)]
-        seed, samples = derive_seed(self.seed, "answers", step, attempt), self.stage.samples
         sampling = Sampling(
-            self.stage.max_new_tokens, self.stage.temperature, self.stage.top_p, seed=seed, end_token_ids=self.ends
-        )
-        drawn = generate_batch(self.policy.model, prompts, sampling, samples=samples)
-        new = [np.array(one.ids, np.int32) for one in drawn]
-        return [new[at : at + samples] for at in range(0, len(new), samples)]
+            stage.max_new_tokens, stage.temperature, stage.top_p,
+            seed=derive_seed(self.seed, "answers", step, attempt), end_token_ids=self.ends,
+        )  # fmt: skip
+        replays = stage.replay == "sampled"
+        found = generate_batch(self.policy.model, prompts, sampling, samples=stage.samples, routes=replays)
+        self._routes = [one.routes for one in found]
+        new = [np.array(one.ids, np.int32) for one in found]
+        return [new[at : at + stage.samples] for at in range(0, len(new), stage.samples)]
 
-    def _pair(self, example: Example, answers: Sequence[np.ndarray]) -> list[tuple[Answer, Answer]]:
-        """(best, worst) of a prompt's answers, or nothing where all are worth the same."""
+    def _pair(self, example: Example, answers: Sequence[np.ndarray], row: int) -> list[tuple[Answer, Answer]]:
+        """(best, worst) of a prompt's answers, drawn from `row` on, or nothing where all are worth the same."""
         prompt = example.answers[0].ids
         whole = [np.concatenate([prompt, answer]).astype(np.int32) for answer in answers]
         rewards, parts = self.judge([self._attempt(example, answer) for answer in answers])
@@ -119,8 +123,8 @@ class SampledBatches:
             return []
         self.counts.pairs += 1
         self.counts.longer += len(answers[best]) - len(answers[worst])
-        learned = [np.arange(len(whole[which])) >= len(prompt) for which in (best, worst)]
-        return [(Answer(whole[best], learned[0]), Answer(whole[worst], learned[1]))]
+        own = [self._answer(whole[which], len(prompt), row + which) for which in (best, worst)]
+        return [(own[0], own[1])]
 
     def _attempt(self, example: Example, answer: np.ndarray) -> Attempt:
         ended = len(answer) > 0 and int(answer[-1]) in self.ends
@@ -128,16 +132,10 @@ class SampledBatches:
         ids = np.concatenate([example.answers[0].ids, answer]).astype(np.int32)
         return Attempt(example.prompt, text, example.fields, example.where, ids, len(answer), ended)
 
-    def _routed(self, rows: list[Answer]) -> list[Answer]:
-        """With replay=sampled, the experts that the policy chooses for them as it stands: those it wrote them with."""
-        if self.stage.replay != "sampled":
-            return rows
-        batch = padded(rows, 1, self.prompts.pad_id).to(next(self.policy.parameters()).device)
-        routes = routes_of(self.policy.model, batch.input_ids, batch.attention_mask)
-        return [
-            replace(row, routes={layer: expert[index, : len(row.ids)].numpy() for layer, expert in routes.items()})
-            for index, row in enumerate(rows)
-        ]
+    def _answer(self, ids: np.ndarray, prompt: int, row: int) -> Answer:
+        routes = self._routes[row]
+        experts = None if routes is None else {layer: expert.numpy() for layer, expert in routes.items()}
+        return Answer(ids, np.arange(len(ids)) >= prompt, experts)
 
     def documents_read(self, steps: int) -> np.ndarray:
         """[n] bool: none of the training text."""

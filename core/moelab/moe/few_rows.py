@@ -49,8 +49,11 @@ def few_rows(x: Tensor, routing: Routing, bank: ExpertBank, copied: Tensor | Non
     bagged = routing.expert.numel() <= BAGGED * bank.num_experts
     if copied is not None and copied.dtype == dtype and bagged:
         experts, size, width = copied.shape
+        table = copied.view(experts * size, width)
+        if routing.expert.numel() > bank.num_experts:
+            return _by_expert(rows, routing, bank, table, down).to(x.dtype)
         given = rows.index_select(0, routing.token)  # [N, D]
-        pre = _bags(routing.expert, given, copied.view(experts * size, width), len(given))
+        pre = _bags(routing.expert, given, table, len(given))
         return _finished(bank.activate(add_up_bias(pre, routing.expert, bank)), routing, bank, down).to(x.dtype)
     gate_up = bank.gate_up.to(dtype)
     order = routing.expert.argsort(stable=True)
@@ -71,6 +74,18 @@ def few_rows(x: Tensor, routing: Routing, bank: ExpertBank, copied: Tensor | Non
     hidden = bank.activate(add_up_bias(pre, expert, bank))  # [N, F], in expert order
     hidden = torch.empty_like(hidden).index_copy_(0, order, hidden)
     return _finished(hidden, routing, bank, down).to(x.dtype)
+
+
+def _by_expert(rows: Tensor, routing: Routing, bank: ExpertBank, table: Tensor, down: Tensor) -> Tensor:
+    """The rows of an expert one after the other, so that its weights are still in the processor's cache: -> [T, D]."""
+    order = routing.expert.argsort()
+    expert, token = routing.expert.index_select(0, order), routing.token.index_select(0, order)
+    pre = _bags(expert, rows.index_select(0, token), table, len(order))  # [N, M F]
+    weight = routing.weight.index_select(0, order).to(rows.dtype).unsqueeze(-1)
+    hidden = bank.activate(add_up_bias(pre, expert, bank)) * weight
+    each = _bags(expert, hidden, down.view(-1, down.shape[-1]), len(order))
+    y = each.new_zeros(routing.num_tokens, each.shape[1]).index_add_(0, token, each)
+    return add_down_bias(y, routing, bank)
 
 
 def _finished(hidden: Tensor, routing: Routing, bank: ExpertBank, down: Tensor) -> Tensor:

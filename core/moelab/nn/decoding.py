@@ -9,7 +9,7 @@ B sequences, L positions with the new one, D hidden size, H query heads in G gro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from moelab.config.model import ModelConfig
 from moelab.moe.block import MoEBlock
 from moelab.moe.few_rows import input_first
-from moelab.moe.routing import LayerRecord, TokenInfo
-from moelab.moe.thin_product import few_product
+from moelab.moe.routing import LayerRecord, Routing, TokenInfo
+from moelab.moe.thin_product import PackedWeights, few_product
 from moelab.nn.attention import Attention
 from moelab.nn.attention_inputs import AttentionInputs
 from moelab.nn.full_attention import FullAttention, fastest
@@ -31,8 +31,13 @@ from moelab.nn.rope import Rope
 from moelab.plugin_faults import PluginPart
 
 FUSED_BYTES = 1 << 22  # of a layer's query, key and value matrices: up to here a copy as one costs less than two calls
-COPY_BYTES = 1 << 29  # of all experts' gate_up: up to here a copy is made that a token reads in half the time ...
-COPY_TOKENS = 128  # ... where so many tokens come, of all texts: making it takes as long as 10 tokens of 16 texts do
+COPY_BYTES = 1 << 29  # of all copies
+COPY_TOKENS = (
+    128  # of all texts: from here a copy of the experts' gate_up is made, which a token reads in half the time
+)
+PACKED_TOKENS = 32  # of a text: from here other matrices are packed ...
+PACKED_ROWS = 3  # ... those of fewer than PACKED_ALONE elements, where so many texts go on together
+PACKED_ALONE = 1 << 20
 WIDE = (torch.float32, torch.float64)
 
 
@@ -77,12 +82,14 @@ class Decoding:
         """padding [B] int64: positions before each text; new_tokens: at most so many are to come, in `rows` texts."""
         room = cache.length + new_tokens
         self.model, self.cache = model, cache
+        self.routings: dict[int, Routing] = {}  # layer -> who served the token of each text, of the last call
         weight = model.embed_tokens.weight
         self._dtype, self._device = weight.dtype, weight.device
         self._whole = not computes_apart(model)
         self._layers: list[Any] = list(model.layers)
         self._attend = [] if self._whole else [_attending(layer) for layer in self._layers]
         self._copied = [] if self._whole else _copied(self._layers, rows * new_tokens)
+        self._packed = PackedWeights(*self._to_pack(rows, new_tokens))
         scaling = model.rope.scaling
         self._moving = scaling is not None and scaling.length_matters
         self._cos, self._sin = self._tables(torch.arange(room, device=self._device), room)
@@ -99,9 +106,14 @@ class Decoding:
         model = self.model
         if self._whole:
             real = None if self._real is None else self._real[:, :1] | True
-            x = model.hidden_states(tokens.unsqueeze(1), real, cache=self.cache)[0][:, 0]
-            return self._scores(x)
-        past = self.cache.length
+            hidden, records = model.hidden_states(tokens.unsqueeze(1), real, cache=self.cache)
+            self.routings = {record.layer_id: record.routing for record in records}
+            return self._scores(hidden[:, 0])
+        with self._packed.used():
+            return self._through_layers(tokens)
+
+    def _through_layers(self, tokens: Tensor) -> Tensor:
+        model, past = self.model, self.cache.length
         positions = past - self._padding  # [B]
         x = model.embed_tokens(tokens)  # [B, D]
         info, step = self._info(tokens, positions), self._step(x, positions, past)
@@ -114,10 +126,26 @@ class Decoding:
             if isinstance(layer.mlp, MoEBlock):
                 y, routing = layer.mlp.serve(normed, info, copied)
                 info = replace(info, previous=routing)
+                self.routings[layer.mlp.layer_id] = routing
             else:
                 y = layer.mlp(normed)
             x = x + y
         return self._scores(normalise(model.norm, x))
+
+    def _to_pack(self, rows: int, new_tokens: int) -> tuple[list[Tensor], int]:
+        """The matrices of which a packed copy pays for itself, and how many bytes these may take."""
+        if self._whole or new_tokens < PACKED_TOKENS:
+            return [], 0
+        fused = [attend for attend in self._attend if attend is not None and attend.weight is not None]
+        apart = {id(part) for attend in fused for part in attend.parts}
+        modules = [module for layer in self._layers for module in layer.modules() if id(module) not in apart]
+        found = [attend.weight for attend in fused if attend.weight is not None]
+        found += [module.weight for module in modules if type(module) is Linear]
+        if type(self.model.lm_head) is nn.Linear:
+            found.append(self.model.lm_head.weight)
+        least = 0 if rows >= PACKED_ROWS else PACKED_ALONE
+        copied = sum(4 * each.numel() for each in self._copied if each is not None)
+        return [weight for weight in found if weight.numel() >= least], COPY_BYTES - copied
 
     def _scores(self, x: Tensor) -> Tensor:
         head = self.model.lm_head
@@ -171,10 +199,10 @@ class PlainAttention:
         self._norm, self._attention = norm, attention
         self._layer_id, self._head_dim = attention.layer_id, attention.head_dim
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self._parts, self._weight, self._bias = parts, None, None
+        self.parts, self.weight, self._bias = parts, None, None
         weights = [part.weight for part in parts]
         if sum(weight.numel() * weight.element_size() for weight in weights) <= FUSED_BYTES:
-            self._weight = torch.cat(weights)
+            self.weight = torch.cat(weights)
             self._bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
         self._heads, self._groups = (part.out_features // self._head_dim for part in parts[:2])
         self._head_scale: Tensor | None = None  # [H + G, d], of normed heads
@@ -203,10 +231,10 @@ class PlainAttention:
 
     def _project(self, x: Tensor) -> Tensor:
         """x [B, D] -> query, key and value [B, H + 2 G, d]."""
-        if self._weight is not None:
-            projected = few_product(x, self._weight, self._bias)
+        if self.weight is not None:
+            projected = few_product(x, self.weight, self._bias)
         else:
-            projected = torch.cat([part(x) for part in self._parts], -1)
+            projected = torch.cat([part(x) for part in self.parts], -1)
         return projected.view(len(x), -1, self._head_dim)
 
 
@@ -224,7 +252,7 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
     return normed
 
 
-def _attending(layer: Any) -> Callable[[Tensor, Step], Tensor] | None:
+def _attending(layer: Any) -> PlainAttention | None:
     """What computes its attention here; None where its own forward pass must."""
     attention = layer.self_attn
     kernel = attention.kernel

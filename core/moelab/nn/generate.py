@@ -9,7 +9,7 @@ B rows: one for each sample of each prompt. V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moelab.data.tokenizer import Tokenizer
 from moelab.errors import CheckpointError, ConfigError
+from moelab.moe.routing import Routing
 from moelab.nn.decoding import Decoder, Decoding, computes_apart
 from moelab.nn.kv_cache import KVCache
 from moelab.nn.sampling import Draws, Sampling, choose
@@ -36,6 +37,7 @@ class Continuation:
     sample: int  # which of its samples
     ids: list[int]  # the new tokens, with the one that ended them
     ended: int | str | None  # the end token, or the stop text; None: max_new_tokens came first
+    routes: dict[int, Tensor] | None = None  # layer -> experts [n, K] int64 of prompt and text but the last token
 
 
 @dataclass
@@ -47,6 +49,7 @@ class _Row:
     draws: Draws
     ids: list[int]
     ended: int | str | None = None
+    passed: dict[int, list[Tensor]] | None = None  # layer -> experts [n, K] of each pass; None: nobody asks
 
     def add(self, token: int, sampling: Sampling, decode: Callable[[list[int]], str] | None) -> bool:
         """Take a token; -> whether the text ends with it."""
@@ -59,6 +62,16 @@ class _Row:
             self.ended = next((text for text in sampling.stop if text in tail), None)
         return self.ended is not None or len(self.ids) >= sampling.max_new_tokens
 
+    def note(self, experts: Mapping[int, Tensor], text: int, begin: int = 0) -> None:
+        """Keep the routes of a pass, {layer: experts [texts, n, K]}, of this text, which begins at `begin`."""
+        assert self.passed is not None
+        for layer, expert in experts.items():
+            self.passed.setdefault(layer, []).append(expert[text, begin:])
+
+    def found(self) -> Continuation:
+        routes = None if self.passed is None else {layer: torch.cat(each) for layer, each in self.passed.items()}
+        return Continuation(self.prompt, self.sample, self.ids, self.ended, routes)
+
 
 def generate_batch(
     model: Decoder,
@@ -68,19 +81,21 @@ def generate_batch(
     samples: int = 1,
     batch_size: int | None = None,
     tokenizer: Tokenizer | None = None,
+    routes: bool = False,
 ) -> list[Continuation]:
     """`samples` continuations of each of `prompts`, token ids; in order, the samples of a prompt side by side.
 
     `batch_size`: rows at once; None: 32, less where they are long. It changes nothing but time and memory, and the last
-    bits of scores. `tokenizer`: for stop texts. Raises ConfigError for an empty prompt or ids that the model has no row
-    for, CheckpointError where the weights give no finite scores.
+    bits of scores. `tokenizer`: for stop texts. `routes`: tell which experts wrote each, of routers of a fixed K.
+    Raises ConfigError for an empty prompt or ids that the model has no row for, CheckpointError where the weights give
+    no finite scores.
     """
     check_prompts(model, prompts)
     if samples < 1 or (batch_size is not None and batch_size < 1):
         raise ConfigError("generate: samples and batch_size must be at least 1")
     if sampling.stop and tokenizer is None:
         raise ConfigError("generate: stop texts need a tokenizer")
-    rows = [_Row(prompt, sample, Draws(sampling.seed, prompt, sample), [])
+    rows = [_Row(prompt, sample, Draws(sampling.seed, prompt, sample), [], passed={} if routes else None)
             for prompt in range(len(prompts)) for sample in range(samples)]  # fmt: skip
     decode = None if tokenizer is None else tokenizer.decode
     if sampling.max_new_tokens > 0:
@@ -88,7 +103,7 @@ def generate_batch(
             for some in _batches(rows, prompts, sampling, _rows_at_once(model, batch_size)):
                 for _ in _grow(model, prompts, some, sampling, decode):
                     pass
-    return [Continuation(row.prompt, row.sample, row.ids, row.ended) for row in rows]
+    return [row.found() for row in rows]
 
 
 def generate(
@@ -160,6 +175,10 @@ def _grow(
                 seen = _seen(prompts, live, sampling, scores)
             else:
                 scores = batch(token)
+                if live[0].passed is not None:
+                    experts = _experts(batch.routings, len(live))
+                    for index, row in enumerate(live):
+                        row.note(experts, index)
             token = choose(scores, sampling, seen, [row.draws for row in live], position)
             found = token.tolist()
             if min(found) < 0:
@@ -194,15 +213,30 @@ def _begin(model: Decoder, prompts: Sequence[Sequence[int]], rows: Sequence[_Row
     if int(padding.max()) > 0:
         mask = (torch.arange(longest) >= padding.unsqueeze(1)).to(device)
     cache = KVCache(len(model.layers), room=longest + new)
-    hidden, _ = model.hidden_states(ids, mask, cache=cache)
+    hidden, records = model.hidden_states(ids, mask, cache=cache)
     scores = model.lm_head(hidden[:, -1])
     batch = Decoding(model, cache, padding.to(device), new, len(rows))
     places = [numbers.index(row.prompt) for row in rows]
+    if rows[0].passed is not None:
+        experts = _experts({record.layer_id: record.routing for record in records}, len(texts))
+        for row, place in zip(rows, places, strict=True):
+            row.note(experts, place, int(padding[place]))
     if places != list(range(len(numbers))):
         spread = torch.tensor(places, device=device)
         batch.take_rows(spread)
         scores = scores.index_select(0, spread)
     return batch, scores
+
+
+def _experts(routings: Mapping[int, Routing], texts: int) -> dict[int, Tensor]:
+    """{layer: experts [texts, n, K] int64} of a pass over n tokens of each. Waits for the device.
+
+    Raises ConfigError for a router that gives tokens unlike numbers of experts, dropping some or by its nature.
+    """
+    for layer, routing in routings.items():
+        if routing.top_k is None or routing.served is not None:
+            raise ConfigError(f"generate: layer {layer} gives tokens unlike numbers of experts; no routes can be told")
+    return {layer: r.expert.view(texts, -1, r.top_k or 0).cpu() for layer, r in routings.items()}
 
 
 def _seen(prompts: Sequence[Sequence[int]], rows: Sequence[_Row], sampling: Sampling, scores: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from moelab.moe.thin_product import few_product
+from moelab.moe.thin_product import few_product, packed
 
 LEAST_FLOPS = 1e8  # of one product; below, nn.Linear is as fast
 
@@ -22,7 +22,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., D] -> [..., N]."""
-        if not prefers_onednn(input, self.out_features):
+        if not prefers_onednn(input, self.out_features) or packed(self.weight) is not None:
             return few_product(input, self.weight, self.bias)
         y: Tensor = _Linear.apply(input.reshape(-1, self.in_features), self.weight, self.bias)
         return y.view(*input.shape[:-1], self.out_features)

@@ -74,6 +74,10 @@ def test_a_model_writes_what_the_command_writes(trained: session.TrainedRun) -> 
         told = [sample.text for sample in continue_prompts(trained.run_dir, request)]
         assert trained.model.generate(PROMPTS, 12, **options) == told
         assert trained.model.generate(PROMPTS[0], 12, **options) == told[0]
+        assert moelab.generate(trained.run_dir, PROMPTS, 12, **options) == told
+        assert moelab.generate(trained.model, PROMPTS, 12, **options) == told
+    with pytest.raises(ConfigError, match="generate: takes a model of moelab or the folder of one, not dict"):
+        moelab.generate({}, "x")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no setting 'temprature', did you mean 'temperature'"):
         trained.model.generate("x", temprature=1.0)
     assert len(trained.model.generate("x", 3, samples=2)) == 2

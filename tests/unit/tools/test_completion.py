@@ -26,6 +26,7 @@ def _ask(shell: str, words: list[str], at: int) -> list[str]:
 
 SOURCES = ("datasets", "embedded", "jsonl", "parquet", "text", "tokenised", "tokens")
 
+
 @pytest.mark.parametrize(
     ("line", "offered"),
     [

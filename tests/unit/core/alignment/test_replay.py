@@ -10,7 +10,7 @@ import torch
 import moelab
 from moelab.alignment.batches import padded
 from moelab.alignment.examples import Answer
-from moelab.alignment.replay import Replayed, recorded, routes_of, weighers
+from moelab.alignment.replay import Replayed, recorded, weighers
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.errors import ConfigError
 from moelab.moe.routing import LayerRecord
@@ -80,23 +80,14 @@ def test_a_router_of_variable_k_is_refused_by_name(router: dict[str, Any]) -> No
         weighers(built(router))
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-def test_routes_of_padded_rows_are_those_of_each_alone_and_follow_their_rows(router: dict[str, Any]) -> None:
-    model = built(router).train()
-    mask = torch.ones_like(IDS, dtype=torch.bool)
-    mask[1, 5:] = False
-    table = routes_of(model, IDS, mask)[0]
-    assert model.training and table.shape == (*IDS.shape, 2)
-    model.eval()
-    for row, length in ((0, IDS.shape[1]), (1, 5)):
-        alone = recorded(model(IDS[row : row + 1, :length]).records)[0]
-        assert torch.equal(table[row, :length], alone)
-    lengths = (IDS.shape[1], 5)
+def test_routes_of_generation_follow_their_answers_through_padding() -> None:
+    table = torch.arange(2 * 8 * 2).view(2, 8, 2)  # of both answers
     rows = [
-        Answer(torch.arange(n).numpy(), torch.ones(n).bool().numpy(), {0: table[r, :n].numpy()})
-        for r, n in enumerate(lengths)
+        Answer(torch.arange(n).numpy(), torch.ones(n).bool().numpy(), {0: table[r].numpy()})
+        for r, n in ((0, 9), (1, 5))
     ]
     batch = padded(rows, 2, 0)
-    assert batch.routed is not None and batch.routed.sum(1).tolist() == list(lengths)
+    assert batch.routed is not None and batch.routed.sum(1).tolist() == [8, 5]
+    assert torch.equal(batch.routes[0][0, :8], table[0]) and torch.equal(batch.routes[0][1, :5], table[1, :5])
     (part,) = batch.split(1)
     assert torch.equal(part.routes[0], batch.routes[0])

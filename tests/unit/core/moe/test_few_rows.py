@@ -92,3 +92,27 @@ def test_products_of_few_rows_are_products(shape: tuple[int, ...], left: bool, m
             found = thin_product.few_product(x, weight, given)
             torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, given), rtol=1e-5, atol=1e-5)
             assert found.is_contiguous()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs them")
+def test_packed_matrices_are_read_where_they_are_used_without_gradients_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Zeros written over the originals tell which was read."""
+    monkeypatch.setattr(thin_product, "reads_matrices_faster", lambda: True)
+    monkeypatch.setattr(thin_product, "LEAST_ELEMENTS", 1)
+    first, second, third = torch.randn(24, 32), torch.randn(16, 24), torch.randn(24, 32)
+    packed = thin_product.PackedWeights([first, second, third], most_bytes=4 * (24 * 32 + 16 * 24))
+    for rows in (1, 2, 7, 40):
+        x, bias = torch.randn(rows, 3, 32), torch.randn(24)
+        old = first.clone()
+        with torch.no_grad(), packed.used():
+            first.zero_()
+            found = thin_product.few_product(x, first, bias)
+            torch.testing.assert_close(found, torch.nn.functional.linear(x, old, bias), rtol=1e-5, atol=1e-5)
+            assert thin_product.packed(second) is not None and thin_product.packed(third) is None, "no room for it"
+            with torch.enable_grad():
+                assert torch.equal(thin_product.few_product(x, first, bias), bias.expand(rows, 3, 24))
+        with torch.no_grad():
+            assert not thin_product.few_product(x, first).any()
+            first.copy_(old)

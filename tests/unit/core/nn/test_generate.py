@@ -13,6 +13,7 @@ import torch
 import moelab
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.errors import CheckpointError, ConfigError
+from moelab.moe import thin_product
 from moelab.nn.generate import generate, generate_batch
 from moelab.nn.sampling import Sampling
 from moelab.nn.texts import Speech, continue_texts
@@ -154,11 +155,26 @@ def test_greedy_takes_the_likeliest_token_of_a_full_forward_pass() -> None:
     assert _behind(model, [1, 2, 3], _tokens(max_new_tokens=10, temperature=0.0)) < 1e-4
 
 
-def test_tokens_in_hundreds_are_made_with_copies_of_the_experts_and_are_the_same() -> None:
-    """From 128 on; 5 texts of 30 tokens."""
-    model = _build()
-    for one in generate_batch(model, RAGGED, Sampling(30, temperature=0.0)):
+@pytest.mark.parametrize("tied", [False, True])
+def test_long_texts_are_made_with_copies_of_the_weights_and_are_the_same(
+    tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The experts' from 128 tokens on, of 5 texts together; the others' from 32 of a text on, and gone afterwards."""
+    monkeypatch.setattr(thin_product, "reads_matrices_faster", lambda: True)
+    monkeypatch.setattr(thin_product, "LEAST_ELEMENTS", 1)
+    model, packs = _build(tie_word_embeddings=tied), []
+    kept = thin_product.PackedWeights.__init__
+
+    def keeping(self: Any, weights: Any, most_bytes: int) -> None:
+        packs.append(len(list(weights)))
+        kept(self, weights, most_bytes)
+
+    monkeypatch.setattr(thin_product.PackedWeights, "__init__", keeping)
+    for one in generate_batch(model, RAGGED, Sampling(33, temperature=0.0)):
         assert _behind(model, RAGGED[one.prompt], one.ids) < 1e-4
+    assert packs == [2 * 2 + 1], "query, key and value of each layer as one, output, and the head"
+    with torch.no_grad():
+        assert thin_product.packed(model.lm_head.weight) is None
 
 
 def test_narrow_weights_and_hooked_layers_are_generated_from_too() -> None:
@@ -172,6 +188,31 @@ def test_narrow_weights_and_hooked_layers_are_generated_from_too() -> None:
     assert len(calls) == 8
     for one in (*plain, *hooked):
         assert _behind(model, RAGGED[one.prompt], one.ids) < 1e-4
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_routes_are_those_of_a_whole_forward_pass_of_each_text(hooked: bool) -> None:
+    """Also of rows that go on when others have ended, and of samples that share the pass over their prompt."""
+    model = _build(moe=dataclasses.replace(MOE, router={"name": "sigmoid_topk"}))
+    if hooked:
+        model.layers[0].register_forward_hook(lambda *given: None)
+    ends = (generate_batch(model, RAGGED, Sampling(6, seed=3), samples=2)[0].ids[1],)
+    found = generate_batch(model, RAGGED, Sampling(6, seed=3, end_token_ids=ends), samples=2, routes=True)
+    assert {len(one.ids) for one in found} > {6}
+    for one in found:
+        text = [*RAGGED[one.prompt], *one.ids]
+        with torch.no_grad():
+            records = model(torch.tensor([text[:-1]])).records
+        assert one.routes is not None and sorted(one.routes) == [record.layer_id for record in records]
+        for record in records:
+            whole = record.routing.expert.view(-1, 2)
+            assert torch.equal(one.routes[record.layer_id].sort(-1).values, whole.sort(-1).values)
+
+
+def test_routes_of_a_router_without_a_fixed_number_are_refused() -> None:
+    model = _build(moe=dataclasses.replace(MOE, router={"name": "top_p"}))
+    with pytest.raises(ConfigError, match="unlike numbers of experts"):
+        generate_batch(model, [[1]], Sampling(2), routes=True)
 
 
 def test_weights_that_change_between_calls_are_read_anew() -> None:
