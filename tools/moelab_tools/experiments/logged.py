@@ -19,8 +19,8 @@ from moelab_tools.compare.verdict import Rules, judge
 
 HEAD = (
     "Names as in docs/metrics.md: the mean of a run's first {first} and last {last} values, over seeds; the difference "
-    "at the end against {baseline}, by pairs of seeds. The intervals of a row hold together in {level:g} % of such rows, "
-    "and not over rows; nothing is concluded from them."
+    "at the end against {baseline}, by pairs of seeds. The intervals of a row hold together in {level:g} % of such "
+    "rows, and not over rows; nothing is concluded from them."
 )
 
 
