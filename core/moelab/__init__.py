@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         transformers_tokenizer,
     )
     from moelab.alignment.mixin import RoutedTrainer
+    from moelab.alignment.rewards import Attempt, Reward, RewardContext
     from moelab.builder import build, build_model
     from moelab.components import Component, component
     from moelab.config.run import RunConfig
@@ -64,6 +65,7 @@ _HOMES = {
         "transformers_tokenizer",
     ),
     "moelab.alignment.mixin": ("RoutedTrainer",),
+    "moelab.alignment.rewards": ("Attempt", "Reward", "RewardContext"),
     "moelab.builder": ("build", "build_model"),
     "moelab.components": ("Component", "component"),
     "moelab.config.run": ("RunConfig",),
@@ -106,6 +108,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Activation",
     "ActivationContext",
+    "Attempt",
     "BackendContext",
     "BalanceContext",
     "BalanceLoss",
@@ -137,6 +140,8 @@ __all__ = [
     "Places",
     "Registry",
     "Rejected",
+    "Reward",
+    "RewardContext",
     "RoutedTrainer",
     "Router",
     "Routing",

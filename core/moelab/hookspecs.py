@@ -19,6 +19,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from moelab.alarms import Alarm, AlarmChange
+    from moelab.alignment.rewards import Reward, RewardContext
     from moelab.data.corpus import Corpus, DataContext
     from moelab.data.filtering import FilterContext, TextFilter
     from moelab.data.mixing import MixContext, Mixer
@@ -150,6 +151,11 @@ TAGGERS: ExtensionPoint[FilterContext, Tagger] = ExtensionPoint(
     "tagger", "moelab_taggers", "tags", "moelab_plugins.taggers",
     "What `moelab data` notes of a document beside its domain: document -> one of a few words.",
     check="check_tagger",
+)  # fmt: skip
+REWARDS: ExtensionPoint[RewardContext, Reward] = ExtensionPoint(
+    "reward", "moelab_rewards", "alignment.reward", "moelab_plugins.rewards",
+    "What answers are worth, to `moelab align` and `moelab synthesise`: attempts -> a number for each.",
+    check="check_reward",
 )  # fmt: skip
 MIXERS: ExtensionPoint[MixContext, Mixer] = ExtensionPoint(
     "mixer", "moelab_mixers", "data.mixer", "moelab_plugins.mixers",

@@ -26,6 +26,7 @@ from moelab.hookspecs import (
     MIXERS,
     OBSERVERS,
     OPTIMIZERS,
+    REWARDS,
     ROPE_SCALINGS,
     ROUTERS,
     SHARED_EXPERTS,
@@ -431,6 +432,18 @@ def test_a_text_filter_conforms(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(REGISTRY.components(TAGGERS)))
 def test_a_tagger_conforms(name: str, tmp_path: Path) -> None:
     testing.check_tagger(REGISTRY.components(TAGGERS)[name], base=tmp_path)
+
+
+# Need a trained head, and a package: tests/optional/test_align.py, tests/optional/test_reasoning_gym.py
+LEARNED_OR_LENT = {"reward_model", "reasoning_gym"}
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY.components(REWARDS).keys() - LEARNED_OR_LENT))
+def test_a_reward_conforms(name: str) -> None:
+    options = {
+        "doctest": {"allow_code_execution": True}, "format": {"contains": ["4"], "json": True}, "length": {"most": 9}
+    }  # fmt: skip
+    testing.check_reward(REGISTRY.components(REWARDS)[name], options.get(name))
 
 
 # Whole copies are as wide as the dense layer of the kit, pieces make it up, and a mixture has several sources.

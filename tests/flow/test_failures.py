@@ -262,11 +262,12 @@ def test_what_a_data_source_returns_is_told_before_anything_is_written(lab: Path
     assert not run.exists()
 
 
-def test_memory_that_ends_before_the_first_step_is_the_users_to_mend(
-    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_that_ends_before_the_first_step_is_the_users_to_mend(lab: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    monkeypatch.setattr(trainer, "prepare", lambda *rest, **options: torch.empty(1 << 53))
+
+    def preparing(*rest: object, **options: object) -> Any:
+        return torch.empty(1 << 53)
+
     with pytest.raises(UserError, match=r"too little memory: 36,028\.8 TB more were asked for; "):
-        train(_config(lab, run, _failing("raise")))
+        train(_config(lab, run, _failing("raise")), preparing=preparing)
     assert not run.exists()

@@ -63,6 +63,10 @@ def _stage(base: Path, stage: str, **more: Any) -> str:
     return "{" + ", ".join(f"{key}: {json.dumps(value)}" for key, value in said.items()) + "}"
 
 
+def _model(run: moelab.TrainedRun) -> dict[str, str]:
+    return {"name": "reward_model", "run": str(run.run_dir)}
+
+
 def _rows(run: moelab.TrainedRun, tag: str) -> list[float]:
     return [row[tag] for row in run.metrics if tag in row]
 
@@ -162,7 +166,7 @@ def test_a_reward_learns_which_answer_is_chosen(base: Path, tmp_path: Path) -> N
 def test_sampled_pairs_raise_what_the_reward_likes_and_resume_exactly(base: Path, tmp_path: Path) -> None:
     """The reward has learned that short answers are better; ties are counted."""
     (reward,) = align(base, tmp_path / "reward", f"[{_stage(base, 'reward', steps=12)}]")
-    one = _stage(base, "online_dpo", reward=str(reward.run_dir), samples=3, max_new_tokens=6, steps=4, beta=0.5)
+    one = _stage(base, "online_dpo", reward=_model(reward), samples=3, max_new_tokens=6, steps=4, beta=0.5)
     (whole,) = align(base, tmp_path / "whole", f"[{one}]")
     row = next(row for row in whole.metrics if "train/dpo_loss" in row)
     assert row["train/dpo_loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -175,13 +179,33 @@ def test_sampled_pairs_raise_what_the_reward_likes_and_resume_exactly(base: Path
     assert without_clock(resumed.metrics) == without_clock(whole.metrics)
 
 
+def test_rewards_by_rule_read_the_prompts_line_and_are_summed_by_weight(base: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{a}+{a}=", "answer": 2 * a} for a in range(8)]
+    data = str(_lines(tmp_path / "prompts.jsonl", rows))
+    rewards: list[dict[str, Any]] = [
+        {"name": "exact_answer", "weight": 5, "take": "last_number"},
+        {"name": "length", "most": 2, "slack": 8, "unit": "characters"},
+    ]
+    one = _stage(base, "online_dpo", data=data, reward=rewards, samples=6, max_new_tokens=6, steps=2)
+    (run,) = align(base, tmp_path / "out", f"[{one}]")
+    row = next(row for row in run.metrics if "train/dpo_loss" in row)
+    parts = [row[f"align/sampled/{name}_mean"] for name in ("exact_answer", "length")]
+    assert row["align/sampled/reward_mean"] == pytest.approx(5 * parts[0] + parts[1])
+    stored = (run.run_dir / "config.yaml").read_text()
+    assert "take: last_number" in stored and "slack: 8" in stored
+    _lines(Path(data), [*rows[:-1], {"prompt": "9+9=", "question": 18}])
+    with pytest.raises(moelab.DataError, match=r"prompts\.jsonl:8: has no answer, which reward 'exact_answer' reads"):
+        align(base, tmp_path / "other", f"[{one}]")
+    assert not (tmp_path / "other").exists() or not any((tmp_path / "other").iterdir())
+
+
 @pytest.mark.parametrize("stage", ["dpo", "online_dpo"])
 def test_replayed_routes_are_the_recorded_ones_however_the_router_moves(base: Path, tmp_path: Path, stage: str) -> None:
     """A router that learns alone, fast: its own choices leave the reference's, and the loss is of the recorded ones."""
     more: dict[str, Any] = {"replay": "reference"}
     if stage == "online_dpo":
         (reward,) = align(base, tmp_path / "reward", f"[{_stage(base, 'reward')}]")
-        more = {"replay": "sampled", "reward": str(reward.run_dir), "samples": 3, "max_new_tokens": 6}
+        more = {"replay": "sampled", "reward": _model(reward), "samples": 3, "max_new_tokens": 6}
     freeze = "train.freeze=[embed_tokens.*, layers.*.self_attn.*, layers.*.mlp.experts.*, layers.*.norm*]"
     (run,) = align(
         base,
@@ -195,8 +219,8 @@ def test_replayed_routes_are_the_recorded_ones_however_the_router_moves(base: Pa
 
 
 def test_a_reward_that_is_none_or_says_nothing_is_told(base: Path, tmp_path: Path) -> None:
-    one = _stage(base, "online_dpo", reward=f"{base}/base", steps=1, max_new_tokens=8)
-    with pytest.raises(moelab.UserError, match=r"alignment\.0\.reward: .*has no head for rewards"):
+    one = _stage(base, "online_dpo", reward={"name": "reward_model", "run": f"{base}/base"}, steps=1, max_new_tokens=8)
+    with pytest.raises(moelab.UserError, match=r"alignment\.0\.reward\.run: .*has no head for rewards"):
         align(base, tmp_path / "out", f"[{one}]")
 
 
@@ -208,7 +232,7 @@ def test_a_reward_that_is_none_or_says_nothing_is_told(base: Path, tmp_path: Pat
         ("dpo", ["alignment.0.beta=0"], r"alignment\.0\.beta: must be positive"),
         ("sft", ["alignment.0.data=nowhere.jsonl"], r"alignment\.data: no file or folder 'nowhere.jsonl'"),
         ("sft", ["alignment.0.sequence_length=5"], r"sums\.jsonl:1: .*hold nothing of an answer"),
-        ("sft", ["alignment.0.reward=x"], r"alignment\.0\.reward: is of online_dpo"),
+        ("sft", ["alignment.0.reward={name: length, most: 3}"], r"alignment\.0\.reward: is of online_dpo"),
         ("online_dpo", [], r"alignment\.0\.reward: has no value"),
         ("sft", ["train.keep_best=true", "evaluation.every=1"], r"train\.keep_best"),
         ("sft", ["parallel.shard=2"], r"alignment: is for one process"),

@@ -8,7 +8,9 @@ ends them. Special tokens that somebody typed stay text in both.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ class Example:
     where: str  # path:line
     answers: tuple[Answer, ...]  # one; of preferences two, chosen and rejected; of prompts alone, the prompt
     prompt: Any  # as the file has it: a text or messages
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of prompts alone, the line's other keys
 
 
 @dataclass
@@ -121,6 +124,8 @@ def read_examples(path: Path, shaping: Shaping) -> Examples:
     for row in rows:
         for answer in row.answers:
             digest.update(len(answer.ids).to_bytes(8, "little") + answer.ids.tobytes() + answer.learned.tobytes())
+        if row.fields:  # what a reward reads
+            digest.update(json.dumps(row.fields, sort_keys=True).encode())
     ends = dict.fromkeys([*shaping.template.end_token_ids, shaping.tokenizer.eos_token_id])
     return Examples(rows, account, digest.hexdigest(), tuple(ends))
 
@@ -143,7 +148,10 @@ def _example(where: str, line: dict[str, Any], shaping: Shaping) -> Example:
     answers = [key for key in values if key != "prompt"]
     build = _from_texts if kinds == {True} else _from_messages
     made = [build(values["prompt"], values[key], key, shaping) for key in answers]
-    return Example(where, tuple(made or [build(values["prompt"], None, "prompt", shaping)]), values["prompt"])
+    if made:
+        return Example(where, tuple(made), values["prompt"])
+    fields = {key: value for key, value in line.items() if key != "prompt"}
+    return Example(where, (build(values["prompt"], None, "prompt", shaping),), values["prompt"], fields)
 
 
 def check_roles(messages: Any, key: str, *, ends: str = "assistant") -> None:

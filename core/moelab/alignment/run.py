@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.alignment.examples import Examples, Shaping, read_examples
+from moelab.alignment.judge import resolve_rewards
 from moelab.builder import build_model
 from moelab.checkpoint import CONFIG
 from moelab.config.alignment import KEY, PAIRED, below_stages, stand_in
@@ -114,7 +115,7 @@ def stage_configs(config: RunConfig) -> list[RunConfig]:
         own.alignment = [copy.deepcopy(stage)]
         stand_in(own, own.alignment[0])
         if len(config.alignment) > 1:
-            own.run_dir = str(Path(config.run_dir) / f"{number:02d}_{stage.stage}")
+            own.run_dir = str(user_path(config.run_dir, "run_dir") / f"{number:02d}_{stage.stage}")
             own.name = f"{config.name} {stage.stage}" if config.name else None
             if found:
                 own.train.init_from = found[-1].run_dir
@@ -147,6 +148,8 @@ def ready(config: RunConfig) -> Examples:
     if stage.epochs is not None:
         config.train.steps = ceil(stage.epochs * len(examples.rows) / config.train.batch_size)
     registry = Registry(config.plugins, config.entry_points, config.places("plugins"))
+    if stage.reward is not None:
+        stage.reward = resolve_rewards(stage.reward, registry, f"{KEY}.0.reward")
     model = build_model(config.model, registry, device="meta", seed=None)
     if stage.stage in PAIRED:
         refuse_batch_dependent(model, stage.stage)

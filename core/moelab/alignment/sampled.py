@@ -1,7 +1,8 @@
 """Pairs that the policy itself has written: n answers to each prompt, of which a reward takes the best and the worst.
 
 Qwen2's online preferences (2407.10671 section 4.3, as the references tell it): sampled from the current policy, judged
-by a reward model. Prompts whose answers are all worth the same teach nothing: they are left out, and counted.
+by a reward model; here by any reward. Prompts whose answers are all worth the same teach nothing: they are left out,
+and counted.
 """
 
 from __future__ import annotations
@@ -17,43 +18,16 @@ import torch
 from torch import Tensor
 
 from moelab.adapter.base import MoelabPreTrainedModel
-from moelab.adapter.registration import as_classifier
 from moelab.alignment.batches import AnswerBatch, ExampleBatches, padded
 from moelab.alignment.examples import Answer, Example
+from moelab.alignment.judge import Judge
 from moelab.alignment.replay import Recorder
-from moelab.checkpoint import TRAINING, is_moelab, resolve_checkpoint, stored_tensors
+from moelab.alignment.rewards import Attempt
 from moelab.config.alignment import AlignmentConfig
-from moelab.errors import CheckpointError, RunFailure
-from moelab.hub import user_folder
-from moelab.loading import load
-from moelab.registry import Registry
+from moelab.errors import RunFailure
 from moelab.seeds import derive_seed
-from moelab.training.checkpoint import HEAD
 
-Judge = Callable[[Sequence[np.ndarray]], list[float]]  # conversations, prompt and answer, as ids -> what each is worth
-SCORE = f"{HEAD}/score.weight"
 TRIES = 8  # draws for a batch before nothing is found to prefer
-
-
-def reward_model(path: str, device: torch.device, registry: Registry, pad_id: int, where: str) -> Judge:
-    """A run of stage reward as a judge. Raises CheckpointError for a folder that is none."""
-    folder = resolve_checkpoint(user_folder(path, where))
-    tensors = stored_tensors(folder, TRAINING) if is_moelab(folder) else {}
-    if SCORE not in tensors:
-        raise CheckpointError(f"{where}: {folder} has no head for rewards; name a run of `moelab align`, stage reward")
-    model = as_classifier(load(path, device=device, registry=registry), pad_token_id=pad_id)
-    with torch.no_grad():
-        model.score.weight.copy_(tensors[SCORE].read())
-    model.requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def judge(conversations: Sequence[np.ndarray]) -> list[float]:
-        rows = [Answer(ids, np.zeros(len(ids), bool)) for ids in conversations]
-        batch = padded(rows, 1, pad_id).to(device)
-        found: list[float] = model(batch.input_ids, attention_mask=batch.attention_mask.long()).logits[:, 0].tolist()
-        return found
-
-    return judge
 
 
 @dataclass
@@ -63,6 +37,7 @@ class Counts:
     prompts: int = 0
     pairs: int = 0
     rewards: list[float] = field(default_factory=list)
+    parts: dict[str, list[float]] = field(default_factory=dict)  # of several rewards, what each said
     ended: int = 0  # answers that the policy ended itself
     distinct: int = 0  # of the answers to each prompt
     longer: float = 0.0  # tokens of chosen less rejected, summed over pairs
@@ -71,7 +46,8 @@ class Counts:
         """By tag."""
         answers = max(len(self.rewards), 1)
         mean = sum(self.rewards) / answers
-        return {
+        parts = {f"align/sampled/{name}_mean": sum(said) / len(said) for name, said in self.parts.items() if said}
+        return parts | {
             "align/sampled/reward_mean": mean,
             "align/sampled/reward_std": math.sqrt(sum((value - mean) ** 2 for value in self.rewards) / answers),
             "align/sampled/tied_share": 1 - self.pairs / max(self.prompts, 1),
@@ -89,6 +65,7 @@ class SampledBatches:
     policy: MoelabPreTrainedModel
     judge: Judge
     stage: AlignmentConfig
+    decode: Callable[[np.ndarray], str]  # token ids -> text
     ends: tuple[int, ...]  # token ids that end an answer
     seed: int
     counts: Counts = field(default_factory=Counts)  # of the last batch
@@ -149,11 +126,12 @@ class SampledBatches:
         """(best, worst) of a prompt's answers, drawn from `row` on, or nothing where all are worth the same."""
         prompt = example.answers[0].ids
         whole = [np.concatenate([prompt, answer]).astype(np.int32) for answer in answers]
-        rewards = self.judge(whole)
-        if not all(map(math.isfinite, rewards)):
-            raise RunFailure(f"alignment.0.reward: is NaN or Inf for an answer to {example.where}; mend the reward")
+        rewards, parts = self.judge([self._attempt(example, answer) for answer in answers])
         self.counts.prompts += 1
         self.counts.rewards += rewards
+        if len(parts) > 1:
+            for name, said in parts.items():
+                self.counts.parts.setdefault(name, []).extend(said)
         self.counts.ended += sum(int(answer[-1]) in self.ends for answer in answers if len(answer))
         self.counts.distinct += len({answer.tobytes() for answer in answers})
         best, worst = int(np.argmax(rewards)), int(np.argmin(rewards))
@@ -163,6 +141,12 @@ class SampledBatches:
         self.counts.longer += len(answers[best]) - len(answers[worst])
         best_and_worst = (self._answer(whole[which], len(prompt), row + which) for which in (best, worst))
         return [tuple(best_and_worst)]  # type: ignore[list-item]
+
+    def _attempt(self, example: Example, answer: np.ndarray) -> Attempt:
+        ended = len(answer) > 0 and int(answer[-1]) in self.ends
+        text = self.decode(answer[:-1] if ended else answer)
+        ids = np.concatenate([example.answers[0].ids, answer]).astype(np.int32)
+        return Attempt(example.prompt, text, example.fields, example.where, ids, len(answer), ended)
 
     def _answer(self, ids: np.ndarray, prompt: int, row: int) -> Answer:
         learned = np.arange(len(ids)) >= prompt

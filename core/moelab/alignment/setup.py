@@ -13,9 +13,11 @@ from moelab.adapter.base import MoelabPreTrainedModel
 from moelab.adapter.registration import as_classifier, as_transformers
 from moelab.alignment.batches import ExampleBatches
 from moelab.alignment.examples import Examples
+from moelab.alignment.judge import build_judge
 from moelab.alignment.objective import Alignment, Headed
 from moelab.alignment.replay import weighers
-from moelab.alignment.sampled import SampledBatches, reward_model
+from moelab.alignment.rewards import RewardContext
+from moelab.alignment.sampled import SampledBatches
 from moelab.alignment.trainers import build_trainer
 from moelab.config.alignment import KEY, PAIRED, AlignmentConfig
 from moelab.config.run import RunConfig
@@ -31,6 +33,7 @@ from moelab.training.setup import Setup, prepare, with_head
 
 logger = logging.getLogger("moelab")
 STAGE = f"{KEY}.0"
+REWARD = f"{STAGE}.reward"
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,13 @@ class Preparing:
             len(setup.corpus.train.document_names),
         )
         if stage.reward is not None:
-            where, device = f"{STAGE}.reward", setup.step_settings.precision.device
-            judge = reward_model(stage.reward, device, setup.registry, batches.pad_id, where)
-            batches = SampledBatches(batches, policy, judge, stage, self.examples.ends, setup.config.order_seed)
+            device = setup.step_settings.precision.device
+            told = RewardContext(config.places(KEY), REWARD, device, batches.pad_id, setup.registry)
+            judge = build_judge(stage.reward, setup.registry, told)
+            for row in self.examples.rows:
+                judge.check(row.where, row.fields)
+            decode, seed = setup.tokenizer.decode, setup.config.order_seed
+            batches = SampledBatches(batches, policy, judge, stage, decode, self.examples.ends, seed)
             objective.sampled = batches.metrics
         if stage.replay != "none":
             weighers(setup.model)

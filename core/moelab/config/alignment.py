@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 from omegaconf import MISSING
 
 from moelab.config.files import Layer
+from moelab.config.model import Part
 from moelab.errors import ConfigError
 
 KEY = "alignment"
@@ -55,7 +56,9 @@ class AlignmentConfig:
     # routers learn by the weights they give them: none; reference, those of its pass; sampled, of online_dpo, those
     # with which the answers were written.
     replay: str = "none"
-    reward: str | None = None  # of online_dpo: a run of stage reward, which says what answers are worth
+    # Of online_dpo, what answers are worth: {name: reward_model, run: RUN}, or a list of rewards whose sum counts, each
+    # times its `weight`. They read the other keys of a prompt's line, such as its answer.
+    reward: Part | list[Part] | None = None
     samples: int = 4  # of online_dpo: answers to each prompt, of which the best and the worst are a pair
     max_new_tokens: int = 64  # of an answer that is sampled
     temperature: float = 1.0  # of the same

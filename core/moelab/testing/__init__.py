@@ -20,6 +20,7 @@ from moelab.testing.mixers import MIXER_CHECKS, MixerCase, check_mixer
 from moelab.testing.observers import OBSERVER_CHECKS, ObserverCase, check_observer
 from moelab.testing.optimizers import OPTIMIZER_CHECKS, OptimizerCase, check_optimizer
 from moelab.testing.report import ConformanceError
+from moelab.testing.rewards import REWARD_CHECKS, RewardCase, check_reward
 from moelab.testing.rope_scalings import ROPE_SCALING_CHECKS, RopeScalingCase, check_rope_scaling
 from moelab.testing.routers import ROUTER_CHECKS, RouterCase, check_router
 from moelab.testing.shared_experts import SHARED_EXPERT_CHECKS, SharedExpertCase, check_shared_expert
@@ -39,6 +40,7 @@ __all__ = [
     "MIXER_CHECKS",
     "OBSERVER_CHECKS",
     "OPTIMIZER_CHECKS",
+    "REWARD_CHECKS",
     "ROPE_SCALING_CHECKS",
     "ROUTER_CHECKS",
     "SHARED_EXPERT_CHECKS",
@@ -57,6 +59,7 @@ __all__ = [
     "MixerCase",
     "ObserverCase",
     "OptimizerCase",
+    "RewardCase",
     "RopeScalingCase",
     "RouterCase",
     "SharedExpertCase",
@@ -74,6 +77,7 @@ __all__ = [
     "check_mixer",
     "check_observer",
     "check_optimizer",
+    "check_reward",
     "check_rope_scaling",
     "check_router",
     "check_shared_expert",

@@ -53,7 +53,8 @@ def test_an_expert_that_no_token_of_a_batch_went_to_costs_nothing():
         layer, expert = pairs[told.index]
         assert full.loss is not None
         assert (told.loss is None) == (int(own.records[layer].counts[expert]) == 0)
-        assert torch.equal(full.loss, own.loss if told.loss is None else told.loss)
+        # To rounding: so few rows are computed in another way where each token has as many.
+        torch.testing.assert_close(full.loss, own.loss if told.loss is None else told.loss, rtol=1e-5, atol=1e-5)
         skipped += told.loss is None
     assert 0 < skipped < len(pairs) * len(batches)
 
