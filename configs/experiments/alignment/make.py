@@ -1,4 +1,4 @@
-"""Writes the experiment's text beside itself: two numbers, of which the larger is the answer; no pair stands in two files.
+"""Writes the experiment's text: two numbers, of which the larger is the answer; no pair stands in two files.
 
     python configs/experiments/alignment/make.py
 

@@ -120,7 +120,8 @@ class OnlineMerging(Optimizer):
             self._tau[name] = self._prepared(one, tau).to(getattr(torch, self._options.tau_dtype)).view(-1)
         if not any(bool(tau.any()) for tau in self._tau.values()):
             raise ConfigError(
-                f"{KEY}.before: {self._options.before} holds the weights of the reference {self._options.reference}, "
+                f"{KEY}.before: {self._options.before} holds the same weights as the reference "
+                f"{self._options.reference}, "
                 "so that there is nothing to keep in mind"
             )
 
