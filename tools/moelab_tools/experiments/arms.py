@@ -51,7 +51,9 @@ class Arms:
         """One run, with the weights it starts from if they are there, else with what they will be."""
         words = self._words(variant)
         below = self.preparation.below(words, seed)
-        arguments = [*self.preparation.filled(words, seed), f"seed={seed}", f"declaration={self.declaration.hash}"]
+        # A stage of post-training takes `data` from the run that it starts from; its order is its own all the same.
+        own = [f"seed={seed}", "data.order_seed=null", f"declaration={self.declaration.hash}"]
+        arguments = [*self.preparation.filled(words, seed), *own]
         run = plan_run(
             variant, arguments, self.out, trust=self.trust,
             below=(lambda said: below_stages(below, said)) if below is not None else None,
