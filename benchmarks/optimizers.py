@@ -36,7 +36,7 @@ from moelab.training.step import StepSettings, train_step
 from report import machine, markdown_table, write_results
 
 SEQUENCE, VOCABULARY = 512, 8192
-MERGING = {"name": "online_merging", "reference": "1", "base": "2", "alpha": 1e-6}
+MERGING = {"name": "online_merging", "reference": "1", "before": "2", "alpha": 1e-6}
 SIDES: dict[str, dict[str, Any]] = {
     "adamw": {"name": "adamw"},
     "muon": {"name": "muon"},

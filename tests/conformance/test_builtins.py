@@ -391,7 +391,7 @@ def test_a_mixer_conforms(name: str) -> None:
     testing.check_mixer(REGISTRY.components(MIXERS)[name], options)
 
 
-MERGED = {"reference": "there", "base": "here", "alpha": 1e-3}
+MERGED = {"reference": "there", "before": "here", "alpha": 1e-3}
 OPTIMIZER_CASES: dict[str, list[dict[str, Any]]] = {
     "adamw": [{}],
     "muon": [{}, {"adjust_lr_fn": "original", "nesterov": False, "ns_dtype": "float32"}],

@@ -33,7 +33,8 @@ from moelab_tools.curate.declaration import CurateConfig, stages  # noqa: E402
 
 TRAIN_BASE = "configs/train/tiny_moe.yaml"
 DECLARATION = "experiment.yaml"  # no config: what it declares stands in it, and its hash in its findings
-LEFT_OPEN = {"run_dir": "RUN_DIR", "train.steps": "1", "source": "SOURCE"}
+LEFT_OPEN = {"run_dir": "RUN_DIR", "train.steps": "1", "source": "SOURCE", "output": "OUTPUT",
+             "train.init_from": "WEIGHTS"}  # fmt: skip
 RECIPE_AXES = {
     "experts": hookspecs.EXPERT_INITIALISERS,
     "shared": hookspecs.SHARED_INITIALISERS,
@@ -69,10 +70,12 @@ def _resolved(path: Path, registry: Registry) -> dict[str, Any]:
     if any("recipe" in layer.tree for layer in file_layers(path)):
         return _upcycling(path, registry)
     kind = path.parts[1]
-    if kind == "data":
+    if kind == "data" or any("sources" in layer.tree for layer in file_layers(path)):
         return _curation(path, registry)
     config = _load([TRAIN_BASE, str(path)] if kind == "moe" else [str(path)], RunConfig)
     config.search_path = []
+    if config.data.source["name"] == "tokenised":
+        config.data.source.setdefault("path", "CORPUS")  # an experiment's, made by its preparation
     resolve_run(config, registry)
     tree = dataclasses.asdict(config)
     return {"model": tree["model"]} if kind in ("model", "moe") else tree

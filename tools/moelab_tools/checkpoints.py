@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -59,8 +60,17 @@ def load_run(
     ):  # which say how many steps there are
         needed = [one for one in needed if not one.startswith("train.steps=")]
     if not folders:
-        return load_config([*rest, *needed], RunConfig, below=partial(origin_layer, verify=verify), trust=trust)
+        return load_config([*rest, *needed], RunConfig, below=partial(_lowest, verify=verify), trust=trust)
     return load_config([*rest, *needed], RunConfig, below=lambda config: own[-1], trust=trust)
+
+
+def _lowest(said: Mapping[str, Any], *, verify: Verify) -> Layer | None:
+    """What lies below a config, as its command will have it."""
+    if not said.get("alignment"):
+        return origin_layer(said, verify=verify)
+    from moelab.alignment.run import lowest_layer
+
+    return lowest_layer(said, verify=verify)
 
 
 def own_layer(origin: Origin) -> Layer:

@@ -19,7 +19,7 @@ from moelab.alignment.examples import Examples, Shaping, read_examples
 from moelab.alignment.judge import resolve_rewards
 from moelab.builder import build_model
 from moelab.checkpoint import CONFIG
-from moelab.config.alignment import KEY, PAIRED, stand_in
+from moelab.config.alignment import KEY, PAIRED, below_stages, stand_in
 from moelab.config.files import Layer
 from moelab.config.run import RunConfig
 from moelab.config.stored import read_stored_tree
@@ -65,10 +65,7 @@ def lowest_layer(config: Mapping[str, Any], *, verify: Verify = True) -> Layer |
         # The same windows of it, so that `moelab compare` pairs the run with the one that it starts from.
         layer.tree["train"] = _said(stored, "train", "sequence_length")
         layer.tree["evaluation"] = _said(stored, "evaluation", "sequences")
-    stages = config.get(KEY) or []
-    if stages and all(isinstance(stage, Mapping) and (stage.get("epochs") or stage.get("steps")) for stage in stages):
-        layer.tree["train"] = {**layer.tree.get("train", {}), "steps": 1}  # each stage says its own
-    return layer
+    return below_stages(layer, config)
 
 
 def _said(stored: Mapping[str, Any], section: str, key: str) -> dict[str, Any]:
@@ -95,7 +92,7 @@ def align(
     from moelab.alignment.setup import Preparing  # noqa: PLC0415  (imports TRL)
 
     staged = stage_configs(config)
-    prepared = [_ready(own) for own in staged]  # the files of the last stage are read before the first one trains
+    prepared = [ready(own) for own in staged]  # the files of the last stage are read before the first one trains
     done = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl")  # of each other
@@ -127,8 +124,8 @@ def stage_configs(config: RunConfig) -> list[RunConfig]:
     return found
 
 
-def _ready(config: RunConfig) -> Examples:
-    """Read the stage's file, and write into its config what follows from it: steps, and what its router may learn."""
+def ready(config: RunConfig) -> Examples:
+    """Read one stage's file, and write into its config what follows from it: steps, and what its router may learn."""
     (stage,) = config.alignment
     tokenizer = load_tokenizer(config.data.tokenizer)
     template = ChatTemplate.chatml(tokenizer) if stage.template == "chatml" else _own_template(config)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from omegaconf import MISSING
 
+from moelab.config.files import Layer
 from moelab.config.model import Part
 from moelab.errors import ConfigError
 
@@ -86,6 +88,15 @@ def stand_in(config: Aligned, stage: AlignmentConfig) -> None:
         if getattr(stage, key) is not None:
             setattr(getattr(config, section), key, getattr(stage, key))
             setattr(stage, key, None)
+
+
+def below_stages(layer: Layer, config: Mapping[str, Any]) -> Layer:
+    """`layer`, which lies below a config, and train.steps where every stage of that says how long it is."""
+    stages = config.get(KEY) or []
+    if stages and all(isinstance(stage, Mapping) and (stage.get("epochs") or stage.get("steps")) for stage in stages):
+        train = {**layer.tree.get("train", {}), "steps": 1}  # each stage says its own
+        return replace(layer, tree=layer.tree | {"train": train})
+    return layer
 
 
 def check_alignment(config: Aligned) -> None:

@@ -142,6 +142,7 @@ class EvaluationConfig:
 
     every: int = 0  # steps; 0: only before the first and at the end
     sequences: int = 64  # of train.sequence_length tokens
+    domains: list[str] | None = None  # that are scored, patterns such as */yes too; null: all
     batch_size: int | None = None  # sequences at once; None: as many as are not slower, at least a micro-batch
     prompts: list[str] = field(default_factory=lambda: ["def ", "The "])  # that samples continue
     sample_tokens: int = 64  # 0: no samples

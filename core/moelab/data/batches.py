@@ -113,9 +113,11 @@ class ValidationBatches:
     """
 
     def __init__(
-        self, stream: TokenStream, sequences: int, sequence_length: int, batch_size: int, *, apart: bool = False
-    ) -> None:
-        """`apart`: attention, positions and targets stay within a document."""
+        self, stream: TokenStream, sequences: int, sequence_length: int, batch_size: int, *, apart: bool = False,
+        among: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """`apart`: attention, positions and targets stay within a document. `among` [n] bool: of which domains windows
+        are chosen, None: of all."""
         self.stream = stream
         self.apart = apart
         self.sequence_length = sequence_length
@@ -123,7 +125,13 @@ class ValidationBatches:
         available = count_windows(stream, sequence_length, "held-out")
         middles = np.arange(available, dtype=np.int64) * sequence_length + sequence_length // 2
         domain = stream.document_domain[stream.document_of(middles)]
-        self.windows = _fair_choice(domain, min(sequences, available))  # [windows] int64, in reading order
+        ours = np.arange(available) if among is None else np.flatnonzero(among[domain])
+        if not len(ours):
+            raise DataError(
+                "evaluation.domains: none of the held-out windows is of these domains; name others, or raise "
+                "data.validation_fraction"
+            )
+        self.windows = ours[_fair_choice(domain[ours], min(sequences, len(ours)))]  # [windows] int64, in reading order
 
     def documents_scored(self) -> np.ndarray:
         """[n] bool: the documents of which a target lies in a chosen window."""

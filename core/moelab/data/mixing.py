@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import numpy as np
 
@@ -26,6 +27,24 @@ class MixContext:
 
     domains: Mapping[str, int]  # {domain: training tokens}, none of them 0
     tokens: int  # that the run is planned to read
+
+    def among(self, patterns: Sequence[str] | None) -> dict[str, int]:
+        """The domains that patterns such as */yes name, all for None. Raises ConfigError for one that names none."""
+        return {name: self.domains[name] for name in matching(patterns, list(self.domains))}
+
+
+def matching(patterns: Sequence[str] | None, domains: Sequence[str]) -> list[str]:
+    """The domains that one of the patterns names, in their order; all for None.
+
+    Raises ConfigError for a pattern that names none."""
+    if patterns is None:
+        return list(domains)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in domains):
+            raise ConfigError(
+                f"domains: no domain '{pattern}'{near(pattern, domains)} Domains: {', '.join(sorted(domains))}"
+            )
+    return [name for name in domains if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from moelab.config.run import RunConfig
 from moelab.config.stages import in_stage, spans
 from moelab.data.batches import ValidationBatches
 from moelab.data.corpus import Corpus
+from moelab.data.mixing import matching
 from moelab.errors import ConfigError, DataError
 from moelab.nn.attention_inputs import AttentionKernel
 from moelab.nn.count import ServedCosts, flops_per_token, served_costs
@@ -93,7 +94,19 @@ def held_out(config: RunConfig, corpus: Corpus) -> ValidationBatches:
         config.train.sequence_length,
         evaluation_batch_size(config),
         apart=config.data.document_mask,
+        among=_scored(config.evaluation.domains, corpus.domains),
     )
+
+
+def _scored(patterns: list[str] | None, domains: list[str]) -> np.ndarray | None:
+    """-> [domains] bool. Raises ConfigError for a pattern that names none."""
+    if patterns is None:
+        return None
+    try:
+        chosen = matching(patterns, domains)
+    except ConfigError as error:
+        raise ConfigError(f"evaluation.{error}") from error
+    return np.isin(domains, chosen)
 
 
 def rehearse(model: Transformer, stages: tuple[Stage, ...], precision: Precision) -> None:

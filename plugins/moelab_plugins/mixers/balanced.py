@@ -12,6 +12,7 @@ from moelab import Component, MixContext, Mixer, Phase, component, hookimpl
 class BalancedOptions:
     max_epochs: float | None = None  # how often a domain may be read; what it lacks goes to the others. null: no limit
     tokens: int | None = None  # that the run reads, which the limit is reckoned with; null: those of train.steps
+    domains: list[str] | None = None  # that are read, patterns such as code_* or */yes too; null: all
 
     def __post_init__(self) -> None:
         if self.max_epochs is not None and not (math.isfinite(self.max_epochs) and self.max_epochs > 0):
@@ -32,8 +33,9 @@ def balanced(options: BalancedOptions, context: MixContext) -> Mixer:
     Cost: none; what repeats is told when the run begins.
     """
     left, shares = float(options.tokens or context.tokens), {}
-    for count, (name, tokens) in enumerate(sorted(context.domains.items(), key=lambda item: (item[1], item[0]))):
-        equal = left / (len(context.domains) - count)
+    read = context.among(options.domains)
+    for count, (name, tokens) in enumerate(sorted(read.items(), key=lambda item: (item[1], item[0]))):
+        equal = left / (len(read) - count)
         shares[name] = equal if options.max_epochs is None else min(equal, options.max_epochs * tokens)
         left -= shares[name]
     return Mixer([Phase(shares)])

@@ -11,6 +11,7 @@ from moelab import Component, MixContext, Mixer, Phase, component, hookimpl
 @dataclass
 class TemperatureOptions:
     temperature: float = 3.3  # 1: as much as there is; towards infinity: equal shares
+    domains: list[str] | None = None  # that are read, patterns such as code_* or */yes too; null: all
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 1):
@@ -26,8 +27,9 @@ def temperature(options: TemperatureOptions, context: MixContext) -> Mixer:
     Use: between what there is (1) and equal shares (`balanced`).
     Cost: none; what repeats is told when the run begins.
     """
-    largest = max(context.domains.values())
-    return Mixer([Phase({name: (n / largest) ** (1 / options.temperature) for name, n in context.domains.items()})])
+    read = context.among(options.domains)
+    largest = max(read.values())
+    return Mixer([Phase({name: (n / largest) ** (1 / options.temperature) for name, n in read.items()})])
 
 
 @hookimpl

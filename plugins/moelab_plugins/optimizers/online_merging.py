@@ -27,7 +27,7 @@ PAPER, OFFICIAL = "paper", "official"
 @dataclass
 class OnlineMergingOptions:
     reference: str  # folder of the weights that are to be kept in mind: the model after supervised fine-tuning
-    base: str  # folder of the weights that those were trained from
+    before: str  # folder of the weights that those were trained from
     method: str = ONDARE  # ondare: a random part of each step; onties: its largest part, by the sign of the larger
     alpha: float = 1e-6  # weight of what the reference changed; the paper scans 1e-7 to 1e-4, where it breaks
     reserve_rate: float = 1.0  # p: the share of a step, and of the reference's change, that is merged
@@ -90,7 +90,7 @@ class OnlineMerging(Optimizer):
         self._counts: dict[str, int] = {}  # {parameter: its steps}, which on an accelerator would have to be waited for
         self.register_load_state_dict_post_hook(lambda _: self._counts.clear())
         self._weights: dict[str, WeightsOnDisk] = {}
-        for key in ("reference", "base"):
+        for key in ("reference", "before"):
             if context.weights is None:  # a plan
                 break
             found = self._weights[key] = context.weights(getattr(options, key), f"{KEY}.{key}")
@@ -114,13 +114,14 @@ class OnlineMerging(Optimizer):
         for name, one in self._merged.items():
             tau, base = (torch.empty(one.parameter.shape, device=one.parameter.device) for _ in range(2))
             self._weights["reference"].read_into(name, tau)
-            self._weights["base"].read_into(name, base)
+            self._weights["before"].read_into(name, base)
             tau.sub_(base).clamp_(-self._options.clip, self._options.clip)
             self._sums[name] = float(tau.sum(dtype=torch.float64))
             self._tau[name] = self._prepared(one, tau).to(getattr(torch, self._options.tau_dtype)).view(-1)
         if not any(bool(tau.any()) for tau in self._tau.values()):
             raise ConfigError(
-                f"{KEY}.base: {self._options.base} holds the same weights as the reference {self._options.reference}, "
+                f"{KEY}.before: {self._options.before} holds the same weights as the reference "
+                f"{self._options.reference}, "
                 "so that there is nothing to keep in mind"
             )
 
@@ -131,7 +132,7 @@ class OnlineMerging(Optimizer):
             then = self.state.get(parameter, {}).get("tau_sum")
             if then is not None and float(then) != self._sums.get(name):
                 return (
-                    f"was written with another {KEY}.reference or base: what they differ by in '{name}' is something "
+                    f"was written with another {KEY}.reference or before: what they differ by in '{name}' is something "
                     "else now"
                 )
         return None

@@ -145,14 +145,13 @@ class _Opened:
 
 def _open(checkpoint: Path, config: tuple[str, ...], *, trust: bool, verify: bool) -> _Opened:
     """Tells of held-out text that the weights have seen."""
-    from moelab.data.batches import ValidationBatches
     from moelab.data.seen import history_of, seen_text
     from moelab.integrity import verified
     from moelab.loading import read_model
     from moelab.origin import check_vocabulary
-    from moelab.training.evaluate import evaluation_batch_size
     from moelab.training.precision import choose_precision, set_threads
     from moelab.training.setup import build_corpus_of, resolve_run
+    from moelab.training.stages import held_out
     from moelab_tools.checkpoints import evaluation_config, tokenizer_of
 
     folder = verified(checkpoint, verify=verify)
@@ -163,13 +162,7 @@ def _open(checkpoint: Path, config: tuple[str, ...], *, trust: bool, verify: boo
     tokenizer = tokenizer_of(folder, run.data.tokenizer)
     check_vocabulary(run.model.vocab_size, tokenizer, run.data.tokenizer)
     corpus = build_corpus_of(run, registry, tokenizer)
-    batches = ValidationBatches(
-        corpus.validation,
-        run.evaluation.sequences,
-        run.train.sequence_length,
-        evaluation_batch_size(run),
-        apart=run.data.document_mask,
-    )
+    batches = held_out(run, corpus)
     history = history_of([folder], [str(checkpoint)])
     for line in seen_text(history, str(checkpoint), corpus, tokenizer, batches.documents_scored()).lines():
         click.echo(f"warning: {line}", err=True)

@@ -82,7 +82,7 @@ def build_parts(work: Work) -> Parts:
 
 
 def _build_taggers(work: Work, registry: Registry) -> list[BuiltTagger]:
-    context, found = FilterContext(work.data_places), dict[str, BuiltTagger]()
+    context, found = FilterContext(work.data_places, registry), dict[str, BuiltTagger]()
     for number, tagger in enumerate(work.tags):
         where, name = f"tags.{number}", str(tagger["name"])
         if name in RESERVED or name in found or not name.isidentifier():
@@ -93,7 +93,7 @@ def _build_taggers(work: Work, registry: Registry) -> list[BuiltTagger]:
 
 
 def _build_stages(work: Work, registry: Registry) -> list[Built]:
-    context, found = FilterContext(work.data_places), []
+    context, found = FilterContext(work.data_places, registry), []
     for number, stage in enumerate(work.stages):
         where = f"stages.{number}"
         apply = registry.build(TEXT_FILTERS, stage.part, context, where)

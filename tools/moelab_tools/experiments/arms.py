@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moelab.builder import resolve_model
+from moelab.config.alignment import below_stages
 from moelab.config.files import Layer
 from moelab.config.model import ModelConfig
 from moelab.config.typed import SCHEMA
@@ -50,17 +51,20 @@ class Arms:
         """One run, with the weights it starts from if they are there, else with what they will be."""
         words = self._words(variant)
         below = self.preparation.below(words, seed)
-        arguments = [*self.preparation.filled(words, seed), f"seed={seed}", f"declaration={self.declaration.hash}"]
+        # A stage of post-training takes `data` from the run that it starts from; its order is its own all the same.
+        own = [f"seed={seed}", "data.order_seed=null", f"declaration={self.declaration.hash}"]
+        arguments = [*self.preparation.filled(words, seed), *own]
         run = plan_run(
-            variant, arguments, self.out, trust=self.trust, below=(lambda _: below) if below is not None else None
-        )
+            variant, arguments, self.out, trust=self.trust,
+            below=(lambda said: below_stages(below, said)) if below is not None else None,
+        )  # fmt: skip
         if below is not None:
             _check_start(run, below)
         return run
 
     def tasks(self, seeds: Sequence[int]) -> list[Task]:
         """Preparation and all variants, seed by seed, so that pairs are complete early."""
-        found: list[Task] = []
+        found = self.preparation.shared_tasks()
         for seed in seeds:
             found += self.preparation.tasks(seed)
             for name in self.declaration.config.variants:

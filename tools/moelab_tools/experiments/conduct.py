@@ -24,6 +24,7 @@ from moelab_tools.compare.verdict import BETTER, IDENTICAL, NEGLIGIBLE, NO_SPREA
 from moelab_tools.experiments.arms import Arms
 from moelab_tools.experiments.declaration import END, RESULTS, Declaration, read_declaration
 from moelab_tools.experiments.findings import Conclusion, Settled, write_findings
+from moelab_tools.experiments.logged import logged
 from moelab_tools.experiments.prepared import Preparation
 from moelab_tools.experiments.reached import Looks, reached
 from moelab_tools.experiments.register import registered, write_register
@@ -142,6 +143,11 @@ class Experiment:
             error=config.protocol.error,
             plan=plan,
         )
+        if config.logged is not None:
+            variant_of = {run.folder: run.variant for run in runs}
+            by_variant = {name: [one for one in comparison.runs if variant_of.get(one.path) == name]
+                          for name in config.variants}  # fmt: skip
+            conclusion.logged = logged(config.logged, by_variant, config.baseline, config.protocol.error)
         print_comparison(comparison, self.console)
         write_report(comparison, self.out / REPORT)
         return comparison

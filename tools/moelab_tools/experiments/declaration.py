@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,24 +21,39 @@ from moelab.planning.match import MEASURES
 from moelab_tools.compare.budgets import AXES
 from moelab_tools.compare.pairing import LEAST_PAIRS
 from moelab_tools.compare.sequential import SPENDING
+from moelab_tools.experiments.logged import Logged
 from moelab_tools.experiments.reaching import WORDS, Reaching
 from moelab_tools.sweep.axes import OURS, whole_numbers
 from moelab_tools.sweep.plan import digest
 
 FILE, RESULTS = "experiment.yaml", "results"
 END = "end"  # the axis of the last evaluation, whatever each run spent
-REFERENCE = "@"  # train.init_from=@dense: the weights that the step `dense` prepared
+REFERENCE = "@"  # train.init_from=@dense, data.source.path=@corpus/tokens: what the step of that name prepared
+INIT = "train.init_from"
+KINDS = ("train", "upcycle", "align", "data")  # of steps
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*(?:_[A-Za-z0-9.+-]+)*")
 
 
 @dataclass
 class Step:
-    """Weights that variants start from, made once for each seed; exactly one of `train` and `upcycle`."""
+    """What variants start from: weights, made once for each seed, or a corpus, made once. Exactly one of KINDS."""
 
     name: str = MISSING
     train: list[str] | None = None  # arguments of moelab train
     upcycle: list[str] | None = None  # arguments of moelab upcycle; its seed is the experiment's
     source: str | None = None  # of an upcycling: the earlier step whose dense weights it takes
+    align: list[str] | None = None  # arguments of moelab align, of one stage
+    data: list[str] | None = None  # arguments of moelab data
+
+    @property
+    def words(self) -> list[str]:
+        """The arguments, of whichever command."""
+        return next((words for kind in KINDS if (words := getattr(self, kind)) is not None), [])
+
+    @property
+    def trains(self) -> bool:
+        """Whether a run comes of it."""
+        return self.train is not None or self.align is not None
 
 
 @dataclass
@@ -76,6 +92,8 @@ class ExperimentConfig:
     protocol: Protocol = field(default_factory=Protocol)
     decision: dict[str, str] = field(default_factory=dict)  # verdict -> what is then concluded, of each variant
     lengths: Reaching | None = None  # what the runs make of longer texts; null: that isn't asked
+    logged: Logged | None = None  # what is told of the runs beside their loss; null: nothing
+    files: list[str] = field(default_factory=list)  # that configs name as data: hashed with them
 
     @property
     def seed_list(self) -> list[int]:
@@ -102,6 +120,8 @@ class ExperimentConfig:
             raise ConfigError(f"match: no '{self.match}'{near(self.match, MEASURES)} Known: {', '.join(MEASURES)}")
         if self.lengths is not None:
             self.lengths.check()
+        if self.logged is not None:
+            self.logged.check()
         runs = len(self.variants) * len(self.seed_list)
         if self.budget.runs is not None and runs > self.budget.runs:
             raise ConfigError(f"budget.runs: {self.budget.runs}; variants times seeds are {runs}: declare fewer seeds")
@@ -142,17 +162,34 @@ def read_declaration(name: str | Path) -> Declaration:
     config = load_config([str(path)], ExperimentConfig).config
     folder = path.parent
     named = [*config.configs, *(word for words in config.variants.values() for word in words)]
-    named += [word for step in config.prepare for word in (step.train or step.upcycle or [])]
+    named += [word for step in config.prepare for word in step.words]
     files = {word: find_near(word, folder) for word in named if not is_override(word)}
     texts = {word: [settle(layer.tree) for layer in file_layers(file)] for word, file in sorted(files.items())}
+    said: dict[str, Any] = {"declared": _said(config), "files": texts}
+    if config.files:
+        said["data"] = {name: hashlib.sha256(_bytes_of(folder / name, name)).hexdigest() for name in config.files}
     label = folder.resolve().name if path.name == FILE else path.stem
-    return Declaration(label, path, config, digest({"declared": _said(config), "files": texts}))
+    return Declaration(label, path, config, digest(said))
+
+
+def _bytes_of(path: Path, name: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"files: {name}: can't be read beside the declaration ({error.strerror or error})") from error
 
 
 def _said(config: ExperimentConfig) -> dict[str, Any]:
-    """Without `lengths` where nothing is asked of them: as it was hashed before there were any."""
+    """Without what is not asked for: a key that came later changes no hash of a declaration that does not use it."""
     tree = asdict(config)
-    return tree if config.lengths is not None else {key: value for key, value in tree.items() if key != "lengths"}
+    for key in ("lengths", "logged", "files"):
+        if not tree[key]:
+            del tree[key]
+    for step in tree["prepare"]:
+        for key in ("align", "data"):
+            if step[key] is None:
+                del step[key]
+    return tree
 
 
 def find_near(word: str, folder: Path) -> Path:
@@ -231,19 +268,18 @@ def _check_steps(config: ExperimentConfig) -> None:
         where = f"prepare.{index}"
         if not _NAME.fullmatch(step.name) or step.name in known or step.name in config.variants:
             raise ConfigError(f"{where}.name: '{step.name}' must be a name of its own, of letters, digits, . + - _")
-        if (step.train is None) == (step.upcycle is None):
-            raise ConfigError(f"{where}: {step.name} takes one of `train` and `upcycle`")
+        if sum(getattr(step, kind) is not None for kind in KINDS) != 1:
+            raise ConfigError(f"{where}: {step.name} takes one of {', '.join(KINDS)}")
         if step.upcycle is not None and (step.source not in known or known[step.source].train is None):
             trained = [name for name, one in known.items() if one.train is not None]
             raise ConfigError(
                 f"{where}.source: names the earlier step whose dense weights are upcycled, one of: "
                 f"{', '.join(trained) or 'none yet'}; not '{step.source}'"
             )
-        if step.train is not None and step.source is not None:
+        if step.upcycle is None and step.source is not None:
             raise ConfigError(f"{where}.source: is for an upcycling; write train.init_from={REFERENCE}{step.source}")
-        words = step.train if step.train is not None else step.upcycle or []
-        _check_words(f"{where}.{step.name}", words)
-        _check_references(f"{where}.{step.name}", words, known)
+        _check_words(f"{where}.{step.name}", step.words)
+        _check_references(f"{where}.{step.name}", step.words, known)
         known[step.name] = step
     for name, words in config.variants.items():
         _check_references(f"variants.{name}", [*config.configs, *words], known)
@@ -254,10 +290,12 @@ def _check_references(where: str, words: Sequence[str], known: dict[str, Step]) 
         name = reference(word)
         if name is not None and name not in known:
             raise ConfigError(f"{where}: {word} names no step of `prepare`{near(name, known)}")
+        if name is not None and word.partition("=")[0].strip() == INIT and known[name].data is not None:
+            raise ConfigError(f"{where}: {word} names a corpus, and weights are wanted")
 
 
 def reference(word: str) -> str | None:
-    """The step that an override names as its value."""
-    key, separator, value = word.partition("=")
+    """The step that an override names as its value, or as the first part of it."""
+    _, separator, value = word.partition("=")
     value = value.strip()
-    return value[1:] if separator and key.strip() == "train.init_from" and value.startswith(REFERENCE) else None
+    return value[1:].partition("/")[0] if separator and value.startswith(REFERENCE) else None

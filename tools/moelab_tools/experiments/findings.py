@@ -15,6 +15,7 @@ from moelab_tools.compare import sentences
 from moelab_tools.compare.comparison import Comparison
 from moelab_tools.compare.verdict import Verdict
 from moelab_tools.experiments.declaration import END, Declaration
+from moelab_tools.experiments.logged import logged_section
 from moelab_tools.experiments.reach_tables import lengths_section
 from moelab_tools.experiments.register import FINDINGS, Register
 
@@ -41,6 +42,7 @@ class Conclusion:
     failed: dict[str, str] = field(default_factory=dict)  # run -> why
     seeds: list[int] = field(default_factory=list)  # that were run
     minutes: float = 0.0
+    logged: dict[str, Any] | None = None  # name -> variant -> numbers
     lengths: dict[str, Any] | None = None  # variant -> moment -> what it made of longer texts; see `reached`
 
 
@@ -89,6 +91,7 @@ def findings_json(declaration: Declaration, register: Register, conclusion: Conc
         "baseline_loss": base,
         "variants": variants,
         "failed": conclusion.failed,
+        **({} if conclusion.logged is None else {"logged": conclusion.logged}),
         **({} if conclusion.lengths is None else {"lengths": conclusion.lengths}),
         "sentences": sentences.headlines(comparison) if comparison else [],
         "covers": sentences.what_intervals_cover(comparison) if comparison else [],
@@ -150,7 +153,7 @@ def reading(findings: Mapping[str, Any]) -> str:
     told += ["", *(f"{one}" for one in findings["sentences"]), "", *findings["covers"], ""]
     told += [f"- **{name}** did not end well: {why}" for name, why in findings["failed"].items()]
     told += [f"- {one}" for one in findings["remarks"]]
-    told += ["", *lengths_section(findings)]
+    told += ["", *logged_section(findings), *lengths_section(findings)]
     told += ["", "## Again", "", f"    {findings['command']}", "",
              f"{len(findings['runs'])} runs, {findings['minutes']:g} minutes; all numbers: findings.json."]  # fmt: skip
     return "\n".join(told) + "\n"

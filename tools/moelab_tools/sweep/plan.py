@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +95,36 @@ def plan_run(
     loaded = (
         load_config(provisional, RunConfig, below=below, trust=trust) if below else load_run(provisional, trust=trust)
     )
-    config = loaded.config
+    config = _of_one_stage(loaded)
     order = "" if config.order_seed == config.seed else f"_order{config.order_seed}"
     seeds = seeds or f"seed{config.seed}{order}"
     config.name = f"{variant}_{seeds}"
     config.run_dir = str(out / RUNS / config.name)
     try:
-        registry = check_run(loaded, trust=trust, start=below is None)
+        registry = check_run(replace(loaded, config=config), trust=trust, start=below is None)
     except ConfigError as error:
         blamed = loaded.blame(error)
         raise ConfigError(f"{blamed}; in the run {config.name}, and no run was started") from error
     return PlannedRun(variant, seeds, user_path(config.run_dir, "run_dir"), config, tuple(arguments), registry)
+
+
+def _of_one_stage(loaded: Loaded[RunConfig]) -> RunConfig:
+    """The config as its run will have it: of post-training with what follows from the stage, so that it is known again.
+
+    Raises ConfigError for several stages, whose runs are several.
+    """
+    config = loaded.config
+    if not config.alignment:
+        return config
+    from moelab.alignment.run import ready, stage_configs
+
+    if len(config.alignment) > 1:
+        raise ConfigError(
+            f"alignment: has {len(config.alignment)} stages, and a run here is of one; prepare the others one by one"
+        )
+    (own,) = stage_configs(config)
+    ready(own)
+    return own
 
 
 def check_run(loaded: Loaded[RunConfig], *, trust: bool, start: bool = True) -> Registry:

@@ -115,7 +115,7 @@ def train_task(
         if state.kind == "changed":
             with hold(now.folder):
                 prepare_run_folder(now.folder, resume=False, force=True)
-        return ["train", str(write_config(now, out)), "--resume"]
+        return ["align" if now.config.alignment else "train", str(write_config(now, out)), "--resume"]
 
     return Task(
         name=run.name,

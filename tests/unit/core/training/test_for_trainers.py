@@ -61,7 +61,7 @@ def test_online_merging_reads_tau_from_runs_and_refuses_others(tmp_path: Path) -
         config = moelab.load_config(*words, f"run_dir={tmp_path / name}", f"seed={number}")
         session.train(config, progress=False)
     model = moelab.load(tmp_path / "reference")
-    folders = {"reference": str(tmp_path / "reference"), "base": str(tmp_path / "base")}
+    folders = {"reference": str(tmp_path / "reference"), "before": str(tmp_path / "base")}
     algorithm = {"name": "online_merging", "alpha": 1e-3, **folders}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = moelab.optimizer_for(model, {"lr": 1e-3, "algorithm": algorithm})

@@ -25,7 +25,7 @@ from moelab_plugins.optimizers.online_merging import largest
 
 REGISTRY = Registry(entry_points=False)
 COMPONENT = REGISTRY.components(OPTIMIZERS)["online_merging"]
-FOLDERS = {"reference": "there", "base": "here"}
+FOLDERS = {"reference": "there", "before": "here"}
 RATE, BETAS, EPS = 1e-2, (0.9, 0.95), 1e-8
 MERGED = ("layers.0.experts.gate_up", "layers.0.experts.down", "layers.0.o_proj.weight", "layers.0.norm.weight")
 
@@ -288,7 +288,7 @@ def run(folder: Path, *words: str) -> None:
 
 
 def merging(trained: dict[str, Path], **options: Any) -> list[str]:
-    said = {"name": "online_merging", "reference": trained["reference"], "base": trained["base"], **options}
+    said = {"name": "online_merging", "reference": trained["reference"], "before": trained["base"], **options}
     return [f"optimizer.algorithm={{{', '.join(f'{key}: {value}' for key, value in said.items())}}}"]
 
 
@@ -310,11 +310,11 @@ def test_a_run_goes_on_to_the_same_bits(trained: dict[str, Path], tmp_path: Path
     shutil.move(trained["base"], elsewhere)
     try:
         shutil.copytree(trained["narrow"], trained["base"])
-        with pytest.raises(ConfigError, match=r"base: .* is another model .*model.hidden_size: 64 here, 32 there"):
+        with pytest.raises(ConfigError, match=r"before: .* is another model .*model.hidden_size: 64 here, 32 there"):
             run(tmp_path / "run", *words, "resume=true")
         shutil.rmtree(trained["base"])
         run(trained["base"], "train.steps=1", "seed=1")
-        with pytest.raises(CheckpointError, match=r"was written with another optimizer.algorithm.reference or base"):
+        with pytest.raises(CheckpointError, match=r"was written with another optimizer.algorithm.reference or before"):
             run(tmp_path / "run", *words, "resume=true")
     finally:
         shutil.rmtree(trained["base"], ignore_errors=True)
@@ -324,7 +324,7 @@ def test_a_run_goes_on_to_the_same_bits(trained: dict[str, Path], tmp_path: Path
 def test_what_is_no_such_model_is_told_before_the_data(trained: dict[str, Path], tmp_path: Path) -> None:
     start = f"train.init_from={trained['reference']}"
     for other, told in (
-        ({"base": trained["narrow"]}, r"optimizer.algorithm.base: .*narrow.* is another model"),
+        ({"before": trained["narrow"]}, r"optimizer.algorithm.before: .*narrow.* is another model"),
         ({"reference": tmp_path / "none"}, r"optimizer.algorithm.reference: .*none: no such folder"),
     ):
         with pytest.raises(moelab.UserError, match=told):

@@ -57,7 +57,7 @@ def _write(folder: Path, declared: dict[str, Any]) -> Path:
             {"decision": DECLARED["decision"] | {"beter": "x"}},
             r"decision: 'beter' is no verdict, did you mean 'better'",
         ),
-        ({"prepare": [{"name": "d"}]}, r"prepare\.0: d takes one of `train` and `upcycle`"),
+        ({"prepare": [{"name": "d"}]}, r"prepare\.0: d takes one of train, upcycle, align, data"),
         ({"prepare": [{"name": "a", "train": []}]}, r"prepare\.0\.name: 'a' must be a name of its own"),
         ({"prepare": [{"name": "d", "upcycle": []}]}, r"prepare\.0\.source: names the earlier step.*none yet"),
         ({"prepare": [{"name": "d", "train": [], "source": "e"}]}, r"train\.init_from=@e"),
