@@ -7,13 +7,15 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _free = True
 
 
 def waiting_is_free(of: Tensor) -> bool:
-    """Whether shapes may depend on values here: on a CPU, outside torch.compile, which would break its graph there."""
-    return _free and of.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether shapes may depend on values here: on a CPU that holds some, outside torch.compile, whose graph breaks."""
+    values = of.device.type == "cpu" and not isinstance(of, FakeTensor)
+    return _free and values and not torch.compiler.is_compiling()
 
 
 @contextmanager
