@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from moelab.data.corpus import Document
 from moelab.data.reading import resolve_path
 from moelab.paths import Places
-
-if TYPE_CHECKING:
-    from moelab.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class FilterContext:
     """What a text filter is told beside its options."""
 
     places: Places = field(default_factory=Places)  # where files that the options name are looked for
-    registry: Registry | None = None  # for what is made of other filters; None: these can't be built
+    registry: Any = None  # moelab.Registry, which stands above this; for filters made of others, which None refuses
 
     def find(self, path: str) -> Path:
         """The file or folder that an option names. Raises DataError with the places that were tried."""

@@ -18,6 +18,7 @@ from moelab.config.scalars import settle
 from moelab.errors import ConfigError, near
 from moelab.paths import user_path
 from moelab.planning.match import MEASURES
+from moelab.safe_files import Reading, read_bytes
 from moelab_tools.compare.budgets import AXES
 from moelab_tools.compare.pairing import LEAST_PAIRS
 from moelab_tools.compare.sequential import SPENDING
@@ -173,10 +174,7 @@ def read_declaration(name: str | Path) -> Declaration:
 
 
 def _bytes_of(path: Path, name: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"files: {name}: can't be read beside the declaration ({error.strerror or error})") from error
+    return read_bytes(path, Reading(ConfigError, f"'files' names it ({name}): put it beside the declaration"))
 
 
 def _said(config: ExperimentConfig) -> dict[str, Any]:

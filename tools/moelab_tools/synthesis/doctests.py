@@ -14,17 +14,16 @@ from typing import Any
 
 from moelab.errors import DataError
 from moelab.safe_files import Reading, read_text
-from moelab_plugins.data_sources.embedded import read_domain
+from moelab_plugins.data_sources._installed_text import READERS
 
 READING = Reading(DataError, "give files or folders of Python")
 LONGEST = 80  # characters of an answer
 INSTALLED = "code_py"  # the domain of the embedded text
-LARGE = 1 << 31  # bytes: all of it
 
 
 def installed(seed: int) -> Iterator[tuple[str, str]]:
     """(name, text) of the Python that is installed here, in seeded order."""
-    yield from ((document.name, document.text) for document in read_domain(INSTALLED, seed, LARGE))
+    yield from READERS[INSTALLED].texts(seed)
 
 
 def of_paths(paths: Iterable[Path]) -> Iterator[tuple[str, str]]:
