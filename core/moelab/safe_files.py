@@ -240,8 +240,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > LONGEST_INTEGER:
-        raise ValueError(f"an integer of {len(digits)} digits")
+    count = len(digits.lstrip("-"))
+    if count > LONGEST_INTEGER:
+        raise ValueError(f"an integer of {count} digits")
     return int(digits)
 
 

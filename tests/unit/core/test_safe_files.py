@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moelab.errors import CheckpointError
@@ -39,6 +39,7 @@ TREES = st.recursive(
 )  # fmt: skip
 
 
+@example(-(10**39))  # a sign is no digit
 @given(TREES)
 @settings(max_examples=60, derandomize=True, deadline=None)
 def test_what_json_spells_is_read_back(tree: object) -> None:
