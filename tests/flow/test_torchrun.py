@@ -37,10 +37,10 @@ def arguments(tmp_path: Path, root: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def torchrun(world: int, arguments: list[str], *flags: str, wait: bool = True) -> Any:
+def torchrun(world: int, arguments: list[str], *flags: str, wait: bool = True, script: Path | None = None) -> Any:
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), *flags]
-    command += ["-m", "moelab", "train", *arguments]
+    command += [*(["-m", "moelab"] if script is None else [str(script)]), "train", *arguments]
     if wait:
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -121,6 +121,18 @@ def test_a_signal_ends_all_at_one_step_and_what_they_saved_goes_on(tmp_path: Pat
     assert json.loads((newest / "state.json").read_text())["step"] == summary["steps"]
 
 
+# torchrun's SIGTERM comes while the failed process is still on its way out: what it says may not be cut off.
+SLOW_TO_LEAVE = """
+import sys, time
+import torch.distributed as dist
+from moelab_tools.cli import main
+
+leave = dist.destroy_process_group
+dist.destroy_process_group = lambda: (leave(), time.sleep(2))
+main()
+"""
+
+
 @pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process of a rank through /proc")
 def test_one_that_is_killed_is_named_and_a_launch_that_may_goes_on_by_itself(
@@ -128,7 +140,9 @@ def test_one_that_is_killed_is_named_and_a_launch_that_may_goes_on_by_itself(
 ) -> None:
     folder = tmp_path / "run"
     mesh = ["parallel.shard=2", "train.steps=60", "evaluation.every=0"]
-    process = torchrun(2, [*arguments, f"run_dir={folder}", *mesh], "--max-restarts=1", wait=False)
+    slow = tmp_path / "slow.py"
+    slow.write_text(SLOW_TO_LEAVE)
+    process = torchrun(2, [*arguments, f"run_dir={folder}", *mesh], "--max-restarts=1", wait=False, script=slow)
     wait_for_a_checkpoint(process, folder)
     os.kill(_process_of_rank(1, folder), signal.SIGKILL)
     told = process.communicate(timeout=200)[0]

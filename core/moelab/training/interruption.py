@@ -31,6 +31,10 @@ class Interruption:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def to_the_end(self) -> None:
+        """Signals are remembered from here until this process ends, whatever is raised meanwhile."""
+        self.__enter__()
+
     @contextmanager
     def listening(self) -> Iterator[Interruption]:
         """From here on a SIGTERM that this process was started to ignore is remembered; any other one ends it as ever.

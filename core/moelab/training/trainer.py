@@ -190,7 +190,6 @@ def _run(loop: Loop) -> None:
         logger.info("stage %s", stage.line())
     logger.info("%s: %s", facts["name"], {key: facts[key] for key in ("components", "parameters")})
     error: BaseException | None = None
-    stack = ExitStack()
     try:
         loop.observers.hook.on_train_begin(
             run_dir=loop.run_dir, config=stored(whole.config), facts=facts, step=progress.step,
@@ -214,8 +213,8 @@ def _run(loop: Loop) -> None:
         write_evaluation(loop)
         save(loop, wait=True)
     except BaseException as problem:
-        if setup.ranks.size > 1:  # the launcher ends all when it hears of one: that waits for what is said here
-            stack.enter_context(Interruption())
+        if setup.ranks.size > 1:  # the launcher ends all when it hears of one: that waits until the caller told it
+            Interruption().to_the_end()
         error = ending(problem, setup.config, setup.registry, progress.step, setup.ranks)
         # A rank that fails alone can't save what lies on all of them; the others hear of it when it is gone.
         agreed = setup.ranks.size == 1 or loop.agreed or isinstance(error, NotFinite)
@@ -225,10 +224,9 @@ def _run(loop: Loop) -> None:
             save_what_is_good(setup.model, setup.optimizer, saving, error, state, setup.ranks)
         if agreed:
             settled(loop)
-    with stack:
-        _end(loop, facts, error)
-        if error is not None:
-            raise error
+    _end(loop, facts, error)
+    if error is not None:
+        raise error
 
 
 def _end_if_asked(loop: Loop) -> None:
