@@ -65,11 +65,12 @@ def repetition(options: RepetitionOptions, context: FilterContext) -> TextFilter
                 )
         words = text.split()
         total = sum(map(len, words))
+        again = _repeating(words, sorted({size for size, _ in [*top, *duplicate]}))
         for size, limit in top:
-            if (share := _commonest(words, size) / max(total, 1)) > limit:
+            if (share := _commonest(words, again[size], size) / max(total, 1)) > limit:
                 return Rejected(f"one {size}-gram again and again", f"{share:.2f} of the characters, at most {limit}")
         for size, limit in duplicate:
-            if (share := _in_repeated(words, size) / max(total, 1)) > limit:
+            if (share := _in_repeated(words, again[size], size) / max(total, 1)) > limit:
                 return Rejected(f"repeated {size}-grams", f"{share:.2f} of the characters, at most {limit}")
         return document
 
@@ -82,17 +83,33 @@ def _repeated(pieces: Sequence[str]) -> tuple[int, int]:
     return len(pieces) - len(counts), sum((count - 1) * len(piece) for piece, count in counts.items())
 
 
-def _commonest(words: Sequence[str], size: int) -> int:
+def _repeating(words: Sequence[str], sizes: Sequence[int]) -> dict[int, list[int]]:
+    """For each of the ascending sizes the places, ascending, where an n-gram begins that stands in the text twice.
+
+    An n-gram that does begins with a shorter one that does, so each size looks at what is left of the one before.
+    """
+    found: dict[int, list[int]] = {}
+    starts: Sequence[int] = range(len(words))
+    for size in sizes:
+        starts = [start for start in starts if start + size <= len(words)]
+        ngrams = [tuple(words[start : start + size]) for start in starts]
+        counts = Counter(ngrams)
+        starts = [start for start, ngram in zip(starts, ngrams, strict=True) if counts[ngram] > 1]
+        found[size] = starts
+    return found
+
+
+def _commonest(words: Sequence[str], starts: Sequence[int], size: int) -> int:
     """Characters in the n-gram that takes the most of them; 0 where none stands twice."""
-    counts = Counter(zip(*(words[start:] for start in range(size)), strict=False))
-    return max((count * sum(map(len, ngram)) for ngram, count in counts.items() if count > 1), default=0)
+    counts = Counter(tuple(words[start : start + size]) for start in starts)
+    return max((count * sum(map(len, ngram)) for ngram, count in counts.items()), default=0)
 
 
-def _in_repeated(words: Sequence[str], size: int) -> int:
+def _in_repeated(words: Sequence[str], starts: Sequence[int], size: int) -> int:
     """Characters of the words that stand in an n-gram which was there before."""
     seen: set[tuple[str, ...]] = set()
     covered = characters = 0  # words before `covered` are counted
-    for start in range(len(words) - size + 1):
+    for start in starts:
         ngram = tuple(words[start : start + size])
         if ngram in seen:
             characters += sum(map(len, words[max(start, covered) : start + size]))
