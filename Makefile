@@ -48,12 +48,15 @@ test: $(INSTALLED)
 
 # Another processor's kernels (no AVX in torch, no AVX-512 in oneDNN, plain ones in MKL), three threads, another order
 # for each commit (SHUFFLE repeats one), and an installed package whose `moelab` entry point imports torch. Without what
-# compiles for GPUs and what starts torchrun, which none of that changes.
+# compiles for GPUs, what starts torchrun, and what kills, damages, installs or types, which none of that changes.
+SAME_EVERYWHERE := tests/hostile tests/unit/tools/sweep tests/unit/test_benchmarks.py tests/unit/test_house_rules.py \
+	$(addprefix tests/flow/test_,kills.py template.py wheel.py documentation.py)
 SHUFFLE ?= $(or $(shell git rev-parse --short HEAD 2>/dev/null),0)
 test-elsewhere: $(INSTALLED)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=3 OMP_WAIT_POLICY=passive \
 		PYTHONPATH=$(CURDIR)/tests/elsewhere \
-		$(BIN)/python -m pytest -n 2 -q -m 'not interpreter and not processes and not gpu' --shuffle=$(SHUFFLE)
+		$(BIN)/python -m pytest -n 2 -q -m 'not interpreter and not processes and not gpu' --shuffle=$(SHUFFLE) \
+		$(addprefix --ignore=,$(SAME_EVERYWHERE))
 
 test-lowest:
 	$(MAKE) setup-megablocks test VENV=.venv-lowest CONSTRAINTS=requirements.lowest
