@@ -56,7 +56,8 @@ def main() -> None:
     chance, killed = random.Random(options.seed), 0
     while killed < options.kills:
         # on the whole as much time as it needs in peace: what was begun and lost makes room for the last kills
-        if watch([*command, f"output={options.work / 'killed'}"], chance.uniform(0, 2 * seconds / (options.kills + 1)))[1]:
+        moment = chance.uniform(0, 2 * seconds / (options.kills + 1))
+        if watch([*command, f"output={options.work / 'killed'}"], moment)[1]:
             break  # it ended before the moment came
         killed += 1
     if not (options.work / "killed/account.json").exists():

@@ -24,26 +24,44 @@ def moelab(*arguments: object) -> None:
     assert cli.run([str(argument) for argument in arguments]) == 0
 
 
+def train(folder: Path, name: str, seed: int, *overrides: str) -> None:
+    (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (folder / "run.yaml").write_text("data: {source: {name: jsonl, paths: [data.jsonl], deduplicate: false}}\n")
+    moelab(
+        "train", folder / "run.yaml", f"run_dir={folder / name}", f"seed={seed}", *MODEL, "train.steps=2",
+        "train.batch_size=2", "train.sequence_length=32", "evaluation.sequences=999",
+        "evaluation.sample_tokens=0", "observers=[]", *overrides,
+    )  # fmt: skip
+
+
+def test_runs_that_read_other_weights_of_one_recipe_are_one_variant(tmp_path: Path) -> None:
+    merging = "optimizer.algorithm={name: online_merging, reference: %s, before: %s}"
+    for seed in range(2):
+        dense, tuned = tmp_path / f"dense_{seed}", tmp_path / f"tuned_{seed}"
+        train(tmp_path, dense.name, seed)
+        train(tmp_path, tuned.name, 5 + seed, f"train.init_from={dense}")
+        train(tmp_path, f"merged_{seed}", 9, f"train.init_from={tuned}", merging % (tuned, dense))
+        # another base than its own past: seeds of its own
+        train(tmp_path, f"apart_{seed}", 9, f"train.init_from={dense}", merging % (tuned, dense))
+    runs = [tmp_path / f"{name}_{seed}" for name in ("merged", "apart") for seed in range(2)]
+    moelab("compare", *runs, "--output", tmp_path / "report")
+    found: dict[str, Any] = json.loads((tmp_path / "report" / "comparison.json").read_text())
+    assert {line["name"]: sorted(map(str, line["seeds"])) for line in found["variants"]} == {
+        "merged": [f"9, source seed {seed}, seed {5 + seed}" for seed in range(2)],
+        "apart": [f"9, source seed {seed} (2 times), seed {5 + seed}" for seed in range(2)],
+    }
+
+
 @pytest.mark.slow
 def test_other_seeds_of_source_and_conversion_are_one_variant_and_pairs(tmp_path: Path) -> None:
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    (tmp_path / "run.yaml").write_text("data: {source: {name: jsonl, paths: [data.jsonl], deduplicate: false}}\n")
-
-    def train(name: str, seed: int, *overrides: str) -> None:
-        moelab(
-            "train", tmp_path / "run.yaml", f"run_dir={tmp_path / name}", f"seed={seed}", *MODEL, "train.steps=2",
-            "train.batch_size=2", "train.sequence_length=32", "evaluation.sequences=999",
-            "evaluation.sample_tokens=0", "observers=[]", *overrides,
-        )  # fmt: skip
-
     for seed in range(3):
-        train(f"dense_{seed}", seed)
+        train(tmp_path, f"dense_{seed}", seed)
         source, output = tmp_path / f"hf_{seed}", tmp_path / f"moe_{seed}"
         moelab("export", tmp_path / f"dense_{seed}", source, "--dtype", "float32")
         moelab("upcycle", "upcycle/qwen2_57b_a14b", f"source={source}", f"output={output}", "workers=1",
                f"seed={10 + seed}", *UPCYCLED)  # fmt: skip
-        train(f"upcycled_{seed}", seed, f"train.init_from={output}", *MOE)
-        train(f"continued_{seed}", seed, f"train.init_from={source}")
+        train(tmp_path, f"upcycled_{seed}", seed, f"train.init_from={output}", *MOE)
+        train(tmp_path, f"continued_{seed}", seed, f"train.init_from={source}")
     runs = [tmp_path / f"{name}_{seed}" for name in ("upcycled", "continued") for seed in range(3)]
     moelab("compare", *runs, "--baseline", "continued", "--output", tmp_path / "report")
     found: dict[str, Any] = json.loads((tmp_path / "report" / "comparison.json").read_text())

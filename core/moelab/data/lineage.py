@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moelab.config.interpolation import KeyPath, replace_leaves
 from moelab.config.run import RunConfig
 from moelab.errors import CheckpointError
 from moelab.records import Record, read_record
@@ -24,6 +25,7 @@ LINEAGE = "moelab_lineage.json"
 FORMAT_VERSION = 1
 READING = Reading(CheckpointError, "copy it again, with the version of moelab that wrote it, or delete it")
 TRAINING, CONVERSION = "training", "conversion"
+Stage = tuple[str, str]  # training or conversion, its seeds in words
 # Of a run's config, what changes no weight.
 _FREE = {"run_dir", "name", "declaration", "resume", "observers", "evaluation", "search_path", "seed"}
 _FREE_TRAIN = {
@@ -40,10 +42,10 @@ _FREE_TRAIN = {
 
 @dataclass(frozen=True)
 class Lineage:
-    """Of some weights. `stages`: (training or conversion, its seeds in words), oldest first."""
+    """Of some weights. `stages`: oldest first."""
 
     recipe: str
-    stages: tuple[tuple[str, str], ...] = ()
+    stages: tuple[Stage, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {"recipe": self.recipe, "stages": [list(stage) for stage in self.stages]}
@@ -81,12 +83,18 @@ def carried_lineage(folder: Path) -> dict[str, bytes]:
     return {LINEAGE: lineage_of(folder, folder.name).to_bytes()} if (folder / LINEAGE).is_file() else {}
 
 
-def trained(config: RunConfig, start: Lineage | None, made: Mapping[str, Any] | None = None) -> Lineage:
+def trained(
+    config: RunConfig,
+    start: Lineage | None,
+    made: Mapping[str, Any] | None = None,
+    named: Mapping[KeyPath, Lineage] | None = None,
+) -> Lineage:
     """Of the weights that a run makes from `start`, or from random ones.
 
-    `made`: what the config doesn't say of their making, such as that they are those of its best evaluation.
+    `made`: what the config doesn't say of their making, such as that they are those of its best evaluation. `named`:
+    the weights that other keys of the config name, which count as their recipes.
     """
-    tree = {key: value for key, value in asdict(config).items() if key not in _FREE}
+    tree: dict[str, Any] = {key: value for key, value in asdict(config).items() if key not in _FREE}
     tree["train"] = {key: value for key, value in tree["train"].items() if key not in _FREE_TRAIN}
     tree["data"] = {key: value for key, value in tree["data"].items() if key != "order_seed"}
     if not config.stages:
@@ -95,10 +103,20 @@ def trained(config: RunConfig, start: Lineage | None, made: Mapping[str, Any] | 
         del tree["optimizer"]["algorithm"]  # there are runs from before there was another
     del tree["schedule"]["rewarm_steps"]  # `made` says whether and where that happened
     tree |= {"made": dict(made)} if made else {}
+    tree = replace_leaves(tree, {path: one.recipe for path, one in (named or {}).items()})
     seeds = f"seed {config.seed}"
     if config.order_seed != config.seed:
         seeds += f", order {config.order_seed}"
-    return _after([start] if start else [], tree, (TRAINING, seeds))
+    return _after([start] if start else [], tree, (TRAINING, seeds), aside=stages_aside(start, (named or {}).values()))
+
+
+def stages_aside(start: Lineage | None, others: Iterable[Lineage]) -> tuple[Stage, ...]:
+    """The stages of other weights that a run reads, but for those that are where its own come from."""
+    known, found = (start.stages if start else ()), dict[tuple[Stage, ...], None]()
+    for one in others:
+        if one.stages != known[: len(one.stages)]:
+            found[one.stages] = None
+    return tuple(stage for stages in found for stage in stages)
 
 
 def converted(identity: Mapping[str, Any], seed: int, sources: Sequence[Lineage]) -> Lineage:
@@ -106,7 +124,9 @@ def converted(identity: Mapping[str, Any], seed: int, sources: Sequence[Lineage]
     return _after(sources, identity, (CONVERSION, f"seed {seed}"))
 
 
-def _after(before: Sequence[Lineage], made_by: Mapping[str, Any], stage: tuple[str, str]) -> Lineage:
+def _after(
+    before: Sequence[Lineage], made_by: Mapping[str, Any], stage: Stage, *, aside: tuple[Stage, ...] = ()
+) -> Lineage:
     text = json.dumps([[one.recipe for one in before], made_by], sort_keys=True, default=str)
     recipe = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return Lineage(recipe, (*(known for one in before for known in one.stages), stage))
+    return Lineage(recipe, (*(known for one in before for known in one.stages), *aside, stage))

@@ -19,6 +19,10 @@ ROW_ALARMS = "alarms"  # and where any are on, these: no tag either
 # (`moelab.training.best`), whether it ended early, how train.steps changed on the way (`moelab.training.plan`).
 BEST_EVALUATION, ENDED_EARLY, REPLANNED = "best_evaluation", "ended_early", "replanned"
 
+# Of summary.json: weights that keys of the config beside train.init_from name. {recipes: {key: how they were made},
+# stages: their seeds, where they are not the run's own past}
+NAMED_WEIGHTS = "named_weights"
+
 # What a clock or the machine decides, wherever it stands in summary.json, metrics.jsonl or state.json: two processes
 # that do the same steps agree in everything else. `logged` begins with seconds.
 CLOCK = frozenset(

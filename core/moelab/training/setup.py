@@ -16,6 +16,7 @@ import torch
 from moelab.alarms import Alarm
 from moelab.builder import build_balance_losses, build_hollow, build_model, resolve_model
 from moelab.checkpoint import CONFIG, STATE, read_run_config, read_state
+from moelab.config.interpolation import KeyPath
 from moelab.config.rope_scaling import as_part
 from moelab.config.run import RunConfig, TrainConfig
 from moelab.config.scalars import settle
@@ -50,6 +51,7 @@ from moelab.training.budget import settle_budget
 from moelab.training.causality import Causality
 from moelab.training.freeze import freeze
 from moelab.training.mixture import Batches, build_batches
+from moelab.training.named_weights import named_weights
 from moelab.training.optimizer import begin, build_optimizer, state_bytes
 from moelab.training.precision import Precision, choose_precision, set_threads
 from moelab.training.rehearsal import probe_step
@@ -88,6 +90,7 @@ class Setup:
     corpus: Corpus
     history: DataRecord  # the text that the starting weights have met
     lineage: Lineage | None  # how they were made; None: random weights
+    named_weights: dict[KeyPath, Lineage]  # how those were made that other keys of the config name
     batches: Batches
     validation: ValidationBatches
     model: Transformer
@@ -175,6 +178,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         corpus=corpus,
         history=starting_history(config, start),
         lineage=starting_lineage(config, start),
+        named_weights=named_weights(config),
         batches=batches,
         validation=stages[0].validation if stages else held_out(config, corpus),
         model=model,
@@ -349,7 +353,7 @@ def checkpoint_files(setup: Setup, step: int, made: Mapping[str, Any]) -> dict[s
     """What goes into the checkpoint of this step beside its tensors. `made`: of their making, what no config says."""
     read = documents_read(setup.stages, step) if setup.stages else setup.batches.documents_read(step)
     record = setup.history | record_of_run(setup.corpus, setup.tokenizer, read)
-    lineage = trained(setup.config, setup.lineage, made)
+    lineage = trained(setup.config, setup.lineage, made, setup.named_weights)
     own = {CONFIG: to_yaml(setup.config).encode(), RECORD: record.to_bytes(), LINEAGE: lineage.to_bytes()}
     return own | setup.tokenizer.files() | setup.start.files
 

@@ -14,10 +14,11 @@ import torch
 
 import moelab
 from moelab.config.stored import stored
+from moelab.data.lineage import stages_aside
 from moelab.data.packing import PackedBatches
 from moelab.data.tokenizer import tokenizer_commit
 from moelab.nn.count import expected_assignments
-from moelab.training.format import FORMAT_VERSION
+from moelab.training.format import FORMAT_VERSION, NAMED_WEIGHTS
 from moelab.training.mixture import mixture_facts
 from moelab.training.parts import components, own_options
 from moelab.training.peak import peak_flops
@@ -118,9 +119,19 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
         COMMIT: setup.start.commit,  # of the hub that init_from named
         OVERRIDES: setup.start.overrides,  # {key: {config, checkpoint}}: where the model is not the checkpoint's
         "lineage": setup.lineage.to_json() if setup.lineage else None,  # of the weights it starts from
+        **_named_weights(setup),
         "seed": written["seed"],
         BACKENDS: backends(setup),
     }
+
+
+def _named_weights(setup: Setup) -> dict[str, Any]:
+    """The lineage of weights that other keys name, and the stages among theirs that are not the run's own past."""
+    if not setup.named_weights:
+        return {}
+    aside = stages_aside(setup.lineage, setup.named_weights.values())
+    recipes = {".".join(path): one.recipe for path, one in setup.named_weights.items()}
+    return {NAMED_WEIGHTS: {"recipes": recipes, "stages": [list(stage) for stage in aside]}}
 
 
 def run_name(setup: Setup) -> str:

@@ -123,7 +123,9 @@ def fairness_warnings(runs: Sequence[Run]) -> list[str]:
         for name, one in value.items():
             groups.setdefault(str(one), []).append(name)
         if len(groups) > 1:
-            warnings.append(f"{text}: " + "; ".join(f"{one} in {some(names)}" for one, names in groups.items()))
+            told = [f"{one} in {some(names)}" for one, names in groups.items()]
+            more = f"; and {len(told) - MOST_NAMES} other values" if len(told) > MOST_NAMES else ""
+            warnings.append(f"{text}: {'; '.join(told[:MOST_NAMES])}{more}")
     return warnings
 
 
@@ -146,7 +148,7 @@ def _unequal(runs: Sequence[Run]) -> Iterator[tuple[str, dict[str, Any]]]:
         )
     yield (
         "The runs start from different weights; tokens and FLOPs count from each run's own start",
-        {run.name: run.summary.get("init_from") or "random" for run in ended},
+        _starts(ended),
     )
     yield (
         "Throughput can't be compared across machines",
@@ -157,6 +159,17 @@ def _unequal(runs: Sequence[Run]) -> Iterator[tuple[str, dict[str, Any]]]:
         "The runs used different versions of torch",
         {run.name: run.summary.get("versions", {}).get("torch") for run in ended},
     )
+
+
+def _starts(runs: Sequence[Run]) -> dict[str, str]:
+    """{run: the weights it starts from}; those that were made by one recipe are one, named by the first."""
+    names: dict[str, str] = {}
+    starts = {}
+    for run in runs:
+        source = run.summary.get("init_from") or "random"
+        made = (run.summary.get("lineage") or {}).get("recipe") or source
+        starts[run.name] = names.setdefault(made, source)
+    return starts
 
 
 def _short(value: Any) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from moelab.data.seen import SeenText
 from moelab.records import Record
-from moelab.training.format import BEST_EVALUATION, ENDED_EARLY, REPLANNED
+from moelab.training.format import BEST_EVALUATION, ENDED_EARLY, NAMED_WEIGHTS, REPLANNED
 
 _COUNTS = [field.name for field in fields(SeenText) if field.name not in ("source", "unknown")]
 
@@ -43,6 +43,11 @@ def check_summary(summary: Record) -> None:
     for mode in ("training", "evaluation"):
         noncausal.listed(mode, int, optional=True)
     _check_lineage(summary.record("lineage", optional=True))
+    named = summary.record(NAMED_WEIGHTS, optional=True)
+    _check_stages(named)
+    recipes = named.record("recipes", optional=True)
+    for key in recipes.values:
+        recipes.text(key)
     seen = summary.record("data").record("seen", optional=True)
     seen.text("source", None)
     seen.listed("unknown", str, optional=True)
@@ -68,6 +73,10 @@ def _check_ending(summary: Record) -> None:
 
 def _check_lineage(lineage: Record) -> None:
     lineage.text("recipe", None)
+    _check_stages(lineage)
+
+
+def _check_stages(lineage: Record) -> None:
     for stage in lineage.listed("stages", list, optional=True):
         if len(stage) != 2:
             lineage.refuse("stages", "a list of [stage, seeds]")

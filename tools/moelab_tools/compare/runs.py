@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from moelab.errors import ConfigError, UserError
 from moelab.printable import printable
 from moelab.records import Record, read_record
 from moelab.safe_files import Reading, json_lines, read_bytes
-from moelab.training.format import FORMAT_VERSION
+from moelab.training.format import FORMAT_VERSION, NAMED_WEIGHTS
 from moelab_tools.compare.run_shapes import check_config, check_summary
 
 _CURE = "leave this run out, or train it again"
@@ -97,9 +98,10 @@ class Run:
     @property
     def replicate(self) -> Replicate:
         """What two runs of one recipe may differ in."""
-        stages = (self.summary.get("lineage") or {}).get("stages") or []
+        stages = [*((self.summary.get("lineage") or {}).get("stages") or [])]
+        stages += self.summary.get(NAMED_WEIGHTS, {}).get("stages", [])
         source, conversion = (
-            ", ".join(str(seeds) for stage, seeds in stages if stage == kind) or None for kind in (TRAINING, CONVERSION)
+            _in_a_row([str(seeds) for stage, seeds in stages if stage == kind]) for kind in (TRAINING, CONVERSION)
         )
         return Replicate(str(self.seed), str(self.order_seed), source, conversion)
 
@@ -120,6 +122,12 @@ class Run:
         """How many tokens, FLOPs or seconds the run took."""
         last = self.rows[-1][axis] if self.rows else 0.0
         return float(self.summary.get(axis) or last)
+
+
+def _in_a_row(seeds: Sequence[str]) -> str | None:
+    """`seed 0, order 1000 (4 times)`"""
+    groups = [(one, len(list(same))) for one, same in groupby(seeds)]
+    return ", ".join(one if count == 1 else f"{one} ({count} times)" for one, count in groups) or None
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moelab.config.interpolation import replace_leaves
+from moelab.training.format import NAMED_WEIGHTS
 from moelab_tools.compare.differences import flatten, is_bookkeeping
 from moelab_tools.compare.endings import rewarmed
 from moelab_tools.compare.measure import Measure
@@ -80,9 +82,12 @@ def loss_of(documents: Sequence[Document], measure: Measure) -> float:
 def recipe(run: Run) -> str:
     """The config without its seeds and without what changes nothing of the result, as one text.
 
-    Weights that a run starts from stand for how they were made (`moelab.data.lineage`), not for where they lie.
+    Weights that a run starts from, or reads, stand for how they were made (`moelab.data.lineage`), not for where
+    they lie.
     """
-    keys = {key: value for key, value in flatten(run.config) if key not in SEEDS and not is_bookkeeping(key)}
+    named = run.summary.get(NAMED_WEIGHTS, {}).get("recipes", {})
+    config = replace_leaves(run.config, {tuple(key.split(".")): value for key, value in named.items()})
+    keys = {key: value for key, value in flatten(config) if key not in SEEDS and not is_bookkeeping(key)}
     start = (run.summary.get("lineage") or {}).get("recipe")
     if start is not None:
         keys["train.init_from"] = start
