@@ -18,6 +18,7 @@ import torch
 
 from dense_checkpoints import Tiny, read_all, write_dense
 from moelab_tools import cli
+from moelab_upcycling.writer import BUFFER, BUFFERS
 
 transformers = pytest.importorskip("transformers")
 
@@ -300,11 +301,11 @@ for line in open("/proc/self/status"):  # getrusage's maximum is at least the me
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_layers_or_shards(tmp_path: Path):
-    """24 layers of 4 MB each, in MB of peak memory; held, they or one large shard would add 90."""
+    """40 layers of 4 MB each, in MB of peak memory; held, they or one large shard would add 150 and more."""
     peaks = {}
     few = ["model.vocab_size=64", "model.moe.layout.num_experts=8", "model.moe.layout.moe_intermediate_size=592"]
-    sources = {layers: write_dense(tmp_path / f"dense{layers}", Tiny(hidden=128, layers=layers)) for layers in (2, 24)}
-    for layers, size in ((2, "5GB"), (24, "5GB"), (24, "2MB")):
+    sources = {layers: write_dense(tmp_path / f"dense{layers}", Tiny(hidden=128, layers=layers)) for layers in (2, 40)}
+    for layers, size in ((2, "5GB"), (40, "5GB"), (40, "2MB")):
         source = sources[layers]
         output = tmp_path / f"out{layers}{size}"
         arguments = recipe(source, output, f"max_shard_size={size}", *few)
@@ -313,4 +314,5 @@ def test_memory_does_not_grow_with_layers_or_shards(tmp_path: Path):
         )
         peaks[layers, size] = int(done.stdout.split()[-1])
         assert sum(path.stat().st_size for path in output.glob("*.safetensors")) > layers * 3_900_000
-    assert max(peaks.values()) - min(peaks.values()) < 25, peaks
+    buffers = BUFFERS * BUFFER >> 20  # a large shard fills them
+    assert max(peaks.values()) - min(peaks.values()) < buffers + 25, peaks

@@ -18,6 +18,7 @@ from moelab_upcycling.maker import build_parts
 from moelab_upcycling.plan import Plan, ledger
 from moelab_upcycling.promised_start import promised_start
 from moelab_upcycling.source import DenseSource
+from moelab_upcycling.writer import BUFFER, BUFFERS
 
 _SECONDS_PER_GB = 2.3  # of a processor core, measured: docs/upcycling.md
 
@@ -97,7 +98,7 @@ def memory_per_worker(plan: Plan) -> int:
     matrix = plan.target.hidden_size * plan.target.intermediate_size * STORAGE[plan.dtype].itemsize
     held = len(plan.sources) + (1 if len(plan.sources) > 1 else 0)
     largest = max(tensor.nbytes for tensor in plan.tensors if tensor.role != "copy")
-    return held * matrix + largest + (120 << 20)
+    return held * matrix + largest + BUFFERS * BUFFER + (88 << 20)
 
 
 def warnings(plan: Plan, config: UpcycleConfig) -> list[str]:

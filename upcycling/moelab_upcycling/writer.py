@@ -1,7 +1,8 @@
 """Writes one file as its bytes are made: beside its place, past the page cache, synced, then renamed.
 
 Buffered writes of what is never read back fill the page cache and cost sixty times the processor time of direct
-ones. A thread writes one buffer while the next is filled; nothing larger than two buffers is ever held.
+ones. A thread writes buffers while others are filled. Values come in bursts, an expert's matrix at a time, and so many
+buffers take three of those at 7B's width: with two of 16 MB the disk or the processor waited for the other.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from moelab.atomic import sync
 from moelab.errors import CheckpointError
 from moelab_upcycling.dtypes import raw_bytes
 
-BUFFER = 16 << 20  # bytes; a multiple of every block size
+BUFFER = 4 << 20  # bytes; a multiple of every block size
+BUFFERS = 16  # at most; a small file has fewer
 PARTIAL = ".partial"
 
 
@@ -46,7 +48,7 @@ class ShardWriter:
         except OSError as error:
             self._remove()
             raise explain(error, path) from error
-        for _ in range(2):
+        for _ in range(min(BUFFERS, 2 + size // BUFFER)):
             self._buffers.put(mmap.mmap(-1, BUFFER))  # page-aligned, as direct writing asks
         self._buffer, self._filled = self._buffers.get(), 0
         self._thread = Thread(target=self._drain, daemon=True)
