@@ -26,6 +26,10 @@ from report import machine, markdown_table, median, write_results
 DOMAINS = 8
 WEIGHTS = {f"domain_{n}": 1 / (n + 1.3) for n in range(DOMAINS)}
 ROUNDS = 5
+# As benchmarks/cpu_step.py's smallest cell: a step that somebody would wait for.
+LARGER = ["model.hidden_size=256", "model.intermediate_size=512", "model.num_hidden_layers=4",
+          "model.moe.layout.num_experts=32", "model.moe.layout.num_experts_per_tok=4", "train.sequence_length=512",
+          "model.moe.layout.moe_intermediate_size=128", "train.log_every=2", "train.steps=40"]  # fmt: skip
 
 
 def main() -> None:
@@ -82,12 +86,14 @@ def waiting(folder: Path, config: str, steps: int) -> dict[str, float]:
     import moelab
 
     files = {f"domain_{n}": [str(write_megatron(folder / f"domain_{n}", 40_000 * (n + 1), n))] for n in range(DOMAINS)}
-    run = moelab.load_config(
+    arguments = [
         config, f"data.source={{name: tokens, domains: {spelled(files)}}}", f"train.steps={steps}",
         f"data.mixer={{name: weights, weights: {spelled(WEIGHTS)}}}", f"run_dir={folder / 'run'}", "observers=[]",
         "evaluation.prompts=[]", "evaluation.sequences=8", "train.log_every=10", "train.gradient_shares_every=0",
-    )  # fmt: skip
+    ]  # fmt: skip
+    run = moelab.load_config(*arguments)
     shutil.rmtree(folder / "run", ignore_errors=True)
+    shutil.rmtree(folder / "larger", ignore_errors=True)
     batches = moelab.prepare(run).batches
     counted, took = np.zeros(DOMAINS, np.int64), []
     for step in range(steps):
@@ -96,12 +102,15 @@ def waiting(folder: Path, config: str, steps: int) -> dict[str, float]:
         took.append(time.perf_counter() - began)
         counted += np.bincount(batch.domain_id.numpy().reshape(-1), minlength=DOMAINS)
     asked = np.array(list(WEIGHTS.values())) / sum(WEIGHTS.values())
-    trained = moelab.train(run)
-    shares = [row["perf/data_share"] for row in trained.metrics if "perf/data_share" in row]
+    shares, of_larger = (
+        [row["perf/data_share"] for row in moelab.train(one).metrics if "perf/data_share" in row]
+        for one in (run, moelab.load_config(*arguments, *LARGER, f"run_dir={folder / 'larger'}"))
+    )
     return {
         "batch of 8 domains, ms": 1e3 * median(took),
         "perf/data_share, median": median(shares),
         "perf/data_share, largest": max(shares),
+        "perf/data_share of a larger model, median": median(of_larger),
         "steps": steps,
         "largest difference of a share": float(np.abs(counted / counted.sum() - asked).max()),
     }
