@@ -12,8 +12,10 @@ from moelab.printable import printable
 
 EXAMPLES, LONGEST = 3, 160  # kept of each reason; characters of a text
 EXACT, NEAR = "deduplicate: exact", "deduplicate: near"
+SELECT = "select"
 SPLIT = "split"
 SAME_TEXT, SAME_SHINGLES, LEAKS = "copies", "near copies", "near copies of held-out text"
+NOT_CHOSEN, NO_TAGS = "others were taken", "without a tag that counts"
 
 Key = tuple[str, str, str]  # stage, reason, domain
 

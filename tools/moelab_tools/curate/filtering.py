@@ -139,6 +139,8 @@ def make_piece(work: Work, parts: Parts, number: int, documents: Sequence[Docume
     account, kept = Account(), []
     left_out: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
+    kinds: dict[tuple[str, ...], int] = {}
+    tagged: list[int] = []
     for document in documents:
         account.documents[document.domain] += 1
         account.characters[document.domain] += len(document.text)
@@ -149,6 +151,7 @@ def make_piece(work: Work, parts: Parts, number: int, documents: Sequence[Docume
             kept.append(answer)
             tags = {tagger.name: _tag(tagger, answer) for tagger in parts.taggers}
             account.tag(answer.domain, tags, len(answer.text))
+            tagged.append(kinds.setdefault(tuple(tags.values()), len(kinds)))
             rows.append(row_of(answer) | tags)
     _write_lines(work.folder / f"{number:06d}.jsonl.gz", rows)
     if work.keep_rejected:
@@ -162,6 +165,7 @@ def make_piece(work: Work, parts: Parts, number: int, documents: Sequence[Docume
         "input": digest,
         "settings": work.settings,
         "domains": [one.domain for one in kept],
+        "tags": {"names": [tagger.name for tagger in parts.taggers], "kinds": list(kinds), "of": tagged},
         "account": account.to_json(),
     }
     write_file(work.folder / f"{number:06d}.json", json.dumps(told))

@@ -16,9 +16,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from moelab.atomic import write_file
+from moelab.data.covering import Cover
 from moelab.printable import printable
 from moelab_plugins.observers._tensorboard_texts import verbatim, write_texts
-from moelab_tools.curate.account import EXACT, NEAR, SPLIT, Account
+from moelab_tools.curate.account import EXACT, NEAR, SELECT, SPLIT, Account
 from moelab_tools.curate.declaration import CurateConfig
 
 ALL, TENSORBOARD = "all", "tensorboard"
@@ -33,7 +34,7 @@ tr.sum{font-weight:600}.examples{color:#555;font-size:13px}pre{overflow-x:auto;b
 
 def rows(account: Account, stages: Iterable[str]) -> list[tuple[str, str, dict[str, int]]]:
     """(stage, reason, {domain: documents}) of all that was left out, in the order of the stages."""
-    return account.of_stage(["0. reading", *stages, EXACT, NEAR, SPLIT])
+    return account.of_stage(["0. reading", *stages, EXACT, NEAR, SELECT, SPLIT])
 
 
 def print_account(console: Console, account: Account, stages: Iterable[str]) -> None:
@@ -56,12 +57,15 @@ class Circumstances:
     stages: Sequence[str]  # as the account calls them
     commits: Mapping[str, str]  # {dataset on the hub: commit}
     causes: Mapping[str, Mapping[str, Any]]  # {what: count, example, cure} of what is no document: lines, files, tokens
+    cover: Cover | None = None  # of a selection by tags
 
 
 def write_account(folder: Path, account: Account, of: Circumstances) -> None:
     """account.json, account.html and, for TensorBoard's Text tab, an event file in a folder of its own."""
     told = {"config": asdict(of.config), "commits": dict(of.commits), "stages": list(of.stages),
             "beside_documents": dict(of.causes), "account": account.to_json()}  # fmt: skip
+    if of.cover is not None:
+        told["selected"] = {key: value for key, value in vars(of.cover).items() if key != "chosen"}
     write_file(folder / "account.json", json.dumps(told, indent=1, ensure_ascii=False))
     write_file(folder / "account.html", page(account, of))
     write_texts(folder / TENSORBOARD, texts(account, of))
@@ -132,6 +136,8 @@ def page(account: Account, of: Circumstances) -> str:
         pieces.append(
             f"<h2>Left out, for example</h2><table><tr><th>why<th class='word'>documents{''.join(examples)}</table>"
         )
+    if of.cover is not None:
+        pieces.append(f"<h2>Selected by tags</h2><p>{html.escape(str(of.cover))}.</p>")
     if changed:
         pieces.append(f"<h2>Changed</h2><table><tr><th>stage<th>domain<th>documents{''.join(changed)}</table>")
     if tags := _tag_lines(account):
