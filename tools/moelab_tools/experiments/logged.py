@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from moelab.errors import ConfigError
-from moelab_tools.compare.pairing import Losses
+from moelab_tools.compare.pairing import Losses, match
 from moelab_tools.compare.runs import Run
-from moelab_tools.compare.verdict import Rules, judge
+from moelab_tools.compare.verdict import Rules, decide
 
 HEAD = (
     "Names as in docs/metrics.md; a pattern is the mean of the names that it fits, run by run. The mean of a run's "
@@ -62,7 +62,9 @@ def _row(
     if baseline in both and len(both) > 1:
         losses = {variant: Losses(tuple(one), np.array([last for _, last in one.values()])[:, None], np.ones(1))
                   for variant, one in both.items()}  # fmt: skip
-        verdicts = judge(losses, baseline, Rules(True, 0.0, error=error))
+        # Without `judge`, which counts runs of the same result once: two seeds may well log the same share, or none.
+        matched = {variant: match(one, losses[baseline]) for variant, one in losses.items() if variant != baseline}
+        verdicts = decide(matched, abs(losses[baseline].score), Rules(True, 0.0, error=error))
     found: dict[str, Any] = {}
     for variant, one in both.items():
         first, last = np.array([*one.values()]).T
@@ -101,12 +103,30 @@ def logged_in_short(findings: Mapping[str, Any]) -> list[str]:
         "", f"| what | {' | '.join(variants)} |", "|---" * (len(variants) + 1) + "|",
     ]  # fmt: skip
     for name in declared["names"]:
-        if name not in found:  # of fewer than two
+        row = found.get(name) or _mean_row(name, found, findings["baseline"])
+        if not row:
             continue
-        counts = {one.get("names", 1) for one in found[name].values()}
+        counts = {one.get("names", 1) for one in row.values()}
         what = f"`{name}`" if counts == {1} else f"`{name}`, mean of {max(counts)}"
-        told.append(f"| {what} | {' | '.join(_in_short(found[name].get(variant)) for variant in variants)} |")
+        told.append(f"| {what} | {' | '.join(_in_short(row.get(variant)) for variant in variants)} |")
     return told if len(told) > 4 else []
+
+
+def _mean_row(pattern: str, found: Mapping[str, Any], baseline: str) -> dict[str, Any]:
+    """{variant: numbers} over the names that a pattern fits, of findings that have no row of it: without an interval.
+
+    A variant that lacks one of the names is left out.
+    """
+    fitting = [row for name, row in found.items() if fnmatchcase(name, pattern)]
+    whole = [variant for variant in (fitting[0] if fitting else ()) if all(variant in row for row in fitting)]
+    means = {
+        variant: {"names": len(fitting)}
+        | {key: float(np.mean([row[variant][key] for row in fitting])) for key in ("first", "last")}
+        for variant in whole
+    }
+    for variant in [one for one in whole if one != baseline and baseline in means]:
+        means[variant]["difference"] = means[variant]["last"] - means[baseline]["last"]
+    return means
 
 
 def _in_short(one: Mapping[str, Any] | None) -> str:
@@ -115,8 +135,8 @@ def _in_short(one: Mapping[str, Any] | None) -> str:
     told = f"{_number(one['first'])} → {_number(one['last'])}"
     if one.get("difference") is None:
         return told
-    difference, low, high = (_number(one[key], sign=True) for key in ("difference", "low", "high"))
-    return f"{told}, {difference} [{low}, {high}]"
+    difference, low, high = (_number(one.get(key), sign=True) for key in ("difference", "low", "high"))
+    return f"{told}, {difference} [{low}, {high}]" if "low" in one else f"{told}, {difference}"
 
 
 def logged_section(findings: Mapping[str, Any], level: str = "##") -> list[str]:

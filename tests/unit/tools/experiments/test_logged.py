@@ -61,6 +61,16 @@ def test_a_pattern_is_the_mean_of_its_names_by_run_and_stands_before_them() -> N
     assert mean["high"] - mean["low"] == pytest.approx(2 * half), "of the mean, and no mean of intervals"
 
 
+def test_seeds_that_log_the_same_are_as_many_as_they_are() -> None:
+    """A frozen router's drift is nothing in every seed, and a share of few samples is often that of another seed."""
+    runs = {"plain": [run(n, x=[end]) for n, end in enumerate((0.4, 0.6, 0.6, 1.0))],
+            "frozen": [run(n, x=[0.0]) for n in range(4)]}  # fmt: skip
+    one = logged(Logged(["x"]), runs, "plain", 0.05)["x"]["frozen"]
+    gaps = np.array([-0.4, -0.6, -0.6, -1.0])
+    half = stats.t.ppf(0.975, 3) * gaps.std(ddof=1) / math.sqrt(4)
+    assert (one["difference"], one["low"], one["high"]) == pytest.approx((-0.65, -0.65 - half, -0.65 + half))
+
+
 def test_runs_that_lack_a_name_are_in_no_mean_and_names_that_nobody_has_in_no_row() -> None:
     runs = RUNS | {"dense": [run(seed, x=[1.0 + seed]) for seed in range(3)]}
     found = logged(Logged(["moe/*/drift", "x", "nothing/*"]), runs, "plain", 0.05)
@@ -87,5 +97,8 @@ def test_all_rows_are_read_and_on_the_page_those_that_were_declared() -> None:
     assert len(short) == 6
     assert short[4].startswith("| `moe/*/drift`, mean of 2 | 1.0000 → 2.7500 | 1.0000 → 3.0125, +0.2625 [")
     assert short[5] == "| `x` | 5.0000 → 5.0000 | 5.0000 → 5.0000, +0.0000 [+0.0000, +0.0000] |"
+    older = findings()
+    del older["logged"]["moe/*/drift"]  # as findings were before a pattern had a row
+    assert logged_in_short(older)[4] == "| `moe/*/drift`, mean of 2 | 1.0000 → 2.7500 | 1.0000 → 3.0125, +0.2625 |"
     assert not logged_section(findings(logged=None))
     assert not logged_in_short(findings(logged=None))
