@@ -167,6 +167,35 @@ def test_a_report_alone_writes_no_text(library: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["account.html", "account.json", "tensorboard"]
 
 
+def test_a_report_asks_every_filter_of_every_document(library: Path, tmp_path: Path) -> None:
+    """What a filter drops by itself is what it drops as the only one; the account of stages is that of a real run."""
+    filters = [
+        "{name: length, min_characters: 20}",
+        "{name: length, min_words: 90}",
+        "{name: characters, min_letters: 0.87}",
+    ]
+    stages = {"stages": f"[{{name: normalise}}, {', '.join(filters)}]"}
+
+    def told(name: str, *options: str, **more: str) -> Any:
+        given = words(library, tmp_path / name, **{"deduplicate": "{near: null}"} | more)
+        assert moelab(["data", *given, *options]) == 0
+        return json.loads((tmp_path / name / "account.json").read_text())
+
+    seen, made = told("seen", "--report-only", **stages), told("made", **stages)
+    assert {key: value for key, value in seen["account"].items() if key not in ("asked", "dropped_by")} == {
+        key: value for key, value in made["account"].items() if key not in ("asked", "dropped_by")
+    }
+    assert "agreement" not in made and made["account"]["dropped_by"] == []
+    for number, one in enumerate(filters, 2):
+        alone = told(f"alone{number}", "--report-only", stages=f"[{{name: normalise}}, {one}]")
+        dropped = sum(count for stage, *_, count in alone["account"]["rejected"] if stage.startswith("2. "))
+        name = f"{number}. {one[7:].partition(',')[0]}"
+        assert dropped == sum(count for _, names, count in seen["account"]["dropped_by"] if name in names) > 0
+    pairs = {(one["first"], one["second"]) for one in seen["agreement"] if one["domain"] == "all"}
+    assert pairs == {("2. length", "3. length"), ("2. length", "4. characters"), ("3. length", "4. characters")}
+    assert "How far filters agree" in (tmp_path / "seen/account.html").read_text()
+
+
 def test_what_it_makes_can_be_trained_on(made: Path, tmp_path: Path) -> None:
     source = f"data.source={{name: jsonl, paths: [{made / 'kept'}], domain_key: domain}}"
     small = ["train.steps=1", "train.sequence_length=32", "train.batch_size=2", "evaluation.sequences=2",

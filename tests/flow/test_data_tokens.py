@@ -171,6 +171,36 @@ def test_tags_stand_in_rows_account_and_cache_and_can_be_the_domain(library: Pat
         opened(tmp_path / "out/tokens", domain_by=["colour"])
 
 
+def test_what_filters_would_keep_is_one_side_of_a_corpus_that_holds_both(
+    library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The filtered text by a mixer's and an evaluation's patterns is what the same filter keeps as a stage."""
+    strict = "{name: length, min_characters: 420}"
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    assert moelab(["data", *command(library, both, "bytes", tags=f"[{{name: passes, filters: [{strict}]}}]")]) == 0
+    assert moelab(["data", *command(library, alone, "bytes", stages=f"[{strict}]")]) == 0
+    corpus, filtered = opened(both / "tokens", domain_by=["passes"]), opened(alone / "tokens")
+    assert set(corpus.domains) == {"yes", "no"}
+    for whole, part in ((corpus.train, filtered.train), (corpus.validation, filtered.validation)):
+        pairs = zip(whole.document_names, whole.document_domain, strict=True)
+        assert sorted(name for name, one in pairs if corpus.domains[one] == "yes") == sorted(part.document_names)
+    source = f"{{name: tokenised, path: {both / 'tokens'}, domain_by: [domain, passes]}}"
+    words = ["train/tiny_moe", f"data.source={source}", f"data.tokenizer={both / 'tokens'}", "train.steps=4",
+             "data.validation_fraction=0.2", "train.sequence_length=32", "train.batch_size=4", "train.log_every=2",
+             "evaluation.sequences=8", "evaluation.prompts=[]", "observers=[]",
+             "data.mixer={name: temperature, domains: ['*/yes']}", f"run_dir={tmp_path / 'run'}"]  # fmt: skip
+    assert moelab(["train", *words, "evaluation.domains=['*/yes']"]) == 0
+    logged = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    read = {tag: row[tag] for row in logged for tag in row if tag.startswith("data/read/")}
+    assert sum(read[f"data/read/{domain}/yes"] for domain in ("code", "prose")) == 1
+    scored = {tag for row in logged for tag in row if tag.startswith("eval_domain/bits_per_byte/")}
+    assert {tag.rpartition("/")[2] for tag in scored} == {"yes"}
+    capsys.readouterr()
+    assert moelab(["train", *words, "evaluation.domains=['*/yea']", "--force"]) == 2
+    assert "evaluation.domains: no domain '*/yea'" in capsys.readouterr().err.replace("\n", " ")
+    assert (tmp_path / "run/summary.json").is_file()
+
+
 def test_conversations_pass_filters_as_they_are_and_are_rendered_in_the_cache(library: Path, tmp_path: Path) -> None:
     lines = (library / "some.jsonl").read_text().splitlines()
     chats = [[{"role": "user", "content": text_of("x", n) + "  "}, {"role": "assistant", "content": "Yes."}]

@@ -63,7 +63,7 @@ def resolve_files(
     if not any(rest for _, rest in roots):
         resolve_path(path, places, account)  # raises, naming the places that were looked at
     for root, rest in roots[:-1]:
-        if rest and any(_matching(rest, below) for _, below in _walk(root, rest, Account())):
+        if rest and any(matches(rest, below) for _, below in _walk(root, rest, Account())):
             return root, _matches(root, [rest], path, account)
     root, rest = roots[-1]
     return root, _matches(root, [rest], path, account)
@@ -120,7 +120,7 @@ def _matches(root: Path, patterns: Sequence[str], path: str, account: Account, *
     files, names = [], "' or '".join(patterns)
     deepest = "**/*" if len(patterns) > 1 else patterns[0]
     for file, below in sorted(_walk(root, deepest, account)):
-        if any(_matching(pattern, below) for pattern in patterns):
+        if any(matches(pattern, below) for pattern in patterns):
             files.append(file)
         elif tell:
             account.add(f"files left out, not '{names}'", below, "name them in data.source if they are wanted")
@@ -148,7 +148,7 @@ def _walk(root: Path, pattern: str, account: Account) -> Iterator[tuple[Path, st
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if "**" not in parts and len(above.parts) + 1 >= len(parts):
             for name in folders:
-                if _matching(pattern, (above / name).as_posix()):
+                if matches(pattern, (above / name).as_posix()):
                     account.add(f"folders left out, '{pattern}' names files", name, f"write {pattern}/**/* for theirs")
             folders.clear()
         for name in sorted(name for name in names if not name.startswith(".")):
@@ -160,7 +160,7 @@ def _walk(root: Path, pattern: str, account: Account) -> Iterator[tuple[Path, st
                 account.add(f"files left out, {what}", below, "mend them, or take them out")
 
 
-def _matching(pattern: str, below: str) -> bool:
+def matches(pattern: str, below: str) -> bool:
     """Whether a path below the folder searched fits a glob, part by part; `**` stands for any number of folders."""
     return _parts_match(PurePosixPath(pattern).parts, PurePosixPath(below).parts)
 

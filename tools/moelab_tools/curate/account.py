@@ -12,8 +12,10 @@ from moelab.printable import printable
 
 EXAMPLES, LONGEST = 3, 160  # kept of each reason; characters of a text
 EXACT, NEAR = "deduplicate: exact", "deduplicate: near"
+SELECT = "select"
 SPLIT = "split"
 SAME_TEXT, SAME_SHINGLES, LEAKS = "copies", "near copies", "near copies of held-out text"
+NOT_CHOSEN, NO_TAGS = "others were taken", "without a tag that counts"
 
 Key = tuple[str, str, str]  # stage, reason, domain
 
@@ -30,6 +32,9 @@ class Account:
     rejected: Counter[Key] = field(default_factory=Counter)
     tagged: Counter[Key] = field(default_factory=Counter)  # {(tag, its value, domain): kept documents}
     tagged_characters: Counter[Key] = field(default_factory=Counter)
+    # Of a report alone, where a document that one stage drops is shown to the others too.
+    asked: Counter[tuple[str, str]] = field(default_factory=Counter)  # {(stage, domain): documents it was asked of}
+    dropped_by: Counter[tuple[str, tuple[str, ...]]] = field(default_factory=Counter)  # {(domain, all that drop it): n}
     examples: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # {(stage, reason): "name: how, text"}
 
     def reject(self, stage: str, reason: str, domain: str, name: str, measured: str, text: str) -> None:
@@ -58,6 +63,7 @@ class Account:
         """Of two pieces, in the order in which they were read."""
         for name in (
             "documents", "characters", "kept", "kept_characters", "changed", "rejected", "tagged", "tagged_characters",
+            "asked", "dropped_by",
         ):  # fmt: skip
             getattr(self, name).update(getattr(other, name))
         for key, shown in other.examples.items():
@@ -98,6 +104,8 @@ class Account:
             "changed": [[*key, count] for key, count in self.changed.items()],
             "rejected": [[*key, count] for key, count in self.rejected.items()],
             "tagged": [[*key, count, self.tagged_characters[key]] for key, count in self.tagged.items()],
+            "asked": [[*key, count] for key, count in self.asked.items()],
+            "dropped_by": [[domain, list(stages), count] for (domain, stages), count in self.dropped_by.items()],
             "examples": [[*key, shown] for key, shown in self.examples.items()],
         }
 
@@ -113,5 +121,7 @@ class Account:
             rejected=Counter({(stage, reason, domain): count for stage, reason, domain, count in found["rejected"]}),
             tagged=Counter({(tag, value, domain): count for tag, value, domain, count, _ in found["tagged"]}),
             tagged_characters=Counter({(tag, value, domain): size for tag, value, domain, _, size in found["tagged"]}),
+            asked=Counter({(stage, domain): count for stage, domain, count in found["asked"]}),
+            dropped_by=Counter({(domain, tuple(stages)): count for domain, stages, count in found["dropped_by"]}),
             examples={(stage, reason): list(shown) for stage, reason, shown in found["examples"]},
         )

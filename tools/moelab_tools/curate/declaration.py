@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
 from moelab.config.model import Part
-from moelab.errors import ConfigError
+from moelab.data.token_cache import DOMAIN
+from moelab.errors import ConfigError, near
 
 
 @dataclass
@@ -39,6 +41,31 @@ class TokensConfig:
 
 
 @dataclass
+class SelectConfig:
+    """Which of what is left is taken, when copies have gone: the documents whose tags say most, and cover most."""
+
+    documents: int | None = None  # so many, at most; null: all
+    by: list[str] | None = None  # tags that count, `domain` too; null: all of `tags`
+
+    def check(self, tags: Sequence[str]) -> None:
+        """Raises ConfigError for a number that is none, or a tag that nobody gives. tags: the taggers' names."""
+        if self.documents is None:
+            return
+        if self.documents < 1:
+            raise ConfigError(f"select.documents: {self.documents}; at least 1, or null for all")
+        known = [*tags, DOMAIN]
+        for name in self.names(tags):
+            if name not in known:
+                raise ConfigError(f"select.by: no tag '{name}'{near(name, known)} `tags` gives: {', '.join(known)}")
+        if not self.names(tags):
+            raise ConfigError("select.documents: there is nothing to select by; give `tags`, as [{name: language}]")
+
+    def names(self, tags: Sequence[str]) -> list[str]:
+        """The tags that count."""
+        return list(tags) if self.by is None else list(self.by)
+
+
+@dataclass
 class CurateConfig:
     """All of a `moelab data` run."""
 
@@ -49,6 +76,7 @@ class CurateConfig:
     # Taggers of what is kept, each {name: ..., its options}: a key of that name in every row, a column of the cache.
     tags: list[Part] = field(default_factory=list)
     deduplicate: DeduplicateConfig = field(default_factory=DeduplicateConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
     output: str = MISSING  # folder that is made
     workers: int = 2  # processes; the bytes do not depend on it
@@ -68,6 +96,7 @@ class CurateConfig:
         if not self.piece_mb > 0:
             raise ConfigError(f"piece_mb: {self.piece_mb}; above 0")
         self.deduplicate.check()
+        self.select.check([str(tag.get("name")) for tag in self.tags])
         self.tokens.check()
 
 

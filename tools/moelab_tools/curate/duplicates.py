@@ -4,23 +4,44 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from moelab.data.covering import Cover, complex_and_diverse
 from moelab.data.minhash import SIZE, near_copies
+from moelab.data.token_cache import DOMAIN
+from moelab.errors import DataError
 from moelab.safe_files import parse_json, read_bytes, read_object
-from moelab_tools.curate.account import EXACT, LEAKS, NEAR, SAME_SHINGLES, SAME_TEXT, SPLIT, Account
+from moelab_tools.curate.account import (
+    EXACT,
+    LEAKS,
+    NEAR,
+    NO_TAGS,
+    NOT_CHOSEN,
+    SAME_SHINGLES,
+    SAME_TEXT,
+    SELECT,
+    SPLIT,
+    Account,
+)
 from moelab_tools.curate.declaration import DeduplicateConfig
 from moelab_tools.curate.filtering import READING, ZIPPED
 
 LARGEST = 1 << 30  # bytes of numbers of one piece
 SHARD = 256_000_000  # bytes of text in a file of the output
-KEPT, EXACT_COPY, NEAR_COPY, LEAK = 0, 1, 2, 3
-WHY = {EXACT_COPY: (EXACT, SAME_TEXT), NEAR_COPY: (NEAR, SAME_SHINGLES), LEAK: (SPLIT, LEAKS)}
+KEPT, EXACT_COPY, NEAR_COPY, LEAK, PASSED_OVER, UNTAGGED = range(6)
+WHY = {
+    EXACT_COPY: (EXACT, SAME_TEXT),
+    NEAR_COPY: (NEAR, SAME_SHINGLES),
+    LEAK: (SPLIT, LEAKS),
+    PASSED_OVER: (SELECT, NOT_CHOSEN),
+    UNTAGGED: (SELECT, NO_TAGS),
+}
+UNTOLD = ("", "no")  # values by which a tagger says that there is nothing to tell
 TOGETHER = 1 << 16  # signatures in memory at once
 SIMILAR = 0.75  # estimated similarity from which no training document stands beside a held-out one
 
@@ -53,6 +74,38 @@ class Pieces:
             what[near_copies(signatures, config.near, what == KEPT)] = NEAR_COPY
         self._take_back(what, what != KEPT, account)
         return what
+
+    def select(self, what: np.ndarray, count: int, by: Sequence[str], account: Account) -> Cover:
+        """Marks what is not among the `count` documents chosen by these tags, and says so in the account.
+
+        Of documents with equally many tags the one with the lowest identity is first: the order of reading is no
+        matter. Raises DataError where no document has any.
+        """
+        alive = np.flatnonzero(what == KEPT)
+        kinds, kind_of = self._kinds(by)
+        kind_of = kind_of[alive]
+        cover = complex_and_diverse((kinds[kind] for kind in kind_of.tolist()), count, self.identities()[alive])
+        if not cover.chosen:
+            raise DataError(f"select: none of {len(alive):,} documents has a tag of {', '.join(by)}; select by others")
+        bare = np.array([not kind for kind in kinds])
+        mine = np.where(bare[kind_of], UNTAGGED, PASSED_OVER).astype(what.dtype)
+        mine[cover.chosen] = KEPT
+        what[alive] = mine
+        self._take_back(what, np.isin(what, (PASSED_OVER, UNTAGGED)), account)
+        return cover
+
+    def _kinds(self, by: Sequence[str]) -> tuple[list[frozenset[str]], np.ndarray]:
+        """(different sets of tags, [n] int32 into them) of all kept documents."""
+        known: dict[frozenset[str], int] = {}
+        parts = []
+        for number in range(self.count):
+            told = self._told(number)
+            names, kinds, of = (told["tags"][key] for key in ("names", "kinds", "of"))
+            for domain, kind in zip(told["domains"], of, strict=True):
+                values = dict(zip(names, kinds[kind], strict=True), **{DOMAIN: domain})
+                own = frozenset(f"{name}={values[name]}" for name in by if values[name] not in UNTOLD)
+                parts.append(known.setdefault(own, len(known)))
+        return list(known), np.array(parts, np.int32)
 
     def drop_leaks(self, what: np.ndarray, held_out: np.ndarray, account: Account) -> None:
         """Marks training documents that are near copies of held-out ones. held_out [n] bool."""

@@ -139,16 +139,19 @@ def make_piece(work: Work, parts: Parts, number: int, documents: Sequence[Docume
     account, kept = Account(), []
     left_out: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
+    kinds: dict[tuple[str, ...], int] = {}
+    tagged: list[int] = []
     for document in documents:
         account.documents[document.domain] += 1
         account.characters[document.domain] += len(document.text)
-        answer = _through(parts.stages, document, account, left_out)
+        answer = _through(parts.stages, document, account, left_out, ask_all=not work.write_text)
         if answer is not None:
             account.kept[answer.domain] += 1
             account.kept_characters[answer.domain] += len(answer.text)
             kept.append(answer)
             tags = {tagger.name: _tag(tagger, answer) for tagger in parts.taggers}
             account.tag(answer.domain, tags, len(answer.text))
+            tagged.append(kinds.setdefault(tuple(tags.values()), len(kinds)))
             rows.append(row_of(answer) | tags)
     _write_lines(work.folder / f"{number:06d}.jsonl.gz", rows)
     if work.keep_rejected:
@@ -162,14 +165,17 @@ def make_piece(work: Work, parts: Parts, number: int, documents: Sequence[Docume
         "input": digest,
         "settings": work.settings,
         "domains": [one.domain for one in kept],
+        "tags": {"names": [tagger.name for tagger in parts.taggers], "kinds": list(kinds), "of": tagged},
         "account": account.to_json(),
     }
     write_file(work.folder / f"{number:06d}.json", json.dumps(told))
 
 
 def _through(
-    built: Sequence[Built], document: Document, account: Account, left_out: list[dict[str, Any]]
+    built: Sequence[Built], document: Document, account: Account, left_out: list[dict[str, Any]], *, ask_all: bool
 ) -> Document | None:
+    """What is left of it; None for nothing. `ask_all`: stages behind one that drops it are asked too, and counted."""
+
     def leave_out(stage: str, why: Rejected) -> None:
         domain, name, text = document.domain, document.name, document.text
         account.reject(stage, why.reason, domain, name, why.measured, text)
@@ -178,19 +184,27 @@ def _through(
     if not document.text.strip():
         leave_out("0. reading", Rejected("empty"))
         return None
+    dropped_by: list[str] = []
     for one in built:
         if not one.stage.serves(document.domain):
             continue
         answer = _ask(one, document)
+        account.asked[one.name, document.domain] += ask_all
         if isinstance(answer, Rejected):
-            leave_out(one.name, answer)
-            return None
+            if not dropped_by:
+                leave_out(one.name, answer)
+            dropped_by.append(one.name)
+            if not ask_all:
+                return None
+            continue
         if document.messages is not None:
             continue  # what is said in a conversation stays as it was said
-        if answer.text != document.text:
+        if answer.text != document.text and not dropped_by:
             account.changed[one.name, document.domain] += 1
         document = answer
-    return document
+    if dropped_by:
+        account.dropped_by[document.domain, tuple(dropped_by)] += 1
+    return None if dropped_by else document
 
 
 def _ask(one: Built, document: Document) -> Document | Rejected:

@@ -16,12 +16,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from moelab.atomic import write_file
+from moelab.data.covering import Cover
 from moelab.printable import printable
 from moelab_plugins.observers._tensorboard_texts import verbatim, write_texts
-from moelab_tools.curate.account import EXACT, NEAR, SPLIT, Account
+from moelab_tools.curate.account import EXACT, NEAR, SELECT, SPLIT, Account
+from moelab_tools.curate.agreement import ALL, EXPLAINED, agreement_lines, agreements
 from moelab_tools.curate.declaration import CurateConfig
 
-ALL, TENSORBOARD = "all", "tensorboard"
+TENSORBOARD = "tensorboard"
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
 th,td{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
@@ -33,18 +35,26 @@ tr.sum{font-weight:600}.examples{color:#555;font-size:13px}pre{overflow-x:auto;b
 
 def rows(account: Account, stages: Iterable[str]) -> list[tuple[str, str, dict[str, int]]]:
     """(stage, reason, {domain: documents}) of all that was left out, in the order of the stages."""
-    return account.of_stage(["0. reading", *stages, EXACT, NEAR, SPLIT])
+    return account.of_stage(["0. reading", *stages, EXACT, NEAR, SELECT, SPLIT])
 
 
-def print_account(console: Console, account: Account, stages: Iterable[str]) -> None:
-    """What was read, what went and why, what is left; a column for each domain."""
-    table = Table(box=box.HORIZONTALS, pad_edge=False)
-    table.add_column("documents")
+def print_account(console: Console, account: Account, stages: Sequence[str]) -> None:
+    """What was read, what went and why, what is left, how far filters agree; a column for each domain."""
     columns = [ALL, *account.domains] if len(account.domains) > 1 else [ALL]
+    lines = [(word, [_cell(counts, account, name) for name in columns]) for word, counts in _lines(account, stages)]
+    _print_table(console, "documents", columns, lines)
+    agreed = [(word, [cells[ALL]]) for word, cells in agreement_lines(account, stages)]
+    if agreed:  # by domain in the page: a terminal has no room for it
+        _print_table(console, "filters", [ALL], agreed)
+
+
+def _print_table(console: Console, head: str, columns: Sequence[str], lines: Iterable[tuple[str, list[str]]]) -> None:
+    table = Table(box=box.HORIZONTALS, pad_edge=False)
+    table.add_column(head)
     for name in columns:
         table.add_column(escape(name), justify="right")
-    for word, counts in _lines(account, stages):
-        table.add_row(escape(word), *(_cell(counts, account, name) for name in columns))
+    for word, cells in lines:
+        table.add_row(escape(word), *cells)
     console.print(table)
 
 
@@ -56,12 +66,17 @@ class Circumstances:
     stages: Sequence[str]  # as the account calls them
     commits: Mapping[str, str]  # {dataset on the hub: commit}
     causes: Mapping[str, Mapping[str, Any]]  # {what: count, example, cure} of what is no document: lines, files, tokens
+    cover: Cover | None = None  # of a selection by tags
 
 
 def write_account(folder: Path, account: Account, of: Circumstances) -> None:
     """account.json, account.html and, for TensorBoard's Text tab, an event file in a folder of its own."""
-    told = {"config": asdict(of.config), "commits": dict(of.commits), "stages": list(of.stages),
+    told: dict[str, Any] = {"config": asdict(of.config), "commits": dict(of.commits), "stages": list(of.stages),
             "beside_documents": dict(of.causes), "account": account.to_json()}  # fmt: skip
+    if pairs := agreements(account, of.stages):
+        told["agreement"] = [one.to_json() for one in pairs]
+    if of.cover is not None:
+        told["selected"] = {key: value for key, value in vars(of.cover).items() if key != "chosen"}
     write_file(folder / "account.json", json.dumps(told, indent=1, ensure_ascii=False))
     write_file(folder / "account.html", page(account, of))
     write_texts(folder / TENSORBOARD, texts(account, of))
@@ -78,6 +93,10 @@ def texts(account: Account, of: Circumstances) -> dict[str, str]:
         body = [f"| {_in_cell(word)} | {' | '.join(_cell(counts, account, name) for name in columns)} |"
                 for word, counts in tags]  # fmt: skip
         found["data/tags"] = "\n".join([*lines[:2], *body])
+    if agreed := agreement_lines(account, of.stages):
+        body = [f"| {_in_cell(word)} | {' | '.join(own.get(name, '') for name in columns)} |"
+                for word, own in agreed]  # fmt: skip
+        found["data/agreement"] = "\n".join([lines[0].replace("documents", "filters", 1), lines[1], *body])
     examples = [
         f"**{_in_cell(f'{stage}: {reason}')}** {sum(counts.values()):,}\n\n"
         + verbatim("\n".join(account.examples.get((stage, reason), [])))
@@ -132,6 +151,14 @@ def page(account: Account, of: Circumstances) -> str:
         pieces.append(
             f"<h2>Left out, for example</h2><table><tr><th>why<th class='word'>documents{''.join(examples)}</table>"
         )
+    if agreed := agreement_lines(account, stages):
+        rows_ = "".join(
+            f'<tr><td class="word">{html.escape(word)}' + "".join(f"<td>{cells.get(name, '')}" for name in columns)
+            for word, cells in agreed
+        )
+        pieces.append(f"<h2>How far filters agree</h2><p>{EXPLAINED}</p><table><tr>{head}{rows_}</table>")
+    if of.cover is not None:
+        pieces.append(f"<h2>Selected by tags</h2><p>{html.escape(str(of.cover))}.</p>")
     if changed:
         pieces.append(f"<h2>Changed</h2><table><tr><th>stage<th>domain<th>documents{''.join(changed)}</table>")
     if tags := _tag_lines(account):

@@ -26,6 +26,7 @@ from moelab.config.load import Loaded, load_config
 from moelab.data.account import Account as Causes
 from moelab.data.byte_tokenizer import ByteTokenizer
 from moelab.data.corpus import Corpus, DataContext, Document, TokenStream
+from moelab.data.covering import Cover
 from moelab.data.tokenizer import load_tokenizer
 from moelab.errors import ConfigError, UserError
 from moelab.hookspecs import DATA_SOURCES, TAGGERS, TEXT_FILTERS
@@ -42,7 +43,9 @@ from moelab_tools.curate.tokens import cut, tokenise, write_cache
 from moelab_tools.terminal import make_console
 
 KEPT, REJECTED, TOKENS, PIECES = "kept", "rejected", "tokens", "pieces"
-UNCOUNTED = ("output", "workers", "plugins", "entry_points", "tokens")  # say nothing of what becomes of a document
+# Say nothing of what becomes of a document in its piece.
+UNCOUNTED = ("output", "workers", "plugins", "entry_points", "tokens", "select")
+FORMAT = 2  # of pieces: those of another one are made anew
 # What a source is answered with whose documents were taken.
 EMPTY = TokenStream(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64), [])
 _BUILT: list[Parts] = []  # of this process
@@ -97,6 +100,7 @@ def _make(loaded: Loaded[CurateConfig], registry: Registry, work: Work, output: 
         pieces = Pieces(work.folder, count)
         account = pieces.account()
         dropped = pieces.copies(config.deduplicate, account)
+        cover = _select(config, pieces, dropped, account)
         if tokenised:
             held_out = cut(pieces, dropped, config.tokens, account, causes, near=config.deduplicate.near is not None)
             tokenise(pieces, dropped, config.tokens, work.settings, pool)
@@ -111,10 +115,12 @@ def _make(loaded: Loaded[CurateConfig], registry: Registry, work: Work, output: 
     if tokenised:
         written = write_cache(pieces, dropped, held_out, config.tokens, account, causes, made / TOKENS)
     told = causes.close()
-    write_account(made, account, Circumstances(config, names, commits, told))
+    write_account(made, account, Circumstances(config, names, commits, told, cover))
     put_in_place(made, output)
     shutil.rmtree(work.folder.parent)
     print_account(console, account, names)
+    if cover is not None:
+        console.print(f"selected: {cover}", highlight=False, soft_wrap=True)
     if work.write_text:
         console.print(f"text: {output / KEPT}", highlight=False, soft_wrap=True)
         how = f'moelab train CONFIG "data.source={{name: jsonl, paths: [{output / KEPT}], domain_key: domain}}"'
@@ -131,6 +137,14 @@ def _make(loaded: Loaded[CurateConfig], registry: Registry, work: Work, output: 
     return account
 
 
+def _select(config: CurateConfig, pieces: Pieces, dropped: np.ndarray, account: Account) -> Cover | None:
+    """None where all that is left is taken."""
+    if config.select.documents is None:
+        return None
+    by = config.select.names([str(tag["name"]) for tag in config.tags])
+    return pieces.select(dropped, config.select.documents, by, account)
+
+
 def _work(loaded: Loaded[CurateConfig], registry: Registry, folder: Path) -> Work:
     config = loaded.config
     found = tuple(
@@ -141,7 +155,7 @@ def _work(loaded: Loaded[CurateConfig], registry: Registry, folder: Path) -> Wor
     decides = {key: value for key, value in asdict(config).items() if key not in UNCOUNTED}
     decides |= {"stages": [asdict(stage) for stage in found], "tags": list(tags)}
     near = config.deduplicate.near is not None or config.tokens.tokenizer is not None
-    decides["signatures"] = near
+    decides |= {"signatures": near, "format": FORMAT}
     settings = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return Work(
         stages=found,

@@ -15,6 +15,7 @@ from typing import Any
 from moelab.config.files import config_folder
 from moelab_tools.experiments.declaration import FILE, RESULTS, Declaration, read_declaration
 from moelab_tools.experiments.findings import READING, read_findings, table
+from moelab_tools.experiments.logged import logged_in_short
 from moelab_tools.experiments.reach_tables import lengths_in_short, lengths_section
 from moelab_tools.experiments.register import FINDINGS
 
@@ -75,6 +76,7 @@ def _section(declaration: Declaration, findings: Mapping[str, Any] | None) -> li
     told += [f"- {name} did not end well: {why}" for name, why in findings["failed"].items()]
     seen = [_could_have_seen(name, one) for name, one in findings["variants"].items()]
     told += [one for one in seen if one]
+    told += ["", *logged] if (logged := logged_in_short(findings)) else []
     told += ["", *lengths_section(findings, "###")] if "lengths" in findings else []
     told += ["", f"{len(findings['runs'])} runs, {findings['minutes']:g} minutes: `{findings['command']}`. "
              f"[Declared]({folder}/{FILE}), [read]({folder}/{RESULTS}/{READING})."]  # fmt: skip

@@ -113,6 +113,20 @@ def test_domains_share_the_held_out_windows_and_take_turns() -> None:
     assert domain[:6].tolist() == [0, 1, 2, 0, 1, 2]
 
 
+def test_windows_of_some_domains_alone_are_chosen_as_if_there_were_no_others() -> None:
+    text = stream([1000, 20, 500, 300], [0, 1, 2, 1])
+    batches = ValidationBatches(text, 20, 10, batch_size=20, among=np.array([False, True, True]))
+    (batch,) = batches
+    domain = batch.domain_id[:, 5]
+    assert torch.bincount(domain).tolist() == [0, 10, 10]
+    assert domain[:4].tolist() == [1, 2, 1, 2]
+    assert batches.documents_scored()[0] == np.False_
+    every = ValidationBatches(text, 20, 10, batch_size=20, among=np.ones(3, bool))
+    assert np.array_equal(every.windows, ValidationBatches(text, 20, 10, batch_size=20).windows)
+    with pytest.raises(DataError, match=r"evaluation\.domains: none of the held-out windows"):
+        ValidationBatches(stream([100, 3], [0, 1]), 20, 10, batch_size=4, among=np.array([False, True]))
+
+
 def test_all_windows_are_read_when_more_are_asked_for() -> None:
     batches = ValidationBatches(stream([50, 51], [0, 1]), sequences=99, sequence_length=10, batch_size=4)
     assert sorted(batches.windows) == list(range(10))

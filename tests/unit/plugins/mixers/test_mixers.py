@@ -13,8 +13,8 @@ REGISTRY = Registry(entry_points=False)
 SIZES = {"a": 100, "b": 1600, "c": 100_000}
 
 
-def build(name: str, domains: dict[str, int] | None = None, planned: int = 1000, **options: Any) -> Mixer:
-    return REGISTRY.build(MIXERS, {"name": name, **options}, MixContext(domains or SIZES, planned), "data.mixer")
+def build(name: str, sizes: dict[str, int] | None = None, planned: int = 1000, **options: Any) -> Mixer:
+    return REGISTRY.build(MIXERS, {"name": name, **options}, MixContext(sizes or SIZES, planned), "data.mixer")
 
 
 def shares(mixer: Mixer) -> dict[str, float]:
@@ -50,6 +50,17 @@ def test_weights_are_taken_as_they_are_phase_by_phase() -> None:
     assert build("weights", weights={"a": 3, "b": 1}).phases[0].weights == {"a": 3, "b": 1}
     phases = build("weights", phases=[{"until": 10, "weights": {"a": 1}}, {"weights": {"a": 1, "c": 2}}]).phases
     assert [(phase.until, dict(phase.weights)) for phase in phases] == [(10, {"a": 1}), (None, {"a": 1, "c": 2})]
+
+
+def test_domains_that_a_pattern_names_share_as_if_there_were_no_others() -> None:
+    sizes = {"code/no": 7, "code/yes": 100, "prose/no": 9, "prose/yes": 1600, "x": 100_000}
+    among = {name: sizes[name] for name in ("code/yes", "prose/yes")}
+    for name, options in (("temperature", {"temperature": 2}), ("balanced", {"max_epochs": 3})):
+        found = shares(build(name, sizes, domains=["*/yes"], **options))
+        assert found == pytest.approx(shares(build(name, among, **options)))
+        assert list(shares(build(name, sizes, domains=["x", "code/no"], **options))) == ["code/no", "x"]
+        with pytest.raises(ConfigError, match=r"no domain 'code/yea', did you mean 'code/yes'.*Domains: code/no, "):
+            build(name, sizes, domains=["*/yes", "code/yea"], **options)
 
 
 @pytest.mark.parametrize(

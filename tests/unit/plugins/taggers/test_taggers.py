@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 
-from moelab import Document, FilterContext, Registry
-from moelab.hookspecs import TAGGERS
+from moelab import ConfigError, Document, FilterContext, Registry
+from moelab.hookspecs import TAGGERS, TEXT_FILTERS
 from moelab_plugins.data_sources.embedded import read_domain
 
-REGISTRY = Registry(entry_points=False, points=[TAGGERS])
+REGISTRY = Registry(entry_points=False, points=[TAGGERS, TEXT_FILTERS])
 
 
 def say(name: str, text: str, **options: Any) -> str:
-    return REGISTRY.build(TAGGERS, {"name": name, **options}, FilterContext(), "tags.0")(Document(text, "d", "n"))
+    context = FilterContext(registry=REGISTRY)
+    return REGISTRY.build(TAGGERS, {"name": name, **options}, context, "tags.0")(Document(text, "d", "n"))
 
 
 @pytest.mark.parametrize(
@@ -105,3 +106,20 @@ def test_what_can_be_verified(kind: str, text: str) -> None:
 )
 def test_an_instruction_is_told_by_its_first_word(kind: str, text: str) -> None:
     assert say("instruction", text) == kind
+
+
+def test_passes_says_what_filters_would_make_of_a_text_one_after_the_other() -> None:
+    short, letters = {"name": "length", "min_characters": 10}, {"name": "characters", "min_letters": 0.6}
+    words, figures = "a sentence of words", "12 + 30 = 42, and 7 * 6 too"
+    assert [say("passes", text, filters=[short, letters]) for text in (words, figures, "words")] == ["yes", "no", "no"]
+    assert say("passes", "", filters=[]) == "yes"
+    spaced = "words         \n"  # ten characters and more, until white space is put in order
+    assert say("passes", spaced, filters=[short]) == "yes"
+    assert say("passes", spaced, filters=[{"name": "normalise"}, short]) == "no"
+
+
+def test_passes_names_the_filter_that_is_wrong() -> None:
+    with pytest.raises(ConfigError, match=r"tags\.passes\.filters\.1\.name: no text filter 'lenght'.*'length'"):
+        say("passes", "", filters=[{"name": "normalise"}, {"name": "lenght"}])
+    with pytest.raises(ConfigError, match="without a registry"):
+        REGISTRY.build(TAGGERS, {"name": "passes", "filters": [{"name": "length"}]}, FilterContext(), "tags.0")

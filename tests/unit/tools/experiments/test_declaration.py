@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from moelab.errors import ConfigError
-from moelab_tools.experiments.declaration import read_declaration
+from moelab_tools.experiments.declaration import read_declaration, reference
 
 DECLARED: dict[str, Any] = {
     "question": "Does it matter?",
@@ -61,6 +61,20 @@ def _write(folder: Path, declared: dict[str, Any]) -> Path:
         ({"prepare": [{"name": "a", "train": []}]}, r"prepare\.0\.name: 'a' must be a name of its own"),
         ({"prepare": [{"name": "d", "upcycle": []}]}, r"prepare\.0\.source: names the earlier step.*none yet"),
         ({"prepare": [{"name": "d", "train": [], "source": "e"}]}, r"train\.init_from=@e"),
+        ({"prepare": [{"name": "d", "data": [], "align": []}]}, r"prepare\.0: d takes one of train, upcycle, align"),
+        ({"prepare": [{"name": "a_1", "align": ["train.init_from=@b_1"]}]}, r"prepare\.0\.a_1: .*no step of `prepare`"),
+        (
+            {"prepare": [{"name": "text", "data": []}], "configs": ["train.init_from=@text"]},
+            r"train\.init_from=@text names a corpus, and weights are wanted",
+        ),
+        (
+            {"prepare": [{"name": "text", "data": []}], "configs": ["data.source.path=@texts/tokens"]},
+            r"data\.source\.path=@texts/tokens names no step of `prepare`, did you mean 'text'",
+        ),
+        ({"logged": {}}, r"logged: give names of what is logged"),
+        ({"logged": {"names": ["x"], "last": 0}}, r"logged: .*first and last of at least 1"),
+        ({"logged": {"names": ["x"], "lst": 2}}, r"logged\.lst: no such key, did you mean 'last'"),
+        ({"files": ["nothing.jsonl"]}, r"nothing\.jsonl.*put it beside the declaration"),
     ],
 )
 def test_a_declaration_that_can_not_be_meant_is_refused_by_its_key(
@@ -86,6 +100,24 @@ def test_the_hash_is_of_what_is_said_and_not_of_how_or_where(tmp_path: Path) -> 
     assert read_declaration(there).hash != first
     decision = DECLARED["decision"] | {"worse": "never mind"}
     assert read_declaration(_write(here, declared | {"decision": decision})).hash != first
+
+
+def test_any_override_may_name_what_a_step_made() -> None:
+    assert reference("train.init_from=@dense") == "dense"
+    assert reference("data.source.path = @corpus/tokens") == "corpus"
+    assert reference("optimizer.algorithm.reference=@sft") == "sft"
+    assert reference("data.source.path=somebody@somewhere") is None
+    assert reference("@dense") is None
+
+
+def test_what_is_not_asked_for_is_not_hashed_and_the_data_that_configs_name_are(tmp_path: Path) -> None:
+    bare = read_declaration(_write(tmp_path, DECLARED)).hash
+    assert read_declaration(_write(tmp_path, DECLARED | {"logged": None, "files": [], "lengths": None})).hash == bare
+    assert read_declaration(_write(tmp_path, DECLARED | {"logged": {"names": ["train/lm_loss"]}})).hash != bare
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    first = read_declaration(_write(tmp_path, DECLARED | {"files": ["pairs.jsonl"]})).hash
+    (tmp_path / "pairs.jsonl").write_text("{ }")
+    assert len({bare, first, read_declaration(tmp_path).hash}) == 3
 
 
 def test_an_experiment_is_found_by_folder_file_and_shipped_name(tmp_path: Path) -> None:

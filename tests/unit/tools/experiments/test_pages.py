@@ -62,6 +62,11 @@ def test_nulls_failures_amendments_and_later_changes_are_shown(tmp_path: Path) -
     assert "c_seed1 did not end well: it said nothing" in text
     assert "−0.02 [−0.30, +0.26]" in text
     assert "has changed since" not in text
+    one = {"first": 1.0, "last": 0.5}
+    logged = {"x/*": {"a": one | {"names": 3}}, "x/1": {"a": one | {"names": 1}}}
+    declared = {"hash": known, "declared": DECLARED | {"logged": {"names": ["x/*"], "first": 1, "last": 1}}}
+    path.write_text(json.dumps(_findings(known, logged=logged, declaration=declared | {"amendments": []})))
+    assert "| `x/*`, mean of 3 | 1.0000 → 0.5000 |\n\n0 runs" in page(tmp_path), "one row, and what it is of elsewhere"
     note = {"why": "a typo", "changed": "practical", "from": "x", "to": known}
     path.write_text(json.dumps(_findings("x", declaration={"hash": "x", "declared": {}, "amendments": [note]})))
     text = page(tmp_path)
