@@ -28,6 +28,7 @@ COMMANDS = {
     "generate": "Continue prompts with a checkpoint, a file of them too.",
     "repurpose": "Make questions with checkable answers of functions' doctests.",
     "synthesise": "Judge answers: right ones to learn from, right against wrong as preferences.",
+    "critique": "Let a model revise its answers by principles, and learn from that.",
     "chat": "Talk with a checkpoint in a terminal.",
     "data": "Filter text, drop its copies, account for every document.",
     "upcycle": "Turn a dense checkpoint into one with experts.",
