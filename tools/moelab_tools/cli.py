@@ -29,6 +29,8 @@ COMMANDS = {
     "repurpose": "Make questions with checkable answers of functions' doctests.",
     "synthesise": "Judge answers: right ones to learn from, right against wrong as preferences.",
     "critique": "Let a model revise its answers by principles, and learn from that.",
+    "evolve": "Let a model make prompts harder, or more of them.",
+    "tag": "Let a model tag the instructions of conversations.",
     "chat": "Talk with a checkpoint in a terminal.",
     "data": "Filter text, drop its copies, account for every document.",
     "upcycle": "Turn a dense checkpoint into one with experts.",

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from moelab.config.model import Part
-from moelab.errors import ConfigError
+from moelab.errors import ConfigError, near
 
 REVISE, CONTRAST = "revise", "contrast"
+OPERATIONS = ("constraints", "deepen", "concretise", "reasoning", "breadth")
+INSTRUCTION = "{instruction}"
 
 
 @dataclass
@@ -77,3 +79,44 @@ class CritiqueConfig(AskingConfig):
 def called(principles: list[Principle], number: int) -> str:
     """The name of one of them."""
     return principles[number].name or f"principle {number + 1}"
+
+
+@dataclass
+class EvolveConfig(AskingConfig):
+    """All of a `moelab evolve`."""
+
+    # constraints, deepen, concretise, reasoning: the prompt made harder; breadth: another one of its field. One is
+    # drawn for each prompt and round.
+    operations: list[str] = field(default_factory=lambda: list(OPERATIONS))
+    rounds: int = 1  # each evolves what the one before it made, and tries again what failed there
+    check_gain: bool = True  # ask whether the new prompt asks for more than the old one
+    answers: bool = True  # answer each new prompt, which also shows whether it can be answered
+
+    def check(self) -> None:
+        """Raise ConfigError naming the key."""
+        super().check()
+        for name in self.operations:
+            if name not in OPERATIONS:
+                raise ConfigError(f"operations: no '{name}'{near(name, OPERATIONS)} There are {', '.join(OPERATIONS)}")
+        if not self.operations or len(set(self.operations)) < len(self.operations):
+            raise ConfigError(f"operations: give some of {', '.join(OPERATIONS)}, each once")
+        if self.rounds < 1:
+            raise ConfigError(f"rounds: must be at least 1, not {self.rounds}")
+
+
+@dataclass
+class TagConfig(AskingConfig):
+    """All of a `moelab tag`."""
+
+    least: int = 20  # conversations that a tag must stand at; rarer ones are left out (InsTag's alpha)
+    longest: int = 8000  # characters of a conversation's instructions that are shown; others are left out, and told
+    request: str = ""  # what is asked, with {instruction} where that stands; empty: InsTag's prompt
+
+    def check(self) -> None:
+        """Raise ConfigError naming the key."""
+        super().check()
+        for key in ("least", "longest"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key}: must be at least 1, not {getattr(self, key)}")
+        if self.request and self.request.count(INSTRUCTION) != 1:
+            raise ConfigError(f"request: must hold {INSTRUCTION} once, where the instruction is to stand")

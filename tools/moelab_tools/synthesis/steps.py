@@ -7,10 +7,10 @@ from pathlib import Path
 
 from moelab.config.load import Loaded
 from moelab.paths import user_path
-from moelab_tools.synthesis import constitution
+from moelab_tools.synthesis import constitution, evolution, tags
 from moelab_tools.synthesis.asking import Asker, asking
-from moelab_tools.synthesis.conversations import read_asked
-from moelab_tools.synthesis.declaration import CritiqueConfig
+from moelab_tools.synthesis.conversations import found_file, read_asked
+from moelab_tools.synthesis.declaration import CritiqueConfig, EvolveConfig, TagConfig
 from moelab_tools.synthesis.folder import ACCOUNT, account, lines, write_folder
 
 logger = logging.getLogger("moelab")
@@ -26,6 +26,36 @@ def critique(loaded: Loaded[CritiqueConfig], *, trust: bool = False) -> tuple[co
         made.account.repeated = again
         files = {"sft.jsonl": lines(made.sft), "pairs.jsonl": lines(made.pairs)}
         write_folder(output, {**files, ACCOUNT: account(constitution.told(config, ask, made))})
+    return made, output
+
+
+def evolve(loaded: Loaded[EvolveConfig], *, trust: bool = False) -> tuple[evolution.Made, Path]:
+    """prompts.jsonl, sft.jsonl where they are answered, and the account. Raises as `critique` does."""
+    config, output = loaded.config, user_path(loaded.config.output, "output")
+    prompts, again = read_asked(config.data, loaded.places("data"))
+    with asking(loaded, output, trust=trust) as ask:
+        _tell_remembered(ask)
+        made = evolution.make(config, prompts, ask)
+        made.account.repeated = again
+        files = {"prompts.jsonl": lines(made.prompts)} | ({"sft.jsonl": lines(made.sft)} if config.answers else {})
+        write_folder(output, {**files, ACCOUNT: account(evolution.told(config, ask, made))})
+    return made, output
+
+
+def tag(loaded: Loaded[TagConfig], *, trust: bool = False) -> tuple[tags.Made, Path]:
+    """tagged.jsonl, tags.json and the account. Raises as `critique` does."""
+    config, output = loaded.config, user_path(loaded.config.output, "output")
+    conversations = tags.read_conversations([found_file(said, loaded.places("data")) for said in config.data])
+    with asking(loaded, output, trust=trust) as ask:
+        _tell_remembered(ask)
+        made = tags.make(config, conversations, ask)
+        if made.account.shortened:
+            logger.warning(
+                "%d of %d conversations: the first %d characters of their instructions were shown (longest)",
+                made.account.shortened, made.account.lines, config.longest,
+            )  # fmt: skip
+        files = {"tagged.jsonl": lines(made.rows), "tags.json": account(made.counts)}
+        write_folder(output, {**files, ACCOUNT: account(tags.told(config, ask, made))})
     return made, output
 
 
