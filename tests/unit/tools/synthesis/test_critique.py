@@ -16,8 +16,11 @@ from moelab.alignment.examples import Shaping, read_examples
 from moelab.config.load import load_config
 from moelab.data.byte_tokenizer import ByteTokenizer
 from moelab.data.chat import ChatTemplate
+from moelab.data.generating import Guarded
 from moelab.errors import ConfigError, DataError, UserError
+from moelab.plugin_faults import PluginPart
 from moelab_tools.cli import moelab as program
+from moelab_tools.synthesis.asking import Asker, Memory
 from moelab_tools.synthesis.declaration import CritiqueConfig
 from moelab_tools.synthesis.steps import critique
 
@@ -129,6 +132,10 @@ def test_neither_batches_nor_the_order_of_prompts_change_a_line(tmp_path: Path) 
     assert {row["chosen"][0]["content"] for row in map(json.loads, made[0])} == {
         row["chosen"][0]["content"] for row in map(json.loads, made[2])
     }
+    (tmp_path / "alone").mkdir()
+    (alone,) = rows_of(make(tmp_path / "alone", prompts[3:4], "revisions=2") / "pairs.jsonl")
+    whole = json.loads(made[0][3])
+    assert (alone["chosen"], alone["rejected"]) == (whole["chosen"], whole["rejected"])
     assert len(set(made[0])) == 7
     drawn = {row["source"]["principles"][0] for row in map(json.loads, made[0])}
     assert drawn == {"kind", "principle 2"}
@@ -143,6 +150,17 @@ def test_what_another_generator_said_before_a_stop_is_not_taken_for_this_ones(tm
     scripted_generator.BATCHES.clear()
     make(tmp_path, prompts, "batch_size=2", "generator.stop_after=98")
     assert sum(map(len, scripted_generator.BATCHES)) == 15
+
+
+def test_the_same_words_with_another_seed_are_another_question(tmp_path: Path) -> None:
+    asked = [Question([{"role": "user", "content": "Draw."}], seed) for seed in (1, 2, 1)]
+    guarded = Guarded(lambda some: [Reply(str(one.seed)) for one in some], PluginPart("generator", "x", "y"))
+    ask = Asker(guarded, {}, Memory(tmp_path / "memory"), batch_size=8)
+    assert [reply.text for reply in ask(asked, "drawing")] == ["1", "2", "1"]
+    assert ask.asked == 2
+    again = Asker(guarded, {}, Memory(tmp_path / "memory"), batch_size=8)
+    assert [reply.text for reply in again(asked, "drawing")] == ["1", "2", "1"]
+    assert again.asked == 0
 
 
 def test_a_command_that_was_stopped_goes_on_to_the_same_bytes_and_asks_nothing_twice(tmp_path: Path) -> None:
