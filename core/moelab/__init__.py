@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moelab.config.run import RunConfig
     from moelab.data.corpus import Corpus, DataContext, Document, TokenStream, build_corpus
     from moelab.data.filtering import FilterContext, Rejected, TextFilter
+    from moelab.data.generating import GeneratorContext, Question, Reply, TextGenerator
     from moelab.data.mixing import MixContext, Mixer, Phase
     from moelab.data.rewards import Attempt, Reward, RewardContext
     from moelab.data.tagging import Tagger
@@ -69,6 +70,7 @@ _HOMES = {
     "moelab.components": ("Component", "component"),
     "moelab.config.run": ("RunConfig",),
     "moelab.data.filtering": ("FilterContext", "Rejected", "TextFilter"),
+    "moelab.data.generating": ("GeneratorContext", "Question", "Reply", "TextGenerator"),
     "moelab.data.mixing": ("MixContext", "Mixer", "Phase"),
     "moelab.data.tagging": ("Tagger",),
     "moelab.data.corpus": ("Corpus", "DataContext", "Document", "TokenStream", "build_corpus"),
@@ -126,6 +128,7 @@ __all__ = [
     "ExpertLayout",
     "ExpertRows",
     "FilterContext",
+    "GeneratorContext",
     "Kept",
     "LayerPlan",
     "LayerRecord",
@@ -137,8 +140,10 @@ __all__ = [
     "OptimizerContext",
     "Phase",
     "Places",
+    "Question",
     "Registry",
     "Rejected",
+    "Reply",
     "Reward",
     "RewardContext",
     "RoutedTrainer",
@@ -152,6 +157,7 @@ __all__ = [
     "SurgeryContext",
     "Tagger",
     "TextFilter",
+    "TextGenerator",
     "TokenContext",
     "TokenInfo",
     "TokenStream",

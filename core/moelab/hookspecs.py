@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moelab.config.rope_scaling import RopeContext
     from moelab.data.corpus import Corpus, DataContext
     from moelab.data.filtering import FilterContext, TextFilter
+    from moelab.data.generating import GeneratorContext, TextGenerator
     from moelab.data.mixing import MixContext, Mixer
     from moelab.data.rewards import Reward, RewardContext
     from moelab.data.tagging import Tagger
@@ -157,6 +158,11 @@ REWARDS: ExtensionPoint[RewardContext, Reward] = ExtensionPoint(
     "reward", "moelab_rewards", "alignment.reward", "moelab_plugins.rewards",
     "What answers are worth, to `moelab align` and `moelab synthesise`: attempts -> a number for each.",
     check="check_reward",
+)  # fmt: skip
+GENERATORS: ExtensionPoint[GeneratorContext, TextGenerator] = ExtensionPoint(
+    "generator", "moelab_generators", "generator", "moelab_plugins.generators",
+    "Who answers what `moelab critique`, `moelab evolve` and `moelab tag` ask: questions -> a reply to each.",
+    check="check_generator",
 )  # fmt: skip
 MIXERS: ExtensionPoint[MixContext, Mixer] = ExtensionPoint(
     "mixer", "moelab_mixers", "data.mixer", "moelab_plugins.mixers",

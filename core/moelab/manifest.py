@@ -97,6 +97,12 @@ def read_manifest(folder: Path) -> Manifest | None:
     return Manifest({name: tuple(_parts(name, entry)) for name, entry in record.record("files").records()})
 
 
+def fingerprint(folder: Path) -> str | None:
+    """The checksum of its manifest, and so of all that it held when it was written; None where it has none."""
+    path = folder / MANIFEST
+    return checksum(read_bytes(path, _READING)) if path.is_file() else None
+
+
 def differences(
     folder: Path, manifest: Manifest, progress: Progress = lambda nbytes: None, share: Share = WHOLE
 ) -> Iterator[str]:

@@ -13,7 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import moelab
+from chat_server import completion, serving
 from moelab import Registry, testing
+from moelab.config.model import ModelConfig
+from moelab.data.byte_tokenizer import ByteTokenizer
+from moelab.hf.save import save_hf
 from moelab.hookspecs import (
     ACTIVATIONS,
     ATTENTIONS,
@@ -23,6 +28,7 @@ from moelab.hookspecs import (
     EXPERT_BACKENDS,
     EXPERT_INITIALISERS,
     EXPERT_LAYOUTS,
+    GENERATORS,
     MIXERS,
     OBSERVERS,
     OPTIMIZERS,
@@ -446,6 +452,21 @@ def test_a_reward_conforms(name: str) -> None:
         "doctest": {"allow_code_execution": True}, "format": {"contains": ["4"], "json": True}, "length": {"most": 9}
     }  # fmt: skip
     testing.check_reward(REGISTRY.components(REWARDS)[name], options.get(name))
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY.components(GENERATORS)))
+def test_a_generator_conforms(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seed for each question, and random numbers that stand between no two tokens by a rounding."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = moelab.build(ModelConfig(vocab_size=257, num_key_value_heads=1, initializer_range=0.3, **sizes))
+    save_hf(model, tmp_path / "hf", dtype=torch.float32, extra_files=ByteTokenizer().files())
+    with serving(lambda body, headers: completion(f"{body['messages'][-1]['content']} {body['seed']}")) as url:
+        options = {
+            "checkpoint": {"path": str(tmp_path / "hf"), "max_new_tokens": 6, "temperature": 1.0},
+            "server": {"url": url, "model": "m"},
+        }
+        testing.check_generator(REGISTRY.components(GENERATORS)[name], options[name], base=tmp_path)
 
 
 # Whole copies are as wide as the dense layer of the kit, pieces make it up, and a mixture has several sources.

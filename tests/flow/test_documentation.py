@@ -129,6 +129,18 @@ DECLARED: dict[str, Instead | Not] = {
     'moelab synthesise said.jsonl --reward "{name: exact_answer, take: last_number}" --out synthetic': Not(
         "needs what the line before it writes: tests/unit/tools/synthesis/test_synthesise.py"
     ),
+    "moelab critique configs/synthesis/principles.yaml data=[asked.jsonl] generator.name=checkpoint "
+    "generator.path=runs/tiny_moe output=made": Instead(
+        "moelab critique configs/synthesis/principles.yaml data=[data.yaml] generator.name=checkpoint "
+        "generator.path=runs/tiny_moe generator.max_new_tokens=4 output=made"
+    ),
+    "moelab evolve data=[asked.jsonl] generator.name=checkpoint generator.path=runs/tiny_moe output=evolved": Instead(
+        "moelab evolve data=[data.yaml] generator.name=checkpoint generator.path=runs/tiny_moe "
+        "generator.max_new_tokens=4 output=evolved"
+    ),
+    "moelab tag data=[chats.jsonl] least=2 generator.name=checkpoint generator.path=runs/tiny_moe output=tagged": Not(
+        "needs such a file: tests/unit/tools/synthesis/test_tag.py"
+    ),
     "moelab train train/tiny_long": Instead("moelab train train/tiny_long stages.0.steps=1"),
     "moelab upcycle SOURCE OUTPUT": Instead("moelab upcycle Qwen2-7B elsewhere"),
     "python benchmarks/cpu_step.py --out benchmarks/results": A_BENCHMARK,

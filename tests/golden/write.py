@@ -30,6 +30,7 @@ from moelab.errors import ConfigError  # noqa: E402
 from moelab.registry import Registry  # noqa: E402
 from moelab.training.setup import resolve_run  # noqa: E402
 from moelab_tools.curate.declaration import CurateConfig, stages  # noqa: E402
+from moelab_tools.synthesis.declaration import CritiqueConfig  # noqa: E402
 
 TRAIN_BASE = "configs/train/tiny_moe.yaml"
 DECLARATION = "experiment.yaml"  # no config: what it declares stands in it, and its hash in its findings
@@ -70,6 +71,9 @@ def _resolved(path: Path, registry: Registry) -> dict[str, Any]:
     if any("recipe" in layer.tree for layer in file_layers(path)):
         return _upcycling(path, registry)
     kind = path.parts[1]
+    if kind == "synthesis":
+        open_keys = ["generator={name: checkpoint, path: WEIGHTS}", "data=[PROMPTS]"]
+        return dataclasses.asdict(_load([str(path), *open_keys], CritiqueConfig))
     if kind == "data" or any("sources" in layer.tree for layer in file_layers(path)):
         return _curation(path, registry)
     config = _load([TRAIN_BASE, str(path)] if kind == "moe" else [str(path)], RunConfig)

@@ -23,13 +23,17 @@ from moelab.hf.carried import carried_files, largest_token_id
 from moelab.hf.config import read_config
 from moelab.hf.files import TensorFolder, read_header
 from moelab.origin import end_token_ids, read_origin, sampling_settings
+from moelab.paths import Places
 from moelab.routes.files import read_trace
 from moelab.run_table.frame import run_records
 from moelab.training.setup import build_corpus_of, resolve_run
 from moelab_tools.compare.reach import charts_of
 from moelab_tools.compare.runs import read_run
 from moelab_tools.synthesis.answers import read_answers
+from moelab_tools.synthesis.conversations import read_asked
+from moelab_tools.synthesis.declaration import CritiqueConfig
 from moelab_tools.synthesis.doctests import of_paths, questions
+from moelab_tools.synthesis.tags import read_conversations
 from moelab_upcycling.convert import prepare, registry_of
 from moelab_upcycling.verify import plan_of_output
 
@@ -99,6 +103,15 @@ def _chats(stage: str) -> Reader:
 
 def _answers(folder: Path) -> None:
     read_answers([folder / "said.jsonl"])
+
+
+def _tagged(folder: Path) -> None:
+    read_conversations([folder / "chats.jsonl"])
+
+
+def _asked(folder: Path) -> None:
+    load_config([str(folder / "principles.yaml"), "generator.name=x", "data=[x]", "output=o"], CritiqueConfig)
+    read_asked([str(folder / "asked.jsonl")], Places())
 
 
 def _functions(folder: Path) -> None:
@@ -176,6 +189,9 @@ TRAIN = ("train", "mine.yaml")
 ALIGN = ("align", "mine.yaml", "train.init_from=run", "alignment=[{stage: sft, data: chats.jsonl, steps: 2}]")
 JUDGE = ("synthesise", "said.jsonl", "--reward", "{name: exact_answer, take: last_number}", "--out", "o")
 REPURPOSE = ("repurpose", "functions.py", "--out", "q.jsonl")
+ASKING = ("data=[asked.jsonl]", "output=o", "generator={name: checkpoint, path: hf, max_new_tokens: 3}")
+CRITIQUE, EVOLVE = ("critique", "principles.yaml", *ASKING), ("evolve", *ASKING)
+TAG = ("tag", "data=[chats.jsonl]", "output=o", "generator={name: checkpoint, path: run, max_new_tokens: 3}")
 MERGE = ("merge", "models=[{path: hf}, {path: hf}]", "output=o", "entry_points=false")
 RESUME = (*TRAIN, "run_dir=run", "--resume")
 CURATE = ("stages=[{name: normalise}, {name: repetition}]", "output=o", "workers=1", "entry_points=false")
@@ -194,9 +210,13 @@ KINDS: dict[str, Kind] = {
     "config": Kind(("mine.yaml", "text"), (Group(("mine.yaml",), (_config(),), CONFIGURED),), own=True),
     "chats": Kind(
         ("mine.yaml", "run", "text", "chats.jsonl"),
-        (Group(("chats.jsonl",), tuple(map(_chats, ("sft", "reward", "dpo", "online_dpo"))), (ALIGN,)),),
+        (Group(("chats.jsonl",), (*map(_chats, ("sft", "reward", "dpo", "online_dpo")), _tagged), (ALIGN, TAG)),),
     ),
     "answers": Kind(("said.jsonl",), (Group(("said.jsonl",), (_answers,), (JUDGE,)),)),
+    "asked": Kind(
+        ("asked.jsonl", "principles.yaml", "hf"),
+        (Group(("asked.jsonl", "principles.yaml"), (_asked,), (CRITIQUE, EVOLVE)),),
+    ),
     "functions": Kind(("functions.py",), (Group(("functions.py",), (_functions,), (REPURPOSE,)),)),
     "override": Kind(("mine.yaml", "text", "hf", "tok"), (Group((), (), CONFIGURED),), _override, own=True),
     "safetensors": Kind(

@@ -61,6 +61,13 @@ seed: 3
 workers: 1
 max_shard_size: 20KB
 """
+PRINCIPLES = """\
+principles:
+  - {name: kind, follow: Be kind., avoid: Be rude.}
+  - {follow: Be short., critique: What was long?, revision: Say it in fewer words.}
+method: revise
+revisions: 1
+"""
 WORDS = [f"word{number} and {number * 7 % 13} others" for number in range(400)]
 
 
@@ -77,6 +84,8 @@ def make_world(folder: Path) -> None:
     (folder / "chats.jsonl").write_text("".join(json.dumps(_chat(number)) + "\n" for number in range(20)))
     (folder / "functions.py").write_text(FUNCTIONS)
     (folder / "said.jsonl").write_text("".join(json.dumps(_said(number)) + "\n" for number in range(20)))
+    (folder / "asked.jsonl").write_text("".join(json.dumps(_asked(number)) + "\n" for number in range(12)))
+    (folder / "principles.yaml").write_text(PRINCIPLES)
     ids = np.array([[*b"some text of a document", 256] for _ in range(100)]).reshape(-1)
     ids[::7] = np.arange(len(ids[::7])) % 250
     ids[23::24] = 256
@@ -107,6 +116,12 @@ FUNCTIONS = '''def twice(x):
     """
     return 2 * x
 '''
+
+
+def _asked(number: int) -> dict[str, Any]:
+    text = f"What is {number} and {number}?"
+    turns = [{"role": "system", "content": "Count."}, {"role": "user", "content": text}]
+    return [{"prompt": text, "answer": 2 * number}, {"messages": turns}, {"prompt": turns[1:], "n": number}][number % 3]
 
 
 def _said(number: int) -> dict[str, object]:

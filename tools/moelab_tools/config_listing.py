@@ -21,8 +21,12 @@ from moelab.registry import Registry, builtin_modules
 from moelab_tools.curate.declaration import CurateConfig
 from moelab_tools.describe_plugins import OptionEntry, PluginEntry, describe_point
 from moelab_tools.merging.declaration import MergeConfig
+from moelab_tools.synthesis.declaration import CritiqueConfig, EvolveConfig, TagConfig
 
-COMMANDS: dict[str, type] = {"train": RunConfig, "upcycle": UpcycleConfig, "data": CurateConfig, "merge": MergeConfig}
+COMMANDS: dict[str, type] = {
+    "train": RunConfig, "upcycle": UpcycleConfig, "data": CurateConfig, "merge": MergeConfig,
+    "critique": CritiqueConfig, "evolve": EvolveConfig, "tag": TagConfig,
+}  # fmt: skip
 POINT_OF = {point.key: point for point in EXTENSION_POINTS}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,16 @@ def write_folder(
     max_shard_size: str,
     force: bool,
     more: Mapping[str, bytes] | None = None,
+    closing: Callable[[], Mapping[str, bytes]] = dict,
 ) -> list[str]:
-    """`export` of weights that are made, or read, as they are written; what goes along is the origin's, and `more`."""
+    """`export` of weights that are made, or read, as they are written; what goes along is the origin's, and `more`.
+
+    `closing`: files that tell of the tensors, once these are written.
+    """
     tokenizer = origin.own_tokenizer()
     if tokenizer is not None:
         check_vocabulary(model.config.vocab_size, tokenizer, origin.tokenizer or str(origin.folder))
-    chosen, why = _dtype(origin, dtype)
+    chosen, why = written_dtype(origin, dtype)
     files = _files(origin, tokenizer, dense=model.config.moe is None) | dict(more or {})
     save_hf(
         model,
@@ -75,6 +79,7 @@ def write_folder(
         config_extra=_ids(origin, tokenizer, files),
         force=force,
         weights=weights,
+        closing=closing,
     )
     return [
         f"written: {output}",
@@ -85,7 +90,7 @@ def write_folder(
     ]
 
 
-def _dtype(origin: Origin, asked: str | None) -> tuple[torch.dtype, str]:
+def written_dtype(origin: Origin, asked: str | None) -> tuple[torch.dtype, str]:
     """(what to write, why)."""
     if is_moelab(origin.folder):
         whole = stored_tensors(origin.folder, MODEL).values()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,8 @@ class Examples:
     account: Account
     fingerprint: str = ""
     ends: tuple[int, ...] = ()  # token ids that end an answer
+    held_out: Sequence[Example] = ()  # of which nothing is learned
+    held_out_fingerprint: str = ""
 
     @property
     def tokens(self) -> int:
@@ -120,14 +122,19 @@ def read_examples(path: Path, shaping: Shaping) -> Examples:
             rows.append(example)
     if not rows:
         raise DataError(f"{path}: holds no line to learn from ({account.lines} lines); give more, or allow longer ones")
+    ends = dict.fromkeys([*shaping.template.end_token_ids, shaping.tokenizer.eos_token_id])
+    return Examples(rows, account, fingerprint(rows, shaping), tuple(ends))
+
+
+def fingerprint(rows: Sequence[Example], shaping: Shaping) -> str:
+    """Of all that can be learned from them, in their order."""
     digest = hashlib.sha256(repr((shaping.stage, shaping.loss_on, shaping.tokenizer.fingerprint)).encode())
     for row in rows:
         for answer in row.answers:
             digest.update(len(answer.ids).to_bytes(8, "little") + answer.ids.tobytes() + answer.learned.tobytes())
         if row.fields:  # what a reward reads
             digest.update(json.dumps(row.fields, sort_keys=True).encode())
-    ends = dict.fromkeys([*shaping.template.end_token_ids, shaping.tokenizer.eos_token_id])
-    return Examples(rows, account, digest.hexdigest(), tuple(ends))
+    return digest.hexdigest()
 
 
 def _example(where: str, line: dict[str, Any], shaping: Shaping) -> Example:

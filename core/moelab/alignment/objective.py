@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moelab.adapter.base import MoelabPreTrainedModel
 from moelab.alignment.batches import AnswerBatch
 from moelab.alignment.examples import Account
+from moelab.alignment.held_out import HeldOut
 from moelab.alignment.measures import PREFIX, RouteMeasures
 from moelab.alignment.replay import Replayed, recorded, weighers
 from moelab.config.alignment import KEY, AlignmentConfig
@@ -20,6 +21,7 @@ from moelab.moe.routing import LayerRecord
 from moelab.nn.count import moe_blocks
 from moelab.nn.transformer import TokenContext, Transformer
 from moelab.training.objective import LM_LOSS, Found, Place
+from moelab.training.precision import Precision
 
 LOSSES = {"sft": LM_LOSS, "reward": "reward_loss", "dpo": "dpo_loss", "online_dpo": "dpo_loss"}
 UNTOLD = ("num_tokens",)  # of TRL's own numbers: a run has its own
@@ -50,6 +52,8 @@ class Alignment:
         self.stage, self.trainer, self.policy, self.reference = stage, trainer, policy, reference
         self.fingerprint = fingerprint
         self.account: Account | None = None
+        self.held_out: HeldOut | None = None
+        self.held_out_fingerprint = ""
         self.sampled: Callable[[], dict[str, float]] = dict  # numbers of the step's draws, where it draws
         self._records: list[LayerRecord] = []
         self._theirs: list[LayerRecord] = []
@@ -132,6 +136,15 @@ class Alignment:
         theirs = {f"align/{name}": sum(found) / len(found) for name, found in values.items() if found}
         return theirs | self._measures.metrics() | self._drift() | self.sampled()
 
+    def evaluate(self, precision: Precision) -> dict[str, float]:
+        """TRL's numbers of what is held out, as `eval_align/...`."""
+        if self.held_out is None:
+            return {}
+        try:
+            return self.held_out.evaluate(self.trainer, self.policy, self._inputs, precision)
+        finally:
+            self._theirs.clear()
+
     def _drift(self) -> dict[str, float]:
         """How far each router's matrix has moved from the reference's, over that one's L2 norm."""
         found: dict[str, float] = {}
@@ -147,8 +160,9 @@ class Alignment:
         return found
 
     def state(self) -> dict[str, Any]:
-        """What it learns from."""
-        return {KEY: {"stage": self.stage.stage, "fingerprint": self.fingerprint}}
+        """What it learns from, and is judged by."""
+        held_out = {"held_out": self.held_out_fingerprint} if self.held_out is not None else {}
+        return {KEY: {"stage": self.stage.stage, "fingerprint": self.fingerprint, **held_out}}
 
     def check(self, state: Mapping[str, Any], checkpoint: Path) -> None:
         """Raise ConfigError where the data is not what the checkpoint was trained on."""
@@ -165,6 +179,8 @@ class Alignment:
         stage, account = self.stage, self.account
         told: dict[str, Any] = {key: getattr(stage, key) for key in ("stage", "data", "router", "balance")}
         told["fingerprint"] = self.fingerprint
+        if self.held_out is not None:
+            told["held_out"] = {"lines": len(self.held_out.rows), "fingerprint": self.held_out_fingerprint}
         if account is not None:
             told |= {key: getattr(account, key) for key in ("lines", "cut", "dropped", "alike")}
         return {KEY: told}

@@ -10,12 +10,14 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-from moelab.alignment.examples import Examples, Shaping, read_examples
+from moelab.alignment.examples import Examples, Shaping, fingerprint, read_examples
+from moelab.alignment.held_out import also_learned, apart
 from moelab.alignment.judge import resolve_rewards
 from moelab.builder import build_model
 from moelab.checkpoint import CONFIG
@@ -138,13 +140,7 @@ def ready(config: RunConfig) -> Examples:
             )
         longest -= stage.max_new_tokens
     shaping = Shaping(stage.stage, template, longest, stage.too_long, stage.loss_on)
-    try:
-        path = resolve_path(stage.data, config.places(KEY))
-    except DataError as error:
-        raise DataError(str(error).replace("data.source:", f"{KEY}.data:", 1)) from error
-    examples = read_examples(path, shaping)
-    for line in examples.account.told(shaping.longest):
-        logger.warning("%s", line)
+    examples = _with_held_out(_read(config, stage.data, "data", shaping), config, shaping)
     if stage.epochs is not None:
         config.train.steps = ceil(stage.epochs * len(examples.rows) / config.train.batch_size)
     registry = Registry(config.plugins, config.entry_points, config.places("plugins"))
@@ -156,6 +152,40 @@ def ready(config: RunConfig) -> Examples:
     _apply_policy(config, model)
     config.check()
     return examples
+
+
+def _read(config: RunConfig, named: str, key: str, shaping: Shaping) -> Examples:
+    """A file that `key` of the stage names; what was cut or left out is told."""
+    try:
+        path = resolve_path(named, config.places(KEY))
+    except DataError as error:
+        raise DataError(str(error).replace("data.source:", f"{KEY}.{key}:", 1)) from error
+    examples = read_examples(path, shaping)
+    for line in examples.account.told(shaping.longest):
+        logger.warning("%s", line)
+    return examples
+
+
+def _with_held_out(examples: Examples, config: RunConfig, shaping: Shaping) -> Examples:
+    """The same, with what the stage holds out of them or beside them."""
+    (stage,) = config.alignment
+    if stage.validation_share is not None:
+        seed = config.data.split_seed
+        examples, rows = apart(examples, shaping, stage.validation_share, seed)
+        logger.info("%s: %d lines are held out of %d", stage.data, len(rows), len(rows) + len(examples.rows))
+        return replace(examples, held_out=rows, held_out_fingerprint=fingerprint(rows, shaping))
+    if stage.validation is None:
+        return examples
+    longest = stage.sequence_length or config.train.sequence_length
+    shaping = replace(shaping, stage="dpo" if stage.stage == "online_dpo" else stage.stage, longest=longest)
+    held_out = _read(config, stage.validation, "validation", shaping)
+    learned = also_learned(held_out.rows, examples.rows)
+    if learned:
+        logger.warning(
+            "%s: %d of %d lines are in %s too, and are learned: what is said of them is not of what is held out",
+            stage.validation, learned, len(held_out.rows), stage.data,
+        )  # fmt: skip
+    return replace(examples, held_out=held_out.rows, held_out_fingerprint=held_out.fingerprint)
 
 
 def _own_template(config: RunConfig) -> ChatTemplate:

@@ -13,6 +13,7 @@ from moelab.adapter.base import MoelabPreTrainedModel
 from moelab.adapter.registration import as_classifier, as_transformers
 from moelab.alignment.batches import ExampleBatches
 from moelab.alignment.examples import Examples
+from moelab.alignment.held_out import HeldOut
 from moelab.alignment.judge import build_judge
 from moelab.alignment.objective import Alignment, Headed
 from moelab.alignment.replay import weighers
@@ -69,6 +70,10 @@ class Preparing:
             setup.tokenizer.eos_token_id,
             len(setup.corpus.train.document_names),
         )
+        if self.examples.held_out:
+            size = setup.config.train.micro_batch_size or setup.config.train.batch_size
+            objective.held_out = HeldOut(stage.stage, self.examples.held_out, size, batches.pad_id)
+            objective.held_out_fingerprint = self.examples.held_out_fingerprint
         if stage.reward is not None:
             device = setup.step_settings.precision.device
             told = RewardContext(config.places(KEY), REWARD, device, batches.pad_id, setup.registry)

@@ -33,6 +33,10 @@ class AlignmentConfig:
     # JSON lines: messages, or prompt and completion, for sft; prompt, chosen and rejected for reward and dpo; prompt
     # for online_dpo. Prompts and answers are texts or lists of {role, content}.
     data: str = MISSING
+    # What is held out, and judged by TRL's own measures at each evaluation: JSON lines as data holds them, preferences
+    # for online_dpo; or about this share of data's own prompts.
+    validation: str | None = None
+    validation_share: float | None = None
     epochs: float | None = None  # times that the data is read; it decides train.steps in place of what that says
     steps: int | None = None  # of train
     lr: float | None = None  # of optimizer
@@ -142,6 +146,17 @@ def _check_stage(where: str, stage: AlignmentConfig) -> None:
             raise ConfigError(f"{where}.{key}: must be positive, not {value}")
     if stage.epochs is not None and stage.steps is not None:
         raise ConfigError(f"{where}.steps: epochs decide them already; give one of the two")
+    share = stage.validation_share
+    if share is not None:
+        if not 0 < share < 1:
+            raise ConfigError(f"{where}.validation_share: must be in 0 .. 1, both excluded, not {share}")
+        if stage.validation is not None:
+            raise ConfigError(f"{where}.validation_share: validation names a file already; give one of the two")
+        if stage.stage == "online_dpo":
+            raise ConfigError(
+                f"{where}.validation_share: the prompts of online_dpo hold no preferences; name a file of some as "
+                "validation"
+            )
     _check_sampling(where, stage)
 
 

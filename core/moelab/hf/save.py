@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,14 +50,15 @@ def save_hf(
     config_extra: Mapping[str, Any] | None = None,
     force: bool = False,
     weights: StoredWeights | None = None,
+    closing: Callable[[], Mapping[str, bytes]] = dict,
 ) -> None:
     """Write config.json, the weights in `dtype`, and `extra_files` (a tokenizer, say) as a new folder.
 
     A generation_config.json among `extra_files` is kept; else one is made of the token ids in `config_extra`. Experts
     are written apart, as every client reads them; a tied head is left out. `force` replaces an existing
     checkpoint. `weights`: from where each tensor is read when it is written, so that `model` may be on the meta device
-    and what it takes is a file and one tensor. Raises CheckpointError if the format can't hold the model, or the folder
-    is in the way.
+    and what it takes is a file and one tensor. `closing`: more files, asked for once all tensors are written. Raises
+    CheckpointError if the format can't hold the model, or the folder is in the way.
     """
     config = write_config(model, dtype=dtype, extra=config_extra)
     shards = _shards(_tensors(model, str(config["model_type"])), dtype.itemsize, parse_size(max_shard_size))
@@ -67,7 +68,7 @@ def save_hf(
         if ids and GENERATION_FILE not in (extra_files or {}):
             _write_json(temporary / GENERATION_FILE, {"_from_model_config": True, **ids})
         _write_shards(temporary, shards, dtype, lock, weights)
-        for name, content in (extra_files or {}).items():
+        for name, content in {**(extra_files or {}), **closing()}.items():
             path = temporary / name
             if path.parent != temporary or path.exists():
                 raise ValueError(f"extra_files: '{name}' is not the name of one more file")

@@ -82,11 +82,13 @@ def generate_batch(
     batch_size: int | None = None,
     tokenizer: Tokenizer | None = None,
     routes: bool = False,
+    seeds: Sequence[int] | None = None,
 ) -> list[Continuation]:
     """`samples` continuations of each of `prompts`, token ids; in order, the samples of a prompt side by side.
 
     `batch_size`: rows at once; None: 32, less where they are long. It changes nothing but time and memory, and the last
     bits of scores. `tokenizer`: for stop texts. `routes`: tell which experts wrote each, of routers of a fixed K.
+    `seeds`: of each prompt, in place of sampling.seed and its number, so that it may come in any company.
     Raises ConfigError for an empty prompt or ids that the model has no row for, CheckpointError where the weights give
     no finite scores.
     """
@@ -95,7 +97,8 @@ def generate_batch(
         raise ConfigError("generate: samples and batch_size must be at least 1")
     if sampling.stop and tokenizer is None:
         raise ConfigError("generate: stop texts need a tokenizer")
-    rows = [_Row(prompt, sample, Draws(sampling.seed, prompt, sample), [], passed={} if routes else None)
+    keys = [(sampling.seed, prompt) for prompt in range(len(prompts))] if seeds is None else [(one, 0) for one in seeds]
+    rows = [_Row(prompt, sample, Draws(*keys[prompt], sample), [], passed={} if routes else None)
             for prompt in range(len(prompts)) for sample in range(samples)]  # fmt: skip
     decode = None if tokenizer is None else tokenizer.decode
     if sampling.max_new_tokens > 0:

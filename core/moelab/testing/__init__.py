@@ -15,6 +15,7 @@ from moelab.testing.balance_losses import BALANCE_LOSS_CHECKS, BalanceLossCase, 
 from moelab.testing.data_sources import DATA_SOURCE_CHECKS, DataSourceCase, check_data_source
 from moelab.testing.dense_sources import DENSE_SOURCE_CHECKS, DenseSourceCase, check_dense_source
 from moelab.testing.expert_layouts import EXPERT_LAYOUT_CHECKS, ExpertLayoutCase, check_expert_layout
+from moelab.testing.generators import GENERATOR_CHECKS, GeneratorCase, check_generator
 from moelab.testing.initialisers import INITIALISER_CHECKS, InitialiserCase, check_initialiser
 from moelab.testing.mixers import MIXER_CHECKS, MixerCase, check_mixer
 from moelab.testing.observers import OBSERVER_CHECKS, ObserverCase, check_observer
@@ -36,6 +37,7 @@ __all__ = [
     "DATA_SOURCE_CHECKS",
     "DENSE_SOURCE_CHECKS",
     "EXPERT_LAYOUT_CHECKS",
+    "GENERATOR_CHECKS",
     "INITIALISER_CHECKS",
     "MIXER_CHECKS",
     "OBSERVER_CHECKS",
@@ -55,6 +57,7 @@ __all__ = [
     "DataSourceCase",
     "DenseSourceCase",
     "ExpertLayoutCase",
+    "GeneratorCase",
     "InitialiserCase",
     "MixerCase",
     "ObserverCase",
@@ -73,6 +76,7 @@ __all__ = [
     "check_data_source",
     "check_dense_source",
     "check_expert_layout",
+    "check_generator",
     "check_initialiser",
     "check_mixer",
     "check_observer",

@@ -26,6 +26,7 @@ def evaluate_run(loop: Loop) -> None:
     lowest = told and loop.best.look(loop.progress.step, loss)
     loop.ended_early = ends_early(loop)
     metrics = evaluation.metrics() | evaluation.detail(held_out_documents(setup))
+    metrics |= setup.step_settings.objective.evaluate(setup.step_settings.precision)
     if told:
         with setup.step_settings.precision.exact():
             loop.samples = sample_texts(setup.model, setup.tokenizer, setup.config.evaluation, setup.config.seed)

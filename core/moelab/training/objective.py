@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moelab.moe.routing import LayerRecord
 from moelab.nn.transformer import TokenContext, Transformer
+from moelab.training.precision import Precision
 
 LM_LOSS = "lm_loss"
 Found = tuple[dict[str, tuple[Tensor, float]], list[LayerRecord]]  # {term: (unweighted scalar, coefficient)}, records
@@ -37,6 +38,9 @@ class Objective(Protocol):
     def metrics(self) -> Mapping[str, float]:
         """Numbers of the step that was just observed, by tag. Waits for the device."""
 
+    def evaluate(self, precision: Precision) -> Mapping[str, float]:
+        """Numbers of what is held out beside the run's text, by tag."""
+
     def state(self) -> Mapping[str, Any]:
         """What state.json keeps for `check`."""
 
@@ -61,6 +65,10 @@ class Text:
         return {LM_LOSS: (output.token_loss.sum() / place.targets, 1.0)}, output.records
 
     def metrics(self) -> Mapping[str, float]:
+        """None of its own."""
+        return {}
+
+    def evaluate(self, precision: Precision) -> Mapping[str, float]:
         """None of its own."""
         return {}
 

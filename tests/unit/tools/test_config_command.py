@@ -86,7 +86,7 @@ def test_keys_of_a_section_and_options_of_a_part(capsys: pytest.CaptureFixture[s
     ("arguments", "told"),
     [
         (["--keys", "optimiser"], "did you mean 'optimizer'"), (["--keys", "data.source.txt"], "did you mean 'text'"),
-        (["--schema", "trian"], "must be train or upcycle or data or merge"), ([], "name a config file"),
+        (["--schema", "trian"], "must be train or upcycle or data or merge or critique"), ([], "name a config file"),
         (["--keys", "--resolved"], "one at a time"),
     ],
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moelab
+from moelab.checksums import checksum
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.data.byte_tokenizer import ByteTokenizer
 from moelab.hf.save import save_hf
@@ -138,7 +140,11 @@ def test_each_matrix_of_each_expert_is_merged_by_its_formula(case: str, folders:
     for name, value in found.items():
         torch.testing.assert_close(value, formula(base[name], a[name], b[name]), rtol=0, atol=2e-6, msg=name)
     assert moelab.load(tmp_path / "out")(torch.arange(6)[None]).logits.isfinite().all()
-    assert json.loads((tmp_path / "out" / "merge.json").read_text())["merge"]["models"]
+    said = json.loads((tmp_path / "out" / "merge.json").read_text())
+    assert said["merge"]["models"] and said["dtype"] == "float32"
+    sources = [Path(one["folder"]).name for one in said["sources"]]
+    assert sources == (["a", "b"] if case in ("linear", "sum") else ["base", "a", "b"])
+    assert ("changed" in said["tensors"]["norm.weight"]) == (case not in ("linear", "sum"))
 
 
 @pytest.mark.parametrize(("rescale", "expected"), [("l1", None), ("density", 2.0), ("none", 1.0)])
@@ -200,6 +206,61 @@ def test_what_was_written_can_be_checked_against_its_sources(
     save_file(stored, path)
     assert run([*words, "dtype=bfloat16", "--check"]) == 1
     assert "'norm.weight' is not what this config makes" in capsys.readouterr().err
+
+
+def test_each_tensor_is_told_of_with_what_each_model_changed_and_what_was_kept_of_it(
+    folders: Path, tmp_path: Path
+) -> None:
+    words, _ = CASES["ties"]
+    assert merge(folders, tmp_path / "out", *words) == 0
+    said = json.loads((tmp_path / "out" / "merge.json").read_text())
+    base, a, b = (moelab.load(folders / name).state_dict() for name in ("base", "a", "b"))
+    made = moelab.load(tmp_path / "out").state_dict()
+    for name, entry in said["tensors"].items():
+        assert entry["shape"] == list(base[name].shape)
+        assert entry["checksum"] == checksum(made[name].contiguous().numpy().tobytes())
+        assert entry["sources"] == [checksum(one[name].contiguous().numpy().tobytes()) for one in (base, a, b)]
+        changed = [int((one[name] != base[name]).sum()) for one in (a, b)]
+        assert entry["changed"] == changed
+        assert all(0 < kept < all_ for kept, all_ in zip(entry["kept"], changed, strict=True))
+        assert all(0 < agreeing <= kept for agreeing, kept in zip(entry["agreeing"], entry["kept"], strict=True))
+    bank = said["tensors"]["layers.0.mlp.experts.down"]  # 4 experts of [8, 6], half of each, and 0.8 of each
+    assert bank["kept"] == [4 * int(0.5 * 48), 4 * int(0.8 * 48)]
+    assert said["tensors"].keys() == made.keys() - {"lm_head.weight"}
+    assert len({one["checksum"] for one in said["sources"]}) == 3
+
+
+def test_a_merged_folder_is_verified_without_its_sources(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert merge(folders, out, "models=[{path: <a>}, {path: <b>}]", "dtype=bfloat16") == 0
+    assert run(["verify", str(out)]) == 0
+    assert "as it was merged" in (told := capsys.readouterr().out) and f"linear of {folders / 'a'}" in told
+    stored = load_file(out / "model.safetensors")
+    stored["model.layers.1.mlp.experts.2.down_proj.weight"][0, 0] += 1
+    save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
+    assert run(["verify", str(out)]) == 1
+    assert "changed after it was merged: layers.1.mlp.experts.down" in capsys.readouterr().err
+    (out / "merge.json").write_text('{"format_version": 1}')
+    assert run(["verify", str(out)]) == 2
+    assert "merge.json" in capsys.readouterr().err
+
+
+def test_a_check_names_the_option_or_the_source_that_differs(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(folders / "b", mine)
+    words = ["merge", f"models=[{{path: {folders / 'a'}}}, {{path: {mine}}}]", f"output={tmp_path / 'out'}"]
+    assert run(words) == 0
+    assert run([*words, "--check", "normalize=false"]) == 1
+    assert "was merged otherwise: normalize is None there, False here" in capsys.readouterr().err
+    stored = load_file(mine / "model.safetensors")
+    stored["model.norm.weight"][3] += 1
+    save_file(stored, mine / "model.safetensors", metadata={"format": "pt"})
+    assert run([*words, "--check"]) == 1
+    assert "models.1.path: 'norm.weight' of" in (told := capsys.readouterr().err) and "is not what was merged" in told
 
 
 def test_what_is_no_one_model_is_refused_with_nothing_written(

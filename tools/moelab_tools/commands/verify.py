@@ -25,8 +25,8 @@ def command(folder: Path, sources: tuple[Path, ...], full: bool, layers: str | N
 
     Of a run folder every checkpoint, of a checkpoint every file and tensor is hashed and compared with its
     manifest.json; what differs is named. An upcycled checkpoint is computed again from its --source, and its bytes
-    compared; both are read as every command reads them: what could be read in two ways is refused. Exit code 1:
-    damaged; 2: there is nothing to compare with.
+    compared; both are read as every command reads them: what could be read in two ways is refused. A merged one is
+    compared with the checksums of its merge.json. Exit code 1: damaged; 2: there is nothing to compare with.
 
     \b
     Example:
@@ -35,6 +35,7 @@ def command(folder: Path, sources: tuple[Path, ...], full: bool, layers: str | N
       moelab verify Qwen2-57B-A14B-upcycled --source Qwen2-7B
     """
     from moelab.errors import ConfigError
+    from moelab_tools.merging.report import REPORT, verify_merged
     from moelab_tools.upcycling import run_verify
     from moelab_tools.verifying import verify_checkpoints
     from moelab_upcycling.output import PLAN_FILE
@@ -47,4 +48,7 @@ def command(folder: Path, sources: tuple[Path, ...], full: bool, layers: str | N
     given = [name for name, value in (("--source", sources), ("--full", full), ("--layers", layers)) if value]
     if given:
         raise ConfigError(f"{given[0]}: is for an upcycled checkpoint, which has {PLAN_FILE}; {folder} has none")
+    if (folder / REPORT).is_file():
+        click.echo(verify_merged(folder))
+        return
     verify_checkpoints(folder)

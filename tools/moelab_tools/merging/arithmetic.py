@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moelab_tools.merging.declaration import DARE_TIES, DENSITY, L1, LINEAR, TIES, MergeConfig
+from moelab_tools.merging.report import TensorAccount
 
 LEAST = 1e-7  # below it a sum of magnitudes is not scaled to another (mergekit's eps)
 
@@ -28,23 +29,30 @@ def merged(
     models: Sequence[Tensor],
     weights: Sequence[float],
     stream: Callable[[int], torch.Generator],
+    account: TensorAccount,
 ) -> Tensor:
-    """base and each of the models [...] fp32, weights [M] -> [...] fp32. `stream`: of one model's mask."""
+    """base and each of the models [...] fp32, weights [M] -> [...] fp32. `stream`: of one model's mask.
+
+    `account`: counts what each model changed, and what was kept of it.
+    """
     weight = torch.tensor(weights, dtype=torch.float32).view(-1, *[1] * models[0].dim())
     if config.method == LINEAR:
         total = (weight * torch.stack(list(models))).sum(0)
         return total / weight.sum(0) if config.normalizes else total
     assert base is not None
     changes = [model - base for model in models]
+    account.count(account.changed, [change != 0 for change in changes])
     if config.sparse:
         changes = [
             _sparse(change, config.models[number].density, config, partial(stream, number))
             for number, change in enumerate(changes)
         ]
+        account.count(account.kept, [change != 0 for change in changes])
     weighted = weight * torch.stack(changes)
     if config.method in (TIES, DARE_TIES):
         majority = (weighted.sum(0) >= 0) * 2.0 - 1.0
         agree = weighted.sign() == majority
+        account.count(account.agreeing, list(agree))
         mixed, divisor = (weighted * agree).sum(0), (weight * agree).sum(0)
         divisor[divisor == 0] = 1
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import moelab
 from moelab.builder import resolve_model
+from moelab.checksums import checksum, running
 from moelab.data.lineage import LINEAGE, converted, lineage_of
 from moelab.data.seen import carried_record
 from moelab.errors import CheckpointError, ConfigError, RunFailure
@@ -31,13 +30,21 @@ from moelab.registry import Registry
 from moelab.seeds import generator
 from moelab.tensor_parts import Stored, read_block
 from moelab.training.start import Difference, model_differences
-from moelab_tools.exporting import write_folder
+from moelab_tools.exporting import write_folder, written_dtype
 from moelab_tools.merging.arithmetic import merged
 from moelab_tools.merging.declaration import LINEAR, MergeConfig
 from moelab_tools.merging.experts import ALIKE, Order, order_of
+from moelab_tools.merging.report import (
+    REPORT,
+    TensorAccount,
+    bytes_of,
+    compare_options,
+    compare_sources,
+    read_report,
+    report,
+)
 from moelab_tools.waiting import Waiting
 
-REPORT = "merge.json"  # in the output: what was merged, and how
 FREE = ("output", "max_shard_size", "plugins", "entry_points")  # which change no number
 
 
@@ -54,9 +61,14 @@ class Source:
 class MergedWeights:
     """The merged weights as a `StoredWeights`: each is made when it is read."""
 
-    def __init__(self, config: MergeConfig, model: Transformer, sources: Sequence[Source]) -> None:
-        """sources: the base, if there is one, and the models. Raises ConfigError for patterns that match nothing."""
-        self._config, self._sources = config, sources
+    def __init__(self, config: MergeConfig, model: Transformer, sources: Sequence[Source], dtype: torch.dtype) -> None:
+        """sources: the base, if there is one, and the models. `dtype`: in which they are written.
+
+        Raises ConfigError for patterns that match nothing.
+        """
+        self._config, self._sources, self._dtype = config, sources, dtype
+        self.accounts: dict[str, TensorAccount] = {}  # of the tensors that were made
+        self._hashes = [running() for _ in sources]  # of the one that is made now
         self._matrices = {one.name: one for one in trained_parameters(model, {})}
         self._lead = sources[0].stored
         self.shapes = {name: stored.shape for name, stored in self._lead.items()}
@@ -78,9 +90,13 @@ class MergedWeights:
 
     def read_into(self, name: str, tensor: Tensor) -> None:
         """Merge it, a matrix at a time."""
+        account = self.accounts[name] = TensorAccount(self.shapes[name])
         if not self._lead[name].dtype.is_floating_point:  # a count, of which there is no mean
             read_block(self._lead[name], (0,) * tensor.dim(), tensor)
+            account.checksum = checksum(bytes_of(tensor.to(self._dtype)))
+            account.sources = [checksum(bytes_of(tensor.float()))]
             return
+        self._hashes = [running() for _ in self._sources]
         out = torch.empty(self.shapes[name])
         one = self._matrices.get(name)
         if name in self._banks:
@@ -94,16 +110,20 @@ class MergedWeights:
         else:
             self._fill(name, out, ())
         tensor.copy_(out)
+        account.checksum = checksum(bytes_of(out.to(self._dtype)))
+        account.sources = [one.hexdigest() for one in self._hashes]
 
     def _fill(self, name: str, out: Tensor, at: tuple[int, ...]) -> None:
         """A block of one parameter, which begins `at` its first axes."""
         read = [self._read(source, name, out, at) for source in self._sources]
+        for one, values in zip(self._hashes, read, strict=True):
+            one.update(bytes_of(values))
         base = None if self._config.base is None else read.pop(0)
         weights = [own.get(name, one.weight) for own, one in zip(self._weights, self._config.models, strict=True)]
         if self._config.normalizes and self._config.method == LINEAR and not sum(weights):
             raise ConfigError(f"models: the weights of '{name}' add up to 0, and they are divided by")
         stream = partial(generator, self._config.seed, "dare", name, *at)
-        out.copy_(merged(self._config, base, read, weights, stream))
+        out.copy_(merged(self._config, base, read, weights, stream, self.accounts[name]))
 
     def _read(self, source: Source, name: str, like: Tensor, at: tuple[int, ...]) -> Tensor:
         found, stored = torch.empty(like.shape), source.stored[name]
@@ -121,28 +141,35 @@ def run_merge(config: MergeConfig, registry: Registry, *, verify: bool = True, t
     """Do it; -> lines to print. Raises UserError before anything is written for whatever can't be."""
     model, sources, lines = _opened(config, registry, verify, trust)
     yield from lines
-    weights = MergedWeights(config, model, sources)
     lead = sources[0].origin
+    dtype, _ = written_dtype(lead, config.dtype)
+    weights = MergedWeights(config, model, sources, dtype)
     folders = [source.origin.folder for source in sources]
     identity = _identity(config)
     sources_told = [lineage_of(folder, folder.name) for folder in folders]
-    report = {"moelab": moelab.__version__, **identity, "seed": config.seed, "sources": [str(f) for f in folders]}
-    more = {
-        **carried_record(folders),
-        LINEAGE: converted(identity, config.seed, sources_told).to_bytes(),
-        REPORT: (json.dumps(report, indent=2) + "\n").encode(),
-    }
+    more = {**carried_record(folders), LINEAGE: converted(identity, config.seed, sources_told).to_bytes()}
     output = user_path(config.output, "output")
+
+    def closing() -> dict[str, bytes]:
+        own = {**identity, "seed": config.seed}
+        return {REPORT: report(own, _named(sources), str(dtype).removeprefix("torch."), weights.accounts)}
+
     yield from write_folder(
-        lead, model, weights, output, dtype=config.dtype, max_shard_size=config.max_shard_size, force=False, more=more
-    )
+        lead, model, weights, output, dtype=config.dtype, max_shard_size=config.max_shard_size, force=False, more=more,
+        closing=closing,
+    )  # fmt: skip
 
 
 def verify_merge(config: MergeConfig, registry: Registry, *, trust: bool = False) -> str:
-    """Merge again, and compare with what the output holds; -> what was compared. RunFailure for what differs."""
-    model, sources, _ = _opened(config, registry, True, trust)
-    weights = MergedWeights(config, model, sources)
+    """Merge again, and compare with what the output holds; -> what was compared. RunFailure for what differs.
+
+    What differs is looked for in this order: the options, a source, the output.
+    """
     output = user_path(config.output, "output")
+    said = read_report(output)
+    compare_options(said, {**_identity(config), "seed": config.seed})
+    model, sources, _ = _opened(config, registry, True, trust)
+    weights = MergedWeights(config, model, sources, written_dtype(sources[0].origin, config.dtype)[0])
     there = open_weights(verified(output), registry=registry)
     count = 0
     with Waiting("verifying, tensors", len(weights.shapes)) as waiting:
@@ -150,6 +177,7 @@ def verify_merge(config: MergeConfig, registry: Registry, *, trust: bool = False
             stored: Stored = there.stored[name]  # type: ignore[attr-defined]
             again, found = torch.empty(shape, dtype=stored.dtype), torch.empty(shape, dtype=stored.dtype)
             weights.read_into(name, again)
+            compare_sources(said, name, weights.accounts[name].sources, _named(sources))
             read_block(stored, (0,) * len(shape), found)
             if not torch.equal(again, found):
                 raise RunFailure(f"{output}: '{name}' is not what this config makes of its sources")
@@ -188,6 +216,10 @@ def _opened(
         used = {layer: order for layer, order in orders.items() if order.differs} if config.align_experts else {}
         sources.append(Source(key, origin, weights.stored, used))
     return model, sources, lines
+
+
+def _named(sources: Sequence[Source]) -> list[tuple[str, Path]]:
+    return [(source.key, source.origin.folder) for source in sources]
 
 
 def _check_same(key: str, origin: Origin, lead: Origin, registry: Registry) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moelab.alignment.judge import build_judge, resolve_rewards
-from moelab.atomic import partial
 from moelab.config.text import read_tree
 from moelab.data.rewards import RewardContext
 from moelab.errors import ConfigError
 from moelab.hookspecs import REWARDS
 from moelab.registry import Registry
 from moelab_tools.synthesis.answers import read_answers
+from moelab_tools.synthesis.folder import write_folder
 from moelab_tools.synthesis.rejection import Made, Rule, as_files, sort_out
 
 OPTION = "--reward"
@@ -48,7 +47,7 @@ def synthesise(asking: Asking, rule: Rule, out: Path) -> Made:
             judge.check(attempt.where, attempt.fields)
     source = {"step": "rejection_sampling", "reward": rewards}
     made = sort_out(asked, judge, rule, source)
-    _write(out, as_files(made, source))
+    write_folder(out, as_files(made, source))
     return made
 
 
@@ -60,17 +59,3 @@ def _parts(said: str) -> list[Any]:
     if not all(isinstance(part, Mapping) for part in parts):
         raise ConfigError(f"{OPTION}: must be a name, {{name: ..., options}} or a list of these, not '{said}'")
     return parts
-
-
-def _write(out: Path, files: dict[str, str]) -> None:
-    beside = partial(out)
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        beside.mkdir(parents=True)
-        for name, content in files.items():
-            (beside / name).write_text(content, encoding="utf-8", errors="replace")
-        beside.rename(out)
-    except OSError as error:
-        raise ConfigError(f"{out}: can't be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

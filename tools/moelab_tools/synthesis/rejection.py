@@ -6,7 +6,6 @@ it). What is right a reward says: `exact_answer`, `doctest`, or any other.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from moelab.alignment.judge import Judge
 from moelab.data.rewards import Attempt
 from moelab_tools.synthesis.answers import Asked
+from moelab_tools.synthesis.folder import ACCOUNT, account, lines
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ def _line(prompt: Any, answers: Mapping[str, _Judged], source: Mapping[str, Any]
 
 def as_files(made: Made, source: Mapping[str, Any]) -> dict[str, str]:
     """{name: content}: sft.jsonl, pairs.jsonl, and synthesis.json, the account."""
-    lines = {
-        f"{name}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        for name, rows in (("sft", made.sft), ("pairs", made.pairs))
+    return {
+        "sft.jsonl": lines(made.sft),
+        "pairs.jsonl": lines(made.pairs),
+        ACCOUNT: account({**source, **asdict(made.account)}),
     }
-    return {**lines, "synthesis.json": json.dumps({**source, **asdict(made.account)}, indent=1) + "\n"}

@@ -44,6 +44,16 @@ def _behind(model: Transformer, prompt: list[int], found: list[int]) -> float:
     return float((logits.amax(-1) - logits[range(len(found)), found]).max())
 
 
+def test_a_prompt_with_a_seed_of_its_own_goes_on_the_same_in_any_place_of_any_company() -> None:
+    model, sampling = _build(), Sampling(8, temperature=1.0, seed=3)
+    seeds = [11, 12, 13, 14, 15]
+    whole = [one.ids for one in generate_batch(model, RAGGED, sampling, seeds=seeds)]
+    back = generate_batch(model, RAGGED[::-1], sampling, seeds=seeds[::-1])[::-1]
+    assert [one.ids for one in back] == whole
+    assert generate_batch(model, [RAGGED[3]], sampling, seeds=[14])[0].ids == whole[3]
+    assert generate_batch(model, [RAGGED[3]], sampling, seeds=[15])[0].ids != whole[3]
+
+
 # One for each router; those that look ahead while training don't in evaluation. Capacity in evaluation: one by one.
 ROUTERS: list[dict[str, Any]] = [
     {"name": "softmax_topk"},
