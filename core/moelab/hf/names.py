@@ -98,6 +98,10 @@ def parameter_shapes(config: ModelConfig, sparse: Mapping[int, SparseShape]) -> 
             if config.qkv_bias:
                 shapes[f"{prefix}.self_attn.{projection}.bias"] = (rows,)
         shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, query)
+        if config.o_bias:
+            shapes[f"{prefix}.self_attn.o_proj.bias"] = (hidden,)
+        if config.attention_sinks:
+            shapes[f"{prefix}.self_attn.sinks"] = (config.num_attention_heads,)
         if config.use_qk_norm:
             shapes |= {f"{prefix}.self_attn.{part}.weight": (head_dim,) for part in ("q_norm", "k_norm")}
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
