@@ -99,11 +99,11 @@ def model_config(name: str) -> ModelConfig:
         balance_losses=losses,
         **more,
     )
-    feed_forward = {"activation": {"name": "clamped_swiglu"}, "mlp_bias": True} if name == "latent" else {}
+    gpt_oss = {"activation": {"name": "clamped_swiglu"}, "mlp_bias": True, "attention_sinks": True, "o_bias": True}
     return ModelConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.2, tie_word_embeddings=True, moe=moe,
-        **feed_forward,
+        **(gpt_oss if name == "latent" else {}),
     )  # fmt: skip
 
 

@@ -147,7 +147,7 @@ def positional_parts(
         part = registry.part(ATTENTIONS, config.attention, ATTENTIONS.key)
         for layer_id in range(config.num_hidden_layers):
             kernel = registry.build(ATTENTIONS, config.attention, attention_context(config, layer_id), ATTENTIONS.key)
-            _refuse(part, attention_built(kernel), kernel)
+            _refuse(part, attention_built(kernel, sinks=config.attention_sinks), kernel)
             kernels[layer_id] = kernel
     if config.rope_scaling is not None:
         context = RopeContext(config.attention_head_dim, config.rope_theta, config.max_position_embeddings)

@@ -52,6 +52,6 @@ class DenseArchitecture:
     gguf_rows: str | None = None
 
 
-NO_OUTPUT_BIAS = "its biases are on o_proj too, which moelab has none on; set it to false if the weights have none"
+NO_OUTPUT_BIAS = "its biases are on o_proj too, which no target of upcycling has; set it to false where there are none"
 # Of all kinds whose attention has no biases.
 WITHOUT_BIASES: Mapping[str, tuple[tuple[Any, ...], str]] = {"attention_bias": ((False,), NO_OUTPUT_BIAS)}

@@ -34,6 +34,7 @@ class Part:
     shape: Shape  # as it is stored
     index: tuple[int | slice, ...] = ()  # of ours; () is all of it
     transposed: bool = False  # its two last axes
+    turn: int | None = None  # of two that lie in turns along its last axis: which one
     decoded: Callable[[], Tensor] | None = None  # all of it, where the bytes in the file are not the values (GGUF)
 
     def block(self, whole: Shape) -> list[tuple[int, int]]:
@@ -96,7 +97,7 @@ def read_block(stored: Stored, first: Sequence[int], out: Tensor) -> None:
 def _read(part: Part, taken: Sequence[tuple[int, int]], into: Tensor) -> None:
     """taken: [(first, end)] on each axis of the stored tensor; `into` has that shape."""
     if part.decoded is not None:
-        values = part.decoded()
+        values = _own(part.decoded(), part)
         for axis, (low, high) in enumerate(taken):
             values = values.narrow(axis, low, high - low)
         into.copy_(values)
@@ -116,6 +117,7 @@ def _read(part: Part, taken: Sequence[tuple[int, int]], into: Tensor) -> None:
             for begin, count in _runs(first, end, max(1, _PIECE // max(row, 1))):
                 rows = torch.empty((count, *part.shape[1:]) if taken else (), dtype=dtype)
                 _fill(descriptor, part, part.offset + begin * row, rows)
+                rows = _own(rows, part)
                 for axis, (low, high) in enumerate(taken[1:], start=1):
                     rows = rows.narrow(axis, low, high - low)
                 (into.narrow(0, begin - first, count) if taken else into).copy_(rows)
@@ -123,6 +125,10 @@ def _read(part: Part, taken: Sequence[tuple[int, int]], into: Tensor) -> None:
             os.close(descriptor)
     except OSError as error:
         raise CheckpointError(f"{part.path}: {part.name}: can't be read: {error.strerror}") from error
+
+
+def _own(values: Tensor, part: Part) -> Tensor:
+    return values if part.turn is None else values[..., part.turn :: 2]
 
 
 def _dtype(part: Part) -> torch.dtype:

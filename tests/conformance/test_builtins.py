@@ -472,6 +472,7 @@ def test_a_generator_conforms(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 # Whole copies are as wide as the dense layer of the kit, pieces make it up, and a mixture has several sources.
 INITIALISER_SIZES = {
     "sparse": {"width": initialisers.DENSE},
+    "deltas": {"width": initialisers.DENSE},
     "split": {"width": initialisers.DENSE // 6},
     "mix": {"width": initialisers.DENSE, "num_sources": 2},
 }

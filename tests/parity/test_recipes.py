@@ -72,7 +72,10 @@ def test_a_sparse_layer_has_transformers_parameters(recipe: str) -> None:
     assert sum(parameter.numel() for parameter in block.parameters()) == wanted()
 
 
-@pytest.mark.parametrize(("name", "kind"), [("qwen3-30b-a3b", "qwen3_moe"), ("mixtral-8x7b", "mixtral")])
+WHOLE = {"qwen3-30b-a3b": "qwen3_moe", "mixtral-8x7b": "mixtral", "gpt-oss-20b": "gpt_oss"}
+
+
+@pytest.mark.parametrize(("name", "kind"), WHOLE.items())
 def test_a_whole_model_has_transformers_parameters(name: str, kind: str) -> None:
     config = load_config([str(CONFIGS / f"model/{name}.yaml"), "run_dir=unused", "train.steps=1"], RunConfig).config
     model = config.model
@@ -83,9 +86,23 @@ def test_a_whole_model_has_transformers_parameters(name: str, kind: str) -> None
             "num_key_value_heads", "head_dim",
         )
     }  # fmt: skip
+    if kind == "gpt_oss":
+        fields["num_local_experts"] = 32
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **fields))
     assert count_parameters(build_model(model, device="meta", seed=None)).total == theirs.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts", "total", "active"), [(24, 32, 20.91, 3.61), (36, 128, 116.83, 5.13)], ids=["20b", "120b"]
+)
+def test_gpt_oss_has_the_published_billions(layers: int, experts: int, total: float, active: float) -> None:
+    """2508.10925, table 1, read as others quote it; active are all that serve a token but for the input's table."""
+    words = [f"model.num_hidden_layers={layers}", f"model.moe.layout.num_experts={experts}", "run_dir=unused"]
+    config = load_config([str(CONFIGS / "model/gpt-oss-20b.yaml"), *words, "train.steps=1"], RunConfig).config
+    counted = count_parameters(build_model(config.model, device="meta", seed=None))
+    assert round(counted.total / 1e9, 2) == total
+    assert round((counted.active - config.model.vocab_size * config.model.hidden_size) / 1e9, 2) == active
 
 
 def test_kimi_k3_has_the_published_billions() -> None:

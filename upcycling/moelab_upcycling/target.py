@@ -23,7 +23,8 @@ from moelab.registry import Registry
 # What the weights fix: a recipe may repeat these, not change them.
 _FIXED = (
     "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "rope_scaling", "attention", "qkv_bias", "use_qk_norm",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "rope_scaling", "attention", "qkv_bias", "o_bias",
+    "attention_sinks", "use_qk_norm",
     "activation", "mlp_bias",
 )  # fmt: skip
 # Fields of a dense config.json that mean the same in a Qwen2-MoE one.

@@ -42,6 +42,8 @@ class MoelabConfig(PretrainedConfig):
         activation: dict[str, Any] | None = None,
         mlp_bias: bool = False,
         qkv_bias: bool = True,
+        o_bias: bool = False,
+        attention_sinks: bool = False,
         use_qk_norm: bool = False,
         tie_word_embeddings: bool = False,
         initializer_range: float = 0.02,

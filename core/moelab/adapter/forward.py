@@ -52,8 +52,10 @@ class Shown:
     def __init__(self) -> None:
         self.weights: list[Tensor] = []  # [B, H, S, P + S] of each layer
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """query [B, H, S, d], key and value [B, G, P + S, d] -> [B, H, S, d]."""
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None = None
+    ) -> Tensor:
+        """query [B, H, S, d], key and value [B, G, P + S, d] -> [B, H, S, d]. Weights of sinks [H] aren't kept."""
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
         seq, length = scores.shape[-2:]
@@ -61,7 +63,10 @@ class Shown:
             mask = torch.ones(seq, length, dtype=torch.bool, device=scores.device).tril(length - seq)
         lowest = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-        self.weights.append(scores.softmax(-1, dtype=torch.float32).to(query.dtype))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(len(scores), -1, seq, -1)], -1)
+        weights = scores.softmax(-1, dtype=torch.float32)[..., :length]
+        self.weights.append(weights.to(query.dtype))
         return self.weights[-1] @ value
 
 

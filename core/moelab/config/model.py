@@ -68,6 +68,9 @@ class ModelConfig:
     rope_scaling: Part | None = None  # how the rotary embedding reaches beyond the trained length; null: plain
     attention: Part | None = None  # which earlier positions a query sees, and how far away; null: all, as they are
     qkv_bias: bool = True  # biases on q, k and v: Qwen2 has them; Llama, Mistral and Qwen3 don't
+    o_bias: bool = False  # a bias on the attention's output projection, as gpt-oss has it
+    # A learned logit a head that takes part in each of its softmaxes and has no value, as gpt-oss has it
+    attention_sinks: bool = False
     use_qk_norm: bool = False  # RMSNorm over each head of q and k, as Qwen3 has it
     tie_word_embeddings: bool = False  # the output projection is the embedding
     # Between the matrices of dense layers, routed experts and shared experts alike.

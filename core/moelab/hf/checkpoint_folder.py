@@ -16,6 +16,7 @@ from moelab.hf.config import describe
 from moelab.hf.files import TensorFolder
 from moelab.hf.gguf_file import GGUFFile, gguf_of
 from moelab.hf.moe_formats import MoEFormat
+from moelab.hf.mxfp4 import joined
 from moelab.hf.sizes import check_sizes
 from moelab.registry import Registry
 
@@ -40,6 +41,8 @@ def open_folder(folder: Path, registry: Registry | None = None) -> CheckpointFol
     """
     found = describe(folder, registry)
     stored = TensorFolder(folder)
+    if isinstance(found.kind, MoEFormat) and found.kind.in_turns:
+        stored.tensors = joined(stored.tensors)
     check_sizes(found.config, stored)
     paired: dict[str, int] = {}
     gguf = gguf_of(folder)

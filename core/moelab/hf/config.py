@@ -136,7 +136,8 @@ def _kind(fields: Fields, registry: Registry | None) -> tuple[str, DenseArchitec
 
 def _check_supported(fields: Fields, kind: DenseArchitecture | MoEFormat) -> None:
     """Refuse what would change the result, and what two readers would understand differently."""
-    only = {**ONLY, **kind.only}
+    checked = kind.checked if isinstance(kind, MoEFormat) else frozenset()
+    only = {key: value for key, value in {**ONLY, **kind.only}.items() if key not in checked}
     for key, (accepted, cure) in only.items():
         if fields.get(key) is not None and fields.get(key) not in accepted:
             fields.refuse(key, cure)
@@ -145,7 +146,7 @@ def _check_supported(fields: Fields, kind: DenseArchitecture | MoEFormat) -> Non
             f"{fields.path}: torch_dtype {fields.get('torch_dtype')} and dtype {fields.get('dtype')} contradict each "
             "other; transformers 4.x takes the first and 5.x the second: remove the wrong one"
         )
-    unknown = sorted(fields.values.keys() - READ - only.keys() - HARMLESS - kind.unused)
+    unknown = sorted(fields.values.keys() - READ - only.keys() - HARMLESS - kind.unused - checked)
     if unknown:
         logger.warning(
             "%s: %s: not known to moelab, nor to transformers' model of this kind; left out. If a field changes what "

@@ -49,6 +49,7 @@ class StoredTensor:
     key: str = ""  # what the file calls it, where that is not `name`
     first: int = 0  # row of the tensor `key`, where it is a part of it
     encoding: str = ""  # of a GGUF file: its type there; `dtype` is what it is decoded to
+    scales: StoredTensor | None = None  # of MXFP4, whose `dtype` is likewise what it is decoded to (hf/mxfp4.py)
     paired_heads: int = 0  # rows of so many heads lie in llama.cpp's order (hf/gguf_file.py: halves)
 
     @property

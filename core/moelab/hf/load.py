@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from moelab.builder import build_model
 from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.checkpoint_folder import open_folder
 from moelab.hf.files import TensorFolder
-from moelab.hf.names import EMBEDDING, LM_HEAD, Piece, Shape, pieces
+from moelab.hf.moe_formats import MoEFormat
+from moelab.hf.mxfp4 import MXFP4, read_expert
+from moelab.hf.names import EMBEDDING, LM_HEAD, Piece, Shape, pieces, pieces_in_turns
 from moelab.nn.pieces import fill_from
 from moelab.nn.room import check_room
 from moelab.nn.transformer import Transformer
@@ -40,7 +44,7 @@ def load_hf(
 
 
 class HFWeights:
-    """The weights of a Qwen2 or Qwen2-MoE folder under our names; opening it checks them all and reads none."""
+    """The weights of a folder under our names; opening it checks them all and reads none."""
 
     def __init__(self, folder: Path, registry: Registry | None = None) -> None:
         """Raises CheckpointError naming file, tensor and cure."""
@@ -50,12 +54,16 @@ class HFWeights:
             self.model = build_model(config, registry, device="meta", seed=None)  # without a number in it
         except ConfigError as error:
             raise CheckpointError(f"{folder / 'config.json'}: can't be built: {error}") from error
-        wanted = _wanted(self.model, self._folder)
+        turns = isinstance(opened.kind, MoEFormat) and opened.kind.in_turns
+        wanted = _wanted(self.model, pieces_in_turns if turns else partial(_apart_or_fused, self._folder))
         self._folder.check(
             {piece.name: piece.shape(shape) for shape, found in wanted.values() for piece in found},
             tied=(LM_HEAD, EMBEDDING) if config.tie_word_embeddings else None,
         )
-        parts = {name: Stored(shape, tuple(map(self._part, found))) for name, (shape, found) in wanted.items()}
+        parts = {
+            name: Stored(shape, tuple(part for piece in found for part in self._parts(piece)))
+            for name, (shape, found) in wanted.items()
+        }
         order = sorted(parts, key=lambda name: min((part.path, part.offset) for part in parts[name].parts))
         self.stored = {name: parts[name] for name in order}
         self.shapes: dict[str, Shape] = {name: wanted[name][0] for name in order}
@@ -64,19 +72,30 @@ class HFWeights:
         """`name` as the model has it: each expert's matrices into their bank; of a piece of it, what lies there."""
         fill_from(tensor, self.stored[name])
 
-    def _part(self, piece: Piece) -> Part:
+    def _parts(self, piece: Piece) -> list[Part]:
         at = self._folder.tensors[piece.name]
         decoded = None if at.is_plain else partial(self._folder.read, piece.name)
-        return Part(at.path, at.name, at.offset, at.dtype, at.shape, piece.index, piece.transposed, decoded)
+        part = Part(at.path, at.name, at.offset, at.dtype, at.shape, piece.index, piece.transposed, piece.turn, decoded)
+        if at.encoding != MXFP4:
+            return [part]
+        return [  # one expert at a time: what is decoded takes four times its bytes
+            replace(part, index=(slice(e, e + 1), *piece.index[1:]), decoded=partial(read_expert, at, e))
+            for e in range(at.shape[0])
+        ]
 
 
-def _wanted(model: Transformer, stored: TensorFolder) -> dict[str, tuple[Shape, list[Piece]]]:
-    """Our name -> its shape and the stored tensors it is read from; experts apart or fused, as the folder has them."""
+def _wanted(model: Transformer, pieces_of: Callable[[str, Shape], list[Piece]]) -> dict[str, tuple[Shape, list[Piece]]]:
+    """Our name -> its shape and the stored tensors it is read from."""
     wanted = {}
     for name, tensor in model.state_dict().items():
         if name == LM_HEAD and model.config.tie_word_embeddings:
             continue
         shape = tuple(tensor.shape)
-        fused = pieces(name, shape, fused=True)
-        wanted[name] = (shape, fused if all(p.name in stored.tensors for p in fused) else pieces(name, shape))
+        wanted[name] = (shape, pieces_of(name, shape))
     return wanted
+
+
+def _apart_or_fused(stored: TensorFolder, name: str, shape: Shape) -> list[Piece]:
+    """Experts as the folder has them."""
+    fused = pieces(name, shape, fused=True)
+    return fused if all(p.name in stored.tensors for p in fused) else pieces(name, shape)

@@ -1,8 +1,9 @@
-"""The layouts with experts that transformers loads and moelab reads: Qwen2-MoE, Qwen3-MoE, Mixtral and dots1.
+"""The layouts with experts that transformers loads and moelab reads: Qwen2-MoE, Qwen3-MoE, Mixtral, dots1, gpt-oss.
 
 After transformers 5.23: models/{qwen2_moe,qwen3_moe,mixtral,dots1}/configuration_*.py and modeling_*.py. The first
 three, which are written too, take a softmax over all experts and then the top k; they differ in the shared expert, in
-normalisation, in the attention and in names. dots1 is DeepSeek-V3's experts and router under Qwen3's attention.
+normalisation, in the attention and in names. dots1 is DeepSeek-V3's experts and router under Qwen3's attention; gpt-oss
+has a file of its own (hf/gpt_oss.py).
 Free of torch.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.dense_sources import WITHOUT_BIASES, Part, as_named
+from moelab.hf import gpt_oss
 from moelab.hf.fields import Fields
 
 
@@ -37,6 +39,8 @@ class MoEFormat:
     # config.json in Qwen2-MoE's fields -> in its own
     written: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
 
+    in_turns: bool = False  # experts in tensors of three axes, gate and up in turns; or packed as MXFP4
+    checked: frozenset[str] = frozenset()  # fields of which `complete` refuses what it can't take
     writable: bool = True  # also a target of upcycling and of an export
     always_normalised: bool = False  # the weights of the chosen experts sum to one
     always_sparse: bool = False  # every layer has experts
@@ -234,6 +238,29 @@ MOE_FORMATS: Mapping[str, MoEFormat] = {
             }
         ),
         parts=_dots1_parts,
+        writable=False,
+    ),
+    "gpt_oss": MoEFormat(
+        "GptOssForCausalLM",
+        "gpt-oss",
+        gpt_oss.complete,
+        model={"o_bias": True, "attention_sinks": True, "mlp_bias": True},
+        defaults={
+            "head_dim": 64,
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150_000.0,
+        },
+        only={"attention_bias": ((True,), "gpt-oss has biases on q, k, v and o; set it to true if the weights have")},
+        unused=frozenset(
+            {"experts_per_token", "initial_context_length", "num_local_experts", "swiglu_alpha", "swiglu_limit"}
+        ),
+        checked=frozenset({"quantization_config"}),
+        window_rule="even",
+        default_window=128,
+        parts=gpt_oss.parts,
+        in_turns=True,
         writable=False,
     ),
 }

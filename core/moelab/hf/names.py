@@ -24,6 +24,7 @@ Shape = tuple[int, ...]
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 _EXPERTS = re.compile(r"(layers\.\d+\.mlp\.experts)\.(gate_up|down)")
+_BIASED_EXPERTS = re.compile(r"(layers\.\d+\.mlp\.experts)\.(gate_up|down)(_bias)?")
 _RENAMED = {
     ".mlp.router.weight": ".mlp.gate.weight",
     ".mlp.shared_expert.gate.weight": ".mlp.shared_expert_gate.weight",
@@ -37,6 +38,7 @@ class Piece:
     name: str  # Hugging Face's
     index: tuple[int | slice, ...] = ()  # of our parameter; () is all of it
     transposed: bool = False  # the two last axes
+    turn: int | None = None  # of two that lie in turns along the tensor's last axis: which one
 
     def called(self, name: str) -> Piece:
         """The same place under another name."""
@@ -54,7 +56,9 @@ class Piece:
             at = self.index[axis] if axis < len(self.index) else slice(None)
             if isinstance(at, slice):
                 kept.append(len(range(*at.indices(size))))
-        return (*kept[:-2], kept[-1], kept[-2]) if self.transposed else tuple(kept)
+        if self.transposed:
+            kept[-2:] = kept[-1], kept[-2]
+        return tuple(kept) if self.turn is None else (*kept[:-1], 2 * kept[-1])
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,19 @@ def pieces(name: str, shape: Shape, *, fused: bool = False) -> list[Piece]:
     return [Piece(f"{prefix}.{e}.{key}.weight", (e, rows)) for e in range(shape[0]) for key, rows in halves.items()]
 
 
+def pieces_in_turns(name: str, shape: Shape) -> list[Piece]:
+    """`pieces` in gpt-oss's layout: gate_up_proj [E, D, 2F], gate and up in turns, down_proj [E, F, D], and biases."""
+    found = _BIASED_EXPERTS.fullmatch(name)
+    if found is None:
+        return [Piece(_plain(name))]
+    theirs = f"model.{found[1]}.{found[2]}_proj{found[3] or ''}"
+    if found[2] == "down":
+        return [Piece(theirs)]
+    everyone, width = slice(None), shape[1] // 2
+    halves = slice(0, width), slice(width, 2 * width)
+    return [Piece(theirs, (everyone, half), found[3] is None, turn) for turn, half in enumerate(halves)]
+
+
 def parameter_shapes(config: ModelConfig, sparse: Mapping[int, SparseShape]) -> dict[str, Shape]:
     """Our parameters of a Qwen2 or Qwen2-MoE model, tied head left out: name -> shape."""
     hidden, head_dim = config.hidden_size, config.attention_head_dim
@@ -98,6 +115,10 @@ def parameter_shapes(config: ModelConfig, sparse: Mapping[int, SparseShape]) -> 
             if config.qkv_bias:
                 shapes[f"{prefix}.self_attn.{projection}.bias"] = (rows,)
         shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, query)
+        if config.o_bias:
+            shapes[f"{prefix}.self_attn.o_proj.bias"] = (hidden,)
+        if config.attention_sinks:
+            shapes[f"{prefix}.self_attn.sinks"] = (config.num_attention_heads,)
         if config.use_qk_norm:
             shapes |= {f"{prefix}.self_attn.{part}.weight": (head_dim,) for part in ("q_norm", "k_norm")}
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)

@@ -1,7 +1,7 @@
 """What config.json says of positions: how the rotary embedding is stretched, and which keys a query sees. Both ways.
 
-After transformers 5.23: modeling_rope_utils.py and models/{qwen2,qwen2_moe,qwen3,qwen3_moe,mistral,mixtral,phi3}/
-configuration_*.py; `dual_chunk_attention_config`, which transformers doesn't know, after vLLM's
+After transformers 5.23: modeling_rope_utils.py and models/{qwen2,qwen2_moe,qwen3,qwen3_moe,mistral,mixtral,phi3,
+gpt_oss}/configuration_*.py; `dual_chunk_attention_config`, which transformers doesn't know, after vLLM's
 dual_chunk_flash_attn.py. Free of torch. What is not known is refused by its name.
 """
 
@@ -24,14 +24,16 @@ logger = logging.getLogger("moelab")
 ROPE_KEYS, DUAL_CHUNK = ("rope_scaling", "rope_parameters"), "dual_chunk_attention_config"
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor")
 WRITABLE = ("linear", "dynamic", "yarn", "llama3")  # rope types of transformers whose numbers are all ours
-# {window_rule: (layer, max_window_layers) -> whether it has the window}; "plain" has no use_sliding_window beside it.
+# {window_rule: (layer, max_window_layers) -> whether it has the window}
 WINDOW_RULES: Mapping[str, Callable[[int, int], bool]] = {
     "late": lambda layer, first: layer >= first,  # Qwen2, Qwen3
     "alternate": lambda layer, last: layer % 2 == 0 and layer < last,  # Qwen2-MoE
     "every": lambda layer, _: True,  # Qwen3-MoE
+    "even": lambda layer, _: layer % 2 == 0,  # gpt-oss
     "plain": lambda layer, _: True,  # Mistral, Mixtral, Phi-3
 }
-BY_LAYER = ("late", "alternate")  # the kinds that read layer_types
+BY_LAYER = ("late", "alternate", "even")  # the kinds that read layer_types
+ALWAYS = ("plain", "even")  # those without use_sliding_window
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -124,7 +126,7 @@ def _windows(fields: Fields, rule: str | None, default: int | None) -> dict[str,
     layers, types = fields.number("num_hidden_layers", int), fields.get("layer_types")
     if types is not None and not (isinstance(types, list) and all(kind in (FULL, SLIDING) for kind in types)):
         fields.refuse("layer_types", f'it must be a list of "{FULL}" and "{SLIDING}"')
-    used = rule == "plain" or fields.get("use_sliding_window", False)
+    used = rule in ALWAYS or fields.get("use_sliding_window", False)
     if used is not False and used is not True:
         fields.refuse("use_sliding_window", "it must be true or false")
     window = None if fields.is_null("sliding_window") else fields.number("sliding_window", int, default or 0)

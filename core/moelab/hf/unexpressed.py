@@ -10,7 +10,6 @@ from collections.abc import Mapping
 _LATENT_ATTENTION = "multi-head latent attention, whose keys and values come from one narrow projection"
 
 UNEXPRESSED: Mapping[str, tuple[str, ...]] = {
-    "gpt_oss": ("attention sinks", "biases on o_proj"),
     "deepseek_v2": (_LATENT_ATTENTION,),
     "deepseek_v3": (_LATENT_ATTENTION,),
     "kimi_linear": ("Kimi Delta Attention", _LATENT_ATTENTION),

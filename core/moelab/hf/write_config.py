@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moelab.config.model import ModelConfig
 from moelab.errors import CheckpointError
 from moelab.hf.loss_coefficient import aux_loss_fields
 from moelab.hf.moe_formats import MOE_FORMATS, WRITABLE
@@ -39,7 +40,7 @@ def write_config(
     """
     blocks = _blocks(model)
     model_type, class_name = model_type_of(model)
-    _raise(_unlike_swiglu(model, blocks), model_type)
+    _raise(_unlike_attention(model.config) + _unlike_swiglu(model, blocks), model_type)
     fields = {
         "architectures": [class_name],
         "model_type": model_type,
@@ -167,6 +168,12 @@ def _moe_fields(model: Transformer, blocks: Mapping[int, MoEBlock], model_type: 
         "decoder_sparse_step": step,
         "mlp_only_layers": dense,
     }
+
+
+def _unlike_attention(config: ModelConfig) -> list[str]:
+    """What of the attention none of the kinds has a place for."""
+    sinks = ["model.attention_sinks is true, and its attention has none"] if config.attention_sinks else []
+    return sinks + (["model.o_bias is true, and its o_proj has no bias"] if config.o_bias else [])
 
 
 def _unlike_swiglu(model: Transformer, blocks: Mapping[int, MoEBlock]) -> list[str]:

@@ -1,10 +1,13 @@
-"""Grouped-query attention: with biases on q, k and v as Qwen2 has it, or without, or with normed heads as Qwen3.
+"""Grouped-query attention: with biases on q, k and v (Qwen2) or none, with normed heads (Qwen3), with sinks (gpt-oss).
 
 The projections are here; what happens between them is an attention plugin's (`attention_inputs.AttentionKernel`).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
 from moelab.config.model import ModelConfig
@@ -26,15 +29,18 @@ class Attention(nn.Module):
         self.q_proj = Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.k_proj = Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
         self.v_proj = Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
-        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.use_qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.use_qk_norm else None
+        self.sinks = nn.Parameter(torch.empty(num_heads)) if config.attention_sinks else None
         self.kernel: AttentionKernel = FullAttention(layer_id)  # what computes the heads
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         query, key, value = (self._heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
+        if self.sinks is not None:
+            inputs = replace(inputs, sinks=self.sinks)
         out = self.kernel(query, key, value, inputs)
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return projected

@@ -17,7 +17,7 @@ from moelab.nn.kv_cache import Appending
 from moelab.nn.rope import Rope
 
 MadeT = TypeVar("MadeT")
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # as `nn.full_attention.fastest`
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]  # as `nn.full_attention.fastest`
 # Of a layer's block of queries: layer_id, sequences, their rows among the S, and the weights [b, heads, rows, keys].
 Look = Callable[[int, slice, slice, Tensor], None]
 
@@ -43,6 +43,8 @@ class AttentionKernel(Protocol):
 
     - `cache_mode`: what the keys in a cache are; a cache of one mode is refused by attention of another.
     - `reach`: positions up to which it is right whatever the model was trained on; None: as far as RoPE reaches.
+    - `serves_sinks` (optional, looked up by name): True where its softmax takes `inputs.sinks` in (`nn.sinks`); a model
+      that has sinks is refused with others.
     """
 
     @property
@@ -68,6 +70,7 @@ class AttentionInputs:
     cache: Appending | None = None
     attend: Attend | None = None  # computes in place of `full_attention.fastest`: for a look at all weights
     look: Look | None = None  # shown the weights block by block, by an attention that has them; others don't call it
+    sinks: Tensor | None = None  # [H], the layer's: a logit more in each head's softmax, without a value (`nn.sinks`)
     shared: dict[Hashable, Any] = field(default_factory=dict)  # what `once` made
 
     def once(self, key: Hashable, make: Callable[[], MadeT]) -> MadeT:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moelab.nn.attention_inputs import AttentionInputs
 from moelab.nn.fused_parts import chunked_attention, fused_pays
+from moelab.nn.sinks import sunk_softmax
 
 BLOCK_ROWS = 256  # of a product: queries of one block times query heads of a group
 KEEP_ELEMENTS = 1 << 22  # attention weights kept for the backward pass: 16 MB a layer; beyond, they are computed again
@@ -162,17 +163,24 @@ class View:
 
 
 def blocked_attention(
-    queries: Sequence[Tensor], key: Tensor, value: Tensor, view: View, look: Look | None = None
+    queries: Sequence[Tensor],
+    key: Tensor,
+    value: Tensor,
+    view: View,
+    look: Look | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """queries, each [B, H, S, d], key and value [B, G, L, d] -> [B, H, S, d] in the query's dtype.
 
     All turned already. One query, or with `view.chunk` three: for keys of the own chunk, of the one before, and of
     others; those that no key needs may be left out. Computed in fp32 or wider. `look` is shown the sequences, the rows
-    and the weights [b, heads, rows, keys] of each block, and must not change them.
+    and the weights [b, heads, rows, keys] of each block, and must not change them. `sinks` [H]: as `nn.sinks`.
     """
     dtype, wide = queries[0].dtype, torch.promote_types(queries[0].dtype, torch.float32)
     with torch.autocast(queries[0].device.type, enabled=False):
-        out: Tensor = _Blocked.apply((view, look), key.to(wide), value.to(wide), *(query.to(wide) for query in queries))
+        sinks = None if sinks is None else sinks.to(wide)
+        wider = (each.to(wide) for each in (key, value, *queries))
+        out: Tensor = _Blocked.apply((view, look), sinks, *wider)
     return out.to(dtype)
 
 
@@ -180,7 +188,14 @@ class _Blocked(torch.autograd.Function):
     """softmax(q k^T / sqrt(d)) v. With p the weights: dv = p^T dy, ds = p (dy v^T - rowsum), dq = ds k, dk = ds^T q."""
 
     @staticmethod
-    def forward(ctx: Any, how: tuple[View, Look | None], key: Tensor, value: Tensor, *queries: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        how: tuple[View, Look | None],
+        sinks: Tensor | None,
+        key: Tensor,
+        value: Tensor,
+        *queries: Tensor,
+    ) -> Tensor:
         view, look = how
         batch, heads, seq, width = queries[0].shape
         # Scaled here and not with each query; contiguous, so that each block reads a view.
@@ -190,32 +205,39 @@ class _Blocked(torch.autograd.Function):
         ctx.view, ctx.queries = view, len(queries)
         if look is None and view.fuses(queries[0], training=any(ctx.needs_input_grad)):
             assert view.chunk is not None
-            ctx.save_for_backward(key, value, *grouped)
-            return chunked_attention(queries, key, value, view.past, view.chunk).transpose(1, 2)
+            out, share = chunked_attention(queries, key, value, view.past, view.chunk, sinks)
+            ctx.save_for_backward(sinks, None if share is None else share[..., None], key, value, *grouped)
+            return out.transpose(1, 2)
         out = key.new_empty(batch, seq, groups, heads // groups, width)  # the order in which o_proj reads it
+        share = None if sinks is None else key.new_empty(*grouped[0].shape[:4], 1)
         kept, room = [], KEEP_ELEMENTS if any(ctx.needs_input_grad) else 0
         for block in view.blocks(groups, heads // groups):
-            weights = _weights(view, block, grouped, key)
+            weights, taken = _weights(view, block, grouped, key, sinks)
+            if share is not None:
+                _write(share, block, taken)
             if look is not None:
                 look(block.batch, block.rows, _of_sequences(weights, block))
             _write(out.permute(0, 2, 3, 1, 4), block, torch.bmm(weights, _keys(value, block, block.keys)))
             room -= weights.numel()
             kept += [weights] if room >= 0 else []
-        ctx.save_for_backward(key, value, *grouped, *kept)
+        ctx.save_for_backward(sinks, share, key, value, *grouped, *kept)
         return out.view(batch, seq, heads, width).transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        key, value, *rest = ctx.saved_tensors
+        sinks, share, key, value, *rest = ctx.saved_tensors
         grouped, kept = rest[: ctx.queries], rest[ctx.queries :]
         view, shape = ctx.view, grouped[0].shape
         dy = grads[0].reshape(shape)
         dqueries = [query.new_zeros(shape) for query in grouped]
         dkey, dvalue = torch.zeros_like(key), torch.zeros_like(value)
+        given = None if share is None else torch.empty_like(share)  # by each query to its sink, negated
         for index, block in enumerate(view.blocks(shape[1], shape[2])):
-            weights = kept[index] if index < len(kept) else _weights(view, block, grouped, key)
+            weights = kept[index] if index < len(kept) else _weights(view, block, grouped, key, sinks)[0]
             dout = _queries(dy, block)
             dweights = torch.bmm(dout, _keys(value, block, block.keys).transpose(1, 2))
+            if given is not None:
+                _write(given, block, _queries(share, block) * torch.linalg.vecdot(dweights, weights)[..., None])
             dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
             for part in block.parts:
                 own = _columns(dscores, block, part.keys)
@@ -227,11 +249,17 @@ class _Blocked(torch.autograd.Function):
             _add(dvalue, block, block.keys, weights, dout)
         batch, groups, shared, seq, width = shape
         each = (d.view(batch, groups * shared, seq, width) for d in dqueries)
-        return None, dkey.mul_(width**-0.5), dvalue, *each
+        dsinks = None if given is None else -given.sum((0, 3, 4)).view(-1)
+        return None, dsinks, dkey.mul_(width**-0.5), dvalue, *each
 
 
-def _weights(view: View, block: Block, grouped: Sequence[Tensor], key: Tensor) -> Tensor:
-    """Softmax over the keys that each query may see: [N, H / G * rows, keys], N sequences times groups."""
+def _weights(
+    view: View, block: Block, grouped: Sequence[Tensor], key: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Softmax over the keys that each query may see: [N, H / G * rows, keys], N sequences times groups.
+
+    And what sinks [H] take of it, [N, H / G * rows, 1]; nothing of use where there are none.
+    """
     products = [
         torch.bmm(_queries(grouped[part.query], block), _keys(key, block, part.keys).transpose(1, 2))
         for part in block.parts
@@ -246,7 +274,10 @@ def _weights(view: View, block: Block, grouped: Sequence[Tensor], key: Tensor) -
     else:
         scores = products[0] if len(products) == 1 else torch.cat(products, -1)
     _hide(view, block, scores)
-    return scores.softmax(-1)
+    if sinks is None:
+        return scores.softmax(-1), scores
+    column = sinks.view(1, grouped[0].shape[1], -1, 1, 1).expand(len(key), -1, -1, view.seq, -1)
+    return sunk_softmax(scores, _queries(column, block))
 
 
 def _hide(view: View, block: Block, scores: Tensor) -> None:

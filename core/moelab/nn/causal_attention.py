@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moelab.nn.sinks import sunk_softmax
+
 MOST_POSITIONS = 768  # beyond, torch's kernel is about as fast and keeps no weights
 KEEP_ELEMENTS = 1 << 24  # attention weights kept for the backward pass: 64 MB a layer; beyond, they are computed again
 LEAST_ELEMENTS = 1 << 19  # scores; below, one call of torch's kernel costs less than many small products
@@ -26,14 +28,16 @@ def blocks_pay(query: Tensor) -> bool:
     return query.device.type == "cpu" and seq <= MOST_POSITIONS and batch * heads * seq * seq >= LEAST_ELEMENTS
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
     """query [B, H, S, d], key and value [B, G, S, d] -> [B, H, S, d] in the query's dtype, computed in fp32 or wider.
 
-    Half-width inputs are widened: fp32 blocks are faster than torch's kernel in bf16, and no score is rounded.
+    Half-width inputs are widened: fp32 blocks are faster than torch's kernel in bf16, and no score is
+    rounded. `sinks` [H]: as `nn.sinks`.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        out: Tensor = _CausalAttention.apply(query.to(wide), key.to(wide), value.to(wide))
+        sinks = None if sinks is None else sinks.to(wide)
+        out: Tensor = _CausalAttention.apply(query.to(wide), key.to(wide), value.to(wide), sinks)
     return out.to(query.dtype)
 
 
@@ -41,37 +45,42 @@ class _CausalAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(d)) v. With p the weights: dv = p^T dy, ds = p (dy v^T - rowsum), dq = ds k, dk = ds^T q."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
         batch, heads, seq, width = query.shape
         key, value = key.contiguous(), value.contiguous()  # each block reads a view then
         grouped = (query * width**-0.5).view(batch, key.shape[1], -1, seq, width)  # [B, G, H / G, S, d]
         out = query.new_empty(batch, seq, *grouped.shape[1:3], width)  # the order in which o_proj reads it
         keep = any(ctx.needs_input_grad) and batch * heads * seq * (seq + BLOCK_ROWS) // 2 <= KEEP_ELEMENTS
+        share = None if sinks is None else grouped.new_empty(*grouped.shape[:4], 1)
         kept = []
         for block in _blocks(grouped):
-            weights = block.weights(grouped, key)
+            weights = block.weights(grouped, key, sinks, share)
             block.write(out.permute(0, 2, 3, 1, 4), torch.bmm(weights, block.keys(value)))
             if keep:
                 kept.append(weights)
-        ctx.save_for_backward(grouped, key, value, *kept)
+        ctx.save_for_backward(grouped, key, value, sinks, share, *kept)
         return out.view(batch, seq, heads, width).transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grouped, key, value, *kept = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grouped, key, value, sinks, share, *kept = ctx.saved_tensors
         dy = grads[0].view(grouped.shape)
         dquery = torch.empty_like(grouped)
         dkey, dvalue = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (key, value))
+        taken = None if share is None else torch.empty_like(share)
         for index, block in enumerate(_blocks(grouped)):
-            weights = kept[index] if kept else block.weights(grouped, key)
+            weights = kept[index] if kept else block.weights(grouped, key, sinks, None)
             dout = block.queries(dy)
             dweights = torch.bmm(dout, block.keys(value).transpose(1, 2))
+            if taken is not None:  # what each query takes from its sink
+                block.write(taken, block.queries(share) * torch.linalg.vecdot(dweights, weights).unsqueeze(-1))
             dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
             block.write(dquery, torch.bmm(dscores, block.keys(key)))
             block.keys(dkey).baddbmm_(dscores.transpose(1, 2), block.queries(grouped))
             block.keys(dvalue).baddbmm_(weights.transpose(1, 2), dout)
         batch, groups, shared, seq, width = grouped.shape
-        return dquery.mul_(width**-0.5).view(batch, groups * shared, seq, width), dkey, dvalue
+        dsinks = None if taken is None else -taken.sum((0, 3, 4)).view(-1)
+        return dquery.mul_(width**-0.5).view(batch, groups * shared, seq, width), dkey, dvalue, dsinks
 
 
 class _Block:
@@ -89,13 +98,19 @@ class _Block:
         """[B, G, S, d] -> [N, keys, d], a view where `each` is contiguous."""
         return each[self.batch].flatten(0, 1)[:, : self.rows.stop]
 
-    def weights(self, grouped: Tensor, key: Tensor) -> Tensor:
-        """Softmax over the keys that each query may see: [N, H / G * queries, keys]."""
+    def weights(self, grouped: Tensor, key: Tensor, sinks: Tensor | None, share: Tensor | None) -> Tensor:
+        """Softmax over the keys that each query may see: [N, H / G * queries, keys]; what sinks take, into `share`."""
         scores = torch.bmm(self.queries(grouped), self.keys(key).transpose(1, 2))
         count = self.rows.stop - self.rows.start
         later = torch.full((count, count), float("-inf"), dtype=scores.dtype, device=scores.device).triu(1)
         scores.view(scores.shape[0], -1, count, scores.shape[2])[..., self.rows.start :] += later
-        return scores.softmax(-1)
+        if sinks is None:
+            return scores.softmax(-1)
+        column = sinks.view(1, grouped.shape[1], -1, 1, 1).expand(len(grouped), -1, -1, grouped.shape[3], -1)
+        weights, taken = sunk_softmax(scores, self.queries(column))
+        if share is not None:
+            self.write(share, taken)
+        return weights
 
     def write(self, grouped: Tensor, values: Tensor) -> None:
         """values [N, H / G * queries, d] into their place in [B, G, H / G, S, d]."""

@@ -209,7 +209,7 @@ class PlainAttention:
         if attention.q_norm is not None and attention.k_norm is not None:
             scales = (attention.q_norm.weight.expand(self._heads, -1), attention.k_norm.weight.expand(self._groups, -1))
             self._head_scale = torch.cat(scales)
-        self._output = attention.o_proj.weight
+        self._output, self._output_bias = attention.o_proj.weight, attention.o_proj.bias
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         batch, heads, groups, size = x.shape[0], self._heads, self._groups, self._head_dim
@@ -227,7 +227,7 @@ class PlainAttention:
             batch, groups, heads // groups, size
         )  # those of a group as if they were positions
         out = nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=step.hidden)
-        return x + few_product(out.reshape(batch, heads * size), self._output)
+        return x + few_product(out.reshape(batch, heads * size), self._output, self._output_bias)
 
     def _project(self, x: Tensor) -> Tensor:
         """x [B, D] -> query, key and value [B, H + 2 G, d]."""
@@ -260,6 +260,7 @@ def _attending(layer: Any) -> PlainAttention | None:
     norms = [norm for norm in (layer.input_layernorm, attention.q_norm, attention.k_norm) if norm is not None]
     ours = (
         type(kernel) is FullAttention
+        and attention.sinks is None
         and kernel.attend is fastest
         and type(attention) is Attention
         and all(type(part) is Linear and type(part.weight) is nn.Parameter for part in parts)

@@ -55,14 +55,16 @@ def serves(query: Tensor, view: View) -> bool:
     return _compiler() and _kind(query) not in _refused
 
 
-def flexed_attention(queries: Sequence[Tensor], key: Tensor, value: Tensor, view: View) -> Tensor | None:
+def flexed_attention(
+    queries: Sequence[Tensor], key: Tensor, value: Tensor, view: View, sinks: Tensor | None = None
+) -> Tensor | None:
     """As `blocked_attention`, in the query's dtype, under autocast in autocast's; None: it can't be compiled here."""
     query, dtype = queries[0], _dtype(queries[0])
     with torch.autocast(query.device.type, enabled=False):
         spans = spans_of(view, query.device)[: len(queries)]
         run = merged if torch.compiler.is_compiling() else _compiled()
         try:
-            out = run(tuple(each.to(dtype) for each in queries), key.to(dtype), value.to(dtype), spans)
+            out = run(tuple(each.to(dtype) for each in queries), key.to(dtype), value.to(dtype), spans, sinks)
         except (compiling.TorchDynamoException, compiling.FailOnRecompileLimitHit) as error:
             _refused.add(_kind(query))
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -72,14 +74,19 @@ def flexed_attention(queries: Sequence[Tensor], key: Tensor, value: Tensor, view
 
 
 def merged(
-    queries: tuple[Tensor, ...], key: Tensor, value: Tensor, spans: tuple[Span, ...], by: Attend | None = None
+    queries: tuple[Tensor, ...],
+    key: Tensor,
+    value: Tensor,
+    spans: tuple[Span, ...],
+    sinks: Tensor | None = None,
+    by: Attend | None = None,
 ) -> Tensor:
     """One softmax over the keys of all spans, each scored with its query: [B, H, S, d] each -> [B, H, S, d].
 
-    `by` computes one span; None: `attend`.
+    `sinks` [H]: as `nn.sinks`, a span more, without values. `by` computes one span; None: `attend`.
     """
     by = by or attend
-    if len(spans) == 1:
+    if len(spans) == 1 and sinks is None:
         return by(queries[0], key, value, spans[0], False)[0]
     outs, sums = [], []
     for query, span in zip(queries, spans, strict=True):
@@ -87,9 +94,11 @@ def merged(
         assert lse is not None
         outs.append(out)
         sums.append(torch.where((span.last < span.first)[:, None], float("-inf"), lse))
+    if sinks is not None:
+        sums.append(sinks.to(sums[0].dtype)[:, None].expand_as(sums[0]))
     weights = torch.stack(sums).softmax(0)[..., None]  # fp32; each query sees itself, so that not all are -inf
     total = weights[0] * outs[0]
-    for weight, out in zip(weights[1:], outs[1:], strict=True):
+    for weight, out in zip(weights[1 : len(outs)], outs[1:], strict=True):
         total = total + weight * out
     return total.to(value.dtype)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from moelab.nn.attention_inputs import Attend, AttentionInputs
-from moelab.nn.blocked_attention import View
+from moelab.nn.blocked_attention import LEAST_ROWS, View
 from moelab.nn.causal_attention import blocks_pay, causal_attention
+from moelab.nn.fused_parts import fused_pays
 from moelab.nn.masked_attention import masked_attention
 from moelab.nn.rope import rotate
+from moelab.nn.sinks import all_pairs, fused_causal
 
 ROTATED = "keys turned by their own positions"  # cache_mode
 LARGEST_MASK = 1 << 22  # elements of S x L; beyond, what needs a mask is computed in blocks
@@ -19,6 +21,7 @@ class FullAttention:
 
     cache_mode = ROTATED
     reach = None
+    serves_sinks = True
 
     def __init__(self, layer_id: int, attend: Attend | None = None) -> None:
         """`attend`: what computes plain causal attention; None: what measures fastest."""
@@ -28,11 +31,11 @@ class FullAttention:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, inputs: AttentionInputs) -> Tensor:
         query, key, value = turned(self.layer_id, query, key, value, inputs)
         if inputs.attend is not None:
-            return inputs.attend(query, key, value, inputs.mask)
-        if inputs.given_mask is None and (inputs.look is not None or _in_blocks(inputs)):
+            return inputs.attend(query, key, value, inputs.mask, inputs.sinks)
+        if inputs.given_mask is None and (inputs.look is not None or _in_blocks(query, inputs)):
             view = inputs.once("full", lambda: View.of(inputs))
-            return masked_attention([query], key, value, view, inputs.look_of(self.layer_id))
-        return self.attend(query, key, value, inputs.mask)
+            return masked_attention([query], key, value, view, inputs.look_of(self.layer_id), inputs.sinks)
+        return self.attend(query, key, value, inputs.mask, inputs.sinks)
 
 
 def turned(
@@ -47,23 +50,33 @@ def turned(
     return query, key, value
 
 
-def _in_blocks(inputs: AttentionInputs) -> bool:
-    """Whether a mask is needed that would be large, or that leaves most out."""
-    if inputs.documents is not None:
-        return inputs.several_documents
+def _in_blocks(query: Tensor, inputs: AttentionInputs) -> bool:
+    """Whether a mask is needed that would be large, or that leaves most out; beside sinks all that is not small."""
+    if inputs.documents is not None and inputs.several_documents:
+        return True
     masked = inputs.padding is not None or inputs.past > 0
-    return masked and inputs.positions.shape[1] * inputs.length > LARGEST_MASK
+    if inputs.sinks is not None:
+        return query.shape[2] > LEAST_ROWS and (masked or not (blocks_pay(query) or fused_pays(query)))
+    return inputs.documents is None and masked and inputs.positions.shape[1] * inputs.length > LARGEST_MASK
 
 
-def fastest(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """query [B, H, S, d], key and value [B, G, L, d] -> [B, H, S, d], by what measures fastest."""
+def fastest(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None = None) -> Tensor:
+    """query [B, H, S, d], key and value [B, G, L, d], sinks [H] -> [B, H, S, d], by what measures fastest."""
     if mask is None and blocks_pay(query):
-        return causal_attention(query, key, value)
-    return torch_attention(query, key, value, mask)
+        return causal_attention(query, key, value, sinks)
+    return torch_attention(query, key, value, mask, sinks)
 
 
-def torch_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def torch_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None = None
+) -> Tensor:
     """`fastest` by torch's own kernel; mask as `AttentionInputs.mask`."""
+    if sinks is not None:
+        return (
+            fused_causal(query, key, value, sinks)
+            if mask is None and fused_pays(query)
+            else all_pairs(query, key, value, mask, sinks)
+        )
     return nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.shape[1] > key.shape[1]
     )

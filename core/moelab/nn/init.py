@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from moelab.moe.experts import ExpertBank
+from moelab.nn.attention import Attention
 from moelab.nn.norm import RMSNorm
 from moelab.nn.pieces import fill, first_of, held
 from moelab.seeds import generator
@@ -19,7 +20,7 @@ from moelab.seeds import generator
 
 @torch.no_grad()
 def initialise(model: nn.Module, std: float, seed: int, stored: Collection[str] = ()) -> None:
-    """Matrices ~ N(0, std^2) drawn in fp32, biases of Linears and experts 0, norms 1.
+    """Matrices and attention sinks ~ N(0, std^2) drawn in fp32, biases of Linears and experts 0, norms 1.
 
     A module that offers `initialise(generator)` (a plugin, say) does it itself, and one that offers
     `after_initialise()` has the last word on its own values;
@@ -51,7 +52,7 @@ def draw(model: nn.Module, name: str, std: float, seed: int) -> None:
         held(parameter).fill_(1.0)
     elif isinstance(owner, nn.Linear | ExpertBank) and name.endswith("bias"):
         held(parameter).zero_()
-    elif parameter.ndim > 1:
+    elif parameter.ndim > 1 or (isinstance(owner, Attention) and name.endswith(".sinks")):
         fill(parameter, torch.empty(parameter.shape).normal_(0.0, std, generator=generator(seed, "init", name)))
 
 

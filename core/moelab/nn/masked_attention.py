@@ -10,9 +10,14 @@ from moelab.nn.blocked_attention import Look, View, blocked_attention
 
 
 def masked_attention(
-    queries: Sequence[Tensor], key: Tensor, value: Tensor, view: View, look: Look | None = None
+    queries: Sequence[Tensor],
+    key: Tensor,
+    value: Tensor,
+    view: View,
+    look: Look | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """queries, each [B, H, S, d], key and value [B, G, L, d] -> [B, H, S, d]: see `blocked_attention`.
+    """queries, each [B, H, S, d], key and value [B, G, L, d], sinks [H] -> [B, H, S, d]: see `blocked_attention`.
 
     Blocks alone have weights to show a `look`.
     """
@@ -20,7 +25,7 @@ def masked_attention(
         from moelab.nn import flex_attention  # noqa: PLC0415  (brings torch's compiler with it)
 
         if flex_attention.serves(queries[0], view):
-            out = flex_attention.flexed_attention(queries, key, value, view)
+            out = flex_attention.flexed_attention(queries, key, value, view, sinks)
             if out is not None:
                 return out
-    return blocked_attention(queries, key, value, view, look)
+    return blocked_attention(queries, key, value, view, look, sinks)

@@ -9,8 +9,8 @@ from torch import nn
 from moelab.plugin_faults import article
 
 
-def attention_built(kernel: object) -> str | None:
-    """Of what an attention component built: a phrase for `PluginPart.fault`, or None."""
+def attention_built(kernel: object, *, sinks: bool = False) -> str | None:
+    """Of what an attention component built, for a model with `sinks`: a phrase for `PluginPart.fault`, or None."""
     if not callable(kernel):
         return f"built {article(kernel)}, which can't be called with (query, key, value, inputs)"
     if isinstance(kernel, nn.Module) and next(kernel.parameters(), None) is not None:
@@ -18,6 +18,8 @@ def attention_built(kernel: object) -> str | None:
     mode = getattr(kernel, "cache_mode", None)
     if not isinstance(mode, str) or not mode:
         return f"has cache_mode {mode!r}; it must be a text that says what its cached keys are"
+    if sinks and getattr(kernel, "serves_sinks", False) is not True:
+        return "does not serve model.attention_sinks (no `serves_sinks`); take another attention, or set that to false"
     return _reach(kernel)
 
 

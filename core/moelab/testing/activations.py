@@ -103,6 +103,24 @@ def differentiates_as_autograd_does(case: ActivationCase) -> None:
         assert_close(out, wanted, "a gradient of differentiate", 1e-10)
 
 
+def joined_inputs_give_the_same(case: ActivationCase) -> None:
+    """`of_joined`, where it is offered and serves: the call's result and gradients, in float64, twice over."""
+    activation = case.build()
+    own = getattr(activation, "of_joined", None)
+    apart = [value.requires_grad_() for value in case.inputs(torch.float64)]
+    joined = torch.stack([value.detach() for value in apart], 1).requires_grad_()
+    y = None if own is None else own(joined)
+    if y is None:
+        return
+    expected = activation(*apart)
+    assert_close(y, expected, "the result of joined inputs", 1e-12)
+    grad = torch.empty_like(y).normal_(generator=torch.Generator().manual_seed(7))
+    wanted = torch.stack(torch.autograd.grad(expected, apart, grad), 1)
+    for _ in range(2):
+        (found,) = torch.autograd.grad(y, joined, grad, retain_graph=True)
+        assert_close(found, wanted, "the gradient of joined inputs", 1e-10)
+
+
 def waits_for_nothing(case: ActivationCase) -> None:
     """No operation asks for a value or for a shape that depends on values."""
     activation, inputs = case.build(), case.inputs()
@@ -123,6 +141,7 @@ ACTIVATION_CHECKS: tuple[Callable[[ActivationCase], None], ...] = (
     neurons_are_apart,
     repeats,
     differentiates_as_autograd_does,
+    joined_inputs_give_the_same,
     waits_for_nothing,
     equals_its_closed_form,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,8 +74,12 @@ class AttentionCase:
         query, key, value = heads
         return self.build()(query, key, value, self.inputs(heads, **more))
 
-    def oracle(self, heads: Any, documents: Tensor | None = None) -> Tensor:
-        """The definition over all pairs, in float64. documents [S]."""
+    @property
+    def serves_sinks(self) -> bool:
+        return bool(getattr(self.build(), "serves_sinks", False))
+
+    def oracle(self, heads: Any, documents: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
+        """The definition over all pairs, in float64. documents [S]; sinks [H], a score more whose value is 0."""
         assert self.definition is not None
         query, key, value = (part.double() for part in heads)
         share = query.shape[1] // key.shape[1]
@@ -91,7 +97,10 @@ class AttentionCase:
         even = q1[..., :, None, :] * k1[..., None, :, :] + q2[..., :, None, :] * k2[..., None, :, :]
         odd = q1[..., :, None, :] * k2[..., None, :, :] - q2[..., :, None, :] * k1[..., None, :, :]
         scores = (even * angle.cos() + odd * angle.sin()).sum(-1) * factor**2 * query.shape[-1] ** -0.5
-        return (scores * scale).masked_fill(~sees, float("-inf")).softmax(-1) @ value
+        scores = (scores * scale).masked_fill(~sees, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.double()[:, None, None].expand(len(scores), -1, seq, 1)], -1)
+        return scores.softmax(-1)[..., :seq] @ value
 
 
 def returns_the_shape_and_dtype_of_the_query(case: AttentionCase) -> None:
@@ -198,19 +207,24 @@ def its_gradients_are_those_of_its_output(case: AttentionCase) -> None:
 
 
 def equals_its_definition(case: AttentionCase) -> None:
-    """Where one is declared: output and gradients against all pairs in float64, for one document and for several."""
+    """Where one is declared: output and gradients against all pairs in float64, for one document and for several.
+
+    And with attention sinks, where it serves them.
+    """
     if case.definition is None:
         return
     packed = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-    for documents in (None, packed):
+    drawn = torch.linspace(-2.0, 3.0, case.context.num_attention_heads, dtype=torch.float64).requires_grad_()
+    for sinks, documents in itertools.product((None, drawn) if case.serves_sinks else (None,), (None, packed)):
         heads = tuple(each.requires_grad_() for each in case.heads(dtype=torch.float64))
+        leaves = heads if sinks is None else (*heads, sinks)
         weight = torch.randn(heads[0].shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-        out = case.run(heads, documents=None if documents is None else documents[None])
-        expected = case.oracle(heads, documents)
+        out = case.run(heads, documents=None if documents is None else documents[None], sinks=sinks)
+        expected = case.oracle(heads, documents, sinks)
         assert_close(out, expected, "against all pairs in float64", 1e-5)  # tables are in float32
-        found = torch.autograd.grad((out * weight).sum(), heads)
-        wanted = torch.autograd.grad((expected * weight).sum(), heads)
-        for name, one, other in zip(("query", "key", "value"), found, wanted, strict=True):
+        found = torch.autograd.grad((out * weight).sum(), leaves)
+        wanted = torch.autograd.grad((expected * weight).sum(), leaves)
+        for name, one, other in zip(("query", "key", "value", "sinks")[: len(leaves)], found, wanted, strict=True):
             assert_close(one, other, f"the gradient of the {name}, against all pairs in float64", 1e-4)
 
 
@@ -232,6 +246,41 @@ def what_it_shows_are_its_weights(case: AttentionCase) -> None:
         assert_close(out, case.run(heads), "looked at, and not", 1e-5)
 
 
+def sinks_take_their_share(case: AttentionCase) -> None:
+    """Where it serves them: what a sink z leaves is for the keys, in their proportions, and its odds are exp(z).
+
+    Of one text, of documents, beside padding and over a cache; and the gradient of z is that of the output.
+    """
+    if not case.serves_sinks:
+        return
+    heads, kernel = case.heads(), case.build()
+    query, key, value = heads
+    sinks = torch.linspace(-2.0, 3.0, query.shape[1])
+    real = (torch.arange(SEQUENCE) >= 9).expand(BATCH, -1)
+    documents = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))[None]
+    for form in ({}, {"documents": documents}, {"padding": real}):
+        what = f"with sinks, {' and '.join(form) or 'one text'}"
+        found = case.run(heads, sinks=sinks, **form)
+        left, less = (
+            case.run((query, key, torch.ones_like(value)), sinks=each, **form)[..., :1] for each in (sinks, sinks + 1)
+        )
+        assert_close(found, case.run(heads, **form) * left, f"{what}: the keys' proportions", 1e-4)
+        assert_close((1 / less - 1), (1 / left - 1) * math.e, f"{what}: the odds of a sink one larger", 1e-3)
+        none = case.run(heads, sinks=sinks - 1e4, **form)
+        assert_close(none, case.run(heads, **form), f"{what}: of no size", 1e-5)
+    whole, cache, parts = case.run(heads, sinks=sinks), KVCache(1), []
+    for past, size in ((0, 20), (20, 1), (21, 32)):
+        part = tuple(each[:, :, past : past + size] for each in heads)
+        parts.append(kernel(part[0], part[1], part[2], case.inputs(part, past=past, cache=cache, sinks=sinks)))
+    assert_close(torch.cat(parts, 2), whole, "with sinks, over a cache", 1e-5)
+    wide = case.heads(dtype=torch.float64)
+    leaf = sinks.double().requires_grad_()
+    weight = torch.randn(wide[0].shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((case.run(wide, sinks=leaf) * weight).sum(), leaf)
+    ends = [(case.run(wide, sinks=leaf.detach() + step) * weight).sum((0, 2, 3)) for step in (1e-5, -1e-5)]
+    assert_close(gradient, (ends[0] - ends[1]) / 2e-5, "the gradient of the sinks, against a step", 1e-4)
+
+
 ATTENTION_CHECKS: tuple[Callable[[AttentionCase], None], ...] = (
     returns_the_shape_and_dtype_of_the_query,
     what_follows_changes_nothing,
@@ -242,6 +291,7 @@ ATTENTION_CHECKS: tuple[Callable[[AttentionCase], None], ...] = (
     its_gradients_are_those_of_its_output,
     equals_its_definition,
     what_it_shows_are_its_weights,
+    sinks_take_their_share,
 )
 
 

@@ -38,7 +38,8 @@ OVERRIDES, COMMIT = "init_overrides", "init_commit"  # of summary.json and of a 
 # max_position_embeddings, which plain rotary embedding doesn't read (a longer sequence than the checkpoint's is said).
 FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "qkv_bias", "use_qk_norm",
+    "num_key_value_heads", "rms_norm_eps", "rope_theta", "rope_scaling", "qkv_bias", "o_bias", "attention_sinks",
+    "use_qk_norm",
     "tie_word_embeddings", "activation", "mlp_bias",
 )  # fmt: skip
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"

@@ -104,6 +104,7 @@ class DualChunkAttention:
     """
 
     reach = inf
+    serves_sinks = True
 
     def __init__(self, options: DualChunkOptions, context: AttentionContext) -> None:
         self.chunks = Chunks.of(options, context.max_position_embeddings)
@@ -125,7 +126,7 @@ class DualChunkAttention:
             key, value = inputs.cache.append(self.layer_id, key, value)
         queries = [rotate(query, *(table.to(query.dtype) for table in turn)) for turn in turns]
         view = inputs.once(("dual_chunk view", self.chunks), lambda: View.of(inputs, chunk=self.chunks.chunk))
-        return masked_attention(queries, key, value, view, inputs.look_of(self.layer_id))
+        return masked_attention(queries, key, value, view, inputs.look_of(self.layer_id), inputs.sinks)
 
     def _rotations(self, inputs: AttentionInputs) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
         """cos and sin of the queries, for each distance of chunks that occurs, and of the keys: [B or 1, 1, S, d]."""

@@ -37,6 +37,7 @@ class SlidingWindow:
 
     cache_mode = ROTATED
     reach = None
+    serves_sinks = True
 
     def __init__(self, window: int, layer_id: int) -> None:
         self.window = window
@@ -49,7 +50,7 @@ class SlidingWindow:
             raise ConfigError("model.attention: sliding_window takes masks of padding alone, and shows no weights")
         query, key, value = turned(self.full.layer_id, query, key, value, inputs)
         view = inputs.once(("sliding_window", self.window), lambda: View.of(inputs, window=self.window))
-        return masked_attention([query], key, value, view, inputs.look_of(self.full.layer_id))
+        return masked_attention([query], key, value, view, inputs.look_of(self.full.layer_id), inputs.sinks)
 
 
 def build(options: SlidingWindowOptions, context: AttentionContext) -> AttentionKernel:

@@ -297,3 +297,99 @@ def test_svd_moves_the_small_singular_values_alone_and_each_copy_its_own_way() -
     for matrix in MATRICES:
         one, other = (part.materialise(part.plan(2), 2, matrix, ffn[matrix]) for part in (same, plain))
         assert np.array_equal(one, other)
+
+
+def difference(made: ExpertInitialiser, expert: int, matrix: str, ffn: dict[str, LoadedMatrix]) -> np.ndarray:
+    """What an expert has beyond the dense FFN."""
+    values = made.materialise(made.plan(expert), expert, matrix, ffn[matrix])
+    return np.asarray(values, np.float64) - ffn[matrix].values
+
+
+def test_experts_of_one_source_are_the_ffn_and_a_sparse_difference_of_their_own() -> None:
+    """Exactly the asked share of each row, drawn with the asked spread; one hundredth of 48 is a half: at least one."""
+    ffn, where = dense_ffn(96, dtype="F32"), context(96, 4, 96)
+    made = build({"name": "deltas", "density": 0.25, "scale": 0.1}, where)
+    for matrix in MATRICES:
+        first, second = (difference(made, expert, matrix, ffn) for expert in (0, 3))
+        assert ((first != 0).sum(1) == 12).all()
+        assert ((first != 0) != (second != 0)).any()
+        spread = first[first != 0].std() / ffn[matrix].values.std()
+        assert spread == pytest.approx(0.1, rel=0.1)
+    fewest = difference(build({"name": "deltas"}, where), 0, "up", ffn)
+    assert ((fewest != 0).sum(1) == 1).all()
+
+
+def test_experts_of_one_source_are_the_ffn_and_a_difference_of_low_rank() -> None:
+    ffn = dense_ffn(96, dtype="F32")
+    made = build({"name": "deltas", "form": "low_rank", "rank": 3, "scale": 0.1}, context(96, 4, 96))
+    for matrix in MATRICES:
+        sizes = np.linalg.svd(difference(made, 1, matrix, ffn), compute_uv=False)
+        assert sizes[3] < 1e-5 * sizes[0]  # rounding of the sum
+        assert np.sqrt((sizes**2).mean() / 96) / ffn[matrix].values.std() == pytest.approx(0.1, rel=0.5)
+        assert sizes[2] > 0.1 * sizes[0]
+
+
+def test_without_a_difference_they_are_the_dense_function_and_say_so() -> None:
+    ffn = dense_ffn(96)
+    made = build({"name": "deltas", "scale": 0.0}, context(96, 4, 96, norm_topk_prob=True))
+    assert np.array_equal(made.materialise(made.plan(2), 2, "down", ffn["down"]), ffn["down"].values)
+    assert made.keeps_with == {"shared": ("zero",), "scaling": ("none",)}
+    assert build({"name": "deltas"}, context(96, 4, 96, norm_topk_prob=True)).keeps_with is None
+
+
+@pytest.mark.parametrize(
+    ("node", "error"),
+    [
+        ({"form": "sparse", "density": 0.25}, None),
+        ({"form": "sparse", "density": 1.0}, 0.0),
+        ({"form": "low_rank", "rank": 5}, None),
+        ({"form": "low_rank", "rank": 48}, 0.0),
+        ({"form": "quantised", "bits": 3}, None),
+        ({"form": "quantised", "bits": 8}, None),
+    ],
+    ids=str,
+)
+def test_of_several_sources_what_each_has_beyond_the_first_is_made_light(node: dict, error: float | None) -> None:
+    """No form of that lightness is nearer: the largest values, the first singular ones, the nearest levels."""
+    base, others = dense_ffn(96, dtype="F32"), []
+    for seed in (1, 2):
+        drawn = np.random.default_rng(seed).normal(0, 0.1, (96, 48)).astype(np.float32)
+        others.append({matrix: LoadedMatrix(base[matrix].values + drawn, "F32") for matrix in MATRICES})
+    made = build({"name": "deltas", **node}, context(96, 5, 96, num_sources=3))
+    made.prepare(lambda matrix: base[matrix])
+    assert [made.plan(expert).checkpoint for expert in range(5)] == [1, 2, 1, 2, 1]
+    for expert in (0, 3):
+        true = others[expert % 2]["up"].values.astype(np.float64) - base["up"].values
+        plan = made.plan(expert)
+        values = made.materialise(plan, expert, "up", others[expert % 2]["up"])
+        found = np.asarray(values, np.float64) - base["up"].values
+        left = np.abs(found - true)
+        if error is not None:
+            assert left.max() < 1e-5
+        elif node["form"] == "sparse":
+            assert ((found != 0).sum(1) == 12).all()
+            kept, gone = np.where(found != 0, np.abs(true), np.inf), np.where(found == 0, np.abs(true), 0)
+            assert (kept.min(1) >= gone.max(1) - 1e-6).all()
+            assert left[found != 0].max() < 1e-5
+        elif node["form"] == "low_rank":
+            rest = np.linalg.svd(true, compute_uv=False)[5:]
+            assert np.sqrt((left**2).sum()) == pytest.approx(np.sqrt((rest**2).sum()), rel=1e-4)
+        else:
+            step = np.abs(true).max(1, keepdims=True) / (2 ** (node["bits"] - 1) - 1)
+            assert (left <= step / 2 + 1e-5).all()
+            assert all(len(np.unique(np.rint(row))) <= 2 ** node["bits"] - 1 for row in found / step)
+
+
+@pytest.mark.parametrize(
+    ("node", "where", "words"),
+    [
+        ({"name": "deltas"}, context(96, 4, 48), "must be the dense FFN's 96, not 48"),
+        ({"name": "deltas", "form": "quantised"}, context(96, 4, 96), "is of several sources"),
+        ({"name": "deltas", "density": 0.0}, context(96, 4, 96), "density must be above 0"),
+        ({"name": "deltas", "bits": 1}, context(96, 4, 96), "bits must be in 2 .. 8"),
+        ({"name": "deltas", "rank": 0}, context(96, 4, 96), "rank must be at least 1"),
+    ],
+)
+def test_differences_that_can_not_be_are_refused(node: dict, where: UpcycleContext, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build(node, where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,6 +73,14 @@ def test_every_reason_is_listed_layer_by_layer():
     assert "layer 1, shared expert: there is none, and Qwen2-MoE always has a gated one" in message
     assert "layer 2, layout: num_experts is 8, but 4 in layer 0" in message
     assert "layer 2, router: norm_topk_prob is True, but False in layer 0" in message
+
+
+def test_attention_that_no_kind_has_is_refused():
+    with_sinks = replace(model().config, attention_sinks=True, o_bias=True)
+    with pytest.raises(CheckpointError) as caught:
+        write_config(build_model(with_sinks, device="meta", seed=None))
+    assert "model.attention_sinks is true, and its attention has none" in str(caught.value)
+    assert "model.o_bias is true, and its o_proj has no bias" in str(caught.value)
 
 
 class Stranger(nn.Module):

@@ -207,9 +207,11 @@ def test_attentions_are_what_they_are_by_definition(
 
     calls = []
 
-    def flexed(queries: Any, key: Tensor, value: Tensor, view: View, look: object) -> Tensor | None:
+    def flexed(
+        queries: Any, key: Tensor, value: Tensor, view: View, look: object, sinks: Tensor | None
+    ) -> Tensor | None:
         calls.append(view)
-        return flexed_attention(queries, key, value, view)
+        return flexed_attention(queries, key, value, view, sinks)
 
     monkeypatch.setattr(flex_attention, "_compiled", lambda: partial(merged, by=dense))
     monkeypatch.setattr(masked_attention, "blocked_attention", flexed)

@@ -80,6 +80,27 @@ def test_clamped_swiglu_with_biases_is_gpt_oss(name: str) -> None:
     torch.testing.assert_close(bank.down_bias.grad, theirs.down_proj_bias.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("piece", [1, 24, 1 << 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clamped_swiglu_in_pieces_is_that_of_the_whole(
+    piece: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values at the limit itself among them, which pass their gradient as autograd's clamp lets them."""
+    act = activation("clamped_swiglu", swiglu_limit=0.7)
+    monkeypatch.setattr(__import__(type(act).__module__, fromlist=["PIECE"]), "PIECE", piece)
+    drawn = torch.randn(31, 2, F, generator=torch.Generator().manual_seed(2)).to(dtype)
+    drawn[::3, :, ::2] = torch.tensor(0.7, dtype=dtype)
+    joined, whole = (drawn.clone().requires_grad_() for _ in range(2))
+    head = torch.randn(31, F, generator=torch.Generator().manual_seed(3)).to(dtype)
+    found = act.of_joined(joined)
+    expected = act(*whole.double().unbind(1)) if dtype == torch.float32 else act(*whole.unbind(1))
+    close = 1e-6 if dtype == torch.float32 else 2**-5
+    torch.testing.assert_close(found.double(), expected.double(), rtol=close, atol=close)
+    (found * head).sum().backward()
+    (expected * head).sum().backward()
+    torch.testing.assert_close(joined.grad, whole.grad, rtol=close, atol=close)
+
+
 def test_situ_glu_is_swiglu_near_zero_and_bounded_far_out() -> None:
     """Kimi K3, 2.3: first order in the caps, and |y| <= 4 * 25."""
     situ, swiglu = activation("situ_glu"), activation("swiglu")
