@@ -43,6 +43,7 @@ class MoelabConfig(PretrainedConfig):
         mlp_bias: bool = False,
         qkv_bias: bool = True,
         use_qk_norm: bool = False,
+        latent_attention: dict[str, Any] | None = None,
         tie_word_embeddings: bool = False,
         initializer_range: float = 0.02,
         moe: dict[str, Any] | None = None,
@@ -53,7 +54,8 @@ class MoelabConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         activation = activation or ModelConfig().activation
-        head_dim = head_dim or hidden_size // num_attention_heads  # caches of transformers read it
+        if latent_attention is None:
+            head_dim = head_dim or hidden_size // num_attention_heads  # caches of transformers read it
         given = dict(locals())
         for name in STORED:
             setattr(self, name, given[name])

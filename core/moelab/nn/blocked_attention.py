@@ -2,7 +2,8 @@
 
 What a query sees (`View`) may end at a document's border or at a window, and keys may be scored with one of several
 queries by how far away they lie, as Dual Chunk Attention does: one softmax over all of them, and exact gradients.
-B sequences, H query heads in G groups of one key head each, S queries, P positions before them, L = P + S, d head size.
+B sequences, H query heads in G groups of one key head each, S queries, P positions before them, L = P + S, d head size,
+v that of values.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ class View:
 def blocked_attention(
     queries: Sequence[Tensor], key: Tensor, value: Tensor, view: View, look: Look | None = None
 ) -> Tensor:
-    """queries, each [B, H, S, d], key and value [B, G, L, d] -> [B, H, S, d] in the query's dtype.
+    """queries, each [B, H, S, d], key [B, G, L, d], value [B, G, L, v] -> [B, H, S, v] in the query's dtype.
 
     All turned already. One query, or with `view.chunk` three: for keys of the own chunk, of the one before, and of
     others; those that no key needs may be left out. Computed in fp32 or wider. `look` is shown the sequences, the rows
@@ -192,7 +193,7 @@ class _Blocked(torch.autograd.Function):
             assert view.chunk is not None
             ctx.save_for_backward(key, value, *grouped)
             return chunked_attention(queries, key, value, view.past, view.chunk).transpose(1, 2)
-        out = key.new_empty(batch, seq, groups, heads // groups, width)  # the order in which o_proj reads it
+        out = key.new_empty(batch, seq, groups, heads // groups, value.shape[-1])  # the order in which o_proj reads it
         kept, room = [], KEEP_ELEMENTS if any(ctx.needs_input_grad) else 0
         for block in view.blocks(groups, heads // groups):
             weights = _weights(view, block, grouped, key)
@@ -202,14 +203,14 @@ class _Blocked(torch.autograd.Function):
             room -= weights.numel()
             kept += [weights] if room >= 0 else []
         ctx.save_for_backward(key, value, *grouped, *kept)
-        return out.view(batch, seq, heads, width).transpose(1, 2)
+        return out.view(batch, seq, heads, -1).transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         key, value, *rest = ctx.saved_tensors
         grouped, kept = rest[: ctx.queries], rest[ctx.queries :]
         view, shape = ctx.view, grouped[0].shape
-        dy = grads[0].reshape(shape)
+        dy = grads[0].reshape(*shape[:-1], -1)
         dqueries = [query.new_zeros(shape) for query in grouped]
         dkey, dvalue = torch.zeros_like(key), torch.zeros_like(value)
         for index, block in enumerate(view.blocks(shape[1], shape[2])):

@@ -26,7 +26,10 @@ class FullAttention:
         self.attend = attend or fastest
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, inputs: AttentionInputs) -> Tensor:
-        query, key, value = turned(self.layer_id, query, key, value, inputs)
+        return self.on_turned(*turned(self.layer_id, query, key, value, inputs), inputs)
+
+    def on_turned(self, query: Tensor, key: Tensor, value: Tensor, inputs: AttentionInputs) -> Tensor:
+        """As `TurnedKernel`."""
         if inputs.attend is not None:
             return inputs.attend(query, key, value, inputs.mask)
         if inputs.given_mask is None and (inputs.look is not None or _in_blocks(inputs)):
@@ -56,14 +59,28 @@ def _in_blocks(inputs: AttentionInputs) -> bool:
 
 
 def fastest(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """query [B, H, S, d], key and value [B, G, L, d] -> [B, H, S, d], by what measures fastest."""
+    """query [B, H, S, d], key [B, G, L, d], value [B, G, L, v] -> [B, H, S, v], by what measures fastest."""
     if mask is None and blocks_pay(query):
         return causal_attention(query, key, value)
     return torch_attention(query, key, value, mask)
 
 
 def torch_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """`fastest` by torch's own kernel; mask as `AttentionInputs.mask`."""
-    return nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.shape[1] > key.shape[1]
-    )
+    """`fastest` by torch's own kernel; mask as `AttentionInputs.mask`.
+
+    Its fused kernels want one width; at 2048 positions a CPU's took 0.4 of the time of products of S x S, which is what
+    torch falls back to otherwise (benchmarks/latent_attention.py).
+    """
+    width, wanted = query.shape[-1], value.shape[-1]
+    if wanted != width:
+        query, key, value = (_widened(each, max(width, wanted)) for each in (query, key, value))
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.shape[1] > key.shape[1],
+        scale=None if wanted == width else width**-0.5,
+    )  # fmt: skip
+    return out[..., :wanted]
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """[..., d] -> [..., width], with zeros behind."""
+    return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
