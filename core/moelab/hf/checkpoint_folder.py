@@ -5,6 +5,7 @@ Free of torch: upcycling opens its sources here too.
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from moelab.hf.moe_formats import MoEFormat
 from moelab.hf.sizes import check_sizes
 from moelab.registry import Registry
 
+logger = logging.getLogger("moelab")
 _ROTATED = re.compile(r"model\.layers\.\d+\.self_attn\.([qk])_proj\.(weight|bias)")
 
 
@@ -53,7 +55,9 @@ def open_folder(folder: Path, registry: Registry | None = None) -> CheckpointFol
         if rows == "pairs":
             heads = {"q": found.config.num_attention_heads, "k": found.config.num_key_value_heads}
             paired = {name: heads[match[1]] for name in stored.tensors if (match := _ROTATED.fullmatch(name))}
-    stored.rename(
+    left_out = stored.rename(
         lambda name: [(part.name, part.first, part.rows) for part in found.kind.parts(name, found.config)], paired
     )
+    if left_out and isinstance(found.kind, MoEFormat):
+        logger.warning("%s: %d tensors are left out (%s): %s", folder, len(left_out), left_out[0], found.kind.left_out)
     return CheckpointFolder(found.config, found.kind, found.model_type, stored)

@@ -175,19 +175,24 @@ class TensorFolder:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{stored.path}: {name}: can't be read: {error}") from error
 
-    def rename(self, parts: Callable[[str], list[tuple[str, int, int | None]]], paired: Mapping[str, int]) -> None:
+    def rename(self, parts: Callable[[str], list[tuple[str, int, int | None]]], paired: Mapping[str, int]) -> list[str]:
         """Look at the tensors under other names: a stored name -> (name, first row, rows or None for all) of each part.
 
-        `paired`: the names whose rows lie in llama.cpp's order -> of how many heads. Raises CheckpointError where a
-        part reaches beyond its tensor.
+        `paired`: the names whose rows lie in llama.cpp's order -> of how many heads. -> what has no part. Raises
+        CheckpointError where a part reaches beyond its tensor.
         """
         found: dict[str, StoredTensor] = {}
+        left_out = []
         for stored in self.tensors.values():
-            for name, first, rows in parts(stored.name):
+            places = parts(stored.name)
+            if not places:
+                left_out.append(stored.name)
+            for name, first, rows in places:
                 if name in found:
                     raise CheckpointError(f"{stored.path}: {stored.name}: '{name}' stands there twice; remove one")
                 found[name] = _part(stored, name, first, rows, paired.get(name, 0))
         self.tensors = found
+        return left_out
 
 
 def _part(stored: StoredTensor, name: str, first: int, rows: int | None, paired_heads: int) -> StoredTensor:
