@@ -51,6 +51,11 @@ class Attention(nn.Module):
         """Multiplications with one key and value: 2 H head_dim."""
         return 2 * self.o_proj.in_features
 
+    @property
+    def cached_numbers(self) -> int:
+        """What a cache keeps of a token: 2 G head_dim."""
+        return self.k_proj.out_features + self.v_proj.out_features
+
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         query, key, value = (self._heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:

@@ -131,6 +131,11 @@ def layer_forward_flops(layer: nn.Module, sequence_length: int) -> float:
     return float(_layer_token_flops(layer, sequence_length) + 2 * routed)
 
 
+def cached_numbers(model: Transformer) -> int:
+    """Numbers that generation keeps of each token, of all layers: keys and values, or latent attention's vectors."""
+    return sum(layer.self_attn.cached_numbers for layer in model.layers if isinstance(layer, DecoderLayer))
+
+
 def layer_parameters(layer: nn.Module) -> tuple[int, int]:
     """(all, active as declared) parameters of one decoder layer."""
     assert isinstance(layer, DecoderLayer)

@@ -70,6 +70,11 @@ class LatentAttention(nn.Module):
         """Multiplications with one key and value: H (n + r + v)."""
         return self.num_heads * (self.sizes.qk_head_dim + self.sizes.v_head_dim)
 
+    @property
+    def cached_numbers(self) -> int:
+        """What a cache keeps of a token: c + r."""
+        return self.kv_a_proj_with_mqa.out_features
+
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         query, latent = self._query(x, inputs), self._latent(x, inputs)
         if inputs.cache is not None:
