@@ -74,11 +74,15 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     width, wanted = query.shape[-1], value.shape[-1]
     if wanted != width:
         query, key, value = (_widened(each, max(width, wanted)) for each in (query, key, value))
+    batch, heads, seq, _ = query.shape
+    groups = key.shape[1]
+    if seq == 1 and heads > groups and mask is not None:  # heads as if they were positions: no key is read twice
+        query = query.reshape(batch, groups, heads // groups, -1)
     out = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.shape[1] > key.shape[1],
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.shape[1] > groups,
         scale=None if wanted == width else width**-0.5,
     )  # fmt: skip
-    return out[..., :wanted]
+    return out.reshape(batch, heads, seq, -1)[..., :wanted]
 
 
 def _widened(x: Tensor, width: int) -> Tensor:

@@ -124,12 +124,12 @@ class LatentAttention(nn.Module):
         plain, turned = query.split([sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], -1)
         matrices = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))  # [H, n + v, c]
         to_key, to_value = matrices.split([sizes.qk_nope_head_dim, sizes.v_head_dim], 1)
-        query = torch.cat([plain @ to_key, turned], -1)  # [B, H, S, c + r]
+        query = torch.cat([_by_head(plain, to_key), turned], -1)  # [B, H, S, c + r]
         # A kernel divides by the root of the width that it sees.
         query = query * (self.score_factor * (query.shape[-1] / sizes.qk_head_dim) ** 0.5)
         # Rotary keys among the values cost little, and equal widths are what torch's own kernels take.
         out = self.kernel.on_turned(query, latent, latent, inputs)[..., : sizes.kv_lora_rank]
-        return out @ to_value.transpose(1, 2)
+        return _by_head(out, to_value.transpose(1, 2))
 
     def _absorbs(self, inputs: AttentionInputs) -> bool:
         """Whether a cache is read as it is: where that is fewer multiplications than making keys and values of it."""
@@ -140,3 +140,9 @@ class LatentAttention(nn.Module):
         absorbed = new * (length * 2 * (rank + sizes.qk_rope_head_dim) + matrices)
         expanded = new * length * (sizes.qk_head_dim + sizes.v_head_dim) + length * matrices
         return absorbed < expanded
+
+
+def _by_head(x: Tensor, matrices: Tensor) -> Tensor:
+    """x [B, H, S, a], matrices [H, a, b] -> [B, H, S, b]; each matrix is read once for all sequences."""
+    rows = x.transpose(0, 1).flatten(1, 2)  # [H, B S, a]
+    return torch.bmm(rows, matrices).unflatten(1, (len(x), -1)).transpose(0, 1)

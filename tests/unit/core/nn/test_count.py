@@ -69,7 +69,7 @@ def test_other_models_activate_what_is_published(name: str, active: int):
 
 def test_deepseek_activates_and_caches_what_is_published():
     """V3: 37 billion, 36.7 by its README_WEIGHTS.md, which seems to leave the embedding's 0.93 out; V2-Lite: 2.4
-    without its embedding. Of each token 61 (512 + 64) numbers, where 128 heads of keys and values would be 71 times that.
+    without its embedding. Of each token 61 (512 + 64) numbers; 128 heads of keys and values would be 71 times that.
     """
     v3, lite = shipped("deepseek-v3"), shipped("deepseek-v2-lite")
     assert count_parameters(v3).active == 37_552_282_624

@@ -230,6 +230,20 @@ def test_values_of_another_width_than_keys_have_the_same_outputs_and_gradients(
         torch.testing.assert_close(got, right, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_one_query_of_grouped_heads_sees_what_its_mask_says(sequences: int) -> None:
+    """Heads of a group are rows of one product then; against all pairs in float64."""
+    stream = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(sequences, h, s, 8, generator=stream).double() for h, s in ((6, 1), (2, 9), (2, 9))
+    )
+    mask = torch.rand(sequences, 1, 1, 9, generator=stream) < 0.6
+    mask[..., -1] = True
+    scores = (query @ key.repeat_interleave(3, 1).mT / math.sqrt(8)).masked_fill(~mask, -math.inf)
+    wanted = scores.softmax(-1) @ value.repeat_interleave(3, 1)
+    torch.testing.assert_close(torch_attention(query, key, value, mask), wanted, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
