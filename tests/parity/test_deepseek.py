@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moelab import CheckpointError, load
 from moelab.hf.config import read_config
+from moelab.hf.save import save_hf
 from moelab.nn.generate import generate_batch
 from moelab.nn.kv_cache import KVCache
 from moelab.nn.sampling import Sampling
@@ -127,6 +128,80 @@ def test_layers_of_multi_token_prediction_are_left_out_and_told(
     (told,) = [record.getMessage() for record in caplog.records]
     assert f"{len(extra)} tensors are left out" in told
     assert "multi-token prediction" in told
+
+
+@torch.no_grad()
+def quantised(folder: Path, rows: int, columns: int) -> dict[str, Tensor]:
+    """Make a folder's matrices but embedding and head eight bits wide; -> what they stand for, by name."""
+    tensors, meant = load_file(folder / "model.safetensors"), {}
+    for name, weight in list(tensors.items()):
+        if weight.ndim != 2 or "embed" in name or "lm_head" in name or name.endswith("mlp.gate.weight"):
+            continue
+        narrow, scales = torch.empty_like(weight, dtype=torch.float8_e4m3fn), []
+        meant[name] = torch.empty_like(weight)
+        for top in range(0, len(weight), rows):
+            scales.append([])
+            for left in range(0, weight.shape[1], columns):
+                place = (slice(top, top + rows), slice(left, left + columns))
+                scale = weight[place].abs().max() / 448
+                narrow[place] = (weight[place] / scale).to(torch.float8_e4m3fn)
+                meant[name][place] = narrow[place].float() * scale
+                scales[-1].append(scale)
+        tensors |= {name: narrow, f"{name}_scale_inv": torch.tensor(scales)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    fields = json.loads((folder / "config.json").read_text())
+    fields["quantization_config"] = {
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [rows, columns],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(fields))
+    return meant
+
+
+@torch.no_grad()
+def test_eight_bits_with_scales_of_blocks_are_the_weights_that_they_stand_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Blocks of 16 x 8, which divide neither the latent projection's 24 rows nor the experts' 12."""
+    theirs = made("V3", {}, tmp_path)
+    meant = quantised(tmp_path, 16, 8)
+    assert "model.layers.1.self_attn.kv_a_proj_with_mqa.weight" in meant
+    apart_before = apart(load(tmp_path)(TOKENS).logits, theirs(TOKENS).logits)
+    assert apart_before > 1e-3, "eight bits change something"
+    assert "weights of eight bits are read times the scales of their 16 x 8" in caplog.text
+    for name, parameter in theirs.named_parameters():
+        if name in meant:
+            parameter.copy_(meant[name])
+        for expert in range(12 if ".experts." in name else 0):
+            prefix = f"{name.rpartition('.')[0]}.{expert}"
+            if name.endswith("down_proj"):
+                parameter[expert] = meant[f"{prefix}.down_proj.weight"]
+            else:
+                parameter[expert] = torch.cat([meant[f"{prefix}.{half}_proj.weight"] for half in ("gate", "up")])
+    assert apart(load(tmp_path)(TOKENS).logits, theirs(TOKENS).logits) <= 1e-5
+
+
+def test_eight_bits_without_their_scales_or_of_another_kind_are_refused(tmp_path: Path) -> None:
+    made("V3", {}, tmp_path)
+    quantised(tmp_path, 16, 8)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    without = {key: tensor for key, tensor in tensors.items() if key != f"{name}_scale_inv"}
+    save_file(without, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"up_proj.weight_scale_inv of shape \[3, 4\], and there is none"):
+        load(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"fp8"', '"awq"'))
+    with pytest.raises(CheckpointError, match="moelab reads fp8"):
+        load(tmp_path)
+
+
+def test_an_export_says_that_there_is_no_such_layout(tmp_path: Path) -> None:
+    made("V3", {}, tmp_path / "theirs")
+    with pytest.raises(
+        CheckpointError, match=r"model\.latent_attention: moelab reads DeepSeek's layout and writes none"
+    ):
+        save_hf(load(tmp_path / "theirs"), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from moelab.hf.config import describe
 from moelab.hf.files import TensorFolder
 from moelab.hf.gguf_file import GGUFFile, gguf_of
 from moelab.hf.moe_formats import MoEFormat
+from moelab.hf.scaled_blocks import with_scales
 from moelab.hf.sizes import check_sizes
 from moelab.registry import Registry
 
@@ -43,6 +44,9 @@ def open_folder(folder: Path, registry: Registry | None = None) -> CheckpointFol
     found = describe(folder, registry)
     stored = TensorFolder(folder)
     check_sizes(found.config, stored)
+    if found.block is not None:
+        stored.tensors = with_scales(stored.tensors, found.block)
+        logger.warning("%s: weights of eight bits are read times the scales of their %d x %d", folder, *found.block)
     paired: dict[str, int] = {}
     gguf = gguf_of(folder)
     if gguf is not None:
