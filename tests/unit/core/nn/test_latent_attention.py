@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moelab import ConfigError, build_model
 from moelab.builder import reposition
+from moelab.config.adapters import AdapterConfig
 from moelab.config.latent_attention import LatentAttentionConfig
 from moelab.config.model import ModelConfig
 from moelab.nn.attention_entropy import attention_entropy
@@ -25,6 +26,7 @@ from moelab.nn.full_attention import torch_attention
 from moelab.nn.generate import generate_batch
 from moelab.nn.kv_cache import KVCache
 from moelab.nn.latent_attention import NORM_EPS, LatentAttention
+from moelab.nn.low_rank import adapter_targets
 from moelab.nn.sampling import Sampling
 from moelab.nn.transformer import TokenContext, Transformer
 from moelab.registry import Registry
@@ -266,3 +268,20 @@ def test_the_config_is_unchanged_by_building() -> None:
     before = copy.deepcopy(dataclasses.asdict(CONFIG))
     build_model(CONFIG, device="meta", seed=None)
     assert dataclasses.asdict(CONFIG) == before
+
+
+def test_a_layers_attention_is_one_graph_to_torchs_compiler() -> None:
+    model = model_of(rope_scaling=YARN)
+    state = model.embed(IDS)
+    whole = torch.compile(model.layers[0].attend, backend="eager", fullgraph=True)
+    for found, wanted in zip(whole(state.x, state.inputs), model.layers[0].attend(state.x, state.inputs), strict=True):
+        torch.testing.assert_close(found, wanted, **CLOSE)
+
+
+def test_adapters_take_its_matrices_by_pattern() -> None:
+    model = model_of()
+    targets = adapter_targets(model, [AdapterConfig(target="*.self_attn.*_b_proj.weight", r=2)])
+    assert [target.name.removeprefix("layers.0.self_attn.") for target in targets[:2]] == [
+        "q_b_proj.weight", "kv_b_proj.weight",
+    ]  # fmt: skip
+    assert len(targets) == 4
