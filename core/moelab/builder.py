@@ -33,7 +33,7 @@ from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
 from moelab.moe.per_layer import LayerParts, layer_parts, match_layers
 from moelab.nn.attention import attention_context
-from moelab.nn.attention_inputs import AttentionKernel
+from moelab.nn.attention_inputs import AttentionKernel, TurnedKernel
 from moelab.nn.init import initialise, release
 from moelab.nn.latent import LatentProjection
 from moelab.nn.mlp import MLP
@@ -148,9 +148,14 @@ def positional_parts(
         for layer_id in range(config.num_hidden_layers):
             kernel = registry.build(ATTENTIONS, config.attention, attention_context(config, layer_id), ATTENTIONS.key)
             _refuse(part, attention_built(kernel, sinks=config.attention_sinks), kernel)
+            if config.latent_attention is not None and not isinstance(kernel, TurnedKernel):
+                raise ConfigError(
+                    f"model.attention: '{part.name}' turns whole heads by positions of its own, and latent attention "
+                    "only a part of them; take full or sliding_window, or set model.latent_attention=null"
+                )
             kernels[layer_id] = kernel
     if config.rope_scaling is not None:
-        context = RopeContext(config.attention_head_dim, config.rope_theta, config.max_position_embeddings)
+        context = RopeContext(config.rotary_head_dim, config.rope_theta, config.max_position_embeddings)
         scaling = registry.build(ROPE_SCALINGS, config.rope_scaling, context, ROPE_SCALINGS.key)
         _refuse(registry.part(ROPE_SCALINGS, config.rope_scaling, ROPE_SCALINGS.key), scaling_built(scaling), scaling)
     return kernels, scaling

@@ -122,6 +122,33 @@ def test_a_recipe_trains(name: str, tmp_path: Path) -> None:
     assert rows[-1]["eval/loss"] < losses[0]
 
 
+LATENT = "model.latent_attention"
+# Whole models of configs/model that are no recipe on top of another one, at toy size.
+WHOLE: dict[str, list[str]] = {
+    "deepseek-v3": [
+        *SMALL, f"{LAYOUT}.first_k_dense_replace=1", "model.moe.router.n_group=4", "model.moe.router.topk_group=2",
+        "model.moe.shared_expert.intermediate_size=16", f"{LATENT}.q_lora_rank=12",
+    ],
+    "deepseek-v2-lite": [*SMALL, "model.moe.shared_expert.intermediate_size=32"],
+}  # fmt: skip
+TWIN_SIZES = [
+    "model.vocab_size=257", "model.num_hidden_layers=2", "model.num_attention_heads=2", "model.num_key_value_heads=2",
+    f"{LATENT}.kv_lora_rank=16", f"{LATENT}.qk_nope_head_dim=12", f"{LATENT}.qk_rope_head_dim=8",
+    f"{LATENT}.v_head_dim=10", "optimizer.algorithm.name=muon", "data.document_mask=true",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_models_twin_trains(name: str, tmp_path: Path) -> None:
+    """With rope scaling, documents kept apart, an optimizer that takes matrices otherwise, layers computed again."""
+    model = str(ROOT / f"configs/model/{name}.yaml")
+    more = ["train.micro_batch_size=2", "train.activation_checkpointing=1"]
+    rows = run([TOY[0], model, *TOY[1:], *TWIN_SIZES, *WHOLE[name], *more], tmp_path, 6)
+    losses = [row["train/lm_loss"] for row in rows if "train/lm_loss" in row]
+    assert losses[-1] < losses[0] - 0.2
+    assert rows[-1]["eval/loss"] < losses[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROUTER_NAMES)
 def test_a_router_learns(name: str, tmp_path: Path) -> None:

@@ -105,6 +105,13 @@ def test_gpt_oss_has_the_published_billions(layers: int, experts: int, total: fl
     assert round((counted.active - config.model.vocab_size * config.model.hidden_size) / 1e9, 2) == active
 
 
+def test_deepseek_v3_has_transformers_parameters() -> None:
+    config = load_config([str(CONFIGS / "model/deepseek-v3.yaml"), "run_dir=unused", "train.steps=1"], RunConfig).config
+    with torch.device("meta"):
+        theirs = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config())
+    assert count_parameters(build_model(config.model, device="meta", seed=None)).total == theirs.num_parameters()
+
+
 def test_kimi_k3_has_the_published_billions() -> None:
     """2607.24653, abstract: 2.8T parameters, 104B activated. 92 sparse layers and a dense one, without attention."""
     model = built("kimi_k3", 7168, layers=2)

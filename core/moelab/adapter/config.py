@@ -45,6 +45,7 @@ class MoelabConfig(PretrainedConfig):
         o_bias: bool = False,
         attention_sinks: bool = False,
         use_qk_norm: bool = False,
+        latent_attention: dict[str, Any] | None = None,
         tie_word_embeddings: bool = False,
         initializer_range: float = 0.02,
         moe: dict[str, Any] | None = None,
@@ -55,7 +56,8 @@ class MoelabConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         activation = activation or ModelConfig().activation
-        head_dim = head_dim or hidden_size // num_attention_heads  # caches of transformers read it
+        if latent_attention is None:
+            head_dim = head_dim or hidden_size // num_attention_heads  # caches of transformers read it
         given = dict(locals())
         for name in STORED:
             setattr(self, name, given[name])

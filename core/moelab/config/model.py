@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from omegaconf import MISSING
 
+from moelab.config.latent_attention import LatentAttentionConfig
 from moelab.config.rope_scaling import as_part
 from moelab.errors import ConfigError
 
@@ -72,6 +74,8 @@ class ModelConfig:
     # A learned logit a head that takes part in each of its softmaxes and has no value, as gpt-oss has it
     attention_sinks: bool = False
     use_qk_norm: bool = False  # RMSNorm over each head of q and k, as Qwen3 has it
+    # Multi-head latent attention in place of grouped-query attention, as DeepSeek-V2 and V3 have it; null: none
+    latent_attention: LatentAttentionConfig | None = None
     tie_word_embeddings: bool = False  # the output projection is the embedding
     # Between the matrices of dense layers, routed experts and shared experts alike.
     activation: Part = field(default_factory=lambda: {"name": "swiglu"})
@@ -81,7 +85,16 @@ class ModelConfig:
 
     @property
     def attention_head_dim(self) -> int:
+        """Of a head of queries and keys."""
+        if self.latent_attention is not None:
+            return self.latent_attention.qk_head_dim
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_head_dim(self) -> int:
+        """Of that, what rotary embedding turns."""
+        latent = self.latent_attention
+        return self.attention_head_dim if latent is None else latent.qk_rope_head_dim
 
     def check(self, where: str = "model") -> None:
         """Raise ConfigError for dimensions that can't be built, naming the keys."""
@@ -101,7 +114,9 @@ class ModelConfig:
             raise ConfigError(f"{where}.initializer_range: must not be negative, not {self.initializer_range}")
         if self.moe is not None and self.moe.expert_chunk is not None and self.moe.expert_chunk < 1:
             raise ConfigError(f"{where}.moe.expert_chunk: must be at least 1, not {self.moe.expert_chunk}")
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+        if self.latent_attention is not None:
+            self._check_latent_attention(self.latent_attention, where)
+        elif self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"{where}.num_attention_heads: {self.num_attention_heads} does not divide hidden_size "
                 f"{self.hidden_size}; change one of them, or set {where}.head_dim"
@@ -111,8 +126,8 @@ class ModelConfig:
                 f"{where}.num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads "
                 f"{self.num_attention_heads}"
             )
-        if self.attention_head_dim % 2:
-            raise ConfigError(f"{where}.head_dim: rotary embedding needs an even one, not {self.attention_head_dim}")
+        if self.rotary_head_dim % 2:
+            raise ConfigError(f"{where}.head_dim: rotary embedding needs an even one, not {self.rotary_head_dim}")
         widest = max(self.vocab_size, self.intermediate_size, self.num_attention_heads * self.attention_head_dim)
         if widest * self.hidden_size > LARGEST_MATRIX:
             raise ConfigError(
@@ -122,3 +137,23 @@ class ModelConfig:
             raise ConfigError(f"{where}: rms_norm_eps must be positive and rope_theta greater than 1")
         if self.rope_scaling is not None:
             self.rope_scaling = as_part(self.rope_scaling)
+
+    def _check_latent_attention(self, latent: LatentAttentionConfig, where: str) -> None:
+        latent.check(f"{where}.latent_attention")
+        odd = {
+            "num_key_value_heads": (
+                self.num_key_value_heads,
+                self.num_attention_heads,
+                "every head has keys of its own",
+            ),
+            "head_dim": (self.head_dim, None, "qk_nope_head_dim, qk_rope_head_dim and v_head_dim say it"),
+            "qkv_bias": (self.qkv_bias, False, "it has no biases"),
+            "o_bias": (self.o_bias, False, "it has no biases"),
+            "use_qk_norm": (self.use_qk_norm, False, "it norms the latent vectors"),
+            "attention_sinks": (self.attention_sinks, False, "no model has both, and its layers have none"),
+        }
+        for key, (found, right, why) in odd.items():
+            if found != right:
+                raise ConfigError(
+                    f"{where}.{key}: must be {json.dumps(right)} with latent_attention, not {json.dumps(found)}: {why}"
+                )

@@ -5,6 +5,7 @@ Free of torch: upcycling opens its sources here too.
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from moelab.hf.files import TensorFolder
 from moelab.hf.gguf_file import GGUFFile, gguf_of
 from moelab.hf.moe_formats import MoEFormat
 from moelab.hf.mxfp4 import joined
+from moelab.hf.scaled_blocks import with_scales
 from moelab.hf.sizes import check_sizes
 from moelab.registry import Registry
 
+logger = logging.getLogger("moelab")
 _ROTATED = re.compile(r"model\.layers\.\d+\.self_attn\.([qk])_proj\.(weight|bias)")
 
 
@@ -44,6 +47,9 @@ def open_folder(folder: Path, registry: Registry | None = None) -> CheckpointFol
     if isinstance(found.kind, MoEFormat) and found.kind.in_turns:
         stored.tensors = joined(stored.tensors)
     check_sizes(found.config, stored)
+    if found.block is not None:
+        stored.tensors = with_scales(stored.tensors, found.block)
+        logger.warning("%s: weights of eight bits are read times the scales of their %d x %d", folder, *found.block)
     paired: dict[str, int] = {}
     gguf = gguf_of(folder)
     if gguf is not None:
@@ -56,7 +62,9 @@ def open_folder(folder: Path, registry: Registry | None = None) -> CheckpointFol
         if rows == "pairs":
             heads = {"q": found.config.num_attention_heads, "k": found.config.num_key_value_heads}
             paired = {name: heads[match[1]] for name in stored.tensors if (match := _ROTATED.fullmatch(name))}
-    stored.rename(
+    left_out = stored.rename(
         lambda name: [(part.name, part.first, part.rows) for part in found.kind.parts(name, found.config)], paired
     )
+    if left_out and isinstance(found.kind, MoEFormat):
+        logger.warning("%s: %d tensors are left out (%s): %s", folder, len(left_out), left_out[0], found.kind.left_out)
     return CheckpointFolder(found.config, found.kind, found.model_type, stored)

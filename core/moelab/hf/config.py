@@ -22,12 +22,13 @@ from moelab.hf.files import read_json
 from moelab.hf.gguf_file import GGUFFile, gguf_of
 from moelab.hf.moe_formats import MOE_FORMATS, MoEFormat
 from moelab.hf.positions import read_attention, read_rope_scaling, ropes
+from moelab.hf.scaled_blocks import Block, block_of
 from moelab.hf.unexpressed import UNEXPRESSED
 from moelab.hookspecs import DENSE_SOURCES
 from moelab.registry import Registry
 
 ADAPTED = "moelab"  # model_type of what `save_pretrained` of the adapter writes
-CONFIG_FILE = "config.json"
+CONFIG_FILE, QUANTISED = "config.json", "quantization_config"
 HF_ROPE_THETA = 10_000.0  # transformers' default where config.json names none; Qwen2's own is 1e6
 
 logger = logging.getLogger("moelab")
@@ -40,6 +41,7 @@ class Described:
     config: ModelConfig
     kind: DenseArchitecture | MoEFormat
     model_type: str
+    block: Block | None = None  # of weights that are stored in eight bits
 
 
 def read_config(folder: Path, registry: Registry | None = None) -> ModelConfig:
@@ -92,7 +94,7 @@ def described_by(fields: Fields, registry: Registry | None = None) -> Described:
         config.check("model")
     except ConfigError as error:
         raise CheckpointError(f"{fields.path}: {str(error).replace('model.', '')}") from error
-    return Described(config, kind, model_type)
+    return Described(config, kind, model_type, _block(fields, kind))
 
 
 def read_fields(folder: Path) -> Fields:
@@ -139,6 +141,8 @@ def _check_supported(fields: Fields, kind: DenseArchitecture | MoEFormat) -> Non
     checked = kind.checked if isinstance(kind, MoEFormat) else frozenset()
     only = {key: value for key, value in {**ONLY, **kind.only}.items() if key not in checked}
     for key, (accepted, cure) in only.items():
+        if key == QUANTISED and _block(fields, kind) is not None:
+            continue
         if fields.get(key) is not None and fields.get(key) not in accepted:
             fields.refuse(key, cure)
     if fields.get("torch_dtype", fields.get("dtype")) != fields.get("dtype", fields.get("torch_dtype")):
@@ -154,6 +158,11 @@ def _check_supported(fields: Fields, kind: DenseArchitecture | MoEFormat) -> Non
             fields.path,
             ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""),
         )
+
+
+def _block(fields: Fields, kind: DenseArchitecture | MoEFormat) -> Block | None:
+    """Upcycling, which reads dense kinds, reads no eight bits."""
+    return block_of(fields.get(QUANTISED)) if isinstance(kind, MoEFormat) else None
 
 
 def _head_dim(fields: Fields, said: Mapping[str, Any]) -> int | None:

@@ -22,7 +22,11 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), 'it must be "silu"'),
     "mlp_bias": ((False,), "moelab's FFN has no biases; set it to false if that is right"),
     "attention_dropout": ((0.0, 0), "moelab has no dropout; set it to 0.0"),
-    "quantization_config": (({},), "use the checkpoint in bfloat16 or float32 that it was made from"),
+    "quantization_config": (
+        ({},),
+        "moelab reads fp8 (e4m3) with weight_block_size alone, of models with experts; use the checkpoint in bfloat16 "
+        "or float32 that it was made from",
+    ),
     "partial_rotary_factor": ((1.0, 1), "only plain rotary embedding is"),
     "use_qk_norm": ((False,), "moelab's decoder doesn't normalise queries and keys"),
     "qk_layernorm": ((False,), "moelab's decoder doesn't normalise queries and keys"),

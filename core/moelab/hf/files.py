@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from moelab.atomic import where_it_may_be
 from moelab.errors import CheckpointError
 from moelab.hf.gguf_file import TYPES, GGUFFile, decode, gguf_of, halves
+from moelab.hf.scaled_blocks import scaled
 from moelab.records import Record
 from moelab.safe_files import Reading, read_object, read_tensor_header
 
@@ -49,13 +50,15 @@ class StoredTensor:
     key: str = ""  # what the file calls it, where that is not `name`
     first: int = 0  # row of the tensor `key`, where it is a part of it
     encoding: str = ""  # of a GGUF file: its type there; `dtype` is what it is decoded to
-    scales: StoredTensor | None = None  # of MXFP4, whose `dtype` is likewise what it is decoded to (hf/mxfp4.py)
+    scales: StoredTensor | None = None  # of MXFP4 (hf/mxfp4.py; `dtype` is what it is decoded to), or of blocks:
+    block: tuple[int, int] = (0, 0)  # so many numbers each (hf/scaled_blocks.py)
     paired_heads: int = 0  # rows of so many heads lie in llama.cpp's order (hf/gguf_file.py: halves)
 
     @property
     def is_plain(self) -> bool:
         """Whether the bytes in the file are the values, in order."""
-        return self.encoding in ("", "F32", "F16", "BF16") and not self.paired_heads
+        plain = self.encoding in ("", "F32", "F16", "BF16") and not self.paired_heads
+        return plain and self.scales is None
 
     def decoded(self, raw: np.ndarray, heads: int = 0) -> np.ndarray:
         """Stored rows [n, bytes of a row] -> [n, columns]; of rotated ones as many as `heads` have."""
@@ -167,6 +170,8 @@ class TensorFolder:
         try:
             if stored.encoding:
                 return _from_gguf(stored)
+            if stored.scales is not None:
+                return scaled(_whole(stored), _whole(stored.scales), stored.block)
             with safe_open(str(stored.path), framework="pt") as file:
                 if stored.key and stored.shape:
                     part: Tensor = file.get_slice(stored.key)[stored.first : stored.first + stored.shape[0]]
@@ -176,19 +181,24 @@ class TensorFolder:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{stored.path}: {name}: can't be read: {error}") from error
 
-    def rename(self, parts: Callable[[str], list[tuple[str, int, int | None]]], paired: Mapping[str, int]) -> None:
+    def rename(self, parts: Callable[[str], list[tuple[str, int, int | None]]], paired: Mapping[str, int]) -> list[str]:
         """Look at the tensors under other names: a stored name -> (name, first row, rows or None for all) of each part.
 
-        `paired`: the names whose rows lie in llama.cpp's order -> of how many heads. Raises CheckpointError where a
-        part reaches beyond its tensor.
+        `paired`: the names whose rows lie in llama.cpp's order -> of how many heads. -> what has no part. Raises
+        CheckpointError where a part reaches beyond its tensor.
         """
         found: dict[str, StoredTensor] = {}
+        left_out = []
         for stored in self.tensors.values():
-            for name, first, rows in parts(stored.name):
+            places = parts(stored.name)
+            if not places:
+                left_out.append(stored.name)
+            for name, first, rows in places:
                 if name in found:
                     raise CheckpointError(f"{stored.path}: {stored.name}: '{name}' stands there twice; remove one")
                 found[name] = _part(stored, name, first, rows, paired.get(name, 0))
         self.tensors = found
+        return left_out
 
 
 def _part(stored: StoredTensor, name: str, first: int, rows: int | None, paired_heads: int) -> StoredTensor:
@@ -225,6 +235,12 @@ def _read_gguf(path: Path) -> dict[str, StoredTensor]:
         for entry in file.entries
         if (name := file.names.get(entry.name)) is not None
     }
+
+
+def _whole(stored: StoredTensor) -> Tensor:
+    with safe_open(str(stored.path), framework="pt") as file:
+        tensor: Tensor = file.get_tensor(stored.key or stored.name)
+        return tensor
 
 
 def _from_gguf(stored: StoredTensor) -> Tensor:

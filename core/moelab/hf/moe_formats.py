@@ -1,9 +1,9 @@
-"""The layouts with experts that transformers loads and moelab reads: Qwen2-MoE, Qwen3-MoE, Mixtral, dots1, gpt-oss.
+"""The layouts with experts that transformers loads: Qwen2-MoE, Qwen3-MoE, Mixtral, dots1, gpt-oss, DeepSeek.
 
 After transformers 5.23: models/{qwen2_moe,qwen3_moe,mixtral,dots1}/configuration_*.py and modeling_*.py. The first
 three, which are written too, take a softmax over all experts and then the top k; they differ in the shared expert, in
 normalisation, in the attention and in names. dots1 is DeepSeek-V3's experts and router under Qwen3's attention; gpt-oss
-has a file of its own (hf/gpt_oss.py).
+has a file of its own (hf/gpt_oss.py), and so have DeepSeek-V2 and V3 (hf/deepseek_formats.py).
 Free of torch.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.dense_sources import WITHOUT_BIASES, Part, as_named
-from moelab.hf import gpt_oss
+from moelab.hf import deepseek_formats, gpt_oss
 from moelab.hf.fields import Fields
 
 
@@ -34,6 +34,7 @@ class MoEFormat:
     window_rule: str | None = None
     default_window: int | None = 4096
     parts: Callable[[str, ModelConfig], list[Part]] = as_named
+    left_out: str = "no part of the model"  # what the tensors are that `parts` gives no name
     stored_name: Callable[[str], str] = str  # Qwen2-MoE's name of a tensor -> its name here
     has_shared: bool = False  # a gated shared expert, which must be there
     # config.json in Qwen2-MoE's fields -> in its own
@@ -261,6 +262,30 @@ MOE_FORMATS: Mapping[str, MoEFormat] = {
         default_window=128,
         parts=gpt_oss.parts,
         in_turns=True,
+        writable=False,
+    ),
+    "deepseek_v2": MoEFormat(
+        "DeepseekV2ForCausalLM",
+        "DeepSeek-V2",
+        deepseek_formats.complete_v2,
+        model={"qkv_bias": False},
+        defaults=deepseek_formats.SAID_V2,
+        only=deepseek_formats.ONLY_V2,
+        unused=deepseek_formats.UNUSED,
+        parts=deepseek_formats.parts,
+        left_out=deepseek_formats.LEFT_OUT,
+        writable=False,
+    ),
+    "deepseek_v3": MoEFormat(
+        "DeepseekV3ForCausalLM",
+        "DeepSeek-V3",
+        deepseek_formats.complete_v3,
+        model={"qkv_bias": False},
+        defaults=deepseek_formats.SAID_V3,
+        only=deepseek_formats.ONLY_V3,
+        unused=deepseek_formats.UNUSED,
+        parts=deepseek_formats.parts,
+        left_out=deepseek_formats.LEFT_OUT,
         writable=False,
     ),
 }

@@ -7,13 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_LATENT_ATTENTION = "multi-head latent attention, whose keys and values come from one narrow projection"
-
 UNEXPRESSED: Mapping[str, tuple[str, ...]] = {
-    "deepseek_v2": (_LATENT_ATTENTION,),
-    "deepseek_v3": (_LATENT_ATTENTION,),
-    "kimi_linear": ("Kimi Delta Attention", _LATENT_ATTENTION),
-    "longcat_flash": (_LATENT_ATTENTION, "two attentions and two dense networks beside the experts of a layer"),
+    "kimi_linear": ("Kimi Delta Attention",),
+    "longcat_flash": ("two attentions and two dense networks beside the experts of a layer",),
     "qwen3_next": ("gated DeltaNet layers", "a gate on the attention's output", "rotary embedding of a part of a head"),
     "llama4_text": ("layers without rotary embedding", "attention in chunks", "weights that scale the experts' input"),
     "nemotron_h": ("Mamba-2 blocks", "blocks of attention alone, of experts alone"),

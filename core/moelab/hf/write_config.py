@@ -62,6 +62,11 @@ def model_type_of(model: Transformer) -> tuple[str, str]:
     Raises CheckpointError for an attention that no kind has.
     """
     config, blocks = model.config, _blocks(model)
+    if config.latent_attention is not None:
+        raise CheckpointError(
+            "model.latent_attention: moelab reads DeepSeek's layout and writes none with latent attention; keep it as "
+            "a moelab checkpoint, or hand it to transformers by moelab.as_transformers(model)"
+        )
     attention = (config.qkv_bias, config.use_qk_norm)
     if blocks:
         bare = not any(block.shared_expert is not None for block in blocks.values())

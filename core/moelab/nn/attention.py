@@ -15,6 +15,7 @@ from moelab.nn.attention_inputs import AttentionContext, AttentionInputs, Attent
 from moelab.nn.full_attention import FullAttention
 from moelab.nn.linear import Linear
 from moelab.nn.norm import RMSNorm
+from moelab.nn.rope import RopeScaling
 
 
 class Attention(nn.Module):
@@ -34,6 +35,30 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.use_qk_norm else None
         self.sinks = nn.Parameter(torch.empty(num_heads)) if config.attention_sinks else None
         self.kernel: AttentionKernel = FullAttention(layer_id)  # what computes the heads
+
+    def take(self, kernel: AttentionKernel, scaling: RopeScaling | None) -> None:
+        """Compute the heads by `kernel` from now on; what stretches the rotary embedding is in its tables."""
+        self.kernel = kernel
+
+    @property
+    def cache_mode(self) -> str:
+        """What a cache of it holds."""
+        return self.kernel.cache_mode
+
+    @property
+    def reach(self) -> float | None:
+        """As `AttentionKernel`'s."""
+        return self.kernel.reach
+
+    @property
+    def key_products(self) -> int:
+        """Multiplications with one key and value: 2 H head_dim."""
+        return 2 * self.o_proj.in_features
+
+    @property
+    def cached_numbers(self) -> int:
+        """What a cache keeps of a token: 2 G head_dim."""
+        return self.k_proj.out_features + self.v_proj.out_features
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         query, key, value = (self._heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -54,6 +54,17 @@ class AttentionKernel(Protocol):
     def reach(self) -> float | None: ...
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, inputs: AttentionInputs) -> Tensor: ...
+
+
+@runtime_checkable
+class TurnedKernel(AttentionKernel, Protocol):
+    """A kernel that turns whole heads by their own positions and leaves the rest to `on_turned`.
+
+    So attention that turns a part of each head, or keeps something else in a cache, can call that alone.
+    """
+
+    def on_turned(self, query: Tensor, key: Tensor, value: Tensor, inputs: AttentionInputs) -> Tensor:
+        """query [B, H, S, d], key [B, G, L, d], value [B, G, L, v] -> [B, H, S, v]; turned, those of the cache too."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 What a query sees (`View`) may end at a document's border or at a window, and keys may be scored with one of several
 queries by how far away they lie, as Dual Chunk Attention does: one softmax over all of them, and exact gradients.
-B sequences, H query heads in G groups of one key head each, S queries, P positions before them, L = P + S, d head size.
+B sequences, H query heads in G groups of one key head each, S queries, P positions before them, L = P + S, d head size,
+v that of values.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def blocked_attention(
     look: Look | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """queries, each [B, H, S, d], key and value [B, G, L, d] -> [B, H, S, d] in the query's dtype.
+    """queries, each [B, H, S, d], key [B, G, L, d], value [B, G, L, v] -> [B, H, S, v] in the query's dtype.
 
     All turned already. One query, or with `view.chunk` three: for keys of the own chunk, of the one before, and of
     others; those that no key needs may be left out. Computed in fp32 or wider. `look` is shown the sequences, the rows
@@ -208,7 +209,7 @@ class _Blocked(torch.autograd.Function):
             out, share = chunked_attention(queries, key, value, view.past, view.chunk, sinks)
             ctx.save_for_backward(sinks, None if share is None else share[..., None], key, value, *grouped)
             return out.transpose(1, 2)
-        out = key.new_empty(batch, seq, groups, heads // groups, width)  # the order in which o_proj reads it
+        out = key.new_empty(batch, seq, groups, heads // groups, value.shape[-1])  # the order in which o_proj reads it
         share = None if sinks is None else key.new_empty(*grouped[0].shape[:4], 1)
         kept, room = [], KEEP_ELEMENTS if any(ctx.needs_input_grad) else 0
         for block in view.blocks(groups, heads // groups):
@@ -221,14 +222,14 @@ class _Blocked(torch.autograd.Function):
             room -= weights.numel()
             kept += [weights] if room >= 0 else []
         ctx.save_for_backward(sinks, share, key, value, *grouped, *kept)
-        return out.view(batch, seq, heads, width).transpose(1, 2)
+        return out.view(batch, seq, heads, -1).transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         sinks, share, key, value, *rest = ctx.saved_tensors
         grouped, kept = rest[: ctx.queries], rest[ctx.queries :]
         view, shape = ctx.view, grouped[0].shape
-        dy = grads[0].reshape(shape)
+        dy = grads[0].reshape(*shape[:-1], -1)
         dqueries = [query.new_zeros(shape) for query in grouped]
         dkey, dvalue = torch.zeros_like(key), torch.zeros_like(value)
         given = None if share is None else torch.empty_like(share)  # by each query to its sink, negated

@@ -2,7 +2,7 @@
 
 torch's own CPU kernel computes the whole square in its backward pass and the scores a second time. Measured in
 benchmarks/cpu_parts.py, forward and backward: 1.3 to 1.7 times as fast at 256 and 512 positions, 1.0 to 1.2 at 1024.
-B sequences, H query heads in G groups of one key head each, S positions, d head size.
+B sequences, H query heads in G groups of one key head each, S positions, d head size, v that of values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def blocks_pay(query: Tensor) -> bool:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
-    """query [B, H, S, d], key and value [B, G, S, d] -> [B, H, S, d] in the query's dtype, computed in fp32 or wider.
+    """query [B, H, S, d], key [B, G, S, d], value [B, G, S, v] -> [B, H, S, v] in the query's dtype, in fp32 or wider.
 
     Half-width inputs are widened: fp32 blocks are faster than torch's kernel in bf16, and no score is
     rounded. `sinks` [H]: as `nn.sinks`.
@@ -49,7 +49,7 @@ class _CausalAttention(torch.autograd.Function):
         batch, heads, seq, width = query.shape
         key, value = key.contiguous(), value.contiguous()  # each block reads a view then
         grouped = (query * width**-0.5).view(batch, key.shape[1], -1, seq, width)  # [B, G, H / G, S, d]
-        out = query.new_empty(batch, seq, *grouped.shape[1:3], width)  # the order in which o_proj reads it
+        out = query.new_empty(batch, seq, *grouped.shape[1:3], value.shape[-1])  # the order in which o_proj reads it
         keep = any(ctx.needs_input_grad) and batch * heads * seq * (seq + BLOCK_ROWS) // 2 <= KEEP_ELEMENTS
         share = None if sinks is None else grouped.new_empty(*grouped.shape[:4], 1)
         kept = []
@@ -59,12 +59,12 @@ class _CausalAttention(torch.autograd.Function):
             if keep:
                 kept.append(weights)
         ctx.save_for_backward(grouped, key, value, sinks, share, *kept)
-        return out.view(batch, seq, heads, width).transpose(1, 2)
+        return out.view(batch, seq, heads, -1).transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grouped, key, value, sinks, share, *kept = ctx.saved_tensors
-        dy = grads[0].view(grouped.shape)
+        dy = grads[0].view(*grouped.shape[:-1], -1)
         dquery = torch.empty_like(grouped)
         dkey, dvalue = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (key, value))
         taken = None if share is None else torch.empty_like(share)

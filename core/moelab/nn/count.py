@@ -111,13 +111,14 @@ def flops_per_token(model: Transformer, sequence_length: int) -> float:
 
 
 def forward_flops_per_token(model: Transformer, sequence_length: int) -> float:
-    """2 * (matmul weights that a token passes through) + sum over layers of 2 * S * H * head_dim.
+    """2 * (matmul weights that a token passes through) + sum over layers of S * H * (d_qk + d_v).
 
-    Weights: q, k, v, o; the dense FFN; or router, the experts declared to serve a token with the projections to their
-    latent space and back, and the shared expert with its gate; and the head, tied or not. The embedding is a lookup.
-    Attention is two products (q k^T and p v) of 2 * head_dim FLOPs a head and key; a causal token sees S / 2 keys on
-    average, half the square. Norms, RoPE, softmax, activations and biases are left out, as PaLM (2204.02311, appendix
-    B) does; PaLM counts the whole square.
+    Weights: q, k, v, o, or latent attention's; the dense FFN; or router, the experts declared to serve a token with the
+    projections to their latent space and back, and the shared expert with its gate; and the head, tied or not. The
+    embedding is a lookup.
+    Attention is two products (q k^T and p v) of 2 d_qk and 2 d_v FLOPs a head and key, both 2 * head_dim but in latent
+    attention; a causal token sees S / 2 keys on average, half the square. Norms, RoPE, softmax, activations and biases
+    are left out, as PaLM (2204.02311, appendix B) does; PaLM counts the whole square.
     """
     layers = sum(layer_forward_flops(layer, sequence_length) for layer in model.layers)
     return 2.0 * model.lm_head.weight.numel() + layers
@@ -128,6 +129,11 @@ def layer_forward_flops(layer: nn.Module, sequence_length: int) -> float:
     assert isinstance(layer, DecoderLayer)
     routed = _declared_weights(layer.mlp) if isinstance(layer.mlp, MoEBlock) else 0
     return float(_layer_token_flops(layer, sequence_length) + 2 * routed)
+
+
+def cached_numbers(model: Transformer) -> int:
+    """Numbers that generation keeps of each token, of all layers: keys and values, or latent attention's vectors."""
+    return sum(layer.self_attn.cached_numbers for layer in model.layers if isinstance(layer, DecoderLayer))
 
 
 def layer_parameters(layer: nn.Module) -> tuple[int, int]:
@@ -152,8 +158,7 @@ def _layer_token_flops(layer: nn.Module, sequence_length: int) -> int:
     mlp = layer.mlp
     parts = (mlp.router, mlp.shared_expert, mlp.latent) if isinstance(mlp, MoEBlock) else (mlp,)
     weights = sum(_matmul_weights(part) for part in (layer.self_attn, *parts) if isinstance(part, nn.Module))
-    width = layer.self_attn.o_proj.in_features  # H * head_dim
-    return 2 * weights + 2 * sequence_length * width
+    return 2 * weights + sequence_length * layer.self_attn.key_products  # of S / 2 keys, 2 FLOPs each
 
 
 def _matmul_weights(module: nn.Module) -> int:

@@ -255,6 +255,8 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
 def _attending(layer: Any) -> PlainAttention | None:
     """What computes its attention here; None where its own forward pass must."""
     attention = layer.self_attn
+    if type(attention) is not Attention:
+        return None
     kernel = attention.kernel
     parts = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     norms = [norm for norm in (layer.input_layernorm, attention.q_norm, attention.k_norm) if norm is not None]
@@ -262,7 +264,6 @@ def _attending(layer: Any) -> PlainAttention | None:
         type(kernel) is FullAttention
         and attention.sinks is None
         and kernel.attend is fastest
-        and type(attention) is Attention
         and all(type(part) is Linear and type(part.weight) is nn.Parameter for part in parts)
         and all(type(norm) is RMSNorm for norm in norms)
         and all(part.weight.dtype in WIDE for part in (*parts, *norms))

@@ -48,9 +48,16 @@ class Span(NamedTuple):
 Attend = Callable[[Tensor, Tensor, Tensor, Span, bool], tuple[Tensor, Tensor | None]]  # as `attend`
 
 
-def serves(query: Tensor, view: View) -> bool:
-    """Whether the kernels compute `query` [B, H, S, d]; a few new tokens after many are one block, and stay so."""
-    if query.shape[-1] < SMALLEST_HEAD or view.seq <= LEAST_ROWS or _dtype(query) not in DTYPES:
+def serves(query: Tensor, view: View, width: int | None = None) -> bool:
+    """Whether the kernels compute `query` [B, H, S, d]; a few new tokens after many are one block, and stay so.
+
+    `width`: of a value head; None: d.
+    """
+    if (
+        min(query.shape[-1], width or query.shape[-1]) < SMALLEST_HEAD
+        or view.seq <= LEAST_ROWS
+        or _dtype(query) not in DTYPES
+    ):
         return False
     return _compiler() and _kind(query) not in _refused
 

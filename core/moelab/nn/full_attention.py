@@ -29,7 +29,10 @@ class FullAttention:
         self.attend = attend or fastest
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, inputs: AttentionInputs) -> Tensor:
-        query, key, value = turned(self.layer_id, query, key, value, inputs)
+        return self.on_turned(*turned(self.layer_id, query, key, value, inputs), inputs)
+
+    def on_turned(self, query: Tensor, key: Tensor, value: Tensor, inputs: AttentionInputs) -> Tensor:
+        """As `TurnedKernel`."""
         if inputs.attend is not None:
             return inputs.attend(query, key, value, inputs.mask, inputs.sinks)
         if inputs.given_mask is None and (inputs.look is not None or _in_blocks(query, inputs)):
@@ -61,7 +64,7 @@ def _in_blocks(query: Tensor, inputs: AttentionInputs) -> bool:
 
 
 def fastest(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None = None) -> Tensor:
-    """query [B, H, S, d], key and value [B, G, L, d], sinks [H] -> [B, H, S, d], by what measures fastest."""
+    """query [B, H, S, d], key [B, G, L, d], value [B, G, L, v], sinks [H] -> [B, H, S, v], by what measures fastest."""
     if mask is None and blocks_pay(query):
         return causal_attention(query, key, value, sinks)
     return torch_attention(query, key, value, mask, sinks)
@@ -70,13 +73,31 @@ def fastest(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sink
 def torch_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None = None
 ) -> Tensor:
-    """`fastest` by torch's own kernel; mask as `AttentionInputs.mask`."""
+    """`fastest` by torch's own kernel; mask as `AttentionInputs.mask`.
+
+    Its fused kernels want one width; at 2048 positions a CPU's took 0.4 of the time of products of S x S, which is what
+    torch falls back to otherwise (benchmarks/latent_attention.py).
+    """
     if sinks is not None:
         return (
             fused_causal(query, key, value, sinks)
             if mask is None and fused_pays(query)
             else all_pairs(query, key, value, mask, sinks)
         )
-    return nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.shape[1] > key.shape[1]
-    )
+    width, wanted = query.shape[-1], value.shape[-1]
+    if wanted != width:
+        query, key, value = (_widened(each, max(width, wanted)) for each in (query, key, value))
+    batch, heads, seq, _ = query.shape
+    groups = key.shape[1]
+    if seq == 1 and heads > groups and mask is not None:  # heads as if they were positions: no key is read twice
+        query = query.reshape(batch, groups, heads // groups, -1)
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.shape[1] > groups,
+        scale=None if wanted == width else width**-0.5,
+    )  # fmt: skip
+    return out.reshape(batch, heads, seq, -1)[..., :wanted]
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """[..., d] -> [..., width], with zeros behind."""
+    return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))

@@ -17,14 +17,14 @@ def masked_attention(
     look: Look | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """queries, each [B, H, S, d], key and value [B, G, L, d], sinks [H] -> [B, H, S, d]: see `blocked_attention`.
+    """queries, each [B, H, S, d], key [B, G, L, d], value [B, G, L, v], sinks [H] -> [B, H, S, v]; `blocked_attention`.
 
     Blocks alone have weights to show a `look`.
     """
     if look is None and queries[0].device.type == "cuda":
         from moelab.nn import flex_attention  # noqa: PLC0415  (brings torch's compiler with it)
 
-        if flex_attention.serves(queries[0], view):
+        if flex_attention.serves(queries[0], view, value.shape[-1]):
             out = flex_attention.flexed_attention(queries, key, value, view, sinks)
             if out is not None:
                 return out

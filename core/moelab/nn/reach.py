@@ -7,20 +7,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from moelab.nn.attention_inputs import AttentionKernel
 from moelab.nn.rope import RopeScaling
 
 logger = logging.getLogger("moelab")
 
 
+class Attending(Protocol):
+    """The attention of a layer: `AttentionKernel` says what these are."""
+
+    @property
+    def cache_mode(self) -> str: ...
+
+    @property
+    def reach(self) -> float | None: ...
+
+
 class Positional:
     """What of a model says where tokens stand: the attention of its layers, and the scaling of their embedding."""
 
-    def __init__(self, kernels: Sequence[AttentionKernel], scaling: RopeScaling | None, trained: int) -> None:
+    def __init__(self, attentions: Sequence[Attending], scaling: RopeScaling | None, trained: int) -> None:
         """`trained`: max_position_embeddings."""
-        self.kernels, self.scaling, self.trained = kernels, scaling, trained
+        self.attentions, self.scaling, self.trained = attentions, scaling, trained
         self._told = False
 
     def check(self, length: int) -> None:
@@ -41,10 +50,10 @@ class Positional:
         rope = float(self.trained)
         if self.scaling is not None and self.scaling.reach is not None:
             rope = max(rope, self.scaling.reach)
-        own = [kernel.reach for kernel in self.kernels]
+        own = [attention.reach for attention in self.attentions]
         return min((rope if reach is None else max(rope, reach) for reach in own), default=rope)
 
     def cache_mode(self, scaling: Any) -> str:
         """What a cache of this model's keys holds. `scaling`: the config's, by which they were turned."""
-        modes = " and ".join(sorted({kernel.cache_mode for kernel in self.kernels}))
+        modes = " and ".join(sorted({attention.cache_mode for attention in self.attentions}))
         return modes if scaling is None else f"{modes}, rope scaling {scaling}"

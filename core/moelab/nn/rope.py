@@ -14,6 +14,7 @@ class RopeScaling(Protocol):
     - `length_matters`: whether they change with `length`, the positions of the forward pass, cached ones included: then
       what a text means depends on what follows it.
     - `reach`: positions that it is meant for; None: those of the model's own length.
+    - `score_factor`, where it has one: on all scores of attention of whose heads only a part is turned.
     """
 
     @property

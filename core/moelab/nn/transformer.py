@@ -22,6 +22,7 @@ from moelab.nn.attention import Attention
 from moelab.nn.attention_inputs import AttentionInputs, AttentionKernel, run_starts
 from moelab.nn.full_attention import FullAttention
 from moelab.nn.kv_cache import KVCache
+from moelab.nn.latent_attention import LatentAttention
 from moelab.nn.loss import token_cross_entropy
 from moelab.nn.mlp import MLP
 from moelab.nn.norm import RMSNorm
@@ -71,13 +72,19 @@ class _Embedding(nn.Embedding):
             super().reset_parameters()
 
 
+def attention_of(config: ModelConfig, layer_id: int) -> Attention | LatentAttention:
+    """The attention of a layer that the config says."""
+    sizes = config.latent_attention
+    return Attention(config, layer_id) if sizes is None else LatentAttention(config, sizes, layer_id)
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm residual layer."""
 
     def __init__(self, config: ModelConfig, layer_id: int, mlp: MLP | MoEBlock) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer_id)
+        self.self_attn = attention_of(config, layer_id)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = mlp
 
@@ -122,11 +129,11 @@ class Transformer(nn.Module):
     ) -> None:
         """Compute with these from now on, as `config` says: `moelab.builder.reposition` makes them."""
         self.config = config
-        self.rope = Rope(config.attention_head_dim, config.rope_theta, scaling)
-        attentions = [module for module in self.modules() if isinstance(module, Attention)]
+        self.rope = Rope(config.rotary_head_dim, config.rope_theta, scaling)
+        attentions = [module for module in self.modules() if isinstance(module, Attention | LatentAttention)]
         for attention, kernel in zip(attentions, kernels, strict=True):
-            attention.kernel = kernel or FullAttention(attention.layer_id)
-        self.positional = Positional([a.kernel for a in attentions], scaling, config.max_position_embeddings)
+            attention.take(kernel or FullAttention(attention.layer_id), scaling)
+        self.positional = Positional(attentions, scaling, config.max_position_embeddings)
 
     def tie_weights(self) -> None:
         """Make head and embedding one parameter where the config says so; `to_empty` parts them."""

@@ -23,6 +23,7 @@ from moelab.moe.routing import Routing, TokenInfo
 from moelab.nn.attention import Attention
 from moelab.nn.count import moe_blocks
 from moelab.nn.full_attention import FullAttention, torch_attention
+from moelab.nn.latent_attention import LatentAttention
 from moelab.nn.transformer import Transformer
 from moelab.planning.traffic import Problem
 
@@ -129,7 +130,7 @@ def count_saved(model: Transformer, problem: Problem) -> Saved:
         block.backend = _CountedExperts(problem.device == "cpu", problem.parallel.expert > 1, every)
         block.chunk = None
     if problem.device != "cpu":  # the fake tensors are the CPU's
-        for attention in (module for module in model.modules() if isinstance(module, Attention)):
+        for attention in (m for m in model.modules() if isinstance(m, Attention | LatentAttention)):
             if isinstance(attention.kernel, FullAttention):
                 attention.kernel.attend = torch_attention
     model.recompute_logits = False

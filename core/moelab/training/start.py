@@ -180,6 +180,12 @@ def model_differences(ours: ModelConfig, theirs: ModelConfig, mine: Registry, ot
         a, b = getattr(ours, attribute), getattr(theirs, attribute)
         if a != b:
             yield Difference(f"model.{key}", a, b)
+    if (ours.latent_attention is None) != (theirs.latent_attention is None):
+        kinds = ("grouped-query" if model.latent_attention is None else "latent" for model in (ours, theirs))
+        yield Difference("model.latent_attention", *kinds)
+    elif ours.latent_attention is not None and theirs.latent_attention is not None:
+        a, b = dataclasses.asdict(ours.latent_attention), dataclasses.asdict(theirs.latent_attention)
+        yield from (Difference(f"model.latent_attention.{key}", a[key], b[key]) for key in a if a[key] != b[key])
     if ours.num_hidden_layers != theirs.num_hidden_layers:
         return
     if (ours.moe is None) != (theirs.moe is None):

@@ -44,11 +44,14 @@ class SlidingWindow:
         self.full = FullAttention(layer_id)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, inputs: AttentionInputs) -> Tensor:
+        return self.on_turned(*turned(self.full.layer_id, query, key, value, inputs), inputs)
+
+    def on_turned(self, query: Tensor, key: Tensor, value: Tensor, inputs: AttentionInputs) -> Tensor:
+        """As `TurnedKernel`."""
         if inputs.length <= self.window:  # it leaves nothing out
-            return self.full(query, key, value, inputs)
+            return self.full.on_turned(query, key, value, inputs)
         if inputs.given_mask is not None or inputs.attend is not None:
             raise ConfigError("model.attention: sliding_window takes masks of padding alone, and shows no weights")
-        query, key, value = turned(self.full.layer_id, query, key, value, inputs)
         view = inputs.once(("sliding_window", self.window), lambda: View.of(inputs, window=self.window))
         return masked_attention([query], key, value, view, inputs.look_of(self.full.layer_id), inputs.sinks)
 

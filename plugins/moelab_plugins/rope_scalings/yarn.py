@@ -25,7 +25,7 @@ class YarnOptions:
     beta_slow: float = 1.0  # turns up to which it is divided by the factor
     attention_factor: float | None = None  # on cos and sin; null: 0.1 ln(factor) + 1
     mscale: float | None = None  # with mscale_all_dim, DeepSeek's: the factor is the quotient of both
-    mscale_all_dim: float | None = None
+    mscale_all_dim: float | None = None  # in latent attention it sharpens the scores of whole heads too
     truncate: bool = True  # whether the borders between fast and slow are rounded to whole frequencies
 
     def __post_init__(self) -> None:
@@ -47,6 +47,8 @@ class Yarn:
     Formula: theta_k' = (1 - g_k) theta_k + g_k theta_k / f, g_k rising from 0 to 1 between the k that turn beta_fast
     and beta_slow times over L0: k(r) = d ln(L0 / 2 pi r) / 2 ln b. Cos and sin times m = 0.1 ln f + 1, so that scores
     are m^2 as large.
+    Attention that turns a part of each head (latent_attention) multiplies all scores by
+    (0.1 mscale_all_dim ln f + 1)^2, as DeepSeek's does.
     Source: YaRN (2309.00071) 3.2 (definition 2) and 3.4; transformers 5.23, modeling_rope_utils.py:
     _compute_yarn_parameters. As there g is linear in k; the paper's ramp is linear in the turns L0 theta_k / 2 pi.
     Use: Qwen2's way beyond 32k tokens, at inference or before a short training at the longer length.
@@ -59,6 +61,7 @@ class Yarn:
         self.options, self.context = options, context
         self.original = options.original_max_position_embeddings or context.max_position_embeddings
         self.reach = options.factor * self.original
+        self.score_factor = _sharper(options.factor, options.mscale_all_dim or 0.0) ** 2
 
     def __call__(self, inv_freq: Tensor, length: int) -> tuple[Tensor, float]:
         import torch

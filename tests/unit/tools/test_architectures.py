@@ -20,13 +20,14 @@ def test_json_has_the_same_rows_smallest_model_first(capsys: pytest.CaptureFixtu
     assert run(["architectures", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
     assert list(table) == [
-        "qwen2-0.5b", "qwen2-1.5b", "qwen2-7b", "gpt-oss-20b", "qwen3-30b-a3b", "mixtral-8x7b", "qwen2-57b-a14b",
-        "qwen2-72b",
+        "qwen2-0.5b", "qwen2-1.5b", "qwen2-7b", "deepseek-v2-lite", "gpt-oss-20b", "qwen3-30b-a3b", "mixtral-8x7b",
+        "qwen2-57b-a14b", "qwen2-72b", "deepseek-v3",
     ]  # fmt: skip
     moe = table["qwen2-57b-a14b"]
     assert (moe["num_experts"], moe["num_experts_per_tok"], moe["moe_intermediate_size"]) == (64, 8, 2560)
     assert moe["shared_expert_intermediate_size"] == 20480
     assert table["qwen2-7b"]["num_experts"] is None
+    assert table["deepseek-v3"]["cached_numbers"] == 61 * (512 + 64)
 
 
 def test_chosen_configs_alone(capsys: pytest.CaptureFixture[str]):

@@ -29,6 +29,7 @@ ROWS = {
     "parameters": "Parameters",
     "active_parameters": "Active parameters",
     "non_embedding_parameters": "Non-embedding",
+    "cached_numbers": "Cached per token",
 }
 
 
@@ -70,7 +71,7 @@ def _describe(name: str) -> dict[str, Any]:
     from moelab.builder import build_model
     from moelab.config.load import load_config
     from moelab.moe.block import MoEBlock
-    from moelab.nn.count import count_parameters
+    from moelab.nn.count import cached_numbers, count_parameters
 
     model_config = load_config([name], ModelFile).config.model
     model = build_model(model_config, device="meta", seed=None)
@@ -79,6 +80,7 @@ def _describe(name: str) -> dict[str, Any]:
     row |= {key: getattr(model_config, key) for key in ROWS if hasattr(model_config, key)}
     row |= {"head_dim": model_config.attention_head_dim, "parameters": counts.total}
     row |= {"active_parameters": counts.active, "non_embedding_parameters": counts.non_embedding}
+    row["cached_numbers"] = cached_numbers(model)
     block = next((layer.mlp for layer in model.layers if isinstance(layer.mlp, MoEBlock)), None)
     if block is not None:
         row |= {key: getattr(block.layout, key) for key in ROWS if hasattr(block.layout, key)}

@@ -77,6 +77,7 @@ def explain(config: RunConfig, registry: Registry) -> dict[str, Any]:
     from moelab.hookspecs import BALANCE_LOSSES
     from moelab.moe.block import MoEBlock
     from moelab.nn.count import (
+        cached_numbers,
         count_parameters,
         expected_assignments,
         flops_per_token,
@@ -114,6 +115,7 @@ def explain(config: RunConfig, registry: Registry) -> dict[str, Any]:
         "embedding_parameters": counted.embedding,
         "sequence_length": length,
         "training_flops_per_token": flops_per_token(model, length),
+        "cached_numbers_per_token": cached_numbers(model),
     }
 
 
@@ -180,6 +182,8 @@ def _print(table: dict[str, Any]) -> None:
         f"{table['embedding_parameters']:,} embeddings; {table['training_flops_per_token'] / 1e6:,.3f} MFLOP a token "
         f"forward and backward at {table['sequence_length']} tokens"
     )
+    cached = table["cached_numbers_per_token"]
+    console.print(f"generation keeps {cached:,} numbers of each token, {2 * cached:,} bytes in bfloat16")
     if table["active_parameters"] < table["parameters"]:
         console.print("active and FLOP are as the routers declare; a run counts what it served", soft_wrap=True)
     if "match" in table:

@@ -14,6 +14,7 @@ from moelab.config.model import ModelConfig, MoEConfig
 from moelab.moe.block import MoEBlock
 from moelab.nn.count import (
     Parameters,
+    cached_numbers,
     count_parameters,
     expected_assignments,
     flops_per_token,
@@ -41,6 +42,8 @@ PUBLISHED = {
     "qwen2-57b-a14b": (57_408_658_944, 56_319_581_696),
     "qwen3-30b-a3b": (30_532_122_624, 29_909_792_768),
     "mixtral-8x7b": (46_702_792_704, 46_440_648_704),
+    "deepseek-v3": (671_026_404_352, 669_173_046_272),
+    "deepseek-v2-lite": (15_706_484_224, 15_287_053_824),
 }
 
 
@@ -62,6 +65,23 @@ def test_qwen2_57b_a14b_activates_exactly_the_published_parameters():
 def test_other_models_activate_what_is_published(name: str, active: int):
     """Qwen3-30B-A3B: 3.3 billion; Mixtral 8x7B: 12.9 (2401.04088, section 1)."""
     assert count_parameters(shipped(name)).active == active
+
+
+def test_deepseek_activates_and_caches_what_is_published():
+    """V3: 37 billion, 36.7 by its README_WEIGHTS.md, which seems to leave the embedding's 0.93 out; V2-Lite: 2.4
+    without its embedding. Of each token 61 (512 + 64) numbers; 128 heads of keys and values would be 71 times that.
+    """
+    v3, lite = shipped("deepseek-v3"), shipped("deepseek-v2-lite")
+    assert count_parameters(v3).active == 37_552_282_624
+    assert round((37_552_282_624 - 129_280 * 7168) / 1e9, 1) == 36.6
+    assert round((count_parameters(lite).active - 102_400 * 2048) / 1e9, 2) == 2.45
+    assert cached_numbers(v3) == 61 * 576
+    assert 128 * (192 + 128) // 576 == 71
+
+
+def test_grouped_heads_cache_a_key_and_a_value_each():
+    """Qwen2-7B: 28 layers of 4 key heads of 128."""
+    assert cached_numbers(shipped("qwen2-7b")) == 28 * 2 * 4 * 128
 
 
 def test_qwen2_57b_a14b_flops_by_hand():
