@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moelab.config.model import ModelConfig
 from moelab.moe.block import MoEBlock
-from moelab.moe.few_rows import input_first
+from moelab.moe.few_rows import ExpertTables
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
 from moelab.moe.thin_product import PackedWeights, few_product
 from moelab.nn.attention import Attention
@@ -88,7 +88,7 @@ class Decoding:
         self._whole = not computes_apart(model)
         self._layers: list[Any] = list(model.layers)
         self._attend = [] if self._whole else [_attending(layer) for layer in self._layers]
-        self._copied = [] if self._whole else _copied(self._layers, rows * new_tokens)
+        self._experts = [] if self._whole else _expert_tables(self._layers, rows * new_tokens)
         self._packed = PackedWeights(*self._to_pack(rows, new_tokens))
         scaling = model.rope.scaling
         self._moving = scaling is not None and scaling.length_matters
@@ -117,14 +117,14 @@ class Decoding:
         positions = past - self._padding  # [B]
         x = model.embed_tokens(tokens)  # [B, D]
         info, step = self._info(tokens, positions), self._step(x, positions, past)
-        for layer, attend, copied in zip(self._layers, self._attend, self._copied, strict=True):
+        for layer, attend, tables in zip(self._layers, self._attend, self._experts, strict=True):
             if attend is None:
                 x = x + layer.self_attn(layer.input_layernorm(x.unsqueeze(1)), step.inputs).squeeze(1)
             else:
                 x = attend(x, step)
             normed = normalise(layer.post_attention_layernorm, x)
             if isinstance(layer.mlp, MoEBlock):
-                y, routing = layer.mlp.serve(normed, info, copied)
+                y, routing = layer.mlp.serve(normed, info, tables)
                 info = replace(info, previous=routing)
                 self.routings[layer.mlp.layer_id] = routing
             else:
@@ -144,7 +144,7 @@ class Decoding:
         if type(self.model.lm_head) is nn.Linear:
             found.append(self.model.lm_head.weight)
         least = 0 if rows >= PACKED_ROWS else PACKED_ALONE
-        copied = sum(4 * each.numel() for each in self._copied if each is not None)
+        copied = sum(4 * each.gate_up.numel() for each in self._experts if each is not None)
         return [weight for weight in found if weight.numel() >= least], COPY_BYTES - copied
 
     def _scores(self, x: Tensor) -> Tensor:
@@ -270,13 +270,13 @@ def _attending(layer: Any) -> PlainAttention | None:
     return PlainAttention(layer.input_layernorm, attention) if ours else None
 
 
-def _copied(layers: list[Any], new_tokens: int) -> list[Tensor | None]:
-    """Of each layer's experts the copy that a token reads faster; None where it would not pay, or takes much memory."""
+def _expert_tables(layers: list[Any], new_tokens: int) -> list[ExpertTables | None]:
+    """Tables of each layer's experts, which a token reads faster; None where they would not pay, or take much memory."""
     blocks = [layer.mlp if isinstance(layer.mlp, MoEBlock) and layer.mlp.reads_few_rows else None for layer in layers]
     size = sum(4 * block.experts.gate_up.numel() for block in blocks if block is not None)
     if new_tokens < COPY_TOKENS or size > COPY_BYTES:
         return [None] * len(layers)
-    return [None if block is None else input_first(block.experts) for block in blocks]
+    return [None if block is None else ExpertTables.of(block.experts) for block in blocks]
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -50,7 +50,7 @@ def test_a_few_rows_give_what_the_loop_gives(
     with torch.inference_mode():
         expected = LoopBackend(LoopOptions(), CONTEXT)(x.double(), routing, bank.double())
         bank = bank.float()
-        found = [few_rows.few_rows(x, routing, bank, copied) for copied in (None, few_rows.input_first(bank))]
+        found = [few_rows.few_rows(x, routing, bank, copied) for copied in (None, few_rows.ExpertTables.of(bank))]
     for y in found:
         torch.testing.assert_close(y, expected.float(), rtol=1e-5, atol=1e-5)
 
