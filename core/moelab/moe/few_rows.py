@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from moelab.moe.dispatch import count_ids
 from moelab.moe.experts import ExpertBank, add_down_bias, add_up_bias, compute_dtype
 from moelab.moe.routing import Routing
-from moelab.moe.thin_product import MOST_ROWS, left_product, thin_pays
 
 MOST = 512  # assignments
 BAGGED = 8  # rows of an expert on average; beyond, products read its matrices less often
@@ -143,12 +142,8 @@ def _one_by_one(given: Tensor, expert: Tensor, gate_up: Tensor) -> Tensor:
     counts = [(index, len(list(run))) for index, run in groupby(expert.tolist())]
     pre = given.new_empty(len(given), gate_up.shape[1])
     sizes = [size for _, size in counts]
-    thin = thin_pays(given[:1], gate_up[0])
-    for (index, size), rows, out in zip(counts, given.split(sizes), pre.split(sizes), strict=True):
-        if thin and size <= MOST_ROWS:
-            out.copy_(left_product(rows, gate_up[index])[:, :size].t())
-        else:
-            torch.mm(rows, gate_up[index].t(), out=out)
+    for (index, _), rows, out in zip(counts, given.split(sizes), pre.split(sizes), strict=True):
+        torch.mm(rows, gate_up[index].t(), out=out)
     return pre
 
 
