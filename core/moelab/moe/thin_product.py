@@ -3,10 +3,10 @@
 They cost what the matrix takes to read, where a kernel reads it as fast as memory gives it; small ones, the call.
 Measured on AMD's processors (Zen 5, one core, other weights read in between):
 
-- MKL is quickest for up to 8 rows and 2^20 elements; else oneDNN takes 0.4 to 0.95 of its time.
+- MKL is quickest for up to 8 rows and 2^20 elements; else oneDNN takes 0.5 to 1.0 of its time.
 - Where many products come, a copy pays (`PackedWeights`). Of one row: the matrix turned, in 0.75 to 0.85 of that; from
   2^21 elements on as four bags of its rows (embedding_bag), which read 4864 x 896 at 73 GB/s where MKL and oneDNN read
-  17 to 23. Of more rows: oneDNN's own order, 0.6 to 0.95 of the best of the others, from 3 rows on.
+  17 to 23. Of more rows: oneDNN's own order, 0.7 to 1.0 of the best of the others, from 3 rows on.
 
 On others' it was not measured, and `nn.functional.linear` is used. Decided by the processor's maker and by sizes, so
 that a machine always rounds alike.

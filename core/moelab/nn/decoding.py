@@ -140,7 +140,7 @@ class Decoding:
             return [], 0, rows
         fused = [attend for attend in self._attend if attend is not None and attend.weight is not None]
         apart = {id(part) for attend in fused for part in attend.parts}
-        found = [(attend.weight,) for attend in fused if attend.weight is not None]
+        found: list[tuple[Tensor, ...]] = [(attend.weight,) for attend in fused if attend.weight is not None]
         for layer in self._layers:
             for module in layer.modules():
                 if isinstance(module, MLP) and _joins(module):
