@@ -6,6 +6,10 @@
 transformers runs with each of its implementations of experts, and the fastest counts. Sides take turns, and the median
 of the rounds counts; what is measured is a whole call, prompt included. Weights are wide enough that scores spread; a
 text that differs is counted, with how far its token was behind in scores of a whole forward pass.
+
+Beside it stands what the machine allows: a step reads the weights of all experts that are chosen (expected for tokens
+that choose by themselves), the other weights, and keys and values, each once; the time in which a sum reads as many
+bytes, again and again, and that in which a matmul of 2048 does as many FLOPs, are less than any step.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import transformers
 from torch import Tensor
 
 import moelab
-from cpu_step import Shape, _config, _peer
+from cpu_step import Shape, _config, _matmul_rate, _peer
 from moelab.nn.generate import generate_batch
 from moelab.nn.sampling import Sampling
 from report import machine, markdown_table, median, spread, write_results
@@ -69,6 +73,7 @@ def measure(shape: Shape, batch: int, options: argparse.Namespace) -> dict[str, 
             texts[name] = generate()
             if turn:  # the first warms up
                 seconds[name].append(time.perf_counter() - begun)
+    limit = least(shape, batch, options.prompt + options.tokens // 2)
     tokens = batch * options.tokens
     rates = {name: tokens / median(times) for name, times in seconds.items()}
     best = max((name for name in rates if name != "moelab"), key=lambda name: rates[name])
@@ -76,9 +81,31 @@ def measure(shape: Shape, batch: int, options: argparse.Namespace) -> dict[str, 
     return {
         "shape": shape.title, "batch": batch, "prompt": options.prompt, "tokens": options.tokens,
         "rates": rates, "spread": {name: [tokens / t for t in spread(times)] for name, times in seconds.items()},
-        "best": best, "speedup": rates["moelab"] / rates[best], "different": len(different),
+        "limit": limit, "best": best, "speedup": rates["moelab"] / rates[best], "different": len(different),
         "behind": max((_behind(model, prompts[row], texts["moelab"][row]) for row in different), default=0.0),
     }  # fmt: skip
+
+
+def least(shape: Shape, batch: int, positions: int) -> dict[str, float]:
+    """Of one step of `batch` texts with `positions` cached each: bytes, FLOPs, and ms that either takes at least.
+
+    As `cpu_step._config` builds it: 4 heads in 2 groups, a gated shared expert.
+    """
+    size, kept = shape.hidden, shape.hidden // 2  # keys of a token; as many values
+    dense = 2 * size * size + 2 * size * kept + (shape.num_experts + 3 * shape.shared + 1) * size
+    expert, top_k = 3 * size * shape.moe_intermediate_size, shape.num_experts_per_tok
+    chosen = shape.num_experts * (1 - (1 - top_k / shape.num_experts) ** batch)
+    head = shape.vocab * size
+    read = 4 * (shape.layers * (dense + chosen * expert + 2 * batch * positions * kept) + head)
+    per_token = shape.layers * (2 * (dense + top_k * expert) + 4 * positions * size) + 2 * head
+    numbers = torch.ones(int(read) // 4)
+    times = []
+    for _ in range(20):
+        begun = time.perf_counter()
+        numbers.sum()
+        times.append(time.perf_counter() - begun)
+    work, rate = batch * per_token, max(_matmul_rate() for _ in range(5))
+    return {"bytes": read, "flops": work, "reading_ms": 1e3 * min(times), "computing_ms": 1e3 * work / rate}
 
 
 def _ours(model: Any, prompts: Tensor, tokens: int) -> Tensor:
@@ -112,9 +139,21 @@ def _table(result: dict[str, Any]) -> str:
             f"{result['shape'].rpartition(',')[0]}; {result['batch']} prompts of {result['prompt']} tokens, "
             f"{result['tokens']} new ones",
             markdown_table(["", "tokens/s (median)", "quartiles"], rows),
+            _limits(result),
             f"moelab / {result['best']}: {result['speedup']:.2f} x; {result['different']} texts of {result['batch']} "
-            f"differ" + (f", by {result['behind']:.1e} of a score" if result["different"] else ""),
+            "differ" + (f", by {result['behind']:.1e} of a score" if result["different"] else ""),
         ]
+    )
+
+
+def _limits(result: dict[str, Any]) -> str:
+    limit, best = result["limit"], result["best"]
+    floor = max(limit["reading_ms"], limit["computing_ms"])
+    step = {name: 1e3 * result["batch"] / result["rates"][name] for name in ("moelab", best)}
+    return (
+        f"a step reads {limit['bytes'] / 1e6:.1f} MB, in {limit['reading_ms']:.2f} ms at least, and does "
+        f"{limit['flops'] / 1e9:.3f} GFLOP, in {limit['computing_ms']:.2f} ms; moelab took {step['moelab']:.2f} ms, "
+        f"{step['moelab'] / floor:.1f} times the longer; {best} {step[best]:.2f} ms, {step[best] / floor:.1f} times"
     )
 
 

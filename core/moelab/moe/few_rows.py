@@ -3,12 +3,14 @@
 On a CPU a token costs what its experts' weights take to read. What training needs around the products (rows laid out
 and padded, autograd's nodes) costs as much again, so none of it is here. Quickest is a bag of rows (embedding_bag): a
 token's sum over the neurons of its experts, each times its activation, is one, since the down matrix holds a row for
-each neuron; so is gate_up, where a copy of it holds a row for each input (`input_first`).
+each neuron; so is gate_up, where a copy of it holds a row for each input (`ExpertTables`).
 T tokens, N assignments, E experts, F expert width, M F rows of gate_up, D hidden size. benchmarks/generation.py.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -18,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from moelab.moe.dispatch import count_ids
 from moelab.moe.experts import ExpertBank, add_down_bias, add_up_bias, compute_dtype
 from moelab.moe.routing import Routing
-from moelab.moe.thin_product import MOST_ROWS, left_product, thin_pays
 
 MOST = 512  # assignments
 BAGGED = 8  # rows of an expert on average; beyond, products read its matrices less often
@@ -36,25 +37,37 @@ def pays(x: Tensor, routing: Routing) -> bool:
     )
 
 
-def input_first(bank: ExpertBank) -> Tensor | None:
-    """A copy of gate_up as [E, D, M F], for many calls of `few_rows`; None where it is of no use (not fp32, no CPU)."""
-    usable = bank.gate_up.dtype == torch.float32 and bank.gate_up.device.type == "cpu"
-    return bank.gate_up.detach().transpose(1, 2).contiguous() if usable else None
+@dataclass(frozen=True)
+class ExpertTables:
+    """A bank as bags of rows read it, for many calls of `few_rows`. What it copies are the weights as they were."""
+
+    gate_up: Tensor  # [E D, M F], a copy: a row for each input of each expert
+    down: Tensor  # [E F, D], the bank's own
+    inputs: Tensor  # [E, D] int32, the rows of gate_up that are an expert's
+    neurons: Tensor  # [E, F] int32, those of down
+
+    @classmethod
+    def of(cls, bank: ExpertBank) -> ExpertTables | None:
+        """None where they are of no use: not fp32, not on a CPU."""
+        if bank.gate_up.dtype != torch.float32 or bank.gate_up.device.type != "cpu":
+            return None
+        (experts, width, size), each = bank.gate_up.shape, bank.down.shape[1]
+        copied = bank.gate_up.new_empty(experts, size, width)
+        for source, target in zip(bank.gate_up.detach(), copied, strict=True):  # at once it takes up to 5 times as long
+            target.copy_(source.t())
+        rows = torch.arange(experts * max(size, each), dtype=torch.int32)
+        inputs, neurons = (rows[: experts * one].view(experts, one) for one in (size, each))
+        return cls(copied.view(-1, width), bank.down.detach().view(-1, size), inputs, neurons)
 
 
-def few_rows(x: Tensor, routing: Routing, bank: ExpertBank, copied: Tensor | None = None) -> Tensor:
-    """What a backend computes: x [T, D] -> [T, D] in x's dtype. No gradient. `copied`: `input_first(bank)`."""
+def few_rows(x: Tensor, routing: Routing, bank: ExpertBank, tables: ExpertTables | None = None) -> Tensor:
+    """What a backend computes: x [T, D] -> [T, D] in x's dtype. No gradient. `tables`: of this bank."""
     dtype = compute_dtype(x)
-    rows, down = x.to(dtype), bank.down.to(dtype)
     bagged = routing.expert.numel() <= BAGGED * bank.num_experts
-    if copied is not None and copied.dtype == dtype and bagged:
-        experts, size, width = copied.shape
-        table = copied.view(experts * size, width)
-        if routing.expert.numel() > bank.num_experts:
-            return _by_expert(rows, routing, bank, table, down).to(x.dtype)
-        given = rows.index_select(0, routing.token)  # [N, D]
-        pre = _bags(routing.expert, given, table, len(given))
-        return _finished(bank.activate(add_up_bias(pre, routing.expert, bank)), routing, bank, down).to(x.dtype)
+    if tables is not None and tables.gate_up.dtype == dtype and bagged:
+        compute = _by_expert if routing.top_k and routing.expert.numel() > bank.num_experts else _by_token
+        return compute(x.to(dtype), routing, bank, tables).to(x.dtype)
+    rows, down = x.to(dtype), bank.down.to(dtype)
     gate_up = bank.gate_up.to(dtype)
     order = routing.expert.argsort(stable=True)
     expert = routing.expert.index_select(0, order)
@@ -73,47 +86,55 @@ def few_rows(x: Tensor, routing: Routing, bank: ExpertBank, copied: Tensor | Non
             return add_down_bias(y, routing, bank).to(x.dtype)
     hidden = bank.activate(add_up_bias(pre, expert, bank))  # [N, F], in expert order
     hidden = torch.empty_like(hidden).index_copy_(0, order, hidden)
-    return _finished(hidden, routing, bank, down).to(x.dtype)
+    experts, width, size = down.shape
+    row = routing.expert.unsqueeze(-1) * width + torch.arange(width)
+    return _finished(hidden, routing, bank, down.view(experts * width, size), row).to(x.dtype)
 
 
-def _by_expert(rows: Tensor, routing: Routing, bank: ExpertBank, table: Tensor, down: Tensor) -> Tensor:
-    """The rows of an expert one after the other, so that its weights are still in the processor's cache: -> [T, D]."""
-    order = routing.expert.argsort()
-    expert, token = routing.expert.index_select(0, order), routing.token.index_select(0, order)
-    pre = _bags(expert, rows.index_select(0, token), table, len(order))  # [N, M F]
-    weight = routing.weight.index_select(0, order).to(rows.dtype).unsqueeze(-1)
-    hidden = bank.activate(add_up_bias(pre, expert, bank)) * weight
-    each = _bags(expert, hidden, down.view(-1, down.shape[-1]), len(order))
-    y = each.new_zeros(routing.num_tokens, each.shape[1]).index_add_(0, token, each)
-    return add_down_bias(y, routing, bank)
+def _by_token(rows: Tensor, routing: Routing, bank: ExpertBank, tables: ExpertTables) -> Tensor:
+    """rows [T, D] -> [T, D], two bags of rows for each assignment."""
+    expert, given = routing.expert, rows.index_select(0, routing.token)  # [N, D]
+    pre = _bags(tables.inputs.index_select(0, expert), given, tables.gate_up, len(given))  # [N, M F]
+    hidden = bank.activate(add_up_bias(pre, expert, bank))
+    return _finished(hidden, routing, bank, tables.down, tables.neurons.index_select(0, expert))
 
 
-def _finished(hidden: Tensor, routing: Routing, bank: ExpertBank, down: Tensor) -> Tensor:
+def _by_expert(rows: Tensor, routing: Routing, bank: ExpertBank, tables: ExpertTables) -> Tensor:
+    """The same, those of an expert one after the other, so that its weights are still in the processor's cache."""
+    assert routing.top_k is not None
+    expert, order = routing.expert.sort()
+    given = rows.index_select(0, order // routing.top_k)
+    pre = _bags(tables.inputs.index_select(0, expert), given, tables.gate_up, len(given))
+    hidden = bank.activate(add_up_bias(pre, expert, bank))
+    each = _bags(tables.neurons.index_select(0, expert), hidden, tables.down, len(given))  # [N, D]
+    return add_down_bias(_bags(order.argsort(), routing.weight.to(each.dtype), each, len(rows)), routing, bank)
+
+
+def _finished(hidden: Tensor, routing: Routing, bank: ExpertBank, table: Tensor, row: Tensor) -> Tensor:
     """hidden [N, F], in the routing's order -> [T, D]: each token's sum over its experts' neurons, weighted.
 
-    The weight of an assignment is on its neurons, not on their sum: the same number but for rounding.
+    row [N, F]: where in table [E F, D] they are. The weight of an assignment is on its neurons, not on their sum: the
+    same number but for rounding.
     """
-    experts, width, size = down.shape
-    table = down.view(experts * width, size)
     weighted = hidden * routing.weight.to(hidden.dtype).unsqueeze(-1)
     if routing.top_k is not None:
-        y = _bags(routing.expert, weighted, table, routing.num_tokens)
+        y = _bags(row, weighted, table, routing.num_tokens)
     else:
-        each = _bags(routing.expert, weighted, table, len(hidden))  # [N, D]
-        y = each.new_zeros(routing.num_tokens, size).index_add_(0, routing.token, each)
+        each = _bags(row, weighted, table, len(hidden))  # [N, D]
+        y = each.new_zeros(routing.num_tokens, each.shape[1]).index_add_(0, routing.token, each)
     return add_down_bias(y, routing, bank)
 
 
-def _bags(expert: Tensor, weights: Tensor, table: Tensor, count: int) -> Tensor:
-    """weights [N, n], of the n rows of table [E n, W] that belong to each assignment's expert [N] -> [count, W].
-
-    A bag is the rows of N / count assignments, in order.
-    """
-    each = weights.shape[1]
-    row = expert.unsqueeze(-1) * each + torch.arange(each, device=expert.device)  # [N, n]
-    starts = torch.arange(0, row.numel(), row.numel() // count, device=expert.device)
+def _bags(row: Tensor, weights: Tensor, table: Tensor, count: int) -> Tensor:
+    """row [...] of table [R, W] and the weight of each, of the same number -> [count, W], sums of equally many."""
+    starts = _starts(count, row.numel() // count, row.dtype)
     found: Tensor = torch.embedding_bag(table, row.view(-1), starts, False, 0, False, weights.reshape(-1), False)[0]
     return found
+
+
+@lru_cache(maxsize=64)
+def _starts(count: int, each: int, dtype: torch.dtype) -> Tensor:
+    return torch.arange(0, count * each, each, dtype=dtype)
 
 
 def _one_by_one(given: Tensor, expert: Tensor, gate_up: Tensor) -> Tensor:
@@ -121,12 +142,8 @@ def _one_by_one(given: Tensor, expert: Tensor, gate_up: Tensor) -> Tensor:
     counts = [(index, len(list(run))) for index, run in groupby(expert.tolist())]
     pre = given.new_empty(len(given), gate_up.shape[1])
     sizes = [size for _, size in counts]
-    thin = thin_pays(given[:1], gate_up[0])
-    for (index, size), rows, out in zip(counts, given.split(sizes), pre.split(sizes), strict=True):
-        if thin and size <= MOST_ROWS:
-            out.copy_(left_product(rows, gate_up[index])[:, :size].t())
-        else:
-            torch.mm(rows, gate_up[index].t(), out=out)
+    for (index, _), rows, out in zip(counts, given.split(sizes), pre.split(sizes), strict=True):
+        torch.mm(rows, gate_up[index].t(), out=out)
     return pre
 
 

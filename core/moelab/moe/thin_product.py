@@ -1,12 +1,15 @@
 """Products of a few rows with a matrix, without gradients: what a token of generation mostly consists of.
 
-They cost what the matrix takes to read, where a kernel reads it as fast as memory gives it. MKL's matrix-vector product
-does not on AMD's processors (12 GB/s on a Zen core where a sum reads 32), and its matrix product does not for few rows;
-with the matrix on the left and two to eight columns on the right it reads 20 to 24, and for more rows oneDNN takes 0.6
-to 0.8 of its time. Where many products come, oneDNN reads a copy of the matrix in its own order (`PackedWeights`): from
-2^20 elements on in 0.35 to 0.85 of the best of these, for any number of rows; smaller ones for 3 rows or more. On
-others' it was not measured, and `nn.functional.linear` is used. Decided by the processor's maker and by sizes, so that
-a machine always rounds alike.
+They cost what the matrix takes to read, where a kernel reads it as fast as memory gives it; small ones, the call.
+Measured on AMD's processors (Zen 5, one core, other weights read in between):
+
+- MKL is quickest for up to 8 rows and 2^20 elements; else oneDNN takes 0.5 to 1.0 of its time.
+- Where many products come, a copy pays (`PackedWeights`). Of one row: the matrix turned, in 0.75 to 0.85 of that; from
+  2^21 elements on as four bags of its rows (embedding_bag), which read 4864 x 896 at 73 GB/s where MKL and oneDNN read
+  17 to 23. Of more rows: oneDNN's own order, 0.7 to 1.0 of the best of the others, from 3 rows on.
+
+On others' it was not measured, and `nn.functional.linear` is used. Decided by the processor's maker and by sizes, so
+that a machine always rounds alike.
 M rows, D columns, N outputs.
 """
 
@@ -22,15 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-MOST_ROWS = 8
+MOST_ROWS = 8  # that MKL is quicker for ...
+MOST_ELEMENTS = 1 << 20  # ... of a matrix smaller than that
 LEAST_ELEMENTS = 1 << 15  # of the matrix; below, it is the call that takes time
+BAGGED_ELEMENTS = 1 << 21  # of a turned copy: from here as so many bags
+BAGS = 4
 PACKED_ROWS = 16  # that the order of a copy is chosen for; others' differ by less than a measurement does
-_PACKED: ContextVar[Mapping[int, Tensor]] = ContextVar("packed", default={})  # noqa: B039 - never written to
-
-
-def thin_pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether `thin_product` is the faster way for x [..., D] and weight [N, D]."""
-    return x.numel() <= MOST_ROWS * weight.shape[1] and _ours(x, weight)
+_PACKED: ContextVar[Mapping[tuple[int, ...], Tensor]] = ContextVar("packed", default={})  # noqa: B039 - never written to
 
 
 def _ours(x: Tensor, weight: Tensor) -> bool:
@@ -58,23 +59,31 @@ def _suits(weight: Tensor) -> bool:
 
 
 class PackedWeights:
-    """Copies of matrices in oneDNN's own order, as they are now; made in the time of four to six products each.
+    """Copies of matrices as products of few rows read them best, as they are now: made in the time of 4 to 40 products.
 
-    Within `used`, `few_product` reads these in place of their originals, known by identity.
+    Within `used`, `few_product` and `joined_product` read these in place of their originals, known by identity.
     """
 
-    def __init__(self, weights: Iterable[Tensor], most_bytes: int) -> None:
-        """Of the first that fit in `most_bytes`; of none where a copy is of no use (see `_suits`)."""
-        self._originals: list[Tensor] = []  # alive, so that no other takes their identity
-        self._copies: dict[int, Tensor] = {}
-        for weight in weights:
-            size = weight.numel() * weight.element_size()
-            plain = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous() and _suits(weight)
-            if not plain or size > most_bytes or id(weight) in self._copies or not torch.backends.mkldnn.is_available():
+    def __init__(self, weights: Iterable[tuple[Tensor, ...]], most_bytes: int, rows: int = PACKED_ROWS) -> None:
+        """Of the first that fit in `most_bytes`; of none where a copy is of no use (see `_suits`).
+
+        weights: each alone, or those that read the same rows together. `rows`: of the products that will come, at most.
+        """
+        self._originals: list[tuple[Tensor, ...]] = []  # alive, so that no other takes their identity
+        self._copies: dict[tuple[int, ...], Tensor] = {}
+        for some in weights:
+            size = sum(weight.numel() * weight.element_size() for weight in some)
+            key = tuple(map(id, some))
+            plain = all(type(one) in (Tensor, nn.Parameter) and one.is_contiguous() and _suits(one) for one in some)
+            if not plain or size > most_bytes or key in self._copies or not torch.backends.mkldnn.is_available():
                 continue
             most_bytes -= size
-            self._originals.append(weight)
-            self._copies[id(weight)] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_ROWS)
+            self._originals.append(some)
+            weight = some[0].detach() if len(some) == 1 else torch.cat([one.detach() for one in some])
+            turned = rows == 1
+            self._copies[key] = (
+                weight.t().contiguous() if turned else torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+            )
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -85,37 +94,45 @@ class PackedWeights:
             _PACKED.reset(token)
 
 
-def packed(weight: Tensor) -> Tensor | None:
-    """Its copy, within `PackedWeights.used` and where nothing is to be differentiated."""
+def packed(*weights: Tensor) -> Tensor | None:
+    """Their copy, within `PackedWeights.used` and where nothing is to be differentiated."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    return _PACKED.get().get(id(weight))
-
-
-def thin_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., D], weight [N, D] -> x weight^T + bias, [..., N]."""
-    rows = x.reshape(-1, weight.shape[1])
-    out = left_product(rows, weight).t()[: len(rows)].contiguous()
-    if bias is not None:
-        out += bias
-    return out.view(*x.shape[:-1], weight.shape[0])
-
-
-def left_product(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows [M, D], weight [N, D] -> weight rows^T, [N, max(M, 2)]: one row is there twice, since one column is slow."""
-    return torch.mm(weight, (torch.cat([rows, rows]) if len(rows) == 1 else rows).t())
+    copies = _PACKED.get()
+    return copies.get(tuple(map(id, weights))) if copies else None
 
 
 def few_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., D], weight [N, D] -> x weight^T + bias [..., N], the faster way."""
     copied = packed(weight)
     if copied is not None and x.dtype == torch.float32 and x.numel() > 0:
-        return _onednn(x, copied, bias, len(weight))
-    if thin_pays(x, weight):
-        return thin_product(x, weight, bias)
-    if not _ours(x, weight) or not torch.backends.mkldnn.is_available():
+        return _from_copy(x, copied, bias, len(weight))
+    small = x.numel() <= MOST_ROWS * weight.shape[1] and weight.numel() < MOST_ELEMENTS
+    if small or not _ours(x, weight) or not torch.backends.mkldnn.is_available():
         return nn.functional.linear(x, weight, bias)
     return _onednn(x, weight, bias, len(weight))
+
+
+def joined_product(x: Tensor, *weights: Tensor) -> Tensor | None:
+    """x [..., D], several [N, D] -> their products beside each other [..., M N]; None where there is no copy of all."""
+    copied = packed(*weights)
+    if copied is None or x.dtype != torch.float32 or x.numel() == 0:
+        return None
+    return _from_copy(x, copied, None, sum(map(len, weights)))
+
+
+def _from_copy(x: Tensor, copied: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    if copied.is_mkldnn:
+        return _onednn(x, copied, bias, outputs)
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) == 1 and copied.numel() >= BAGGED_ELEMENTS:
+        inputs = torch.arange(len(copied))
+        starts = torch.arange(0, len(copied), -(-len(copied) // BAGS))
+        out = torch.embedding_bag(copied, inputs, starts, False, 0, False, rows.view(-1), False)[0].sum(0, keepdim=True)
+        out = out if bias is None else out.add_(bias)
+    else:
+        out = torch.mm(rows, copied) if bias is None else torch.addmm(bias, rows, copied)
+    return out.view(*x.shape[:-1], outputs)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:

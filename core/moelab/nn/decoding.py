@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moelab.config.model import ModelConfig
 from moelab.moe.block import MoEBlock
-from moelab.moe.few_rows import input_first
+from moelab.moe.few_rows import ExpertTables
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
 from moelab.moe.thin_product import PackedWeights, few_product
 from moelab.nn.attention import Attention
@@ -26,6 +26,7 @@ from moelab.nn.attention_inputs import AttentionInputs
 from moelab.nn.full_attention import FullAttention, fastest
 from moelab.nn.kv_cache import KVCache
 from moelab.nn.linear import Linear
+from moelab.nn.mlp import MLP
 from moelab.nn.norm import RMSNorm
 from moelab.nn.rope import Rope
 from moelab.plugin_faults import PluginPart
@@ -35,7 +36,8 @@ COPY_BYTES = 1 << 29  # of all copies
 COPY_TOKENS = (
     128  # of all texts: from here a copy of the experts' gate_up is made, which a token reads in half the time
 )
-PACKED_TOKENS = 32  # of a text: from here other matrices are packed ...
+TURNED_TOKENS = 64  # of a text that is alone: from here other matrices are turned
+PACKED_TOKENS = 32  # of several: from here these are packed ...
 PACKED_ROWS = 3  # ... those of fewer than PACKED_ALONE elements, where so many texts go on together
 PACKED_ALONE = 1 << 20
 WIDE = (torch.float32, torch.float64)
@@ -88,7 +90,7 @@ class Decoding:
         self._whole = not computes_apart(model)
         self._layers: list[Any] = list(model.layers)
         self._attend = [] if self._whole else [_attending(layer) for layer in self._layers]
-        self._copied = [] if self._whole else _copied(self._layers, rows * new_tokens)
+        self._experts = [] if self._whole else _expert_tables(self._layers, rows * new_tokens)
         self._packed = PackedWeights(*self._to_pack(rows, new_tokens))
         scaling = model.rope.scaling
         self._moving = scaling is not None and scaling.length_matters
@@ -117,14 +119,14 @@ class Decoding:
         positions = past - self._padding  # [B]
         x = model.embed_tokens(tokens)  # [B, D]
         info, step = self._info(tokens, positions), self._step(x, positions, past)
-        for layer, attend, copied in zip(self._layers, self._attend, self._copied, strict=True):
+        for layer, attend, tables in zip(self._layers, self._attend, self._experts, strict=True):
             if attend is None:
                 x = x + layer.self_attn(layer.input_layernorm(x.unsqueeze(1)), step.inputs).squeeze(1)
             else:
                 x = attend(x, step)
             normed = normalise(layer.post_attention_layernorm, x)
             if isinstance(layer.mlp, MoEBlock):
-                y, routing = layer.mlp.serve(normed, info, copied)
+                y, routing = layer.mlp.serve(normed, info, tables)
                 info = replace(info, previous=routing)
                 self.routings[layer.mlp.layer_id] = routing
             else:
@@ -132,20 +134,25 @@ class Decoding:
             x = x + y
         return self._scores(normalise(model.norm, x))
 
-    def _to_pack(self, rows: int, new_tokens: int) -> tuple[list[Tensor], int]:
-        """The matrices of which a packed copy pays for itself, and how many bytes these may take."""
-        if self._whole or new_tokens < PACKED_TOKENS:
-            return [], 0
+    def _to_pack(self, rows: int, new_tokens: int) -> tuple[list[tuple[Tensor, ...]], int, int]:
+        """The matrices of which a copy pays for itself, how many bytes these may take, and rows of the products."""
+        if self._whole or new_tokens < (TURNED_TOKENS if rows == 1 else PACKED_TOKENS):
+            return [], 0, rows
         fused = [attend for attend in self._attend if attend is not None and attend.weight is not None]
         apart = {id(part) for attend in fused for part in attend.parts}
-        modules = [module for layer in self._layers for module in layer.modules() if id(module) not in apart]
-        found = [attend.weight for attend in fused if attend.weight is not None]
-        found += [module.weight for module in modules if type(module) is Linear]
+        found: list[tuple[Tensor, ...]] = [(attend.weight,) for attend in fused if attend.weight is not None]
+        for layer in self._layers:
+            for module in layer.modules():
+                if isinstance(module, MLP) and _joins(module):
+                    apart |= {id(module.gate_proj), id(module.up_proj)}
+                    found.append((module.gate_proj.weight, module.up_proj.weight))
+                elif type(module) is Linear and id(module) not in apart:
+                    found.append((module.weight,))
         if type(self.model.lm_head) is nn.Linear:
-            found.append(self.model.lm_head.weight)
-        least = 0 if rows >= PACKED_ROWS else PACKED_ALONE
-        copied = sum(4 * each.numel() for each in self._copied if each is not None)
-        return [weight for weight in found if weight.numel() >= least], COPY_BYTES - copied
+            found.append((self.model.lm_head.weight,))
+        least = PACKED_ALONE if 1 < rows < PACKED_ROWS else 0
+        copied = sum(4 * each.gate_up.numel() for each in self._experts if each is not None)
+        return [some for some in found if sum(one.numel() for one in some) >= least], COPY_BYTES - copied, rows
 
     def _scores(self, x: Tensor) -> Tensor:
         head = self.model.lm_head
@@ -272,13 +279,22 @@ def _attending(layer: Any) -> PlainAttention | None:
     return PlainAttention(layer.input_layernorm, attention) if ours else None
 
 
-def _copied(layers: list[Any], new_tokens: int) -> list[Tensor | None]:
-    """Of each layer's experts the copy that a token reads faster; None where it would not pay, or takes much memory."""
+def _expert_tables(layers: list[Any], new_tokens: int) -> list[ExpertTables | None]:
+    """Tables of each layer's experts, which a token reads faster; None where it would not pay, or takes much memory."""
     blocks = [layer.mlp if isinstance(layer.mlp, MoEBlock) and layer.mlp.reads_few_rows else None for layer in layers]
     size = sum(4 * block.experts.gate_up.numel() for block in blocks if block is not None)
     if new_tokens < COPY_TOKENS or size > COPY_BYTES:
         return [None] * len(layers)
-    return [None if block is None else input_first(block.experts) for block in blocks]
+    return [None if block is None else ExpertTables.of(block.experts) for block in blocks]
+
+
+def _joins(mlp: MLP) -> bool:
+    """Whether its gate and up may be read as one matrix: nothing but matrices, and nobody looks between them."""
+    if not mlp.activation.gated or type(mlp).hidden is not MLP.hidden:
+        return False
+    return all(
+        type(part) is Linear and part.bias is None and not _hooked(part) for part in (mlp.gate_proj, mlp.up_proj)
+    )
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moelab.moe.activation import Activation, SwiGLU
+from moelab.moe.activation import Activation, SwiGLU, activate
+from moelab.moe.thin_product import joined_product
 from moelab.nn.linear import Linear
 
 
@@ -25,6 +26,11 @@ class MLP(nn.Module):
     def hidden(self, x: Tensor) -> Tensor:
         """The neurons: x [..., D] -> [..., F]."""
         if self.activation.gated:
+            parts = (self.gate_proj, self.up_proj)
+            plain = all(type(part) is Linear for part in parts)  # an adapter's module adds to it
+            joined = joined_product(x, *(part.weight for part in parts)) if plain else None
+            if joined is not None:
+                return activate(self.activation, joined.view(-1, 2, joined.shape[-1] // 2)).view(*x.shape[:-1], -1)
             return self.activation(self.gate_proj(x), self.up_proj(x))
         return self.activation(self.up_proj(x))
 

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moelab.errors import ConfigError
 from moelab.seeds import generator
 
+TILE = 64  # scores of a row whose maximum is looked for first
 DRAWN_AT_ONCE = 64  # random numbers of a row; it decides which they are
 
 
@@ -74,13 +75,27 @@ def choose(scores: Tensor, sampling: Sampling, seen: Tensor | None, draws: Seque
     if seen is not None:
         penalty = sampling.repetition_penalty
         scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
-    best = scores.max(-1)
-    if sampling.temperature == 0:
-        token = best.indices
-    else:
+    values, token = largest(scores)
+    if sampling.temperature > 0:
         numbers = torch.tensor([draw.number(position) for draw in draws], dtype=torch.float64).to(scores.device)
-        token = _drawn(limited(scores - best.values.unsqueeze(-1), sampling), numbers)
-    return torch.where(best.values.isfinite(), token, -1)
+        token = _drawn(limited(scores - values.unsqueeze(-1), sampling), numbers)
+    return torch.where(values.isfinite(), token, -1)
+
+
+def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """scores [B, V] -> the largest of each row and the first place where it stands, [B] both; NaN is the largest.
+
+    By tiles on a CPU, where torch reads a maximum four to ten times as fast as a maximum with its place.
+    """
+    tokens = scores.shape[1]
+    if scores.device.type != "cpu" or tokens < TILE**2:
+        best = scores.max(-1)
+        return best.values, best.indices
+    whole = nn.functional.pad(scores, (0, -tokens % TILE), value=-math.inf) if tokens % TILE else scores
+    tiles = whole.reshape(len(scores), -1, TILE)
+    tile = tiles.amax(-1).max(-1).indices
+    inside = tiles[torch.arange(len(scores)), tile].max(-1)
+    return inside.values, tile * TILE + inside.indices
 
 
 def limited(scores: Tensor, sampling: Sampling) -> Tensor:

@@ -11,6 +11,7 @@ from moelab.moe.contracts import BackendContext
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
 from moelab.moe.routing import Routing
+from moelab.nn.mlp import MLP
 from moelab_plugins.activations.relu2 import moelab_activations
 from moelab_plugins.expert_backends.auto import AutoBackend, AutoOptions
 from moelab_plugins.expert_backends.batched import BatchedBackend, BatchedOptions
@@ -50,7 +51,7 @@ def test_a_few_rows_give_what_the_loop_gives(
     with torch.inference_mode():
         expected = LoopBackend(LoopOptions(), CONTEXT)(x.double(), routing, bank.double())
         bank = bank.float()
-        found = [few_rows.few_rows(x, routing, bank, copied) for copied in (None, few_rows.input_first(bank))]
+        found = [few_rows.few_rows(x, routing, bank, copied) for copied in (None, few_rows.ExpertTables.of(bank))]
     for y in found:
         torch.testing.assert_close(y, expected.float(), rtol=1e-5, atol=1e-5)
 
@@ -95,16 +96,19 @@ def test_products_of_few_rows_are_products(shape: tuple[int, ...], left: bool, m
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs them")
+@pytest.mark.parametrize("most", [1, 16], ids=["turned", "packed"])
+@pytest.mark.parametrize("bagged", [False, True])
 def test_packed_matrices_are_read_where_they_are_used_without_gradients_and_nowhere_else(
-    monkeypatch: pytest.MonkeyPatch,
+    most: int, bagged: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """Zeros written over the originals tell which was read."""
     monkeypatch.setattr(thin_product, "reads_matrices_faster", lambda: True)
     monkeypatch.setattr(thin_product, "LEAST_ELEMENTS", 1)
-    first, second, third = torch.randn(24, 32), torch.randn(16, 24), torch.randn(24, 32)
-    packed = thin_product.PackedWeights([first, second, third], most_bytes=4 * (24 * 32 + 16 * 24))
-    for rows in (1, 2, 7, 40):
-        x, bias = torch.randn(rows, 3, 32), torch.randn(24)
+    monkeypatch.setattr(thin_product, "BAGGED_ELEMENTS", 1 if bagged else 1 << 21)
+    first, second, third = torch.randn(24, 33), torch.randn(16, 24), torch.randn(24, 33)
+    packed = thin_product.PackedWeights([(first,), (second,), (third,)], 4 * (24 * 33 + 16 * 24), most)
+    for rows in (1, 3, 6, 120):
+        x, bias = torch.randn(rows, 33) if rows == 1 else torch.randn(rows // 3, 3, 33), torch.randn(24)
         old = first.clone()
         with torch.no_grad(), packed.used():
             first.zero_()
@@ -112,7 +116,22 @@ def test_packed_matrices_are_read_where_they_are_used_without_gradients_and_nowh
             torch.testing.assert_close(found, torch.nn.functional.linear(x, old, bias), rtol=1e-5, atol=1e-5)
             assert thin_product.packed(second) is not None and thin_product.packed(third) is None, "no room for it"
             with torch.enable_grad():
-                assert torch.equal(thin_product.few_product(x, first, bias), bias.expand(rows, 3, 24))
+                assert torch.equal(thin_product.few_product(x, first, bias), bias.expand(*x.shape[:-1], 24))
         with torch.no_grad():
             assert not thin_product.few_product(x, first).any()
             first.copy_(old)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs them")
+@pytest.mark.parametrize("rows", [1, 5])
+def test_gate_and_up_of_a_layer_are_read_as_one_copy(rows: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(thin_product, "reads_matrices_faster", lambda: True)
+    monkeypatch.setattr(thin_product, "LEAST_ELEMENTS", 1)
+    mlp, x = MLP(16, 24), torch.randn(rows, 16)
+    packed = thin_product.PackedWeights([(mlp.gate_proj.weight, mlp.up_proj.weight)], 1 << 20, rows)
+    with torch.no_grad():
+        expected = mlp(x)
+        mlp.gate_proj.weight.zero_()
+        assert not mlp(x).any()
+        with packed.used():
+            torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-5)

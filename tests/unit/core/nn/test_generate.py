@@ -178,9 +178,9 @@ def test_long_texts_are_made_with_copies_of_the_weights_and_are_the_same(
     model, packs = _build(tie_word_embeddings=tied), []
     kept = thin_product.PackedWeights.__init__
 
-    def keeping(self: Any, weights: Any, most_bytes: int) -> None:
+    def keeping(self: Any, weights: Any, *rest: int) -> None:
         packs.append(len(list(weights)))
-        kept(self, weights, most_bytes)
+        kept(self, weights, *rest)
 
     monkeypatch.setattr(thin_product.PackedWeights, "__init__", keeping)
     for one in generate_batch(model, RAGGED, Sampling(33, temperature=0.0)):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moelab.errors import ConfigError
-from moelab.nn.sampling import DRAWN_AT_ONCE, Draws, Sampling, choose, limited
+from moelab.nn.sampling import DRAWN_AT_ONCE, TILE, Draws, Sampling, choose, largest, limited
 
 SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.7},
@@ -89,3 +89,15 @@ def test_scores_that_are_not_finite_choose_nothing() -> None:
 def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize("tokens", [7, TILE**2, TILE**2 + 1, 3 * TILE**2 - 1])
+def test_the_largest_score_is_found_wherever_it_stands_and_nan_is_the_largest(tokens: int):
+    scores = torch.randn(6, tokens)
+    for row, place in enumerate((0, tokens - 1, tokens // 2)):
+        scores[row, place] = 9.0
+    scores[3, tokens - 2], scores[4], scores[5, tokens // 3] = float("nan"), -torch.inf, torch.inf
+    values, places = largest(scores)
+    torch.testing.assert_close(values, scores.max(-1).values, equal_nan=True)
+    torch.testing.assert_close(scores[torch.arange(6), places], values, equal_nan=True)
+    assert places[:3].tolist() == [0, tokens - 1, tokens // 2]
