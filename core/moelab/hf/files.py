@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from moelab.atomic import where_it_may_be
 from moelab.errors import CheckpointError
 from moelab.hf.gguf_file import TYPES, GGUFFile, decode, gguf_of, halves
-from moelab.hf.scaled_blocks import scaled
 from moelab.records import Record
 from moelab.safe_files import Reading, read_object, read_tensor_header
 
@@ -241,6 +240,13 @@ def _whole(stored: StoredTensor) -> Tensor:
     with safe_open(str(stored.path), framework="pt") as file:
         tensor: Tensor = file.get_tensor(stored.key or stored.name)
         return tensor
+
+
+def scaled(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """weight [N, D] float8, scales [blocks, blocks] -> [N, D] fp32, which holds the products but for their last bit."""
+    rows, columns = weight.shape
+    wide = scales.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+    return weight.float() * wide
 
 
 def _from_gguf(stored: StoredTensor) -> Tensor:

@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moelab.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from moelab.hf.files import StoredTensor
+from moelab.hf.files import StoredTensor
 
 STORED = "F8_E4M3"  # as safetensors spells it
 SUFFIX = "_scale_inv"
@@ -56,10 +52,3 @@ def with_scales(tensors: Mapping[str, StoredTensor], block: Block) -> dict[str, 
             )
         found[name] = replace(stored, dtype="F32", scales=scales, block=block)
     return found
-
-
-def scaled(weight: Tensor, scales: Tensor, block: Block) -> Tensor:
-    """weight [N, D] float8, scales [blocks, blocks] -> [N, D] fp32, which holds the products but for their last bit."""
-    rows, columns = weight.shape
-    wide = scales.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-    return weight.float() * wide

@@ -15,7 +15,7 @@ import torch
 
 from moelab.alarms import Alarm
 from moelab.builder import build_balance_losses, build_hollow, build_model, resolve_model
-from moelab.checkpoint import CONFIG, STATE, read_run_config, read_state
+from moelab.checkpoint import CONFIG, read_run_config, read_state
 from moelab.config.interpolation import KeyPath
 from moelab.config.rope_scaling import as_part
 from moelab.config.run import RunConfig, TrainConfig
@@ -24,9 +24,9 @@ from moelab.config.stages import fill_in, stand_in
 from moelab.config.stored import is_sealed, stored, to_yaml
 from moelab.data.batches import ValidationBatches
 from moelab.data.corpus import Corpus, DataContext
-from moelab.data.lineage import LINEAGE, READING, Lineage, lineage_of, trained
+from moelab.data.lineage import LINEAGE, Lineage, trained
 from moelab.data.promises import corpus_fault
-from moelab.data.seen import RECORD, DataRecord, SeenText, history_of, record_of_run, seen_text
+from moelab.data.seen import RECORD, DataRecord, SeenText, record_of_run, seen_text
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import ConfigError
 from moelab.hookspecs import DATA_SOURCES, MIXERS, OBSERVERS, OPTIMIZERS, ROPE_SCALINGS
@@ -44,15 +44,14 @@ from moelab.origin import check_vocabulary
 from moelab.parallel.process_group import processes_here, together
 from moelab.parallel.ranks import ALONE, Ranks
 from moelab.planning.memory import MemoryPlan
-from moelab.records import Record
 from moelab.registry import Registry
 from moelab.training.adapters import Adapters, attach
 from moelab.training.budget import settle_budget
 from moelab.training.causality import Causality
 from moelab.training.freeze import freeze
 from moelab.training.mixture import Batches, build_batches
-from moelab.training.named_weights import named_weights
 from moelab.training.optimizer import begin, build_optimizer, state_bytes
+from moelab.training.past import named_weights, starting_history, starting_lineage
 from moelab.training.precision import Precision, choose_precision, set_threads
 from moelab.training.rehearsal import probe_step
 from moelab.training.stages import Stage, build_stages, documents_read, held_out, rehearse
@@ -155,9 +154,7 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
     _check_shapes(config, registry, precision, ranks, verify)
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(config.model.vocab_size, tokenizer, config.data.tokenizer)
-    start = find_start(config, tokenizer, registry, verify=verify)
-    for line in start.told:
-        logger.warning(line)
+    start = _told_start(config, tokenizer, registry, verify)
     planned = settle_budget(config, registry, precision.device.type, start)
     corpus = build_corpus_of(config, registry, tokenizer)
     train, micro = config.train, config.train.micro_batch_size or config.train.batch_size // ranks.size
@@ -198,6 +195,13 @@ def prepare(config: RunConfig, registry: Registry, *, verify: Verify = True, ran
         planned=planned,
         compiled=compiled,
     )
+
+
+def _told_start(config: RunConfig, tokenizer: Tokenizer, registry: Registry, verify: Verify) -> Start:
+    start = find_start(config, tokenizer, registry, verify=verify)
+    for line in start.told:
+        logger.warning(line)
+    return start
 
 
 def _choose_ways(
@@ -323,30 +327,6 @@ def build_corpus_of(config: RunConfig, registry: Registry, tokenizer: Tokenizer)
         chosen, _ = registry.select(DATA_SOURCES, data.source, "data.source")
         raise registry.part(DATA_SOURCES, data.source, "data.source").fault(fault, chosen.build)
     return dataclasses.replace(corpus, commits=context.account.commits)
-
-
-def starting_lineage(config: RunConfig, start: Start) -> Lineage | None:
-    """How the weights of `train.init_from` were made; None where a run starts from random ones.
-
-    A run that goes on knows it from its own checkpoint: the folder it once started from may be gone.
-    """
-    source = config.train.init_from
-    if source is None or start.origin is None:
-        return None
-    if not start.origin.own:
-        return lineage_of(start.origin.folder, source)
-    state = Record(str(start.origin.folder / STATE), read_state(start.origin.folder), READING)
-    return Lineage.from_record(state.record("lineage")) if "lineage" in state else Lineage.unknown(source)
-
-
-def starting_history(config: RunConfig, start: Start) -> DataRecord:
-    """What the weights that the run starts from were trained on, as far as is recorded beside them.
-
-    Nothing of a run that goes on: its own checkpoint brings the record.
-    """
-    if start.origin is None or start.origin.own or config.train.init_from is None:
-        return DataRecord()
-    return history_of([start.origin.folder], [config.train.init_from])
 
 
 def checkpoint_files(setup: Setup, step: int, made: Mapping[str, Any]) -> dict[str, bytes]:
