@@ -69,6 +69,7 @@ class ExpertInitialiser(Protocol):
     - `prepare(load)`: called before the first plan where that depends on weights; load(matrix) -> DenseMatrix
     - `warnings`: sentences for the user, in the plan that is printed
     - `keeps_with`: {"shared", "router", "scaling": names} of the parts beside which the start is the dense function
+    - `nearly_with`: the same where it is that function but for a small difference of each expert
     """
 
     def plan(self, expert: int) -> NeuronPlan:

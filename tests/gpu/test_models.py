@@ -14,6 +14,7 @@ from torch import Tensor
 import moelab
 from conformance.test_builtins import ACTIVATION_CASES, ATTENTION_CASES, LOSS_CASES, ROUTER_CASES, SHARED_CASES
 from moelab.builder import build_balance_losses
+from moelab.config.latent_attention import LatentAttentionConfig
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.moe.balance import NamedLoss
 from moelab.moe.batch_statistics import BatchStatistics
@@ -156,6 +157,29 @@ def test_an_attention_gives_the_cpus_losses_and_gradients_and_never_waits(
     attention: dict[str, Any], mask_documents: bool
 ) -> None:
     config = config_of({"name": "softmax_topk"}, attention=attention)
+    agrees(config, mask_documents)
+    never_waits(config, mask_documents)
+
+
+LATENT = LatentAttentionConfig(kv_lora_rank=24, q_lora_rank=20, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)
+# Of a model, whichever plugin computes them.
+MADE_OTHERWISE: dict[str, dict[str, Any]] = {
+    "latent": {"latent_attention": LATENT, "num_key_value_heads": 4, "qkv_bias": False},
+    "latent window": {
+        "latent_attention": replace(LATENT, q_lora_rank=None), "num_key_value_heads": 4, "qkv_bias": False,
+        "attention": {"name": "sliding_window", "window": 20},
+    },
+    "sinks": {"attention_sinks": True, "o_bias": True},
+    "sinks window": {"attention_sinks": True, "attention": {"name": "sliding_window", "window": 20, "layers": "0-/2"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mask_documents", [False, True], ids=["whole", "documents"])
+@pytest.mark.parametrize("kind", MADE_OTHERWISE)
+def test_latent_attention_and_sinks_give_the_cpus_losses_and_gradients_and_never_wait(
+    kind: str, mask_documents: bool
+) -> None:
+    config = replace(config_of({"name": "softmax_topk"}), **MADE_OTHERWISE[kind])
     agrees(config, mask_documents)
     never_waits(config, mask_documents)
 

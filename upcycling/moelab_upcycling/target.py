@@ -14,6 +14,7 @@ from moelab.errors import CheckpointError, ConfigError, near
 from moelab.hf.carried import check_vocabulary
 from moelab.hf.checkpoint_folder import CheckpointFolder
 from moelab.hf.config import read_fields
+from moelab.hf.fields import ALIKE
 from moelab.hf.moe_formats import MOE_FORMATS, WRITABLE, MoEFormat
 from moelab.hf.positions import attention_fields, rope_fields
 from moelab.layouts import build_layouts
@@ -24,7 +25,7 @@ from moelab.registry import Registry
 _FIXED = (
     "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "rope_scaling", "attention", "qkv_bias", "o_bias",
-    "attention_sinks", "use_qk_norm",
+    "attention_sinks", "latent_attention", "use_qk_norm",
     "activation", "mlp_bias",
 )  # fmt: skip
 # Fields of a dense config.json that mean the same in a Qwen2-MoE one.
@@ -224,12 +225,9 @@ def _config_json(
 ) -> dict[str, Any]:
     """In the style of transformers 4: 4.57 reads theta 10,000 from a config that has only `rope_parameters`."""
     carried = {key: raw[key] for key in _CARRIED if raw.get(key) is not None}
-    sizes = {field.name: getattr(dense, field.name) for field in fields(ModelConfig) if field.name != "moe"}
-    for key in ("use_qk_norm", "activation", "mlp_bias"):  # what the kind of model says
-        del sizes[key]
-    del sizes["rope_scaling"], sizes["attention"]  # said in config.json's own words
-    if sizes["head_dim"] is None:
-        del sizes["head_dim"]
+    sizes = {key: getattr(dense, key) for key in (*ALIKE, "qkv_bias")}
+    if dense.head_dim is not None:
+        sizes["head_dim"] = dense.head_dim
     kind = MOE_FORMATS[model_type]
     said = {
         "architectures": [kind.class_name],

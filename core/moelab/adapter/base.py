@@ -31,6 +31,7 @@ from moelab.nn.transformer import DecoderLayer, Transformer
 from moelab.registry import Registry
 from moelab.seeds import generator
 
+CACHE_LINE = 64  # bytes; torch's own CPU memory begins on one
 VERSION = int(transformers.__version__.partition(".")[0])
 
 
@@ -246,4 +247,17 @@ class MoelabPreTrainedModel(PreTrainedModel):
         kwargs.pop("trust", None)
         if kwargs.get("registry", 0) is None:
             kwargs.pop("registry")
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        _align(found[0] if isinstance(found, tuple) else found)
+        return found
+
+
+def _align(model: nn.Module) -> None:
+    """Move what lies mapped from a file to memory of its own, where it does not begin on a cache line.
+
+    A tensor in a file begins wherever the header's length puts it, and a CPU's kernels may sum in another order then:
+    logits of the same weights differed in the last bits.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % CACHE_LINE:
+            parameter.data = parameter.data.clone()

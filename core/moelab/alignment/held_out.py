@@ -9,17 +9,19 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moelab.adapter.base import MoelabPreTrainedModel
 from moelab.alignment.batches import AnswerBatch, padded
 from moelab.alignment.examples import Example, Examples, Shaping, fingerprint
 from moelab.config.alignment import KEY
 from moelab.errors import DataError
 from moelab.seeds import derive_seed
 from moelab.training.precision import Precision
+
+if TYPE_CHECKING:
+    from moelab.adapter.base import MoelabPreTrainedModel
 
 TAG = "eval_align"
 _OF_PAIRS = tuple(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins"))

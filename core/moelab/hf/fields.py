@@ -39,6 +39,12 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "is_encoder_decoder": ((False,), "moelab has decoders only"),
     "add_cross_attention": ((False,), "moelab has decoders only"),
 }
+# What a ModelConfig and every kind's config.json call alike.
+ALIKE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
+    "initializer_range",
+)  # fmt: skip
 READ = frozenset((
     "architectures", "decoder_sparse_step", "dtype",
     "dual_chunk_attention_config", "head_dim", "hidden_size", "initializer_range",

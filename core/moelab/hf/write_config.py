@@ -14,6 +14,7 @@ import torch
 
 from moelab.config.model import ModelConfig
 from moelab.errors import CheckpointError
+from moelab.hf.fields import ALIKE
 from moelab.hf.loss_coefficient import aux_loss_fields
 from moelab.hf.moe_formats import MOE_FORMATS, WRITABLE
 from moelab.hf.names import LM_HEAD, SparseShape, parameter_shapes, qwen2_moe_fields
@@ -126,14 +127,7 @@ def _constants() -> dict[str, Any]:
 
 def _dense_fields(model: Transformer, model_type: str) -> dict[str, Any]:
     config = model.config
-    fields: dict[str, Any] = {
-        key: getattr(config, key)
-        for key in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta",
-            "tie_word_embeddings", "initializer_range",
-        )
-    }  # fmt: skip
+    fields: dict[str, Any] = {key: getattr(config, key) for key in ALIKE}
     fields["max_window_layers"] = config.num_hidden_layers
     rule = MOE_FORMATS[model_type].window_rule if model_type in MOE_FORMATS else DENSE_WINDOWS.get(model_type)
     fields |= rope_fields(config) | attention_fields(config, rule)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from moelab.components import Component
-from moelab.nn.attention_inputs import AttentionContext, AttentionInputs, AttentionKernel
+from moelab.nn.attention_inputs import AttentionContext, AttentionInputs, AttentionKernel, TurnedKernel
 from moelab.nn.kv_cache import KVCache
 from moelab.nn.positional_promises import attention_built
-from moelab.nn.rope import Rope
+from moelab.nn.rope import Rope, rotate
 from moelab.testing.report import make_options, promised, run_checks
 from moelab.testing.tensors import assert_close, assert_finite
 
@@ -281,6 +281,45 @@ def sinks_take_their_share(case: AttentionCase) -> None:
     assert_close(gradient, (ends[0] - ends[1]) / 2e-5, "the gradient of the sinks, against a step", 1e-4)
 
 
+def what_is_turned_already_gives_the_same(case: AttentionCase) -> None:
+    """Where it has `on_turned`: as when called, in every form; and values narrower and wider than keys pass it whole.
+
+    With a cache it is given all keys, and appends nothing.
+    """
+    kernel = case.build()
+    if not isinstance(kernel, TurnedKernel):
+        return
+    heads = query, key, value = case.heads()
+    forms: dict[str, dict[str, Any]] = {
+        "one text": {},
+        "documents": {"documents": torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))[None]},
+        "padding": {"padding": (torch.arange(SEQUENCE) >= 9).expand(BATCH, -1)},
+    }
+    if case.serves_sinks:
+        forms["sinks"] = {"sinks": torch.linspace(-2.0, 3.0, query.shape[1])}
+    for what, form in forms.items():
+        inputs = case.inputs(heads, **form)
+        own, keys = (rotate(each, *inputs.rotation()) for each in (query, key))
+        whole = case.run(heads, **form)
+        assert_close(kernel.on_turned(own, keys, value, inputs), whole, f"on_turned, {what}", 1e-5)
+        wide = torch.cat([value, value[..., :3].neg()], -1)
+        for width in (5, wide.shape[-1]):
+            found = kernel.on_turned(own, keys, wide[..., :width], case.inputs(heads, **form))
+            wanted = torch.cat([whole, whole[..., :3].neg()], -1)[..., :width]
+            assert_close(
+                found, wanted, f"on_turned with values of {width} beside keys of {key.shape[-1]}, {what}", 1e-5
+            )
+    cache, whole = KVCache(1), case.run(heads)
+    for past, size in ((0, 20), (20, 1), (21, 32)):
+        query, key, value = part = tuple(each[:, :, past : past + size] for each in heads)
+        kernel(query, key, value, case.inputs(part, past=past, cache=cache))
+        inputs = case.inputs(part, past=past, cache=cache)
+        found = kernel.on_turned(rotate(query, *inputs.rotation()), *cache.held(0), inputs)
+        assert_close(found, whole[:, :, past : past + size], f"on_turned, {size} after {past} that are cached", 1e-5)
+        held = cache.held(0)[0].shape[2]
+        assert held == past + size, f"on_turned leaves {held} positions in a cache that had {past + size}"
+
+
 ATTENTION_CHECKS: tuple[Callable[[AttentionCase], None], ...] = (
     returns_the_shape_and_dtype_of_the_query,
     what_follows_changes_nothing,
@@ -292,6 +331,7 @@ ATTENTION_CHECKS: tuple[Callable[[AttentionCase], None], ...] = (
     equals_its_definition,
     what_it_shows_are_its_weights,
     sinks_take_their_share,
+    what_is_turned_already_gives_the_same,
 )
 
 

@@ -22,6 +22,8 @@ from moelab_upcycling.output import content_hash
 BYTES = "38231e1fd368b42b303110804988fe2b9ed357d64fc4b737daeb6da76e4d932a"  # numpy 2.4, x86-64
 GOLDEN = "930ef421873750e2b92650ac7820382b1318a485f5154c7333115de2e9f5f0a9"  # of xxh3-128 hashes of the same bytes
 
+LATENT_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -327,6 +329,10 @@ def test_a_source_without_a_tensor_or_of_another_shape_is_named(tmp_path: Path):
     ("keys", "words"),
     [
         ({"model": {"hidden_size": 64}}, "model.hidden_size: 64, but the source's is 32"),
+        (
+            {"model": {"latent_attention": dict.fromkeys(LATENT_SIZES, 4)}},
+            "model.latent_attention: LatentAttentionConfig(kv_lora_rank=4",
+        ),
         ({"model": {"mlp_bias": True}}, "model.mlp_bias: True, but the source's is False"),
         ({"model": {"activation": {"name": "relu2"}}}, "model.activation: {'name': 'relu2'}, but the source's is"),
         ({"moe": {"moe_latent_size": 8}}, "model.moe.moe_latent_size: experts made of a dense FFN's neurons"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dense_checkpoints import Tiny, dense_tensors, plan_for, recipe_config, write_dense
+from dense_checkpoints import Tiny, dense_tensors, plan_for, recipe_config, upcycle, write_dense
 from moelab import load
 from moelab.errors import CheckpointError
 from moelab_tools.cli import run
@@ -72,6 +72,14 @@ def test_every_reader_refuses_in_the_same_words(tmp_path: Path, fault: Callable[
         assert run([*command, place.get(command[0], f"run_dir={tmp_path / 'out'}")]) == 2, command
         assert words in capsys.readouterr().err, command
         assert not (tmp_path / "out").exists(), command
+
+
+def test_what_is_written_holds_no_field_that_reading_leaves_out(tmp_path: Path, caplog) -> None:
+    """A field of ModelConfig that config.json has no name for (sinks, latent attention) would be told as a stranger."""
+    upcycle(recipe_config(write_dense(tmp_path / "dense")), tmp_path / "out")
+    caplog.clear()
+    load(tmp_path / "out", device="meta")
+    assert not caplog.records
 
 
 def test_verify_reads_the_source_and_the_output_as_loading_does(tmp_path: Path, capsys):

@@ -253,6 +253,8 @@ def test_one_query_of_grouped_heads_sees_what_its_mask_says(sequences: int) -> N
         ({"head_dim": 8}, "head_dim: must be null with latent_attention, not 8"),
         ({"qkv_bias": True}, "qkv_bias: must be false with latent_attention, not true"),
         ({"use_qk_norm": True}, "use_qk_norm: must be false with latent_attention, not true"),
+        ({"o_bias": True}, "o_bias: must be false with latent_attention, not true"),
+        ({"attention_sinks": True}, "attention_sinks: must be false with latent_attention, not true"),
         ({"attention": {"name": "dual_chunk"}}, "'dual_chunk' turns whole heads by positions of its own"),
         ({"latent_attention": replace(SIZES, qk_rope_head_dim=3)}, "qk_rope_head_dim: rotary embedding needs an even"),
         ({"latent_attention": replace(SIZES, kv_lora_rank=0)}, "kv_lora_rank: must be in 1 .. "),

@@ -17,6 +17,7 @@ from moelab_upcycling.neurons import Streams, check_choice, nothing_redrawn
 from moelab_upcycling.streams import normals
 
 FORMS = ("sparse", "low_rank", "quantised")
+SMALL = 0.02  # a scale that 30 trained layers bear: KL 0.008 nats in form low_rank (docs/upcycling.md)
 _ROWS = 256  # at a time; a multiple of four, so that pieces don't change the draws
 
 
@@ -69,8 +70,10 @@ class DeltaExperts:
             )
         if context.num_sources == 1 and options.form == "quantised":
             raise ConfigError("form quantised is of several sources; write source=[BASE, DIR, ...], or take sparse")
-        same = context.num_sources == 1 and options.scale == 0 and context.norm_topk_prob
-        self.keeps_with = {"shared": ("zero",), "scaling": ("none",)} if same else None
+        beside = {"shared": ("zero",), "scaling": ("none",)}
+        alone = context.num_sources == 1 and context.norm_topk_prob
+        self.keeps_with = beside if alone and options.scale == 0 else None
+        self.nearly_with = beside if alone and 0 < options.scale <= SMALL else None
 
     def prepare(self, load: Callable[[str], DenseMatrix]) -> None:
         """`load`: the first source's matrices, which are the base."""
