@@ -69,6 +69,12 @@ def user_path(path: str | os.PathLike[str], where: str = "") -> Path:
     return found.absolute() if str(found).startswith("~") else found  # ./~x is a name, and stays one when asked again
 
 
+def folder_named(text: str) -> Path | None:
+    """The folder that a text names as a path would, where there is one; a text may be anything else."""
+    named = os.path.expanduser(text) if text else text
+    return Path(named) if os.path.isdir(named) else None
+
+
 def unresolved_hint(value: object) -> str:
     """What to add to a complaint about a value of a stored config that came from the environment."""
     if not (isinstance(value, str) and "${" in value):

@@ -493,6 +493,13 @@ class Forgets(GoodActivation):
         return self(*inputs), pullback
 
 
+class Swaps(GoodActivation):
+    """Gate and up that stand beside each other in the wrong order."""
+
+    def of_joined(self, joined: Tensor) -> Tensor:
+        return self(joined[:, 1], joined[:, 0])
+
+
 def _activation(title: str, act: Any) -> Any:
     return type(title, (GoodActivation,), {"act": act})
 
@@ -506,6 +513,7 @@ ACTIVATION_FAULTS = [
     (_activation("Softmax", lambda s, g, u: torch.softmax(g, -1) * u), "neurons_are_apart"),
     (_activation("Noise", lambda s, g, u: torch.rand_like(g) * u), "repeats"),
     (Forgets, "differentiates_as_autograd_does"),
+    (Swaps, "joined_inputs_give_the_same"),
     (_activation("Asks", lambda s, g, u: g * u * (1.0 if not g.numel() or g.max() < 9 else 2.0)), "waits_for_nothing"),
     (_activation("Twice", lambda s, g, u: 2 * torch.tanh(g) * u), "equals_its_closed_form"),
 ]  # fmt: skip

@@ -6,15 +6,14 @@ as where it lies: runs of one recipe whose seeds each have a reference of their 
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
-from pathlib import Path
 
 from moelab.checkpoint import STATE, newest_checkpoint, read_state
 from moelab.config.interpolation import KeyPath, leaves
 from moelab.config.run import RunConfig
 from moelab.data.lineage import LINEAGE, READING, Lineage, lineage_of
 from moelab.data.seen import DataRecord, history_of
+from moelab.paths import folder_named
 from moelab.records import Record
 from moelab.training.start import Start
 
@@ -29,9 +28,9 @@ def named_weights(config: RunConfig) -> dict[KeyPath, Lineage]:
     tree = asdict(config)
     found: dict[KeyPath, Lineage] = {}
     for path, value in leaves({section: tree[section] for section in SECTIONS}):
-        if path[-1] == "name" or not isinstance(value, str) or not os.path.isdir(os.path.expanduser(value)):
+        folder = folder_named(value) if isinstance(value, str) and path[-1] != "name" else None
+        if folder is None:
             continue
-        folder = Path(value).expanduser()
         weights = newest_checkpoint(folder) or folder
         if (weights / LINEAGE).is_file():
             found[path] = lineage_of(weights, value)

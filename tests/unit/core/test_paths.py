@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moelab.errors import ConfigError
-from moelab.paths import unresolved_hint, user_path
+from moelab.paths import folder_named, unresolved_hint, user_path
 
 
 def test_a_tilde_is_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -38,6 +38,13 @@ def test_what_no_file_system_takes_is_refused(path: str) -> None:
 def test_a_value_of_the_environment_is_explained() -> None:
     assert "pass that config again" in unresolved_hint("${oc.env:DATA}/a")
     assert unresolved_hint("data/a") == ""
+
+
+def test_a_text_that_may_be_anything_names_a_folder_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert folder_named("~") == tmp_path == folder_named(str(tmp_path))
+    for text in ("", "~no_such_user_here/x", "a\0b", "x" * 5000, "\ud800", str(tmp_path / "none")):
+        assert folder_named(text) is None
 
 
 def test_nobody_else_makes_a_path_of_what_a_user_wrote(root: Path) -> None:

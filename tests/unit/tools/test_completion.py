@@ -24,7 +24,7 @@ def _ask(shell: str, words: list[str], at: int) -> list[str]:
     return outcome.stdout.split()
 
 
-SOURCES = ("datasets", "embedded", "jsonl", "parquet", "text", "tokenised", "tokens")
+SOURCES = ("datasets", "debian", "embedded", "jsonl", "parquet", "text", "tokenised", "tokens")
 
 
 @pytest.mark.parametrize(
