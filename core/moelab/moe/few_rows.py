@@ -107,7 +107,8 @@ def _by_expert(rows: Tensor, routing: Routing, bank: ExpertBank, tables: ExpertT
     pre = _bags(tables.inputs.index_select(0, expert), given, tables.gate_up, len(given))
     hidden = bank.activate(add_up_bias(pre, expert, bank))
     each = _bags(tables.neurons.index_select(0, expert), hidden, tables.down, len(given))  # [N, D]
-    return add_down_bias(_bags(order.argsort(), routing.weight.to(each.dtype), each, len(rows)), routing, bank)
+    back = torch.empty_like(order).scatter_(0, order, _starts(len(order), 1, order.dtype))
+    return add_down_bias(_bags(back, routing.weight.to(each.dtype), each, len(rows)), routing, bank)
 
 
 def _finished(hidden: Tensor, routing: Routing, bank: ExpertBank, table: Tensor, row: Tensor) -> Tensor:
