@@ -124,7 +124,7 @@ def joined_product(x: Tensor, *weights: Tensor) -> Tensor | None:
 def _from_copy(x: Tensor, copied: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
     if copied.is_mkldnn:
         return _onednn(x, copied, bias, outputs)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if len(rows) == 1 and copied.numel() >= BAGGED_ELEMENTS:
         inputs = torch.arange(len(copied))
         starts = torch.arange(0, len(copied), -(-len(copied) // BAGS))
@@ -132,13 +132,13 @@ def _from_copy(x: Tensor, copied: Tensor, bias: Tensor | None, outputs: int) -> 
         out = out if bias is None else out.add_(bias)
     else:
         out = torch.mm(rows, copied) if bias is None else torch.addmm(bias, rows, copied)
-    return out.view(*x.shape[:-1], outputs)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], outputs)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return out.view(*x.shape[:-1], outputs)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], outputs)
 
 
 @cache
