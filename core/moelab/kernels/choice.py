@@ -17,8 +17,10 @@ def fused(tensor: Tensor) -> bool:
 
     While torch.compile looks on, torch's own operations are what it can fuse.
     """
+    if not _installed():  # asked first: it costs nothing
+        return False
     on_device = tensor.is_cuda or (tensor.device.type == "cpu" and interpreted())
-    return on_device and tensor.dtype in DTYPES and _installed() and not torch.compiler.is_compiling()
+    return on_device and tensor.dtype in DTYPES and not torch.compiler.is_compiling()
 
 
 def interpreted() -> bool:

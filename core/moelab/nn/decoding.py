@@ -10,7 +10,7 @@ B sequences, L positions with the new one, D hidden size, H query heads in G gro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -121,7 +121,7 @@ class Decoding:
         model, past = self.model, self.cache.length
         positions = past - self._padding  # [B]
         x = model.embed_tokens(tokens)  # [B, D]
-        info, step = self._info(tokens, positions), self._step(x, positions, past)
+        step, before = self._step(x, positions, past), None
         for layer, attend, norm, tables in zip(self._layers, self._attend, self._norms, self._experts, strict=True):
             if attend is None:
                 x = x + layer.self_attn(layer.input_layernorm(x.unsqueeze(1)), step.inputs).squeeze(1)
@@ -129,9 +129,8 @@ class Decoding:
                 x = attend(x, step)
             normed = norm(x)
             if isinstance(layer.mlp, MoEBlock):
-                y, routing = layer.mlp.serve(normed, info, tables)
-                info = replace(info, previous=routing)
-                self.routings[layer.mlp.layer_id] = routing
+                y, before = layer.mlp.serve(normed, self._info(tokens, positions, before), tables)
+                self.routings[layer.mlp.layer_id] = before
             else:
                 y = layer.mlp(normed)
             x = x + y
@@ -195,10 +194,10 @@ class Decoding:
             cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
         return Step(inputs, self.cache, cos.unsqueeze(1), sin.unsqueeze(1), hidden)
 
-    def _info(self, tokens: Tensor, positions: Tensor) -> TokenInfo:
+    def _info(self, tokens: Tensor, positions: Tensor, before: Routing | None) -> TokenInfo:
         return TokenInfo(
             token_id=tokens, document_id=self._rows, domain_id=self._zeros, position=positions,
-            sequence_id=self._rows, num_sequences=len(self._rows),
+            sequence_id=self._rows, num_sequences=self._rows.shape[0], previous=before,
         )  # fmt: skip
 
 
@@ -269,7 +268,7 @@ class PlainAttention:
             projected = few_product(x, self.weight, self._bias)
         else:
             projected = torch.cat([part(x) for part in self.parts], -1)
-        return projected.view(len(x), -1, self._head_dim)
+        return projected.view(x.shape[0], -1, self._head_dim)
 
 
 def computes_apart(model: Decoder) -> bool:
