@@ -113,6 +113,18 @@ def few_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return _onednn(x, weight, bias)
 
 
+def few_product_onto(base: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """base [M, N] + `few_product` of x [M, D], in one call where there is a copy."""
+    copied = packed(weight)
+    if copied is not None and x.dtype == base.dtype == torch.float32:
+        if copied.is_mkldnn:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, base, copied, bias, "add")
+            return out
+        if bias is None and not _in_bags(x, copied):
+            return torch.addmm(base, x, copied)
+    return base + few_product(x, weight, bias)
+
+
 def joined_product(x: Tensor, *weights: Tensor) -> Tensor | None:
     """x [..., D], several [N, D] -> their products beside each other [..., M N]; None where there is no copy of all."""
     copied = packed(*weights)
@@ -127,12 +139,17 @@ def _from_copy(x: Tensor, copied: Tensor, bias: Tensor | None) -> Tensor:
     if x.dim() != 2:
         out = _from_copy(x.reshape(-1, x.shape[-1]), copied, bias)
         return out.view(*x.shape[:-1], out.shape[-1])
-    inputs, outputs = copied.shape
-    if x.shape[0] == 1 and inputs * outputs >= BAGGED_ELEMENTS:
+    if _in_bags(x, copied):
+        inputs = len(copied)
         starts = torch.arange(0, inputs, -(-inputs // BAGS))
         bags = torch.embedding_bag(copied, torch.arange(inputs), starts, False, 0, False, x.view(-1), False)[0]
         return bags.sum(0, keepdim=True) if bias is None else bags.sum(0, keepdim=True).add_(bias)
     return torch.mm(x, copied) if bias is None else torch.addmm(bias, x, copied)
+
+
+def _in_bags(x: Tensor, turned: Tensor) -> bool:
+    """Whether the product of x [M, D] with a turned copy is a sum of bags."""
+    return x.shape[0] == 1 and turned.numel() >= BAGGED_ELEMENTS
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from moelab.config.model import ModelConfig
 from moelab.moe.block import MoEBlock
 from moelab.moe.few_rows import ExpertTables
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
-from moelab.moe.thin_product import PackedWeights, few_product
+from moelab.moe.thin_product import PackedWeights, few_product, few_product_onto
 from moelab.nn.attention import Attention
 from moelab.nn.attention_inputs import AttentionInputs
 from moelab.nn.full_attention import FullAttention, fastest
@@ -260,7 +260,7 @@ class PlainAttention:
         keys, values = step.cache.append_one(self._layer_id, key, value)  # [B, G, L, d]
         query = query.view(batch, groups, heads // groups, size)  # those of a group as if they were positions
         out = nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=step.hidden)
-        return x + few_product(out.reshape(batch, heads * size), self._output, self._output_bias)
+        return few_product_onto(x, out.reshape(batch, heads * size), self._output, self._output_bias)
 
     def _project(self, x: Tensor) -> Tensor:
         """x [B, D] -> query, key and value [B, H + 2 G, d]."""
