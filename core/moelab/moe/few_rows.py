@@ -23,6 +23,7 @@ from moelab.moe.routing import Routing
 
 MOST = 512  # assignments
 BAGGED = 8  # rows of an expert on average; beyond, products read its matrices less often
+TOGETHER = 2  # assignments times this, from more than experts: those of an expert one after the other
 GROUPED = 4  # assignments times this, from as many as experts: one call for all experts is quicker than one for each
 
 
@@ -66,7 +67,7 @@ def few_rows(x: Tensor, routing: Routing, bank: ExpertBank, tables: ExpertTables
     assignments, experts = routing.expert.numel(), bank.num_experts
     bagged = assignments <= BAGGED * experts
     if tables is not None and tables.gate_up.dtype == dtype and bagged:
-        compute = _by_expert if routing.top_k and assignments > experts else _by_token
+        compute = _by_expert if routing.top_k and TOGETHER * assignments > experts else _by_token
         return compute(x.to(dtype), routing, bank, tables).to(x.dtype)
     rows, down = x.to(dtype), bank.down.to(dtype)
     gate_up = bank.gate_up.to(dtype)
