@@ -17,12 +17,13 @@ def fused(tensor: Tensor) -> bool:
 
     While torch.compile looks on, torch's own operations are what it can fuse.
     """
-    on_device = tensor.is_cuda or (tensor.device.type == "cpu" and interpreted())
+    on_device = tensor.is_cuda or (interpreted() and tensor.device.type == "cpu")
     return on_device and tensor.dtype in DTYPES and _installed() and not torch.compiler.is_compiling()
 
 
+@functools.cache  # a look at the environment takes as long as a small operation
 def interpreted() -> bool:
-    """Whether triton runs its kernels in Python, on the CPU. It decides when it is first imported."""
+    """Whether triton runs its kernels in Python, on the CPU. It decides when it is first imported, and so does this."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

@@ -50,8 +50,8 @@ class ExpertBank(nn.Module):
         """The activation of what gate_up gave: [..., M F] -> [..., F]."""
         parts = num_inputs(self.activation)
         width = pre.shape[-1] // parts
-        joined = pre.reshape(pre.shape[:-1].numel(), parts, width)
-        return activate(self.activation, joined).view(*pre.shape[:-1], width)
+        hidden = activate(self.activation, pre.reshape(pre.shape[:-1].numel(), parts, width))
+        return hidden if pre.dim() == 2 else hidden.view(*pre.shape[:-1], width)
 
     def of_one(self, expert: int, rows: Tensor) -> Tensor:
         """One expert's output for rows [n, D] -> [n, D], in the dtype of `rows`: for who looks at a single one."""

@@ -23,6 +23,7 @@ from moelab.moe.routing import Routing
 
 MOST = 512  # assignments
 BAGGED = 8  # rows of an expert on average; beyond, products read its matrices less often
+TOGETHER = 2  # assignments times this, from more than experts: those of an expert one after the other
 GROUPED = 4  # assignments times this, from as many as experts: one call for all experts is quicker than one for each
 
 
@@ -63,19 +64,20 @@ class ExpertTables:
 def few_rows(x: Tensor, routing: Routing, bank: ExpertBank, tables: ExpertTables | None = None) -> Tensor:
     """What a backend computes: x [T, D] -> [T, D] in x's dtype. No gradient. `tables`: of this bank."""
     dtype = compute_dtype(x)
-    bagged = routing.expert.numel() <= BAGGED * bank.num_experts
+    assignments, experts = routing.expert.numel(), bank.num_experts
+    bagged = assignments <= BAGGED * experts
     if tables is not None and tables.gate_up.dtype == dtype and bagged:
-        compute = _by_expert if routing.top_k and routing.expert.numel() > bank.num_experts else _by_token
+        compute = _by_expert if routing.top_k and TOGETHER * assignments > experts else _by_token
         return compute(x.to(dtype), routing, bank, tables).to(x.dtype)
     rows, down = x.to(dtype), bank.down.to(dtype)
     gate_up = bank.gate_up.to(dtype)
     order = routing.expert.argsort(stable=True)
     expert = routing.expert.index_select(0, order)
     given = rows.index_select(0, routing.token.index_select(0, order))
-    if GROUPED * len(order) < bank.num_experts or not _grouped(gate_up, down):
+    if GROUPED * assignments < experts or not _grouped(gate_up, down):
         pre = _one_by_one(given, expert, gate_up)
     else:
-        ends = count_ids(expert, bank.num_experts).cumsum(0, dtype=torch.int32)
+        ends = count_ids(expert, experts).cumsum(0, dtype=torch.int32)
         pre = torch.nn.functional.grouped_mm(given, gate_up.transpose(1, 2), offs=ends)
         if not bagged:
             hidden = bank.activate(add_up_bias(pre, expert, bank))
@@ -94,7 +96,7 @@ def few_rows(x: Tensor, routing: Routing, bank: ExpertBank, tables: ExpertTables
 def _by_token(rows: Tensor, routing: Routing, bank: ExpertBank, tables: ExpertTables) -> Tensor:
     """rows [T, D] -> [T, D], two bags of rows for each assignment."""
     expert, given = routing.expert, rows.index_select(0, routing.token)  # [N, D]
-    pre = _bags(tables.inputs.index_select(0, expert), given, tables.gate_up, len(given))  # [N, M F]
+    pre = _bags(tables.inputs.index_select(0, expert), given, tables.gate_up, given.shape[0])  # [N, M F]
     hidden = bank.activate(add_up_bias(pre, expert, bank))
     return _finished(hidden, routing, bank, tables.down, tables.neurons.index_select(0, expert))
 
@@ -104,10 +106,11 @@ def _by_expert(rows: Tensor, routing: Routing, bank: ExpertBank, tables: ExpertT
     assert routing.top_k is not None
     expert, order = routing.expert.sort()
     given = rows.index_select(0, order // routing.top_k)
-    pre = _bags(tables.inputs.index_select(0, expert), given, tables.gate_up, len(given))
+    pre = _bags(tables.inputs.index_select(0, expert), given, tables.gate_up, given.shape[0])
     hidden = bank.activate(add_up_bias(pre, expert, bank))
-    each = _bags(tables.neurons.index_select(0, expert), hidden, tables.down, len(given))  # [N, D]
-    return add_down_bias(_bags(order.argsort(), routing.weight.to(each.dtype), each, len(rows)), routing, bank)
+    each = _bags(tables.neurons.index_select(0, expert), hidden, tables.down, given.shape[0])  # [N, D]
+    back = torch.empty_like(order).scatter_(0, order, _starts(order.shape[0], 1, order.dtype))
+    return add_down_bias(_bags(back, routing.weight.to(each.dtype), each, rows.shape[0]), routing, bank)
 
 
 def _finished(hidden: Tensor, routing: Routing, bank: ExpertBank, table: Tensor, row: Tensor) -> Tensor:
@@ -120,7 +123,7 @@ def _finished(hidden: Tensor, routing: Routing, bank: ExpertBank, table: Tensor,
     if routing.top_k is not None:
         y = _bags(row, weighted, table, routing.num_tokens)
     else:
-        each = _bags(row, weighted, table, len(hidden))  # [N, D]
+        each = _bags(row, weighted, table, hidden.shape[0])  # [N, D]
         y = each.new_zeros(routing.num_tokens, each.shape[1]).index_add_(0, routing.token, each)
     return add_down_bias(y, routing, bank)
 

@@ -152,6 +152,8 @@ class LinearRouter(nn.Module):
 
 def project(x: Tensor, weight: Tensor, dtype: str = "float32") -> Tensor:
     """x [T, D], weight [E, D] -> x weight^T [T, E], float32 or wider; autocast does not reach it."""
+    if dtype == "float32" and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
+        return nn.functional.linear(x, weight)  # at once: asking for casts takes as long as a token's product
     wide = torch.promote_types(x.dtype, torch.float32)
     chosen = {"float32": wide, "input": x.dtype}.get(dtype) or DTYPES[dtype]
     if not torch.is_autocast_enabled(x.device.type):  # entering it takes as long as a token's product

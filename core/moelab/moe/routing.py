@@ -7,11 +7,13 @@ E' choices: the E experts, followed by whatever a router offers beside them (nul
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+FEW = 512  # assignments of a pass without gradients: which tokens they are of is kept from pass to pass
 MAP = "balance_map"  # in `Routing._made`
 
 
@@ -91,7 +93,7 @@ class Routing:
     ) -> Routing:
         """Exactly K experts per token: expert [T, K] int64, weight [T, K]."""
         tokens, top_k = expert.shape
-        token = torch.arange(tokens, device=expert.device).repeat_interleave(top_k, output_size=tokens * top_k)
+        token = _tokens_of(tokens, top_k, expert)
         return cls(
             token, expert.reshape(-1), weight.reshape(-1), tokens, num_experts,
             top_k=top_k, scores=scores, logits=logits, token_mask=token_mask,
@@ -192,6 +194,20 @@ class Routing:
         best = self.scores.detach().topk(top_k, dim=-1).indices
         found = torch.zeros_like(self.scores, dtype=torch.bool).scatter_(1, best, True)
         return found if self.token_mask is None else found & self.token_mask.unsqueeze(-1)
+
+
+def _tokens_of(tokens: int, top_k: int, like: Tensor) -> Tensor:
+    """0, 0, .., 1, 1, ..: each of `tokens` `top_k` times, [tokens * top_k] int64. Written over by nobody."""
+    few = type(like) is Tensor and like.device.type == "cpu" and tokens * top_k <= FEW
+    if few and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _few_tokens(tokens, top_k)
+    return torch.arange(tokens, device=like.device).repeat_interleave(top_k, output_size=tokens * top_k)
+
+
+@lru_cache(maxsize=64)
+def _few_tokens(tokens: int, top_k: int) -> Tensor:
+    with torch.inference_mode(False):  # a tensor made within may be read in training too
+        return torch.arange(tokens, device="cpu").repeat_interleave(top_k)
 
 
 class RoutingOverride(Protocol):

@@ -106,11 +106,23 @@ def few_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """x [..., D], weight [N, D] -> x weight^T + bias [..., N], the faster way."""
     copied = packed(weight)
     if copied is not None and x.dtype == torch.float32 and x.numel() > 0:
-        return _from_copy(x, copied, bias, len(weight))
+        return _from_copy(x, copied, bias)
     small = x.numel() <= MOST_ROWS * weight.shape[1] and weight.numel() < MOST_ELEMENTS
     if small or not _ours(x, weight) or not torch.backends.mkldnn.is_available():
         return nn.functional.linear(x, weight, bias)
-    return _onednn(x, weight, bias, len(weight))
+    return _onednn(x, weight, bias)
+
+
+def few_product_onto(base: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """base [M, N] + `few_product` of x [M, D], in one call where there is a copy."""
+    copied = packed(weight)
+    if copied is not None and x.dtype == base.dtype == torch.float32:
+        if copied.is_mkldnn:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, base, copied, bias, "add")
+            return out
+        if bias is None and not _in_bags(x, copied):
+            return torch.addmm(base, x, copied)
+    return base + few_product(x, weight, bias)
 
 
 def joined_product(x: Tensor, *weights: Tensor) -> Tensor | None:
@@ -118,27 +130,32 @@ def joined_product(x: Tensor, *weights: Tensor) -> Tensor | None:
     copied = packed(*weights)
     if copied is None or x.dtype != torch.float32 or x.numel() == 0:
         return None
-    return _from_copy(x, copied, None, sum(map(len, weights)))
+    return _from_copy(x, copied, None)
 
 
-def _from_copy(x: Tensor, copied: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+def _from_copy(x: Tensor, copied: Tensor, bias: Tensor | None) -> Tensor:
     if copied.is_mkldnn:
-        return _onednn(x, copied, bias, outputs)
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) == 1 and copied.numel() >= BAGGED_ELEMENTS:
-        inputs = torch.arange(len(copied))
-        starts = torch.arange(0, len(copied), -(-len(copied) // BAGS))
-        out = torch.embedding_bag(copied, inputs, starts, False, 0, False, rows.view(-1), False)[0].sum(0, keepdim=True)
-        out = out if bias is None else out.add_(bias)
-    else:
-        out = torch.mm(rows, copied) if bias is None else torch.addmm(bias, rows, copied)
-    return out.view(*x.shape[:-1], outputs)
+        return _onednn(x, copied, bias)
+    if x.dim() != 2:
+        out = _from_copy(x.reshape(-1, x.shape[-1]), copied, bias)
+        return out.view(*x.shape[:-1], out.shape[-1])
+    if _in_bags(x, copied):
+        inputs = len(copied)
+        starts = torch.arange(0, inputs, -(-inputs // BAGS))
+        bags = torch.embedding_bag(copied, torch.arange(inputs), starts, False, 0, False, x.view(-1), False)[0]
+        return bags.sum(0, keepdim=True) if bias is None else bags.sum(0, keepdim=True).add_(bias)
+    return torch.mm(x, copied) if bias is None else torch.addmm(bias, x, copied)
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+def _in_bags(x: Tensor, turned: Tensor) -> bool:
+    """Whether the product of x [M, D] with a turned copy is a sum of bags."""
+    return x.shape[0] == 1 and turned.numel() >= BAGGED_ELEMENTS
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return out.view(*x.shape[:-1], outputs)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 
 @cache

@@ -144,7 +144,8 @@ class TopKRouter(LinearRouter):
         weight = scores.gather(1, expert)
         if self.norm_topk_prob:
             weight = normalise(weight)
-        return self.round_weight(weight * self.options.routed_scaling_factor)
+        factor = self.options.routed_scaling_factor
+        return self.round_weight(weight if factor == 1.0 else weight * factor)
 
     def jitter(self, x: Tensor, info: TokenInfo) -> Tensor:
         """x [T, D] -> x times noise around one, in training; drawn in fp32 (Switch 2101.03961, 2.4)."""

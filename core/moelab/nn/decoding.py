@@ -10,7 +10,7 @@ B sequences, L positions with the new one, D hidden size, H query heads in G gro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from moelab.config.model import ModelConfig
 from moelab.moe.block import MoEBlock
 from moelab.moe.few_rows import ExpertTables
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
-from moelab.moe.thin_product import PackedWeights, few_product
+from moelab.moe.thin_product import PackedWeights, few_product, few_product_onto
 from moelab.nn.attention import Attention
 from moelab.nn.attention_inputs import AttentionInputs
 from moelab.nn.full_attention import FullAttention, fastest
@@ -72,6 +72,7 @@ class Step:
     """What the layers share while one token of each text passes."""
 
     inputs: AttentionInputs
+    cache: KVCache
     cos: Tensor  # [B or 1, 1, d]
     sin: Tensor  # the same, its first half negated
     hidden: Tensor | None  # [B, 1, 1, L], -inf where there is padding; None: nowhere
@@ -91,6 +92,8 @@ class Decoding:
         self._layers: list[Any] = list(model.layers)
         self._attend = [] if self._whole else [_attending(layer) for layer in self._layers]
         self._experts = [] if self._whole else _expert_tables(self._layers, rows * new_tokens)
+        self._norms = [] if self._whole else [Norm(layer.post_attention_layernorm) for layer in self._layers]
+        self._last_norm = Norm(model.norm)
         self._packed = PackedWeights(*self._to_pack(rows, new_tokens))
         scaling = model.rope.scaling
         self._moving = scaling is not None and scaling.length_matters
@@ -118,21 +121,20 @@ class Decoding:
         model, past = self.model, self.cache.length
         positions = past - self._padding  # [B]
         x = model.embed_tokens(tokens)  # [B, D]
-        info, step = self._info(tokens, positions), self._step(x, positions, past)
-        for layer, attend, tables in zip(self._layers, self._attend, self._experts, strict=True):
+        step, before = self._step(x, positions, past), None
+        for layer, attend, norm, tables in zip(self._layers, self._attend, self._norms, self._experts, strict=True):
             if attend is None:
                 x = x + layer.self_attn(layer.input_layernorm(x.unsqueeze(1)), step.inputs).squeeze(1)
             else:
                 x = attend(x, step)
-            normed = normalise(layer.post_attention_layernorm, x)
+            normed = norm(x)
             if isinstance(layer.mlp, MoEBlock):
-                y, routing = layer.mlp.serve(normed, info, tables)
-                info = replace(info, previous=routing)
-                self.routings[layer.mlp.layer_id] = routing
+                y, before = layer.mlp.serve(normed, self._info(tokens, positions, before), tables)
+                self.routings[layer.mlp.layer_id] = before
             else:
                 y = layer.mlp(normed)
             x = x + y
-        return self._scores(normalise(model.norm, x))
+        return self._scores(self._last_norm(x))
 
     def _to_pack(self, rows: int, new_tokens: int) -> tuple[list[tuple[Tensor, ...]], int, int]:
         """The matrices of which a copy pays for itself, how many bytes these may take, and rows of the products."""
@@ -190,20 +192,50 @@ class Decoding:
             cos, sin = self._cos[past : past + 1], self._sin[past : past + 1]
         else:
             cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
-        return Step(inputs, cos.unsqueeze(1), sin.unsqueeze(1), hidden)
+        return Step(inputs, self.cache, cos.unsqueeze(1), sin.unsqueeze(1), hidden)
 
-    def _info(self, tokens: Tensor, positions: Tensor) -> TokenInfo:
+    def _info(self, tokens: Tensor, positions: Tensor, before: Routing | None) -> TokenInfo:
         return TokenInfo(
             token_id=tokens, document_id=self._rows, domain_id=self._zeros, position=positions,
-            sequence_id=self._rows, num_sequences=len(self._rows),
+            sequence_id=self._rows, num_sequences=self._rows.shape[0], previous=before,
         )  # fmt: skip
+
+
+class Norm:
+    """A norm of x [..., D] in four operations, where torch needs nine on a CPU.
+
+    Reads the weight as it was. Anything but an RMSNorm in full precision is called as it is.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        self._norm = norm
+        self._scale: Tensor | None = None
+        if type(norm) is RMSNorm and norm.weight.dtype in WIDE and not _hooked(norm):
+            self._scale, self._least = scale_of(norm.weight, norm.eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._scale is None or x.dtype != self._scale.dtype:
+            normed: Tensor = self._norm(x)
+            return normed
+        return scaled(x, self._scale, self._least)
+
+
+def scale_of(weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """weight [..., D] -> what `scaled` wants: weight sqrt(D), sqrt(D eps)."""
+    size = weight.shape[-1]
+    return weight.detach() * size**0.5, weight.new_tensor((size * eps) ** 0.5)
+
+
+def scaled(x: Tensor, scale: Tensor, least: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension: |x|^2 + D eps is a hypotenuse's square."""
+    return (x * scale).div_(torch.hypot(torch.linalg.vector_norm(x, 2, -1, True), least))
 
 
 class PlainAttention:
     """x [B, D] -> x and what attention adds, [B, D]: norm, projections and heads of one layer, for one token each."""
 
     def __init__(self, norm: RMSNorm, attention: Attention) -> None:
-        self._norm, self._attention = norm, attention
+        self._norm = Norm(norm)
         self._layer_id, self._head_dim = attention.layer_id, attention.head_dim
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
         self.parts, self.weight, self._bias = parts, None, None
@@ -212,29 +244,23 @@ class PlainAttention:
             self.weight = torch.cat(weights)
             self._bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
         self._heads, self._groups = (part.out_features // self._head_dim for part in parts[:2])
-        self._head_scale: Tensor | None = None  # [H + G, d], of normed heads
+        self._head_scale: tuple[Tensor, Tensor] | None = None  # [H + G, d] and its least, of normed heads
         if attention.q_norm is not None and attention.k_norm is not None:
             scales = (attention.q_norm.weight.expand(self._heads, -1), attention.k_norm.weight.expand(self._groups, -1))
-            self._head_scale = torch.cat(scales)
+            self._head_scale = scale_of(torch.cat(scales), attention.q_norm.eps)
         self._output, self._output_bias = attention.o_proj.weight, attention.o_proj.bias
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         batch, heads, groups, size = x.shape[0], self._heads, self._groups, self._head_dim
-        turned, value = self._project(normalise(self._norm, x)).split([heads + groups, groups], 1)
+        turned, value = self._project(self._norm(x)).split_with_sizes([heads + groups, groups], 1)
         if self._head_scale is not None:
-            assert self._attention.q_norm is not None
-            turned = nn.functional.rms_norm(turned, (size,), eps=self._attention.q_norm.eps) * self._head_scale
-        first, second = turned.chunk(2, -1)
-        turned = torch.addcmul(turned * step.cos, torch.cat([second, first], -1), step.sin)
-        assert step.inputs.cache is not None
-        keys, values = step.inputs.cache.append(
-            self._layer_id, turned[:, heads:].unsqueeze(2), value.unsqueeze(2)
-        )  # [B, G, L, d]
-        query = turned[:, :heads].view(
-            batch, groups, heads // groups, size
-        )  # those of a group as if they were positions
+            turned = scaled(turned, *self._head_scale)
+        turned = torch.addcmul(turned * step.cos, turned.roll(size // 2, -1), step.sin)
+        query, key = turned.split_with_sizes([heads, groups], 1)
+        keys, values = step.cache.append_one(self._layer_id, key, value)  # [B, G, L, d]
+        query = query.view(batch, groups, heads // groups, size)  # those of a group as if they were positions
         out = nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=step.hidden)
-        return x + few_product(out.reshape(batch, heads * size), self._output, self._output_bias)
+        return few_product_onto(x, out.reshape(batch, heads * size), self._output, self._output_bias)
 
     def _project(self, x: Tensor) -> Tensor:
         """x [B, D] -> query, key and value [B, H + 2 G, d]."""
@@ -242,21 +268,13 @@ class PlainAttention:
             projected = few_product(x, self.weight, self._bias)
         else:
             projected = torch.cat([part(x) for part in self.parts], -1)
-        return projected.view(len(x), -1, self._head_dim)
+        return projected.view(x.shape[0], -1, self._head_dim)
 
 
 def computes_apart(model: Decoder) -> bool:
     """Whether the layers may be computed part by part: no hook that a layer's own call would run, no autocast."""
     device = model.embed_tokens.weight.device.type
     return not torch.is_autocast_enabled(device) and not any(_hooked(layer) for layer in model.layers)
-
-
-def normalise(norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(x) in one operation where it is ours, in full precision."""
-    if type(norm) is RMSNorm and x.dtype in WIDE:
-        return nn.functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.eps)
-    normed: Tensor = norm(x)
-    return normed
 
 
 def _attending(layer: Any) -> PlainAttention | None:

@@ -256,6 +256,9 @@ def _seen(prompts: Sequence[Sequence[int]], rows: Sequence[_Row], sampling: Samp
 def _evaluating(model: Decoder) -> Iterator[None]:
     """The model in evaluation, as it was afterwards; nothing is kept for a backward pass."""
     was_training = model.training
+    if not was_training and torch.is_inference_mode_enabled():  # it is already, around all tokens
+        yield
+        return
     if was_training:
         model.train(False)
     try:

@@ -26,12 +26,13 @@ class MLP(nn.Module):
     def hidden(self, x: Tensor) -> Tensor:
         """The neurons: x [..., D] -> [..., F]."""
         if self.activation.gated:
-            parts = (self.gate_proj, self.up_proj)
-            plain = all(type(part) is Linear for part in parts)  # an adapter's module adds to it
-            joined = joined_product(x, *(part.weight for part in parts)) if plain else None
-            if joined is not None:
-                return activate(self.activation, joined.view(-1, 2, joined.shape[-1] // 2)).view(*x.shape[:-1], -1)
-            return self.activation(self.gate_proj(x), self.up_proj(x))
+            gate, up = self.gate_proj, self.up_proj
+            plain = type(gate) is Linear and type(up) is Linear  # an adapter's module adds to it
+            joined = joined_product(x, gate.weight, up.weight) if plain else None
+            if joined is None:
+                return self.activation(gate(x), up(x))
+            hidden = activate(self.activation, joined.view(-1, 2, joined.shape[-1] // 2))
+            return hidden if x.dim() == 2 else hidden.view(*x.shape[:-1], -1)
         return self.activation(self.up_proj(x))
 
     def forward(self, x: Tensor) -> Tensor:

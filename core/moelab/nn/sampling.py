@@ -79,7 +79,7 @@ def choose(scores: Tensor, sampling: Sampling, seen: Tensor | None, draws: Seque
     if sampling.temperature > 0:
         numbers = torch.tensor([draw.number(position) for draw in draws], dtype=torch.float64).to(scores.device)
         token = _drawn(limited(scores - values.unsqueeze(-1), sampling), numbers)
-    return torch.where(values.isfinite(), token, -1)
+    return torch.where(values.abs() < math.inf, token, -1)
 
 
 def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,9 +92,11 @@ def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
         best = scores.max(-1)
         return best.values, best.indices
     whole = nn.functional.pad(scores, (0, -tokens % TILE), value=-math.inf) if tokens % TILE else scores
-    tiles = whole.reshape(len(scores), -1, TILE)
-    tile = tiles.amax(-1).max(-1).indices
-    inside = tiles[torch.arange(len(scores)), tile].max(-1)
+    rows, columns = whole.shape
+    tiles = whole.reshape(-1, TILE)
+    each = columns // TILE
+    tile = tiles.amax(-1).view(rows, each).max(-1).indices
+    inside = tiles.index_select(0, torch.arange(0, rows * each, each).add_(tile)).max(-1)
     return inside.values, tile * TILE + inside.indices
 
 

@@ -135,3 +135,38 @@ def test_gate_and_up_of_a_layer_are_read_as_one_copy(rows: int, monkeypatch: pyt
         assert not mlp(x).any()
         with packed.used():
             torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs them")
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("bagged", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_product_is_added_to_what_was_there_with_a_copy_or_without(
+    rows: int, bagged: bool, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(thin_product, "reads_matrices_faster", lambda: True)
+    monkeypatch.setattr(thin_product, "LEAST_ELEMENTS", 1)
+    monkeypatch.setattr(thin_product, "BAGGED_ELEMENTS", 1 if bagged else 1 << 21)
+    weight, x, base, bias = torch.randn(24, 33), torch.randn(rows, 33), torch.randn(rows, 24), torch.randn(24)
+    given = bias if with_bias else None
+    expected = base.double() + x.double() @ weight.double().t() + (bias.double() if with_bias else 0)
+    packed = thin_product.PackedWeights([(weight,)], 1 << 20, rows)
+    with torch.no_grad():
+        before = base.clone()
+        alone = thin_product.few_product_onto(base, x, weight, given)
+        torch.testing.assert_close(alone.double(), expected, rtol=1e-5, atol=1e-5)
+        with packed.used():
+            weight.zero_()
+            found = thin_product.few_product_onto(base, x, weight, given)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(base, before), "the sum is a tensor of its own"
+
+
+def test_tokens_of_assignments_that_generation_kept_may_be_trained_with():
+    expert = torch.tensor([[0, 1], [2, 0], [1, 2]])
+    with torch.inference_mode():
+        kept = Routing.from_topk(expert, torch.ones(3, 2), 3)
+    assert kept.token.tolist() == [0, 0, 1, 1, 2, 2]
+    x = torch.randn(3, 4, requires_grad=True)
+    (x * x).index_select(0, kept.token).sum().backward()
+    torch.testing.assert_close(x.grad, 4 * x.detach())

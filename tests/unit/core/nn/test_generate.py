@@ -14,7 +14,9 @@ import moelab
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.errors import CheckpointError, ConfigError
 from moelab.moe import thin_product
+from moelab.nn.decoding import Norm
 from moelab.nn.generate import generate, generate_batch
+from moelab.nn.norm import RMSNorm
 from moelab.nn.sampling import Sampling
 from moelab.nn.texts import Speech, continue_texts
 from moelab.nn.transformer import Transformer
@@ -201,6 +203,19 @@ def test_narrow_weights_and_hooked_layers_are_generated_from_too() -> None:
     assert len(calls) == 8
     for one in (*plain, *hooked):
         assert _behind(model, RAGGED[one.prompt], one.ids) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_of_generation_are_those_of_the_layers(dtype: torch.dtype) -> None:
+    """Of rows of zeros too, which the number under the root keeps finite; a hook on a norm is called."""
+    norm, x = RMSNorm(24, 1e-6).to(dtype), torch.randn(5, 24, dtype=dtype)
+    x[1], x[2] = 0, x[2] * 1e-5
+    with torch.no_grad():
+        norm.weight.normal_()
+        expected = norm.weight.double() * x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        torch.testing.assert_close(Norm(norm)(x).double(), expected, rtol=1e-5, atol=1e-7)
+        norm.register_forward_hook(lambda *call: torch.ones(1))
+        assert torch.equal(Norm(norm)(x), torch.ones(1))
 
 
 @pytest.mark.parametrize("hooked", [False, True])

@@ -47,3 +47,13 @@ def test_a_backward_pass_through_a_cache_sees_what_was_there():
     (loss + (keys * keys).sum()).backward()
     assert first.grad is not None and second.grad is not None
     assert (first.grad.item(), second.grad.item()) == (4.0, 18.0)
+
+
+def test_one_position_is_appended_as_several_are():
+    several, one = KVCache(1, room=3), KVCache(1, room=3)
+    for piece in _pieces(9):
+        expected = several.append(0, piece, -piece)
+        for wanted, found in zip(expected, one.append_one(0, piece[:, :, 0], -piece[:, :, 0]), strict=True):
+            assert torch.equal(found, wanted)
+    assert one.length == 9
+    assert torch.equal(one.held(0)[1], several.held(0)[1])
