@@ -27,6 +27,7 @@ from moelab.hookspecs import (
 )
 from moelab.paths import Places
 from moelab.plugin_faults import plugins_told
+from moelab.processes import die_with
 from moelab.registry import Registry
 from moelab_upcycling.dtypes import raw_bytes
 from moelab_upcycling.maker import Maker
@@ -191,7 +192,7 @@ def _processes(plan: Plan, output: str | None, count: int) -> Iterator[list[Conn
 
 def _serve(plan: Plan, output: str | None, pipe: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    _die_with(parent)
+    die_with(parent)
     _keep_memory()
     try:
         maker = ShardMaker(plan, output)
@@ -210,11 +211,3 @@ def _keep_memory() -> None:
         if mallopt is not None:
             mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
             mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
-
-
-def _die_with(parent: int) -> None:
-    """A killed parent must not leave a process that goes on writing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)

@@ -32,6 +32,7 @@ from moelab.errors import ConfigError, UserError
 from moelab.hookspecs import DATA_SOURCES, TAGGERS, TEXT_FILTERS
 from moelab.lock import hold_file
 from moelab.paths import user_path
+from moelab.processes import die_with
 from moelab.registry import Registry
 from moelab_tools.curate.account import Account
 from moelab_tools.curate.declaration import CurateConfig, stages
@@ -238,7 +239,7 @@ def _workers(count: int, work: Work) -> Iterator[Executor | None]:
         _begin(work)
         yield None
         return
-    with ProcessPoolExecutor(count, get_context("spawn"), _begin_one_of_several, (work,)) as pool:
+    with ProcessPoolExecutor(count, get_context("spawn"), _begin_one_of_several, (work, os.getpid())) as pool:
         try:
             yield pool
         except BaseException:
@@ -250,7 +251,8 @@ def _begin(work: Work) -> None:
     _BUILT[:], _WORK[:] = [build_parts(work)], [work]
 
 
-def _begin_one_of_several(work: Work) -> None:
+def _begin_one_of_several(work: Work, parent: int) -> None:
+    die_with(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _begin(work)
 
