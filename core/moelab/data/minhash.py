@@ -10,6 +10,7 @@ n documents, H = BANDS * ROWS entries a signature.
 
 from __future__ import annotations
 
+import mmap
 import re
 import zlib
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ WORDS = 5  # a shingle: so many words in a row
 _WORD = re.compile(r"\w+")
 _MULTIPLIERS = np.array([derive_seed(0, "minhash", n) * 2 + 1 for n in range(SIZE)], np.uint64)
 _TOGETHER = 4096  # shingles hashed at once
+ROOM = 1 << 16  # signatures in memory at once
 
 
 def signature(text: str) -> np.ndarray:
@@ -67,10 +69,7 @@ def _candidates(signatures: np.ndarray, alive: np.ndarray) -> np.ndarray:
     index = np.flatnonzero(alive)
     found = [np.zeros((0, 2), np.int64)]
     for band in range(BANDS):
-        rows = np.asarray(signatures[:, band * ROWS : (band + 1) * ROWS])[index].astype(np.uint64)
-        key = np.zeros(len(rows), np.uint64)
-        for row in range(ROWS):
-            key = mix(key * np.uint64(31) + rows[:, row] + np.uint64(1))
+        key = np.concatenate([_keys(signatures, part, band) for part in np.split(index, range(ROOM, len(index), ROOM))])
         order = np.argsort(key, kind="stable")
         same = np.flatnonzero(key[order][1:] == key[order][:-1]) + 1  # places with the key of the one before
         begins = np.flatnonzero(np.append(True, key[order][1:] != key[order][:-1]))
@@ -78,6 +77,22 @@ def _candidates(signatures: np.ndarray, alive: np.ndarray) -> np.ndarray:
         pairs = [np.stack([index[order[one]], index[order[same]]], 1) for one in (same - 1, first)]
         found.append(np.unique(np.concatenate(pairs), axis=0))
     return np.unique(np.concatenate(found), axis=0)
+
+
+def _keys(signatures: np.ndarray, index: np.ndarray, band: int) -> np.ndarray:
+    """[m] uint64 of the documents `index`: equal where they agree in the whole band."""
+    rows = np.asarray(signatures[index, band * ROWS : (band + 1) * ROWS]).astype(np.uint64)
+    release(signatures)
+    key = np.zeros(len(rows), np.uint64)
+    for row in range(ROWS):
+        key = mix(key * np.uint64(31) + rows[:, row] + np.uint64(1))
+    return key
+
+
+def release(array: np.ndarray) -> None:
+    """Let go of what an array that lies on disk holds in memory; what was written to it stays written."""
+    if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def _ordered(pairs: np.ndarray) -> Iterator[tuple[int, list[int]]]:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from moelab.data.covering import Cover, complex_and_diverse
-from moelab.data.minhash import SIZE, near_copies
+from moelab.data.minhash import ROOM, SIZE, near_copies, release
 from moelab.data.token_cache import DOMAIN
 from moelab.errors import DataError
 from moelab.safe_files import parse_json, read_bytes, read_object
@@ -42,7 +42,6 @@ WHY = {
     UNTAGGED: (SELECT, NO_TAGS),
 }
 UNTOLD = ("", "no")  # values by which a tagger says that there is nothing to tell
-TOGETHER = 1 << 16  # signatures in memory at once
 SIMILAR = 0.75  # estimated similarity from which no training document stands beside a held-out one
 
 
@@ -113,8 +112,10 @@ class Pieces:
         first_of_training = int((held_out & (what == KEPT)).sum())
         signatures = self._signatures(len(what))
         ordered = np.memmap(self.folder / "ordered.u32", np.uint32, "w+", shape=(len(index), SIZE))
-        for begin in range(0, len(index), TOGETHER):
-            ordered[begin : begin + TOGETHER] = signatures[index[begin : begin + TOGETHER]]
+        for begin in range(0, len(index), ROOM):
+            ordered[begin : begin + ROOM] = signatures[index[begin : begin + ROOM]]
+            release(signatures)
+            release(ordered)
         repeats = near_copies(ordered, SIMILAR, np.ones(len(index), bool), among=first_of_training)
         leaks = np.zeros(len(what), bool)
         leaks[index[first_of_training:][repeats[first_of_training:]]] = True
@@ -190,6 +191,7 @@ class Pieces:
             found = self._numbers(number, "signatures", np.uint32).reshape(-1, SIZE)
             held[begin : begin + len(found)] = found
             begin += len(found)
+            release(held)
         return held
 
     def _numbers(self, number: int, what: str, dtype: type[np.generic]) -> np.ndarray:

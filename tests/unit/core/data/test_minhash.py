@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import re
+from pathlib import Path
 
 import numpy as np
+import pytest
 
-from moelab.data.minhash import SIZE, near_copies, signature
+from moelab.data.minhash import ROOM, SIZE, near_copies, signature
 
 RANDOM = random.Random(5)
 VOCABULARY = [f"w{number}" for number in range(4000)]
@@ -78,3 +80,24 @@ def test_case_and_punctuation_say_nothing_and_short_texts_are_looked_at_whole() 
     assert np.array_equal(signature("One, two. THREE four five six"), signature("one two three FOUR five six!"))
     assert np.array_equal(signature("a b"), signature("A, b.")) and not np.array_equal(signature("a b"), signature("a"))
     assert signature("").shape == (SIZE,)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_signatures_on_disk_are_looked_through_without_being_held(tmp_path: Path) -> None:
+    """Three times as many as are held at once: 110 MB of them, of which less than half is mapped in the end."""
+    count = 3 * ROOM
+    numbers = np.random.default_rng(0).integers(0, 1 << 32, (count, SIZE), np.uint32)
+    numbers[count - 1] = numbers[5]
+    held = np.memmap(tmp_path / "signatures", np.uint32, "w+", shape=numbers.shape)
+    held[:] = numbers
+    before = _mapped()
+    dropped = near_copies(held, 0.8, np.ones(count, bool))
+    assert dropped.nonzero()[0].tolist() == [count - 1]
+    assert before - _mapped() > numbers.nbytes / 2
+    assert np.array_equal(held, numbers)
+
+
+def _mapped() -> int:
+    """Bytes of files that this process has in memory."""
+    told = Path("/proc/self/status").read_text()
+    return sum(int(re.findall(rf"{kind}:\s+(\d+)", told)[0]) << 10 for kind in ("RssFile", "RssShmem"))
