@@ -54,7 +54,9 @@ def near_copies(signatures: np.ndarray, threshold: float, alive: np.ndarray, *, 
     are compared with these alone.
     """
     dropped = np.zeros(len(signatures), bool)
-    for later, earlier in _ordered(_candidates(signatures, alive)):
+    for number, (later, earlier) in enumerate(_ordered(_candidates(signatures, alive))):
+        if number % _TOGETHER == 0:  # each looks at pages all over the disk
+            release(signatures)
         if among is None:
             kept = [one for one in earlier if not dropped[one]]
         else:
