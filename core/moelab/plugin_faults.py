@@ -60,6 +60,21 @@ class PluginPart:
         said = quoted(error) if isinstance(error, UserError) else f"raised {type(error).__name__}: {quoted(error)}"
         return ConfigError(f"{self._key}{self.title}: {said}{place_in(error, self.owner)}")
 
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """For a call of a part that no token waits for: raises ConfigError for what a stranger's part raised.
+
+        A UserError is told as it is; what ran out (`shortage`) and what moelab's own parts raise stay what they are.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # a stranger's: anything
+            if self.ours or shortage(error):
+                raise
+            raise self.raised(error) from error
+
     @property
     def _key(self) -> str:
         return f"{self.where}: " if self.where else ""

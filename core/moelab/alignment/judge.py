@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from moelab.data.rewards import Attempt, Reward, RewardContext, needs_of, reward_fault
-from moelab.errors import ConfigError, DataError, RunFailure, UserError
+from moelab.errors import ConfigError, DataError, RunFailure
 from moelab.hookspecs import REWARDS
 from moelab.plugin_faults import PluginPart
 from moelab.registry import Registry
 from moelab.safe_files import kind_of
-from moelab.shortage import shortage
 
 WEIGHT = "weight"  # of a part among several: the one key that is not its own
 _KINDS: dict[type, str] = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object"}
@@ -40,14 +39,8 @@ class Weighed:
 
     def judge(self, attempts: Sequence[Attempt]) -> list[float]:
         """Unweighted. Raises ConfigError for a stranger's mistake, RunFailure for what is no finite number."""
-        try:
+        with self.part.blamed():
             answer = self.apply(attempts)
-        except UserError:
-            raise
-        except Exception as error:  # a stranger's: anything
-            if self.part.ours or shortage(error):
-                raise
-            raise self.part.raised(error) from error
         fault = reward_fault(answer, len(attempts))
         if fault is not None:
             raise self.part.fault(fault, self.apply)

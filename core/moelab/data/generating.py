@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from moelab.errors import UserError
 from moelab.paths import Places
 from moelab.plugin_faults import PluginPart, article
-from moelab.shortage import shortage
 
 
 @dataclass(frozen=True)
@@ -69,14 +67,8 @@ class Guarded:
 
     def __call__(self, questions: Sequence[Question]) -> list[Reply]:
         """Raises ConfigError, naming the plugin and its line, for what a stranger's raises or returns."""
-        try:
+        with self.part.blamed():
             answer = self.apply(questions)
-        except UserError:
-            raise
-        except Exception as error:  # a stranger's: anything
-            if self.part.ours or shortage(error):
-                raise
-            raise self.part.raised(error) from error
         fault = generator_fault(answer, len(questions))
         if fault is not None:
             raise self.part.fault(fault, self.apply)

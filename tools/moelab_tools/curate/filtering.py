@@ -17,13 +17,12 @@ from moelab.data.corpus import Document
 from moelab.data.filtering import FilterContext, Rejected, TextFilter
 from moelab.data.minhash import signature
 from moelab.data.tagging import RESERVED, Tagger, tag_fault
-from moelab.errors import ConfigError, DataError, UserError
+from moelab.errors import ConfigError, DataError
 from moelab.hookspecs import TAGGERS, TEXT_FILTERS
 from moelab.paths import Places
 from moelab.plugin_faults import PluginPart, article
 from moelab.registry import Registry
 from moelab.safe_files import Reading, read_object
-from moelab.shortage import shortage
 from moelab_tools.curate.account import Account
 from moelab_tools.curate.declaration import Stage
 
@@ -208,28 +207,16 @@ def _through(
 
 
 def _ask(one: Built, document: Document) -> Document | Rejected:
-    try:
+    with one.part.blamed():
         answer = one.apply(document)
-    except UserError:
-        raise
-    except Exception as error:  # a stranger's: anything
-        if one.part.ours or shortage(error):
-            raise
-        raise one.part.raised(error) from error
     if not isinstance(answer, Document | Rejected):
         raise one.part.fault(f"returned {article(answer)}; it must return a moelab.Document or Rejected", one.apply)
     return answer
 
 
 def _tag(tagger: BuiltTagger, document: Document) -> str:
-    try:
+    with tagger.part.blamed():
         answer = tagger.apply(document)
-    except UserError:
-        raise
-    except Exception as error:  # a stranger's: anything
-        if tagger.part.ours or shortage(error):
-            raise
-        raise tagger.part.raised(error) from error
     if (fault := tag_fault(answer)) is not None:
         raise tagger.part.fault(fault, tagger.apply)
     return answer
