@@ -147,6 +147,8 @@ DECLARED: dict[str, Instead | Not] = {
     "python benchmarks/experts.py --out benchmarks/results": BY_HAND,
     "python benchmarks/cpu_parts.py --out benchmarks/results": BY_HAND,
     "python benchmarks/record_routing.py runs/mine": A_BENCHMARK,
+    "python benchmarks/curate.py --mb 4000 --kills 20 --work WORK --tokenizer bytes": BY_HAND,
+    "python benchmarks/data_rates.py --work WORK": BY_HAND,
     "python benchmarks/gpu.py --out benchmarks/results": Not(
         "needs a GPU; test_benchmarks.py sees what it says without"
     ),
