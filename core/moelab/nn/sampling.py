@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moelab.errors import ConfigError
 from moelab.seeds import generator
 
-TILE = 64  # scores of a row whose maximum is looked for first
 DRAWN_AT_ONCE = 64  # random numbers of a row; it decides which they are
 
 
@@ -85,19 +84,14 @@ def choose(scores: Tensor, sampling: Sampling, seen: Tensor | None, draws: Seque
 def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
     """scores [B, V] -> the largest of each row and the first place where it stands, [B] both; NaN is the largest.
 
-    By tiles on a CPU, where torch reads a maximum four to ten times as fast as a maximum with its place.
+    By numpy on a CPU, which finds a place in 0.3 to 0.6 of the time that torch takes for tiles' maxima, and one core in
+    an eighth of the time of `torch.max` (16 x 4,096 and 151,936, AMD Zen 5).
     """
-    tokens = scores.shape[1]
-    if scores.device.type != "cpu" or tokens < TILE**2:
+    if scores.device.type != "cpu":
         best = scores.max(-1)
         return best.values, best.indices
-    whole = nn.functional.pad(scores, (0, -tokens % TILE), value=-math.inf) if tokens % TILE else scores
-    rows, columns = whole.shape
-    tiles = whole.reshape(-1, TILE)
-    each = columns // TILE
-    tile = tiles.amax(-1).view(rows, each).max(-1).indices
-    inside = tiles.index_select(0, torch.arange(0, rows * each, each).add_(tile)).max(-1)
-    return inside.values, tile * TILE + inside.indices
+    token = torch.from_numpy(scores.detach().numpy().argmax(-1))
+    return scores.gather(1, token.unsqueeze(1)).squeeze(1), token
 
 
 def limited(scores: Tensor, sampling: Sampling) -> Tensor:

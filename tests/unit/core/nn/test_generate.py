@@ -14,7 +14,7 @@ import moelab
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.errors import CheckpointError, ConfigError
 from moelab.moe import thin_product
-from moelab.nn.decoding import Norm
+from moelab.nn.decoding import PRODUCTS, Norm, attended
 from moelab.nn.generate import generate, generate_batch
 from moelab.nn.norm import RMSNorm
 from moelab.nn.sampling import Sampling
@@ -216,6 +216,21 @@ def test_norms_of_generation_are_those_of_the_layers(dtype: torch.dtype) -> None
         torch.testing.assert_close(Norm(norm)(x).double(), expected, rtol=1e-5, atol=1e-7)
         norm.register_forward_hook(lambda *call: torch.ones(1))
         assert torch.equal(Norm(norm)(x), torch.ones(1))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("batch", [1, PRODUCTS])
+def test_heads_of_few_and_of_many_texts_are_those_of_the_formula(batch: int, padded: bool) -> None:
+    groups, each, length, size = 2, 3, 11, 8
+    query, memory = torch.randn(batch, groups, each, size), torch.randn(2, batch, groups, length + 5, size)
+    keys, values = memory[:, :, :, :length]
+    hidden = torch.zeros(batch, 1, 1, length)
+    if padded:
+        hidden[0, ..., :4] = float("-inf")
+    found = attended(query, keys, values, hidden if padded else None)
+    scores = torch.einsum("bgqd,bgld->bgql", query.double(), keys.double()) / size**0.5 + hidden.double()
+    expected = torch.einsum("bgql,bgld->bgqd", scores.exp() / scores.exp().sum(-1, keepdim=True), values.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("hooked", [False, True])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moelab.errors import ConfigError
-from moelab.nn.sampling import DRAWN_AT_ONCE, TILE, Draws, Sampling, choose, largest, limited
+from moelab.nn.sampling import DRAWN_AT_ONCE, Draws, Sampling, choose, largest, limited
 
 SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.7},
@@ -91,7 +91,7 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], message: str)
         Sampling(**settings)
 
 
-@pytest.mark.parametrize("tokens", [7, TILE**2, TILE**2 + 1, 3 * TILE**2 - 1])
+@pytest.mark.parametrize("tokens", [7, 4096, 12287])
 def test_the_largest_score_is_found_wherever_it_stands_and_nan_is_the_largest(tokens: int):
     scores = torch.randn(6, tokens)
     for row, place in enumerate((0, tokens - 1, tokens // 2)):
