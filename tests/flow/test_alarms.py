@@ -53,6 +53,8 @@ CASES: dict[str, tuple[list[str], set[str]]] = {
     "stuck": (["model.moe.router={name: stuck}"], {"mostly_dead", "early_saturation"}),
     "on_purpose": (["model.moe.router={name: on_purpose}", "model.moe.balance_losses=[]"], set()),
 }
+# What else a case may raise: with nothing that balances it, a router sends nearly all of some texts one way.
+MAY: dict[str, set[str]] = {"no_loss": {"mostly_dead"}}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def summary(run: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_fault_is_in_the_summary_and_a_sound_run_has_none(runs: Path, name: str) -> None:
-    alarms = summary(runs / name)["alarms"]
+    alarms = [alarm for alarm in summary(runs / name)["alarms"] if alarm["name"] not in MAY.get(name, ())]
     assert {alarm["name"] for alarm in alarms} == CASES[name][1]
     assert {alarm["layer"] for alarm in alarms} == ({0, 1} if alarms else set())
     assert all(alarm["on"] for alarm in alarms)
@@ -87,13 +89,14 @@ def test_a_fault_is_in_the_summary_and_a_sound_run_has_none(runs: Path, name: st
 def test_each_alarm_is_logged_once_and_stands_in_the_metrics_and_in_tensorboard(runs: Path, name: str) -> None:
     expected, run = CASES[name][1], runs / name
     log = [line for line in (run / "log.txt").read_text().splitlines() if " WARNING " in line]
-    told = [line for line in log if "alarm: " in line]
+    may = MAY.get(name, set())
+    told = [line for line in log if "alarm: " in line and not any(f"alarm: {other}:" in line for other in may)]
     before = [line for line in log if "no gradient:" in line or "no parameter of this router is trainable" in line]
     assert len(before) == (1 if {"untaught", "no_gradient"} & expected else 0)
     later = {"balance_alone": 0, "no_loss": 2, "frozen": 0, "stuck": 4}.get(name, 0)  # one for each layer
     assert len(told) == later
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert {alarm["name"] for row in rows for alarm in row.get("alarms", [])} == expected
+    assert {alarm["name"] for row in rows for alarm in row.get("alarms", [])} - may == expected
     events = EventAccumulator(str(run), size_guidance={"tensors": 0})
     events.Reload()
     assert ("alarms/now" in events.Tags()["tensors"]) == bool(expected)
