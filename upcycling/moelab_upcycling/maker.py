@@ -191,9 +191,10 @@ class _Layer:
     def _rows(self, tensor: OutputTensor, room: Room) -> Iterator[npt.NDArray[Any]]:
         """What the initialiser made of it, in file order and not yet scaled."""
         matrix, turned = tensor.matrix, tensor.matrix == "down"
+        expert: tuple[int, ...] = ()
         if tensor.role == "shared":
             checkpoint = _MEAN if len(self.sources) > 1 and self.plan.recipe.others == "mean" else 0
-            axis, neurons, expert = "shared", self.plan_of_shared, ()
+            axis, neurons = "shared", self.plan_of_shared
         else:
             axis, neurons, expert = "experts", self.plan_of(tensor.expert), (tensor.expert,)
             checkpoint = neurons.checkpoint

@@ -87,9 +87,7 @@ def place_rows(
     out[np.flatnonzero(changed)] = new
 
 
-def planned_rows(
-    plan: NeuronPlan, matrix: str, values: npt.NDArray[Any], new: npt.NDArray[Any]
-) -> npt.NDArray[Any]:
+def planned_rows(plan: NeuronPlan, matrix: str, values: npt.NDArray[Any], new: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """-> [n, D]: dense rows as planned, bit for bit, and new [k, D] for those that change."""
     changed = changed_rows(plan, matrix)
     out = np.empty((len(changed), values.shape[1]), dtype=values.dtype)

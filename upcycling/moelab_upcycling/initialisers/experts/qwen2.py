@@ -91,9 +91,7 @@ class Qwen2Experts:
         moments = None
         if self.options.statistics != "dropped":
             moments = self._moments(plan, np.flatnonzero(plan.redrawn[matrix]), dense)
-        elementwise_redraw(
-            out, dense, self.streams("redraw", expert, matrix), self.options.reinit_fraction, moments
-        )
+        elementwise_redraw(out, dense, self.streams("redraw", expert, matrix), self.options.reinit_fraction, moments)
         return out
 
     def _moments(self, plan: NeuronPlan, rows: npt.NDArray[np.intp], dense: DenseMatrix) -> tuple[float, float]:

@@ -53,7 +53,7 @@ class CopiedShared:
     def redrawn(self, plan: NeuronPlan, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
         """The neurons beyond the dense ones [k, D]; the others are copies."""
         extra = int(plan.redrawn[matrix].sum())
-        if matrix == "down" and self.options.extra == "zero_down" or not extra:
+        if (matrix == "down" and self.options.extra == "zero_down") or not extra:
             return np.zeros((extra, dense.values.shape[1]), dense.values.dtype)
         return drawn_rows(extra, dense, self.streams("extra", matrix=matrix), statistics(dense))
 
