@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moelab.initialisers import NeuronPlan
-from moelab_upcycling.neurons import changed_rows, place_rows, planned_rows
+from moelab_upcycling.neurons import place_rows, planned_rows
 from moelab_upcycling.source import transpose_into
 
 SLAB = 128  # rows handed on at a time
@@ -47,7 +47,7 @@ def assembled(
     plan: NeuronPlan, matrix: str, values: Values, new: Values, *, turned: bool, room: Room
 ) -> Iterator[Values]:
     """The planned rows of the dense `values` [F, D] with `new` [k, D] in place of those that change."""
-    changed = changed_rows(plan, matrix)
+    changed = plan.changed(matrix)
     if turned:
         kept = len(changed) - len(new)
         in_order = not changed[:kept].any() and np.array_equal(plan.source[:kept], np.arange(kept))

@@ -27,13 +27,13 @@ from moelab.initialisers import (
     RouterInitialiser,
     SharedInitialiser,
     UpcycleContext,
+    redrawn_of,
 )
 from moelab.plugin_faults import PluginPart
 from moelab.registry import Registry
 from moelab_upcycling.assembly import Room, Scratch, assembled, made_rows
 from moelab_upcycling.dense import LoadedMatrix
 from moelab_upcycling.dtypes import STORAGE, convert, from_float32, scaled, to_float32
-from moelab_upcycling.neurons import changed_rows
 from moelab_upcycling.plan import OutputTensor, Plan
 from moelab_upcycling.prompts import prompt_reader
 from moelab_upcycling.source import DenseSource
@@ -202,10 +202,10 @@ class _Layer:
         storage, width = dense.values.dtype, dense.values.shape[1]
         first = (axis, matrix) not in self._looked_at and not self.parts.named[axis].ours
         self._looked_at.add((axis, matrix))
-        redrawn = getattr(part, "redrawn", None)
+        redrawn = redrawn_of(part)
         new = None if redrawn is None else redrawn(neurons, *expert, matrix, dense)
         if new is not None:
-            count = int(changed_rows(neurons, matrix).sum())
+            count = int(neurons.changed(matrix).sum())
             self.parts.refuse(axis, "redrawn", promises.made(new, (count, width), storage, finite=first))
             new = new if new.dtype == storage else from_float32(_fp32(new), dense.dtype)
             yield from assembled(neurons, matrix, dense.values, new, turned=turned, room=room)

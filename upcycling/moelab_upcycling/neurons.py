@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moelab.errors import ConfigError
-from moelab.initialisers import MATRICES, NO_SOURCE, DenseMatrix, NeuronPlan
+from moelab.initialisers import MATRICES, DenseMatrix, NeuronPlan
 from moelab_upcycling.dense import statistics
 from moelab_upcycling.dtypes import from_float32, to_float32
 from moelab_upcycling.streams import choose, fill, normal_table, normals, stream
@@ -66,11 +66,6 @@ def nothing_redrawn(width: int) -> dict[str, npt.NDArray[np.bool_]]:
     return dict.fromkeys(MATRICES, np.zeros(width, dtype=bool))
 
 
-def changed_rows(plan: NeuronPlan, matrix: str) -> npt.NDArray[np.bool_]:
-    """-> [n], true where a row of this matrix is no dense neuron's."""
-    return plan.redrawn[matrix] | (plan.source == NO_SOURCE)
-
-
 def place_rows(
     out: npt.NDArray[Any],
     source: npt.NDArray[np.int32],
@@ -89,7 +84,7 @@ def place_rows(
 
 def planned_rows(plan: NeuronPlan, matrix: str, values: npt.NDArray[Any], new: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """-> [n, D]: dense rows as planned, bit for bit, and new [k, D] for those that change."""
-    changed = changed_rows(plan, matrix)
+    changed = plan.changed(matrix)
     out = np.empty((len(changed), values.shape[1]), dtype=values.dtype)
     step, done = 64, 0  # rows at a time, so that the gathered rows are in cache when they are placed
     for start in range(0, len(out), step):

@@ -17,7 +17,6 @@ from moelab.initialisers import NO_SOURCE, DenseMatrix, NeuronPlan, UpcycleConte
 from moelab_upcycling.dense import statistics
 from moelab_upcycling.neurons import (
     Streams,
-    changed_rows,
     choose_redrawn,
     drawn_rows,
     planned_rows,
@@ -70,7 +69,7 @@ class Shards:
         filler, redrawn = plan.source == NO_SOURCE, plan.redrawn[matrix]
         rows = np.flatnonzero(redrawn)
         moments = redraw_moments(plan, rows, dense, "dropped", 0)
-        changed = changed_rows(plan, matrix)
+        changed = plan.changed(matrix)
         new = np.zeros((int(changed.sum()), dense.values.shape[1]), dense.values.dtype)
         new[redrawn[changed]] = drawn_rows(len(rows), dense, self.streams("redraw", expert, matrix), moments)
         if matrix != "down" and filler.any():  # keyed by shard: the copies are alike in these too
