@@ -257,10 +257,9 @@ class _Layer:
 
     def dense(self, checkpoint: int, matrix: str) -> LoadedMatrix:
         """One FFN matrix of a source, or of the mean of all."""
-        held = self._held.get(checkpoint)
-        if held is not None and held[0] == matrix:
-            return held[1]
-        self._held = {key: value for key, value in self._held.items() if value[0] == matrix}
+        self._held = {key: value for key, value in self._held.items() if value[0] == matrix}  # before the next is read
+        if checkpoint in self._held:
+            return self._held[checkpoint][1]
         name = names.dense_ffn(self.layer_id, matrix)
         if checkpoint == _MEAN:
             parts = [self._load(source, name, matrix) for source in self.sources]

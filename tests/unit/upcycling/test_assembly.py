@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dense_checkpoints import Tiny, recipe_config, write_dense
+from moelab.hf.files import StoredTensor
 from moelab.initialisers import MATRICES, NO_SOURCE, NeuronPlan, redrawn_of
 from moelab_upcycling.assembly import Scratch, assembled, made_rows
 from moelab_upcycling.convert import prepare, registry_of
@@ -83,3 +84,31 @@ def test_a_layer_goes_with_its_matrices_when_the_next_one_is_begun(tmp_path: Pat
         assert layers[0]() is None
     finally:
         gc.enable()
+
+
+def test_a_matrix_is_gone_before_the_next_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = write_dense(tmp_path / "dense", Tiny(layers=1))
+    config = recipe_config(source)
+    registry = registry_of(config)
+    maker = Maker(prepare(config, registry), registry, [DenseSource(source, registry)])
+    held: list[weakref.ref[Any]] = []
+    read = DenseSource._read_rows
+
+    def watched(self: DenseSource, tensor: StoredTensor, *rest: Any) -> None:
+        assert ".mlp." not in tensor.name or all(one() is None for one in held), tensor.name
+        read(self, tensor, *rest)
+
+    monkeypatch.setattr(DenseSource, "_read_rows", watched)
+    gc.disable()
+    try:
+        for tensor in [one for one in maker.plan.shards[0].tensors if one.role in ("expert", "shared")]:
+            for _ in maker.make(tensor):
+                pass
+            assert maker._layer is not None
+            matrix = maker._layer._held[0][1]
+            if not held or held[-1]() is not matrix:
+                held.append(weakref.ref(matrix))
+            del matrix
+    finally:
+        gc.enable()
+    assert len(held) == 3
