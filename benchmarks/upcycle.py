@@ -3,11 +3,12 @@
     python benchmarks/make_source.py /tmp/source --layers 4 --vocab-size 4096
     python benchmarks/upcycle.py /tmp/source /tmp/upcycle_benchmark model.vocab_size=4096 --out benchmarks/results
 
-Writes 4 GB a layer below the second folder and removes them. A round is a raw write, the writer alone, the hash sink
+Writes 4 GB a layer below the second folder and removes them. A round is a raw write, the writers alone, the hash sink
 and the whole conversion, one right after the other, since the ratios are what a shared machine can tell. The raw write
-is what `dd bs=4M oflag=direct` does, into reserved blocks: one thread, one buffer in ordinary pages. The writer alone
-is the conversion's own writer with nothing to compute, from large pages. A conversion includes the start of its
-workers, half a second that a real one of 28 layers does not notice, and the first touch of all their memory.
+is what `dd bs=4M oflag=direct` does, into reserved blocks: one thread, one buffer in ordinary pages. The writers alone
+are the conversion's own, from large pages, as many as it has workers, with nothing to compute. A conversion includes
+the start of its workers, half a second that a real one of 28 layers does not notice, and the first touch of all their
+memory.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ def one_round(plan: Plan, scratch: Path, workers: int, nbytes: int) -> dict[str,
     layers, output = range(plan.target.num_hidden_layers), scratch / "output"
     first: list[float] = []
     raw = nbytes / 1e9 / timed(lambda: raw_write(scratch / "raw", nbytes))
-    alone = nbytes / 1e9 / timed(lambda: writer_alone(scratch / "raw", nbytes))
+    alone = nbytes / 1e9 / timed(lambda: writers_alone(scratch, nbytes, workers))
     before = processor_seconds()
     hashed = nbytes / 1e9 / timed(lambda: convert(plan, None, workers=workers, layers=layers))
     between, started = processor_seconds(), time.perf_counter()
@@ -84,11 +86,11 @@ def one_round(plan: Plan, scratch: Path, workers: int, nbytes: int) -> dict[str,
     shutil.rmtree(output)
     return {
         "raw direct write, GB/s": raw,
-        "writer alone, GB/s": alone,
+        "writers alone, GB/s": alone,
         "hash sink, GB/s": hashed,
         "end to end, GB/s": whole,
         "end to end / raw direct write": whole / raw,
-        "end to end / writer alone": whole / alone,
+        "end to end / writers alone": whole / alone,
         "processor seconds a layer, hash sink": (between - before) / len(layers),
         "processor seconds a layer, end to end": (after - between) / len(layers),
         "seconds to the first tensor": first[0],
@@ -138,14 +140,22 @@ def raw_write(path: Path, nbytes: int) -> None:
     path.unlink()
 
 
-def writer_alone(path: Path, nbytes: int) -> None:
-    """The same bytes by the conversion's writer, with nothing to compute."""
-    writer = ShardWriter(path, nbytes)
+def writers_alone(scratch: Path, nbytes: int, count: int) -> None:
+    """The same bytes by the conversion's writer, `count` at a time, with nothing to compute."""
+    share = nbytes // count
     piece = np.random.default_rng(0).integers(0, 256, BUFFER, dtype=np.uint8)
-    for start in range(0, nbytes, BUFFER):
-        writer.write(piece[: nbytes - start])
-    writer.commit()
-    path.unlink()
+
+    def write(path: Path) -> None:
+        writer = ShardWriter(path, share)
+        for start in range(0, share, BUFFER):
+            writer.write(piece[: share - start])
+        writer.commit()
+
+    paths = [scratch / f"raw{number}" for number in range(count)]
+    with ThreadPoolExecutor(count) as threads:
+        list(threads.map(write, paths))
+    for path in paths:
+        path.unlink()
 
 
 def naive(plan: Plan, scratch: Path, per_layer: float, hashed: float, whole: float) -> dict[str, float]:
