@@ -31,7 +31,7 @@ from moelab.initialisers import (
 )
 from moelab.plugin_faults import PluginPart
 from moelab.registry import Registry
-from moelab_upcycling.assembly import Room, Scratch, assembled, made_rows
+from moelab_upcycling.assembly import Scratch, assembled, made_rows
 from moelab_upcycling.dense import LoadedMatrix
 from moelab_upcycling.dtypes import STORAGE, convert, from_float32, scaled, to_float32
 from moelab_upcycling.plan import OutputTensor, Plan
@@ -115,12 +115,8 @@ class Maker:
         self._layer: _Layer | None = None
         self._scratch = Scratch()
 
-    def make(self, tensor: OutputTensor, room: Room | None = None) -> Iterator[npt.NDArray[Any]]:
-        """The tensor's values as contiguous arrays in file order; an array may be overwritten by the next.
-
-        `room`: where the values are wanted. Who offers it takes back most of its arrays, and sometimes another.
-        """
-        room = room or self._scratch
+    def make(self, tensor: OutputTensor) -> Iterator[npt.NDArray[Any]]:
+        """The tensor's values as contiguous arrays in file order; an array may be overwritten by the next."""
         if tensor.role == "copy":
             yield from self._copied(tensor)
             return
@@ -130,7 +126,7 @@ class Maker:
         if self._layer is None or self._layer.layer_id != tensor.layer_id:
             self._layer = None  # frees the old matrices before the next are read
             self._layer = _Layer(self, tensor.layer_id)
-        yield from self._layer.make(tensor, room)
+        yield from self._layer.make(tensor, self._scratch)
 
     def _copied(self, tensor: OutputTensor) -> Iterator[npt.NDArray[Any]]:
         rows = tensor.shape[0]
@@ -176,7 +172,7 @@ class _Layer:
         if hasattr(self.parts.router, "prepare"):
             self.parts.router.prepare(maker.prompts)
 
-    def make(self, tensor: OutputTensor, room: Room) -> Iterator[npt.NDArray[Any]]:
+    def make(self, tensor: OutputTensor, scratch: Scratch) -> Iterator[npt.NDArray[Any]]:
         """The tensor in pieces, in file order."""
         if tensor.role in ("router", "shared_gate"):
             axis, method = ("router", "weight") if tensor.role == "router" else ("shared", "gate")
@@ -184,11 +180,11 @@ class _Layer:
             self.parts.refuse(axis, method, promises.made(values, tensor.shape, finite=True))
             yield from_float32(np.ascontiguousarray(values, dtype=np.float32), tensor.dtype)
             return
-        for piece in self._rows(tensor, room):
+        for piece in self._rows(tensor, scratch):
             exact = piece if piece.dtype == STORAGE[tensor.dtype] else from_float32(_fp32(piece), tensor.dtype)
             yield scaled(exact, tensor.dtype, self._factor(tensor))
 
-    def _rows(self, tensor: OutputTensor, room: Room) -> Iterator[npt.NDArray[Any]]:
+    def _rows(self, tensor: OutputTensor, scratch: Scratch) -> Iterator[npt.NDArray[Any]]:
         """What the initialiser made of it, in file order and not yet scaled."""
         matrix, turned = tensor.matrix, tensor.matrix == "down"
         expert: tuple[int, ...] = ()
@@ -208,12 +204,12 @@ class _Layer:
             count = int(neurons.changed(matrix).sum())
             self.parts.refuse(axis, "redrawn", promises.made(new, (count, width), storage, finite=first))
             new = new if new.dtype == storage else from_float32(_fp32(new), dense.dtype)
-            yield from assembled(neurons, matrix, dense.values, new, turned=turned, room=room)
+            yield from assembled(neurons, matrix, dense.values, new, turned=turned, scratch=scratch)
             return
         rows = part.materialise(neurons, *expert, matrix, dense)
         wanted = (len(neurons.source), width)
         self.parts.refuse(axis, "materialise", promises.made(rows, wanted, storage, finite=first))
-        yield from made_rows(rows, turned=turned, room=room)
+        yield from made_rows(rows, turned=turned, scratch=scratch)
 
     def _factor(self, tensor: OutputTensor) -> float:
         if tensor.role == "shared":

@@ -48,10 +48,10 @@ def test_planned_rows_are_the_dense_ones_and_the_new_ones_in_their_places(order:
     expected = values[source]
     expected[changed] = new
     wanted = expected.T if turned else expected
-    made = joined(assembled(plan, "up", values, new, turned=turned, room=Scratch()))
+    made = joined(assembled(plan, "up", values, new, turned=turned, scratch=Scratch()))
     assert made.dtype == values.dtype
     assert np.array_equal(made, wanted)
-    assert np.array_equal(joined(made_rows(expected, turned=turned, room=Scratch())), wanted)
+    assert np.array_equal(joined(made_rows(expected, turned=turned, scratch=Scratch())), wanted)
 
 
 def test_who_overrides_materialise_alone_is_asked_for_whole_matrices():
