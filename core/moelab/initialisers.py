@@ -46,6 +46,10 @@ class NeuronPlan:
     redrawn: Mapping[str, npt.NDArray[np.bool_]]  # matrix -> [n]; one shared array where the sets are shared
     checkpoint: int = 0  # which of the mixed dense checkpoints
 
+    def changed(self, matrix: str) -> npt.NDArray[np.bool_]:
+        """-> [n], true where a row of this matrix is no dense neuron's."""
+        return self.redrawn[matrix] | (self.source == NO_SOURCE)
+
 
 class DenseMatrix(Protocol):
     """One FFN matrix of a dense layer in the dtype of the output, neuron-major."""
@@ -70,6 +74,9 @@ class ExpertInitialiser(Protocol):
     - `warnings`: sentences for the user, in the plan that is printed
     - `keeps_with`: {"shared", "router", "scaling": names} of the parts beside which the start is the dense function
     - `nearly_with`: the same where it is that function but for a small difference of each expert
+    - `redrawn(plan, expert, matrix, dense)` -> [k, D], the rows of `materialise` that `plan.changed(matrix)` marks, in
+      order, where all others are the planned dense rows bit for bit; None where they are not. The engine then copies
+      those to where they are written, and does not call `materialise`, which is what defines both.
     """
 
     def plan(self, expert: int) -> NeuronPlan:
@@ -85,7 +92,8 @@ class ExpertInitialiser(Protocol):
 class SharedInitialiser(Protocol):
     """The shared expert of one layer: the same two steps, a factor on down, and its gate. May offer `warnings`.
 
-    `whole` (optional) says that with its gain it gives all of the dense output but the routed experts' share.
+    `redrawn(plan, matrix, dense)` (optional) is as above. `whole` (optional) says that with its gain it gives all of
+    the dense output but the routed experts' share.
     """
 
     gain: float  # on the down matrix
@@ -129,3 +137,13 @@ class OutputScaling(Protocol):
     def factors(self, context: UpcycleContext, logit_std: float) -> Mapping[str, float]:
         """{matrix: factor}; what is absent is 1. logit_std: of the router's logits, router std * ||norm weight||."""
         ...
+
+
+def redrawn_of(part: object) -> Callable[..., npt.NDArray[Any] | None] | None:
+    """`redrawn` of an initialiser that offers it; not where a class below overrides `materialise` alone."""
+    for kind in type(part).__mro__:
+        if "redrawn" in vars(kind):
+            return part.redrawn  # type: ignore[attr-defined]
+        if "materialise" in vars(kind):
+            break
+    return None

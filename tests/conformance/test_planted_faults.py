@@ -639,6 +639,13 @@ class IgnoresSeed(GoodInitialiser):
         super().__init__(options, replace(context, seed=0))
 
 
+class Offers(GoodInitialiser):
+    """Its redrawn rows by themselves."""
+
+    def redrawn(self, plan: NeuronPlan, expert: int, matrix: str, dense: Any) -> Any:
+        return GoodInitialiser.materialise(self, plan, expert, matrix, dense)[plan.changed(matrix)]
+
+
 INITIALISER_FAULTS = [
     (type("TooFar", (GoodInitialiser,), {
         "plan": lambda s, e: replace(GoodInitialiser.plan(s, e), source=np.full(10, 24, np.int32))}),
@@ -652,11 +659,18 @@ INITIALISER_FAULTS = [
      "fills_every_matrix"),
     (CountsCalls, "any_order_gives_the_same"),
     (IgnoresSeed, "the_seed_decides"),
+    (type("RedrawsOthers", (Offers,), {"redrawn": lambda s, p, e, m, d: Offers.redrawn(s, p, e, m, d)[::-1]}),
+     "redraws_what_it_says"),
+    (type("RedrawsMore", (Offers,), {
+        "redrawn": Offers.redrawn,
+        "materialise": lambda s, *a: Offers.materialise(s, *a) * np.where(a[0].changed(a[2]), 1, 2)[:, None]}),
+     "redraws_what_it_says"),
 ]  # fmt: skip
 
 
-def test_a_sound_initialiser_passes() -> None:
-    testing.check_initialiser(component("good", NoOptions, GoodInitialiser))
+@pytest.mark.parametrize("sound", [GoodInitialiser, Offers])
+def test_a_sound_initialiser_passes(sound: Any) -> None:
+    testing.check_initialiser(component("good", NoOptions, sound))
 
 
 @pytest.mark.parametrize(("fault", "check"), INITIALISER_FAULTS, ids=lambda v: getattr(v, "__name__", v))

@@ -152,8 +152,12 @@ DECLARED: dict[str, Instead | Not] = {
     "python benchmarks/gpu.py --out benchmarks/results": Not(
         "needs a GPU; test_benchmarks.py sees what it says without"
     ),
-    "python benchmarks/make_source.py /tmp/source --layers 2": Not("writes 2 GB"),
-    "python benchmarks/upcycle.py /tmp/source /tmp/scratch": Not("converts 8 GB"),
+    "python benchmarks/make_source.py /tmp/source --layers 4 --vocab-size 4096": Not("writes 2 GB"),
+    "python benchmarks/upcycle.py /tmp/source /tmp/scratch model.vocab_size=4096 --out benchmarks/results": Not(
+        "converts 16 GB"
+    ),
+    "python benchmarks/upcycle_parts.py /tmp/source model.vocab_size=4096 --output /tmp/scratch/parts "
+    "--out benchmarks/results": Not("makes 8 GB"),
     "python -m moelab_tools.experiments.pages docs/findings.md": Not(
         "tests/unit/tools/experiments/test_pages.py holds the page to what this writes"
     ),

@@ -49,7 +49,7 @@ def scaled(values: npt.NDArray[Any], dtype: str, factor: float) -> npt.NDArray[A
         products, flat, result = from_float32(every, dtype), values.reshape(-1), out.reshape(-1)
         for start in range(0, flat.size, 32768):
             part = slice(start, start + 32768)
-            products.take(flat[part], out=result[part], mode="clip")
+            products.take(flat[part], out=result[part], mode="wrap")
         return out
     rows = max(1, 32768 // max(1, values[0].size)) if values.ndim > 1 else values.size
     for start in range(0, len(values), rows):  # a piece at a time stays in cache

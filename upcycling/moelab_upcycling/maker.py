@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,16 +27,17 @@ from moelab.initialisers import (
     RouterInitialiser,
     SharedInitialiser,
     UpcycleContext,
+    redrawn_of,
 )
 from moelab.plugin_faults import PluginPart
 from moelab.registry import Registry
+from moelab_upcycling.assembly import Scratch, assembled, made_rows
 from moelab_upcycling.dense import LoadedMatrix
 from moelab_upcycling.dtypes import STORAGE, convert, from_float32, scaled, to_float32
 from moelab_upcycling.plan import OutputTensor, Plan
 from moelab_upcycling.prompts import prompt_reader
-from moelab_upcycling.source import DenseSource, transpose_into
+from moelab_upcycling.source import DenseSource
 
-_SLAB = 128  # rows handed on at a time
 _MEAN = -1  # as a checkpoint: the mean of all of them
 
 
@@ -112,6 +113,7 @@ class Maker:
         self.sources = sources
         self.prompts = prompt_reader(sources[0])  # one for all layers: their hidden states follow from each other
         self._layer: _Layer | None = None
+        self._scratch = Scratch()
 
     def make(self, tensor: OutputTensor) -> Iterator[npt.NDArray[Any]]:
         """The tensor's values as contiguous arrays in file order; an array may be overwritten by the next."""
@@ -124,7 +126,7 @@ class Maker:
         if self._layer is None or self._layer.layer_id != tensor.layer_id:
             self._layer = None  # frees the old matrices before the next are read
             self._layer = _Layer(self, tensor.layer_id)
-        yield from self._layer.make(tensor)
+        yield from self._layer.make(tensor, self._scratch)
 
     def _copied(self, tensor: OutputTensor) -> Iterator[npt.NDArray[Any]]:
         rows = tensor.shape[0]
@@ -161,6 +163,7 @@ class _Layer:
         self.plan, self.sources, self.layer_id = maker.plan, maker.sources, layer_id
         self.parts = build_parts(maker.plan, maker.registry, layer_id)
         self._looked_at: set[tuple[str, str]] = set()  # (axis, matrix): what has been made once
+        self._plans: dict[int, NeuronPlan] = {}  # no functools.cache: a layer that holds itself keeps its matrices
         self._held: dict[int, tuple[str, LoadedMatrix]] = {}  # checkpoint -> its one matrix in memory
         for part in (self.parts.experts, self.parts.shared):
             prepare = getattr(part, "prepare", None)
@@ -168,9 +171,8 @@ class _Layer:
                 prepare(lambda matrix: self.dense(0, matrix))
         if hasattr(self.parts.router, "prepare"):
             self.parts.router.prepare(maker.prompts)
-        self.plan_of = cache(self._plan_of)
 
-    def make(self, tensor: OutputTensor) -> Iterator[npt.NDArray[Any]]:
+    def make(self, tensor: OutputTensor, scratch: Scratch) -> Iterator[npt.NDArray[Any]]:
         """The tensor in pieces, in file order."""
         if tensor.role in ("router", "shared_gate"):
             axis, method = ("router", "weight") if tensor.role == "router" else ("shared", "gate")
@@ -178,23 +180,41 @@ class _Layer:
             self.parts.refuse(axis, method, promises.made(values, tensor.shape, finite=True))
             yield from_float32(np.ascontiguousarray(values, dtype=np.float32), tensor.dtype)
             return
+        for piece in self._rows(tensor, scratch):
+            exact = piece if piece.dtype == STORAGE[tensor.dtype] else from_float32(_fp32(piece), tensor.dtype)
+            yield scaled(exact, tensor.dtype, self._factor(tensor))
+
+    def _rows(self, tensor: OutputTensor, scratch: Scratch) -> Iterator[npt.NDArray[Any]]:
+        """What the initialiser made of it, in file order and not yet scaled."""
+        matrix, turned = tensor.matrix, tensor.matrix == "down"
+        expert: tuple[int, ...] = ()
         if tensor.role == "shared":
             checkpoint = _MEAN if len(self.sources) > 1 and self.plan.recipe.others == "mean" else 0
-            dense = self.dense(checkpoint, tensor.matrix)
-            rows = self.parts.shared.materialise(self.plan_of_shared, tensor.matrix, dense)
-            factor, axis = self.parts.shared.gain if tensor.matrix == "down" else 1.0, "shared"
+            axis, neurons = "shared", self.plan_of_shared
         else:
-            neurons = self.plan_of(tensor.expert)
-            dense = self.dense(neurons.checkpoint, tensor.matrix)
-            rows = self.parts.experts.materialise(neurons, tensor.expert, tensor.matrix, dense)
-            factor, axis = self.factors.get(tensor.matrix, 1.0), "experts"
-        wanted = tensor.shape[::-1] if tensor.matrix == "down" else tensor.shape
-        first = (axis, tensor.matrix) not in self._looked_at and not self.parts.named[axis].ours
-        self.parts.refuse(axis, "materialise", promises.made(rows, wanted, dense.values.dtype, finite=first))
-        self._looked_at.add((axis, tensor.matrix))
-        for piece in _slabs(rows, turned=tensor.matrix == "down"):
-            exact = piece if piece.dtype == STORAGE[tensor.dtype] else from_float32(_fp32(piece), tensor.dtype)
-            yield scaled(exact, tensor.dtype, float(factor))
+            axis, neurons, expert = "experts", self.plan_of(tensor.expert), (tensor.expert,)
+            checkpoint = neurons.checkpoint
+        part, dense = getattr(self.parts, axis), self.dense(checkpoint, matrix)
+        storage, width = dense.values.dtype, dense.values.shape[1]
+        first = (axis, matrix) not in self._looked_at and not self.parts.named[axis].ours
+        self._looked_at.add((axis, matrix))
+        redrawn = redrawn_of(part)
+        new = None if redrawn is None else redrawn(neurons, *expert, matrix, dense)
+        if new is not None:
+            count = int(neurons.changed(matrix).sum())
+            self.parts.refuse(axis, "redrawn", promises.made(new, (count, width), storage, finite=first))
+            new = new if new.dtype == storage else from_float32(_fp32(new), dense.dtype)
+            yield from assembled(neurons, matrix, dense.values, new, turned=turned, scratch=scratch)
+            return
+        rows = part.materialise(neurons, *expert, matrix, dense)
+        wanted = (len(neurons.source), width)
+        self.parts.refuse(axis, "materialise", promises.made(rows, wanted, storage, finite=first))
+        yield from made_rows(rows, turned=turned, scratch=scratch)
+
+    def _factor(self, tensor: OutputTensor) -> float:
+        if tensor.role == "shared":
+            return float(self.parts.shared.gain) if tensor.matrix == "down" else 1.0
+        return float(self.factors.get(tensor.matrix, 1.0))
 
     @cached_property
     def plan_of_shared(self) -> NeuronPlan:
@@ -204,11 +224,15 @@ class _Layer:
         self.parts.refuse("shared", "plan", promises.planned(plan, width, target.intermediate_size, sources))
         return plan
 
-    def _plan_of(self, expert: int) -> NeuronPlan:
-        plan = self.parts.experts.plan(expert)
-        target, sources = self.plan.target, len(self.sources)
-        width = target.layouts[self.layer_id].moe_intermediate_size
-        self.parts.refuse("experts", "plan", promises.planned(plan, width, target.intermediate_size, sources))
+    def plan_of(self, expert: int) -> NeuronPlan:
+        """Of one routed expert."""
+        plan = self._plans.get(expert)
+        if plan is None:
+            plan = self.parts.experts.plan(expert)
+            target, sources = self.plan.target, len(self.sources)
+            width = target.layouts[self.layer_id].moe_intermediate_size
+            self.parts.refuse("experts", "plan", promises.planned(plan, width, target.intermediate_size, sources))
+            self._plans[expert] = plan
         return plan
 
     def plugin_parts(self) -> list[tuple[PluginPart, object]]:
@@ -229,10 +253,9 @@ class _Layer:
 
     def dense(self, checkpoint: int, matrix: str) -> LoadedMatrix:
         """One FFN matrix of a source, or of the mean of all."""
-        held = self._held.get(checkpoint)
-        if held is not None and held[0] == matrix:
-            return held[1]
-        self._held = {key: value for key, value in self._held.items() if value[0] == matrix}
+        self._held = {key: value for key, value in self._held.items() if value[0] == matrix}  # before the next is read
+        if checkpoint in self._held:
+            return self._held[checkpoint][1]
         name = names.dense_ffn(self.layer_id, matrix)
         if checkpoint == _MEAN:
             parts = [self._load(source, name, matrix) for source in self.sources]
@@ -246,20 +269,6 @@ class _Layer:
     def _load(self, source: DenseSource, name: str, matrix: str) -> npt.NDArray[Any]:
         values = source.transposed(name) if matrix == "down" else source.array(name)
         return convert(values, source.tensors[name].dtype, self.plan.dtype)
-
-
-def _slabs(rows: npt.NDArray[Any], *, turned: bool) -> Iterator[npt.NDArray[Any]]:
-    """rows [n, D], or turned [D, n], some rows at a time: what follows finds them still in the cache."""
-    count, width = rows.shape
-    if not turned:
-        for start in range(0, count, _SLAB):
-            yield np.ascontiguousarray(rows[start : start + _SLAB])
-        return
-    out = np.empty((min(_SLAB, width), count), dtype=rows.dtype)
-    for start in range(0, width, _SLAB):
-        slab = out[: min(_SLAB, width - start)]
-        transpose_into(rows[:, start : start + _SLAB], slab)
-        yield slab
 
 
 def _fp32(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moelab.errors import ConfigError
-from moelab.initialisers import MATRICES, NO_SOURCE, DenseMatrix, NeuronPlan
+from moelab.initialisers import MATRICES, DenseMatrix, NeuronPlan
 from moelab_upcycling.dense import statistics
 from moelab_upcycling.dtypes import from_float32, to_float32
-from moelab_upcycling.streams import choose, fill_rows, normal_table, stream
+from moelab_upcycling.streams import choose, fill, normal_table, normals, stream
 
 INDEX_SETS = ("shared", "independent")
 STATISTICS = ("dropped", "dense", "config")
@@ -66,30 +66,40 @@ def nothing_redrawn(width: int) -> dict[str, npt.NDArray[np.bool_]]:
     return dict.fromkeys(MATRICES, np.zeros(width, dtype=bool))
 
 
-def copy_kept(plan: NeuronPlan, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
-    """-> [n, D]: the kept rows bit for bit; the others are not set."""
-    out = np.empty((len(plan.source), dense.values.shape[1]), dtype=dense.values.dtype)
-    kept = np.flatnonzero(~plan.redrawn[matrix] & (plan.source != NO_SOURCE))
-    if len(kept) == len(out):
-        dense.values.take(plan.source, axis=0, out=out, mode="clip")
-        return out
-    step = 64  # rows at a time, so that the gathered rows are in cache when they are scattered
-    for start in range(0, len(kept), step):
-        rows = kept[start : start + step]
-        out[rows] = dense.values[plan.source[rows]]
+def place_rows(
+    out: npt.NDArray[Any],
+    source: npt.NDArray[np.int32],
+    changed: npt.NDArray[np.bool_],
+    values: npt.NDArray[Any],
+    new: npt.NDArray[Any],
+) -> None:
+    """out [r, D]: the dense rows `source` bit for bit, and new [k, D], in its order, where they changed."""
+    if not len(new):
+        values.take(source, axis=0, out=out, mode="clip")
+        return
+    kept = np.flatnonzero(~changed)
+    out[kept] = values.take(source[kept], axis=0, mode="clip")
+    out[np.flatnonzero(changed)] = new
+
+
+def planned_rows(plan: NeuronPlan, matrix: str, values: npt.NDArray[Any], new: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """-> [n, D]: dense rows as planned, bit for bit, and new [k, D] for those that change."""
+    changed = plan.changed(matrix)
+    out = np.empty((len(changed), values.shape[1]), dtype=values.dtype)
+    step, done = 64, 0  # rows at a time, so that the gathered rows are in cache when they are placed
+    for start in range(0, len(out), step):
+        part = slice(start, start + step)
+        count = int(np.count_nonzero(changed[part]))
+        place_rows(out[part], plan.source[part], changed[part], values, new[done : done + count])
+        done += count
     return out
 
 
-def redraw(
-    out: npt.NDArray[Any],
-    rows: npt.NDArray[np.intp],
-    dense: DenseMatrix,
-    source: np.random.PCG64,
-    moments: tuple[float, float],
-) -> None:
-    """out[rows] ~ N(mean, std^2) in the order of the rows."""
-    if len(rows):
-        fill_rows(source, normal_table(*moments, dense.dtype), out, rows)
+def drawn_rows(
+    count: int, dense: DenseMatrix, source: np.random.PCG64, moments: tuple[float, float]
+) -> npt.NDArray[Any]:
+    """-> [count, D] ~ N(mean, std^2), as the dense matrix is stored."""
+    return normals(source, (count, dense.values.shape[1]), *moments, dense.dtype)
 
 
 def add_noise(
@@ -102,7 +112,7 @@ def add_noise(
     for start in range(0, len(rows), step):
         chosen = rows[start : start + step]
         part = noise[: len(chosen)]
-        fill_rows(source, table, part, np.arange(len(chosen)))
+        fill(source, table, part)
         out[chosen] = from_float32(to_float32(out[chosen], dense.dtype) + part, dense.dtype)
 
 
@@ -130,5 +140,5 @@ def elementwise_redraw(
         dropped = to_float32(out[mask], dense.dtype).astype(np.float64)
         moments = (float(dropped.mean()), float(dropped.std(ddof=1))) if dropped.size > 1 else (0.0, 0.0)
     drawn = np.empty_like(out)
-    fill_rows(source, normal_table(*moments, dense.dtype), drawn, np.arange(len(out)))
+    fill(source, normal_table(*moments, dense.dtype), drawn)
     np.copyto(out, drawn, where=mask)

@@ -205,9 +205,9 @@ def _serve(plan: Plan, output: str | None, pipe: Connection, parent: int) -> Non
 
 
 def _keep_memory() -> None:
-    """Reuse freed blocks of up to 32 MB: fresh pages for every expert cost as much time as filling them."""
+    """Reuse freed blocks, the 136 MB of a source matrix too: fresh pages cost as much time as filling them."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
         if mallopt is not None:
-            mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-            mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
+            mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own, which would go back when freed
+            mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD

@@ -13,7 +13,7 @@ import numpy as np
 
 from moelab import initialiser_promises as promises
 from moelab.components import Component
-from moelab.initialisers import ExpertInitialiser, UpcycleContext
+from moelab.initialisers import ExpertInitialiser, UpcycleContext, redrawn_of
 from moelab.moe.layout import ExpertLayout
 from moelab.testing.report import make_options, promised, run_checks
 
@@ -109,11 +109,32 @@ def the_seed_decides(case: InitialiserCase) -> None:
     assert any(not np.array_equal(first[m], other[m]) for m in MATRICES), "another seed gives the same experts"
 
 
+def redraws_what_it_says(case: InitialiserCase) -> None:
+    """Where `redrawn` is offered: those rows of `materialise`, and the others are the planned dense rows."""
+    initialiser = case.build()
+    redrawn = redrawn_of(initialiser)
+    if redrawn is None:
+        return
+    for expert in range(case.num_experts):
+        plan = initialiser.plan(expert)
+        for matrix in MATRICES:
+            dense, changed = case.dense[matrix], plan.changed(matrix)
+            new = redrawn(plan, expert, matrix, dense)
+            if new is None:
+                continue
+            promised(promises.made(new, (int(changed.sum()), HIDDEN), np.float32, finite=True), redrawn)
+            rows = initialiser.materialise(plan, expert, matrix, dense)
+            assert np.array_equal(rows[changed], new), f"expert {expert}'s {matrix}: other rows than materialise has"
+            same = np.array_equal(rows[~changed], dense.values[plan.source[~changed]])
+            assert same, f"expert {expert}'s {matrix}: offers redrawn, and has changed other rows too"
+
+
 INITIALISER_CHECKS: tuple[Callable[[InitialiserCase], None], ...] = (
     plans_every_neuron,
     fills_every_matrix,
     any_order_gives_the_same,
     the_seed_decides,
+    redraws_what_it_says,
 )
 
 

@@ -33,6 +33,8 @@ class Experts:
         rows = dense.float32(plan.source)
         return {rows}
 
+    {redrawn}
+
 
 class Router:
     std = {std}
@@ -70,7 +72,7 @@ def moelab_output_scalings():
 """
 SOUND = {
     "plan": "plan", "rows": "rows", "std": "0.02", "weight": "np.zeros(self.shape, np.float32)", "factors": "{}",
-    "experts": "Experts",
+    "experts": "Experts", "redrawn": "",
 }  # fmt: skip
 FAULTS = {
     "a plan that is a tuple": ("experts", {"plan": "(plan,)"}, "plan() returned a tuple; it must return a NeuronPlan"),
@@ -81,6 +83,12 @@ FAULTS = {
     "rows turned": ("experts", {"rows": "rows.T"}, "made float32 [32, 80]; it must be [80, 32]"),
     "rows as whole numbers": ("experts", {"rows": "rows.astype(int)"}, "made int64 [80, 32]; it must be float32"),
     "a list": ("experts", {"rows": "rows.tolist()"}, "made a list; it must be [80, 32]"),
+    "too few rows redrawn": (
+        "experts",
+        {"redrawn": "def redrawn(self, plan, expert, matrix, dense): return dense.float32(plan.source[:0])",
+         "plan": "NeuronPlan(plan.source, {m: ~r for m, r in plan.redrawn.items()})"},
+        "made float32 [0, 32]; it must be [80, 32]",
+    ),
     "NaN": ("experts", {"rows": "rows * np.nan"}, "made values that are NaN or Inf"),
     "an error": ("experts", {"rows": "rows.missing"}, "raised AttributeError: 'numpy.ndarray' object has no"),
     "no method": ("experts", {"experts": "lambda options, context: object()"}, "without a method plan()"),

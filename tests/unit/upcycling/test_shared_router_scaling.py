@@ -9,7 +9,7 @@ import pytest
 
 from moelab.errors import ConfigError
 from moelab.hookspecs import OUTPUT_SCALINGS, ROUTER_INITIALISERS, SHARED_INITIALISERS
-from moelab.initialisers import MATRICES, NO_SOURCE, PromptReader, UpcycleContext
+from moelab.initialisers import MATRICES, NO_SOURCE, PromptReader, UpcycleContext, redrawn_of
 from moelab.moe.layout import ExpertLayout
 from moelab_upcycling.dense import LoadedMatrix
 from moelab_upcycling.top_k_mass import top_k_mass
@@ -48,6 +48,17 @@ def swiglu(ffn: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
 def made_ffn(part: Any) -> dict[str, np.ndarray]:
     plan, dense = part.plan(), dense_ffn()
     return {matrix: part.materialise(plan, matrix, dense[matrix]) for matrix in MATRICES}
+
+
+@pytest.mark.parametrize("node", [{"name": "copy"}, {"name": "copy", "extra": "random"}, {"name": "qwen2"}], ids=str)
+def test_what_a_shared_expert_redraws_is_what_it_makes_of_those_rows(node: dict[str, Any]):
+    part = shared(node)
+    plan, redrawn = part.plan(), redrawn_of(part)
+    assert redrawn is not None
+    for matrix, rows in made_ffn(part).items():
+        changed, dense = plan.changed(matrix), dense_ffn()[matrix]
+        assert np.array_equal(redrawn(plan, matrix, dense), rows[changed])
+        assert np.array_equal(dense.values[plan.source[~changed]], rows[~changed])
 
 
 X = np.random.default_rng(1).standard_normal((5, 32))

@@ -15,7 +15,13 @@ import numpy.typing as npt
 from moelab import ConfigError
 from moelab.initialisers import NO_SOURCE, DenseMatrix, NeuronPlan, UpcycleContext
 from moelab_upcycling.dense import statistics
-from moelab_upcycling.neurons import Streams, choose_redrawn, copy_kept, redraw, redraw_moments
+from moelab_upcycling.neurons import (
+    Streams,
+    choose_redrawn,
+    drawn_rows,
+    planned_rows,
+    redraw_moments,
+)
 from moelab_upcycling.streams import permutation
 
 
@@ -60,14 +66,13 @@ class Shards:
         return NeuronPlan(source, {matrix: mask & ~filler for matrix, mask in redrawn.items()})
 
     def materialise(self, plan: NeuronPlan, expert: int, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
-        out = copy_kept(plan, matrix, dense)
-        filler = np.flatnonzero(plan.source == NO_SOURCE)
-        if matrix == "down":
-            out[filler] = 0
-        elif len(filler):  # keyed by shard: the copies are alike in these too
-            redraw(out, filler, dense, self.streams("filler", expert % self.group, matrix), statistics(dense))
-        rows = np.flatnonzero(plan.redrawn[matrix])
-        redraw(
-            out, rows, dense, self.streams("redraw", expert, matrix), redraw_moments(plan, rows, dense, "dropped", 0)
-        )
-        return out
+        filler, redrawn = plan.source == NO_SOURCE, plan.redrawn[matrix]
+        rows = np.flatnonzero(redrawn)
+        moments = redraw_moments(plan, rows, dense, "dropped", 0)
+        changed = plan.changed(matrix)
+        new = np.zeros((int(changed.sum()), dense.values.shape[1]), dense.values.dtype)
+        new[redrawn[changed]] = drawn_rows(len(rows), dense, self.streams("redraw", expert, matrix), moments)
+        if matrix != "down" and filler.any():  # keyed by shard: the copies are alike in these too
+            stream = self.streams("filler", expert % self.group, matrix)
+            new[filler[changed]] = drawn_rows(int(filler.sum()), dense, stream, statistics(dense))
+        return planned_rows(plan, matrix, dense.values, new)

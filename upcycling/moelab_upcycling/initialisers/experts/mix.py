@@ -18,8 +18,8 @@ from moelab_upcycling.neurons import (
     check_fraction,
     check_width,
     choose_redrawn,
-    copy_kept,
-    redraw,
+    drawn_rows,
+    planned_rows,
     redraw_moments,
 )
 
@@ -75,13 +75,14 @@ class MixedExperts:
         redrawn = choose_redrawn(self.streams, expert, self.width, self.options.reinit_fraction)
         return NeuronPlan(self._assignments[owner][place], redrawn, checkpoint=owner)
 
-    def materialise(self, plan: NeuronPlan, expert: int, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
-        out = copy_kept(plan, matrix, dense)
+    def redrawn(self, plan: NeuronPlan, expert: int, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
+        """The rows that the plan marks [k, D]; the others are copies."""
         rows = np.flatnonzero(plan.redrawn[matrix])
-        redraw(
-            out, rows, dense, self.streams("redraw", expert, matrix), redraw_moments(plan, rows, dense, "dropped", 0)
-        )
-        return out
+        moments = redraw_moments(plan, rows, dense, "dropped", 0)
+        return drawn_rows(len(rows), dense, self.streams("redraw", expert, matrix), moments)
+
+    def materialise(self, plan: NeuronPlan, expert: int, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
+        return planned_rows(plan, matrix, dense.values, self.redrawn(plan, expert, matrix, dense))
 
 
 @hookimpl

@@ -20,10 +20,10 @@ from moelab_upcycling.neurons import (
     check_fraction,
     check_width,
     choose_redrawn,
-    copy_kept,
+    drawn_rows,
     elementwise_redraw,
     nothing_redrawn,
-    redraw,
+    planned_rows,
     redraw_moments,
 )
 
@@ -76,17 +76,26 @@ class Qwen2Experts:
         redrawn = choose_redrawn(self.streams, expert, self.width, options.reinit_fraction, independent=independent)
         return NeuronPlan(self._assignment[expert], redrawn)
 
-    def materialise(self, plan: NeuronPlan, expert: int, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
-        out = copy_kept(plan, matrix, dense)
-        source = self.streams("redraw", expert, matrix)
-        kind, std = self.options.statistics, self.context.initializer_range
-        rows = np.flatnonzero(plan.redrawn[matrix])
+    def redrawn(self, plan: NeuronPlan, expert: int, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any] | None:
+        """The rows that the plan marks [k, D]; None where single elements are redrawn, in all of them."""
         if self.options.mode == "element":
-            moments = None if kind == "dropped" else redraw_moments(plan, rows, dense, kind, std)
-            elementwise_redraw(out, dense, source, self.options.reinit_fraction, moments)
-        else:
-            redraw(out, rows, dense, source, redraw_moments(plan, rows, dense, kind, std))
+            return None
+        rows = np.flatnonzero(plan.redrawn[matrix])
+        return drawn_rows(len(rows), dense, self.streams("redraw", expert, matrix), self._moments(plan, rows, dense))
+
+    def materialise(self, plan: NeuronPlan, expert: int, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
+        new = self.redrawn(plan, expert, matrix, dense)
+        if new is not None:
+            return planned_rows(plan, matrix, dense.values, new)
+        out = dense.values[plan.source]
+        moments = None
+        if self.options.statistics != "dropped":
+            moments = self._moments(plan, np.flatnonzero(plan.redrawn[matrix]), dense)
+        elementwise_redraw(out, dense, self.streams("redraw", expert, matrix), self.options.reinit_fraction, moments)
         return out
+
+    def _moments(self, plan: NeuronPlan, rows: npt.NDArray[np.intp], dense: DenseMatrix) -> tuple[float, float]:
+        return redraw_moments(plan, rows, dense, self.options.statistics, self.context.initializer_range)
 
 
 @hookimpl

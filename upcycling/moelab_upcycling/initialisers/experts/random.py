@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from moelab import Component, component, hookimpl
 from moelab.initialisers import MATRICES, NO_SOURCE, DenseMatrix, ExpertInitialiser, NeuronPlan, UpcycleContext
-from moelab_upcycling.neurons import Streams, redraw
+from moelab_upcycling.neurons import Streams, drawn_rows
 
 
 @dataclass
@@ -35,9 +35,7 @@ class RandomExperts:
         return NeuronPlan(np.full(self.width, NO_SOURCE, dtype=np.int32), dict.fromkeys(MATRICES, everything))
 
     def materialise(self, plan: NeuronPlan, expert: int, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
-        out = np.empty((self.width, dense.values.shape[1]), dtype=dense.values.dtype)
-        redraw(out, np.arange(self.width), dense, self.streams("redraw", expert, matrix), (0.0, self.std))
-        return out
+        return drawn_rows(self.width, dense, self.streams("redraw", expert, matrix), (0.0, self.std))
 
 
 @hookimpl

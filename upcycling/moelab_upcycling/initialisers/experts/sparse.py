@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from moelab import Component, ConfigError, component, hookimpl
 from moelab.initialisers import DenseMatrix, ExpertInitialiser, NeuronPlan, UpcycleContext
-from moelab_upcycling.neurons import Streams, copy_kept, nothing_redrawn
+from moelab_upcycling.neurons import Streams, nothing_redrawn, planned_rows
 from moelab_upcycling.streams import permutation
 
 
@@ -39,8 +39,12 @@ class SparseExperts:
             order = permutation(self.streams("shuffle", expert), self.width)
         return NeuronPlan(order, nothing_redrawn(self.width))
 
+    def redrawn(self, plan: NeuronPlan, expert: int, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
+        """None of them."""
+        return dense.values[:0]
+
     def materialise(self, plan: NeuronPlan, expert: int, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
-        return copy_kept(plan, matrix, dense)
+        return planned_rows(plan, matrix, dense.values, self.redrawn(plan, expert, matrix, dense))
 
 
 @hookimpl

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from moelab import Component, component, hookimpl
 from moelab.initialisers import MATRICES, NO_SOURCE, DenseMatrix, NeuronPlan, SharedInitialiser, UpcycleContext
 from moelab_upcycling.dense import statistics
-from moelab_upcycling.neurons import Streams, check_choice, copy_kept, redraw
+from moelab_upcycling.neurons import Streams, check_choice, drawn_rows, planned_rows
 from moelab_upcycling.shared_gate import Gate, GateOptions
 from moelab_upcycling.streams import permutation
 
@@ -50,14 +50,15 @@ class CopiedShared:
             source[:dense] = np.arange(dense)
         return NeuronPlan(source, dict.fromkeys(MATRICES, source == NO_SOURCE))
 
+    def redrawn(self, plan: NeuronPlan, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
+        """The neurons beyond the dense ones [k, D]; the others are copies."""
+        extra = int(plan.redrawn[matrix].sum())
+        if (matrix == "down" and self.options.extra == "zero_down") or not extra:
+            return np.zeros((extra, dense.values.shape[1]), dense.values.dtype)
+        return drawn_rows(extra, dense, self.streams("extra", matrix=matrix), statistics(dense))
+
     def materialise(self, plan: NeuronPlan, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
-        out = copy_kept(plan, matrix, dense)
-        extra = np.flatnonzero(plan.redrawn[matrix])
-        if matrix == "down" and self.options.extra == "zero_down":
-            out[extra] = 0
-        elif len(extra):
-            redraw(out, extra, dense, self.streams("extra", matrix=matrix), statistics(dense))
-        return out
+        return planned_rows(plan, matrix, dense.values, self.redrawn(plan, matrix, dense))
 
     def gate(self) -> npt.NDArray[np.float32]:
         return self._gate.weight(self.streams)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from moelab import Component, ConfigError, component, hookimpl
 from moelab.initialisers import MATRICES, DenseMatrix, NeuronPlan, SharedInitialiser, UpcycleContext
 from moelab_upcycling.dtypes import scaled
-from moelab_upcycling.neurons import Streams, copy_kept
+from moelab_upcycling.neurons import Streams, planned_rows
 from moelab_upcycling.shared_gate import Gate, GateOptions
 from moelab_upcycling.streams import permutation
 
@@ -36,7 +36,7 @@ class DuplicatedShared:
         return NeuronPlan(source, dict.fromkeys(MATRICES, np.zeros(self.width, dtype=bool)))
 
     def materialise(self, plan: NeuronPlan, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
-        out = copy_kept(plan, matrix, dense)
+        out = planned_rows(plan, matrix, dense.values, dense.values[:0])
         if matrix == "down":
             twins = np.concatenate([plan.source[self.dense :], np.arange(self.dense, self.width)])
             out[twins] = scaled(out[twins], dense.dtype, 0.5)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from moelab import Component, component, hookimpl
 from moelab.initialisers import MATRICES, DenseMatrix, NeuronPlan, SharedInitialiser, UpcycleContext
 from moelab_upcycling.assignment import cut_from_copies
-from moelab_upcycling.neurons import Streams, check_fraction, choose_redrawn, copy_kept, redraw, redraw_moments
+from moelab_upcycling.neurons import Streams, check_fraction, choose_redrawn, drawn_rows, planned_rows, redraw_moments
 from moelab_upcycling.shared_gate import Gate, GateOptions
 
 
@@ -49,12 +49,14 @@ class Qwen2Shared:
         sets = [choose_redrawn(self.streams, e, width, self.options.reinit_fraction)["gate"] for e in range(more)]
         return NeuronPlan(source, dict.fromkeys(MATRICES, np.concatenate(sets)[: self.width]))
 
-    def materialise(self, plan: NeuronPlan, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
-        out = copy_kept(plan, matrix, dense)
+    def redrawn(self, plan: NeuronPlan, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
+        """The rows that the plan marks [k, D]; the others are copies."""
         rows = np.flatnonzero(plan.redrawn[matrix])
         moments = redraw_moments(plan, rows, dense, "dropped", 0)
-        redraw(out, rows, dense, self.streams("redraw", matrix=matrix), moments)
-        return out
+        return drawn_rows(len(rows), dense, self.streams("redraw", matrix=matrix), moments)
+
+    def materialise(self, plan: NeuronPlan, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
+        return planned_rows(plan, matrix, dense.values, self.redrawn(plan, matrix, dense))
 
     def gate(self) -> npt.NDArray[np.float32]:
         return self._gate.weight(self.streams)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from moelab import Component, component, hookimpl
 from moelab.initialisers import MATRICES, NO_SOURCE, DenseMatrix, NeuronPlan, SharedInitialiser, UpcycleContext
-from moelab_upcycling.neurons import Streams, redraw
+from moelab_upcycling.neurons import Streams, drawn_rows
 from moelab_upcycling.shared_gate import Gate, GateOptions
 
 
@@ -37,10 +37,9 @@ class RandomShared:
         return NeuronPlan(np.full(self.width, NO_SOURCE, dtype=np.int32), dict.fromkeys(MATRICES, drawn))
 
     def materialise(self, plan: NeuronPlan, matrix: str, dense: DenseMatrix) -> npt.NDArray[Any]:
-        out = np.zeros((self.width, dense.values.shape[1]), dtype=dense.values.dtype)
-        if not (matrix == "down" and self.down_is_zero):
-            redraw(out, np.arange(self.width), dense, self.streams("redraw", matrix=matrix), (0.0, self.std))
-        return out
+        if matrix == "down" and self.down_is_zero:
+            return np.zeros((self.width, dense.values.shape[1]), dtype=dense.values.dtype)
+        return drawn_rows(self.width, dense, self.streams("redraw", matrix=matrix), (0.0, self.std))
 
     def gate(self) -> npt.NDArray[np.float32]:
         return self._gate.weight(self.streams)
