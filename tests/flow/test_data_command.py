@@ -218,7 +218,16 @@ def test_bad_input_is_one_line_and_nothing_is_made(
 ) -> None:
     assert moelab(["data", *words(library, tmp_path / "out", **changed)]) == 2
     assert said in capsys.readouterr().err.replace("\n", " ")
-    assert not (tmp_path / "out").exists()
+    assert all(path.name.endswith(".lock") for path in tmp_path.iterdir())
+
+
+def test_why_nothing_was_left_of_a_source_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "some.jsonl").write_text("{cut\n")
+    source = f"[{{name: jsonl, paths: [{tmp_path / 'some.jsonl'}], skip_bad: true}}]"
+    assert moelab(["data", *words(tmp_path, tmp_path / "out", sources=source)]) == 2
+    assert "no document with any text" in capsys.readouterr().err and "not JSON: 1 (first" in caplog.text
 
 
 def test_an_output_that_is_there_is_not_replaced_unasked(
