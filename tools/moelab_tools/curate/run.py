@@ -120,6 +120,11 @@ def _make(loaded: Loaded[CurateConfig], registry: Registry, work: Work, output: 
         pieces.write_rejected(made / REJECTED, dropped)
     if tokenised:
         written = write_cache(pieces, dropped, held_out, config.tokens, account, causes, made / TOKENS)
+    for domain in (name for name in account.domains if not account.kept[name]):
+        causes.add(
+            "domains of which nothing is left", f"'{domain}' of {account.documents[domain]:,} documents",
+            "the account says at which stage they went; `but: [...]` leaves a domain out of one",
+        )  # fmt: skip
     told = causes.close()
     write_account(made, account, Circumstances(config, names, commits, told, cover))
     put_in_place(made, output)
@@ -127,7 +132,7 @@ def _make(loaded: Loaded[CurateConfig], registry: Registry, work: Work, output: 
     print_account(console, account, names)
     if cover is not None:
         console.print(f"selected: {cover}", highlight=False, soft_wrap=True)
-    if work.write_text:
+    if work.write_text and account.kept.total():
         console.print(f"text: {output / KEPT}", highlight=False, soft_wrap=True)
         how = f'moelab train CONFIG "data.source={{name: jsonl, paths: [{output / KEPT}], domain_key: domain}}"'
         if tokenised:
