@@ -235,6 +235,20 @@ def test_a_domain_of_which_nothing_is_left_is_told(
         assert ("train on it" in capsys.readouterr().out) == (count == 1)
 
 
+def test_of_many_domains_the_largest_have_a_column_in_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": f"text {n} of {d}", "domain": f"a-domain-{d:02}"} for d in range(40) for n in range(1 + (d == 33))]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("COLUMNS", "80")
+    source = f"[{{name: jsonl, paths: [{tmp_path / 'some.jsonl'}], domain_key: domain}}]"
+    assert moelab(["data", *words(tmp_path, tmp_path / "out", sources=source, stages="[]")]) == 0
+    told = capsys.readouterr().out
+    head = next(line for line in told.splitlines() if "documents" in line).split()
+    assert head == ["documents", "all", "a-domain-00", "a-domain-01", "a-domain-33"]
+    assert "37 smaller domains stand in account.html" in told and "\N{HORIZONTAL ELLIPSIS}" not in told
+
+
 def test_why_nothing_was_left_of_a_source_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
