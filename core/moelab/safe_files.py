@@ -207,11 +207,17 @@ def map_array(path: Path, reading: Reading) -> np.ndarray:
     """An .npy file, mapped: what its header speaks of must be there. Never unpickles."""
     import numpy as np  # noqa: PLC0415  (configs are read without it)
 
-    check_regular(path, reading)
+    size = check_regular(path, reading)
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # its header is parsed as Python: SyntaxError, tokenize.TokenError, OverflowError, ...
+        if "pickle" in str(error):  # numpy goes on with how to load it all the same, which is nobody's cure
+            reading.refuse(path, "is no .npy array: it has no such header, or holds pickled objects", error)
         reading.refuse(path, f"is no .npy array ({type(error).__name__}: {printable(error, 300)})", error)
+    spoken_of = getattr(array, "offset", size - array.nbytes) + array.nbytes
+    if spoken_of != size:
+        reading.refuse(path, f"has {size} bytes, and its header speaks of {spoken_of}: other files put behind it?")
+    return array
 
 
 def kind_of(value: Any) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -218,6 +220,55 @@ def test_bad_input_is_one_line_and_nothing_is_made(
 ) -> None:
     assert moelab(["data", *words(library, tmp_path / "out", **changed)]) == 2
     assert said in capsys.readouterr().err.replace("\n", " ")
+    assert all(path.name.endswith(".lock") for path in tmp_path.iterdir())
+
+
+def test_a_domain_of_which_nothing_is_left_is_told(
+    library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for domains, count in (("[code]", 1), ("[code, prose]", 2)):
+        stages = f"[{{name: length, min_characters: 100000, domains: {domains}}}]"
+        assert moelab(["data", *words(library, tmp_path / f"out{count}", stages=stages)]) == 0
+        told = json.loads((tmp_path / f"out{count}/account.json").read_text())["beside_documents"]
+        assert told["domains of which nothing is left"]["count"] == count
+        assert "nothing is left: " in caplog.text and "'code' of" in caplog.text
+        assert ("train on it" in capsys.readouterr().out) == (count == 1)
+
+
+def test_of_many_domains_the_largest_have_a_column_in_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": f"text {n} of {d}", "domain": f"a-domain-{d:02}"} for d in range(40) for n in range(1 + (d == 33))]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("COLUMNS", "80")
+    source = f"[{{name: jsonl, paths: [{tmp_path / 'some.jsonl'}], domain_key: domain}}]"
+    assert moelab(["data", *words(tmp_path, tmp_path / "out", sources=source, stages="[]")]) == 0
+    told = capsys.readouterr().out
+    head = next(line for line in told.splitlines() if "documents" in line).split()
+    assert head == ["documents", "all", "a-domain-00", "a-domain-01", "a-domain-33"]
+    assert "37 smaller domains stand in account.html" in told and "\N{HORIZONTAL ELLIPSIS}" not in told
+
+
+def test_why_nothing_was_left_of_a_source_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "some.jsonl").write_text("{cut\n")
+    source = f"[{{name: jsonl, paths: [{tmp_path / 'some.jsonl'}], skip_bad: true}}]"
+    assert moelab(["data", *words(tmp_path, tmp_path / "out", sources=source)]) == 2
+    assert "no document with any text" in capsys.readouterr().err and "not JSON: 1 (first" in caplog.text
+
+
+def test_a_disk_that_is_full_when_copies_are_looked_for_is_one_line(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mapped file that was not given its place first ends the process by a signal there."""
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    assert moelab(["data", *words(library, tmp_path / "out")]) == 1
+    assert "signatures.u32: no space left on the disk" in capsys.readouterr().err.replace("\n", "")
     assert not (tmp_path / "out").exists()
 
 

@@ -242,11 +242,14 @@ def test_a_tag_that_can_not_be_is_refused(tags: str, library: Path, tmp_path: Pa
     assert "tags." in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_held_out_text_has_no_near_copy_in_training_though_copies_may_stay(library: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("least", ["null", "1.0"])
+def test_held_out_text_has_no_near_copy_in_training_though_copies_may_stay(
+    least: str, library: Path, tmp_path: Path
+) -> None:
     rows = [json.loads(line) for line in (library / "some.jsonl").read_text().splitlines()][:60]
     near = [{**row, "text": re.sub("nobody|said", "somebody", row["text"], count=1)} for row in rows]
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *near]))
-    given = {"deduplicate": "{exact: false, near: null}", "keep_rejected": "true"}
+    given = {"deduplicate": f"{{exact: false, near: {least}}}", "keep_rejected": "true"}
     assert moelab(["data", *command(tmp_path, tmp_path / "out", "bytes", **given)]) == 0
     corpus, account = (
         opened(tmp_path / "out/tokens"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 
@@ -66,3 +67,12 @@ def test_arguments_are_datatroves_and_a_formatter_changes_texts(documents: list[
 def test_a_wrong_name_is_told(name: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
         stage(name, **options)
+
+
+def test_a_filter_that_can_not_fetch_its_files_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(self: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr("datatrove.pipeline.filters.UnigramLogProbFilter.__init__", offline)
+    with pytest.raises(ConfigError, match=r"UnigramLogProbFilter can't have the files that it fetches .*no network"):
+        stage("UnigramLogProbFilter")

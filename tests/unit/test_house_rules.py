@@ -151,7 +151,7 @@ def test_core_is_built_in_floors() -> None:
         ("trl", "core/moelab/alignment/trainers.py"),
         ("datasets", ("core/moelab/alignment/trainers.py", "tools/moelab_tools/judging.py")),
         ("triton", ("core/moelab/kernels/", "plugins/moelab_plugins/expert_backends/_megablocks_install.py")),
-        ("lm_eval", "tools/moelab_tools/judging.py"),
+        ("lm_eval", ("tools/moelab_tools/judging.py", "plugins/moelab_plugins/text_filters/_lm_eval_tasks.py")),
         ("pandas", "core/moelab/run_table/frame.py"),
         ("xxhash", "core/moelab/checksums.py"),
     ],

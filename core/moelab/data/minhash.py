@@ -11,19 +11,18 @@ n documents, H = BANDS * ROWS entries a signature.
 from __future__ import annotations
 
 import mmap
-import re
 import zlib
 from collections.abc import Iterator
 
 import numpy as np
 
 from moelab.data.identity import mix
+from moelab.data.words import words as words_of
 from moelab.seeds import derive_seed
 
 BANDS, ROWS = 20, 7
 SIZE = BANDS * ROWS  # H
 WORDS = 5  # a shingle: so many words in a row
-_WORD = re.compile(r"\w+")
 _MULTIPLIERS = np.array([derive_seed(0, "minhash", n) * 2 + 1 for n in range(SIZE)], np.uint64)
 _TOGETHER = 4096  # shingles hashed at once
 ROOM = 1 << 16  # signatures in memory at once
@@ -31,7 +30,7 @@ ROOM = 1 << 16  # signatures in memory at once
 
 def signature(text: str) -> np.ndarray:
     """[H] uint32 of the text's shingles of words, in lower case; of all its words where there are fewer."""
-    words = np.array([zlib.crc32(word.encode("utf-8", "replace")) for word in _WORD.findall(text.lower())], np.uint64)
+    words = np.array([zlib.crc32(word.encode("utf-8", "replace")) for word in words_of(text)], np.uint64)
     if len(words) == 0:
         return np.zeros(SIZE, np.uint32)
     size = min(WORDS, len(words))

@@ -20,6 +20,7 @@ LINES = {
     "shell": r"#!/bin/(ba)?sh.*|fi$|done$|esac$|then$|\w+=\$\(.*|if \[.*|echo .*|export \w+=.*",
     "html": r"<!DOCTYPE.*|</?(html|head|body|div|p|span|table|tr|td|ul|li|a|script)\b.*",
 }
+LONGEST = 1000  # characters of a line that are looked at: minified code is one line of megabytes
 _PATTERNS = {name: re.compile(pattern) for name, pattern in LINES.items()}
 
 
@@ -40,7 +41,7 @@ def code(options: CodeOptions, context: FilterContext) -> Tagger:
 
     def apply(document: Document) -> str:
         lines = [line.strip() for line in document.text.splitlines()[: options.lines]]
-        lines = [line for line in lines if line]
+        lines = [line[:LONGEST] for line in lines if line]
         found = {name: sum(map(bool, map(pattern.match, lines))) for name, pattern in _PATTERNS.items()}
         best = max(found, key=found.__getitem__)
         return best if lines and found[best] >= options.least * len(lines) else "no"

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from moelab import Component, Document, FilterContext, Tagger, component, hookimpl
 
-# In this order: what is found first is said. Each on a line of its own.
+# In this order: what is found first is said. Each on a line of its own, whose blanks alone are passed over: a pattern
+# that passed over empty lines too would try each of a long gap anew.
 KINDS = (
-    ("doctest", re.compile(r"^\s*>>> .+\n(?!\s*>>>|\s*$)", re.MULTILINE)),
-    ("test", re.compile(r"^\s*(assert\b|self\.assert\w+\(|EXPECT_\w+\(|ASSERT_\w+\()", re.MULTILINE)),
-    ("proof", re.compile(r"^\s*(\$[ap]\b|theorem\b|lemma\b|Qed\.|\\begin\{proof\})", re.MULTILINE | re.IGNORECASE)),
-    ("answer", re.compile(r"\\boxed\{|^\s*#### -?[\d.,]+\s*$|^(final )?answer( is)?:? *\S+\.?\s*$",
+    ("doctest", re.compile(r"^[^\S\n]*>>> .+\n(?!\s*>>>|\s*$)", re.MULTILINE)),
+    ("test", re.compile(r"^[^\S\n]*(assert\b|self\.assert\w+\(|EXPECT_\w+\(|ASSERT_\w+\()", re.MULTILINE)),
+    ("proof", re.compile(r"^[^\S\n]*(\$[ap]\b|theorem\b|lemma\b|Qed\.|\\begin\{proof\})",
+                         re.MULTILINE | re.IGNORECASE)),
+    ("answer", re.compile(r"\\boxed\{|^[^\S\n]*#### -?[\d.,]+\s*$|^(final )?answer( is)?:? *\S+\.?\s*$",
                           re.MULTILINE | re.IGNORECASE)),
 )  # fmt: skip
 

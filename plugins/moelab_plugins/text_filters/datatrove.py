@@ -78,6 +78,11 @@ def _made(options: DatatroveOptions) -> Any:
         return known[options.filter](**options.options)
     except ImportError as error:
         raise ConfigError(f"filter: {options.filter} needs more than is installed ({error})") from error
+    except OSError as error:  # a model or a list of words that it fetches
+        raise ConfigError(
+            f"filter: {options.filter} can't have the files that it fetches ({error}); begin once with a network, or "
+            "take another filter"
+        ) from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"options: {options.filter} refuses them: {error}") from error
 

@@ -10,7 +10,6 @@ from moelab import Component, Document, FilterContext, Rejected, TextFilter, com
 
 FORMS = ("NFC", "NFKC", "NFD", "NFKD")
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]")
-_TRAILING = re.compile(r"[^\S\n]+$", re.MULTILINE)
 
 
 @dataclass
@@ -39,7 +38,7 @@ def normalise(options: NormaliseOptions, context: FilterContext) -> TextFilter:
         if options.form is not None:
             text = unicodedata.normalize(options.form, text)  # type: ignore[arg-type]  # one of FORMS
         if not options.trailing_space:
-            text = _TRAILING.sub("", text)
+            text = "\n".join(line.rstrip() for line in text.split("\n"))  # not a pattern: those try each blank anew
         return document if text == document.text else replace(document, text=text)
 
     return apply

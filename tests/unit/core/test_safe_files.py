@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,6 +161,20 @@ def test_a_damaged_npy_header_is_one_message(tmp_path: Path, header: bytes) -> N
     path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + b"1234")
     with pytest.raises(CheckpointError, match=r"is no \.npy array"):
         map_array(path, READING)
+
+
+def test_an_npy_file_with_another_behind_it_is_refused_and_so_are_pickled_objects(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.arange(5))
+    two = (tmp_path / "x.npy").read_bytes() * 2
+    (tmp_path / "two.npy").write_bytes(two)
+    with pytest.raises(CheckpointError, match=f"has {len(two)} bytes, and its header speaks of {len(two) // 2}"):
+        map_array(tmp_path / "two.npy", READING)
+    (tmp_path / "p.npy").write_bytes(pickle.dumps([1]))
+    with pytest.raises(
+        CheckpointError, match=r"no \.npy array: it has no such header, or holds pickled objects"
+    ) as found:
+        map_array(tmp_path / "p.npy", READING)
+    assert "allow_pickle" not in str(found.value)
 
 
 def test_a_whole_npy_file_is_mapped(tmp_path: Path) -> None:

@@ -94,14 +94,16 @@ def noncausal(runs: Sequence[Run]) -> list[str]:
 
 def sources(variants: Sequence[Variant]) -> list[str]:
     """Dense sources among the seeds of a variant: who reads its name must know."""
-    told = []
+    named: dict[tuple[str, ...], list[str]] = {}
     for variant in variants:
-        found = sorted({run.replicate.source or "" for run in variant.runs} - {""})
+        found = tuple(sorted({run.replicate.source or "" for run in variant.runs} - {""}))
         if len(found) > 1:
-            told.append(
-                f"{variant.name}: {len(found)} dense sources of one recipe ({'; '.join(found)}) count as its seeds"
-            )
-    return told
+            named.setdefault(found, []).append(variant.name)
+    return [
+        f"{', '.join(names)}: {len(found)} dense sources of one recipe ({found[0]}; ... {found[-1]}) count as "
+        f"{'its' if len(names) == 1 else 'their'} seeds"
+        for found, names in named.items()
+    ]
 
 
 def _last_fall(run: Run) -> float:

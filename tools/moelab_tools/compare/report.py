@@ -19,6 +19,7 @@ from moelab_tools.compare.charts import Cast, Chart
 from moelab_tools.compare.comparison import Comparison
 from moelab_tools.compare.figures import sections
 from moelab_tools.compare.forest import at_equal_budgets, by_domain, forest
+from moelab_tools.compare.replicates import replicates
 from moelab_tools.compare.sample_texts import samples_by_prompt
 
 REPORT, NUMBERS, BOARD = "report.html", "comparison.json", "tensorboard"
@@ -82,6 +83,7 @@ def render(comparison: Comparison, routes: Sequence[RoutesPage] = ()) -> str:
         recipes=recipes.recipes(comparison),
         comparing=recipes.comparing(comparison),
         alarm_rows=alarm_rows(comparison),
+        replicates=replicates(comparison),
         wording=wording,
         sentences=sentences,
         headlines=sentences.headlines(comparison),

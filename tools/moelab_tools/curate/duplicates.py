@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +112,10 @@ class Pieces:
         """Marks training documents that are near copies of held-out ones. held_out [n] bool."""
         index = np.concatenate([np.flatnonzero((what == KEPT) & held_out), np.flatnonzero((what == KEPT) & ~held_out)])
         first_of_training = int((held_out & (what == KEPT)).sum())
+        if not len(index):  # no file of no bytes can be mapped
+            return
         signatures = self._signatures(len(what))
-        ordered = np.memmap(self.folder / "ordered.u32", np.uint32, "w+", shape=(len(index), SIZE))
+        ordered = _on_disk(self.folder / "ordered.u32", len(index))
         for begin in range(0, len(index), ROOM):
             ordered[begin : begin + ROOM] = signatures[index[begin : begin + ROOM]]
             release(signatures)
@@ -184,8 +188,7 @@ class Pieces:
 
     def _signatures(self, count: int) -> np.ndarray:
         """[n, H] uint32 in one file, so that they need not be in memory."""
-        path = self.folder / "signatures.u32"
-        held = np.memmap(path, np.uint32, "w+", shape=(count, SIZE))
+        held = _on_disk(self.folder / "signatures.u32", count)
         begin = 0
         for number in range(self.count):
             found = self._numbers(number, "signatures", np.uint32).reshape(-1, SIZE)
@@ -205,6 +208,21 @@ class Pieces:
         with gzip.open(self.folder / name, "rb") as lines:
             for line in lines:
                 yield parse_json(line, str(self.folder / name), READING, finite=False, whole=False)
+
+
+def _on_disk(path: Path, count: int) -> np.ndarray:
+    """[count, H] uint32 in a file whose place is reserved: a mapped page that finds none on a full disk kills."""
+    size = count * SIZE * 4
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except AttributeError:  # macOS has no such call
+            file.truncate(size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            file.truncate(size)
+    return np.memmap(path, np.uint32, "r+", shape=(count, SIZE))
 
 
 class _Shards:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -24,12 +25,13 @@ from moelab_tools.curate.agreement import ALL, EXPLAINED, agreement_lines, agree
 from moelab_tools.curate.declaration import CurateConfig
 
 TENSORBOARD = "tensorboard"
+WORD_WIDTH, BETWEEN = 36, 3  # of a terminal's table: what and `all`; what stands between two columns
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
 th,td{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
-th:first-child,td:first-child,.word{text-align:left}td.word{max-width:44rem;overflow-wrap:anywhere}
+th:first-child,td:first-child,.word{text-align:left}th:first-child,td:first-child{position:sticky;left:0;background:#fff;min-width:9rem}td.word{max-width:44rem;overflow-wrap:anywhere}
 tr.sum{font-weight:600}.examples{color:#555;font-size:13px}pre{overflow-x:auto;background:#f5f5f5;padding:1rem}
-@media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}th,td{border-color:#444}pre{background:#222}
+@media(prefers-color-scheme:dark){body,th:first-child,td:first-child{background:#181818;color:#ddd}th,td{border-color:#444}pre{background:#222}
 .examples{color:#aaa}}"""
 
 
@@ -40,12 +42,26 @@ def rows(account: Account, stages: Iterable[str]) -> list[tuple[str, str, dict[s
 
 def print_account(console: Console, account: Account, stages: Sequence[str]) -> None:
     """What was read, what went and why, what is left, how far filters agree; a column for each domain."""
-    columns = [ALL, *account.domains] if len(account.domains) > 1 else [ALL]
+    columns = [ALL, *_domains_that_fit(account, console.width)] if len(account.domains) > 1 else [ALL]
     lines = [(word, [_cell(counts, account, name) for name in columns]) for word, counts in _lines(account, stages)]
     _print_table(console, "documents", columns, lines)
+    left = len(account.domains) - len(columns) + 1
+    if left and len(account.domains) > 1:
+        console.print(f"{left} smaller domains stand in account.html and account.json", highlight=False, soft_wrap=True)
     agreed = [(word, [cells[ALL]]) for word, cells in agreement_lines(account, stages)]
     if agreed:  # by domain in the page: a terminal has no room for it
         _print_table(console, "filters", [ALL], agreed)
+
+
+def _domains_that_fit(account: Account, width: int) -> list[str]:
+    """Of the domains, in their order, those with the most documents for which a terminal has room."""
+    room, chosen = width - WORD_WIDTH, list[str]()
+    for name in sorted(account.domains, key=lambda name: (-account.documents[name], name)):
+        room -= max(cell_len(name), len(f"{account.documents[name]:,}")) + BETWEEN
+        if room < 0:
+            break
+        chosen.append(name)
+    return sorted(chosen)
 
 
 def _print_table(console: Console, head: str, columns: Sequence[str], lines: Iterable[tuple[str, list[str]]]) -> None:

@@ -46,7 +46,7 @@ from moelab_tools.terminal import make_console
 KEPT, REJECTED, TOKENS, PIECES = "kept", "rejected", "tokens", "pieces"
 # Say nothing of what becomes of a document in its piece.
 UNCOUNTED = ("output", "workers", "plugins", "entry_points", "tokens", "select")
-FORMAT = 2  # of pieces: those of another one are made anew
+FORMAT = 3  # of pieces: those of another one are made anew
 # What a source is answered with whose documents were taken.
 EMPTY = TokenStream(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64), [])
 _BUILT: list[Parts] = []  # of this process
@@ -86,24 +86,29 @@ def run_curate(request: CurateRequest, console: Console | None = None) -> Accoun
     with hold_file(output.with_name(f".{output.name}.lock"), what=str(output), otherwise=busy):
         if not request.force and output.exists() and any(output.iterdir()):
             raise UserError(f"output: {output} is there already; name another, or give --force to make it anew")
-        return _make(loaded, registry, work, output, console)
+        try:
+            return _make(loaded, registry, work, output, console)
+        finally:
+            if not any(work.folder.glob("*.json")):  # no piece that the next start could go on with
+                shutil.rmtree(work.folder.parent, ignore_errors=True)
 
 
 def _make(loaded: Loaded[CurateConfig], registry: Registry, work: Work, output: Path, console: Console) -> Account:
     config = loaded.config
     work.folder.mkdir(parents=True, exist_ok=True)
-    tokenised = config.tokens.tokenizer is not None and work.write_text
+    tokenised, causes = config.tokens.tokenizer is not None and work.write_text, Causes()
     with _workers(config.workers, work) as pool:
         with Reading() as reading:
-            count, commits, causes = _read_all(loaded, registry, work, pool, reading)
+            count, commits = _read_all(loaded, registry, work, pool, reading, causes)
         if not count:
+            causes.close()  # all of it was left out: why, is told beside the error
             raise UserError("sources: no document with any text in it; check the paths")
         pieces = Pieces(work.folder, count)
         account = pieces.account()
         dropped = pieces.copies(config.deduplicate, account)
         cover = _select(config, pieces, dropped, account)
         if tokenised:
-            held_out = cut(pieces, dropped, config.tokens, account, causes, near=config.deduplicate.near is not None)
+            held_out = cut(pieces, dropped, config.tokens, account, causes, near=config.deduplicate.near)
             tokenise(pieces, dropped, config.tokens, work.settings, pool)
     names = [f"{number + 1}. {stage.part['name']}" for number, stage in enumerate(work.stages)]
     made = work.folder.parent / "made"
@@ -115,6 +120,11 @@ def _make(loaded: Loaded[CurateConfig], registry: Registry, work: Work, output: 
         pieces.write_rejected(made / REJECTED, dropped)
     if tokenised:
         written = write_cache(pieces, dropped, held_out, config.tokens, account, causes, made / TOKENS)
+    for domain in (name for name in account.domains if not account.kept[name]):
+        causes.add(
+            "domains of which nothing is left", f"'{domain}' of {account.documents[domain]:,} documents",
+            "the account says at which stage they went; `but: [...]` leaves a domain out of one",
+        )  # fmt: skip
     told = causes.close()
     write_account(made, account, Circumstances(config, names, commits, told, cover))
     put_in_place(made, output)
@@ -122,7 +132,7 @@ def _make(loaded: Loaded[CurateConfig], registry: Registry, work: Work, output: 
     print_account(console, account, names)
     if cover is not None:
         console.print(f"selected: {cover}", highlight=False, soft_wrap=True)
-    if work.write_text:
+    if work.write_text and account.kept.total():
         console.print(f"text: {output / KEPT}", highlight=False, soft_wrap=True)
         how = f'moelab train CONFIG "data.source={{name: jsonl, paths: [{output / KEPT}], domain_key: domain}}"'
         if tokenised:
@@ -174,12 +184,13 @@ def _work(loaded: Loaded[CurateConfig], registry: Registry, folder: Path) -> Wor
 
 
 def _read_all(
-    loaded: Loaded[CurateConfig], registry: Registry, work: Work, pool: Executor | None, reading: Reading
-) -> tuple[int, dict[str, str], Causes]:
-    """Every source to its end -> pieces that there are, {dataset on the hub: commit} read, and what was told."""
+    loaded: Loaded[CurateConfig], registry: Registry, work: Work, pool: Executor | None, reading: Reading,
+    causes: Causes,
+) -> tuple[int, dict[str, str]]:  # fmt: skip
+    """Every source to its end -> pieces that there are, and {dataset on the hub: commit} read."""
     config = loaded.config
     waiting: set[Future[None]] = set()
-    count, taken, commits, causes = 0, list[bool](), dict[str, str](), Causes()
+    count, taken, commits = 0, list[bool](), dict[str, str]()
 
     def take(documents: Iterable[Document]) -> Corpus:
         nonlocal count, waiting
@@ -209,7 +220,7 @@ def _read_all(
             )
     while waiting:
         waiting = _finish(waiting, FIRST_COMPLETED)
-    return count, commits, causes
+    return count, commits
 
 
 def _pieces(documents: Iterable[Document], size: float) -> Iterator[list[Document]]:

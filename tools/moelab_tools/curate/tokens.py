@@ -32,7 +32,7 @@ from moelab.errors import DataError
 from moelab.safe_files import read_bytes, read_object
 from moelab_tools.curate.account import Account
 from moelab_tools.curate.declaration import TokensConfig
-from moelab_tools.curate.duplicates import KEPT, LARGEST, Pieces
+from moelab_tools.curate.duplicates import KEPT, LARGEST, SIMILAR, Pieces
 from moelab_tools.curate.filtering import READING, document_of
 
 COUNT_TYPE = np.dtype("<u4")  # of bytes that a token stands for: 64 KB and more where a tokenizer drops white space
@@ -47,12 +47,12 @@ class Made:
 
 
 def cut(
-    pieces: Pieces, what: np.ndarray, config: TokensConfig, account: Account, causes: Causes, *, near: bool
+    pieces: Pieces, what: np.ndarray, config: TokensConfig, account: Account, causes: Causes, *, near: float | None
 ) -> np.ndarray:
     """[n] bool over all documents that the filters kept: which are held out.
 
-    Unless near copies went already (`near`), a training document that is one of held-out text goes: `what` and the
-    account say so. Raises DataError where nothing is left for one of the two.
+    Unless near copies of that similarity went already (`near`), a training document that is one of held-out text goes:
+    `what` and the account say so. Raises DataError where nothing is left for one of the two.
     """
     names, domain = pieces.domains()
     identities, alive = pieces.identities(), what == KEPT
@@ -60,7 +60,7 @@ def cut(
     out[alive] = held_out(
         identities[alive], domain[alive], names, config.validation_fraction, config.split_seed, causes
     )
-    if not near:
+    if near is None or near > SIMILAR:
         pieces.drop_leaks(what, out, account)
     alive = what == KEPT
     if not (alive & out).any() or not (alive & ~out).any():

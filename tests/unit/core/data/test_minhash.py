@@ -101,3 +101,14 @@ def _mapped() -> int:
     """Bytes of files that this process has in memory."""
     told = Path("/proc/self/status").read_text()
     return sum(int(re.findall(rf"{kind}:\s+(\d+)", told)[0]) << 10 for kind in ("RssFile", "RssShmem"))
+
+
+def test_scripts_without_spaces_are_compared_by_characters_and_signs_by_themselves() -> None:
+    clauses = [
+        "".join(RANDOM.choice("山里有座庙前从个老和尚在讲故事天地玄黄宇宙洪荒") for _ in range(12)) for _ in range(40)
+    ]
+    one = "，".join(clauses)
+    other = one.replace(clauses[7], clauses[7][:6] + "新" + clauses[7][7:]).replace(clauses[30], clauses[30][:3] + "旧")
+    assert (signature(one) == signature(other)).mean() > 0.8
+    assert (signature("+--+ |  | +--+") != signature("*** === ***")).all()
+    assert (signature("+--+ |  | +--+") == signature(" +--+\n|  | +--+")).all()

@@ -123,3 +123,11 @@ def test_passes_names_the_filter_that_is_wrong() -> None:
         say("passes", "", filters=[{"name": "normalise"}, {"name": "lenght"}])
     with pytest.raises(ConfigError, match="without a registry"):
         REGISTRY.build(TAGGERS, {"name": "passes", "filters": [{"name": "length"}]}, FilterContext(), "tags.0")
+
+
+def test_gaps_and_lines_of_megabytes_take_no_longer_than_others() -> None:
+    """Tried anew from each of a million empty lines, or from each arrow of minified code, they would take days."""
+    gap = "\n" * 1_000_000
+    assert say("verifiable", gap + "x") == "no"
+    assert say("verifiable", gap + "  #### 42\n") == "answer"
+    assert say("code", "a->b(c)," * 500_000 + "\n" + "def f(x):\n    return x\n" * 3) == "python"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moelab import ConfigError, Document, FilterContext, Places, Registry, Rejected
+from moelab import ConfigError, DataError, Document, FilterContext, Places, Registry, Rejected
 from moelab.hookspecs import TEXT_FILTERS
 
 REGISTRY = Registry(entry_points=False, points=[TEXT_FILTERS])
@@ -78,17 +80,42 @@ def test_repetition_of_ngrams_counts_characters_of_words_once() -> None:
         ask("repetition", WORDS, top_ngrams=[[2.5, 0.1]])
 
 
+def test_blanks_that_end_no_line_take_no_longer_than_others() -> None:
+    """Ten megabytes of blanks before a word: tried anew from each, they would take days."""
+    long = "a" + " " * 10_000_000 + "b"
+    unchanged, cut = ask("normalise", long), ask("normalise", long + " \t\u3000\n\n c\u2003\n")
+    assert isinstance(unchanged, Document) and unchanged.text == long
+    assert isinstance(cut, Document) and cut.text == long + "\n\n c\n"
+
+
 def test_decontaminate_finds_a_run_of_words_whatever_their_case(tmp_path: Path) -> None:
-    (tmp_path / "test.jsonl").write_text(
-        '{"question": "How many roads must a man walk down?", "choices": ["forty two"]}\n'
-    )
-    options = {"base": tmp_path, "against": ["test.jsonl"], "words": 5}
-    found = ask("decontaminate", "He sang: 'HOW MANY ROADS, must a' and left.", **options)
-    assert found == Rejected("tested on", "test.jsonl: 'how many roads must a'")
-    assert isinstance(ask("decontaminate", "how many roads must the", **options), Document)
-    assert isinstance(ask("decontaminate", "the answer is forty two", **options), Rejected)  # a short one is whole
+    row = {"question": "How many roads must a man walk down?\u2028", "choices": ["forty two", "twelve or so of them"]}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    (tmp_path / "zipped.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
+    for name in ("test.jsonl", "zipped.jsonl.gz"):
+        options = {"base": tmp_path, "against": [name], "words": 5, "least": 4}
+        found = ask("decontaminate", "He sang: 'HOW MANY ROADS, must a' and left.", **options)
+        assert found == Rejected("tested on", f"{name}: 'how many roads must a'")
+        assert isinstance(ask("decontaminate", "how many roads must the", **options), Document)
+        assert isinstance(ask("decontaminate", "twelve or so of them", **options), Rejected)  # a short one is whole
+        assert isinstance(ask("decontaminate", "the answer is forty two", **options), Document)  # a word of many texts
     with pytest.raises(ConfigError, match="nothing to look for"):
         ask("decontaminate", "x")
+    with pytest.raises(DataError, match=r"none of 3 texts has 13 words"):
+        ask("decontaminate", "x", base=tmp_path, against=["test.jsonl"], least=13)
+
+
+def test_decontaminate_looks_at_each_character_of_scripts_without_spaces(tmp_path: Path) -> None:
+    (tmp_path / "test.txt").write_text("从前有座山，山里有座庙，庙里有个老和尚在讲故事。")
+    options = {"base": tmp_path, "against": ["test.txt"]}
+    assert isinstance(ask("decontaminate", "他说山里有座庙庙里有个老和尚在吗", **options), Rejected)
+    assert isinstance(ask("decontaminate", "他说山里有座庙，庙里有个小和尚。", **options), Document)
+
+
+def test_tasks_of_lm_eval_need_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs lm-evaluation-harness: pip install 'moelab\[lm-eval\]'"):
+        ask("decontaminate", "x", tasks=["gsm8k"])
 
 
 def test_a_filter_of_datatrove_needs_datatrove(monkeypatch: pytest.MonkeyPatch) -> None:

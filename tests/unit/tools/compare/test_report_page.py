@@ -25,6 +25,7 @@ from moelab_tools.compare.comparison import Comparison, compare
 from moelab_tools.compare.figures import sections
 from moelab_tools.compare.forest import at_equal_budgets, by_domain, forest
 from moelab_tools.compare.frontier import frontier
+from moelab_tools.compare.replicates import replicates
 from moelab_tools.compare.report import PAGE, render
 from moelab_tools.compare.routers import RunAlarm
 from moelab_tools.compare.runs import Run, read_runs
@@ -312,3 +313,33 @@ def test_every_place_for_a_chart_has_its_figure_and_every_figure_its_place(page:
     drawn = (PAGE / "charts.js").read_text()
     for kind in {figure["kind"] for figure in figures.values()}:
         assert f"function {kind}(place" in drawn
+
+
+def test_runs_and_their_seeds_are_rows_of_a_table_and_no_line_of_words(make_run: MakeRun) -> None:
+    paths = []
+    for seed in range(6):
+        for name, fields in (("dense", {"router": None}), ("moe", {"quality": -0.1})):
+            lost = {"status": "failed", "steps": 100, "planned": 300} if (name, seed) == ("moe", 5) else {}
+            path = make_run(f"{name}_seed{seed}", seed=seed, **fields, **lost)
+            summary = json.loads((path / "summary.json").read_text())
+            stages = [["training", f"seed {seed}, order {70 + seed}"]] * 3 + [["conversion", f"seed {90 + seed}"]]
+            summary["lineage"] = {"recipe": "one", "stages": stages}
+            (path / "summary.json").write_text(json.dumps(summary))
+            paths.append(path)
+    comparison = compare(read_runs(paths), "dense")
+    table = replicates(comparison)
+    assert table.folded and len(table.rows) == 12 and table.columns == ["seed", "source", "conversion"]
+    by_run = {row.run: row for row in table.rows}
+    assert by_run["dense_seed3"].seeds == ["3", "seed 3, order 73 (3 times)", "seed 93"]
+    assert by_run["moe_seed5"].counted == "no, failed" and by_run["moe_seed4"].counted == "yes"
+    for line in comparison.lines:
+        losses = [float(by_run[name].loss) for name in line.runs if by_run[name].counted == "yes"]
+        assert line.score == pytest.approx(np.mean(losses), abs=1e-4)
+    page = render(comparison)
+    assert len(re.findall(r"<td>seed \d, order 7\d \(3 times\)</td>", page)) == 12
+    assert '<a href="#runs">5 of 6 seeds</a>' in page and '<a href="#runs">6 seeds</a>' in page and 'id="runs"' in page
+
+
+def test_runs_of_one_seed_each_have_no_table_of_their_own(make_run: MakeRun) -> None:
+    comparison = compare(read_runs([make_run("a"), make_run("b", quality=0.1)]), "a")
+    assert not replicates(comparison).rows and 'id="runs"' not in render(comparison)
