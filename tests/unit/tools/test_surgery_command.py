@@ -247,7 +247,10 @@ def test_one_that_is_interrupted_leaves_nothing(
         (("prune", "num_experts=4", "--trace", "nowhere"), "need the model"),
         (("split", "--trace", "nowhere"), "--trace: split as asked for looks at no routes"),
         (("grow", "num_experts=1000000000"), "num_experts: must be 1048576 at most"),
-        (("grow", "num_experts=9", "noise=.inf"), "noise: 'grow' (moelab_plugins.surgeries.grow): must be a finite number"),
+        (
+            ("grow", "num_experts=9", "noise=.inf"),
+            "noise: 'grow' (moelab_plugins.surgeries.grow): must be a finite number",
+        ),
         (("prune", "num_experts=4", "by=load", "--trace", "nowhere"), "holds no trace"),
     ],
 )
