@@ -71,9 +71,7 @@ def test_null_is_no_text_and_a_quoted_one_is(word: str) -> None:
         _read(f"text: {word}")
 
 
-@pytest.mark.parametrize(
-    ("word", "value"), [("1e-3", 1e-3), ("3", 3.0), ("'1e-3'", 1e-3), ("1_000", 1000.0)]
-)
+@pytest.mark.parametrize(("word", "value"), [("1e-3", 1e-3), ("3", 3.0), ("'1e-3'", 1e-3), ("1_000", 1000.0)])
 def test_a_float_takes_every_number(word: str, value: float) -> None:
     assert _read(f"rate: {word}").rate == value
 
