@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -260,6 +261,16 @@ def test_what_can_t_be_done_is_one_line_and_leaves_nothing(
     code, _, told = operate(*arguments)
     assert code == 2
     assert said in told.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    operate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, used=10**9 - 5000, free=5000))
+    code, _, told = operate("split")
+    assert code == 2
+    assert "are free on that disk; free some space and operate again" in told.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 
