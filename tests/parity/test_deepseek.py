@@ -37,8 +37,12 @@ GRID: dict[str, tuple[str, dict[str, Any]]] = {
     "V3, yarn": ("V3", {"rope_parameters": YARN}),
     "V3, queries of full rank, halves turned": ("V3", {"q_lora_rank": None, "rope_interleave": False}),
     "V3, values wider than queries": ("V3", {"v_head_dim": 22, "norm_topk_prob": False}),
+    "V3, biases": ("V3", {"attention_bias": True}),
+    "V3, biases, queries of full rank": ("V3", {"attention_bias": True, "q_lora_rank": None}),
+    "V3, every layer dense": ("V3", {"first_k_dense_replace": 4}),
     "V3, rms_norm_eps, which the latent vectors' norms don't have": ("V3", {"rms_norm_eps": 1e-2}),
     "V2": ("V2", {"topk_method": "greedy", "q_lora_rank": None}),
+    "V2, biases, every layer dense": ("V2", {"attention_bias": True, "first_k_dense_replace": 3}),
     "V2, within groups, yarn": (
         "V2", {"topk_method": "group_limited_greedy", "rope_parameters": YARN, "routed_scaling_factor": 16.0},
     ),
@@ -75,6 +79,32 @@ def test_logits_are_transformers(
     assert apart(ours(TOKENS).logits, theirs(TOKENS).logits) <= 1e-5
     ours, theirs = ours.double(), theirs.double()
     assert apart(ours(TOKENS).logits, theirs(TOKENS).logits) <= 3e-6
+
+
+@torch.no_grad()
+def test_kimi_k2_is_deepseek_v3_under_another_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With the published config.json's fields that V3's doesn't have, and its YaRN, whose two borders are one."""
+    stretched = YARN | {"beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "rope_theta": 5e4}
+    fields = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827, "rope_parameters": stretched}
+    theirs = made("V3", fields, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    own = {
+        "model_type": "kimi_k2", "topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1,
+        "ep_size": 1, "seq_aux": True, "aux_loss_alpha": 0.001, "num_nextn_predict_layers": 0, "auto_map": {"A": "own"},
+        "rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": rope.pop("rope_type"), **rope},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config | own))
+    assert apart(load(tmp_path)(TOKENS).logits, theirs(TOKENS).logits) <= 1e-5
+    assert not caplog.records, "a field was not known"
+
+
+def test_no_shared_experts_are_none(tmp_path: Path) -> None:
+    """As DeepSeek's own code reads null."""
+    (tmp_path / "config.json").write_text(json.dumps(FIELDS | {"model_type": "deepseek_v3", "n_shared_experts": None}))
+    moe = read_config(tmp_path).moe
+    assert moe is not None
+    assert moe.shared_expert == {"name": "none"}
 
 
 @torch.no_grad()
@@ -207,7 +237,7 @@ def test_an_export_says_that_there_is_no_such_layout(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"attention_bias": True}, "attention_bias: true is not supported; its biases are on o_proj too"),
+        ({"attention_bias": "yes"}, "attention_bias: must be a bool, not 'yes'"),
         ({"scoring_func": "softmax"}, 'scoring_func: "softmax" is not supported'),
         ({"num_key_value_heads": 2}, "num_key_value_heads: must be 4 with latent_attention, not 2"),
         ({"qk_rope_head_dim": 7, "head_dim": 7}, "qk_rope_head_dim: rotary embedding needs an even one, not 7"),

@@ -26,8 +26,13 @@ TOKENS = torch.randint(0, 67, (2, 24), generator=torch.Generator().manual_seed(0
 @pytest.mark.skipif(MAJOR < 5, reason="4.x writes other names")
 @pytest.mark.parametrize(
     "more",
-    [{}, {"n_group": 4, "topk_group": 2}, {"norm_topk_prob": False, "first_k_dense_replace": 0}],
-    ids=["as published", "within groups", "not normalised, all layers sparse"],
+    [
+        {},
+        {"n_group": 4, "topk_group": 2},
+        {"norm_topk_prob": False, "first_k_dense_replace": 0},
+        {"attention_bias": True},
+    ],
+    ids=["as published", "within groups", "not normalised, all layers sparse", "biases on q, k, v and o"],
 )
 def test_logits_are_transformers(more: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """With a selection bias large enough to move the choice."""

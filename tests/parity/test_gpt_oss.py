@@ -61,6 +61,11 @@ def logits(model: Any, tokens: Tensor = TOKENS) -> Tensor:
     return found
 
 
+def test_an_attention_without_biases_is_transformers(tmp_path: Path) -> None:
+    theirs = made(tmp_path, attention_bias=False)
+    assert away(logits(load(tmp_path)), logits(theirs)) < 1e-5
+
+
 def test_logits_and_gradients_are_transformers(tmp_path: Path) -> None:
     theirs = made(tmp_path)
     ours = load(tmp_path)
@@ -172,7 +177,7 @@ def test_experts_packed_as_mxfp4_are_what_transformers_unpacks(tmp_path: Path) -
     ("key", "value", "message"),
     [
         ("quantization_config", {"quant_method": "gptq"}, "moelab reads mxfp4"),
-        ("attention_bias", False, "set it to true"),
+        ("attention_bias", 0, "must be a bool"),
         ("hidden_act", "gelu", "must be"),
         ("layer_types", ["chunked_attention"] * 3, "must be a list"),
     ],

@@ -155,6 +155,13 @@ MOES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 8,
         },
     ),
+    "qwen3_moe with biases": (
+        "Qwen3Moe",
+        {
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True,
+            "head_dim": 8, "attention_bias": True,
+        },
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 12, "num_experts_per_tok": 3}),
     "mixtral with a window": ("Mixtral", {"num_local_experts": 4, "sliding_window": 7}),
     "qwen2_moe, yarn": ("Qwen2Moe", SHARED | {"rope_parameters": YARN}),

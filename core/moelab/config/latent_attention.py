@@ -21,6 +21,7 @@ class LatentAttentionConfig:
     qk_rope_head_dim: int = MISSING  # and what rotary embedding turns; of the keys all heads share it
     v_head_dim: int = MISSING  # of a head of values
     rope_interleave: bool = True  # turned are neighbours (0, 1), (2, 3) of a head, as DeepSeek stores them; or halves
+    attention_bias: bool = False  # biases where the token's state comes in (not on q_proj) and the heads go out
 
     @property
     def qk_head_dim(self) -> int:

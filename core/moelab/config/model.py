@@ -147,8 +147,8 @@ class ModelConfig:
                 "every head has keys of its own",
             ),
             "head_dim": (self.head_dim, None, "qk_nope_head_dim, qk_rope_head_dim and v_head_dim say it"),
-            "qkv_bias": (self.qkv_bias, False, "it has no biases"),
-            "o_bias": (self.o_bias, False, "it has no biases"),
+            "qkv_bias": (self.qkv_bias, False, "latent_attention.attention_bias says it"),
+            "o_bias": (self.o_bias, False, "latent_attention.attention_bias says it"),
             "use_qk_norm": (self.use_qk_norm, False, "it norms the latent vectors"),
             "attention_sinks": (self.attention_sinks, False, "no model has both, and its layers have none"),
         }

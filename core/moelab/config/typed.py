@@ -36,10 +36,12 @@ class KeyProblem(ConfigError):
 
 @dataclasses.dataclass(frozen=True)
 class Typing:
-    """How scalars in places without a type (`Any`) are left, and what a number may be."""
+    """How scalars in places without a type (`Any`) are left, and what a number may be.
+
+    A number is finite, unless its field's default is not: then who wrote the field means infinity to be one.
+    """
 
     settled: bool  # True: as what they mean; False: as `Plain`, to be typed later
-    finite: bool = True  # False: infinity is a number, too
     unresolved: bool = False  # True: `${...}` may stand where a number belongs, as characters
 
     def build(self, schema: type[SchemaT], tree: Any, path: tuple[str, ...] = (), default: Any = None) -> SchemaT:
@@ -88,9 +90,9 @@ class Typing:
             return tuple(self._items(value, arguments[0] if arguments else Any, path))
         if origin in (dict, Mapping) or hint is dict:
             return self._mapping(value, arguments[1] if arguments else Any, path, default)
-        return self._scalar(value, hint, path)
+        return self._scalar(value, hint, path, default)
 
-    def _scalar(self, value: Any, hint: Any, path: tuple[str, ...]) -> Any:
+    def _scalar(self, value: Any, hint: Any, path: tuple[str, ...], default: Any) -> Any:
         if hint is str:
             return _text(value, path)
         if self.unresolved and isinstance(value, str) and "${" in value:
@@ -100,7 +102,7 @@ class Typing:
         if hint is int:
             return _integer(value, path)
         if hint is float:
-            return self._number(value, path)
+            return self._number(value, path, default)
         if hint is Path:
             return Path(_text(value, path))
         if isinstance(hint, type) and issubclass(hint, enum.Enum):
@@ -146,7 +148,7 @@ class Typing:
             raise KeyProblem((*path, "name"), f"must be a word, not {_what(name)}")
         return {str(key): self.convert(item, hint, (*path, str(key))) for key, item in merged.items()}
 
-    def _number(self, value: Any, path: tuple[str, ...]) -> float:
+    def _number(self, value: Any, path: tuple[str, ...], default: Any) -> float:
         number = _numeric(value)
         if number is None:
             raise _unfit(value, "Float", path)
@@ -154,13 +156,14 @@ class Typing:
             result = float(number)
         except OverflowError:
             result = math.inf
-        if math.isnan(result) or (self.finite and math.isinf(result)):
+        endless = isinstance(default, float) and math.isinf(default)
+        if math.isnan(result) or (math.isinf(result) and not endless):
             raise KeyProblem(path, f"must be a finite number, not {quoted(value)}")
         return result
 
 
 SCHEMA = Typing(settled=False)  # a config: its parts are typed by the registry
-OPTIONS = Typing(settled=True, finite=False)  # of a plugin
+OPTIONS = Typing(settled=True)  # of a plugin
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -1,7 +1,9 @@
-"""DeepSeek-V2 and DeepSeek-V3 as transformers stores them: latent attention, first layers dense, plain shared expert.
+"""DeepSeek-V2, V3 and Kimi K2 as transformers stores them: latent attention, first layers dense, plain shared expert.
 
 After transformers 5.23, models/{deepseek_v2,deepseek_v3}/configuration_*.py and modeling_*.py, and the published
-config.json files' own fields (`topk_method`, `scoring_func`, `moe_layer_freq`). Free of torch.
+config.json files' own fields (`topk_method`, `scoring_func`, `moe_layer_freq`). Kimi K2 is DeepSeek-V3 under a
+`model_type` of its own (MoonshotAI/Kimi-K2, docs/deploy_guidance.md: a reader may take it for deepseek_v3; vLLM's
+config table does). Free of torch.
 """
 
 from __future__ import annotations
@@ -12,19 +14,18 @@ from typing import Any
 
 from moelab.config.latent_attention import LatentAttentionConfig
 from moelab.config.model import ModelConfig, MoEConfig
-from moelab.dense_sources import NO_OUTPUT_BIAS, Part
+from moelab.dense_sources import Part
 from moelab.hf.fields import Fields
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # Fields that are read here, or say how a model is run or was trained.
 UNUSED = frozenset({
-    "aux_loss_alpha", "ep_size", "first_k_dense_replace", "kv_lora_rank", "n_group", "n_routed_experts",
-    "n_shared_experts", "num_local_experts", "num_mtp_layers", "num_nextn_predict_layers", "pretraining_tp",
-    "q_lora_rank", "qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "rope_interleave", "routed_scaling_factor",
-    "seq_aux", "topk_group", "v_head_dim",
+    "attention_bias", "aux_loss_alpha", "ep_size", "first_k_dense_replace", "kv_lora_rank", "n_group",
+    "n_routed_experts", "n_shared_experts", "num_local_experts", "num_mtp_layers", "num_nextn_predict_layers",
+    "pretraining_tp", "q_lora_rank", "qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "rope_interleave",
+    "routed_scaling_factor", "seq_aux", "topk_group", "v_head_dim",
 })  # fmt: skip
 _SAME: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "attention_bias": ((False,), NO_OUTPUT_BIAS),
     "moe_layer_freq": ((1,), "layers above first_k_dense_replace all have experts; set it to 1 if that is right"),
 }
 _METHOD = "moelab has no other choice of this kind of model; set it if the weights were trained with it"
@@ -90,17 +91,22 @@ def _complete(config: ModelConfig, fields: Fields, router: dict[str, Any], *, de
         qk_rope_head_dim=rope,
         v_head_dim=fields.number("v_head_dim", int),
         rope_interleave=interleaved,
+        attention_bias=fields.number("attention_bias", bool, False),
     )
+    first = fields.number("first_k_dense_replace", int, dense)
+    if first >= config.num_hidden_layers:  # to transformers too: every layer dense
+        return
     width = fields.number("moe_intermediate_size", int)
+    shared = None if fields.is_null("n_shared_experts") else fields.number("n_shared_experts", int)
     config.moe = MoEConfig(
         layout={
             "name": "first_dense",
             "num_experts": fields.number("n_routed_experts", int),
             "num_experts_per_tok": fields.number("num_experts_per_tok", int),
             "moe_intermediate_size": width,
-            "first_k_dense_replace": fields.number("first_k_dense_replace", int, dense),
+            "first_k_dense_replace": first,
         },
         router=router,
-        shared_expert={"name": "plain", "intermediate_size": width * fields.number("n_shared_experts", int)},
+        shared_expert={"name": "none"} if shared is None else {"name": "plain", "intermediate_size": width * shared},
         balance_losses=[],
     )

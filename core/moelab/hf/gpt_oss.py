@@ -33,6 +33,7 @@ def complete(config: ModelConfig, fields: Fields) -> None:
             "quantization_config",
             f"of quantised weights moelab reads {PACKED}; use the checkpoint in bfloat16 that it was made from",
         )
+    config.qkv_bias = config.o_bias = fields.number("attention_bias", bool, True)
     if not ropes(fields):
         config.rope_scaling = dict(YARN)
     config.activation = {

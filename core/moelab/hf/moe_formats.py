@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moelab.config.model import ModelConfig, MoEConfig
-from moelab.dense_sources import WITHOUT_BIASES, Part, as_named
+from moelab.dense_sources import Part, as_named
 from moelab.hf import deepseek_formats, gpt_oss
 from moelab.hf.fields import Fields
 
@@ -63,7 +63,7 @@ def _as_qwen2_moe(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_qwen3_moe(fields: Mapping[str, Any]) -> dict[str, Any]:
     absent = ("qkv_bias", "shared_expert_intermediate_size")
-    return {key: value for key, value in fields.items() if key not in absent} | {"attention_bias": False}
+    return {key: value for key, value in fields.items() if key not in absent} | {"attention_bias": fields["qkv_bias"]}
 
 
 def _as_mixtral(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +84,13 @@ def _qwen2_moe(config: ModelConfig, fields: Fields) -> None:
 
 
 def _qwen3_moe(config: ModelConfig, fields: Fields) -> None:
+    _take_biases(config, fields)
     config.moe = _qwen_layers(fields)
+
+
+def _take_biases(config: ModelConfig, fields: Fields) -> None:
+    """Biases on q, k, v and o, or on none of them."""
+    config.qkv_bias = config.o_bias = fields.number("attention_bias", bool, False)
 
 
 def _qwen_layers(fields: Fields) -> MoEConfig | None:
@@ -127,6 +133,10 @@ def _dots1(config: ModelConfig, fields: Fields) -> None:
     layers, first = config.num_hidden_layers, fields.number("max_window_layers", int, config.num_hidden_layers)
     if fields.get("layer_types") is None and fields.get("sliding_window") is not None and first < layers:
         fields.refuse("max_window_layers", "moelab attends to all earlier positions in every layer")
+    _take_biases(config, fields)
+    dense = fields.number("first_k_dense_replace", int, 0)
+    if dense >= layers:  # to transformers too: every layer dense
+        return
     width, shared = fields.number("moe_intermediate_size", int), fields.number("n_shared_experts", int)
     config.moe = MoEConfig(
         layout={
@@ -134,7 +144,7 @@ def _dots1(config: ModelConfig, fields: Fields) -> None:
             "num_experts": fields.number("n_routed_experts", int),
             "num_experts_per_tok": fields.number("num_experts_per_tok", int),
             "moe_intermediate_size": width,
-            "first_k_dense_replace": fields.number("first_k_dense_replace", int, 0),
+            "first_k_dense_replace": dense,
         },
         router={
             "name": "sigmoid_topk",
@@ -199,8 +209,7 @@ MOE_FORMATS: Mapping[str, MoEFormat] = {
         "Qwen3-MoE",
         _qwen3_moe,
         model={"qkv_bias": False, "use_qk_norm": True},
-        unused=frozenset({"num_local_experts"}),
-        only=WITHOUT_BIASES,
+        unused=frozenset({"attention_bias", "num_local_experts"}),
         window_rule="every",
         written=_as_qwen3_moe,
     ),
@@ -224,9 +233,9 @@ MOE_FORMATS: Mapping[str, MoEFormat] = {
         "dots1",
         _dots1,
         model={"qkv_bias": False, "use_qk_norm": True},
-        only=WITHOUT_BIASES,
         unused=frozenset(
             {
+                "attention_bias",
                 "first_k_dense_replace",
                 "n_group",
                 "n_routed_experts",
@@ -245,7 +254,7 @@ MOE_FORMATS: Mapping[str, MoEFormat] = {
         "GptOssForCausalLM",
         "gpt-oss",
         gpt_oss.complete,
-        model={"o_bias": True, "attention_sinks": True, "mlp_bias": True},
+        model={"attention_sinks": True, "mlp_bias": True},
         defaults={
             "head_dim": 64,
             "max_position_embeddings": 131072,
@@ -253,9 +262,15 @@ MOE_FORMATS: Mapping[str, MoEFormat] = {
             "rms_norm_eps": 1e-5,
             "rope_theta": 150_000.0,
         },
-        only={"attention_bias": ((True,), "gpt-oss has biases on q, k, v and o; set it to true if the weights have")},
         unused=frozenset(
-            {"experts_per_token", "initial_context_length", "num_local_experts", "swiglu_alpha", "swiglu_limit"}
+            {
+                "attention_bias",
+                "experts_per_token",
+                "initial_context_length",
+                "num_local_experts",
+                "swiglu_alpha",
+                "swiglu_limit",
+            }
         ),
         checked=frozenset({"quantization_config"}),
         window_rule="even",
@@ -279,6 +294,18 @@ MOE_FORMATS: Mapping[str, MoEFormat] = {
     "deepseek_v3": MoEFormat(
         "DeepseekV3ForCausalLM",
         "DeepSeek-V3",
+        deepseek_formats.complete_v3,
+        model={"qkv_bias": False},
+        defaults=deepseek_formats.SAID_V3,
+        only=deepseek_formats.ONLY_V3,
+        unused=deepseek_formats.UNUSED,
+        parts=deepseek_formats.parts,
+        left_out=deepseek_formats.LEFT_OUT,
+        writable=False,
+    ),
+    "kimi_k2": MoEFormat(
+        "DeepseekV3ForCausalLM",
+        "Kimi K2",
         deepseek_formats.complete_v3,
         model={"qkv_bias": False},
         defaults=deepseek_formats.SAID_V3,

@@ -41,7 +41,7 @@ def write_config(
     """
     blocks = _blocks(model)
     model_type, class_name = model_type_of(model)
-    _raise(_unlike_attention(model.config) + _unlike_swiglu(model, blocks), model_type)
+    _raise(_unlike_attention(model.config, model_type) + _unlike_swiglu(model, blocks), model_type)
     fields = {
         "architectures": [class_name],
         "model_type": model_type,
@@ -72,7 +72,7 @@ def model_type_of(model: Transformer) -> tuple[str, str]:
     if blocks:
         bare = not any(block.shared_expert is not None for block in blocks.values())
         kind = "qwen3_moe" if config.use_qk_norm else "mixtral" if bare and not config.qkv_bias else "qwen2_moe"
-        if attention != (True, True):
+        if attention != (True, True) or config.o_bias:
             return kind, MOE_FORMATS[kind].class_name
     elif attention in DENSE_KINDS:
         kind, class_name = DENSE_KINDS[attention]
@@ -169,10 +169,12 @@ def _moe_fields(model: Transformer, blocks: Mapping[int, MoEBlock], model_type: 
     }
 
 
-def _unlike_attention(config: ModelConfig) -> list[str]:
-    """What of the attention none of the kinds has a place for."""
+def _unlike_attention(config: ModelConfig, model_type: str) -> list[str]:
+    """What of the attention the kind has no place for."""
     sinks = ["model.attention_sinks is true, and its attention has none"] if config.attention_sinks else []
-    return sinks + (["model.o_bias is true, and its o_proj has no bias"] if config.o_bias else [])
+    if not config.o_bias or (model_type == "qwen3_moe" and config.qkv_bias):  # its attention_bias: on all four
+        return sinks
+    return [*sinks, "model.o_bias is true, and its o_proj has no bias"]
 
 
 def _unlike_swiglu(model: Transformer, blocks: Mapping[int, MoEBlock]) -> list[str]:

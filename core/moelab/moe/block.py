@@ -194,12 +194,13 @@ class MoEBlock(nn.Module):
     @torch.no_grad()  # checkpointing counts what is saved, and the second computation does not look
     def _look(self, routing: Routing, x: Tensor) -> None:
         """The values of the first routing, while waiting for them costs nothing that counts."""
-        if routing.weights_on_input and getattr(self.backend, "computes_every_expert", False):
-            raise ConfigError(
-                f"model.moe.backend, layer {self.layer_id}: '{self.backend.name}' gives the weights of experts that a "
-                "token did not take a gradient, and weights on the experts' input have none there; set weights_on "
-                "output, or take another backend"
-            )
+        if getattr(self.backend, "computes_every_expert", False):
+            fault = promises.gradient_beyond_choice(routing)
+            if fault is not None:
+                raise ConfigError(
+                    f"model.moe.backend, layer {self.layer_id}: '{self.backend.name}' gives the weights of experts "
+                    f"that a token did not take a gradient, and {fault}, or take another backend"
+                )
         self._refuse("router", promises.routing_values(routing, x))
 
     def _refuse(self, part: str, fault: str | None) -> None:

@@ -124,6 +124,25 @@ def routing_values(routing: Routing, x: Tensor) -> str | None:
     return next(_faults_of_values(routing, x), None)
 
 
+def gradient_beyond_choice(routing: Routing) -> str | None:
+    """Why weights of experts that a token did not take have no gradient, and what would do; None where they have.
+
+    They are taken for its scores times the factor that its own weights are of their scores. Rounding is let pass.
+    """
+    if routing.weights_on_input:
+        return "weights on the experts' input have none there; set weights_on output"
+    if routing.scores is None:
+        return None
+    served = routing.compact()
+    scores, weight = routing.scores[served.token, served.expert], served.weight
+    sums = weight.new_zeros(2, routing.num_tokens).index_add(1, served.token, torch.stack([weight, scores.to(weight)]))
+    factor = sums[0] / sums[1].clamp_min(torch.finfo(weight.dtype).tiny)
+    apart = (weight - factor[served.token] * scores).abs().sum()
+    if apart <= 0.05 * weight.abs().sum():
+        return None
+    return "this router's weights are not a token's scores times one factor; take softmax_topk or one of its kind"
+
+
 def output(y: object, x: Tensor, what: str = "output") -> str | None:
     """Of what a backend or a shared expert returned for x [T, D]."""
     if not isinstance(y, Tensor):

@@ -113,10 +113,12 @@ class TopKRouter(LinearRouter):
         """What equal experts do with the weight that one of them had: `ExpertRows.copies`.
 
         None where an expert and its copies count otherwise than the expert: a group scored by the sum of some of its
-        members, a pool of a fixed number, a weight that each expert's input is multiplied by.
+        members, a pool of a fixed number, a weight that each expert's input is multiplied by, places that go by the
+        order of a token's choices, which among equals is anyone's.
         """
         options = self.options
         apart = options.document_pool is not None or options.weights_on == "input"
+        apart |= options.eval_capacity_factor is not None and options.drop_policy == "position"
         if apart or (options.n_group > 1 and options.group_score != "max"):
             return None
         return "share" if self.norm_topk_prob or self.score_function is softmax_score else "whole"

@@ -33,19 +33,19 @@ class LatentAttention(nn.Module):
         super().__init__()
         hidden_size, heads = config.hidden_size, config.num_attention_heads
         self.sizes, self.num_heads, self.layer_id = sizes, heads, layer_id
-        queries = heads * sizes.qk_head_dim
+        queries, bias = heads * sizes.qk_head_dim, sizes.attention_bias
         self.q_proj: Linear | None = None
         self.q_a_proj: Linear | None = None
         if sizes.q_lora_rank is None:
             self.q_proj = Linear(hidden_size, queries, bias=False)
         else:
-            self.q_a_proj = Linear(hidden_size, sizes.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(hidden_size, sizes.q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(sizes.q_lora_rank, NORM_EPS)
             self.q_b_proj = Linear(sizes.q_lora_rank, queries, bias=False)
-        self.kv_a_proj_with_mqa = Linear(hidden_size, sizes.kv_lora_rank + sizes.qk_rope_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = Linear(hidden_size, sizes.kv_lora_rank + sizes.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = RMSNorm(sizes.kv_lora_rank, NORM_EPS)
         self.kv_b_proj = Linear(sizes.kv_lora_rank, heads * (sizes.qk_nope_head_dim + sizes.v_head_dim), bias=False)
-        self.o_proj = Linear(heads * sizes.v_head_dim, hidden_size, bias=False)
+        self.o_proj = Linear(heads * sizes.v_head_dim, hidden_size, bias=bias)
         self.score_factor = 1.0  # on the scores: of a rotary embedding that is stretched
         self.kernel: TurnedKernel = FullAttention(layer_id)
 

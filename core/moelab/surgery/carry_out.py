@@ -146,7 +146,8 @@ def write_run(operation: Operation, beside: Path, output: Path) -> Path:
     checkpoint = beside / CHECKPOINTS / f"step_{patient.state['step']:08d}"
     checkpoint.mkdir(parents=True)
     tensors = operation.tensors()
-    check_disk(checkpoint, {file: sum(one.nbytes for one in found.values()) for file, found in tensors.items()})
+    sizes = {file: sum(one.nbytes for one in found.values()) for file, found in tensors.items()}
+    check_disk(checkpoint, sizes, then="operate again")
     entries = {}
     for file, found in tensors.items():
         entries[file] = write_tensors(checkpoint / file, found).entry()

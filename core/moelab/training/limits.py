@@ -78,20 +78,20 @@ def memory_there(device: torch.device) -> int | None:
     return max(0, min((bound for bound in bounds if bound is not None), default=0)) or None
 
 
-def check_disk(folder: Path, sizes: dict[str, int]) -> None:
-    """Raise CheckpointError before files of these sizes are written to `folder` in vain."""
+def check_disk(folder: Path, sizes: dict[str, int], then: str = "go on with --resume") -> None:
+    """Raise CheckpointError before files of these sizes are written to `folder` in vain; `then`: what room helps to."""
     needed, free = sum(sizes.values()), shutil.disk_usage(_existing(folder)).free
     if needed > free:
         raise CheckpointError(
             f"{folder}: can't be written: it takes {size(needed)}, and {size(free)} are free on that disk; free some "
-            "space and go on with --resume"
+            f"space and {then}"
         )
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     name = max(sizes, key=lambda name: sizes[name])
     if limit != resource.RLIM_INFINITY and sizes[name] > limit:
         raise CheckpointError(
             f"{folder / name}: can't be written: it takes {size(sizes[name])}, and a file may not grow beyond "
-            f"{size(limit)}; raise the limit (ulimit -f) and go on with --resume"
+            f"{size(limit)}; raise the limit (ulimit -f) and {then}"
         )
 
 

@@ -51,7 +51,8 @@ class Communication:
 
     Formula: f_d = D / (M T) * the tokens with an expert on device d (no gradient), P_d = the mean over tokens of the
     sum of p_ti over its experts, p normalised; by sequence, each by its length, or over the whole batch; meaned over
-    layers. Where every device receives M T / D: 1. What is counted is who was chosen, bias and groups included.
+    layers. Choices that are no experts lie on no device. Where every device receives M T / D: 1. What is counted is who
+    was chosen, bias and groups included.
     Source: DeepSeek-V2 (2405.04434) 2.2.3, communication balance loss, read in notes on the paper; weight, D and M as
     remembered of its 3.1.2. DeepSeek-V3 keeps the limit to nodes and has no such loss.
     Use: expert parallelism with n_group = num_devices and topk_group = devices_per_token: the limit bounds what a token
@@ -85,13 +86,13 @@ class Communication:
         def term(record: LayerRecord) -> Tensor:
             own = context.batch_own
             counted = self.batch_count(record) if own is None else own[record.layer_id].to(record.counts.device)
-            mean = self._by_device(token_mean(probabilities(scores_of(record)), record.routing.token_mask))
+            mean = self._by_device(token_mean(_of_experts(record), record.routing.token_mask))
             return (self._share(counted[:-1].to(mean.dtype), counted[-1].to(mean.dtype)) * mean).sum()
 
         return layer_mean(records, term)
 
     def _by_sequence(self, record: LayerRecord) -> Tensor:
-        p = probabilities(scores_of(record))
+        p = _of_experts(record)
         mask = record.routing.token_mask
         real = p.new_ones(p.shape[0]) if mask is None else mask.to(p.dtype)
         length = sum_by_sequence(real, record)  # [B]
@@ -107,6 +108,11 @@ class Communication:
     def _by_device(self, values: Tensor) -> Tensor:
         """[..., E] -> [..., D]."""
         return values.unflatten(-1, (self.options.num_devices, -1)).sum(-1)
+
+
+def _of_experts(record: LayerRecord) -> Tensor:
+    """[T, E]: the probabilities without those of choices that are no experts, which lie on no device."""
+    return probabilities(scores_of(record))[:, : record.routing.num_experts]
 
 
 @hookimpl

@@ -8,6 +8,7 @@ import numpy as np
 from omegaconf import MISSING
 
 from moelab import Component, ConfigError, Evidence, LayerPlan, Surgery, SurgeryContext, component, hookimpl
+from moelab.layouts import MOST_EXPERTS
 from moelab_plugins.surgeries._counts import NOT_DECLARED, check_top_k, copies_of
 
 BY = ("even", "load", "saliency", "weight_norm")
@@ -48,6 +49,8 @@ class Grow:
         self.options, self.context, layout = options, context, context.layout
         if options.num_experts <= layout.num_experts:
             raise ConfigError(f"num_experts: {options.num_experts} is not more than the {layout.num_experts} there are")
+        if options.num_experts > MOST_EXPERTS:
+            raise ConfigError(f"num_experts: must be {MOST_EXPERTS} at most, not {options.num_experts}")
         copies = options.num_experts - layout.num_experts
         if options.by != "even" and copies > options.max_copies * layout.num_experts:
             raise ConfigError(

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,6 +246,12 @@ def test_one_that_is_interrupted_leaves_nothing(
         (("split", "part=2"), "has no such option, did you mean 'parts'"),
         (("split", "2"), "is no option of a surgery"),
         (("prune", "num_experts=4", "--trace", "nowhere"), "need the model"),
+        (("split", "--trace", "nowhere"), "--trace: split as asked for looks at no routes"),
+        (("grow", "num_experts=1000000000"), "num_experts: must be 1048576 at most"),
+        (
+            ("grow", "num_experts=9", "noise=.inf"),
+            "noise: 'grow' (moelab_plugins.surgeries.grow): must be a finite number",
+        ),
         (("prune", "num_experts=4", "by=load", "--trace", "nowhere"), "holds no trace"),
     ],
 )
@@ -254,6 +261,16 @@ def test_what_can_t_be_done_is_one_line_and_leaves_nothing(
     code, _, told = operate(*arguments)
     assert code == 2
     assert said in told.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    operate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, used=10**9 - 5000, free=5000))
+    code, _, told = operate("split")
+    assert code == 2
+    assert "are free on that disk; free some space and operate again" in told.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 

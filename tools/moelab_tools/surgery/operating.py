@@ -55,6 +55,8 @@ def operate(asked: Asked) -> Iterator[str]:
     layers = patient.layers(asked.layers)
     surgeries = surgeries_of(patient, node, layers, asked.seed)
     needs = frozenset[str]().union(*(surgery.needs for surgery in surgeries.values()))
+    if asked.trace is not None and not needs:
+        raise ConfigError(f"--trace: {asked.name} as asked for looks at no routes; leave it out")
     with room_for(asked.output) as beside:  # before the work
         texts = None
         if asked.receipt or (needs and asked.trace is None):

@@ -12,7 +12,7 @@ from omegaconf import MISSING
 
 from moelab.config.scalars import Plain
 from moelab.config.text import read_tree
-from moelab.config.typed import OPTIONS, SCHEMA, KeyProblem
+from moelab.config.typed import OPTIONS, SCHEMA, KeyProblem, Typing
 
 
 class Colour(enum.Enum):
@@ -71,9 +71,7 @@ def test_null_is_no_text_and_a_quoted_one_is(word: str) -> None:
         _read(f"text: {word}")
 
 
-@pytest.mark.parametrize(
-    ("word", "value"), [("1e-3", 1e-3), ("3", 3.0), ("'1e-3'", 1e-3), ("1_000", 1000.0), (".inf", float("inf"))]
-)
+@pytest.mark.parametrize(("word", "value"), [("1e-3", 1e-3), ("3", 3.0), ("'1e-3'", 1e-3), ("1_000", 1000.0)])
 def test_a_float_takes_every_number(word: str, value: float) -> None:
     assert _read(f"rate: {word}").rate == value
 
@@ -120,9 +118,23 @@ def test_a_wrong_value_is_told_with_its_key(text: str, message: str) -> None:
     assert len(str(caught.value)) < 400
 
 
-def test_infinity_is_for_options_only() -> None:
-    with pytest.raises(KeyProblem, match="finite"):
-        SCHEMA.build(Everything, {"rate": Plain(".inf")})
+@dataclass
+class Limits:
+    """Numbers of which one has no limit where nothing else is said."""
+
+    endless: float = float("inf")
+    either: float | None = float("inf")
+    ended: float = 1.0
+    many: list[float] = field(default_factory=list)
+
+
+@pytest.mark.parametrize("typing", [SCHEMA, OPTIONS])
+def test_infinity_is_for_fields_that_start_with_it(typing: Typing) -> None:
+    for key in ("endless", "either"):
+        assert getattr(typing.build(Limits, {key: Plain("-.inf")}), key) == -float("inf")
+    for tree in ({"ended": Plain(".inf")}, {"ended": Plain("1e999")}, {"many": [Plain(".inf")]}, {"endless": ".nan"}):
+        with pytest.raises(KeyProblem, match="finite"):
+            typing.build(Limits, tree)
 
 
 def test_a_place_without_a_type_keeps_the_word_in_a_config_and_decides_it_in_options() -> None:

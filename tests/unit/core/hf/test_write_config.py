@@ -83,6 +83,16 @@ def test_attention_that_no_kind_has_is_refused():
     assert "model.o_bias is true, and its o_proj has no bias" in str(caught.value)
 
 
+def test_a_bias_on_the_output_alone_is_not_qwen3_moes():
+    """Its attention_bias puts one on q, k, v and o, or on none."""
+    config = model({str(i): {"shared_expert": {"name": "none"}} for i in range(4)}).config
+    config = replace(config, use_qk_norm=True, qkv_bias=False, o_bias=True)
+    with pytest.raises(CheckpointError, match=r"Qwen3-MoE can't(.|\n)*model\.o_bias is true"):
+        write_config(build_model(config, device="meta", seed=None))
+    written = write_config(build_model(replace(config, qkv_bias=True), device="meta", seed=None))
+    assert (written["model_type"], written["attention_bias"]) == ("qwen3_moe", True)
+
+
 class Stranger(nn.Module):
     """A router that knows nothing of Qwen2-MoE."""
 

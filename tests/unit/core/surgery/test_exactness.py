@@ -27,6 +27,7 @@ BOTH = [
     {"name": "sinkhorn"},
     {"name": "remoe"},
     {"name": "expert_choice"},
+    {"name": "softmax_topk", "eval_capacity_factor": 1.0},  # the heaviest of equals are the same
 ]
 SURGERIES = {
     "split": {"name": "split", "parts": 2},
@@ -38,6 +39,7 @@ NOT_ENOUGH = [
     {"name": "null_experts"},
     {"name": "expert_choice", "max_experts_per_token": 3},
     {"name": "sigmoid_topk", "n_group": 2, "topk_group": 2},  # which scores a group by its two best
+    {"name": "softmax_topk", "eval_capacity_factor": 1.0, "drop_policy": "position"},  # equals have no first
 ]
 
 

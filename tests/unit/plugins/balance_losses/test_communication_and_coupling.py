@@ -65,7 +65,12 @@ def received(r: LayerRecord, scope: str, devices: int, limit: int) -> float:
 @pytest.mark.parametrize("scope", ["sequence", "global"])
 @pytest.mark.parametrize(
     ("router", "options"),
-    [("softmax_topk", {"n_group": 4, "topk_group": 2}), ("sigmoid_topk", {"balance": "none"})],
+    [
+        ("softmax_topk", {"n_group": 4, "topk_group": 2}),
+        ("sigmoid_topk", {"balance": "none"}),
+        ("null_experts", {"num_null_experts": 3}),
+        ("moe_plus_plus", {}),  # four choices that are no experts: a fourth of twelve is not a fourth of the experts
+    ],
 )
 def test_communication_is_deepseek_v2s_formula(scope: str, router: str, options: dict[str, Any]) -> None:
     r = record(router, **options)

@@ -188,6 +188,16 @@ def test_a_dense_gradient_is_refused_for_weights_on_the_input() -> None:
         layer(tokens(), make_info(1, 24, 64, training=True))
 
 
+def test_a_dense_gradient_is_refused_for_weights_that_do_not_follow_the_scores() -> None:
+    """noisy_topk's are a softmax of noisy logits; in bfloat16 sigmoid_topk's are rounded, and follow them."""
+    info = make_info(1, 24, 64, training=True)
+    layer = block({"name": "noisy_topk"}, backend={"name": "densemixer"}).train()
+    with pytest.raises(ConfigError, match="not a token's scores times one factor"):
+        layer(tokens(), info)
+    layer = block({"name": "sigmoid_topk", "output_dtype": "bfloat16"}, backend={"name": "densemixer"}).train()
+    layer(tokens(), info)
+
+
 # ---- The bias ----
 
 

@@ -138,10 +138,18 @@ def test_the_matching_is_the_best_of_all_permutations() -> None:
 
 
 def test_linkage_averages_over_all_members() -> None:
-    """Of two groups, the mean distance between their members decides."""
-    distance = grouping.euclidean_distances(np.array([[0.0], [1.0], [2.6], [4.0], [9.0]]))
-    assert grouping.average_linkage(distance, 3) == [[0, 1], [2, 3], [4]]
-    assert grouping.average_linkage(distance, 2) == [[0, 1, 2, 3], [4]]
+    """The two groups of the smallest mean over all pairs of their members become one: a loop that keeps no means."""
+    for seed in range(6):
+        distance = grouping.euclidean_distances(np.random.default_rng(seed).normal(size=(9, 4)))
+        groups = [[expert] for expert in range(9)]
+        while len(groups) > 1:
+            assert grouping.average_linkage(distance, len(groups)) == sorted(sorted(group) for group in groups)
+            pairs = [(a, b) for a in range(len(groups)) for b in range(a)]
+            a, b = min(pairs, key=lambda pair: distance[np.ix_(groups[pair[0]], groups[pair[1]])].mean())
+            groups[b] += groups.pop(a)
+
+
+def test_experts_are_near_as_often_as_they_are_chosen_together() -> None:
     load = np.array([4.0, 2.0, 2.0])
     together = np.diag(load)
     together[0, 1] = together[1, 0] = 2
