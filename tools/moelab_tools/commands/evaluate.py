@@ -179,6 +179,7 @@ def _tell_lengths(
     tokens, passkey = how
     keys = None if passkey is None else (opened.tokenizer, passkey)
     looked = measure.Looked(opened.model, opened.run, opened.registry, opened.corpus, opened.precision, tokens, keys)
+    measure.rehearse(looked, ways, lengths)
     found = {}
     for way in ways:
         found[way.name] = measure.at_lengths(looked, way, lengths)
