@@ -151,7 +151,7 @@ def positional_parts(
             if config.latent_attention is not None and not isinstance(kernel, TurnedKernel):
                 raise ConfigError(
                     f"model.attention: '{part.name}' turns whole heads by positions of its own, and latent attention "
-                    "only a part of them; take full or sliding_window, or set model.latent_attention=null"
+                    "only a part of them; take full or sliding_window, or a model without model.latent_attention"
                 )
             kernels[layer_id] = kernel
     if config.rope_scaling is not None:

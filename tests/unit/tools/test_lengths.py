@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import moelab
+from moelab.config.latent_attention import LatentAttentionConfig
 from moelab.config.model import ModelConfig
 from moelab.config.run import RunConfig
 from moelab.data.byte_tokenizer import ByteTokenizer
@@ -162,6 +163,15 @@ def test_a_way_that_can_not_be_is_refused_before_the_first_is_looked_at() -> Non
     with pytest.raises(ConfigError, match="chunk 9999"):
         rehearse(given, ways, "1x,2x")
     assert given.model.config.attention is None, "left as it was"
+
+
+def test_of_all_known_ways_those_are_looked_at_that_a_model_can_take(caplog: pytest.LogCaptureFixture) -> None:
+    """Latent attention turns a part of each head, which dual chunks don't."""
+    sizes = LatentAttentionConfig(kv_lora_rank=4, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4)
+    net = moelab.build_model(replace(model().config, latent_attention=sizes, num_key_value_heads=2, qkv_bias=False))
+    ways = rehearse(replace(looked(), model=net), read_ways("all"), "1x,2x")
+    assert [way.name for way in ways] == [name for name in KNOWN if not name.startswith("dca")]
+    assert "--ways: dca is left out: model.attention: 'dual_chunk' turns whole heads" in caplog.text
 
 
 def test_loads_are_told_by_place() -> None:

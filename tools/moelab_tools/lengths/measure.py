@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from moelab.config.run import RunConfig
 from moelab.data.batches import Batch, ValidationBatches
 from moelab.data.corpus import Corpus
 from moelab.data.tokenizer import Tokenizer
-from moelab.errors import DataError
+from moelab.errors import ConfigError, DataError
 from moelab.moe.routing import LayerRecord
 from moelab.nn.attention_entropy import attention_entropy
 from moelab.nn.transformer import TokenContext, Transformer
@@ -26,6 +27,8 @@ from moelab.training.precision import Precision
 from moelab.training.stages import held_out
 from moelab_tools.lengths.asked import Way, parse_lengths
 from moelab_tools.passkey import make_trials, passkey_accuracy
+
+logger = logging.getLogger("moelab")
 
 ENTROPY_TOKENS = 1 << 14  # that are looked at for the entropy of attention
 LEAST_SHOWN = 4  # drift is shown from the trained length over this: bins of few places have too few assignments
@@ -82,8 +85,11 @@ def at_lengths(looked: Looked, way: Way, lengths: str) -> list[AtLength]:
         return [_at_length(looked, way, length) for length in parse_lengths(lengths, looked.trained)]
 
 
-def rehearse(looked: Looked, ways: Sequence[Way], lengths: str) -> None:
-    """Raise UserError for what would else be found after hours: a way that can't be, too short a text."""
+def rehearse(looked: Looked, ways: Sequence[Way], lengths: str) -> list[Way]:
+    """The ways that the model can take. Tells of optional ones that it can't.
+
+    Raises UserError for what would else be found after hours: another way that can't be, too short a text.
+    """
     asked, text = parse_lengths(lengths, looked.trained), looked.corpus.validation
     for length in asked:
         if length >= len(text):
@@ -93,10 +99,19 @@ def rehearse(looked: Looked, ways: Sequence[Way], lengths: str) -> None:
             )
         if looked.keys is not None:
             make_trials(text, looked.keys[0], length, 1)
+    found = []
     with _as_it_was(looked):
         for way in ways:
-            for length in asked:
-                way.positions.apply(looked.model, looked.registry, length, looked.trained)
+            try:
+                for length in asked:
+                    way.positions.apply(looked.model, looked.registry, length, looked.trained)
+            except ConfigError as error:
+                if not way.optional:
+                    raise
+                logger.warning("--ways: %s is left out: %s", way.name, error)
+                continue
+            found.append(way)
+    return found
 
 
 @contextmanager
