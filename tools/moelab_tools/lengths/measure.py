@@ -158,8 +158,10 @@ def _at_length(looked: Looked, way: Way, length: int) -> AtLength:
 
 def _reading(run: RunConfig, length: int, budget: int) -> RunConfig:
     """The run's config, but that about `budget` tokens are read in sequences of `length`."""
-    asked = {"sequences": max(1, budget // length), "batch_size": max(1, TOKENS_AT_ONCE // length)}
-    return replace(run, train=replace(run.train, sequence_length=length), evaluation=replace(run.evaluation, **asked))
+    evaluation = replace(
+        run.evaluation, sequences=max(1, budget // length), batch_size=max(1, TOKENS_AT_ONCE // length)
+    )
+    return replace(run, train=replace(run.train, sequence_length=length), evaluation=evaluation)
 
 
 def _beyond(evaluation: Evaluation, trained: int, scored: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
