@@ -23,6 +23,9 @@ logger = logging.getLogger("moelab")
 
 ROPE_KEYS, DUAL_CHUNK = ("rope_scaling", "rope_parameters"), "dual_chunk_attention_config"
 TRAINED = "original_max_position_embeddings"
+# Rope types by where transformers 5 has the trained length: at the top before the rope scaling's own, the longest
+# sequence where there is none (yarn's plugin does that), and the longest sequence alone.
+TOP_FIRST, LONGEST_STANDS_IN, LONGEST_ALONE = ("yarn", "llama3"), ("llama3",), ("dynamic",)
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor")
 WRITABLE = ("linear", "dynamic", "yarn", "llama3")  # rope types of transformers whose numbers are all ours
 # {window_rule: (layer, max_window_layers) -> whether it has the window}
@@ -71,17 +74,17 @@ def read_rope_scaling(fields: Fields, registry: Registry | None) -> dict[str, An
 
 def _trained_length(fields: Fields, found: dict[str, Any], key: str) -> None:
     """Complete a rope scaling by what the rest of config.json says of it, in place, as transformers 5 does."""
-    top, own, name = fields.get(TRAINED), found.get(TRAINED), found["name"]
-    if name in ("yarn", "llama3") and top is not None:  # Phi-3's place for it
+    top, own, kind = fields.get(TRAINED), found.get(TRAINED), found["name"]
+    if kind in TOP_FIRST and top is not None:  # Phi-3's place for it
         if own is not None and own != top:
             raise CheckpointError(
                 f"{fields.path}: {TRAINED} {top} and {key}.{TRAINED} {own} contradict each other; transformers 5.x "
                 "takes the first and 4.x the last: remove the wrong one"
             )
         found[TRAINED] = fields.number(TRAINED, int)
-    elif name == "llama3" and own is None:
+    elif kind in LONGEST_STANDS_IN and own is None:
         found[TRAINED] = fields.number("max_position_embeddings", int)
-    elif name == "dynamic" and own not in (None, fields.get("max_position_embeddings")):
+    elif kind in LONGEST_ALONE and own not in (None, fields.get("max_position_embeddings")):
         raise CheckpointError(
             f"{fields.path}: {key}.{TRAINED}: {own} is not max_position_embeddings, which transformers takes for "
             "dynamic scaling; make them the same, or remove it"
