@@ -37,8 +37,8 @@ from moelab.nn.attention_inputs import AttentionKernel, TurnedKernel
 from moelab.nn.init import initialise, release
 from moelab.nn.latent import LatentProjection
 from moelab.nn.mlp import MLP
-from moelab.nn.positional_promises import attention_built, scaling_built
-from moelab.nn.rope import RopeScaling
+from moelab.nn.positional_promises import attention_built, scaled, scaling_built
+from moelab.nn.rope import Rope, RopeScaling
 from moelab.nn.transformer import Transformer
 from moelab.plugin_faults import PluginPart, plugins_told
 from moelab.registry import Registry
@@ -151,14 +151,27 @@ def positional_parts(
             if config.latent_attention is not None and not isinstance(kernel, TurnedKernel):
                 raise ConfigError(
                     f"model.attention: '{part.name}' turns whole heads by positions of its own, and latent attention "
-                    "only a part of them; take full or sliding_window, or set model.latent_attention=null"
+                    "only a part of them; take full or sliding_window, or a model without model.latent_attention"
                 )
             kernels[layer_id] = kernel
     if config.rope_scaling is not None:
         context = RopeContext(config.rotary_head_dim, config.rope_theta, config.max_position_embeddings)
         scaling = registry.build(ROPE_SCALINGS, config.rope_scaling, context, ROPE_SCALINGS.key)
-        _refuse(registry.part(ROPE_SCALINGS, config.rope_scaling, ROPE_SCALINGS.key), scaling_built(scaling), scaling)
+        part = registry.part(ROPE_SCALINGS, config.rope_scaling, ROPE_SCALINGS.key)
+        _refuse(part, scaling_built(scaling), scaling)
+        if scaling is not None:
+            _try_scaling(part, scaling, config)
     return kernels, scaling
+
+
+def _try_scaling(part: PluginPart, scaling: RopeScaling, config: ModelConfig) -> None:
+    """Ask it for frequencies once, so that one that fails does before the model is made."""
+    with torch.device("cpu"):
+        plain, _ = Rope(config.rotary_head_dim, config.rope_theta).frequencies(torch.device("cpu"))
+        for length in (1, 2 * config.max_position_embeddings):
+            with part.blamed():
+                found = scaling(plain.clone(), length)
+            _refuse(part, scaled(found, plain), scaling)
 
 
 def reposition(

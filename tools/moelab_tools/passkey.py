@@ -46,8 +46,8 @@ def make_trials(stream: TokenStream, tokenizer: Tokenizer, length: int, trials: 
             room = length - len(hidden) - len(question) - len(tokenizer.encode(key))
             if room < 0 or room >= len(stream):
                 raise DataError(
-                    f"--passkey: {length} tokens leave {room} for held-out text, of which there are {len(stream)}; "
-                    "give another --length"
+                    f"--passkey: of {length} tokens the words that hide a key and ask for it take {length - room}, and "
+                    f"the rest is held-out text, of which there are {len(stream)}; give another --length"
                 )
             begin = int(draw.integers(0, len(stream) - room))
             filler = np.asarray(stream.tokens[begin : begin + room]).astype(np.int64).tolist()

@@ -92,6 +92,7 @@ class PackedBatches(TrainBatches, ABC):
             read[[document for document, _, _ in self.pieces_of(0, place)]] = True
         return read
 
+    @cached_property
     def fill(self) -> Fill:
         """Of the first epoch."""
         held = np.zeros(len(self.stream.document_names), np.int64)

@@ -50,8 +50,9 @@ READ = frozenset((
     "dual_chunk_attention_config", "head_dim", "hidden_size", "initializer_range",
     "intermediate_size", "layer_types", "max_position_embeddings", "max_window_layers", "mlp_only_layers",
     "model_type", "moe_intermediate_size", "norm_topk_prob", "num_attention_heads", "num_experts",
-    "num_experts_per_tok", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters",
-    "rope_scaling", "rope_theta", "shared_expert_intermediate_size", "sliding_window", "tie_word_embeddings",
+    "num_experts_per_tok", "num_hidden_layers", "num_key_value_heads", "original_max_position_embeddings",
+    "rms_norm_eps", "rope_parameters", "rope_scaling",
+    "rope_theta", "shared_expert_intermediate_size", "sliding_window", "tie_word_embeddings",
     "torch_dtype", "use_sliding_window", "vocab_size",
 ))  # fmt: skip
 # What says nothing of the function: bookkeeping, token ids, generation, training losses.

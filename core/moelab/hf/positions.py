@@ -22,6 +22,10 @@ from moelab.registry import Registry
 logger = logging.getLogger("moelab")
 
 ROPE_KEYS, DUAL_CHUNK = ("rope_scaling", "rope_parameters"), "dual_chunk_attention_config"
+TRAINED = "original_max_position_embeddings"
+# Rope types by where transformers 5 has the trained length: at the top before the rope scaling's own, the longest
+# sequence where there is none (yarn's plugin does that), and the longest sequence alone.
+TOP_FIRST, LONGEST_STANDS_IN, LONGEST_ALONE = ("yarn", "llama3"), ("llama3",), ("dynamic",)
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor")
 WRITABLE = ("linear", "dynamic", "yarn", "llama3")  # rope types of transformers whose numbers are all ours
 # {window_rule: (layer, max_window_layers) -> whether it has the window}
@@ -56,8 +60,9 @@ def read_rope_scaling(fields: Fields, registry: Registry | None) -> dict[str, An
     if registry is None or not registry.components(ROPE_SCALINGS):
         registry = Registry(points=(ROPE_SCALINGS,))
     key = next(iter(said))
+    _trained_length(fields, found, key)
     if found["name"] == "yarn" and "factor" not in found:  # transformers: the quotient of the lengths
-        original = found.get("original_max_position_embeddings")
+        original = found.get(TRAINED)
         if isinstance(original, int) and original > 0:
             found["factor"] = fields.number("max_position_embeddings", int) / original
     try:
@@ -65,6 +70,25 @@ def read_rope_scaling(fields: Fields, registry: Registry | None) -> dict[str, An
     except ConfigError as error:
         raise CheckpointError(f"{fields.path}: {error}") from error
     return found
+
+
+def _trained_length(fields: Fields, found: dict[str, Any], key: str) -> None:
+    """Complete a rope scaling by what the rest of config.json says of it, in place, as transformers 5 does."""
+    top, own, kind = fields.get(TRAINED), found.get(TRAINED), found["name"]
+    if kind in TOP_FIRST and top is not None:  # Phi-3's place for it
+        if own is not None and own != top:
+            raise CheckpointError(
+                f"{fields.path}: {TRAINED} {top} and {key}.{TRAINED} {own} contradict each other; transformers 5.x "
+                "takes the first and 4.x the last: remove the wrong one"
+            )
+        found[TRAINED] = fields.number(TRAINED, int)
+    elif kind in LONGEST_STANDS_IN and own is None:
+        found[TRAINED] = fields.number("max_position_embeddings", int)
+    elif kind in LONGEST_ALONE and own not in (None, fields.get("max_position_embeddings")):
+        raise CheckpointError(
+            f"{fields.path}: {key}.{TRAINED}: {own} is not max_position_embeddings, which transformers takes for "
+            "dynamic scaling; make them the same, or remove it"
+        )
 
 
 def ropes(fields: Fields) -> dict[str, Mapping[str, Any]]:
@@ -80,6 +104,8 @@ def ropes(fields: Fields) -> dict[str, Mapping[str, Any]]:
             fields.refuse(key, "rotary embedding is of whole heads, and the same in all layers")
         if rope.get("rope_type", rope.get("type")) != rope.get("type", rope.get("rope_type")):
             fields.refuse(key, "rope_type and type contradict each other: remove the wrong one")
+        if not isinstance(rope.get("rope_type", rope.get("type")), str | None):
+            fields.refuse(key, "its rope_type must be a name")
         found[key] = rope
     return found
 

@@ -15,7 +15,9 @@ from moelab.nn.attention_inputs import AttentionContext, AttentionInputs, Attent
 from moelab.nn.full_attention import FullAttention
 from moelab.nn.linear import Linear
 from moelab.nn.norm import RMSNorm
+from moelab.nn.positional_promises import attended, kernel_part
 from moelab.nn.rope import RopeScaling
+from moelab.plugin_faults import PluginPart
 
 
 class Attention(nn.Module):
@@ -39,6 +41,10 @@ class Attention(nn.Module):
     def take(self, kernel: AttentionKernel, scaling: RopeScaling | None) -> None:
         """Compute the heads by `kernel` from now on; what stretches the rotary embedding is in its tables."""
         self.kernel = kernel
+
+    def plugin_parts(self) -> list[tuple[PluginPart, object]]:
+        """Who to blame for what the heads' computation raises."""
+        return [(kernel_part(self.kernel, self.layer_id), self.kernel)]
 
     @property
     def cache_mode(self) -> str:
@@ -67,6 +73,8 @@ class Attention(nn.Module):
         if self.sinks is not None:
             inputs = replace(inputs, sinks=self.sinks)
         out = self.kernel(query, key, value, inputs)
+        if (fault := attended(out, query, value.shape[-1])) is not None:
+            raise kernel_part(self.kernel, self.layer_id).fault(fault, self.kernel)
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return projected
 

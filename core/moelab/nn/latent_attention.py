@@ -21,7 +21,9 @@ from moelab.nn.attention_inputs import AttentionInputs, AttentionKernel, TurnedK
 from moelab.nn.full_attention import FullAttention
 from moelab.nn.linear import Linear
 from moelab.nn.norm import RMSNorm
+from moelab.nn.positional_promises import attended, kernel_part
 from moelab.nn.rope import RopeScaling, rotate
+from moelab.plugin_faults import PluginPart
 
 NORM_EPS = 1e-6  # of the latent vectors' norms, whatever rms_norm_eps says: theirs and transformers' default
 
@@ -55,6 +57,10 @@ class LatentAttention(nn.Module):
         self.kernel = kernel
         self.score_factor = getattr(scaling, "score_factor", 1.0)
 
+    def plugin_parts(self) -> list[tuple[PluginPart, object]]:
+        """As `Attention`'s."""
+        return [(kernel_part(self.kernel, self.layer_id), self.kernel)]
+
     @property
     def cache_mode(self) -> str:
         """What a cache of it holds."""
@@ -81,6 +87,8 @@ class LatentAttention(nn.Module):
             latent, _ = inputs.cache.append(self.layer_id, latent, latent[..., :0])  # values are among the keys
         heads = self._absorbed if self._absorbs(inputs) else self._expanded
         out = heads(query, latent, inputs)  # [B, H, S, v]
+        if (fault := attended(out, query, self.sizes.v_head_dim)) is not None:
+            raise kernel_part(self.kernel, self.layer_id).fault(fault, self.kernel)
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return projected
 

@@ -17,7 +17,7 @@ from moelab.config.model import ModelConfig
 from moelab.config.run import OptimizerConfig
 from moelab.errors import ConfigError
 from moelab.hookspecs import OPTIMIZERS
-from moelab.nn.count import moe_blocks
+from moelab.nn.count import cached_numbers, moe_blocks
 from moelab.nn.loss import chunk_rows, keeps_logits
 from moelab.nn.low_rank import Target, adapter_targets, train_alone
 from moelab.nn.narrow import narrow
@@ -95,6 +95,8 @@ class Plan:
     total_parameters: int
     trained: int  # numbers that the optimizer steps
     times: Times | None  # of a step, on a machine that is known
+    cached: int  # numbers that generation keeps of each token
+    longest: int  # tokens of the model's longest sequence
 
 
 def predict(
@@ -110,7 +112,8 @@ def predict(
     times = times_of(counted.model, problem, counted.sent, machine, counts_before(problem, losses)) if machine else None
     total = sum(parameter.numel() for parameter in counted.model.parameters())
     trained = sum(target.numbers for target in counted.targets) if counted.targets else total
-    return Plan(problem, counted.memory(problem), counted.sent, total, trained, times)
+    memory, cached = counted.memory(problem), cached_numbers(counted.model)
+    return Plan(problem, memory, counted.sent, total, trained, times, cached, config.max_position_embeddings)
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,11 @@ def evaluate(
     ranks: Ranks = ALONE,
     *,
     watch: Watch | None = None,
+    border: int = 1,
 ) -> Evaluation:
     """The loss of every held-out token, each counted once, by one of the ranks. `watch` sees what was routed for it.
+
+    At `border` tokens before a target a bin of places ends, beside the powers of two.
 
     The batch size changes no number beyond the rounding of a matrix product of another shape (1e-7 of a document's
     loss in float32): in evaluation no router lets sequences of a batch touch each other, unless it is given an
@@ -58,7 +61,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    found = _Found.of(batches)
+    found = _Found.of(batches, border)
     waiting: tuple[Batch, Tensor] | None = None
     for batch, counts in _share(batches, ranks):
         part = batch.to(precision.device)
@@ -97,13 +100,14 @@ class _Found:
     total: Tensor  # [3, n] float64: nats, tokens, bytes
     placed: dict[str, Tensor]  # axis -> [3, n * P]
     bins: list[str]  # P
+    border: int
 
     @classmethod
-    def of(cls, batches: ValidationBatches) -> _Found:
+    def of(cls, batches: ValidationBatches, border: int) -> _Found:
         scored = batches.documents_scored()
-        bins, count = bin_names(batches.sequence_length), int(scored.sum())
+        bins, count = bin_names(batches.sequence_length, border), int(scored.sum())
         placed = {axis: torch.zeros(3, count * len(bins), dtype=torch.float64) for axis in AXES}
-        return cls(np.cumsum(scored) - 1, torch.zeros(3, count, dtype=torch.float64), placed, bins)
+        return cls(np.cumsum(scored) - 1, torch.zeros(3, count, dtype=torch.float64), placed, bins, border)
 
     def add(self, batch: Batch, token_loss: Tensor) -> None:
         """token_loss [B, S], on whatever device."""
@@ -116,7 +120,7 @@ class _Found:
         self.total.index_add_(1, torch.from_numpy(row.reshape(-1)), values)
         document = np.concatenate([batch.document_id.numpy()[:, :1], target], 1)  # [B, S + 1]
         for axis, before in zip(AXES, tokens_before(document), strict=True):
-            key = row * len(self.bins) + bin_of(before)
+            key = row * len(self.bins) + bin_of(before, self.border)
             self.placed[axis].index_add_(1, torch.from_numpy(key.reshape(-1)), values)
 
     def reduce(self, ranks: Ranks) -> None:

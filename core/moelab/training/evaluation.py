@@ -91,15 +91,17 @@ class Evaluation(Sums):
         return Sums(self.nats[chosen], self.tokens[chosen], None if self.bytes is None else self.bytes[chosen])
 
 
-def bin_of(tokens_before: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[...] >= 0 -> [...]: 0 for none, b for 2^(b-1) to 2^b - 1."""
-    return np.frexp(tokens_before.astype(np.float64))[1].astype(np.int64)
+def bin_of(tokens_before: NDArray[np.int64], border: int = 1) -> NDArray[np.int64]:
+    """[...] >= 0 -> [...]: 0 for none, b for 2^(b-1) to 2^b - 1. The bin that `border` lies in is cut there."""
+    found = np.frexp(tokens_before.astype(np.float64))[1].astype(np.int64)
+    return found + (tokens_before >= border) if border & (border - 1) else found
 
 
-def bin_names(most: int) -> list[str]:
-    """Of the bins of 0 to `most` tokens before a target; filled with zeros, so that names sort as numbers do."""
+def bin_names(most: int, border: int = 1) -> list[str]:
+    """Of `bin_of` 0 to `most` tokens before a target; filled with zeros, so that names sort as numbers do."""
     width = len(str(most))
-    edges = [(0, 0), *((1 << b, min((2 << b) - 1, most)) for b in range(most.bit_length()))]
+    begins = sorted({0, *(1 << b for b in range(most.bit_length())), border if border <= most else 0})
+    edges = zip(begins, [*(begin - 1 for begin in begins[1:]), most], strict=True)
     return [f"{low:0{width}}" if low == high else f"{low:0{width}}-{high:0{width}}" for low, high in edges]
 
 

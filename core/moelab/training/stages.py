@@ -9,7 +9,7 @@ come again. Of a mixer in a stage, `until` counts from the run's beginning, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from moelab.config.stages import in_stage, spans
 from moelab.data.batches import ValidationBatches
 from moelab.data.corpus import Corpus
 from moelab.data.mixing import matching
+from moelab.data.packing import PackedBatches
 from moelab.errors import ConfigError, DataError
 from moelab.nn.attention_inputs import AttentionKernel
 from moelab.nn.count import ServedCosts, flops_per_token, served_costs
@@ -55,21 +56,23 @@ class Stage:
     def facts(self, model: Transformer) -> dict[str, Any]:
         """What summary.json tells of it."""
         train, placed = self.config.train, self.config.model
+        packed = {"packing": asdict(self.batches.fill)} if isinstance(self.batches, PackedBatches) else {}
         return {
             "name": self.name, "first_step": self.first, "steps": self.end - self.first,
             "sequence_length": train.sequence_length, "batch_size": train.batch_size, "rope_theta": placed.rope_theta,
             "rope_scaling": placed.rope_scaling, "max_position_embeddings": placed.max_position_embeddings,
             "lr": self.config.optimizer.lr, "flops_per_token": self.costs(model)[0],
-            "mixture": mixture_facts(self.batches, self.end, self.first),
+            "mixture": mixture_facts(self.batches, self.end, self.first), **packed,
         }  # fmt: skip
 
     def line(self) -> str:
         """What is told of it in the log."""
         train, placed = self.config.train, self.config.model
+        packed = f"; packed, {self.batches.fill.line()}" if isinstance(self.batches, PackedBatches) else ""
         return (
             f"'{self.name}', after step {self.first} up to step {self.end}: {train.batch_size} sequences of "
             f"{train.sequence_length} tokens, rope_theta {placed.rope_theta:g}, rope_scaling "
-            f"{(placed.rope_scaling or {}).get('name', 'none')}, lr {self.config.optimizer.lr:g}"
+            f"{(placed.rope_scaling or {}).get('name', 'none')}, lr {self.config.optimizer.lr:g}{packed}"
         )
 
 

@@ -92,7 +92,7 @@ def environment_facts(setup: Setup) -> dict[str, Any]:
             "manifest": setup.corpus.manifest,
             "left_out": setup.corpus.left_out,
             **({"commits": setup.corpus.commits} if setup.corpus.commits else {}),  # of datasets on the hub
-            **({"packing": asdict(setup.batches.fill())} if isinstance(setup.batches, PackedBatches) else {}),
+            **({"packing": asdict(setup.batches.fill)} if isinstance(setup.batches, PackedBatches) else {}),
             "seen": asdict(setup.seen),
             "mixture": mixture_facts(setup.batches, config.train.steps),  # as planned; {} without a mixer
         },

@@ -184,8 +184,8 @@ def _run(loop: Loop) -> None:
     setup, progress, metrics = loop.setup, loop.progress, loop.metrics
     whole = as_in(setup, -1)  # what is told of a run in stages is its last one, which is what it makes
     facts = environment_facts(whole) | stage_facts(setup) | {REPLANNED: to_json(loop.plan.changes)}
-    if isinstance(setup.batches, PackedBatches):
-        logger.info("data.packing %s: %s", setup.config.data.packing, setup.batches.fill().line())
+    if isinstance(setup.batches, PackedBatches) and not setup.stages:  # which tell of their own
+        logger.info("data.packing %s: %s", setup.config.data.packing, setup.batches.fill.line())
     for stage in setup.stages:
         logger.info("stage %s", stage.line())
     logger.info("%s: %s", facts["name"], {key: facts[key] for key in ("components", "parameters")})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from omegaconf import MISSING
@@ -36,11 +37,12 @@ class SlidingWindow:
     """
 
     cache_mode = ROTATED
-    reach = None
     serves_sinks = True
 
-    def __init__(self, window: int, layer_id: int) -> None:
+    def __init__(self, window: int, layer_id: int, trained: int) -> None:
+        """`trained`: the model's longest sequence; a window within it shows no distance that is new, in any text."""
         self.window = window
+        self.reach = math.inf if window <= trained else None
         self.full = FullAttention(layer_id)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, inputs: AttentionInputs) -> Tensor:
@@ -60,7 +62,7 @@ def build(options: SlidingWindowOptions, context: AttentionContext) -> Attention
     pattern = f"0-{context.num_hidden_layers - 1}" if options.layers is None else options.layers
     layers = match_layers(pattern, context.num_hidden_layers, "layers")
     return (
-        SlidingWindow(options.window, context.layer_id)
+        SlidingWindow(options.window, context.layer_id, context.max_position_embeddings)
         if context.layer_id in layers
         else FullAttention(context.layer_id)
     )

@@ -23,7 +23,7 @@ class DynamicOptions:
     original_max_position_embeddings: int | None = None  # the trained length; null: the model's longest sequence
 
     def __post_init__(self) -> None:
-        if not self.factor >= 1:
+        if not 1 <= self.factor < inf:
             raise ValueError(f"factor must be at least 1, not {self.factor}")
         if self.original_max_position_embeddings is not None and self.original_max_position_embeddings < 1:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
@@ -21,7 +22,7 @@ class LinearOptions:
     factor: float = MISSING  # how many times the trained length
 
     def __post_init__(self) -> None:
-        if not self.factor >= 1:
+        if not 1 <= self.factor < inf:
             raise ValueError(f"factor must be at least 1, not {self.factor}")
 
 

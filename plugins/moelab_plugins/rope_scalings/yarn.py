@@ -31,7 +31,7 @@ class YarnOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.factor < math.inf:
             raise ValueError(f"factor must be at least 1, not {self.factor}")
-        if not 0 < self.beta_slow <= self.beta_fast:
+        if not 0 < self.beta_slow <= self.beta_fast < math.inf:
             raise ValueError(
                 f"beta_slow must be positive and at most beta_fast, not {self.beta_slow}, {self.beta_fast}"
             )
@@ -39,6 +39,10 @@ class YarnOptions:
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{key} must be positive, not {value}")
+        for key in ("mscale", "mscale_all_dim"):  # transformers takes 0 for unsaid
+            value = getattr(self, key)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{key} must not be negative, not {value}")
 
 
 class Yarn:
@@ -77,7 +81,7 @@ class Yarn:
     def _border(self, turns: float) -> float:
         """The k of the frequency that turns so often over the trained length."""
         size, base = self.context.head_dim, self.context.rope_theta
-        return size * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(base))
+        return size * (math.log(self.original / (2 * math.pi)) - math.log(turns)) / (2 * math.log(base))
 
     def _attention_factor(self) -> float:
         said = self.options

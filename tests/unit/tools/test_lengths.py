@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import moelab
+from moelab.config.latent_attention import LatentAttentionConfig
 from moelab.config.model import ModelConfig
 from moelab.config.run import RunConfig
 from moelab.data.byte_tokenizer import ByteTokenizer
@@ -20,7 +21,7 @@ from moelab.errors import ConfigError, DataError, UserError
 from moelab.training.precision import choose_precision
 from moelab_tools.lengths import board, kept
 from moelab_tools.lengths.asked import AS_IT_IS, KNOWN, parse_lengths, read_ways, way_of
-from moelab_tools.lengths.measure import Loads, Looked, at_lengths, moved
+from moelab_tools.lengths.measure import Loads, Looked, at_lengths, moved, rehearse
 from moelab_tools.passkey import make_trials, passkey_accuracy
 from moelab_tools.positions import Positions
 
@@ -74,7 +75,7 @@ def test_a_key_lies_at_its_depth_in_a_text_of_the_length() -> None:
         fillers = text.split("\n")[0].count("x"), text.count("x")
         assert fillers[0] == round(trial.depth * fillers[1])
     assert make_trials(stream, TOKENIZER, 400, 2) == trials
-    with pytest.raises(DataError, match="--passkey: 60 tokens leave"):
+    with pytest.raises(DataError, match="--passkey: of 60 tokens the words that hide a key and ask for it take 104"):
         make_trials(stream, TOKENIZER, 60, 1)
     assert passkey_accuracy(model(), TOKENIZER, trials[:4]) == {"0": 0.0, "0.25": 0.0}
 
@@ -108,13 +109,13 @@ def test_ways_are_read_by_name_and_what_is_none_is_refused(tmp_path: Path) -> No
     assert way_of(Positions("dual_chunk", "{name: yarn, factor: 4}")).name == "name-yarn-factor-4+dual_chunk"
 
 
-def looked(tokens: int = 512) -> Looked:
-    """A model of random weights that was trained on 64 tokens, and text of two documents."""
+def looked(tokens: int = 512, trained: int = 64) -> Looked:
+    """A model of random weights that was trained on so many tokens, and text of two documents in a domain each."""
     ids = np.random.default_rng(0).integers(0, 250, 4000)
-    stream = TokenStream(ids, np.array([0, 1500, 4000]), np.zeros(2, np.int64), ["first", "second"])
-    corpus = SimpleNamespace(validation=stream, fingerprint="f")
+    stream = TokenStream(ids, np.array([0, 1500, 4000]), np.arange(2), ["first", "second"])
+    corpus = SimpleNamespace(validation=stream, fingerprint="f", domains=["a", "b"])
     run = RunConfig(run_dir="unused")
-    run.train.sequence_length = 64
+    run.train.sequence_length = trained
     return Looked(model(), run, REGISTRY, corpus, choose_precision(run.train), tokens)  # type: ignore[arg-type]
 
 
@@ -135,6 +136,42 @@ def test_a_model_is_looked_at_in_each_way_and_then_what_it_was() -> None:
     assert set(long.entropy) == {"0"}
     assert list(long.entropy["0"]) == list(long.positions)
     assert long.entropy["0"]["128-255"] <= np.log(64), "a window sees no more"
+
+
+def test_beyond_begins_at_the_trained_length_whatever_it_is() -> None:
+    """A length that is no power of two has a border of its own among the places."""
+    given = looked(trained=48)
+    short, long = at_lengths(given, way_of(Positions()), "1x,1.25x")
+    assert (short.beyond, short.tokens, long.length) == (None, 480, 60)
+    assert sum(tokens for _, tokens in long.documents.values()) == 8 * (60 - 47), "targets with 48 to 60 before them"
+    assert list(long.positions)[-2:] == list(long.entropy["0"])[-2:] == ["32-47", "48-60"]
+    assert long.beyond == pytest.approx(long.positions["48-60"])
+
+
+def test_it_reads_the_domains_that_the_run_is_evaluated_on() -> None:
+    given = looked()
+    given.run.evaluation.domains = ["b"]
+    (found,) = at_lengths(given, way_of(Positions()), "2x")
+    assert list(found.documents) == ["second"]
+    with pytest.raises(DataError, match=r"--length: 4000 tokens and a target more.*has 4000; ask for at most 3999"):
+        at_lengths(given, way_of(Positions()), "1x,4000")
+
+
+def test_a_way_that_can_not_be_is_refused_before_the_first_is_looked_at() -> None:
+    given = looked()
+    ways = [way_of(Positions()), way_of(Positions("{name: dual_chunk, chunk: 9999}"))]
+    with pytest.raises(ConfigError, match="chunk 9999"):
+        rehearse(given, ways, "1x,2x")
+    assert given.model.config.attention is None, "left as it was"
+
+
+def test_of_all_known_ways_those_are_looked_at_that_a_model_can_take(caplog: pytest.LogCaptureFixture) -> None:
+    """Latent attention turns a part of each head, which dual chunks don't."""
+    sizes = LatentAttentionConfig(kv_lora_rank=4, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4)
+    net = moelab.build_model(replace(model().config, latent_attention=sizes, num_key_value_heads=2, qkv_bias=False))
+    ways = rehearse(replace(looked(), model=net), read_ways("all"), "1x,2x")
+    assert [way.name for way in ways] == [name for name in KNOWN if not name.startswith("dca")]
+    assert "--ways: dca is left out: model.attention: 'dual_chunk' turns whole heads" in caplog.text
 
 
 def test_loads_are_told_by_place() -> None:

@@ -21,7 +21,10 @@ def test_plan_prints_the_peak_and_whether_it_fits(root: Path, capsys: pytest.Cap
 def test_plan_takes_a_model_file_and_overrides(root: Path, capsys: pytest.CaptureFixture[str]):
     config = str(root / "configs/model/qwen2-0.5b.yaml")
     assert run(["plan", config, "train.batch_size=1", "train.dtype=bfloat16", "--device-memory", "0.1"]) == 0
-    assert "does not fit in 0.1 GB" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "does not fit in 0.1 GB" in out
+    # 24 layers, keys and values of 2 heads of 64, 2 bytes each.
+    assert "generation keeps 12,288 bytes of each token in bfloat16, 1.61 GB of 131,072 tokens" in out
 
 
 def test_plan_refuses_a_mesh_that_does_not_divide(root: Path, capsys: pytest.CaptureFixture[str]):

@@ -179,7 +179,7 @@ def _tell_lengths(
     tokens, passkey = how
     keys = None if passkey is None else (opened.tokenizer, passkey)
     looked = measure.Looked(opened.model, opened.run, opened.registry, opened.corpus, opened.precision, tokens, keys)
-    found = {}
+    found, ways = {}, measure.rehearse(looked, ways, lengths)
     for way in ways:
         found[way.name] = measure.at_lengths(looked, way, lengths)
         if len(ways) > 1:

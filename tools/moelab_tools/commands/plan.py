@@ -153,6 +153,11 @@ def _print(plan: Plan, device_memory: float | None) -> None:
         _print_traffic(plan.communication)
     if plan.times is not None:
         _print_times(plan.times)
+    size = 2 * plan.cached  # as `moelab explain` counts it
+    click.echo(
+        f"\ngeneration keeps {size:,} bytes of each token in bfloat16, {_bytes(size * plan.longest).strip()} of "
+        f"{plan.longest:,} tokens"
+    )
     if device_memory is not None:
         verdict = "fits" if memory.peak <= device_memory * GB else "does not fit"
         click.echo(f"\n{verdict} in {device_memory:g} GB")
@@ -194,5 +199,8 @@ def _print_times(times: Times) -> None:
 def _section(title: str, rows: dict[str, int]) -> None:
     click.echo(f"\n{title}")
     for name, size in rows.items():
-        number = f"{size / GB:>12,.2f} GB" if size >= GB else f"{size / MB:>12,.2f} MB"
-        click.echo(f"  {name:<28}{number}")
+        click.echo(f"  {name:<28}{_bytes(size)}")
+
+
+def _bytes(size: int) -> str:
+    return f"{size / GB:>12,.2f} GB" if size >= GB else f"{size / MB:>12,.2f} MB"

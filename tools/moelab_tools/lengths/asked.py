@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moelab.config.text import read_tree
@@ -42,6 +42,7 @@ class Way:
 
     name: str
     positions: Positions
+    optional: bool = False  # one of ALL, which is left out where a model can't take it
 
 
 def parse_lengths(text: str, trained: int) -> list[int]:
@@ -69,7 +70,7 @@ def read_ways(said: str) -> list[Way]:
     Raises ConfigError naming what is wrong.
     """
     if said == ALL:
-        return ways_of(KNOWN, "")
+        return [replace(way, optional=True) for way in ways_of(KNOWN, "")]
     path = user_path(said, "--ways")
     tree = read_tree(read_text(path, Reading(ConfigError, f"name a file of ways, or {ALL}, with --ways")), str(path))
     if not isinstance(tree, Mapping) or not tree:

@@ -41,6 +41,8 @@ def place_of(checkpoint: Path) -> Path | None:
 def keep(folder: Path, looked: Looked, found: Mapping[str, Sequence[AtLength]]) -> dict[str, Any]:
     """Write into `folder`, beside what is kept of other ways; -> all that is then kept."""
     text = {"fingerprint": looked.corpus.fingerprint, "document_mask": looked.run.data.document_mask}
+    if looked.run.evaluation.domains is not None:
+        text["domains"] = looked.run.evaluation.domains
     head = {"format_version": FORMAT_VERSION, "trained": looked.trained, "text": text,
             "tokens": looked.tokens or looked.run.evaluation.sequences * looked.trained}  # fmt: skip
     ways: dict[str, Any] = {}

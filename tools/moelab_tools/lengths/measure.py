@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from moelab.config.run import RunConfig
 from moelab.data.batches import Batch, ValidationBatches
 from moelab.data.corpus import Corpus
 from moelab.data.tokenizer import Tokenizer
+from moelab.errors import ConfigError, DataError
 from moelab.moe.routing import LayerRecord
 from moelab.nn.attention_entropy import attention_entropy
 from moelab.nn.transformer import TokenContext, Transformer
@@ -22,8 +24,11 @@ from moelab.registry import Registry
 from moelab.training.evaluate import TOKENS_AT_ONCE, evaluate
 from moelab.training.evaluation import Evaluation, bin_names, bin_of
 from moelab.training.precision import Precision
+from moelab.training.stages import held_out
 from moelab_tools.lengths.asked import Way, parse_lengths
 from moelab_tools.passkey import make_trials, passkey_accuracy
+
+logger = logging.getLogger("moelab")
 
 ENTROPY_TOKENS = 1 << 14  # that are looked at for the entropy of attention
 LEAST_SHOWN = 4  # drift is shown from the trained length over this: bins of few places have too few assignments
@@ -75,9 +80,38 @@ def at_lengths(looked: Looked, way: Way, lengths: str) -> list[AtLength]:
 
     Raises ConfigError, DataError where the text is too short.
     """
-    asked = parse_lengths(lengths, looked.trained)
+    rehearse(looked, [way], lengths)
     with _as_it_was(looked):
-        return [_at_length(looked, way, length) for length in asked]
+        return [_at_length(looked, way, length) for length in parse_lengths(lengths, looked.trained)]
+
+
+def rehearse(looked: Looked, ways: Sequence[Way], lengths: str) -> list[Way]:
+    """The ways that the model can take. Tells of optional ones that it can't.
+
+    Raises UserError for what would else be found after hours: another way that can't be, too short a text.
+    """
+    asked, text = parse_lengths(lengths, looked.trained), looked.corpus.validation
+    for length in asked:
+        if length >= len(text):
+            raise DataError(
+                f"--length: {length} tokens and a target more, and the held-out text has {len(text)}; ask for at most "
+                f"{len(text) - 1}, give more text, or raise data.validation_fraction"
+            )
+        if looked.keys is not None:
+            make_trials(text, looked.keys[0], length, 1)
+    found = []
+    with _as_it_was(looked):
+        for way in ways:
+            try:
+                for length in asked:
+                    way.positions.apply(looked.model, looked.registry, length, looked.trained)
+            except ConfigError as error:
+                if not way.optional:
+                    raise
+                logger.warning("--ways: %s is left out: %s", way.name, error)
+                continue
+            found.append(way)
+    return found
 
 
 @contextmanager
@@ -93,11 +127,10 @@ def _at_length(looked: Looked, way: Way, length: int) -> AtLength:
     model, run, trained = looked.model, looked.run, looked.trained
     filled = way.positions.apply(model, looked.registry, length, trained)
     budget = looked.tokens or run.evaluation.sequences * trained
-    sequences, at_once = max(1, budget // length), max(1, TOKENS_AT_ONCE // length)
-    batches = ValidationBatches(looked.corpus.validation, sequences, length, at_once, apart=run.data.document_mask)
+    batches = held_out(_reading(run, length, budget), looked.corpus)
     loads = Loads(length, trained)
-    evaluation = evaluate(model, batches, looked.precision, watch=loads.add)
-    beyond = _beyond(evaluation, trained) if length > trained else None
+    evaluation = evaluate(model, batches, looked.precision, watch=loads.add, border=trained)
+    beyond = _beyond(evaluation, trained, batches.documents_scored()) if length > trained else None
     judged = (evaluation.nats, evaluation.tokens) if beyond is None else beyond
     passkey = {}
     if looked.keys is not None:
@@ -115,7 +148,7 @@ def _at_length(looked: Looked, way: Way, length: int) -> AtLength:
         passkey=passkey,
         filled=filled,
         drift_by_place=loads.by_place(),
-        entropy=entropy_by_place(model, batches, looked.precision),
+        entropy=entropy_by_place(model, batches, looked.precision, trained),
         documents={
             batches.stream.document_names[index]: (float(judged[0][index]), int(judged[1][index]))
             for index in np.flatnonzero(judged[1]).tolist()
@@ -123,12 +156,25 @@ def _at_length(looked: Looked, way: Way, length: int) -> AtLength:
     )
 
 
-def _beyond(evaluation: Evaluation, trained: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """(nats, tokens) [n] of the bins that begin at the trained length or later; None: there are none."""
+def _reading(run: RunConfig, length: int, budget: int) -> RunConfig:
+    """The run's config, but that about `budget` tokens are read in sequences of `length`."""
+    evaluation = replace(
+        run.evaluation, sequences=max(1, budget // length), batch_size=max(1, TOKENS_AT_ONCE // length)
+    )
+    return replace(run, train=replace(run.train, sequence_length=length), evaluation=evaluation)
+
+
+def _beyond(evaluation: Evaluation, trained: int, scored: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """(nats, tokens) [n] of the bins that begin at the trained length or later; None: there are none.
+
+    scored [n] bool: the documents of which places have a row.
+    """
     far = [sums for name, sums in evaluation.places["position"].items() if int(name.split("-")[0]) >= trained]
     if not far:
         return None
-    return np.sum([sums.nats for sums in far], axis=0), np.sum([sums.tokens for sums in far], axis=0)
+    found = np.zeros((2, len(scored)))
+    found[:, scored] = np.sum([(sums.nats, sums.tokens) for sums in far], axis=0)
+    return found[0], found[1]
 
 
 class Loads:
@@ -136,7 +182,7 @@ class Loads:
 
     def __init__(self, length: int, trained: int) -> None:
         self.length, self.trained = length, trained
-        bins = bin_of(np.arange(1, length + 1))  # by tokens before the target, as losses are
+        bins = bin_of(np.arange(1, length + 1), trained)  # by tokens before the target, as losses are
         borders = (np.arange(length) >= trained // 2).astype(np.int64) + (np.arange(length) >= trained)
         together = np.stack([bins, borders], 1)  # a group lies in one bin, and in one part of the trained length
         kinds, groups = np.unique(together, axis=0, return_inverse=True)
@@ -172,7 +218,7 @@ class Loads:
 
     def by_place(self) -> dict[str, dict[str, float]]:
         """{layer: {tokens before the target: what moves from all of the trained length}}; no bin of one place."""
-        names = bin_names(self.length)
+        names = bin_names(self.length, self.trained)
         begins = {int(b): int(names[int(b)].split("-")[0]) for b in self.bin.unique()}
         shown = [b for b, begin in begins.items() if LEAST_SHOWN * begin >= self.trained and begin < self.length]
         return {
@@ -192,9 +238,11 @@ def moved(before: Tensor, after: Tensor) -> float:
 
 
 def entropy_by_place(
-    model: Transformer, batches: ValidationBatches, precision: Precision
+    model: Transformer, batches: ValidationBatches, precision: Precision, border: int
 ) -> dict[str, dict[str, float]]:
     """{layer: {tokens before the target: mean entropy of attention's weights, nats}} over the first ENTROPY_TOKENS.
+
+    `border`: as `evaluate`'s.
 
     Layers whose attention shows no weights are left out.
     """
@@ -203,7 +251,8 @@ def entropy_by_place(
     context = TokenContext(part.document_id, part.domain_id, attention_id=part.attention_id)
     with precision.autocast():
         found = attention_entropy(model, part.input_ids, part.attention_mask, context)
-    names, bins = bin_names(batches.sequence_length), bin_of(np.arange(1, batches.sequence_length + 1))
+    names = bin_names(batches.sequence_length, border)
+    bins = bin_of(np.arange(1, batches.sequence_length + 1), border)
     return {
         str(layer): {names[b]: float(values[torch.from_numpy(bins == b)].mean()) for b in np.unique(bins).tolist()}
         for layer, values in found.items()

@@ -55,14 +55,14 @@ def test_best_fit_cuts_only_what_is_too_long() -> None:
         assert parts == ([length] if length <= SIZE else sorted([*[10] * (length // 10), length % 10]))
     rows = sorted(sum(end - begin for _, begin, end in row) for row in batches.sequences)
     assert rows == [10] * 8  # 80 tokens, and not a place is left
-    fill = batches.fill()
+    fill = batches.fill
     assert (fill.fill_rate, fill.documents_cut, fill.tokens_left_out) == (1.0, 2, 0.0)
     assert fill.tokens_cut_off == (11 + 3) / 80
 
 
 def test_concat_is_full_and_says_what_it_cuts() -> None:
     batches = ConcatBatches(stream([*LENGTHS, 7]), 2, SIZE, 5)
-    fill = batches.fill()
+    fill = batches.fill
     assert (batches.windows, fill.fill_rate) == (8, 1.0)
     assert fill.tokens_left_out == pytest.approx(7 / 87)
     whole = sum(

@@ -218,13 +218,40 @@ ROPES = {
             "beta_fast": None,
         },
     },
+    "at the top": {"original_max_position_embeddings": 64, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("said", ROPES.values(), ids=ROPES.keys())
-def test_every_published_form_of_a_rope_scaling_is_read(tmp_path: Path, said: dict[str, Any]):
+def test_every_published_form_of_a_rope_scaling_is_read(
+    tmp_path: Path, said: dict[str, Any], caplog: pytest.LogCaptureFixture
+):
     found = read_config(write(tmp_path, DENSE | said)).rope_scaling
     assert found == {"name": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    assert not caplog.records
+
+
+def test_the_trained_length_of_llama3_is_the_longest_sequence_where_none_is_said(tmp_path: Path):
+    said = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    found = read_config(write(tmp_path, DENSE | {"rope_scaling": said})).rope_scaling
+    assert found is not None
+    assert found["original_max_position_embeddings"] == DENSE["max_position_embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"original_max_position_embeddings": 32, "rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+          "original_max_position_embeddings": 64}},
+         "original_max_position_embeddings 32 and rope_scaling.original_max_position_embeddings 64 contradict"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 7}},
+         "original_max_position_embeddings: 7 is not max_position_embeddings, which transformers takes for dynamic"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, "its rope_type must be a name"),
+    ],
+)  # fmt: skip
+def test_a_trained_length_that_transformers_takes_otherwise_is_refused(tmp_path: Path, said: dict[str, Any], told: str):
+    with pytest.raises(CheckpointError, match=told):
+        read_config(write(tmp_path, DENSE | said))
 
 
 def test_chunks_are_read_as_vllm_has_them(tmp_path: Path, caplog: pytest.LogCaptureFixture):

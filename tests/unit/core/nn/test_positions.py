@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from moelab.errors import ConfigError
 from moelab.hookspecs import ROPE_SCALINGS
 from moelab.nn.kv_cache import KVCache
 from moelab.nn.rope import Rope
+from moelab.paths import Places
+from moelab.plugin_faults import plugins_told
 
 REGISTRY = moelab.Registry(entry_points=False)
 CONFIG = ModelConfig(
@@ -84,6 +87,10 @@ def test_a_text_beyond_the_reach_is_told_once_with_the_cure(caplog: pytest.LogCa
     [
         ({"rope_scaling": {"name": "yarn", "factor": 0.5}}, "model.rope_scaling: 'yarn' .*factor must be at least 1"),
         ({"rope_scaling": {"name": "linear", "factor": float("nan")}}, "factor: .*must be a finite number"),
+        ({"rope_scaling": {"name": "linear", "factor": float("inf")}}, "factor must be at least 1, not inf"),
+        ({"rope_scaling": {"name": "dynamic", "factor": float("inf")}}, "factor must be at least 1, not inf"),
+        ({"rope_scaling": {**YARN, "beta_fast": float("inf")}}, "beta_slow must be positive and at most beta_fast"),
+        ({"rope_scaling": {**YARN, "mscale": -40.0, "mscale_all_dim": 1.0}}, "mscale must not be negative, not -40"),
         ({"rope_scaling": {"name": "yarn"}}, "model.rope_scaling.factor: .*has no value yet"),
         ({"rope_scaling": {"factor": 2.0}}, "model.rope_scaling: no `name`"),
         ({"attention": {**DUAL, "chunk": 20}}, r"chunk 20, local -4: both must be at least 1"),
@@ -127,3 +134,82 @@ def test_rope_scalings_are_known_without_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class _Attends:
+    """An attention of somebody else."""
+
+    cache_mode, reach = "theirs", None
+
+    def __init__(self, gives: Any) -> None:
+        self.gives = gives
+
+    def __call__(self, query: Any, key: Any, value: Any, inputs: Any) -> Any:
+        return self.gives(query)
+
+
+def _fails(query: Any) -> Any:
+    raise RuntimeError("out of ideas")
+
+
+@pytest.mark.parametrize(
+    ("gives", "told"),
+    [
+        (lambda query: None, "returned None; it must return a tensor \\(2, 4, 40, 8\\)"),
+        (lambda query: query.transpose(1, 2), "returned \\(2, 40, 4, 8\\) float32; it must be \\(2, 4, 40, 8\\)"),
+        (lambda query: query.long(), "returned .* int64; it must be"),
+        (_fails, "raised RuntimeError: out of ideas \\("),
+    ],
+)
+def test_what_an_attention_does_wrong_is_told_as_its_own(gives: Any, told: str) -> None:
+    model = built()
+    model.layers[1].self_attn.kernel = _Attends(gives)
+    with (
+        pytest.raises(ConfigError, match=f"model.attention: attention '_Attends' of .*, layer 1: {told}"),
+        plugins_told(),
+    ):
+        model(IDS)
+
+
+THEIRS = """
+from dataclasses import dataclass
+import moelab
+
+@dataclass
+class Options:
+    gives: str = ""
+
+class Scaling:
+    length_matters, reach = False, None
+    def __init__(self, options, context): self.gives = options.gives
+    def __call__(self, f, length): return eval(self.gives)
+
+@moelab.hookimpl
+def moelab_rope_scalings(): return [moelab.component("theirs", Options, Scaling)]
+"""
+
+
+def test_what_a_rope_scaling_does_wrong_is_told_before_the_model_is_made(tmp_path: Path) -> None:
+    (tmp_path / "their_scaling.py").write_text(THEIRS)
+    registry = moelab.Registry(["their_scaling"], entry_points=False, places=Places(search=(tmp_path,)))
+    for gives, told in (
+        ("f", r"returned a Tensor; it must return \(frequencies \[4\], factor on cos and sin\)"),
+        ("(f[1:], 1.0)", r"returned a Tensor \(3,\) of frequencies"),
+        ("(f, '1')", "returned a str as the factor"),
+        ("(f * float('nan'), 1.0)", "returned frequencies up to nan and factor 1; all must be finite"),
+        ("1 / 0", "raised ZeroDivisionError: division by zero"),
+    ):
+        config = dataclasses.replace(CONFIG, rope_scaling={"name": "theirs", "gives": gives})
+        with pytest.raises(ConfigError, match=f"model.rope_scaling: rope scaling 'theirs' of their_scaling: {told}"):
+            moelab.build_model(config, registry)
+
+
+def test_a_window_within_the_trained_length_reaches_any(caplog: pytest.LogCaptureFixture) -> None:
+    """It shows no distance that is new; a wider one does, and so does a layer without one."""
+    caplog.set_level(logging.WARNING, "moelab")
+    window = {"name": "sliding_window", "window": 16}
+    built(attention=window)(IDS)
+    assert not caplog.records
+    for other in ({**window, "window": 17}, {**window, "layers": "1"}):
+        built(attention=other)(IDS)
+    assert caplog.text.count("40 tokens: the model reaches 16") == 2

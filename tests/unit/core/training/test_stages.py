@@ -71,6 +71,19 @@ def test_two_stages_alike_are_the_run_without_stages_to_the_bit(small_run: RunCo
     assert _rows(plain) == _rows(staged, without=told)
 
 
+def test_each_stage_tells_how_full_its_sequences_are(staged: RunConfig) -> None:
+    staged.data.packing = "best_fit"
+    run = train(staged)
+    fills = [stage["packing"] for stage in json.loads((run / "summary.json").read_text())["stages"]]
+    sequences = [fill["sequences"] for fill in fills]
+    assert sequences[0] > sequences[1] > 0, "of 16 tokens, and of 32"
+    log = (run / "log.txt").read_text()
+    for name, fill in zip(("short", "long"), fills, strict=True):
+        assert f"stage '{name}'" in log
+        assert f" in {fill['sequences']:,} sequences, {fill['fill_rate']:.1%} of positions filled" in log
+    assert "data.packing best_fit" not in log, "one stage's, as if it were the run's"
+
+
 @pytest.mark.parametrize("step", [2, 3, 5])
 def test_a_run_stopped_in_a_stage_or_at_a_border_resumes_to_the_same_bits(
     staged: RunConfig, tmp_path: Path, step: int
