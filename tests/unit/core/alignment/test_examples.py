@@ -18,6 +18,7 @@ from moelab.errors import DataError
 TOKENIZER = ByteTokenizer()
 ASK = {"role": "user", "content": "two and two?"}
 SAY = {"role": "assistant", "content": "four"}
+CALL, TOLD = {**SAY, "content": None, "tool_calls": [{}]}, {"role": "tool", "content": "4"}
 END = TOKENIZER.eos_token_id
 
 
@@ -103,7 +104,7 @@ def test_a_pair_of_equal_answers_is_dropped_and_told(tmp_path: Path) -> None:
         ("sft", {"messages": [ASK, SAY, ASK]}, r"ends with a turn of user, .*; leave what comes after it out"),
         ("sft", {"messages": [ASK, {**SAY, "content": ""}]}, r"messages: turn 2, of assistant, is empty"),
         ("sft", {"messages": [{**ASK, "role": "narrator"}, ASK, SAY]}, r"turn 1: role must be one of .*not 'narrator'"),
-        ("sft", {"messages": [ASK, {**SAY, "content": None, "tool_calls": [{}]}, {**ASK, "role": "tool"}, SAY]}, r"turn 2, of assistant, calls"),
+        ("sft", {"messages": [ASK, CALL, TOLD, SAY]}, r"turn 2, of assistant, calls"),
         ("sft", {"messages": [{"role": "user"}, SAY]}, r"messages: turn 1"),
         ("sft", {"prompt": "a", "completion": ""}, r"completion: is empty"),
         ("sft", {"prompt": "a", "completion": [SAY]}, r"must all be texts, or all lists of messages"),
