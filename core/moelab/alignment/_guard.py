@@ -87,7 +87,8 @@ def watch(folder: str, files: int) -> None:
     left, real, join, text, here, is_folder = (
         [files], os.path.realpath, os.path.join, os.fsdecode, os.getcwd, os.path.isdir
     )  # fmt: skip
-    sys.modules.update(dict.fromkeys(UNTOLD))  # None: can't be imported
+    for name in UNTOLD:
+        sys.modules[name] = None  # type: ignore[assignment]  # which Python can't import then
 
     def refuse(event: str) -> None:
         raise PermissionError(f"{event} is refused to code that is judged")
