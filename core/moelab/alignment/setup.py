@@ -76,7 +76,7 @@ class Preparing:
             objective.held_out_fingerprint = self.examples.held_out_fingerprint
         if stage.reward is not None:
             device = setup.step_settings.precision.device
-            told = RewardContext(config.places(KEY), REWARD, device, batches.pad_id, setup.registry)
+            told = RewardContext(config.places(KEY), REWARD, device, batches.pad_id, setup.registry, setup.tokenizer)
             judge = build_judge(stage.reward, setup.registry, told)
             for row in self.examples.rows:
                 judge.check(row.where, row.fields)
