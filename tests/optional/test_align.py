@@ -222,6 +222,8 @@ def test_a_reward_that_is_none_or_says_nothing_is_told(base: Path, tmp_path: Pat
     one = _stage(base, "online_dpo", reward={"name": "reward_model", "run": f"{base}/base"}, steps=1, max_new_tokens=8)
     with pytest.raises(moelab.UserError, match=r"alignment\.0\.reward\.run: .*has no head for rewards"):
         align(base, tmp_path / "out", f"[{one}]")
+    with pytest.raises(moelab.UserError, match=r"alignment\.0\.reward\.run: .*no such folder"):
+        align(base, tmp_path / "out", f"[{one.replace(f'{base}/base', 'runs/nowhere')}]")
 
 
 @pytest.mark.parametrize(
@@ -239,6 +241,9 @@ def test_a_reward_that_is_none_or_says_nothing_is_told(base: Path, tmp_path: Pat
         ("dpo", ["alignment.0.validation_share=0.001"], r"sums\.jsonl: .*leaves none to be held out"),
         ("reward", ["alignment.0.validation_share=0.5", "alignment.0.validation=x"], r"validation names a file"),
         ("sft", ["train.keep_best=true", "evaluation.every=1"], r"train\.keep_best"),
+        ("dpo", ["alignment.0.reference=runs/nowhere"], r"alignment\.0\.reference: .*no such folder"),
+        ("sft", ["train.init_from=null"], r"train\.init_from: has no value, and alignment begins with weights"),
+        ("sft", ["alignment={stage: sft, data: x, steps: 1}"], r"alignment: is a list of stages"),
         ("sft", ["parallel.shard=2"], r"alignment: is for one process"),
     ],
 )  # fmt: skip

@@ -22,7 +22,7 @@ from moelab.alignment.held_out import also_learned, apart
 from moelab.alignment.judge import resolve_rewards
 from moelab.builder import build_model
 from moelab.checkpoint import CONFIG
-from moelab.config.alignment import KEY, PAIRED, below_stages, stand_in
+from moelab.config.alignment import KEY, NO_WEIGHTS, PAIRED, below_stages, stand_in
 from moelab.config.files import Layer
 from moelab.config.run import RunConfig
 from moelab.config.stored import read_stored_tree
@@ -59,6 +59,8 @@ def lowest_layer(config: Mapping[str, Any], *, verify: Verify = True) -> Layer |
     """
     layer = origin_layer(config, verify=verify)
     if layer is None:
+        if config.get(KEY) and "vocab_size" not in (config.get("model") or {}):  # else checked with all other keys
+            raise ConfigError(NO_WEIGHTS)
         return None
     source = (config.get("train") or {}).get("init_from")
     origin = read_origin(source) if source else None

@@ -39,7 +39,10 @@ def reward_model(options: RewardModelOptions, context: RewardContext) -> Reward:
     from moelab.training.checkpoint import HEAD
 
     score = f"{HEAD}/score.weight"
-    folder = resolve_checkpoint(user_folder(options.run, f"{context.where}.run"))
+    try:
+        folder = resolve_checkpoint(user_folder(options.run, f"{context.where}.run"))
+    except CheckpointError as error:
+        raise CheckpointError(f"{context.where}.run: {error}") from error
     tensors = stored_tensors(folder, TRAINING) if is_moelab(folder) else {}
     if score not in tensors:
         raise CheckpointError(
