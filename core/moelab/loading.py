@@ -56,14 +56,13 @@ def read_model(
     trust: bool = False,
 ) -> Transformer:
     """`load` of a folder that `verified` gave."""
-    if not is_moelab(folder):
+    if is_moelab(folder):
+        plugins = stored_registry(read_run_config(folder), folder, registry=registry, trust=trust)
+        model = _own(folder, plugins, dtype, device).eval()
+    else:
         model = load_hf(folder, dtype=dtype, device=device)
-        model.speech = partial(speech_of, folder)
-        return model
-    plugins = stored_registry(read_run_config(folder), folder, registry=registry, trust=trust)
-    model = _own(folder, plugins, dtype, device)
-    model.speech = partial(speech_of, folder)
-    return model.eval()
+    model.folder, model.speech = folder, partial(speech_of, folder)
+    return model
 
 
 def open_model(

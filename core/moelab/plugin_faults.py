@@ -70,7 +70,10 @@ class PluginPart:
             yield
         except UserError:
             raise
-        except Exception as error:  # a stranger's: anything
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # a stranger's: anything; sys.exit() would end the run as if it were done
             if self.ours or shortage(error):
                 raise
             raise self.raised(error) from error
@@ -114,7 +117,7 @@ def plugins_told() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # a stranger's: anything
+    except (Exception, SystemExit) as error:  # a stranger's: anything
         told = strangers_fault(error)
         if told is None:
             raise

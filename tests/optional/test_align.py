@@ -222,6 +222,8 @@ def test_a_reward_that_is_none_or_says_nothing_is_told(base: Path, tmp_path: Pat
     one = _stage(base, "online_dpo", reward={"name": "reward_model", "run": f"{base}/base"}, steps=1, max_new_tokens=8)
     with pytest.raises(moelab.UserError, match=r"alignment\.0\.reward\.run: .*has no head for rewards"):
         align(base, tmp_path / "out", f"[{one}]")
+    with pytest.raises(moelab.UserError, match=r"alignment\.0\.reward\.run: .*no such folder"):
+        align(base, tmp_path / "out", f"[{one.replace(f'{base}/base', 'runs/nowhere')}]")
 
 
 @pytest.mark.parametrize(
@@ -230,15 +232,18 @@ def test_a_reward_that_is_none_or_says_nothing_is_told(base: Path, tmp_path: Pat
         ("dpo", ["model.moe.router.capacity_factor=1.0", "model.moe.allow_noncausal=true",
                  "train.init_overrides=[model.moe]"], r"router 'sigmoid_topk'.*dpo compares these"),
         ("dpo", ["alignment.0.beta=0"], r"alignment\.0\.beta: must be positive"),
-        ("sft", ["alignment.0.data=nowhere.jsonl"], r"alignment\.data: no file or folder 'nowhere.jsonl'"),
+        ("sft", ["alignment.0.data=nowhere.jsonl"], r"alignment\.0\.data: no file or folder 'nowhere.jsonl'"),
         ("sft", ["alignment.0.sequence_length=5"], r"sums\.jsonl:1: .*hold nothing of an answer"),
         ("sft", ["alignment.0.reward={name: length, most: 3}"], r"alignment\.0\.reward: is of online_dpo"),
         ("online_dpo", [], r"alignment\.0\.reward: has no value"),
-        ("dpo", ["alignment.0.validation=nowhere.jsonl"], r"alignment\.validation: no file or folder 'nowhere.jsonl'"),
+        ("dpo", ["alignment.0.validation=nowhere.jsonl"], r"alignment\.0\.validation: no file or folder"),
         ("dpo", ["alignment.0.validation_share=1.0"], r"alignment\.0\.validation_share: must be in 0 \.\. 1"),
         ("dpo", ["alignment.0.validation_share=0.001"], r"sums\.jsonl: .*leaves none to be held out"),
         ("reward", ["alignment.0.validation_share=0.5", "alignment.0.validation=x"], r"validation names a file"),
         ("sft", ["train.keep_best=true", "evaluation.every=1"], r"train\.keep_best"),
+        ("dpo", ["alignment.0.reference=runs/nowhere"], r"alignment\.0\.reference: .*no such folder"),
+        ("sft", ["train.init_from=null"], r"train\.init_from: has no value, and alignment begins with weights"),
+        ("sft", ["alignment={stage: sft, data: x, steps: 1}"], r"alignment: is a list of stages"),
         ("sft", ["parallel.shard=2"], r"alignment: is for one process"),
     ],
 )  # fmt: skip
@@ -250,13 +255,37 @@ def test_what_cant_be_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
-def test_a_reference_of_another_tokenizer_is_refused(base: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(_checkpoint(moelab.TrainedRun(base / "base", None)), other)  # type: ignore[arg-type]
+def test_a_stage_is_told_of_by_its_place_in_the_list(base: Path, tmp_path: Path) -> None:
+    first = _stage(base, "sft")
+    for second, said in (
+        (_stage(base, "dpo", data="nowhere.jsonl"), r"alignment\.1\.data: no file or folder"),
+        (_stage(base, "online_dpo", max_new_tokens=64, reward={"name": "length", "most": 3}),
+         r"alignment\.1\.max_new_tokens: 64 leave no room"),
+        (_stage(base, "online_dpo", max_new_tokens=8, reward={"name": "length", "mots": 3}), r"alignment\.1\.reward"),
+    ):  # fmt: skip
+        with pytest.raises(moelab.UserError, match=said):
+            align(base, tmp_path / "out", f"[{first}, {second}]")
+    assert not (tmp_path / "out").exists()
+
+
+def _of_another_tokenizer(folder: Path, other: Path) -> Path:
+    """A copy of a checkpoint, whose tokenizer has two bytes in each other's place."""
+    shutil.copytree(folder, other)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return other
+
+
+def test_a_reference_or_a_judge_of_another_tokenizer_is_refused(base: Path, tmp_path: Path) -> None:
+    (reward,) = align(base, tmp_path / "reward", f"[{_stage(base, 'reward', steps=1)}]")
+    judge = _of_another_tokenizer(_checkpoint(reward), tmp_path / "judge")
+    model = {"name": "reward_model", "run": str(judge)}
+    with pytest.raises(ConfigError, match=r"alignment\.0\.reward.*another tokenizer than the policy"):
+        align(base, tmp_path / "out", f"[{_stage(base, 'online_dpo', reward=model, max_new_tokens=6)}]")
+    run = moelab.TrainedRun(base / "base", None)  # type: ignore[arg-type]
+    other = _of_another_tokenizer(_checkpoint(run), tmp_path / "other")
     with pytest.raises(ConfigError, match=r"alignment\.0\.reference: .*another tokenizer"):
         align(base, tmp_path / "out", f"[{_stage(base, 'dpo', reference=str(other))}]")
 

@@ -70,6 +70,19 @@ def test_trainers_that_sample_train_every_part_and_log_its_routes(kind: str, tmp
     assert any("moe/mean/max_violation" in row for row in trainer.state.log_history)
 
 
+def test_a_reference_that_is_not_given_is_read_from_the_folder_of_the_policy(tmp_path: Path) -> None:
+    """TRL builds it from the name in the policy's config, where DPO has none, and GRPO's beta asks for one."""
+    adapted(ROUTERS["softmax"])[0].save_pretrained(tmp_path / "policy")
+    policy = moelab.adapter.causal_lm.MoelabForCausalLM.from_pretrained(tmp_path / "policy")
+    args = quiet(trl.GRPOConfig, tmp_path, num_generations=4, max_completion_length=4, beta=0.1, max_steps=1)
+    trainer = Grpo(
+        policy, reward_funcs=short, args=args, train_dataset=pairs(PROMPTS), processing_class=byte_tokenizer()
+    )  # fmt: skip
+    assert trainer.ref_model is not policy
+    for name, parameter in trainer.ref_model.named_parameters():
+        assert torch.equal(parameter, policy.get_parameter(name))
+
+
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
 def test_a_reward_learns_and_hangs_on_no_padding(router: dict[str, Any], tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()

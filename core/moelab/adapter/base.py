@@ -226,8 +226,12 @@ class MoelabPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def of(cls, model: Transformer, **fields: Any) -> Any:
-        """On `model` itself, in the mode it is in; `fields`: of `MoelabConfig`, beside the model's."""
-        config = MoelabConfig.of(model.config, dtype=model.embed_tokens.weight.dtype, **fields)
+        """On `model` itself, in the mode it is in; `fields`: of `MoelabConfig`, beside the model's.
+
+        It goes by the folder it was read from, in which TRL looks for its reference and PEFT for what it adapts.
+        """
+        told = {"architectures": [cls.__name__], "name_or_path": str(model.folder or "")}
+        config = MoelabConfig.of(model.config, dtype=model.embed_tokens.weight.dtype, **told | fields)
         return cls(config, model).train(model.training)
 
     @classmethod
@@ -239,7 +243,7 @@ class MoelabPreTrainedModel(PreTrainedModel):
         if is_ours(pretrained_model_name_or_path):
             fields = {name: kwargs.pop(name) for name in ("num_labels", "pad_token_id") if name in kwargs}
             adapted = cls.of(read_folder(Path(pretrained_model_name_or_path), kwargs), **fields)
-            adapted.name_or_path = str(pretrained_model_name_or_path)
+            adapted.name_or_path = adapted.config.name_or_path = str(pretrained_model_name_or_path)
             told: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
             return (adapted, told | {"error_msgs": []}) if kwargs.get("output_loading_info") else adapted
         if not kwargs.setdefault("use_safetensors", True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -24,6 +25,8 @@ class MoelabConfig(PretrainedConfig):
 
     model_type = MODEL_TYPE
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (as transformers reads it)
+    # No code of a folder's own; TRL asks so of every architecture that transformers itself doesn't have.
+    auto_map = MappingProxyType({})  # type: ignore[var-annotated]
 
     def __init__(
         self,

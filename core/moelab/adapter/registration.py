@@ -66,7 +66,8 @@ def register_with_transformers() -> None:
     def from_pretrained(pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_run(pretrained_model_name_or_path):
             return theirs(pretrained_model_name_or_path, *args, **kwargs)
-        config = MoelabConfig.of(read_origin(pretrained_model_name_or_path).model)
+        told = {"architectures": [MoelabForCausalLM.__name__], "name_or_path": str(pretrained_model_name_or_path)}
+        config = MoelabConfig.of(read_origin(pretrained_model_name_or_path).model, **told)
         wants_rest = kwargs.pop("return_unused_kwargs", False)
         return (config, {key: kwargs[key] for key in kwargs if key not in OF_THE_HUB}) if wants_rest else config
 

@@ -2,8 +2,8 @@
 
 In this order: a process tree and a network of its own, where the system gives them (Linux, user namespaces); limits of
 the system on memory, processor, files and processes; an audit hook (PEP 578) that refuses what no test of a function
-needs: other processes, signals, sockets, foreign libraries, and writing outside the folder. Python's standard library
-alone is imported.
+needs: other processes, signals, sockets, foreign libraries, and going or writing outside the folder. Python's standard
+library alone is imported, less what writes files that no hook is told of.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ REFUSED = (
 CHANGES = {  # event -> which of its arguments are paths that it changes
     "os.remove": (0,), "os.rename": (0, 1), "os.rmdir": (0,), "os.mkdir": (0,), "os.link": (0, 1), "os.symlink": (0, 1),
     "os.truncate": (0,), "os.chmod": (0,), "os.utime": (0,), "shutil.rmtree": (0,), "shutil.move": (0, 1),
-    "os.removexattr": (0,), "os.chflags": (0,),
+    "os.removexattr": (0,), "os.chflags": (0,), "os.chdir": (0,), "sqlite3.connect": (0,),
 }  # fmt: skip
-COUNTED = ("os.mkdir", "os.link", "os.symlink")
+COUNTED = ("os.mkdir", "os.link", "os.symlink", "sqlite3.connect")
+UNTOLD = ("readline", "_posixshmem", "_dbm", "_gdbm")  # modules that write files, or memory with a name, untold
+IN_MEMORY = ":memory:"  # of sqlite
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -82,13 +84,17 @@ def limit(seconds: float, memory_mb: int, file_mb: int) -> None:
 def watch(folder: str, files: int) -> None:
     """Refuse what a test of a function doesn't need. Of writes, those in `folder`, `files` of them, are let through."""
     inside = os.path.realpath(folder) + os.sep
-    left, real, join, text = [files], os.path.realpath, os.path.join, os.fsdecode
+    left, real, join, text, here, is_folder = (
+        [files], os.path.realpath, os.path.join, os.fsdecode, os.getcwd, os.path.isdir
+    )  # fmt: skip
+    for name in UNTOLD:
+        sys.modules[name] = None  # type: ignore[assignment]  # which Python can't import then
 
     def refuse(event: str) -> None:
         raise PermissionError(f"{event} is refused to code that is judged")
 
     def changes(event: str, path: Any) -> None:
-        if isinstance(path, int) or not (real(join(folder, text(path))) + os.sep).startswith(inside):
+        if isinstance(path, int) or not (real(join(here(), text(path))) + os.sep).startswith(inside):
             refuse(event)
 
     def counted(event: str) -> None:
@@ -103,7 +109,9 @@ def watch(folder: str, files: int) -> None:
                 if not isinstance(path, int):
                     changes(event, path)
                 counted(event)
-        elif event in CHANGES:
+            elif mode is None and not isinstance(path, int) and is_folder(path):
+                changes(event, path)  # what is named relative to a folder that is open is told without it
+        elif event in CHANGES and arguments[0] != IN_MEMORY:
             for place in CHANGES[event]:
                 changes(event, arguments[place])
             if event in COUNTED:

@@ -28,9 +28,10 @@ SHAPES = {  # of a stage: which keys a line may have, one of these sets
     "dpo": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
     "online_dpo": (("prompt",),),
 }
-EARLIER: dict[str, set[str | None]] = {
+EARLIER: dict[str, set[str | None]] = {  # role -> what may stand before it; None: the beginning
     "system": {None},
-    "user": {None, "system", "assistant"},
+    "developer": {None, "system"},
+    "user": {None, "system", "developer", "assistant"},
     "assistant": {"user", "tool"},
     "tool": {"assistant", "tool"},
 }
@@ -69,12 +70,16 @@ class Account:
 
     def told(self, longest: int) -> list[str]:
         """Lines for the log; none where nothing was changed or left out."""
+        return [f"{self.path}: {reason}" for reason in self.reasons(longest)]
+
+    def reasons(self, longest: int) -> list[str]:
+        """The same, of the file."""
         found = {
             f"were cut to {longest} tokens": self.cut,
             f"have more than {longest} tokens and were dropped": self.dropped,
             "have two answers of the same tokens, from which nothing can be learned, and were dropped": self.alike,
         }
-        return [f"{self.path}: {count} of {self.lines} lines {what}" for what, count in found.items() if count]
+        return [f"{count} of {self.lines} lines {what}" for what, count in found.items() if count]
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,8 @@ def read_examples(path: Path, shaping: Shaping) -> Examples:
         if example is not None:
             rows.append(example)
     if not rows:
-        raise DataError(f"{path}: holds no line to learn from ({account.lines} lines); give more, or allow longer ones")
+        why = "; ".join(account.reasons(shaping.longest)) or "it is empty"
+        raise DataError(f"{path}: holds no line to learn from: {why}; give others, or another sequence_length")
     ends = dict.fromkeys([*shaping.template.end_token_ids, shaping.tokenizer.eos_token_id])
     return Examples(rows, account, fingerprint(rows, shaping), tuple(ends))
 
@@ -170,15 +176,22 @@ def check_roles(messages: Any, key: str, *, ends: str = "assistant") -> None:
     before: str | None = None
     for number, message in enumerate(messages, 1):
         role = message["role"]
-        if role in EARLIER and before not in EARLIER[role]:
+        if role not in EARLIER:
+            raise DataError(f"{key}: turn {number}: role must be one of {', '.join(EARLIER)}, not '{role}'")
+        if before not in EARLIER[role]:
             stands = "comes first" if before is None else f"follows {before}"
             raise DataError(
                 f"{key}: turn {number}, of {role}, {stands}; a conversation is system, if it has one, then user and "
                 "assistant in turn"
             )
+        if role == "assistant" and not message.get("content") and set(message) <= {"role", "content"}:
+            raise DataError(
+                f"{key}: turn {number}, of assistant, is empty; give what is answered, or leave the line out"
+            )
         before = role
     if before != ends:
-        raise DataError(f"{key}: ends with a turn of {before}, not of {ends}; leave what comes after it out")
+        cure = "leave what comes after it out" if any(one["role"] == ends for one in messages) else "give one"
+        raise DataError(f"{key}: ends with a turn of {before}, not of {ends}; {cure}")
 
 
 def _with_prompt(values: dict[str, Any]) -> dict[str, Any]:
@@ -191,6 +204,10 @@ def _with_prompt(values: dict[str, Any]) -> dict[str, Any]:
         if mine != other:
             break
         shared += 1
+    if not shared:
+        raise DataError(
+            "prompt: is missing, and chosen and rejected begin with no turn that is the same; give a prompt"
+        )
     return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
@@ -202,7 +219,9 @@ def _whole(messages: list[Any], shaping: Shaping) -> Answer:
 
 
 def _from_messages(prompt: Any, answer: Any, key: str, shaping: Shaping) -> Answer:
-    if not isinstance(prompt, list) or not prompt:
+    if prompt == []:
+        raise DataError("prompt: is an empty list; give at least a turn of user")
+    if not isinstance(prompt, list):
         raise DataError(f"prompt: must be a text or a list of messages, not {kind_of(prompt)}")
     if answer is None:
         check_roles(prompt, "prompt", ends="user")

@@ -23,6 +23,7 @@ from moelab.errors import ConfigError
 
 GUARD = Path(__file__).with_name("_guard.py")
 NOISE = 1 << 16  # bytes of what a program prints that are read, at most
+DYING = 5.0  # seconds that are waited for a group to be gone: what was killed gives its memory back first
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def _run(source: str, limits: Limits, folder: Path) -> Outcome:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """The whole group, what outlived its parent too."""
-    for _ in range(100):
+    until = time.monotonic() + DYING
+    while time.monotonic() < until:
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moelab.data.rewards import Attempt, Reward, RewardContext, needs_of, reward_fault
@@ -94,7 +94,7 @@ def build_judge(said: Any, registry: Registry, context: RewardContext) -> Judge:
     built = []
     for place, node in _places(nodes, context.where):
         own = {key: value for key, value in node.items() if key != WEIGHT}
-        told = RewardContext(context.places, place, context.device, context.pad_id, registry)
+        told = replace(context, where=place, registry=registry)
         apply = registry.build(REWARDS, own, told, place)
         weight = _weight(node.get(WEIGHT, 1.0), f"{place}.{WEIGHT}")
         built.append(Weighed(own["name"], weight, apply, registry.part(REWARDS, own, place)))

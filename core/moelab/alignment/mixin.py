@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from moelab.adapter.base import MoelabPreTrainedModel
+from moelab.adapter.registration import register_with_transformers
 from moelab.alignment.measures import RouteMeasures
 from moelab.builder import build_balance_losses
 from moelab.checkpoint import stored_tensors
@@ -55,7 +56,11 @@ class RoutedTrainer:
         registry: Registry | None = None,
         **kwargs: Any,
     ) -> None:
-        """`balance_losses`: None for those of the model's config, () for none; `registry`: plugins that have them."""
+        """`balance_losses`: None for those of the model's config, () for none; `registry`: plugins that have them.
+
+        A reference that is not given is TRL's to read, from the folder that the model was read from.
+        """
+        register_with_transformers()
         super().__init__(*args, **kwargs)
         trainer: Any = self
         adapter = adapter_of(trainer.model)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from math import ceil
@@ -21,14 +22,14 @@ from moelab.alignment.held_out import also_learned, apart
 from moelab.alignment.judge import resolve_rewards
 from moelab.builder import build_model
 from moelab.checkpoint import CONFIG
-from moelab.config.alignment import KEY, PAIRED, below_stages, stand_in
+from moelab.config.alignment import KEY, NO_WEIGHTS, PAIRED, below_stages, stand_in
 from moelab.config.files import Layer
 from moelab.config.run import RunConfig
 from moelab.config.stored import read_stored_tree
 from moelab.data.chat import ChatTemplate
 from moelab.data.reading import resolve_path
 from moelab.data.tokenizer import load_tokenizer
-from moelab.errors import ConfigError, DataError
+from moelab.errors import ConfigError, DataError, RunFailure, UserError
 from moelab.integrity import Verify
 from moelab.loading import chat_template_of
 from moelab.moe.promises import batch_invariant
@@ -58,6 +59,8 @@ def lowest_layer(config: Mapping[str, Any], *, verify: Verify = True) -> Layer |
     """
     layer = origin_layer(config, verify=verify)
     if layer is None:
+        if config.get(KEY) and "vocab_size" not in (config.get("model") or {}):  # else checked with all other keys
+            raise ConfigError(NO_WEIGHTS)
         return None
     source = (config.get("train") or {}).get("init_from")
     origin = read_origin(source) if source else None
@@ -94,19 +97,34 @@ def align(
     from moelab.alignment.setup import Preparing  # noqa: PLC0415  (imports TRL)
 
     staged = stage_configs(config)
-    prepared = [ready(own) for own in staged]  # the files of the last stage are read before the first one trains
-    done = []
+    prepared, done = [], []
+    for number, own in enumerate(staged):  # the files of the last stage are read before the first one trains
+        with _told_of(number):
+            prepared.append(ready(own))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl")  # of each other
-        for own, examples in zip(staged, prepared, strict=True):
+        for number, (own, examples) in enumerate(zip(staged, prepared, strict=True)):
             stage, count = own.alignment[0].stage, len(examples.rows)
             logger.info("%s: stage %s: %d examples, %d steps", own.run_dir, stage, count, own.train.steps)
-            folder = train(
-                own, observers=observers(own), force=force, verify=verify, interruption=interruption,
-                preparing=Preparing(examples),
-            )  # fmt: skip
+            with _told_of(number):
+                folder = train(
+                    own, observers=observers(own), force=force, verify=verify, interruption=interruption,
+                    preparing=Preparing(examples),
+                )  # fmt: skip
             done.append(folder)
     return done
+
+
+@contextmanager
+def _told_of(number: int) -> Iterator[None]:
+    """Within it a stage is the one of its config; what is wrong with it is told of its place in the list."""
+    try:
+        yield
+    except (UserError, RunFailure) as error:
+        error.args = tuple(
+            text.replace(f"{KEY}.0", f"{KEY}.{number}") if isinstance(text, str) else text for text in error.args
+        )
+        raise
 
 
 def stage_configs(config: RunConfig) -> list[RunConfig]:
@@ -159,7 +177,7 @@ def _read(config: RunConfig, named: str, key: str, shaping: Shaping) -> Examples
     try:
         path = resolve_path(named, config.places(KEY))
     except DataError as error:
-        raise DataError(str(error).replace("data.source:", f"{KEY}.{key}:", 1)) from error
+        raise DataError(str(error).replace("data.source:", f"{KEY}.0.{key}:", 1)) from error
     examples = read_examples(path, shaping)
     for line in examples.account.told(shaping.longest):
         logger.warning("%s", line)

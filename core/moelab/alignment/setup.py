@@ -22,7 +22,7 @@ from moelab.alignment.trainers import build_trainer
 from moelab.config.alignment import KEY, PAIRED, AlignmentConfig
 from moelab.config.run import RunConfig
 from moelab.data.rewards import RewardContext
-from moelab.errors import ConfigError
+from moelab.errors import CheckpointError, ConfigError
 from moelab.hub import user_folder
 from moelab.integrity import Verify
 from moelab.loading import load
@@ -76,7 +76,7 @@ class Preparing:
             objective.held_out_fingerprint = self.examples.held_out_fingerprint
         if stage.reward is not None:
             device = setup.step_settings.precision.device
-            told = RewardContext(config.places(KEY), REWARD, device, batches.pad_id, setup.registry)
+            told = RewardContext(config.places(KEY), REWARD, device, batches.pad_id, setup.registry, setup.tokenizer)
             judge = build_judge(stage.reward, setup.registry, told)
             for row in self.examples.rows:
                 judge.check(row.where, row.fields)
@@ -97,8 +97,11 @@ def _reference(setup: Setup, stage: AlignmentConfig, verify: Verify) -> MoelabPr
     named = stage.reference or setup.config.train.init_from
     where = f"{STAGE}.reference" if stage.reference else "train.init_from"
     assert named is not None, "check_alignment asks for train.init_from"
-    folder = user_folder(named, where)
-    origin = read_origin(folder)
+    try:
+        folder = user_folder(named, where)
+        origin = read_origin(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
     if stage.reference and origin.own_tokenizer() is not None and not same_tokenizer(setup.tokenizer, origin.folder):
         raise ConfigError(
             f"{where}: {folder} has another tokenizer than the policy, so its log-probabilities are of other tokens; "

@@ -13,6 +13,7 @@ from moelab.config.model import Part
 from moelab.errors import ConfigError
 
 KEY = "alignment"
+NO_WEIGHTS = f"train.init_from: has no value, and {KEY} begins with weights that were trained on text"
 STAGES = ("sft", "reward", "dpo", "online_dpo")
 PAIRED = ("dpo", "online_dpo")  # whose loss compares log-probabilities with a reference's
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -97,6 +98,8 @@ def stand_in(config: Aligned, stage: AlignmentConfig) -> None:
 def below_stages(layer: Layer, config: Mapping[str, Any]) -> Layer:
     """`layer`, which lies below a config, and train.steps where every stage of that says how long it is."""
     stages = config.get(KEY) or []
+    if isinstance(stages, Mapping):
+        raise ConfigError(f"{KEY}: is a list of stages, [{{stage: ..., data: ...}}]; put brackets around the one")
     if stages and all(isinstance(stage, Mapping) and (stage.get("epochs") or stage.get("steps")) for stage in stages):
         train = {**layer.tree.get("train", {}), "steps": 1}  # each stage says its own
         return replace(layer, tree=layer.tree | {"train": train})
@@ -117,7 +120,7 @@ def check_alignment(config: Aligned) -> None:
     if config.stages:
         raise ConfigError(f"stages: are of text, and a run of {KEY} has none; leave one of them out")
     if config.train.init_from is None:
-        raise ConfigError(f"train.init_from: has no value, and {KEY} begins with weights that were trained on text")
+        raise ConfigError(NO_WEIGHTS)
     if config.parallel.world > 1:
         raise ConfigError(f"{KEY}: is for one process, and parallel asks for {config.parallel.world}")
     if config.train.adapters and any(stage.stage == "reward" for stage in config.alignment):

@@ -37,6 +37,9 @@ _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 # ChatML, as Qwen2's tokenizer_config.json has it, which speaks first where no system turn does.
 CHATML = (
     "{% for message in messages %}"
+    "{% if message.content is none or message.tool_calls %}"
+    "{{ raise_exception('turn ' ~ loop.index ~ ', of ' ~ message.role ~ ', calls tools: ChatML has no words for it') }}"
+    "{% endif %}"
     "{% if loop.first and message.role != 'system' and opening %}{{ opening }}{% endif %}"
     "{{ begin ~ message.role ~ '\n' ~ message.content ~ end ~ '\n' }}"
     "{% endfor %}"

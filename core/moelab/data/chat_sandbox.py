@@ -2,29 +2,30 @@
 
 Names, filters and blocks are those of transformers 5.23 (chat_template_utils.py, `_cached_compile_jinja_template`):
 `raise_exception`, `strftime_now`, `tojson` without HTML's escapes, `{% generation %}`, break and continue. What a
-template can't do here: reach Python's internals, change what it is given, make a text longer than LONGEST. What nobody
-bounds is its time: nested loops over 100,000 numbers each (jinja's own limit) are a template's to write.
+template can't do here: reach Python's internals, change what it is given, make a text longer than LONGEST, take more
+than some seconds (chat_bounds.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from moelab.data.chat_bounds import LONGEST, Bounds, bounded_filters, check_call, fits, printable_value
 from moelab.errors import DataError
 from moelab.printable import printable
 
-LONGEST = 1 << 25  # characters of a conversation, and of any text that a template makes in between
-STRETCHING = frozenset({"ljust", "rjust", "center", "zfill", "expandtabs"})  # text from a number alone
+# Of a text: what pads it by a number, or puts others in its place; of a number: its bytes.
+STRETCHING = frozenset({"ljust", "rjust", "center", "zfill", "expandtabs", "translate", "to_bytes"})
 
 
 def compile_template(source: str, where: str, marks: tuple[str, str]) -> Callable[[Mapping[str, Any]], str]:
@@ -33,25 +34,50 @@ def compile_template(source: str, where: str, marks: tuple[str, str]) -> Callabl
     `where`: as messages call the template. Raises DataError, also when it renders: for no jinja, for what the template
     itself refuses (`raise_exception`), and for what a sandbox refuses.
     """
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = _tojson
-    for name in ("center", "indent", "wordwrap", "urlize", "xmlattr", "random"):
+    environment = _Sandbox(
+        trim_blocks=True, lstrip_blocks=True, finalize=printable_value,
+        extensions=[_Generation, Bounds, "jinja2.ext.loopcontrols"],
+    )  # fmt: skip
+    bounds: Any = environment.extensions[Bounds.identifier]
+    environment.filters.update(bounded_filters(), tojson=_tojson)
+    for name in ("center", "indent", "wordwrap", "urlize", "xmlattr", "random", "pprint"):
         environment.filters.pop(name, None)
     environment.globals = {
         "range": environment.globals["range"], "dict": _dictionary, "namespace": _Namespace, "marks": marks,
         "raise_exception": _raise_exception, "strftime_now": lambda form: datetime.now().strftime(form),
     }  # fmt: skip
-    template = _told(where, lambda: environment.from_string(source))
-    return lambda values: _told(where, lambda: _joined(template.generate(**values)))
+
+    def compiled() -> Template:
+        code = environment.compile(bounds.watched(environment.parse(source)))
+        return Template.from_code(environment, code, environment.globals)
+
+    template = _told(where, compiled)
+
+    def render(values: Mapping[str, Any]) -> str:
+        bounds.begin()
+        return _joined(template.generate(**values))
+
+    return lambda values: _told(where, lambda: render(values))
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """jinja's own, which also looks at the operators by which a short template makes a long text."""
+    """jinja's own, which also looks at the operators and calls by which a short template makes a long text."""
 
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def concat(self, pieces: Iterable[str]) -> str:
+        """What blocks and macros write."""
+        return _joined(iter(pieces))
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        check_call(__obj, args)
+        return ImmutableSandboxedEnvironment.call(__self, __context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        text = next((value for value in (left, right) if isinstance(value, str | list | tuple)), None)
+        long = str | bytes | list | tuple
+        if operator == "+" and isinstance(left, long) and isinstance(right, long):
+            fits(len(left) + len(right), "a text")
+        text = next((value for value in (left, right) if isinstance(value, long)), None)
         if operator == "*" and text is not None:
             count = right if text is left else left
             if isinstance(count, int) and count * len(text) > LONGEST:
@@ -63,7 +89,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        stretches = isinstance(obj, str) and attr in STRETCHING
+        stretches = isinstance(obj, str | int) and attr in STRETCHING
         return not stretches and super().is_safe_attribute(obj, attr, value)
 
 
@@ -109,7 +135,7 @@ def _dictionary(*args: Any, **values: Any) -> dict[Any, Any]:
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
     if isinstance(indent, int) and indent > 16:
         raise SecurityError(f"tojson with an indent of {indent}")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
+    return json.dumps(printable_value(value), ensure_ascii=ensure_ascii, indent=indent, **more)
 
 
 def _raise_exception(message: object) -> NoReturn:

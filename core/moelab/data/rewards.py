@@ -34,6 +34,7 @@ class RewardContext:
     device: Any = "cpu"  # torch's, for what computes
     pad_id: int = 0
     registry: Any = None  # the run's moelab.Registry, for what loads a model
+    tokenizer: Any = None  # moelab's, whose tokens `Attempt.ids` are; None: nobody knows
 
 
 class Reward(Protocol):

@@ -126,7 +126,7 @@ def _check_target(target: Path, force: bool) -> None:
         return
     if not force:
         raise CheckpointError(
-            f"{target}: exists and is not empty; choose another folder, or give --force to replace it"
+            f"{target}: exists and is not empty; choose another folder, or move it away (`moelab export` has --force)"
         )
     if not (target / CONFIG_FILE).is_file():
         raise CheckpointError(f"{target}: holds no {CONFIG_FILE}, so it is no checkpoint, and --force won't delete it")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,6 +118,7 @@ class Transformer(nn.Module):
         self.config = config
         self.recompute_logits: bool | None = None  # for the loss's backward pass; None: beyond a number of them
         self.speech: Callable[[], Speech] | Speech | None = None  # read when first asked; None: nobody knows
+        self.folder: Path | None = None  # whose weights these were when they were read; None: of no folder
         self.embed_tokens: nn.Embedding = _Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, mlp) for i, mlp in enumerate(mlps))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from moelab import Component, GeneratorContext, Question, Reply, TextGenerator, component, hookimpl
+from moelab import CheckpointError, Component, GeneratorContext, Question, Reply, TextGenerator, component, hookimpl
 from moelab.hub import user_folder
 
 logger = logging.getLogger("moelab")
@@ -88,7 +88,12 @@ def checkpoint(options: CheckpointOptions, context: GeneratorContext) -> TextGen
     """
     from moelab.integrity import verified
 
-    return Checkpoint(options, context, verified(user_folder(options.path, f"{context.where}.path")))
+    where = f"{context.where}.path"
+    try:
+        folder = verified(user_folder(options.path, where))
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    return Checkpoint(options, context, folder)
 
 
 @hookimpl

@@ -55,6 +55,11 @@ class OnlineMergingOptions:
         if self.clip <= 0:
             raise ValueError(f"clip must be positive, not {self.clip}")
 
+    @property
+    def is_adamw(self) -> bool:
+        """Nothing is merged and nothing left out; the official OnTIES lets tau's signs decide all the same."""
+        return self.alpha == 0 and self.reserve_rate == 1 and (self.method, self.compat) != (ONTIES, OFFICIAL)
+
 
 class OnlineMerging(Optimizer):
     """AdamW whose steps are merged with tau, the change from a base to a reference model (OnDARE, OnTIES).
@@ -68,7 +73,7 @@ class OnlineMerging(Optimizer):
     expert has its share, gate and up apart. An expert without tokens drifts by a tau all the same.
     Cost: a copy of the weights, for tau, which is read from disk anew where a run goes on, and one more if K > 1. One
     process. `compat: official` (github.com/QwenLM/online_merging_optimizers): OnDARE divides what it keeps by p and
-    masks tau once; OnTIES elects signs by D + tau, unweighted. What else their code does otherwise is not taken over.
+    masks tau once; OnTIES elects signs by D + tau, unweighted, which is not AdamW with a = 0. No more is taken over.
     """
 
     def __init__(self, options: OnlineMergingOptions, context: OptimizerContext) -> None:
@@ -158,10 +163,10 @@ class OnlineMerging(Optimizer):
             self._step(group, self._merged[name], state)
 
     def _step(self, group: Mapping[str, Any], one: Trained, state: dict[str, Any]) -> None:
-        options, parameter, p = self._options, one.parameter, self._options.reserve_rate
+        options, parameter = self._options, one.parameter
         count = self._counts[one.name] = self._counts.get(one.name) or int(state["step"])  # once, then without a look
         count = self._counts[one.name] = count + 1
-        if options.alpha == 0 and p == 1 and options.merge_every == 1:
+        if options.is_adamw and options.merge_every == 1:
             self._adamw(group, one.name, parameter, state)
             return
         beta1, beta2 = group["betas"]
@@ -237,7 +242,7 @@ class _Merge:
         if self.delta is not None and not self.now:
             self.delta[part].addcdiv_(first, root, value=self.rate)
             return
-        if options.alpha == 0 and options.reserve_rate == 1:  # AdamW's very bits
+        if options.is_adamw:  # its very bits
             return
         if self.delta is None:
             step = torch.div(first, root, out=root).mul_(self.rate)

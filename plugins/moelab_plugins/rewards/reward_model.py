@@ -26,7 +26,7 @@ def reward_model(options: RewardModelOptions, context: RewardContext) -> Reward:
     Use: where what is better can be shown and not be said.
     Cost: a forward pass of that model for every answer; what it likes beyond what it was shown is exploited.
     """
-    if context.registry is None:
+    if context.registry is None or context.tokenizer is None:
         raise ConfigError("is for `moelab align`, where the run's tokens are there to be read")
     import torch
 
@@ -35,14 +35,24 @@ def reward_model(options: RewardModelOptions, context: RewardContext) -> Reward:
     from moelab.alignment.examples import Answer
     from moelab.checkpoint import TRAINING, is_moelab, resolve_checkpoint, stored_tensors
     from moelab.loading import load
+    from moelab.origin import read_origin, same_tokenizer
     from moelab.training.checkpoint import HEAD
 
     score = f"{HEAD}/score.weight"
-    folder = resolve_checkpoint(user_folder(options.run, f"{context.where}.run"))
+    try:
+        folder = resolve_checkpoint(user_folder(options.run, f"{context.where}.run"))
+    except CheckpointError as error:
+        raise CheckpointError(f"{context.where}.run: {error}") from error
     tensors = stored_tensors(folder, TRAINING) if is_moelab(folder) else {}
     if score not in tensors:
         raise CheckpointError(
             f"{context.where}.run: {folder} has no head for rewards; name a run of `moelab align`, stage reward"
+        )
+    origin = read_origin(folder)
+    if origin.own_tokenizer() is not None and not same_tokenizer(context.tokenizer, origin.folder):
+        raise ConfigError(
+            f"run: {folder} has another tokenizer than the policy, whose tokens it would read as others; name a reward "
+            "model of the same one"
         )
     model = as_classifier(
         load(options.run, device=context.device, registry=context.registry), pad_token_id=context.pad_id

@@ -27,10 +27,9 @@ def command(config: tuple[str, ...], resume: bool, force: bool, trust: bool, ver
 
     \b
     Example:
-      moelab align configs/align/sft.yaml run_dir=runs/chat \\
-          train.init_from=runs/tiny_moe alignment.0.data=chats.jsonl
-      moelab align configs/align/sft.yaml run_dir=runs/chat \\
-          train.init_from=runs/tiny_moe alignment.0.data=chats.jsonl --resume
+      moelab align configs/align/tiny_sft_dpo.yaml run_dir=runs/chat \\
+          alignment.0.data=chats.jsonl alignment.1.data=pairs.jsonl
+      moelab align configs/align/tiny_sft_dpo.yaml run_dir=runs/chat --resume
     """
     from moelab.alignment.run import align, check_installed, lowest_layer
     from moelab.config.load import load_config

@@ -13,7 +13,9 @@ from moelab_tools.user_path import USER_PATH
 @click.argument("paths", nargs=-1, type=USER_PATH, metavar="[PATH...]")
 @click.option("--out", required=True, type=USER_PATH, metavar="FILE", help="Lines of JSON: prompt, answer, source.")
 @click.option("--most", type=click.IntRange(1), metavar="N", help="At most so many.  [default: all]")
-@click.option("--seed", default=0, show_default=True, help="Of the order in which installed files are read.")
+@click.option(
+    "--seed", metavar="N", default=0, show_default=True, help="Of the order in which installed files are read."
+)
 def command(paths: tuple[Path, ...], out: Path, most: int | None, seed: int) -> None:
     """Make questions of doctests: a function and what was typed; the answer is what its author says is printed.
 

@@ -13,10 +13,21 @@ from moelab_tools.user_path import USER_PATH
 @click.argument("answers", nargs=-1, required=True, type=USER_PATH, metavar="ANSWERS...")
 @click.option("--reward", required=True, metavar="PART", help="A name, or {name: ..., options}, or a list of these.")
 @click.option("--out", required=True, type=USER_PATH, metavar="FOLDER", help="Written whole, over nothing.")
-@click.option("--right", default=1.0, show_default=True, help="An answer worth at least so much is right.")
-@click.option("--wrong", type=float, help="One worth at most so much is wrong.  [default: any that isn't right]")
-@click.option("--answers-per-prompt", default=1, show_default=True, type=click.IntRange(0), help="Right ones to keep.")
-@click.option("--pairs-per-prompt", default=1, show_default=True, type=click.IntRange(0), help="Preferences to keep.")
+@click.option("--right", metavar="N", default=1.0, show_default=True, help="An answer worth at least so much is right.")
+@click.option(
+    "--wrong", metavar="N", type=float, help="One worth at most so much is wrong.  [default: any that isn't right]"
+)
+@click.option(
+    "--answers-per-prompt",
+    metavar="N",
+    default=1,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Right ones to keep.",
+)
+@click.option(
+    "--pairs-per-prompt", metavar="N", default=1, show_default=True, type=click.IntRange(0), help="Preferences to keep."
+)
 @click.option("--plugin", "plugins", multiple=True, metavar="MODULE", help="With a reward of your own.")
 def command(
     answers: tuple[Path, ...],

@@ -208,6 +208,9 @@ def test_a_run_is_read_by_transformers_auto_class(tmp_path: Path) -> None:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
         torch.testing.assert_close(model(some_ids()).logits, found.model(some_ids()).logits, **CLOSE)
         assert model.generation_config.eos_token_id is not None
+        config = transformers.AutoConfig.from_pretrained(folder)
+        assert config.architectures == ["MoelabForCausalLM"] and config.name_or_path == str(folder)
+        assert model.config.name_or_path == str(folder)
         with pytest.raises(CheckpointError, match="max_memory"):
             transformers.AutoModelForCausalLM.from_pretrained(folder, max_memory={0: "1GB"})
 

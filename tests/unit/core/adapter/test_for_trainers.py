@@ -46,6 +46,17 @@ def test_its_base_model_is_the_layers_without_the_head_and_tells_its_records() -
     assert adapted.base_model.embed_tokens is adapted.model.embed_tokens
 
 
+def test_it_goes_by_the_folder_that_it_was_read_from_and_that_is_written_nowhere(tmp_path: Path) -> None:
+    """In which TRL looks for a reference and PEFT for what it adapts: by the config's name and architecture."""
+    reference_model(MOE).save_pretrained(tmp_path / "reference")
+    adapted = moelab.as_transformers(moelab.load(tmp_path / "reference"))
+    assert adapted.config.name_or_path == str(tmp_path / "reference")
+    assert adapted.config.architectures == ["MoelabForCausalLM"] and not adapted.config.auto_map
+    adapted.save_pretrained(tmp_path / "own")
+    assert str(tmp_path) not in (tmp_path / "own" / "config.json").read_text()
+    assert moelab.as_transformers(built()).config.name_or_path == ""
+
+
 def test_exported_it_is_read_by_transformers_own_class_where_that_can_say_the_model(tmp_path: Path) -> None:
     reference_model(MOE).save_pretrained(tmp_path / "reference")
     adapted = moelab.as_transformers(moelab.load(tmp_path / "reference"))

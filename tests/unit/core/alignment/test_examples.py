@@ -18,6 +18,7 @@ from moelab.errors import DataError
 TOKENIZER = ByteTokenizer()
 ASK = {"role": "user", "content": "two and two?"}
 SAY = {"role": "assistant", "content": "four"}
+CALL, TOLD = {**SAY, "content": None, "tool_calls": [{}]}, {"role": "tool", "content": "4"}
 END = TOKENIZER.eos_token_id
 
 
@@ -83,6 +84,10 @@ def test_a_pair_of_equal_answers_is_dropped_and_told(tmp_path: Path) -> None:
     assert len(found.rows) == 1
     (told,) = found.account.told(1000)
     assert "1 of 2 lines have two answers of the same tokens" in told
+    with pytest.raises(DataError, match=r"rows\.jsonl: holds no line to learn from: 1 of 1 lines have two answers of"):
+        read(tmp_path, rows[:1], "dpo")
+    with pytest.raises(DataError, match=r"rows\.jsonl: holds no line to learn from: it is empty"):
+        read(tmp_path, [], "dpo")
 
 
 @pytest.mark.parametrize(
@@ -95,11 +100,18 @@ def test_a_pair_of_equal_answers_is_dropped_and_told(tmp_path: Path) -> None:
         ("sft", {"messages": [ASK, ASK, SAY]}, r"messages: turn 2, of user, follows user"),
         ("sft", {"messages": [ASK, SAY, {"role": "system", "content": "x"}]}, r"turn 3, of system, follows assistant"),
         ("sft", {"messages": [ASK]}, r"messages: ends with a turn of user, not of assistant"),
+        ("sft", {"messages": [{**ASK, "role": "system"}]}, r"ends with a turn of system, not of assistant; give one"),
+        ("sft", {"messages": [ASK, SAY, ASK]}, r"ends with a turn of user, .*; leave what comes after it out"),
+        ("sft", {"messages": [ASK, {**SAY, "content": ""}]}, r"messages: turn 2, of assistant, is empty"),
+        ("sft", {"messages": [{**ASK, "role": "narrator"}, ASK, SAY]}, r"turn 1: role must be one of .*not 'narrator'"),
+        ("sft", {"messages": [ASK, CALL, TOLD, SAY]}, r"turn 2, of assistant, calls"),
         ("sft", {"messages": [{"role": "user"}, SAY]}, r"messages: turn 1"),
         ("sft", {"prompt": "a", "completion": ""}, r"completion: is empty"),
         ("sft", {"prompt": "a", "completion": [SAY]}, r"must all be texts, or all lists of messages"),
         ("dpo", {"prompt": [ASK], "chosen": [SAY], "rejected": [ASK]}, r"rejected: turn 2, of user, follows"),
         ("dpo", {"chosen": "a", "rejected": "b"}, r"prompt: is missing"),
+        ("dpo", {"prompt": [], "chosen": [SAY], "rejected": [SAY]}, r"prompt: is an empty list"),
+        ("dpo", {"chosen": [ASK, SAY], "rejected": [{**ASK, "content": "?"}, SAY]}, r"begin with no turn that is the"),
         ("sft", {"prompt": "a" * 50, "completion": "b"}, r"hold nothing of an answer; raise sequence_length"),
         ("dpo", {"prompt": "a" * 50, "chosen": "b", "rejected": "c"}, r"the first 20 hold nothing of an answer"),
         ("sft", "{", r"JSON"),

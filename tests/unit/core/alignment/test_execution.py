@@ -61,12 +61,38 @@ def test_it_sees_an_empty_folder_no_environment_no_input_and_no_package(monkeypa
         "import os\nos.remove(os.__file__)",
         "import shutil\nshutil.rmtree('..')",
         "import os\nos.symlink('/', 'root')\nopen('root/tmp/evil', 'w')",
+        "import os\nos.chdir('/')\nopen('tmp/evil', 'w')",
+        "import os\nfolder = os.open('..', os.O_RDONLY)\nos.mkdir('evil', dir_fd=folder)",
+        "import os\nfolder = os.open('..', os.O_RDONLY)\nos.open('evil', os.O_CREAT | os.O_WRONLY, dir_fd=folder)",
     ],
 )
 def test_what_reaches_beyond_the_folder_is_refused(source: str) -> None:
     found = run_program(source + "\nverdict('done')", SHORT)
     assert found.verdict == "" and found.exit_code != 0
     assert "refused to code that is judged" in found.output, found.output
+
+
+def test_files_that_no_hook_is_told_of_are_not_written(scratch: Path) -> None:
+    pytest.importorskip("sqlite3")
+    source = (
+        "import sqlite3\nassert sqlite3.connect(':memory:').execute('select 1').fetchone() == (1,)\n"
+        f"verdict('yes')\nsqlite3.connect({str(scratch / 'evil.db')!r}).execute('create table t (x)')"
+    )
+    found = run_program(source)
+    assert found.verdict == "yes" and "sqlite3.connect is refused" in found.output
+    for module in ("readline", "_posixshmem"):
+        assert "ImportError" in run_program(f"try: import {module}\nexcept ImportError: print('ImportError')").output
+    assert not list(scratch.iterdir())
+
+
+def test_within_the_folder_a_program_goes_and_writes_as_it_likes() -> None:
+    source = (
+        "import os, tempfile\nos.mkdir('d')\nos.chdir('d')\nopen('x', 'w').write('1')\nos.chdir('..')\n"
+        "with tempfile.TemporaryDirectory() as made: open(os.path.join(made, 'y'), 'w').write('2')\n"
+        "assert os.listdir('d') == ['x'] and not os.path.exists(made)\nverdict('yes')"
+    )
+    found = run_program(source)
+    assert found.verdict == "yes", found.output
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ ANSWERS: dict[str, Any] = {
 
 def strange(options: Options, context: RewardContext) -> moelab.Reward:
     def judge(attempts: Sequence[Attempt]) -> Any:
+        if options.answer == "exit":
+            sys.exit(0)
         return ANSWERS[options.answer]
 
     return judge
@@ -73,6 +75,7 @@ def test_several_rewards_are_summed_by_weight_and_told_apart(registry: Registry)
         ("short", ConfigError, r"returned 0 numbers for 1 attempts"),
         ("words", ConfigError, r"returned a str among its numbers"),
         ("raise", ConfigError, r"reward 'strange' of .*: raised KeyError: "),
+        ("exit", ConfigError, r"reward 'strange' of .*: raised SystemExit: 0"),
     ],
 )
 def test_a_reward_that_breaks_its_promise_is_told_of_in_one_line(

@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from moelab.data import chat_bounds
 from moelab.data.byte_tokenizer import ByteTokenizer
 from moelab.data.chat import CHATML, ChatTemplate
-from moelab.data.chat_sandbox import LONGEST
+from moelab.data.chat_bounds import LONGEST
+from moelab.data.chat_sandbox import compile_template
 from moelab.data.json_tokenizer import JsonTokenizer
 from moelab.errors import DataError
 
@@ -32,6 +35,7 @@ TRIMMING = (  # later turns change earlier ones, as in templates that leave out 
     "{{ m.content | trim }}{% else %}{{ m.content.split('</think>')[-1] | trim }}{% endif %}{{ '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+GROWS = "{{% set n = namespace(s='xx') %}}{{% for i in range(60) %}}{{% set n.s = {} %}}{{% endfor %}}{{{{ n.s }}}}"
 MARKED = (
     "{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
     "{{ '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '\n' }}{% endfor %}"
@@ -174,6 +178,15 @@ def test_which_of_several_templates_is_taken():
         ("{{ messages[0].content * 999999999 }}", "does what a template may not: a text times"),
         ("{{ 'x'.ljust(999999999) }}", "does what a template may not"),
         ("{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}", f"a text of more than {LONGEST} characters"),
+        (GROWS.format("n.s + n.s"), f"a text of more than {LONGEST} characters"),
+        (GROWS.format("n.s ~ n.s"), f"a text of more than {LONGEST} characters"),
+        (GROWS.format("n.s.replace('x', 'xx')"), f"a text of more than {LONGEST} characters"),
+        (GROWS.format("[n.s, n.s]|join(n.s)"), f"a text of more than {LONGEST} characters"),
+        (GROWS.format("[n.s, n.s]"), "a list of too many lists"),
+        ("{{ '{:>999999999}'.format('x') }}", "a pattern that pads"),
+        ("{{ '%*d'|format(999999999, 1) }}", "a pattern that pads"),
+        ("{{ [1]|batch(999999999, 'x')|list }}", "batch by 999999999"),
+        ("{{ (1).to_bytes(999999999, 'big') }}", "does what a template may not"),
         ("{{ messages[0].content + 1 }}", r"can't render this \(TypeError"),
         ("{% set n = namespace(_x=1) %}", "does what a template may not: a namespace"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "can't render this"),
@@ -183,6 +196,33 @@ def test_which_of_several_templates_is_taken():
 def test_templates_without_sense_are_one_message(template: str, message: str):
     with pytest.raises(DataError, match=message):
         ChatTemplate.from_tokenizer(tokenizer(template)).render(CHAT)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    ],
+)
+def test_a_template_that_takes_forever_is_ended(template: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chat_bounds, "SECONDS", 0.05)
+    with pytest.raises(DataError, match="does what a template may not: more than"):
+        ChatTemplate.from_tokenizer(tokenizer(template)).render(CHAT)
+
+
+def test_what_bounds_a_template_changes_nothing_of_what_it_writes():
+    template = (
+        "{% macro turn(m) %}{{ m.role ~ ':' ~ 1 ~ none }}{{ caller() if caller else '' }}{% endmacro %}"
+        "{% for m in messages if m.role != 'system' %}{{ turn(m) }}{% call turn(m) %}<{{ loop.index }}>{% endcall %}"
+        "{{ '{} {:>5}'.format(m.role, 'a') }}{{ '%03d'|format(7) }}{{ [1, [2, m.role]] }}{{ ['a', 2]|join('-') }}"
+        "{{ m.content.replace('o', '0')|replace('0', 'oo') }}{{ [1, 2, 3]|batch(2, 'x')|list }}{{ [1, 2.5]|sum }}"
+        "{% set shown %}{{ m.content }}{% endset %}{{ shown + '!' }}\n{% endfor %}"
+    )
+    plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+    made = compile_template(template, "it", ("(", ")"))
+    assert made({"messages": CHAT}) == plain.render(messages=CHAT)
 
 
 @pytest.mark.parametrize(

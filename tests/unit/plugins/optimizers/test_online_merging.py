@@ -190,8 +190,10 @@ def test_the_official_ondare_divides_by_p_and_masks_tau_once() -> None:
     assert abs(share - p) < 6 * math.sqrt(p * (1 - p) / int((tau != 0).sum()))
 
 
-def test_the_official_onties_elects_signs_without_weights() -> None:
-    alpha, share, name = 0.1, 0.5, "layers.0.o_proj.weight"
+@pytest.mark.parametrize(("alpha", "share"), [(0.1, 0.5), (0.1, 1.0), (0.0, 1.0)])
+def test_the_official_onties_elects_signs_without_weights(alpha: float, share: float) -> None:
+    """With an alpha of 0 as well: where tau says otherwise, AdamW's step is left out."""
+    name = "layers.0.o_proj.weight"
     stepped = case(alpha=alpha, reserve_rate=share, method="onties", compat="official").build()
     adam = Adam()
     stepped.step(0)  # whose steps have one size, of which no part is the largest
