@@ -87,9 +87,9 @@ def test_a_text_beyond_the_reach_is_told_once_with_the_cure(caplog: pytest.LogCa
     [
         ({"rope_scaling": {"name": "yarn", "factor": 0.5}}, "model.rope_scaling: 'yarn' .*factor must be at least 1"),
         ({"rope_scaling": {"name": "linear", "factor": float("nan")}}, "factor: .*must be a finite number"),
-        ({"rope_scaling": {"name": "linear", "factor": float("inf")}}, "factor must be at least 1, not inf"),
-        ({"rope_scaling": {"name": "dynamic", "factor": float("inf")}}, "factor must be at least 1, not inf"),
-        ({"rope_scaling": {**YARN, "beta_fast": float("inf")}}, "beta_slow must be positive and at most beta_fast"),
+        ({"rope_scaling": {"name": "linear", "factor": float("inf")}}, "factor: .* must be a finite number"),
+        ({"rope_scaling": {"name": "dynamic", "factor": float("inf")}}, "factor: .* must be a finite number"),
+        ({"rope_scaling": {**YARN, "beta_fast": float("inf")}}, "beta_fast: .* must be a finite number"),
         ({"rope_scaling": {**YARN, "mscale": -40.0, "mscale_all_dim": 1.0}}, "mscale must not be negative, not -40"),
         ({"rope_scaling": {"name": "yarn"}}, "model.rope_scaling.factor: .*has no value yet"),
         ({"rope_scaling": {"factor": 2.0}}, "model.rope_scaling: no `name`"),
