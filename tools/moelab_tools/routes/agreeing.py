@@ -15,7 +15,8 @@ from moelab.routes.trace import Trace
 from moelab_tools.routes.intervals import Estimate, estimates
 
 HEAD = f"{'layer':>5}  {'equal assignments, %':<26}{'same top expert':>16}{'by chance':>11}{'renamed':>10}"
-HEAD_BY_DOMAIN = f"{'domain':<16}  {'layer':>5}  {'equal assignments, %':<26}{'same top expert':>16}{'by chance':>11}"
+HEAD_BY_DOMAIN = f"{'layer':>5}  {'equal assignments, %':<26}{'same top expert':>16}{'by chance':>11}"
+LONGEST_DOMAIN = 60  # characters of its name
 ALL = "all"  # layers
 
 
@@ -68,13 +69,15 @@ def told_by_domain(found: Sequence[Row]) -> list[str]:
     domains = sorted({domain for row in found for domain in row.by_domain})
     if len(domains) < 2:
         return []
+    names = {domain: printable(domain)[:LONGEST_DOMAIN] for domain in domains}
+    width = max(16, *map(len, names.values()))
     lines = [
-        f"{printable(domain, 16):<16}  {row.layer:>5}  {row.by_domain[domain].told()}"
+        f"{names[domain]:<{width}}  {row.layer:>5}  {row.by_domain[domain].told()}"
         for domain in domains
         for row in found
         if domain in row.by_domain
     ]
-    return ["", HEAD_BY_DOMAIN, *lines]
+    return ["", f"{'domain':<{width}}  {HEAD_BY_DOMAIN}", *lines]
 
 
 def _row(name: str, layers: Sequence[LayerAgreement], trace: Trace) -> Row:

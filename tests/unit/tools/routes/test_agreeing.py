@@ -72,6 +72,8 @@ def test_a_domain_of_no_assignments_has_no_row_and_a_single_domain_no_table() ->
     lines = told_by_domain(rows(found, a))
     assert [line.split()[:2] for line in lines[2:]] == [[d, layer] for d in "xy" for layer in ("0", "1", "all")]
     assert all(len(line) <= 80 for line in lines)
+    long = replace(a, documents=[(name, f"a_domain_of_a_long_name_{domain}") for name, domain in a.documents])
+    assert [line.split()[0][-2:] for line in told_by_domain(rows(found, long))[2:]] == ["_x"] * 3 + ["_y"] * 3
 
 
 def _without(one: LayerAgreement, documents: np.ndarray) -> LayerAgreement:
