@@ -42,7 +42,7 @@ COMMANDS = {
     "trace": "Write who went where: the experts of every token, layer by layer.",
     "view": "Turn a trace into a page of text coloured by expert.",
     "replay": "Force a trace's routes on a model, and say what changes.",
-    "agreement": "How far two traces of the same text agree, layer by layer.",
+    "agreement": "How far two traces of the same text agree, by layer and domain.",
     "ablate": "Remove experts or change routes, and say what it costs.",
     "config": "Print what a config comes to, every key there is, or a schema for editors.",
     "plugins": "List every plugin with its options.",

@@ -23,12 +23,21 @@ class LayerAgreement:
     wanted: np.ndarray  # the most that could be equal
     same_top: np.ndarray  # tokens whose heaviest expert is the same
     tokens: np.ndarray
+    loads: tuple[np.ndarray, np.ndarray]  # of the first trace and the second, [m, E] float64 assignments
     together: np.ndarray  # [E, E]: tokens with expert e in the first trace and f in the second
-    chance: float  # share that would be equal did both choose as often as they do, independently of each other
 
     @property
     def share(self) -> float:
         return float(self.equal.sum() / max(self.wanted.sum(), 1))
+
+    def chance(self, documents: np.ndarray | None = None) -> float:
+        """Share that would be equal did both choose as often as they do, independently of each other.
+
+        `documents` [m] bool: as often as they do in these; None: in all.
+        """
+        those = np.ones(len(self.tokens), bool) if documents is None else documents
+        first, second = (load[those].sum(0) for load in self.loads)
+        return float(first @ second / max(self.tokens[those].sum(), 1) / max(self.wanted[those].sum(), 1))
 
 
 def compare_routes(a: Trace, b: Trace, names: tuple[str, str]) -> list[LayerAgreement]:
@@ -43,7 +52,7 @@ def _compare(a: LayerTrace, b: LayerTrace, document: np.ndarray, documents: int)
     keys = [np.unique(token * experts + expert) for token, expert, _ in (a.pairs(), b.pairs())]  # [N] each
     both = np.intersect1d(keys[0], keys[1], assume_unique=True) // experts
     counts = [np.bincount(key // experts, minlength=len(document)) for key in keys]
-    loads = [np.bincount(key % experts, minlength=experts).astype(np.float64) for key in keys]
+    loads = [_loads(key, document, documents, experts) for key in keys]
     most = np.maximum(*counts)
     top = [layer.heaviest()[0] for layer in (a, b)]
     wanted = np.bincount(document, most, documents)
@@ -53,9 +62,15 @@ def _compare(a: LayerTrace, b: LayerTrace, document: np.ndarray, documents: int)
         wanted=wanted,
         same_top=np.bincount(document, top[0] == top[1], documents),
         tokens=np.bincount(document, minlength=documents).astype(np.float64),
+        loads=(loads[0], loads[1]),
         together=_together(keys[0], keys[1], experts),
-        chance=float(loads[0] @ loads[1] / len(document) / max(wanted.sum(), 1)),
     )
+
+
+def _loads(key: np.ndarray, document: np.ndarray, documents: int, experts: int) -> np.ndarray:
+    """key [N], token * E + expert -> [m, E] float64 assignments."""
+    place = document[key // experts] * experts + key % experts
+    return np.bincount(place, minlength=documents * experts).reshape(documents, experts).astype(np.float64)
 
 
 def _together(a: np.ndarray, b: np.ndarray, experts: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from moelab_tools.user_path import USER_PATH
 @click.argument("second", type=USER_PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 def command(first: Path, second: Path, as_json: bool) -> None:
-    """Share of equal assignments of two traces of the same text, with intervals over documents.
+    """Share of equal assignments of two traces of the same text, by layer and domain, with intervals over documents.
 
     FIRST and SECOND are folders of `moelab trace`: of two runs, or of one run at another precision or batch size. Of a
     token with experts A and B, |A and B| of max(|A|, |B|) are equal. "By chance" is what two routers of these loads
@@ -30,10 +30,10 @@ def command(first: Path, second: Path, as_json: bool) -> None:
     """
     from moelab.routes.agreement import compare_routes
     from moelab.routes.files import read_trace
-    from moelab_tools.routes.agreeing import HEAD, rows
+    from moelab_tools.routes.agreeing import HEAD, rows, told_by_domain
 
     traces = read_trace(first), read_trace(second)
-    found = rows(compare_routes(*traces, (str(first), str(second))))
+    found = rows(compare_routes(*traces, (str(first), str(second))), traces[0])
     if as_json:
         click.echo(json.dumps([row.to_json() for row in found], indent=2))
         return
@@ -42,6 +42,5 @@ def command(first: Path, second: Path, as_json: bool) -> None:
         f"{traces[0].tokens:,} tokens of {len(traces[0].documents)} documents; "
         f"{'the same weights' if same else 'different weights'}; 95 % intervals over documents"
     )
-    click.echo(HEAD)
-    for row in found:
-        click.echo(row.told())
+    for line in (HEAD, *(row.told() for row in found), *told_by_domain(found)):
+        click.echo(line)

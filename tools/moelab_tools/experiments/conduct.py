@@ -28,6 +28,7 @@ from moelab_tools.experiments.logged import logged
 from moelab_tools.experiments.prepared import Preparation
 from moelab_tools.experiments.reached import Looks, reached
 from moelab_tools.experiments.register import registered, write_register
+from moelab_tools.experiments.routed import Routed, agreed
 from moelab_tools.sweep.launch import Outcome, Task, Worker, launch
 from moelab_tools.sweep.matching import told as told_match
 from moelab_tools.sweep.plan import REPORT, PlannedRun
@@ -101,6 +102,7 @@ class Experiment:
             if conclusion.why_it_ended:
                 break
         self._look_at_lengths(planned, conclusion)
+        self._look_at_routes(planned, conclusion)
         conclusion.minutes = self.minutes()
         return conclusion
 
@@ -113,6 +115,17 @@ class Experiment:
         self._do([*self.arms.tasks(conclusion.seeds), *looks.tasks(planned, count)])
         conclusion.failed |= {name: one.why for name, one in self.outcomes.items() if not one.well}
         conclusion.lengths = reached(looks, planned, count)
+
+    def _look_at_routes(self, planned: dict[str, list[PlannedRun]], conclusion: Conclusion) -> None:
+        """Of the seeds that were run, where the declaration asks."""
+        asked, count = self.declaration.config.routes, len(conclusion.seeds)
+        if asked is None or not count:
+            return
+        routed = Routed(asked, self.arms)
+        self._do([*self.arms.tasks(conclusion.seeds), *routed.tasks(planned, count)])
+        conclusion.failed |= {name: one.why for name, one in self.outcomes.items() if not one.well}
+        conclusion.routes, wrong = agreed(routed, planned, count)
+        conclusion.failed |= wrong
 
     def _launch(self, seeds: Sequence[int]) -> None:
         self._do(self.arms.tasks(seeds))
@@ -230,6 +243,8 @@ def run_experiment(request: ExperimentRequest, console: Console, worker: Worker 
     given = {"extra": request.extra, "trust": request.trust, "force": request.force}
     arms = Arms(declaration, out, Preparation(declaration, out, **given), **given)  # type: ignore[arg-type]
     planned = arms.plan()
+    if declaration.config.routes is not None:
+        Routed(declaration.config.routes, arms).check()
     at_once, worker = workers(request.jobs, worker)
     experiment = Experiment(declaration, request, arms, console, worker, at_once, _times(out))
     for line in bold:

@@ -24,6 +24,7 @@ from moelab_tools.compare.pairing import LEAST_PAIRS
 from moelab_tools.compare.sequential import SPENDING
 from moelab_tools.experiments.logged import Logged
 from moelab_tools.experiments.reaching import WORDS, Reaching
+from moelab_tools.experiments.routing import Routing
 from moelab_tools.sweep.axes import OURS, whole_numbers
 from moelab_tools.sweep.plan import digest
 
@@ -93,6 +94,7 @@ class ExperimentConfig:
     protocol: Protocol = field(default_factory=Protocol)
     decision: dict[str, str] = field(default_factory=dict)  # verdict -> what is then concluded, of each variant
     lengths: Reaching | None = None  # what the runs make of longer texts; null: that isn't asked
+    routes: Routing | None = None  # how far runs kept the routes of what they began from; null: that isn't asked
     logged: Logged | None = None  # what is told of the runs beside their loss; null: nothing
     files: list[str] = field(default_factory=list)  # that configs name as data: hashed with them
 
@@ -121,6 +123,8 @@ class ExperimentConfig:
             raise ConfigError(f"match: no '{self.match}'{near(self.match, MEASURES)} Known: {', '.join(MEASURES)}")
         if self.lengths is not None:
             self.lengths.check()
+        if self.routes is not None:
+            self.routes.check({step.name: step.trains for step in self.prepare})
         if self.logged is not None:
             self.logged.check()
         runs = len(self.variants) * len(self.seed_list)
@@ -180,7 +184,7 @@ def _bytes_of(path: Path, name: str) -> bytes:
 def _said(config: ExperimentConfig) -> dict[str, Any]:
     """Without what is not asked for: a key that came later changes no hash of a declaration that does not use it."""
     tree = asdict(config)
-    for key in ("lengths", "logged", "files"):
+    for key in ("lengths", "routes", "logged", "files"):
         if not tree[key]:
             del tree[key]
     for step in tree["prepare"]:

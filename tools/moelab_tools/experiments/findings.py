@@ -18,6 +18,7 @@ from moelab_tools.experiments.declaration import END, Declaration
 from moelab_tools.experiments.logged import logged_section
 from moelab_tools.experiments.reach_tables import lengths_section
 from moelab_tools.experiments.register import FINDINGS, Register
+from moelab_tools.experiments.routed_tables import routes_section
 
 READING = "reading.md"
 FORMAT_VERSION = 1  # of findings.json
@@ -44,6 +45,7 @@ class Conclusion:
     minutes: float = 0.0
     logged: dict[str, Any] | None = None  # name -> variant -> numbers
     lengths: dict[str, Any] | None = None  # variant -> moment -> what it made of longer texts; see `reached`
+    routes: dict[str, Any] | None = None  # by layer and domain, how far runs kept them; see `agreed`
 
 
 def write_findings(
@@ -93,6 +95,7 @@ def findings_json(declaration: Declaration, register: Register, conclusion: Conc
         "failed": conclusion.failed,
         **({} if conclusion.logged is None else {"logged": conclusion.logged}),
         **({} if conclusion.lengths is None else {"lengths": conclusion.lengths}),
+        **({} if conclusion.routes is None else {"routes": conclusion.routes}),
         "sentences": sentences.headlines(comparison) if comparison else [],
         "covers": sentences.what_intervals_cover(comparison) if comparison else [],
         "remarks": [*sentences.remarks(comparison), *comparison.seen, *comparison.warnings] if comparison else [],
@@ -153,7 +156,7 @@ def reading(findings: Mapping[str, Any]) -> str:
     told += ["", *(f"{one}" for one in findings["sentences"]), "", *findings["covers"], ""]
     told += [f"- **{name}** did not end well: {why}" for name, why in findings["failed"].items()]
     told += [f"- {one}" for one in findings["remarks"]]
-    told += ["", *logged_section(findings), *lengths_section(findings)]
+    told += ["", *logged_section(findings), *lengths_section(findings), *routes_section(findings)]
     told += ["", "## Again", "", f"    {findings['command']}", "",
              f"{len(findings['runs'])} runs, {findings['minutes']:g} minutes; all numbers: findings.json."]  # fmt: skip
     return "\n".join(told) + "\n"

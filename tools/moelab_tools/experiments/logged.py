@@ -58,13 +58,8 @@ def _row(
     both = {variant: {run.seed: ends for run in ones if (ends := _ends(asked, names, run)) is not None}
             for variant, ones in runs.items()}  # fmt: skip
     both = {variant: one for variant, one in both.items() if one}
-    verdicts = {}
-    if baseline in both and len(both) > 1:
-        losses = {variant: Losses(tuple(one), np.array([last for _, last in one.values()])[:, None], np.ones(1))
-                  for variant, one in both.items()}  # fmt: skip
-        # Without `judge`, which counts runs of the same result once: two seeds may well log the same share, or none.
-        matched = {variant: match(one, losses[baseline]) for variant, one in losses.items() if variant != baseline}
-        verdicts = decide(matched, abs(losses[baseline].score), Rules(True, 0.0, error=error))
+    at_end = {variant: {seed: last for seed, (_, last) in one.items()} for variant, one in both.items()}
+    contrasts = differences(at_end, baseline, error)
     found: dict[str, Any] = {}
     for variant, one in both.items():
         first, last = np.array([*one.values()]).T
@@ -75,10 +70,24 @@ def _row(
             "last": float(last.mean()),
             "sd_over_seeds": float(last.std(ddof=1)) if len(last) > 1 else None,
         }
-        if variant in verdicts:
-            verdict = verdicts[variant]
-            found[variant] |= {key: getattr(verdict, key) for key in ("difference", "low", "high", "could_have_seen")}
+        found[variant] |= contrasts.get(variant, {})
     return found
+
+
+def differences(values: Mapping[str, Mapping[Any, float]], baseline: str, error: float) -> dict[str, dict[str, Any]]:
+    """values {variant: {seed: number}} -> {variant: difference from the baseline with its interval} of all others.
+
+    By pairs of seeds where there are any; the intervals hold together. Empty where the baseline has no values.
+    """
+    if baseline not in values or len(values) < 2:
+        return {}
+    losses = {variant: Losses(tuple(one), np.array([*one.values()])[:, None], np.ones(1))
+              for variant, one in values.items()}  # fmt: skip
+    # Without `judge`, which counts runs of the same result once: two seeds may well log the same share, or none.
+    matched = {variant: match(one, losses[baseline]) for variant, one in losses.items() if variant != baseline}
+    verdicts = decide(matched, abs(losses[baseline].score), Rules(True, 0.0, error=error))
+    keys = ("difference", "low", "high", "could_have_seen")
+    return {variant: {key: getattr(verdict, key) for key in keys} for variant, verdict in verdicts.items()}
 
 
 def _ends(asked: Logged, names: Sequence[str], run: Run) -> tuple[float, float] | None:

@@ -18,6 +18,7 @@ from moelab_tools.experiments.findings import READING, read_findings, table
 from moelab_tools.experiments.logged import logged_in_short
 from moelab_tools.experiments.reach_tables import lengths_in_short, lengths_section
 from moelab_tools.experiments.register import FINDINGS
+from moelab_tools.experiments.routed_tables import routes_section
 
 HEAD = """# Findings
 
@@ -78,6 +79,7 @@ def _section(declaration: Declaration, findings: Mapping[str, Any] | None) -> li
     told += [one for one in seen if one]
     told += ["", *logged] if (logged := logged_in_short(findings)) else []
     told += ["", *lengths_section(findings, "###")] if "lengths" in findings else []
+    told += ["", *routes_section(findings, "###", short=True)] if "routes" in findings else []
     told += ["", f"{len(findings['runs'])} runs, {findings['minutes']:g} minutes: `{findings['command']}`. "
              f"[Declared]({folder}/{FILE}), [read]({folder}/{RESULTS}/{READING})."]  # fmt: skip
     return told

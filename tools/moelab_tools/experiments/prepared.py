@@ -121,7 +121,7 @@ class Preparation:
         """Build every step without weights. Raises ConfigError naming the step."""
         for step in self.declaration.config.prepare:
             if step.trains:
-                self._planned(step, seed)
+                self.planned(step, seed)
             elif step.data is not None:
                 self._check_data(step)
             else:
@@ -134,7 +134,8 @@ class Preparation:
             dict.fromkeys(name if self.steps[name].data is not None else f"{name}_seed{seed}" for name in names)
         )
 
-    def _planned(self, step: Step, seed: int) -> PlannedRun:
+    def planned(self, step: Step, seed: int) -> PlannedRun:
+        """The run of a step that trains."""
         words = [*step.words, *self.extra]
         below = self.below(words, seed)
         arguments = [*self.filled(words, seed), f"seed={seed}", f"data.order_seed={seed + ORDER}"]
@@ -144,10 +145,10 @@ class Preparation:
 
     def _train(self, step: Step, seed: int) -> Task:
         words = [*step.words, *self.extra]
-        run = self._planned(step, seed)
+        run = self.planned(step, seed)
         self.runs[run.name] = run
         return train_task(
-            lambda: self._planned(step, seed), run, self.folder, force=self.force, after=self.task_of(words, seed)
+            lambda: self.planned(step, seed), run, self.folder, force=self.force, after=self.task_of(words, seed)
         )
 
     def _export(self, name: str, seed: int) -> Task:
@@ -212,7 +213,7 @@ class Preparation:
         if name not in self._trees:
             step = self.steps[name]
             if step.trains:
-                run = self._planned(step, self.declaration.config.seed_list[0])
+                run = self.planned(step, self.declaration.config.seed_list[0])
                 tree = {"model": asdict(run.config.model), "data": {"tokenizer": run.config.data.tokenizer}}
             else:
                 tree = self._upcycled_tree(step)

@@ -33,7 +33,7 @@ def test_the_sums_are_those_of_a_loop_over_tokens(router: dict[str, Any]):
         for x, y in pairs:
             together[np.ix_(sorted(x), sorted(y))] += 1
         assert np.array_equal(found.together, together)
-        assert found.chance == pytest.approx(one.loads() @ other.loads() / len(pairs) / found.wanted.sum())
+        assert found.chance() == pytest.approx(one.loads() @ other.loads() / len(pairs) / found.wanted.sum())
         assert 0 < found.same_top.sum() < found.tokens.sum()
 
 

@@ -109,6 +109,7 @@ def test_a_hugging_face_folder_needs_no_config_beside_files_of_text(tmp_path: Pa
 def test_a_run_agrees_with_itself_and_replays_to_the_bit(runs: Path, capsys):
     found = _json(capsys, "agreement", runs / "trace_a", runs / "trace_a")
     assert [row["equal"]["value"] for row in found] == [1.0, 1.0, 1.0]
+    assert [part["equal"]["value"] for row in found for part in row["by_domain"].values()] == [1.0] * 3 * 3
     replayed = _json(capsys, "replay", runs / "a", runs / "trace_a")
     assert replayed["same_weights"]
     assert replayed["positions_of_equal_bits"] == replayed["tokens"] == 12 * 32
@@ -118,6 +119,9 @@ def test_a_run_agrees_with_itself_and_replays_to_the_bit(runs: Path, capsys):
 def test_two_seeds_agree_little_and_their_routes_are_worth_less_or_more(runs: Path, capsys):
     text = _narrow(capsys, "agreement", runs / "trace_a", runs / "trace_b")
     assert "different weights" in text
+    assert [line.split()[:2] for line in text.splitlines()[-9:]] == [
+        [domain, layer] for domain in ("d0", "d1", "d2") for layer in ("0", "1", "all")
+    ]
     replayed = _json(capsys, "replay", runs / "b", runs / "trace_a")
     assert not replayed["same_weights"]
     assert replayed["positions_of_equal_bits"] < replayed["tokens"]
