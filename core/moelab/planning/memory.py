@@ -17,6 +17,7 @@ from moelab.config.model import ModelConfig
 from moelab.config.run import OptimizerConfig
 from moelab.errors import ConfigError
 from moelab.hookspecs import OPTIMIZERS
+from moelab.nn.compiler_cache import ensure_compiler_cache
 from moelab.nn.count import cached_numbers, moe_blocks
 from moelab.nn.loss import chunk_rows, keeps_logits
 from moelab.nn.low_rank import Target, adapter_targets, train_alone
@@ -136,6 +137,7 @@ def count(config: ModelConfig, problem: Problem, registry: Registry) -> Counted:
     """What a micro-batch of `problem` keeps. Raises ConfigError as `predict` does."""
     problem.parallel.check()
     losses = build_balance_losses(config, registry)
+    ensure_compiler_cache()
     with FakeTensorMode():
         model = build_model(config, registry, seed=None)
         _check_dealt(model, problem)

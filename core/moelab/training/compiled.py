@@ -12,6 +12,7 @@ Evaluation and generation, whose shapes vary, are eager.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -28,6 +29,7 @@ from moelab.nn.transformer import DecoderLayer, Transformer
 
 logger = logging.getLogger("moelab")
 COMPILERS = ("torch._dynamo", "torch._inductor")
+NO_COMPILER = ("InvalidCxxCompiler", "TritonMissing", "CppCompileError")
 MOST_SHAPES = 8  # of one part: further ones, of stages that differ in length, are computed eagerly
 
 
@@ -39,6 +41,20 @@ class Compiled:
     parts: list[Part] = field(default_factory=list)
     told: set[str] = field(default_factory=set)
     without: str | None = None  # why nothing can be compiled here
+    device: str = "cpu"
+    _works: bool | None = None
+
+    def works(self) -> bool:
+        """Whether a sum can be compiled here, one that no cache can hold: else it is no part's fault."""
+        if self._works is None:
+            number = float(time.monotonic_ns() % (1 << 50))
+            try:
+                compiled = torch.compile(lambda x: x + number, fullgraph=True, backend=self.compiler)
+                compiled(torch.zeros(2, device=self.device))
+                self._works = True
+            except Exception:
+                self._works = False
+        return self._works
 
     def part(self, name: str, eager: Callable[..., Any]) -> Part:
         """`eager`, compiled when it is first called."""
@@ -91,7 +107,7 @@ class Part:
         self.broken = True
         limit = isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
         reason = _first_line(error.__cause__ if limit and error.__cause__ else error)
-        if _lacks_compiler(error):
+        if _lacks_compiler(error) or (_of_backend(error) and not self._run.works()):
             self._run.without = reason
             logger.warning("train.compile: there is no working compiler here (%s): the run goes on without", reason)
             return
@@ -112,7 +128,7 @@ def compile_parts(
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, shared)
     torch._inductor.config.fallback_random = True  # eager's numbers
     torch._functorch.config.donated_buffer = False  # each loss's share of a gradient is a backward pass of its own
-    run = Compiled(compiler or import_module("torch._inductor.compile_fx").compile_fx)
+    run = Compiled(compiler or import_module("torch._inductor.compile_fx").compile_fx, device=device)
     for layer in model.layers:
         assert isinstance(layer, DecoderLayer)
         for name, holder, attribute in _functions(layer, device):
@@ -139,16 +155,19 @@ def _functions(layer: DecoderLayer, device: str) -> Iterator[tuple[str, nn.Modul
         yield layer.mlp.parts["shared_expert"].title, layer.mlp.shared_expert, "forward"
 
 
+def _of_backend(error: BaseException) -> bool:
+    """Whether the graph was there, and what went wrong is what a compiler made of it."""
+    return isinstance(error, torch._dynamo.exc.BackendCompilerFailed | torch._inductor.exc.InductorError)
+
+
 def _lacks_compiler(error: BaseException) -> bool:
-    """Whether it is not the part's fault: no C++ compiler, or no triton."""
+    """Whether it is not the part's fault: no C++ compiler, no triton, or no room for its files."""
     seen: BaseException | None = error
     while seen is not None:
-        if type(seen).__name__ in ("InvalidCxxCompiler", "TritonMissing", "CppCompileError") or isinstance(
-            seen, FileNotFoundError | PermissionError
-        ):
+        if isinstance(seen, OSError) or type(seen).__name__ in NO_COMPILER:
             return True
         seen = seen.__cause__ or seen.__context__
-    return any(word in str(error) for word in ("InvalidCxxCompiler", "TritonMissing", "CppCompileError"))
+    return any(word in str(error) for word in NO_COMPILER)
 
 
 def _place(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moelab.config.run import OptimizerConfig
 from moelab.errors import CheckpointError
 from moelab.hookspecs import OPTIMIZERS
+from moelab.nn.compiler_cache import ensure_compiler_cache
 from moelab.nn.optimizing import Kept, Optimizer, OptimizerContext, each, kept_by, kept_of, trained_parameters
 from moelab.nn.pieces import read_as
 from moelab.plugin_faults import article
@@ -37,6 +38,7 @@ def build_optimizer(context: OptimizerContext, registry: Registry) -> Optimizer:
 
     Its rate is set; whoever trains with it calls `begin` before the first step.
     """
+    ensure_compiler_cache()
     node = context.settings.algorithm
     optimizer = registry.build(OPTIMIZERS, node, context, OPTIMIZERS.key)
     fault = optimizer_fault(optimizer, context)

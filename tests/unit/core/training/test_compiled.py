@@ -6,6 +6,7 @@ The graphs are run by torch itself here, since a C++ compiler takes many seconds
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 from collections.abc import Sequence
@@ -191,6 +192,42 @@ def test_a_run_is_the_same_compiled_and_goes_on_without_a_compiler(
             assert len(told) == 2
             assert told[0].startswith("train.compile: there is no working compiler here (")
     assert found[0] == found[1] == found[2]
+
+
+def _broken(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Any:
+    raise torch._inductor.exc.InductorError(IndexError("list index"), inspect.currentframe())  # as of a killed one
+
+
+def _full(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Any:
+    raise OSError(28, "No space left on device")
+
+
+def _refuses_products(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Any:
+    if any(node.op == "call_function" and "linear" in str(node.target) for node in graph.graph.nodes):
+        _broken(graph, examples)
+    return graph
+
+
+@pytest.mark.parametrize("compiler", [_broken, _full])
+def test_a_compiler_that_fails_at_everything_is_not_a_parts_fault(
+    compiler: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build(_config(2), seed=0).train()
+    expected = _forward(model)[0]
+    run, _ = compile_parts(model, [], "cpu", compiler)
+    assert torch.equal(_forward(model)[0], expected)
+    (line,) = [message for message in caplog.messages if message.startswith("train.compile")]
+    assert line.startswith("train.compile: there is no working compiler here (")
+    assert run.line().startswith("train.compile: nothing is compiled (")
+
+
+def test_a_compiler_that_fails_at_one_part_names_it_and_compiles_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    model = build(_config(1), seed=0).train()
+    run, _ = compile_parts(model, [], "cpu", _refuses_products)
+    _forward(model)
+    assert _refused(run, "router") == {"softmax_topk"}
+    assert run.graphs > 0
+    assert "router 'softmax_topk'" in caplog.text
 
 
 def test_several_processes_are_refused(small_run: RunConfig) -> None:
