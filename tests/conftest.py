@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = os.pathsep.join(str(ROOT / folder) for folder in ("core", "plugins", "upcycling", "tools"))
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 INHERITED = os.environ.get("PYTHONPATH")  # `make test-elsewhere` has a package there
+torch.set_num_threads(int(THREADS))  # for what a module's fixture makes before its first test
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.summary.writer import event_file_writer
 from tensorboard.util import tensor_util
 
 from moelab.alarms import Alarm, AlarmChange
@@ -53,6 +54,12 @@ FACTS: dict[str, Any] = {
 }
 HPARAM_TAGS = {metadata.EXPERIMENT_TAG, metadata.SESSION_START_INFO_TAG, metadata.SESSION_END_INFO_TAG}
 LOADS = {0: [1 / 8] * 8, 1: [0.5, 0.5] + [0.0] * 6}
+
+
+@pytest.fixture(autouse=True)
+def _files_of_one_second_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read by their names, which end in a number of the process's: the tenth before the ninth."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def observer(run_dir: Path, step: int = 0, **options: Any) -> Any:
