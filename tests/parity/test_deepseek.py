@@ -83,7 +83,10 @@ def test_logits_are_transformers(
 
 @torch.no_grad()
 def test_kimi_k2_is_deepseek_v3_under_another_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With the published config.json's fields that V3's doesn't have, and its YaRN, whose two borders are one."""
+    """With config.json's fields that V3's doesn't have, and its YaRN, whose two borders are one.
+
+    As copies in others' repositories have it; the published file itself was not opened.
+    """
     stretched = YARN | {"beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "rope_theta": 5e4}
     fields = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827, "rope_parameters": stretched}
     theirs = made("V3", fields, tmp_path)

@@ -1,17 +1,14 @@
 """A model before lm-evaluation-harness: its tasks, and two of our own that need no network, made of held-out text.
 
-The one place that imports lm_eval (the extra `lm-eval`). The model goes in as `moelab.as_transformers` makes it and the
-tokenizer as it is, so dense and MoE models are asked about the same token ids.
+Of the extra `lm-eval`; what the filter `decontaminate` asks of it is in that one's own file. The model goes in as
+`moelab.as_transformers` makes it and the tokenizer as it is, so dense and MoE models are asked about the same ids.
 Sources: EleutherAI/lm-evaluation-harness 0.4.13, lm_eval/models/huggingface.py (HFLM), lm_eval/config/task.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +17,7 @@ from moelab.data.tokenizer import Tokenizer
 from moelab.errors import ConfigError, DataError
 from moelab.nn.transformer import Transformer
 from moelab.seeds import derive_seed
+from moelab_plugins.text_filters._lm_eval_tasks import quiet
 
 CONTINUATION, PERPLEXITY = "heldout_continuation", "heldout_perplexity"
 OWN = {
@@ -63,7 +61,7 @@ def judge(model: Transformer, tokenizer: Tokenizer, corpus: Corpus, asked: Asked
     """lm-eval's numbers of `model`. Raises ConfigError for an unknown task or a missing package, DataError offline."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("--tasks: needs lm-evaluation-harness: pip install 'moelab[lm-eval]'")
-    with _quiet():
+    with quiet():
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
@@ -195,15 +193,3 @@ def _told(error: BaseException) -> BaseException:
             )
         chain = chain.__cause__ or chain.__context__
     return error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval tells of every step; its warnings and errors remain."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)

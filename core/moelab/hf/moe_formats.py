@@ -3,7 +3,7 @@
 After transformers 5.23: models/{qwen2_moe,qwen3_moe,mixtral,dots1}/configuration_*.py and modeling_*.py. The first
 three, which are written too, take a softmax over all experts and then the top k; they differ in the shared expert, in
 normalisation, in the attention and in names. dots1 is DeepSeek-V3's experts and router under Qwen3's attention; gpt-oss
-has a file of its own (hf/gpt_oss.py), and so have DeepSeek-V2 and V3 (hf/deepseek_formats.py).
+has a file of its own (hf/gpt_oss.py), and so have DeepSeek-V2, V3 and Kimi K2 (hf/deepseek_formats.py).
 Free of torch.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moelab.config.model import ModelConfig, MoEConfig
@@ -193,6 +193,19 @@ def _dots1_parts(name: str, config: ModelConfig) -> list[Part]:
     return [Part(name.replace(".mlp.gate.e_score_correction_bias", ".mlp.router.bias"))]
 
 
+DEEPSEEK_V3 = MoEFormat(
+    "DeepseekV3ForCausalLM",
+    "DeepSeek-V3",
+    deepseek_formats.complete_v3,
+    model={"qkv_bias": False},
+    defaults=deepseek_formats.SAID_V3,
+    only=deepseek_formats.ONLY_V3,
+    unused=deepseek_formats.UNUSED,
+    parts=deepseek_formats.parts,
+    left_out=deepseek_formats.LEFT_OUT,
+    writable=False,
+)
+
 MOE_FORMATS: Mapping[str, MoEFormat] = {
     "qwen2_moe": MoEFormat(
         "Qwen2MoeForCausalLM",
@@ -291,29 +304,7 @@ MOE_FORMATS: Mapping[str, MoEFormat] = {
         left_out=deepseek_formats.LEFT_OUT,
         writable=False,
     ),
-    "deepseek_v3": MoEFormat(
-        "DeepseekV3ForCausalLM",
-        "DeepSeek-V3",
-        deepseek_formats.complete_v3,
-        model={"qkv_bias": False},
-        defaults=deepseek_formats.SAID_V3,
-        only=deepseek_formats.ONLY_V3,
-        unused=deepseek_formats.UNUSED,
-        parts=deepseek_formats.parts,
-        left_out=deepseek_formats.LEFT_OUT,
-        writable=False,
-    ),
-    "kimi_k2": MoEFormat(
-        "DeepseekV3ForCausalLM",
-        "Kimi K2",
-        deepseek_formats.complete_v3,
-        model={"qkv_bias": False},
-        defaults=deepseek_formats.SAID_V3,
-        only=deepseek_formats.ONLY_V3,
-        unused=deepseek_formats.UNUSED,
-        parts=deepseek_formats.parts,
-        left_out=deepseek_formats.LEFT_OUT,
-        writable=False,
-    ),
+    "deepseek_v3": DEEPSEEK_V3,
+    "kimi_k2": replace(DEEPSEEK_V3, title="Kimi K2"),
 }
 WRITABLE = {model_type: kind for model_type, kind in MOE_FORMATS.items() if kind.writable}

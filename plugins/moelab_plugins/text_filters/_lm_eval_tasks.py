@@ -27,7 +27,7 @@ def task_texts(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("tasks: needs lm-evaluation-harness: pip install 'moelab[lm-eval]'")
-    with _quiet():
+    with quiet():
         from lm_eval.tasks import TaskManager
 
         known = TaskManager(include_defaults=any(not name.endswith(FILES) for name in names))
@@ -60,8 +60,8 @@ def strings_of(value: Any) -> list[str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval and datasets tell of every step."""
+def quiet() -> Iterator[None]:
+    """lm-eval and datasets tell of every step; of their logs errors remain, of stderr nothing."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
