@@ -55,6 +55,14 @@ def test_the_cpu_step_agrees_with_transformers_and_writes_its_table(root: Path, 
     assert "(as shipped), median of 2 rounds" in (tmp_path / "cpu_step.md").read_text()
 
 
+def test_autotuning_is_measured_beside_the_constants(root: Path, tmp_path: Path) -> None:
+    small = "--shape 4:2:16:64 --dtype float32 --batch 2 --sequence 160 --threads 1 --rounds 3"
+    done = _run(root, "autotune.py", *small.split(), "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "autotune.json").read_text())["results"]
+    assert result["choices"] >= result["taken"] and len(result["ratios"]) == 3
+
+
 def test_the_verdicts_simulation_writes_its_tables(root: Path, tmp_path: Path) -> None:
     done = _run(root, "verdict_coverage.py", "--replicates", "30", "--judged", "2", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr

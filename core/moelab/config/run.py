@@ -60,6 +60,9 @@ class TrainConfig:
     recompute_logits: bool | None = None
     # torch.compile on parts of the layers, by moelab.training.compiled; of little use on a CPU. For one process.
     compile: bool = False
+    # Ways to compute products, attention and experts are measured on the first batch, where this machine doesn't know
+    # them yet; false: constants choose; null: measured where the run is long and has no memory_budget. One process.
+    autotune: bool | None = None
     # Of a process, "8 GB": micro_batch_size, activation_checkpointing and recompute_logits, where they are not said,
     # are the cheapest that fit by `moelab plan`'s figures. null: nothing is chosen.
     memory_budget: str | None = None
@@ -292,6 +295,8 @@ class RunConfig:
         kept, moments, products = self.train.parameters_dtype, self.optimizer.moments_dtype, self.train.dtype
         if self.train.compile and self.parallel.world > 1:
             raise ConfigError(f"train.compile: is for one process, and parallel asks for {self.parallel.world}")
+        if self.train.autotune and self.parallel.world > 1:
+            raise ConfigError(f"train.autotune: is for one process, and parallel asks for {self.parallel.world}")
         for key, dtype in {"train.parameters_dtype": kept, "optimizer.moments_dtype": moments}.items():
             if dtype not in NARROW:
                 raise ConfigError(f"{key}: must be float32 or bfloat16, not '{dtype}'")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from moelab.nn.sinks import sunk_softmax
 
@@ -26,6 +27,15 @@ def blocks_pay(query: Tensor) -> bool:
     """Whether `causal_attention` is the faster way for query [B, H, S, d]: on a CPU, of middling size."""
     batch, heads, seq, _ = query.shape
     return query.device.type == "cpu" and seq <= MOST_POSITIONS and batch * heads * seq * seq >= LEAST_ELEMENTS
+
+
+def can_choose(query: Tensor) -> bool:
+    """Whether a measurement may decide: on a CPU, of sizes where either way was seen to win, or nearly so."""
+    batch, heads, seq, _ = query.shape
+    near = seq <= 4 * MOST_POSITIONS and batch * heads * seq * seq >= LEAST_ELEMENTS // 8
+    return (
+        near and query.device.type == "cpu" and not isinstance(query, FakeTensor) and not torch.compiler.is_compiling()
+    )
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:

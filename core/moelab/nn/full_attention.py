@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from moelab.nn.attention_inputs import Attend, AttentionInputs
 from moelab.nn.blocked_attention import LEAST_ROWS, View
-from moelab.nn.causal_attention import blocks_pay, causal_attention
+from moelab.nn.causal_attention import blocks_pay, can_choose, causal_attention
 from moelab.nn.fused_parts import fused_pays
 from moelab.nn.masked_attention import masked_attention
 from moelab.nn.rope import rotate
 from moelab.nn.sinks import all_pairs, fused_causal
+from moelab.ways import choose, trial
 
+BLOCKS, TORCH = "blocks", "torch"
 ROTATED = "keys turned by their own positions"  # cache_mode
 LARGEST_MASK = 1 << 22  # elements of S x L; beyond, what needs a mask is computed in blocks
 
@@ -65,9 +69,25 @@ def _in_blocks(query: Tensor, inputs: AttentionInputs) -> bool:
 
 def fastest(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None = None) -> Tensor:
     """query [B, H, S, d], key [B, G, L, d], value [B, G, L, v], sinks [H] -> [B, H, S, v], by what measures fastest."""
-    if mask is None and blocks_pay(query):
+    if mask is None and _way(query, key, value, sinks) == BLOCKS:
         return causal_attention(query, key, value, sinks)
     return torch_attention(query, key, value, mask, sinks)
+
+
+def _way(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> str:
+    """By blocks or by torch's kernel, without a mask: as constants say, or as the run has measured its own sizes."""
+    usual = BLOCKS if blocks_pay(query) else TORCH
+    if sinks is not None or not can_choose(query):
+        return usual
+    (batch, heads, seq, width), groups, dtype = query.shape, key.shape[1], str(query.dtype).removeprefix("torch.")
+    return choose(
+        lambda: f"attention {batch} x {heads}/{groups} heads x {seq} x {width}/{value.shape[-1]} {dtype}",
+        usual,
+        lambda: {
+            BLOCKS: trial(causal_attention, query, key, value),
+            TORCH: trial(partial(torch_attention, mask=None), query, key, value),
+        },
+    )
 
 
 def torch_attention(

@@ -1,7 +1,8 @@
 """nn.Linear whose large fp32 products on a CPU go to oneDNN, which torch uses for bf16 only.
 
 On AMD Zen 4 with 2 threads a layer's forward and backward pass took 0.91 to 0.93 of the time that MKL needs
-(benchmarks/cpu_parts.py). The gradient of the weight stays with MKL, which is faster there.
+(benchmarks/cpu_parts.py). The gradient of the weight stays with MKL, which is faster there. A run may measure which of
+the two serves its own sizes (`moelab.ways`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from moelab.moe.thin_product import few_product, packed
+from moelab.ways import choose, trial
 
 LEAST_FLOPS = 1e8  # of one product; below, nn.Linear is as fast
+LEAST_CHOICE = 1e7  # FLOPs of one product that is worth measuring
+ONEDNN, MKL = "onednn", "mkl"
 
 
 class Linear(nn.Linear):
@@ -22,16 +26,39 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., D] -> [..., N]."""
-        if not prefers_onednn(input, self.out_features) or packed(self.weight) is not None:
-            return few_product(input, self.weight, self.bias)
-        y: Tensor = _Linear.apply(input.reshape(-1, self.in_features), self.weight, self.bias)
-        return y.view(*input.shape[:-1], self.out_features)
+        if packed(self.weight) is None and self._way(input) == ONEDNN:
+            return _by_onednn(input, self.weight, self.bias)
+        return few_product(input, self.weight, self.bias)
+
+    def _way(self, x: Tensor) -> str:
+        """The faster one, there and back."""
+        if not can_choose(x, self.out_features):
+            return MKL
+        return choose(
+            lambda: f"linear {x.numel() // self.in_features} x {self.in_features} to {self.out_features}",
+            ONEDNN if prefers_onednn(x, self.out_features) else MKL,
+            lambda: {
+                ONEDNN: trial(_by_onednn, x, self.weight, self.bias),
+                MKL: trial(nn.functional.linear, x, self.weight, self.bias),
+            },
+        )
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., D], weight [N, D] -> [..., N]."""
+    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def prefers_onednn(x: Tensor, columns: int) -> bool:
     """Whether the product of x [..., D] with a matrix of D x `columns` is one that `product` computes faster."""
+    return 2 * x.numel() * columns >= LEAST_FLOPS and can_choose(x, columns)
+
+
+def can_choose(x: Tensor, columns: int) -> bool:
+    """Whether `product` may compute x [..., D] times a matrix of D x `columns`, and the choice is worth a look."""
     return (
-        2 * x.numel() * columns >= LEAST_FLOPS
+        2 * x.numel() * columns >= LEAST_CHOICE
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")

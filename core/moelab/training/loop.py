@@ -20,6 +20,7 @@ from moelab.training.setup import Setup
 from moelab.training.step import Update
 from moelab.training.summary import backends
 from moelab.training.writing import Staging, Writing
+from moelab.ways import Ways
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Loop:
     staging: Staging = field(default_factory=Staging)
     update: Update = field(default_factory=Update)
     clock: SaveClock = field(default_factory=SaveClock)
+    ways: Ways | None = None  # by which its steps are computed, where they were measured
     interruption: Interruption = field(default_factory=Interruption)
     agreed: bool = False  # all processes of the run end at this step together
     ended_early: bool = False  # train.patience is over

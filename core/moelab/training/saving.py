@@ -12,6 +12,7 @@ from moelab.atomic import discard
 from moelab.checkpoint import BEST, CHECKPOINTS
 from moelab.config.stored import seal
 from moelab.errors import CheckpointError
+from moelab.training.autotune import WAYS
 from moelab.training.checkpoint import own_tensors
 from moelab.training.format import BEST_EVALUATION, REPLANNED
 from moelab.training.loop import Loop, Saving, served_backends
@@ -115,6 +116,7 @@ def _write(
         "alarms": loop.alarms.state(),
         LOADS: loop.loads,
         BACKENDS: served_backends(loop),
+        WAYS: loop.ways.chosen if loop.ways else {},
         REPLANNED: to_json(loop.plan.changes),
         BEST_EVALUATION: loop.best.to_json(),
         **setup.step_settings.objective.state(),

@@ -76,6 +76,7 @@ FREE_TRAIN_KEYS = {
     "init_overrides",
     "keep_best",
     "patience",
+    "autotune",  # a run goes on by the ways that it began with
 }
 
 

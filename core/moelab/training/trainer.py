@@ -27,6 +27,7 @@ from moelab.parallel.process_group import joined, together
 from moelab.parallel.ranks import Ranks
 from moelab.paths import user_path
 from moelab.registry import Registry
+from moelab.training.autotune import WAYS, find_ways
 from moelab.training.best import Best, with_folder
 from moelab.training.borders import as_in, enter_if_due, stage_facts
 from moelab.training.failure import NotFinite
@@ -62,6 +63,7 @@ from moelab.training.setup import Setup, prepare
 from moelab.training.shadow import writing_folder
 from moelab.training.step import Observe, train_step
 from moelab.training.summary import BACKENDS, LOADS, environment_facts, summary
+from moelab.ways import using
 
 logger = logging.getLogger("moelab")
 Preparing = Callable[..., Setup]  # (config, registry, verify=..., ranks=...), as `moelab.training.setup.prepare`
@@ -163,7 +165,8 @@ def _train(config: RunConfig, ranks: Ranks, run_dir: Path, asked: Asked) -> None
                 loop.ended_early = ends_early(loop)
                 loop.loads, loop.backends = state.get(LOADS, {}), state.get(BACKENDS, [])
                 loop.damaged = {finding.folder.name for finding in choice.skipped} if choice else set()
-                with threads_told():
+                loop.ways = find_ways(setup, state)
+                with threads_told(), using(loop.ways):
                     _run(loop)
         finally:
             close_log(handler)
@@ -242,6 +245,7 @@ def _end(loop: Loop, facts: dict[str, Any], error: BaseException | None) -> None
     progress, dropped = loop.progress, loop.observers.dropped
     status = "finished" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     facts = facts | {BACKENDS: served_backends(loop), "observers_dropped": dropped}
+    facts[WAYS] = loop.ways.chosen if loop.ways else {}
     facts[BEST_EVALUATION] = loop.best.to_json() | {"kept": (loop.run_dir / BEST).is_dir()}
     train = loop.setup.config.train
     facts[ENDED_EARLY] = {"planned": train.steps, "patience": train.patience} if loop.ended_early else None

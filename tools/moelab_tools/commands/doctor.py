@@ -68,8 +68,21 @@ def _machine() -> Iterator[tuple[str, str]]:
     else:
         why = "this torch is built without CUDA" if torch.version.cuda is None else "the driver shows no device"
         yield "CUDA", f"none: {why}"
+    yield "autotune", _autotuned()
     for name in PACKAGES:
         yield name, _version(name)
+
+
+def _autotuned() -> str:
+    """What `train.autotune` knows of this machine, with as many threads as a run takes by itself."""
+    import torch
+
+    from moelab.training.ways_file import machine_facts, place_of, read_kept
+
+    machine = machine_facts(torch.get_num_threads(), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    path = place_of(machine)
+    found = read_kept(path, machine)
+    return f"{len(found)} choices measured, in {path}" if found else "nothing measured here yet"
 
 
 def _version(name: str) -> str:

@@ -1,0 +1,90 @@
+"""Where the ways of `train.autotune` are kept: a file for each machine, in the user's cache."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+import moelab
+from moelab.atomic import write_file
+from moelab.errors import UserError
+from moelab.records import read_record
+from moelab.safe_files import Reading
+from moelab.ways import Found
+
+logger = logging.getLogger("moelab")
+SWITCHES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "OMP_WAIT_POLICY")
+CPU_FACTS = ("vendor_id", "cpu family", "model", "model name")  # of /proc/cpuinfo
+LARGEST = 16 << 20  # bytes
+READING = Reading(UserError, "it is measured anew")
+
+
+def machine_facts(threads: int, device: torch.device) -> dict[str, str]:
+    """What a measurement hangs on, beside the problem."""
+    lines = _cpu_lines()
+    facts = {name: lines.get(name, "") for name in CPU_FACTS} | {
+        "architecture": platform.machine(), "cores": str(os.cpu_count()), "threads": str(threads),
+        "capability": torch.backends.cpu.get_cpu_capability(), "torch": str(torch.__version__),
+        "moelab": moelab.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }  # fmt: skip
+    return facts | {name: os.environ[name] for name in SWITCHES if name in os.environ}
+
+
+def _cpu_lines() -> dict[str, str]:
+    """What /proc/cpuinfo says of the first core; {} where there is none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace")[:8192]
+    except OSError:
+        return {}
+    first = text.partition("\n\n")[0].splitlines()
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)}
+
+
+def place_of(machine: Mapping[str, str]) -> Path:
+    """A machine's file: of this user, under XDG_CACHE_HOME or ~/.cache."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    name = machine["model name"] or machine["architecture"] if machine["device"] == "cpu" else machine["device"]
+    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
+    digest = sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(folder) / "moelab" / "autotune" / f"{words}-{digest}.json"
+
+
+def read_kept(path: Path, machine: Mapping[str, str]) -> dict[str, Found]:
+    """What is kept of this machine; {} where there is nothing, or nothing of use, which is told in a line."""
+    try:
+        if not path.exists():
+            return {}
+        record = read_record(path, READING, limit=LARGEST)
+        there = record.record("machine")
+        for name in {**machine, **there.values}:
+            if there.text(name, "") != machine.get(name, ""):
+                here = machine.get(name, "")
+                READING.refuse(path, f"is of another machine ({name}: '{there.text(name, '')}' there, '{here}' here)")
+        kept = {}
+        for problem, each in record.record("problems").records():
+            step = each.number("step", None, least=0)
+            kept[problem] = Found(each.text("way"), each.record("seconds").numbers(), step)
+    except (UserError, OSError) as error:
+        logger.warning("train.autotune: %s", error)
+        return {}
+    return kept
+
+
+def keep(path: Path, machine: Mapping[str, str], found: Mapping[str, Found]) -> None:
+    """For the next run; that it can't be written is told in a line."""
+    problems = {problem: asdict(each) for problem, each in sorted(found.items())}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps({"machine": dict(machine), "problems": problems}, indent=1) + "\n")
+    except (UserError, OSError) as error:
+        logger.warning("train.autotune: %s can't be kept (%s): the next run measures again", path, error)
