@@ -68,8 +68,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         query, key, value = (self._heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:  # in the order of memory, which their passes follow
             query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
         if self.sinks is not None:
             inputs = replace(inputs, sinks=self.sinks)
         out = self.kernel(query, key, value, inputs)
@@ -79,8 +80,8 @@ class Attention(nn.Module):
         return projected
 
     def _heads(self, x: Tensor) -> Tensor:
-        """[B, S, H * head_dim] -> [B, H, S, head_dim]."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        """[B, S, H * head_dim] -> [B, S, H, head_dim]."""
+        return x.unflatten(-1, (-1, self.head_dim))
 
 
 def attention_context(config: ModelConfig, layer_id: int) -> AttentionContext:

@@ -6,6 +6,7 @@ computed a second time there, chunk by chunk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from moelab.nn.linear import prefers_onednn, product
 
 IGNORE_INDEX = -100
 KEEP_ELEMENTS = 1 << 27  # of logits: 512 MB in fp32
+LOG2_E = 1 / math.log(2)
 CHUNK_ROWS = 256  # at least: the head's gradient is read and written once a chunk
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}  # the CPU's chunk stays in its cache
 
@@ -155,7 +157,7 @@ def _add_product(total: Tensor, part: Tensor, hidden: Tensor) -> None:
 def _probabilities(hidden: Tensor, head: Tensor, kept: Tensor | None, wide: torch.dtype) -> Tensor:
     """softmax(z) [r, V] in `wide`, from what the forward pass kept or anew."""
     if kept is not None and kept.dtype == wide:
-        return kept.exp()
+        return (kept * LOG2_E).exp2_()  # torch hands exp to MKL, which takes 2.6 times as long on an AMD EPYC
     return torch.softmax(_logits(hidden, head) if kept is None else kept, -1, dtype=wide)
 
 

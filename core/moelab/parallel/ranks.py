@@ -93,8 +93,9 @@ class Ranks:
         return router_gradient_norms(terms, routers)
 
     def clip(self, parameters: Iterable[nn.Parameter], most: float, norm: Tensor) -> None:
-        """Scale gradients whose `norm` is larger than `most` down to it."""
-        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        """Scale gradients whose `norm` is larger than `most` down to it; no pass over those that stay as they are."""
+        if norm + 1e-6 > most:  # as torch's: by most / (norm + 1e-6), where that is below one
+            torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
 
 
 ALONE = Ranks()

@@ -129,6 +129,15 @@ def test_gradients_are_clipped_to_the_norm_asked_for() -> None:
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
+def test_gradients_within_the_norm_stay_as_they_are_and_are_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[float] = []
+    monkeypatch.setattr("torch.nn.utils.clip_grads_with_norm_", lambda gradients, most, norm: passes.append(most))
+    for most in (1e3, 1e-3):
+        model, losses, optimizer = _parts(SOFTMAX)
+        train_step(model, optimizer, losses, _batch(), 0, StepSettings(8, most, 0, PRECISION))
+    assert passes == [1e-3]
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_nan_is_found_in_its_layer_and_nothing_is_updated(layer: int) -> None:
     model, losses, optimizer = _parts(SOFTMAX)
