@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from moelab.errors import ConfigError
+from moelab.plugin_faults import ANYTHING
 
 GROUP = "moelab"
 
@@ -36,7 +37,7 @@ def load_plugin(name: str, point: EntryPoint) -> Any:
     """The module or object. ConfigError, naming the package, for whatever it raises."""
     try:
         return point.load()
-    except Exception as error:  # a stranger's: anything
+    except ANYTHING as error:
         raise ConfigError(
             f"plugins: the entry point '{name}' ({point.value}) of an installed package can't be loaded: {error!r}; "
             "mend or uninstall the package, or set entry_points=false"

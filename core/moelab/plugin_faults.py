@@ -22,6 +22,8 @@ from moelab.printable import printable
 from moelab.shortage import shortage
 
 LONGEST = 500  # characters of somebody else's error that are quoted
+# What a stranger's code may raise that is told of; its sys.exit() would end the command as if all were done.
+ANYTHING = (Exception, SystemExit)
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,7 @@ class PluginPart:
             yield
         except UserError:
             raise
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # a stranger's: anything; sys.exit() would end the run as if it were done
+        except ANYTHING as error:
             if self.ours or shortage(error):
                 raise
             raise self.raised(error) from error
@@ -117,7 +116,7 @@ def plugins_told() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # a stranger's: anything
+    except ANYTHING as error:
         told = strangers_fault(error)
         if told is None:
             raise

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from moelab.errors import ConfigError, near
-from moelab.plugin_faults import place_in, quoted
+from moelab.plugin_faults import ANYTHING, place_in, quoted
 
 logger = logging.getLogger("moelab")
 
@@ -35,10 +35,7 @@ def import_plugin(name: str, folders: Sequence[Path] = ()) -> ModuleType:
     except SyntaxError as error:
         place = "" if error.filename is None else f" ({Path(error.filename).name}:{error.lineno})"
         raise ConfigError(f"plugins: cannot import '{name}': {error.msg}{place}") from error
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # its own code: anything; ValueError also: an empty name, or one that begins with a dot
+    except ANYTHING as error:  # ValueError also: an empty name, or one that begins with a dot
         raise ConfigError(
             f"plugins: cannot import '{name}': {type(error).__name__}: {quoted(error)}{place_in(error, name)}"
         ) from error

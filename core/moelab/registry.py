@@ -20,7 +20,7 @@ from moelab.errors import ConfigError, UserError, near
 from moelab.hookspecs import EXTENSION_POINTS, BuiltT, ContextT, ExtensionPoint, plugin_hooks
 from moelab.installed import installed_plugins, load_plugin, may_offer
 from moelab.paths import Places
-from moelab.plugin_faults import PluginPart, article, place_in, place_of, quoted
+from moelab.plugin_faults import ANYTHING, PluginPart, article, place_in, place_of, quoted
 from moelab.plugin_modules import check_hooks, import_plugin
 from moelab.shortage import shortage
 
@@ -91,7 +91,7 @@ class Registry:
             raise ConfigError(f"{where} ('{chosen.name}' of {chosen.owner}): {error}") from error
         except UserError:  # of the data, say, which names its file
             raise
-        except Exception as error:  # a stranger's: anything
+        except ANYTHING as error:
             part = _part(point, chosen, where, getattr(context, "layer_id", None))
             if part.ours or shortage(error):
                 raise
@@ -201,7 +201,7 @@ def _options(chosen: Component[Any, Any], given: dict[str, Any], where: str) -> 
         raise ConfigError(f"{error.key}: '{chosen.name}' ({chosen.owner}): {error.problem}") from error
     except ValueError as error:
         raise ConfigError(f"{where}: '{chosen.name}' ({chosen.owner}): {error}") from error
-    except Exception as error:  # a stranger's __post_init__: anything
+    except ANYTHING as error:  # of its __post_init__
         raise ConfigError(
             f"{where}: '{chosen.name}' ({chosen.owner}): its options raised {type(error).__name__}: {quoted(error)}"
             f"{place_in(error, chosen.owner)}"
@@ -220,7 +220,7 @@ def _answer(point: ExtensionPoint[Any, Any], hook: pluggy.HookImpl) -> list[Comp
     wanted = "it must return a list of moelab.component(...)"
     try:
         answer = hook.function()
-    except Exception as error:  # a stranger's: anything
+    except ANYTHING as error:
         raise ConfigError(
             f"plugins: {point.hook} of {owner}: raised {type(error).__name__}: {quoted(error)}{place_in(error, owner)}"
         ) from error

@@ -316,3 +316,21 @@ def test_memory_does_not_grow_with_layers_or_shards(tmp_path: Path):
         assert sum(path.stat().st_size for path in output.glob("*.safetensors")) > layers * 3_900_000
     buffers = BUFFERS * BUFFER >> 20  # a large shard fills them
     assert max(peaks.values()) - min(peaks.values()) < buffers + 25, peaks
+
+
+def test_what_stops_the_receipt_leaves_the_model_whole_and_says_so(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """An installed package without anything for upcycling, which the models' own parts are looked for in, is broken."""
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[moelab]\nplugin = broken_lab\n")
+    (tmp_path / "broken_lab.py").write_text("moelab_routers = 1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = run_here(capsys, *recipe(dense, tmp_path / "out"))
+    assert made.returncode == 2
+    assert "'broken:plugin' (broken_lab)" in made.stderr
+    assert f"The model in {tmp_path / 'out'} is whole" in made.stderr
+    assert (tmp_path / "out/model.safetensors.index.json").exists()
+    assert not (tmp_path / "out/upcycle_receipt.json").exists()

@@ -30,7 +30,7 @@ from moelab.hub import user_folder
 from moelab.paths import user_path
 from moelab_tools.terminal import make_console
 from moelab_tools.upcycle_probe import probe_of
-from moelab_tools.upcycle_receipt import print_receipt, write_receipt
+from moelab_tools.upcycle_receipt import RECEIPT, print_receipt, write_receipt
 from moelab_tools.upcycle_report import print_outcome, print_plan
 from moelab_upcycling.convert import convert, prepare, registry_of
 from moelab_upcycling.verify import plan_of_output, verify
@@ -82,11 +82,23 @@ def run_upcycle(request: UpcycleRequest) -> None:
         )
     print_outcome(console, plan, outcome, output)
     if request.receipt and outcome.complete and output is not None:
-        with layers_bar(console) as bar:
+        with layers_bar(console) as bar, _model_is_whole(output):
             task = bar.add_task("receipt", total=plan.target.num_hidden_layers)
             probe = probe_of(config, output, plan.target.vocab_size, plan.seed, loaded.places("receipt"))
             receipt = write_receipt(plan, registry, output, probe, lambda: bar.advance(task))
         print_receipt(console, receipt)
+
+
+@contextmanager
+def _model_is_whole(output: Path) -> Iterator[None]:
+    """What stops the receipt, a plugin that can't be imported, say, costs no model: that is told with it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}. The model in {output} is whole and verified; it lacks {RECEIPT} alone, which --no-receipt "
+            "leaves out"
+        ) from error
 
 
 def spelled_out(arguments: Sequence[str]) -> list[str]:

@@ -53,9 +53,13 @@ def all_pairs(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, si
 
 
 def fused_causal(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> Tensor:
-    """Causal attention by torch's own CPU kernel (`fused_parts.kernel`): [B, H, S, d] -> [B, H, S, d]."""
-    out: Tensor = _FusedCausal.apply(query, key, value, sinks)
-    return out
+    """Causal attention by torch's own CPU kernel (`fused_parts.kernel`): [B, H, S, d] -> [B, H, S, d].
+
+    In the widest of their types, as the kernel takes one alone: under autocast normed heads are wider than values.
+    """
+    wide = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    out: Tensor = _FusedCausal.apply(query.to(wide), key.to(wide), value.to(wide), sinks)
+    return out.to(query.dtype)
 
 
 class _FusedCausal(torch.autograd.Function):

@@ -21,7 +21,7 @@ from moelab.moe.routing import LayerRecord
 from moelab.nn.count import moe_blocks
 from moelab.nn.pieces import let_go
 from moelab.nn.transformer import Transformer
-from moelab.plugin_faults import PluginPart, plugins_told
+from moelab.plugin_faults import ANYTHING, PluginPart, plugins_told
 from moelab.training.causality import Causality, probe_causality
 from moelab.training.failure import Terms
 from moelab.training.objective import Place
@@ -108,7 +108,7 @@ def _rehearse(part: PluginPart, built: object, call: Callable[[Any], None]) -> N
         return
     try:
         call(twin)
-    except Exception as error:  # a stranger's: anything
+    except ANYTHING as error:
         if part.ours:
             raise
         raise part.raised(error) from error

@@ -105,7 +105,12 @@ def test_two_packages_whose_entry_points_have_one_name_are_both_found(install: I
 
 
 @pytest.mark.parametrize(
-    ("source", "said"), [(offer(extra="1 / 0"), "ZeroDivisionError"), ("def broken(:  # moelab_routers", "SyntaxError")]
+    ("source", "said"),
+    [
+        (offer(extra="1 / 0"), "ZeroDivisionError"),
+        ("def broken(:  # moelab_routers", "SyntaxError"),
+        (offer(extra="import sys; sys.exit()"), "SystemExit"),
+    ],
 )
 def test_a_broken_package_is_named_with_the_cure(install: Install, source: str, said: str) -> None:
     install("broken", "broken_lab", {"broken_lab.py": source})

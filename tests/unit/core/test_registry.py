@@ -124,6 +124,10 @@ def test_every_extension_point_has_a_builtin_with_a_line_of_doc() -> None:
             assert component.summary.endswith((".", ")")), (point.kind, component.name, component.summary)
 
 
+def leave() -> None:
+    sys.exit()
+
+
 HOOKS: dict[str, tuple[Any, str]] = {
     "a component": (
         lambda: moelab.component("sharp", Options, build),
@@ -135,6 +139,7 @@ HOOKS: dict[str, tuple[Any, str]] = {
         lambda: moelab.component("sharp", dict, build),
         "raised TypeError: component 'sharp': options must be a",
     ),  # type: ignore[arg-type,type-var]
+    "an end of the process": (leave, "raised SystemExit: SystemExit"),
 }
 
 
@@ -166,6 +171,32 @@ def test_a_module_that_cannot_be_imported_is_told_with_its_line(tmp_path: Path, 
     with pytest.raises(ConfigError, match=r"plugins: cannot import 'broken_lab'") as caught:
         Registry(["broken_lab"], entry_points=False, places=Places(search=(tmp_path,)))
     assert words in str(caught.value)
+
+
+def test_the_end_of_a_process_that_a_constructor_or_its_options_ask_for_is_told(plugin: Plugin) -> None:
+    """sys.exit() would end the command with code 0, as if all were done."""
+
+    class Leaving:
+        layer_id = None
+
+        @property
+        def num_experts(self) -> int:
+            sys.exit()
+
+    registry = Registry([plugin("mine", "sharp")], entry_points=False)
+    with pytest.raises(ConfigError, match=r"^x: router 'sharp' of mine: raised SystemExit"):
+        registry.build(ROUTERS, {"name": "sharp"}, Leaving(), "x")  # type: ignore[arg-type]
+
+    @dataclass
+    class Refusing:
+        def __post_init__(self) -> None:
+            sys.exit()
+
+    module = types.ModuleType("other")
+    module.moelab_routers = moelab.hookimpl(lambda: [moelab.component("dull", Refusing, build)])  # type: ignore[attr-defined]
+    registry.manager.register(module)
+    with pytest.raises(ConfigError, match=r"^x: 'dull' \(.*\): its options raised SystemExit"):
+        registry.select(ROUTERS, {"name": "dull"}, "x")
 
 
 def test_what_a_constructor_raises_is_told_and_a_shortage_is_left_alone(plugin: Plugin) -> None:

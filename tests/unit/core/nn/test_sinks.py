@@ -86,6 +86,19 @@ def test_the_kernel_told_the_sum_with_the_sink_gives_its_gradients(dtype: torch.
     agree(lambda q, k, v, _, s: sinks.fused_causal(q, k, v, s), drawn(70, dtype))
 
 
+def test_normed_heads_beside_narrow_values_go_through_the_kernel_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast a norm of heads gives fp32, and the values are as narrow as their projection made them."""
+    monkeypatch.setattr(full_attention, "blocks_pay", lambda query: False)  # as beyond 768 positions
+    model = moelab.build(dataclasses.replace(MODEL, use_qk_norm=True, moe=None))
+    ids = torch.randint(0, 50, (1, fused_parts.LEAST_QUERIES), generator=torch.Generator().manual_seed(0))
+    wanted = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(ids).logits
+    assert float((found - wanted).detach().abs().max()) < 0.1 * float(wanted.detach().abs().max())
+    found.float().square().mean().backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "sinks" in name)
+
+
 def test_all_pairs_under_masks_are_one_softmax() -> None:
     agree(sinks.all_pairs, drawn(9))
     agree(sinks.all_pairs, drawn(1, past=12), torch.ones(1, 1, 1, 13, dtype=torch.bool))
