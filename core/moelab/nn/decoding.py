@@ -9,7 +9,8 @@ B sequences, L positions with the new one, D hidden size, H query heads in G gro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from moelab.config.model import ModelConfig
 from moelab.moe.block import MoEBlock
-from moelab.moe.few_rows import ExpertTables
+from moelab.moe.few_rows import ExpertTables, reading
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
 from moelab.moe.thin_product import PackedWeights, few_product, few_product_onto
 from moelab.nn.attention import Attention
@@ -80,12 +81,12 @@ class Step:
 
 
 class Decoding:
-    """Made for a batch of texts whose prompts `cache` holds; reads the weights as they are then."""
+    """Made for a batch of texts, whose prompts come first; reads the weights as they are when it is made."""
 
-    def __init__(self, model: Decoder, cache: KVCache, padding: Tensor, new_tokens: int, rows: int) -> None:
-        """padding [B] int64: positions before each text; new_tokens: at most so many are to come, in `rows` texts."""
-        room = cache.length + new_tokens
-        self.model, self.cache = model, cache
+    def __init__(self, model: Decoder, rows: int, longest: int, new_tokens: int) -> None:
+        """At most `new_tokens` are to come in each of `rows` texts, behind prompts of `longest` positions at most."""
+        self._room = longest + new_tokens
+        self.model, self.cache = model, KVCache(len(model.layers), room=self._room)
         self.routings: dict[int, Routing] = {}  # layer -> who served the token of each text, of the last call
         weight = model.embed_tokens.weight
         self._dtype, self._device = weight.dtype, weight.device
@@ -98,9 +99,16 @@ class Decoding:
         self._packed = PackedWeights(*self._to_pack(rows, new_tokens))
         scaling = model.rope.scaling
         self._moving = scaling is not None and scaling.length_matters
-        self._cos, self._sin = self._tables(torch.arange(room, device=self._device), room)
-        self._room = room
+        self._cos, self._sin = self._tables(torch.arange(self._room, device=self._device), self._room)
+
+    def read(self, ids: Tensor, padding: Tensor) -> Tensor:
+        """ids [B, S], the prompts; padding [B] int64, positions before each -> scores [B, V] of what follows."""
         self._take_padding(padding)
+        real = None if self._real is None else self._real[:, : ids.shape[1]]
+        with self._copies():
+            hidden, records = self.model.hidden_states(ids, real, cache=self.cache)
+            self.routings = {record.layer_id: record.routing for record in records}
+            return self._scores(hidden[:, -1])
 
     def take_rows(self, rows: Tensor) -> None:
         """Go on with these texts, `rows` [B'] int64: some left out, or several times."""
@@ -115,22 +123,27 @@ class Decoding:
             hidden, records = model.hidden_states(tokens.unsqueeze(1), real, cache=self.cache)
             self.routings = {record.layer_id: record.routing for record in records}
             return self._scores(hidden[:, 0])
-        with self._packed.used():
+        with self._copies():
             return self._through_layers(tokens)
+
+    @contextmanager
+    def _copies(self) -> Iterator[None]:
+        with self._packed.used(), reading(self._experts):
+            yield
 
     def _through_layers(self, tokens: Tensor) -> Tensor:
         model, past = self.model, self.cache.length
         positions = past - self._padding  # [B]
         x = model.embed_tokens(tokens)  # [B, D]
         step, before = self._step(x, positions, past), None
-        for layer, attend, norm, tables in zip(self._layers, self._attend, self._norms, self._experts, strict=True):
+        for layer, attend, norm in zip(self._layers, self._attend, self._norms, strict=True):
             if attend is None:
                 x = x + layer.self_attn(layer.input_layernorm(x.unsqueeze(1)), step.inputs).squeeze(1)
             else:
                 x = attend(x, step)
             normed = norm(x)
             if isinstance(layer.mlp, MoEBlock):
-                y, before = layer.mlp.serve(normed, self._info(tokens, positions, before), tables)
+                y, before = layer.mlp.serve(normed, self._info(tokens, positions, before))
                 self.routings[layer.mlp.layer_id] = before
             else:
                 y = layer.mlp(normed)
@@ -154,7 +167,7 @@ class Decoding:
         if type(self.model.lm_head) is nn.Linear:
             found.append((self.model.lm_head.weight,))
         least = PACKED_ALONE if 1 < rows < PACKED_ROWS else 0
-        copied = sum(4 * each.gate_up.numel() for each in self._experts if each is not None)
+        copied = sum(4 * each.gate_up.numel() for each in self._experts)
         return [some for some in found if sum(one.numel() for one in some) >= least], COPY_BYTES - copied, rows
 
     def _scores(self, x: Tensor) -> Tensor:
@@ -318,13 +331,12 @@ def _attending(layer: Any) -> PlainAttention | None:
     return PlainAttention(layer.input_layernorm, attention) if ours else None
 
 
-def _expert_tables(layers: list[Any], new_tokens: int) -> list[ExpertTables | None]:
-    """Tables of each layer's experts, which a token reads faster; None where it would not pay, or takes much memory."""
-    blocks = [layer.mlp if isinstance(layer.mlp, MoEBlock) and layer.mlp.reads_few_rows else None for layer in layers]
-    size = sum(4 * block.experts.gate_up.numel() for block in blocks if block is not None)
-    if new_tokens < COPY_TOKENS or size > COPY_BYTES:
-        return [None] * len(layers)
-    return [None if block is None else ExpertTables.of(block.experts) for block in blocks]
+def _expert_tables(layers: list[Any], new_tokens: int) -> list[ExpertTables]:
+    """Tables of the layers' experts, which a token reads faster; none where it would not pay, or takes much memory."""
+    banks = [layer.mlp.experts for layer in layers if isinstance(layer.mlp, MoEBlock) and layer.mlp.reads_few_rows]
+    if new_tokens < COPY_TOKENS or sum(4 * bank.gate_up.numel() for bank in banks) > COPY_BYTES:
+        return []
+    return [tables for bank in banks if (tables := ExpertTables.of(bank)) is not None]
 
 
 def _joins(mlp: MLP) -> bool:

@@ -57,7 +57,7 @@ class AutoBackend:
 
     def __call__(self, x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
         """x [T, D] -> [T, D]."""
-        if pays(x, routing):
+        if pays(x, routing, bank):
             return few_rows(x, routing, bank)
         dtype = compute_dtype(x)
         key = (x.device.type, str(dtype), max(routing.expert.numel() - 1, 0).bit_length())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -51,7 +53,12 @@ def test_a_few_rows_give_what_the_loop_gives(
     with torch.inference_mode():
         expected = LoopBackend(LoopOptions(), CONTEXT)(x.double(), routing, bank.double())
         bank = bank.float()
-        found = [few_rows.few_rows(x, routing, bank, copied) for copied in (None, few_rows.ExpertTables.of(bank))]
+        tables = few_rows.ExpertTables.of(bank)
+        assert tables is not None
+        found = []
+        for some in ([], [tables]):
+            with few_rows.reading(some):
+                found.append(few_rows.few_rows(x, routing, bank))
     for y in found:
         torch.testing.assert_close(y, expected.float(), rtol=1e-5, atol=1e-5)
 
@@ -67,11 +74,11 @@ def test_bfloat16_is_computed_in_bfloat16():
 
 def test_only_what_needs_no_gradient_and_is_small_is_computed_so():
     x, routing, bank = _case(5)
-    assert not few_rows.pays(x, routing)
+    assert not few_rows.pays(x, routing, bank)
     with torch.no_grad():
-        assert few_rows.pays(x, routing)
-        assert not few_rows.pays(x, _case(few_rows.MOST)[1])
-        assert not few_rows.pays(x.to("meta"), routing)
+        assert few_rows.pays(x, routing, bank)
+        assert not few_rows.pays(x, _case(few_rows.MOST)[1], bank)
+        assert not few_rows.pays(x.to("meta"), routing, bank)
     auto = AutoBackend(
         AutoOptions(), BackendContext(LAYOUT, 16, 0, lambda: {"batched": BatchedBackend(BatchedOptions(), CONTEXT)})
     )
@@ -170,3 +177,25 @@ def test_tokens_of_assignments_that_generation_kept_may_be_trained_with():
     x = torch.randn(3, 4, requires_grad=True)
     (x * x).index_select(0, kept.token).sum().backward()
     torch.testing.assert_close(x.grad, 4 * x.detach())
+
+
+def test_tables_serve_more_assignments_and_only_the_weights_they_were_made_of(monkeypatch: pytest.MonkeyPatch):
+    """Zeros written over the originals tell which was read; a bank with other weights is not theirs."""
+    monkeypatch.setattr(few_rows, "MOST", 1)
+    x, routing, bank = _case(40)
+    bank = bank.float()
+    with torch.inference_mode():
+        expected = few_rows.few_rows(x, routing, bank)
+        tables = few_rows.ExpertTables.of(bank)
+        assert tables is not None
+    with torch.no_grad():
+        other = copy.deepcopy(bank)
+        bank.gate_up.zero_()
+        assert not few_rows.pays(x, routing, bank)
+        with few_rows.reading([tables]):
+            assert few_rows.pays(x, routing, bank)
+            assert not few_rows.pays(x, routing, other)
+            torch.testing.assert_close(few_rows.few_rows(x, routing, bank), expected, rtol=1e-5, atol=1e-5)
+            monkeypatch.setattr(few_rows, "MOST_NUMBERS", 80 * 48 - 1)
+            assert not few_rows.pays(x, routing, bank), "they would take too much memory"
+        assert not few_rows.pays(x, routing, bank)
