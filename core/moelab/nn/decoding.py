@@ -26,7 +26,7 @@ from moelab.nn.attention import Attention
 from moelab.nn.attention_inputs import AttentionInputs
 from moelab.nn.full_attention import FullAttention, fastest
 from moelab.nn.kv_cache import KVCache
-from moelab.nn.linear import Linear
+from moelab.nn.linear import Linear, hooked
 from moelab.nn.mlp import MLP
 from moelab.nn.norm import RMSNorm
 from moelab.nn.rope import Rope
@@ -155,15 +155,16 @@ class Decoding:
         if self._whole or new_tokens < (TURNED_TOKENS if rows == 1 else PACKED_TOKENS):
             return [], 0, rows
         fused = [attend for attend in self._attend if attend is not None and attend.weight is not None]
-        apart = {id(part) for attend in fused for part in attend.parts}
+        apart = {id(part.weight) for attend in fused for part in attend.parts}
         found: list[tuple[Tensor, ...]] = [(attend.weight,) for attend in fused if attend.weight is not None]
         for layer in self._layers:
-            for module in layer.modules():
-                if isinstance(module, MLP) and _joins(module):
-                    apart |= {id(module.gate_proj), id(module.up_proj)}
-                    found.append((module.gate_proj.weight, module.up_proj.weight))
-                elif type(module) is Linear and id(module) not in apart:
-                    found.append((module.weight,))
+            mlps = (module.reading_input() for module in layer.modules() if isinstance(module, MLP))
+            for some in (_reading_input(layer.mlp), *mlps):
+                if len(some) > 1 and apart.isdisjoint(map(id, some)):
+                    apart |= set(map(id, some))
+                    found.append(some)
+            linear = [module.weight for module in layer.modules() if type(module) is Linear]
+            found += [(weight,) for weight in linear if id(weight) not in apart]
         if type(self.model.lm_head) is nn.Linear:
             found.append((self.model.lm_head.weight,))
         least = PACKED_ALONE if 1 < rows < PACKED_ROWS else 0
@@ -172,7 +173,7 @@ class Decoding:
 
     def _scores(self, x: Tensor) -> Tensor:
         head = self.model.lm_head
-        if type(head) is nn.Linear and not _hooked(head):
+        if type(head) is nn.Linear and not hooked(head):
             return few_product(x, head.weight, head.bias)
         scores: Tensor = head(x)
         return scores
@@ -224,7 +225,7 @@ class Norm:
     def __init__(self, norm: nn.Module) -> None:
         self._norm = norm
         self._scale: Tensor | None = None
-        if type(norm) is RMSNorm and norm.weight.dtype in WIDE and not _hooked(norm):
+        if type(norm) is RMSNorm and norm.weight.dtype in WIDE and not hooked(norm):
             self._scale, self._least = scale_of(norm.weight, norm.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -308,7 +309,7 @@ def attended(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None)
 def computes_apart(model: Decoder) -> bool:
     """Whether the layers may be computed part by part: no hook that a layer's own call would run, no autocast."""
     device = model.embed_tokens.weight.device.type
-    return not torch.is_autocast_enabled(device) and not any(_hooked(layer) for layer in model.layers)
+    return not torch.is_autocast_enabled(device) and not any(hooked(layer) for layer in model.layers)
 
 
 def _attending(layer: Any) -> PlainAttention | None:
@@ -326,7 +327,7 @@ def _attending(layer: Any) -> PlainAttention | None:
         and all(type(part) is Linear and type(part.weight) is nn.Parameter for part in parts)
         and all(type(norm) is RMSNorm for norm in norms)
         and all(part.weight.dtype in WIDE for part in (*parts, *norms))
-        and not any(_hooked(module) for module in (attention, *parts, *norms))
+        and not any(hooked(module) for module in (attention, *parts, *norms))
     )
     return PlainAttention(layer.input_layernorm, attention) if ours else None
 
@@ -339,14 +340,9 @@ def _expert_tables(layers: list[Any], new_tokens: int) -> list[ExpertTables]:
     return [tables for bank in banks if (tables := ExpertTables.of(bank)) is not None]
 
 
-def _joins(mlp: MLP) -> bool:
-    """Whether its gate and up may be read as one matrix: nothing but matrices, and nobody looks between them."""
-    if not mlp.activation.gated or type(mlp).hidden is not MLP.hidden:
-        return False
-    return all(
-        type(part) is Linear and part.bias is None and not _hooked(part) for part in (mlp.gate_proj, mlp.up_proj)
-    )
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _reading_input(mlp: nn.Module) -> tuple[Tensor, ...]:
+    """The matrices of a layer that all read its input: the shared expert's, then the router's; of a dense one none."""
+    if not isinstance(mlp, MoEBlock):
+        return ()
+    asked = (getattr(part, "reading_input", None) for part in (mlp.shared_expert, mlp.router))
+    return tuple(weight for ask in asked if ask is not None for weight in ask())

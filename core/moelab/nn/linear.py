@@ -28,6 +28,11 @@ class Linear(nn.Linear):
         return y.view(*input.shape[:-1], self.out_features)
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether calling it does more than its `forward`."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def prefers_onednn(x: Tensor, columns: int) -> bool:
     """Whether the product of x [..., D] with a matrix of D x `columns` is one that `product` computes faster."""
     return (

@@ -9,7 +9,7 @@ import torch
 
 from moelab.moe import few_rows, thin_product
 from moelab.moe.activation import SwiGLU
-from moelab.moe.contracts import BackendContext
+from moelab.moe.contracts import BackendContext, MoEContext
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
 from moelab.moe.routing import Routing
@@ -18,6 +18,8 @@ from moelab_plugins.activations.relu2 import moelab_activations
 from moelab_plugins.expert_backends.auto import AutoBackend, AutoOptions
 from moelab_plugins.expert_backends.batched import BatchedBackend, BatchedOptions
 from moelab_plugins.expert_backends.loop import LoopBackend, LoopOptions
+from moelab_plugins.routers.softmax_topk import SoftmaxTopK, SoftmaxTopKOptions
+from moelab_plugins.shared_experts.gated import GatedOptions, GatedSharedExpert
 
 LAYOUT = ExpertLayout(6, 2, 24)
 CONTEXT = BackendContext(LAYOUT, 16, 0, dict)
@@ -199,3 +201,32 @@ def test_tables_serve_more_assignments_and_only_the_weights_they_were_made_of(mo
             monkeypatch.setattr(few_rows, "MOST_NUMBERS", 80 * 48 - 1)
             assert not few_rows.pays(x, routing, bank), "they would take too much memory"
         assert not few_rows.pays(x, routing, bank)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs them")
+@pytest.mark.parametrize("rows", [1, 5])
+def test_matrices_that_read_the_same_rows_are_one_product_of_the_rows_that_came_last(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+):
+    """A shared expert with its gate, and a router: zeros in the originals tell that the copy was read."""
+    monkeypatch.setattr(thin_product, "reads_matrices_faster", lambda: True)
+    monkeypatch.setattr(thin_product, "LEAST_ELEMENTS", 1)
+    context = MoEContext(16, 6, 2, 24, 32, 0, 1, 64)
+    shared, router = GatedSharedExpert(GatedOptions(24), context), SoftmaxTopK(SoftmaxTopKOptions(), context)
+    with torch.no_grad():
+        router.weight.normal_()
+    together = (*shared.reading_input(), *router.reading_input())
+    assert [one.shape[0] for one in together] == [24, 24, 1, 6]
+    packed = thin_product.PackedWeights([together], 1 << 20, rows)
+    several = [torch.randn(rows, 16) for _ in range(3)]
+    with torch.no_grad():
+        expected = [(shared(x), router.logits(x)) for x in several]
+        for one in together:
+            one.zero_()
+        with packed.used():
+            for x, (out, logits) in zip(several, expected, strict=True):
+                torch.testing.assert_close(router.logits(x), logits, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(shared(x), out, rtol=1e-5, atol=1e-5)
+        assert not router.logits(several[0]).any()
+        shared.gate.register_forward_hook(lambda *call: None)
+        assert len(shared.reading_input()) == 2, "who looks at the gate sees it called"
