@@ -14,7 +14,7 @@ from moelab.moe import promises
 from moelab.moe.chunked import InChunks
 from moelab.moe.contracts import ExpertBackend, ExpertProblem, Latent, Router, SharedExpert
 from moelab.moe.experts import ExpertBank, compute_dtype
-from moelab.moe.few_rows import few_rows, pays
+from moelab.moe.few_rows import by_tables
 from moelab.moe.layout import ExpertLayout
 from moelab.moe.on_input import weigh_inputs
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
@@ -108,10 +108,9 @@ class MoEBlock(nn.Module):
         served = routing if routing.served is None or x.device.type != "cpu" else routing.compact()
         rows = x if self.latent is None else self.latent.down(x)
         bank = self.experts
-        direct = type(bank) is ExpertBank and self.reads_few_rows and not served.weights_on_input
-        if direct and pays(rows, served, bank):
-            y = few_rows(rows, served, bank)
-        else:
+        direct = type(bank) is ExpertBank and not served.weights_on_input and self.reads_few_rows
+        y = by_tables(rows, served, bank) if direct else None
+        if y is None:
             y = bank(rows, served, self._compute([], whole=False))
         if self.latent is not None:
             y = self.latent.up(y)

@@ -43,6 +43,7 @@ class ExpertTables:
     down: Tensor  # [E F, D], the bank's own
     inputs: Tensor  # [E, D] int32, the rows of gate_up that are an expert's
     neurons: Tensor  # [E, F] int32, those of down
+    most: int  # assignments, up to which bags of rows are the quicker way
 
     @classmethod
     def of(cls, bank: ExpertBank) -> ExpertTables | None:
@@ -57,22 +58,23 @@ class ExpertTables:
             target.copy_(source.transpose(1, 2))
         rows = torch.arange(experts * max(size, each), dtype=torch.int32)
         inputs, neurons = (rows[: experts * one].view(experts, one) for one in (size, each))
-        return cls(bank.gate_up, copied.view(-1, width), bank.down.detach().view(-1, size), inputs, neurons)
+        rows_each = max(BAGGED, min(BAGGED_SMALL, BAGGED_NUMBERS // (width * size)))
+        most = min(rows_each * experts, MOST_NUMBERS // max(width, size))
+        return cls(bank.gate_up, copied.view(-1, width), bank.down.detach().view(-1, size), inputs, neurons, most)
 
-    def suit(self, assignments: int) -> bool:
-        """Whether bags of rows are the quicker way for so many."""
-        width, size = self.original.shape[1:]
-        each = max(BAGGED, min(BAGGED_SMALL, BAGGED_NUMBERS // (width * size)))
-        return assignments <= each * len(self.original) and assignments * max(width, size) <= MOST_NUMBERS
+    @classmethod
+    def of_all(cls, banks: Iterable[ExpertBank]) -> dict[int, ExpertTables]:
+        """As `reading` wants them: by the identity of each bank's gate_up."""
+        return {id(made.original): made for bank in banks if (made := cls.of(bank)) is not None}
 
 
 _TABLES: ContextVar[Mapping[int, ExpertTables]] = ContextVar("tables", default={})  # noqa: B039 - never written to
 
 
 @contextmanager
-def reading(tables: Iterable[ExpertTables]) -> Iterator[None]:
-    """Within, `few_rows` reads the banks of these tables by them."""
-    token = _TABLES.set({id(each.original): each for each in tables})
+def reading(tables: Mapping[int, ExpertTables]) -> Iterator[None]:
+    """Within, `few_rows` reads the banks of these tables (`ExpertTables.of_all`) by them."""
+    token = _TABLES.set(tables)
     try:
         yield
     finally:
@@ -85,26 +87,37 @@ def pays(x: Tensor, routing: Routing, bank: ExpertBank) -> bool:
         not torch.is_grad_enabled()
         and x.device.type == "cpu"
         and (assignments := routing.expert.numel()) > 0
-        and (assignments <= MOST or _tables(bank, assignments, compute_dtype(x)) is not None)
+        and (assignments <= MOST or _tables(x, routing, bank) is not None)
         and not isinstance(x, FakeTensor)
         and not torch.compiler.is_compiling()
     )
 
 
-def _tables(bank: ExpertBank, assignments: int, dtype: torch.dtype) -> ExpertTables | None:
-    found = _TABLES.get().get(id(bank.gate_up))
-    return found if found is not None and found.gate_up.dtype == dtype and found.suit(assignments) else None
+def _tables(x: Tensor, routing: Routing, bank: ExpertBank) -> ExpertTables | None:
+    known = _TABLES.get()
+    found = known.get(id(bank.gate_up)) if known else None
+    if found is None or not 0 < routing.expert.numel() <= found.most or torch.is_grad_enabled():
+        return None
+    return found if compute_dtype(x) == torch.float32 else None
+
+
+def by_tables(x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor | None:
+    """`few_rows` where there are tables of the bank, and they pay; None elsewhere."""
+    tables = _tables(x, routing, bank)
+    if tables is None:
+        return None
+    together = routing.top_k and TOGETHER * routing.expert.numel() > bank.num_experts
+    return (_by_expert if together else _by_token)(x.float(), routing, bank, tables).to(x.dtype)
 
 
 def few_rows(x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
     """What a backend computes: x [T, D] -> [T, D] in x's dtype. No gradient."""
+    found = by_tables(x, routing, bank)
+    if found is not None:
+        return found
     dtype = compute_dtype(x)
     assignments, experts = routing.expert.numel(), bank.num_experts
     bagged = assignments <= BAGGED * experts
-    tables = _tables(bank, assignments, dtype)
-    if tables is not None:
-        compute = _by_expert if routing.top_k and TOGETHER * assignments > experts else _by_token
-        return compute(x.to(dtype), routing, bank, tables).to(x.dtype)
     rows, down = x.to(dtype), bank.down.to(dtype)
     gate_up = bank.gate_up.to(dtype)
     order = routing.expert.argsort(stable=True)

@@ -124,10 +124,10 @@ class PackedWeights:
 def packed(*weights: Tensor) -> _Copy | None:
     """Their copy, within `PackedWeights.used` and where nothing is to be differentiated. Several: neighbours in one."""
     copies = _PACKED.get()
-    if not copies or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    found = copies.get(id(weights[0])) if copies else None
+    if found is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    found = copies.get(id(weights[0]))
-    return found if found is None or all(id(one) in found.ends for one in weights[1:]) else None
+    return found if all(id(one) in found.ends for one in weights[1:]) else None
 
 
 def few_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

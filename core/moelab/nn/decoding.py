@@ -9,8 +9,7 @@ B sequences, L positions with the new one, D hidden size, H query heads in G gro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -93,7 +92,7 @@ class Decoding:
         self._whole = not computes_apart(model)
         self._layers: list[Any] = list(model.layers)
         self._attend = [] if self._whole else [_attending(layer) for layer in self._layers]
-        self._experts = [] if self._whole else _expert_tables(self._layers, rows * new_tokens)
+        self._experts = {} if self._whole else _expert_tables(self._layers, rows * new_tokens)
         self._norms = [] if self._whole else [Norm(layer.post_attention_layernorm) for layer in self._layers]
         self._last_norm = Norm(model.norm)
         self._packed = PackedWeights(*self._to_pack(rows, new_tokens))
@@ -105,7 +104,7 @@ class Decoding:
         """ids [B, S], the prompts; padding [B] int64, positions before each -> scores [B, V] of what follows."""
         self._take_padding(padding)
         real = None if self._real is None else self._real[:, : ids.shape[1]]
-        with self._copies():
+        with self._packed.used(), reading(self._experts):
             hidden, records = self.model.hidden_states(ids, real, cache=self.cache)
             self.routings = {record.layer_id: record.routing for record in records}
             return self._scores(hidden[:, -1])
@@ -123,13 +122,8 @@ class Decoding:
             hidden, records = model.hidden_states(tokens.unsqueeze(1), real, cache=self.cache)
             self.routings = {record.layer_id: record.routing for record in records}
             return self._scores(hidden[:, 0])
-        with self._copies():
-            return self._through_layers(tokens)
-
-    @contextmanager
-    def _copies(self) -> Iterator[None]:
         with self._packed.used(), reading(self._experts):
-            yield
+            return self._through_layers(tokens)
 
     def _through_layers(self, tokens: Tensor) -> Tensor:
         model, past = self.model, self.cache.length
@@ -168,7 +162,7 @@ class Decoding:
         if type(self.model.lm_head) is nn.Linear:
             found.append((self.model.lm_head.weight,))
         least = PACKED_ALONE if 1 < rows < PACKED_ROWS else 0
-        copied = sum(4 * each.gate_up.numel() for each in self._experts)
+        copied = sum(4 * each.gate_up.numel() for each in self._experts.values())
         return [some for some in found if sum(one.numel() for one in some) >= least], COPY_BYTES - copied, rows
 
     def _scores(self, x: Tensor) -> Tensor:
@@ -332,12 +326,12 @@ def _attending(layer: Any) -> PlainAttention | None:
     return PlainAttention(layer.input_layernorm, attention) if ours else None
 
 
-def _expert_tables(layers: list[Any], new_tokens: int) -> list[ExpertTables]:
+def _expert_tables(layers: list[Any], new_tokens: int) -> dict[int, ExpertTables]:
     """Tables of the layers' experts, which a token reads faster; none where it would not pay, or takes much memory."""
     banks = [layer.mlp.experts for layer in layers if isinstance(layer.mlp, MoEBlock) and layer.mlp.reads_few_rows]
     if new_tokens < COPY_TOKENS or sum(4 * bank.gate_up.numel() for bank in banks) > COPY_BYTES:
-        return []
-    return [tables for bank in banks if (tables := ExpertTables.of(bank)) is not None]
+        return {}
+    return ExpertTables.of_all(banks)
 
 
 def _reading_input(mlp: nn.Module) -> tuple[Tensor, ...]:

@@ -31,7 +31,7 @@ class MLP(nn.Module):
             joined = joined_product(x, gate.weight, up.weight) if plain else None
             if joined is None:
                 return self.activation(gate(x), up(x))
-            hidden = activate(self.activation, joined.unflatten(-1, (2, -1)).flatten(0, -3))
+            hidden = activate(self.activation, joined.reshape(-1, 2, joined.shape[-1] // 2))
             return hidden if x.dim() == 2 else hidden.view(*x.shape[:-1], -1)
         return self.activation(self.up_proj(x))
 

@@ -40,15 +40,12 @@ class GatedSharedExpert(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, D]."""
-        joined = joined_product(x, self.gate.weight) if self._plain_gate() else None
+        joined = joined_product(x, self.gate.weight)  # where `reading_input` told of it
         return (self.gate(x) if joined is None else joined).sigmoid() * super().forward(x)
 
     def reading_input(self) -> tuple[Tensor, ...]:
         found = super().reading_input()
-        return (*found, self.gate.weight) if self._plain_gate() else found
-
-    def _plain_gate(self) -> bool:
-        return type(self.gate) is nn.Linear and not hooked(self.gate)
+        return (*found, self.gate.weight) if type(self.gate) is nn.Linear and not hooked(self.gate) else found
 
     def qwen2_moe_fields(self) -> dict[str, Any]:
         return {"shared_expert_intermediate_size": self.intermediate_size}

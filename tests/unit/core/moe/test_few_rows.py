@@ -55,10 +55,8 @@ def test_a_few_rows_give_what_the_loop_gives(
     with torch.inference_mode():
         expected = LoopBackend(LoopOptions(), CONTEXT)(x.double(), routing, bank.double())
         bank = bank.float()
-        tables = few_rows.ExpertTables.of(bank)
-        assert tables is not None
         found = []
-        for some in ([], [tables]):
+        for some in ({}, few_rows.ExpertTables.of_all([bank])):
             with few_rows.reading(some):
                 found.append(few_rows.few_rows(x, routing, bank))
     for y in found:
@@ -185,20 +183,21 @@ def test_tables_serve_more_assignments_and_only_the_weights_they_were_made_of(mo
     """Zeros written over the originals tell which was read; a bank with other weights is not theirs."""
     monkeypatch.setattr(few_rows, "MOST", 1)
     x, routing, bank = _case(40)
-    bank = bank.float()
-    with torch.inference_mode():
-        expected = few_rows.few_rows(x, routing, bank)
-        tables = few_rows.ExpertTables.of(bank)
-        assert tables is not None
     with torch.no_grad():
+        expected = few_rows.few_rows(x, routing, bank)
+        tables = few_rows.ExpertTables.of_all([bank])
+        monkeypatch.setattr(few_rows, "MOST_NUMBERS", 80 * 48 - 1)
+        smaller = few_rows.ExpertTables.of_all([bank])
         other = copy.deepcopy(bank)
         bank.gate_up.zero_()
         assert not few_rows.pays(x, routing, bank)
-        with few_rows.reading([tables]):
+        with few_rows.reading(tables):
             assert few_rows.pays(x, routing, bank)
             assert not few_rows.pays(x, routing, other)
             torch.testing.assert_close(few_rows.few_rows(x, routing, bank), expected, rtol=1e-5, atol=1e-5)
-            monkeypatch.setattr(few_rows, "MOST_NUMBERS", 80 * 48 - 1)
+            with torch.enable_grad():
+                assert few_rows.by_tables(x, routing, bank) is None
+        with few_rows.reading(smaller):
             assert not few_rows.pays(x, routing, bank), "they would take too much memory"
         assert not few_rows.pays(x, routing, bank)
 
