@@ -3,9 +3,10 @@
     python benchmarks/generation.py --out benchmarks/results
     python benchmarks/generation.py --shape 64:6:96 --hidden 384 --batch 1 8
 
-transformers runs with each of its implementations of experts, and the fastest counts. Sides take turns, and the median
-of the rounds counts; what is measured is a whole call, prompt included. Weights are wide enough that scores spread; a
-text that differs is counted, with how far its token was behind in scores of a whole forward pass.
+transformers runs with each of its implementations of experts, and the fastest counts. Sides take turns, each in a
+process of its own, since memory that one keeps or gives back changes the other's time; what is measured is a whole
+call, prompt included, and the median of the rounds' ratios counts. Weights are wide enough that scores spread; a text
+that differs is counted, with how far its token was behind in scores of a whole forward pass.
 
 Beside it stands what the machine allows: a step reads the weights of all experts that are chosen (expected for tokens
 that choose by themselves), the other weights, and keys and values, each once; the time in which a sum reads as many
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -53,37 +55,73 @@ def main() -> None:
 
 def measure(shape: Shape, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """One model, one number of prompts: all sides in turn."""
-    model = moelab.build(_config(shape, "auto"), seed=0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(WIDER)
-    stream = torch.Generator().manual_seed(1)
-    prompts = torch.randint(0, shape.vocab, (batch, options.prompt), generator=stream)
-    peers = {name: _peer(shape, name, model).eval() for name in options.peers}
-    model.eval()
-    sides = {"moelab": lambda: _ours(model, prompts, options.tokens)} | {
-        f"transformers {name}": lambda peer=peer: _theirs(peer, prompts, options.tokens) for name, peer in peers.items()
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    context = get_context("spawn")
+    pipes, processes = {}, []
+    for peer in (None, *options.peers):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(peer, shape, batch, options, theirs), daemon=True)
+        process.start()
+        theirs.close()  # else a side that dies leaves us waiting for it
+        processes.append(process)
+        pipes["moelab" if peer is None else f"transformers {peer}"] = ours
+    for pipe in pipes.values():
+        pipe.recv()  # it is built
+    seconds: dict[str, list[float]] = {name: [] for name in pipes}
     texts: dict[str, Tensor] = {}
     for turn in range(options.rounds + 1):
-        for name, generate in sides.items():
-            begun = time.perf_counter()
-            texts[name] = generate()
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            taken, texts[name] = pipe.recv()
             if turn:  # the first warms up
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(taken)
+    for process in processes:
+        process.terminate()
+        process.join()
+    return _result(shape, batch, options, seconds, texts)
+
+
+def _result(
+    shape: Shape, batch: int, options: argparse.Namespace, seconds: dict[str, list[float]], texts: dict[str, Tensor]
+) -> dict[str, Any]:
     limit = least(shape, batch, options.prompt + options.tokens // 2)
     tokens = batch * options.tokens
     rates = {name: tokens / median(times) for name, times in seconds.items()}
     best = max((name for name in rates if name != "moelab"), key=lambda name: rates[name])
     different = (texts["moelab"] != texts[best]).any(1).nonzero().flatten().tolist()
+    model, prompts = _model(shape), _prompts(shape, batch, options)
+    pairs = zip(seconds[best], seconds["moelab"], strict=True)
     return {
         "shape": shape.title, "batch": batch, "prompt": options.prompt, "tokens": options.tokens,
         "rates": rates, "spread": {name: [tokens / t for t in spread(times)] for name, times in seconds.items()},
-        "limit": limit, "best": best, "speedup": rates["moelab"] / rates[best], "different": len(different),
+        "limit": limit, "best": best, "speedup": median([theirs / ours for theirs, ours in pairs]),
+        "different": len(different),
         "behind": max((_behind(model, prompts[row], texts["moelab"][row]) for row in different), default=0.0),
     }  # fmt: skip
+
+
+def _serve(peer: str | None, shape: Shape, batch: int, options: argparse.Namespace, pipe: Any) -> None:
+    """A side's process: whenever it is asked, seconds of a call, and its texts."""
+    torch.set_num_threads(options.threads)
+    model, prompts = _model(shape), _prompts(shape, batch, options)
+    theirs = None if peer is None else _peer(shape, peer, model).eval()
+    pipe.send(True)
+    while pipe.recv():
+        begun = time.perf_counter()
+        texts = _ours(model, prompts, options.tokens) if theirs is None else _theirs(theirs, prompts, options.tokens)
+        pipe.send((time.perf_counter() - begun, texts))
+
+
+def _model(shape: Shape) -> Any:
+    model = moelab.build(_config(shape, "auto"), seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(WIDER)
+    return model.eval()
+
+
+def _prompts(shape: Shape, batch: int, options: argparse.Namespace) -> Tensor:
+    return torch.randint(0, shape.vocab, (batch, options.prompt), generator=torch.Generator().manual_seed(1))
 
 
 def least(shape: Shape, batch: int, positions: int) -> dict[str, float]:

@@ -14,7 +14,7 @@ from moelab.moe import promises
 from moelab.moe.chunked import InChunks
 from moelab.moe.contracts import ExpertBackend, ExpertProblem, Latent, Router, SharedExpert
 from moelab.moe.experts import ExpertBank, compute_dtype
-from moelab.moe.few_rows import ExpertTables, few_rows, pays
+from moelab.moe.few_rows import by_tables
 from moelab.moe.layout import ExpertLayout
 from moelab.moe.on_input import weigh_inputs
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
@@ -96,21 +96,22 @@ class MoEBlock(nn.Module):
 
     @property
     def reads_few_rows(self) -> bool:
-        """Whether `serve` may compute the experts by `moe/few_rows.py`: its backend hands them over."""
+        """Whether its backend hands few tokens over to `moe/few_rows.py`, so that `serve` may do so at once."""
         return bool(getattr(self.backend, "hands_over_few_rows", False)) and self.dealt is None and self.chunk is None
 
-    def serve(self, x: Tensor, info: TokenInfo, tables: ExpertTables | None = None) -> tuple[Tensor, Routing]:
+    def serve(self, x: Tensor, info: TokenInfo) -> tuple[Tensor, Routing]:
         """x [T, D] -> y [T, D] and who served whom: `forward` without a record, for tokens that are generated.
 
-        Its parts were looked at when the prompt went through `forward`. `tables`: of its bank, where there are such.
+        Its parts were looked at when the prompt went through `forward`.
         """
         routing = self.router(x, info)
         served = routing if routing.served is None or x.device.type != "cpu" else routing.compact()
         rows = x if self.latent is None else self.latent.down(x)
-        if tables is not None and not served.weights_on_input and pays(rows, served):
-            y = few_rows(rows, served, self.experts, tables)
-        else:
-            y = self.experts(rows, served, self._compute([], whole=False))
+        bank = self.experts
+        direct = type(bank) is ExpertBank and not served.weights_on_input and self.reads_few_rows
+        y = by_tables(rows, served, bank) if direct else None
+        if y is None:
+            y = bank(rows, served, self._compute([], whole=False))
         if self.latent is not None:
             y = self.latent.up(y)
         if routing.bypass is not None:

@@ -89,6 +89,8 @@ class SharedExpert(Protocol):
     """An nn.Module: x [T, D] -> [T, D], added to the routed output. May offer `qwen2_moe_fields` as a router does.
 
     `intermediate_size` is the number of neurons that each token passes through, for counting FLOPs.
+    Optional, looked up by name, of routers too: `reading_input() -> tuple[Tensor, ...]`, the matrices that read x as it
+    is; generation makes their products one, of which `moe.thin_product.joined_product` gives each its part.
     """
 
     intermediate_size: int

@@ -14,6 +14,7 @@ from moelab.errors import ConfigError
 from moelab.moe.contracts import MoEContext
 from moelab.moe.routing import TokenInfo
 from moelab.moe.surgery import ExpertRows
+from moelab.moe.thin_product import joined_product
 from moelab.seeds import derive_seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,6 +102,10 @@ class LinearRouter(nn.Module):
         rows = (name for name in self.row_tensors if isinstance(getattr(self, name, None), Tensor))
         return ExpertRows(tuple(rows), self.equal_rows, self.shared_rows)
 
+    def reading_input(self) -> tuple[Tensor, ...]:
+        """The matrix that reads x itself, in its precision; see `nn.mlp.MLP`."""
+        return (self.weight,) if self.projection is None and self.precision.projection_dtype == "float32" else ()
+
     def logits(self, x: Tensor) -> Tensor:
         """x [T, D] -> W x, or what else the gate is, [T, E'], in float32 or wider whatever the product's precision."""
         dtype = self.precision.projection_dtype
@@ -153,7 +158,8 @@ class LinearRouter(nn.Module):
 def project(x: Tensor, weight: Tensor, dtype: str = "float32") -> Tensor:
     """x [T, D], weight [E, D] -> x weight^T [T, E], float32 or wider; autocast does not reach it."""
     if dtype == "float32" and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
-        return nn.functional.linear(x, weight)  # at once: asking for casts takes as long as a token's product
+        found = joined_product(x, weight)
+        return nn.functional.linear(x, weight) if found is None else found  # at once: casts take as long as a product
     wide = torch.promote_types(x.dtype, torch.float32)
     chosen = {"float32": wide, "input": x.dtype}.get(dtype) or DTYPES[dtype]
     if not torch.is_autocast_enabled(x.device.type):  # entering it takes as long as a token's product

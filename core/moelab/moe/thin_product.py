@@ -18,7 +18,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -31,7 +33,6 @@ LEAST_ELEMENTS = 1 << 15  # of the matrix; below, it is the call that takes time
 BAGGED_ELEMENTS = 1 << 21  # of a turned copy: from here as so many bags
 BAGS = 4
 PACKED_ROWS = 16  # that the order of a copy is chosen for; others' differ by less than a measurement does
-_PACKED: ContextVar[Mapping[tuple[int, ...], Tensor]] = ContextVar("packed", default={})  # noqa: B039 - never written to
 
 
 def _ours(x: Tensor, weight: Tensor) -> bool:
@@ -45,17 +46,39 @@ def _ours(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _suits(weight: Tensor) -> bool:
-    """Whether products with it were measured."""
+def _suits(*weights: Tensor) -> bool:
+    """Whether products with them, read as one, were measured."""
     return (
-        weight.numel() >= LEAST_ELEMENTS
-        and weight.dtype == torch.float32
-        and weight.device.type == "cpu"
+        sum(weight.numel() for weight in weights) >= LEAST_ELEMENTS
+        and all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights)
         and reads_matrices_faster()
         and not torch.is_autocast_enabled("cpu")
-        and not isinstance(weight, FakeTensor)
+        and not any(isinstance(weight, FakeTensor) for weight in weights)
         and not torch.compiler.is_compiling()
     )
+
+
+@dataclass
+class _Copy:
+    """Of matrices that read the same rows, with their product with the rows that came last."""
+
+    read: Tensor
+    ends: dict[int, tuple[int, int]]  # a matrix, by its identity -> its columns of the product
+    rows: Tensor | None = None
+    product: Tensor | None = None
+
+    def part(self, x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None = None) -> Tensor:
+        """x [..., D], weights that stand beside each other -> [..., n]."""
+        if len(self.ends) == 1:
+            return _from_copy(x, self.read, bias)
+        if self.rows is not x or self.product is None:
+            self.rows, self.product = x, _from_copy(x, self.read, None)
+        begin, end = self.ends[id(weights[0])][0], self.ends[id(weights[-1])][1]
+        found = self.product[..., begin:end]
+        return found if bias is None else found + bias
+
+
+_PACKED: ContextVar[Mapping[int, _Copy]] = ContextVar("packed", default={})  # noqa: B039 - never written to
 
 
 class PackedWeights:
@@ -67,23 +90,25 @@ class PackedWeights:
     def __init__(self, weights: Iterable[tuple[Tensor, ...]], most_bytes: int, rows: int = PACKED_ROWS) -> None:
         """Of the first that fit in `most_bytes`; of none where a copy is of no use (see `_suits`).
 
-        weights: each alone, or those that read the same rows together. `rows`: of the products that will come, at most.
+        weights: each alone, or those that read the same rows together, which are then one product: nobody may write
+        into rows between. `rows`: of the products that will come, at most.
         """
         self._originals: list[tuple[Tensor, ...]] = []  # alive, so that no other takes their identity
-        self._copies: dict[tuple[int, ...], Tensor] = {}
+        self._copies: dict[int, _Copy] = {}
         for some in weights:
             size = sum(weight.numel() * weight.element_size() for weight in some)
-            key = tuple(map(id, some))
-            plain = all(type(one) in (Tensor, nn.Parameter) and one.is_contiguous() and _suits(one) for one in some)
-            if not plain or size > most_bytes or key in self._copies or not torch.backends.mkldnn.is_available():
+            plain = all(type(one) in (Tensor, nn.Parameter) and one.is_contiguous() for one in some) and _suits(*some)
+            known = any(id(one) in self._copies for one in some) or len({id(one) for one in some}) < len(some)
+            if not plain or size > most_bytes or known or not torch.backends.mkldnn.is_available():
                 continue
             most_bytes -= size
             self._originals.append(some)
             weight = some[0].detach() if len(some) == 1 else torch.cat([one.detach() for one in some])
             turned = rows == 1
-            self._copies[key] = (
-                weight.t().contiguous() if turned else torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-            )
+            read = weight.t().contiguous() if turned else torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+            ends = list(accumulate(len(one) for one in some))
+            spans = {id(one): (end - len(one), end) for one, end in zip(some, ends, strict=True)}
+            self._copies |= dict.fromkeys(spans, _Copy(read, spans))
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -92,21 +117,24 @@ class PackedWeights:
             yield
         finally:
             _PACKED.reset(token)
+            for copy in self._copies.values():
+                copy.rows = copy.product = None
 
 
-def packed(*weights: Tensor) -> Tensor | None:
-    """Their copy, within `PackedWeights.used` and where nothing is to be differentiated."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
+def packed(*weights: Tensor) -> _Copy | None:
+    """Their copy, within `PackedWeights.used` and where nothing is to be differentiated. Several: neighbours in one."""
     copies = _PACKED.get()
-    return copies.get(tuple(map(id, weights))) if copies else None
+    found = copies.get(id(weights[0])) if copies else None
+    if found is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    return found if all(id(one) in found.ends for one in weights[1:]) else None
 
 
 def few_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., D], weight [N, D] -> x weight^T + bias [..., N], the faster way."""
     copied = packed(weight)
     if copied is not None and x.dtype == torch.float32 and x.numel() > 0:
-        return _from_copy(x, copied, bias)
+        return copied.part(x, (weight,), bias)
     small = x.numel() <= MOST_ROWS * weight.shape[1] and weight.numel() < MOST_ELEMENTS
     if small or not _ours(x, weight) or not torch.backends.mkldnn.is_available():
         return nn.functional.linear(x, weight, bias)
@@ -116,21 +144,24 @@ def few_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def few_product_onto(base: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """base [M, N] + `few_product` of x [M, D], in one call where there is a copy."""
     copied = packed(weight)
-    if copied is not None and x.dtype == base.dtype == torch.float32:
-        if copied.is_mkldnn:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, base, copied, bias, "add")
+    if copied is not None and len(copied.ends) == 1 and x.dtype == base.dtype == torch.float32:
+        if copied.read.is_mkldnn:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, base, copied.read, bias, "add")
             return out
-        if bias is None and not _in_bags(x, copied):
-            return torch.addmm(base, x, copied)
+        if bias is None and not _in_bags(x, copied.read):
+            return torch.addmm(base, x, copied.read)
     return base + few_product(x, weight, bias)
 
 
 def joined_product(x: Tensor, *weights: Tensor) -> Tensor | None:
-    """x [..., D], several [N, D] -> their products beside each other [..., M N]; None where there is no copy of all."""
+    """x [..., D], several [N, D] -> their products beside each other [..., M N]; None where there is no copy of all.
+
+    A part of a larger product, perhaps: whole rows don't lie next to each other then.
+    """
     copied = packed(*weights)
     if copied is None or x.dtype != torch.float32 or x.numel() == 0:
         return None
-    return _from_copy(x, copied, None)
+    return copied.part(x, weights)
 
 
 def _from_copy(x: Tensor, copied: Tensor, bias: Tensor | None) -> Tensor:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from moelab.config.model import ModelConfig
 from moelab.moe.block import MoEBlock
-from moelab.moe.few_rows import ExpertTables
+from moelab.moe.few_rows import ExpertTables, reading
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
 from moelab.moe.thin_product import PackedWeights, few_product, few_product_onto
 from moelab.nn.attention import Attention
 from moelab.nn.attention_inputs import AttentionInputs
 from moelab.nn.full_attention import FullAttention, fastest
 from moelab.nn.kv_cache import KVCache
-from moelab.nn.linear import Linear
+from moelab.nn.linear import Linear, hooked
 from moelab.nn.mlp import MLP
 from moelab.nn.norm import RMSNorm
 from moelab.nn.rope import Rope
@@ -80,27 +80,34 @@ class Step:
 
 
 class Decoding:
-    """Made for a batch of texts whose prompts `cache` holds; reads the weights as they are then."""
+    """Made for a batch of texts, whose prompts come first; reads the weights as they are when it is made."""
 
-    def __init__(self, model: Decoder, cache: KVCache, padding: Tensor, new_tokens: int, rows: int) -> None:
-        """padding [B] int64: positions before each text; new_tokens: at most so many are to come, in `rows` texts."""
-        room = cache.length + new_tokens
-        self.model, self.cache = model, cache
+    def __init__(self, model: Decoder, rows: int, longest: int, new_tokens: int) -> None:
+        """At most `new_tokens` are to come in each of `rows` texts, behind prompts of `longest` positions at most."""
+        self._room = longest + new_tokens
+        self.model, self.cache = model, KVCache(len(model.layers), room=self._room)
         self.routings: dict[int, Routing] = {}  # layer -> who served the token of each text, of the last call
         weight = model.embed_tokens.weight
         self._dtype, self._device = weight.dtype, weight.device
         self._whole = not computes_apart(model)
         self._layers: list[Any] = list(model.layers)
         self._attend = [] if self._whole else [_attending(layer) for layer in self._layers]
-        self._experts = [] if self._whole else _expert_tables(self._layers, rows * new_tokens)
+        self._experts = {} if self._whole else _expert_tables(self._layers, rows * new_tokens)
         self._norms = [] if self._whole else [Norm(layer.post_attention_layernorm) for layer in self._layers]
         self._last_norm = Norm(model.norm)
         self._packed = PackedWeights(*self._to_pack(rows, new_tokens))
         scaling = model.rope.scaling
         self._moving = scaling is not None and scaling.length_matters
-        self._cos, self._sin = self._tables(torch.arange(room, device=self._device), room)
-        self._room = room
+        self._cos, self._sin = self._tables(torch.arange(self._room, device=self._device), self._room)
+
+    def read(self, ids: Tensor, padding: Tensor) -> Tensor:
+        """ids [B, S], the prompts; padding [B] int64, positions before each -> scores [B, V] of what follows."""
         self._take_padding(padding)
+        real = None if self._real is None else self._real[:, : ids.shape[1]]
+        with self._packed.used(), reading(self._experts):
+            hidden, records = self.model.hidden_states(ids, real, cache=self.cache)
+            self.routings = {record.layer_id: record.routing for record in records}
+            return self._scores(hidden[:, -1])
 
     def take_rows(self, rows: Tensor) -> None:
         """Go on with these texts, `rows` [B'] int64: some left out, or several times."""
@@ -115,7 +122,7 @@ class Decoding:
             hidden, records = model.hidden_states(tokens.unsqueeze(1), real, cache=self.cache)
             self.routings = {record.layer_id: record.routing for record in records}
             return self._scores(hidden[:, 0])
-        with self._packed.used():
+        with self._packed.used(), reading(self._experts):
             return self._through_layers(tokens)
 
     def _through_layers(self, tokens: Tensor) -> Tensor:
@@ -123,14 +130,14 @@ class Decoding:
         positions = past - self._padding  # [B]
         x = model.embed_tokens(tokens)  # [B, D]
         step, before = self._step(x, positions, past), None
-        for layer, attend, norm, tables in zip(self._layers, self._attend, self._norms, self._experts, strict=True):
+        for layer, attend, norm in zip(self._layers, self._attend, self._norms, strict=True):
             if attend is None:
                 x = x + layer.self_attn(layer.input_layernorm(x.unsqueeze(1)), step.inputs).squeeze(1)
             else:
                 x = attend(x, step)
             normed = norm(x)
             if isinstance(layer.mlp, MoEBlock):
-                y, before = layer.mlp.serve(normed, self._info(tokens, positions, before), tables)
+                y, before = layer.mlp.serve(normed, self._info(tokens, positions, before))
                 self.routings[layer.mlp.layer_id] = before
             else:
                 y = layer.mlp(normed)
@@ -142,24 +149,25 @@ class Decoding:
         if self._whole or new_tokens < (TURNED_TOKENS if rows == 1 else PACKED_TOKENS):
             return [], 0, rows
         fused = [attend for attend in self._attend if attend is not None and attend.weight is not None]
-        apart = {id(part) for attend in fused for part in attend.parts}
+        apart = {id(part.weight) for attend in fused for part in attend.parts}
         found: list[tuple[Tensor, ...]] = [(attend.weight,) for attend in fused if attend.weight is not None]
         for layer in self._layers:
-            for module in layer.modules():
-                if isinstance(module, MLP) and _joins(module):
-                    apart |= {id(module.gate_proj), id(module.up_proj)}
-                    found.append((module.gate_proj.weight, module.up_proj.weight))
-                elif type(module) is Linear and id(module) not in apart:
-                    found.append((module.weight,))
+            mlps = (module.reading_input() for module in layer.modules() if isinstance(module, MLP))
+            for some in (_reading_input(layer.mlp), *mlps):
+                if len(some) > 1 and apart.isdisjoint(map(id, some)):
+                    apart |= set(map(id, some))
+                    found.append(some)
+            linear = [module.weight for module in layer.modules() if type(module) is Linear]
+            found += [(weight,) for weight in linear if id(weight) not in apart]
         if type(self.model.lm_head) is nn.Linear:
             found.append((self.model.lm_head.weight,))
         least = PACKED_ALONE if 1 < rows < PACKED_ROWS else 0
-        copied = sum(4 * each.gate_up.numel() for each in self._experts if each is not None)
+        copied = sum(4 * each.gate_up.numel() for each in self._experts.values())
         return [some for some in found if sum(one.numel() for one in some) >= least], COPY_BYTES - copied, rows
 
     def _scores(self, x: Tensor) -> Tensor:
         head = self.model.lm_head
-        if type(head) is nn.Linear and not _hooked(head):
+        if type(head) is nn.Linear and not hooked(head):
             return few_product(x, head.weight, head.bias)
         scores: Tensor = head(x)
         return scores
@@ -211,7 +219,7 @@ class Norm:
     def __init__(self, norm: nn.Module) -> None:
         self._norm = norm
         self._scale: Tensor | None = None
-        if type(norm) is RMSNorm and norm.weight.dtype in WIDE and not _hooked(norm):
+        if type(norm) is RMSNorm and norm.weight.dtype in WIDE and not hooked(norm):
             self._scale, self._least = scale_of(norm.weight, norm.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -295,7 +303,7 @@ def attended(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None)
 def computes_apart(model: Decoder) -> bool:
     """Whether the layers may be computed part by part: no hook that a layer's own call would run, no autocast."""
     device = model.embed_tokens.weight.device.type
-    return not torch.is_autocast_enabled(device) and not any(_hooked(layer) for layer in model.layers)
+    return not torch.is_autocast_enabled(device) and not any(hooked(layer) for layer in model.layers)
 
 
 def _attending(layer: Any) -> PlainAttention | None:
@@ -313,28 +321,22 @@ def _attending(layer: Any) -> PlainAttention | None:
         and all(type(part) is Linear and type(part.weight) is nn.Parameter for part in parts)
         and all(type(norm) is RMSNorm for norm in norms)
         and all(part.weight.dtype in WIDE for part in (*parts, *norms))
-        and not any(_hooked(module) for module in (attention, *parts, *norms))
+        and not any(hooked(module) for module in (attention, *parts, *norms))
     )
     return PlainAttention(layer.input_layernorm, attention) if ours else None
 
 
-def _expert_tables(layers: list[Any], new_tokens: int) -> list[ExpertTables | None]:
-    """Tables of each layer's experts, which a token reads faster; None where it would not pay, or takes much memory."""
-    blocks = [layer.mlp if isinstance(layer.mlp, MoEBlock) and layer.mlp.reads_few_rows else None for layer in layers]
-    size = sum(4 * block.experts.gate_up.numel() for block in blocks if block is not None)
-    if new_tokens < COPY_TOKENS or size > COPY_BYTES:
-        return [None] * len(layers)
-    return [None if block is None else ExpertTables.of(block.experts) for block in blocks]
+def _expert_tables(layers: list[Any], new_tokens: int) -> dict[int, ExpertTables]:
+    """Tables of the layers' experts, which a token reads faster; none where it would not pay, or takes much memory."""
+    banks = [layer.mlp.experts for layer in layers if isinstance(layer.mlp, MoEBlock) and layer.mlp.reads_few_rows]
+    if new_tokens < COPY_TOKENS or sum(4 * bank.gate_up.numel() for bank in banks) > COPY_BYTES:
+        return {}
+    return ExpertTables.of_all(banks)
 
 
-def _joins(mlp: MLP) -> bool:
-    """Whether its gate and up may be read as one matrix: nothing but matrices, and nobody looks between them."""
-    if not mlp.activation.gated or type(mlp).hidden is not MLP.hidden:
-        return False
-    return all(
-        type(part) is Linear and part.bias is None and not _hooked(part) for part in (mlp.gate_proj, mlp.up_proj)
-    )
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _reading_input(mlp: nn.Module) -> tuple[Tensor, ...]:
+    """The matrices of a layer that all read its input: the shared expert's, then the router's; of a dense one none."""
+    if not isinstance(mlp, MoEBlock):
+        return ()
+    asked = (getattr(part, "reading_input", None) for part in (mlp.shared_expert, mlp.router))
+    return tuple(weight for ask in asked if ask is not None for weight in ask())

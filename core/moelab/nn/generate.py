@@ -20,7 +20,6 @@ from moelab.data.tokenizer import Tokenizer
 from moelab.errors import CheckpointError, ConfigError
 from moelab.moe.routing import Routing
 from moelab.nn.decoding import Decoder, Decoding, computes_apart
-from moelab.nn.kv_cache import KVCache
 from moelab.nn.sampling import Draws, Sampling, choose
 
 BATCH_SIZE = 32  # rows at once, where the caller says nothing ...
@@ -212,16 +211,11 @@ def _begin(model: Decoder, prompts: Sequence[Sequence[int]], rows: Sequence[_Row
     device = model.embed_tokens.weight.device
     ids = torch.tensor([[text[0]] * (longest - len(text)) + list(text) for text in texts]).to(device)
     padding = torch.tensor([longest - len(text) for text in texts])
-    mask = None
-    if int(padding.max()) > 0:
-        mask = (torch.arange(longest) >= padding.unsqueeze(1)).to(device)
-    cache = KVCache(len(model.layers), room=longest + new)
-    hidden, records = model.hidden_states(ids, mask, cache=cache)
-    scores = model.lm_head(hidden[:, -1])
-    batch = Decoding(model, cache, padding.to(device), new, len(rows))
+    batch = Decoding(model, len(rows), longest, new)
+    scores = batch.read(ids, padding.to(device))
     places = [numbers.index(row.prompt) for row in rows]
     if rows[0].passed is not None:
-        experts = _experts({record.layer_id: record.routing for record in records}, len(texts))
+        experts = _experts(batch.routings, len(texts))
         for row, place in zip(rows, places, strict=True):
             row.note(experts, place, int(padding[place]))
     if places != list(range(len(numbers))):

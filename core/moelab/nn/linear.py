@@ -32,11 +32,12 @@ class Linear(nn.Linear):
 
     def _way(self, x: Tensor) -> str:
         """The faster one, there and back."""
-        if not can_choose(x, self.out_features):
-            return MKL
+        usual = ONEDNN if prefers_onednn(x, self.out_features) else MKL
+        if 2 * x.numel() * self.out_features < LEAST_CHOICE or not _can_choose(x):
+            return usual
         return choose(
             lambda: f"linear {x.numel() // self.in_features} x {self.in_features} to {self.out_features}",
-            ONEDNN if prefers_onednn(x, self.out_features) else MKL,
+            usual,
             lambda: {
                 ONEDNN: trial(_by_onednn, x, self.weight, self.bias),
                 MKL: trial(nn.functional.linear, x, self.weight, self.bias),
@@ -50,16 +51,20 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.view(*x.shape[:-1], len(weight))
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether calling it does more than its `forward`."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def prefers_onednn(x: Tensor, columns: int) -> bool:
     """Whether the product of x [..., D] with a matrix of D x `columns` is one that `product` computes faster."""
-    return 2 * x.numel() * columns >= LEAST_FLOPS and can_choose(x, columns)
+    return 2 * x.numel() * columns >= LEAST_FLOPS and _can_choose(x)
 
 
-def can_choose(x: Tensor, columns: int) -> bool:
-    """Whether `product` may compute x [..., D] times a matrix of D x `columns`, and the choice is worth a look."""
+def _can_choose(x: Tensor) -> bool:
+    """Whether `product` may compute products of x."""
     return (
-        2 * x.numel() * columns >= LEAST_CHOICE
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not isinstance(x, FakeTensor)

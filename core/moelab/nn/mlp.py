@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from moelab.moe.activation import Activation, SwiGLU, activate
 from moelab.moe.thin_product import joined_product
-from moelab.nn.linear import Linear
+from moelab.nn.linear import Linear, hooked
 
 
 class MLP(nn.Module):
@@ -31,9 +31,17 @@ class MLP(nn.Module):
             joined = joined_product(x, gate.weight, up.weight) if plain else None
             if joined is None:
                 return self.activation(gate(x), up(x))
-            hidden = activate(self.activation, joined.view(-1, 2, joined.shape[-1] // 2))
+            hidden = activate(self.activation, joined.reshape(-1, 2, joined.shape[-1] // 2))
             return hidden if x.dim() == 2 else hidden.view(*x.shape[:-1], -1)
         return self.activation(self.up_proj(x))
+
+    def reading_input(self) -> tuple[Tensor, ...]:
+        """The matrices that read x itself, for who makes one product of them; none where somebody looks between."""
+        if not self.activation.gated or type(self).hidden is not MLP.hidden:
+            return ()
+        parts = (self.gate_proj, self.up_proj)
+        plain = all(type(part) is Linear and part.bias is None and not hooked(part) for part in parts)
+        return tuple(part.weight for part in parts) if plain else ()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""

@@ -17,6 +17,7 @@ import torch
 import moelab
 from moelab.atomic import write_file
 from moelab.errors import UserError
+from moelab.paths import user_path
 from moelab.records import read_record
 from moelab.safe_files import Reading
 from moelab.ways import Found
@@ -50,19 +51,22 @@ def _cpu_lines() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)}
 
 
-def place_of(machine: Mapping[str, str]) -> Path:
-    """A machine's file: of this user, under XDG_CACHE_HOME or ~/.cache."""
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+def place_of(machine: Mapping[str, str]) -> Path | None:
+    """A machine's file: of this user, under XDG_CACHE_HOME or ~/.cache; None for a user without a home folder."""
+    try:
+        folder = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")
+    except UserError:
+        return None
     name = machine["model name"] or machine["architecture"] if machine["device"] == "cpu" else machine["device"]
     words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
     digest = sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(folder) / "moelab" / "autotune" / f"{words}-{digest}.json"
+    return folder / "moelab" / "autotune" / f"{words}-{digest}.json"
 
 
-def read_kept(path: Path, machine: Mapping[str, str]) -> dict[str, Found]:
+def read_kept(path: Path | None, machine: Mapping[str, str]) -> dict[str, Found]:
     """What is kept of this machine; {} where there is nothing, or nothing of use, which is told in a line."""
     try:
-        if not path.exists():
+        if path is None or not path.exists():
             return {}
         record = read_record(path, READING, limit=LARGEST)
         there = record.record("machine")
@@ -80,8 +84,11 @@ def read_kept(path: Path, machine: Mapping[str, str]) -> dict[str, Found]:
     return kept
 
 
-def keep(path: Path, machine: Mapping[str, str], found: Mapping[str, Found]) -> None:
+def keep(path: Path | None, machine: Mapping[str, str], found: Mapping[str, Found]) -> None:
     """For the next run; that it can't be written is told in a line."""
+    if path is None:
+        logger.warning("train.autotune: nothing is kept, without a home folder; XDG_CACHE_HOME can name a place")
+        return
     problems = {problem: asdict(each) for problem, each in sorted(found.items())}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

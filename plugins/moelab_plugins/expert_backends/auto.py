@@ -81,7 +81,7 @@ class AutoBackend:
 
     def __call__(self, x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
         """x [T, D] -> [T, D]."""
-        if pays(x, routing) and not measuring():
+        if pays(x, routing, bank) and not measuring():
             return few_rows(x, routing, bank)
         dtype = compute_dtype(x)
         key = (active(), x.device.type, str(dtype), max(routing.expert.numel() - 1, 0).bit_length())

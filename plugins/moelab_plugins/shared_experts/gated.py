@@ -9,6 +9,8 @@ from omegaconf import MISSING
 from torch import Tensor, nn
 
 from moelab import Component, MoEContext, SharedExpert, component, hookimpl
+from moelab.moe.thin_product import joined_product
+from moelab.nn.linear import hooked
 from moelab.nn.mlp import MLP
 
 
@@ -38,7 +40,12 @@ class GatedSharedExpert(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, D]."""
-        return self.gate(x).sigmoid() * super().forward(x)
+        joined = joined_product(x, self.gate.weight)  # where `reading_input` told of it
+        return (self.gate(x) if joined is None else joined).sigmoid() * super().forward(x)
+
+    def reading_input(self) -> tuple[Tensor, ...]:
+        found = super().reading_input()
+        return (*found, self.gate.weight) if type(self.gate) is nn.Linear and not hooked(self.gate) else found
 
     def qwen2_moe_fields(self) -> dict[str, Any]:
         return {"shared_expert_intermediate_size": self.intermediate_size}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from moelab.moe import few_rows, thin_product
 from moelab.moe.activation import SwiGLU
-from moelab.moe.contracts import BackendContext
+from moelab.moe.contracts import BackendContext, MoEContext
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
 from moelab.moe.routing import Routing
@@ -16,6 +18,8 @@ from moelab_plugins.activations.relu2 import moelab_activations
 from moelab_plugins.expert_backends.auto import AutoBackend, AutoOptions
 from moelab_plugins.expert_backends.batched import BatchedBackend, BatchedOptions
 from moelab_plugins.expert_backends.loop import LoopBackend, LoopOptions
+from moelab_plugins.routers.softmax_topk import SoftmaxTopK, SoftmaxTopKOptions
+from moelab_plugins.shared_experts.gated import GatedOptions, GatedSharedExpert
 
 LAYOUT = ExpertLayout(6, 2, 24)
 CONTEXT = BackendContext(LAYOUT, 16, 0, dict)
@@ -51,7 +55,10 @@ def test_a_few_rows_give_what_the_loop_gives(
     with torch.inference_mode():
         expected = LoopBackend(LoopOptions(), CONTEXT)(x.double(), routing, bank.double())
         bank = bank.float()
-        found = [few_rows.few_rows(x, routing, bank, copied) for copied in (None, few_rows.ExpertTables.of(bank))]
+        found = []
+        for some in ({}, few_rows.ExpertTables.of_all([bank])):
+            with few_rows.reading(some):
+                found.append(few_rows.few_rows(x, routing, bank))
     for y in found:
         torch.testing.assert_close(y, expected.float(), rtol=1e-5, atol=1e-5)
 
@@ -67,11 +74,11 @@ def test_bfloat16_is_computed_in_bfloat16():
 
 def test_only_what_needs_no_gradient_and_is_small_is_computed_so():
     x, routing, bank = _case(5)
-    assert not few_rows.pays(x, routing)
+    assert not few_rows.pays(x, routing, bank)
     with torch.no_grad():
-        assert few_rows.pays(x, routing)
-        assert not few_rows.pays(x, _case(few_rows.MOST)[1])
-        assert not few_rows.pays(x.to("meta"), routing)
+        assert few_rows.pays(x, routing, bank)
+        assert not few_rows.pays(x, _case(few_rows.MOST)[1], bank)
+        assert not few_rows.pays(x.to("meta"), routing, bank)
     auto = AutoBackend(
         AutoOptions(), BackendContext(LAYOUT, 16, 0, lambda: {"batched": BatchedBackend(BatchedOptions(), CONTEXT)})
     )
@@ -170,3 +177,55 @@ def test_tokens_of_assignments_that_generation_kept_may_be_trained_with():
     x = torch.randn(3, 4, requires_grad=True)
     (x * x).index_select(0, kept.token).sum().backward()
     torch.testing.assert_close(x.grad, 4 * x.detach())
+
+
+def test_tables_serve_more_assignments_and_only_the_weights_they_were_made_of(monkeypatch: pytest.MonkeyPatch):
+    """Zeros written over the originals tell which was read; a bank with other weights is not theirs."""
+    monkeypatch.setattr(few_rows, "MOST", 1)
+    x, routing, bank = _case(40)
+    with torch.no_grad():
+        expected = few_rows.few_rows(x, routing, bank)
+        tables = few_rows.ExpertTables.of_all([bank])
+        monkeypatch.setattr(few_rows, "MOST_NUMBERS", 80 * 48 - 1)
+        smaller = few_rows.ExpertTables.of_all([bank])
+        other = copy.deepcopy(bank)
+        bank.gate_up.zero_()
+        assert not few_rows.pays(x, routing, bank)
+        with few_rows.reading(tables):
+            assert few_rows.pays(x, routing, bank)
+            assert not few_rows.pays(x, routing, other)
+            torch.testing.assert_close(few_rows.few_rows(x, routing, bank), expected, rtol=1e-5, atol=1e-5)
+            with torch.enable_grad():
+                assert few_rows.by_tables(x, routing, bank) is None
+        with few_rows.reading(smaller):
+            assert not few_rows.pays(x, routing, bank), "they would take too much memory"
+        assert not few_rows.pays(x, routing, bank)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs them")
+@pytest.mark.parametrize("rows", [1, 5])
+def test_matrices_that_read_the_same_rows_are_one_product_of_the_rows_that_came_last(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+):
+    """A shared expert with its gate, and a router: zeros in the originals tell that the copy was read."""
+    monkeypatch.setattr(thin_product, "reads_matrices_faster", lambda: True)
+    monkeypatch.setattr(thin_product, "LEAST_ELEMENTS", 1)
+    context = MoEContext(16, 6, 2, 24, 32, 0, 1, 64)
+    shared, router = GatedSharedExpert(GatedOptions(24), context), SoftmaxTopK(SoftmaxTopKOptions(), context)
+    with torch.no_grad():
+        router.weight.normal_()
+    together = (*shared.reading_input(), *router.reading_input())
+    assert [one.shape[0] for one in together] == [24, 24, 1, 6]
+    packed = thin_product.PackedWeights([together], 1 << 20, rows)
+    several = [torch.randn(rows, 16) for _ in range(3)]
+    with torch.no_grad():
+        expected = [(shared(x), router.logits(x)) for x in several]
+        for one in together:
+            one.zero_()
+        with packed.used():
+            for x, (out, logits) in zip(several, expected, strict=True):
+                torch.testing.assert_close(router.logits(x), logits, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(shared(x), out, rtol=1e-5, atol=1e-5)
+        assert not router.logits(several[0]).any()
+        shared.gate.register_forward_hook(lambda *call: None)
+        assert len(shared.reading_input()) == 2, "who looks at the gate sees it called"

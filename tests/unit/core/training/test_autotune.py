@@ -39,7 +39,9 @@ def _config(root: Path, run: Path, *more: str) -> RunConfig:
 
 
 def _here() -> Path:
-    return place_of(machine_facts(1, CPU))
+    path = place_of(machine_facts(1, CPU))
+    assert path is not None
+    return path
 
 
 def _bytes(run: Path) -> bytes:
@@ -213,6 +215,7 @@ def test_a_file_of_no_use_is_told_in_a_line_and_measured_anew(
 ) -> None:
     machine = machine_facts(1, CPU) | {"vendor_id": "here"}
     path = place_of(machine)
+    assert path is not None
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"machine": machine}) if content is None else content)
     assert read_kept(path, machine) == {}
@@ -242,6 +245,15 @@ def test_a_cache_that_cannot_be_written_is_told_and_the_run_goes_on(
     assert _state(tmp_path / "run")["ways"]
     told = [record.getMessage() for record in caplog.records if "train.autotune" in record.getMessage()]
     assert sum("can't be kept" in line for line in told) == 1
+
+
+def test_a_user_without_a_home_folder_measures_for_this_run_alone(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    train(_config(root, tmp_path / "run", "train.autotune=true"))
+    assert _state(tmp_path / "run")["ways"] and "nothing is kept, without a home folder" in caplog.text
 
 
 def test_a_state_that_no_run_wrote_is_refused(root: Path, tmp_path: Path) -> None:
