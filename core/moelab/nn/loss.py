@@ -68,6 +68,7 @@ class _LogitsAndCrossEntropy(torch.autograd.Function):
             logits[rows] = _logits(hidden[rows], head)
             found = torch.log_softmax(logits[rows], -1, dtype=nats.dtype)  # one pass, where logsumexp takes three
             torch.neg(found.gather(-1, labels[rows]), out=nats[rows])
+            del found
         spread = nats + logits.gather(-1, labels)  # logsumexp of each row
         nats = nats.squeeze(-1).masked_fill(targets == IGNORE_INDEX, 0.0)
         ctx.save_for_backward(hidden, head, targets, logits, spread)
@@ -96,6 +97,7 @@ class _LogitsAndCrossEntropy(torch.autograd.Function):
                 grad_hidden[rows] = _logits(part, head.t())
             if grad_head is not None:
                 _add_product(grad_head, part, hidden[rows])
+            del part  # before the next one is made
         return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None
 
 
@@ -118,6 +120,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
                 if kept is not None:
                     kept[rows] = logits  # log-probabilities would be rounded once more
             torch.neg(found.gather(-1, labels[rows]).squeeze(-1), out=nats[rows])
+            del logits, found  # before the next ones are made
         ctx.save_for_backward(hidden, head, targets, kept)
         return nats.masked_fill_(targets == IGNORE_INDEX, 0.0)
 
@@ -138,6 +141,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
                 grad_hidden[rows] = _logits(part, head.t())
             if grad_head is not None:
                 _add_product(grad_head, part, hidden[rows])
+            del part  # before the next one is made
         return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None
 
 

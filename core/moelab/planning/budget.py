@@ -85,14 +85,16 @@ def choose(run: RunConfig, registry: Registry, device: str) -> Choice:
     stages = [in_stage(run, number) for number in range(len(run.stages))] or [run]
     options = [_Options(stage, registry, device) for stage in stages]
     room = (bytes_of(run.train.memory_budget) or 0) * (1 - MARGIN)
-    ways = sorted(_ways(run, stages), key=lambda way: _price(options, way))
-    least: MemoryPlan | None = None
-    for way in ways:
-        memory = max((each.memory(way, place) for place, each in enumerate(options)), key=lambda plan: plan.peak)
+    waiting, refused = [_Way(options, *recomputing) for recomputing in _recomputing(run)], []
+    while waiting:
+        way = min(waiting, key=_Way.price)
+        memory = _most(way.plans())
         if memory.peak <= room:
-            return Choice(way.micro_batch_sizes, way.checkpointing, way.recompute_logits, memory, _price(options, way))
-        least = memory if least is None or memory.peak < least.peak else least
-    assert least is not None
+            return Choice(way.micro_batch_sizes, way.checkpointing, way.recompute_logits, memory, way.price())
+        if not way.go_on(room):
+            waiting.remove(way)
+            refused.append(way.least(room))
+    least = min(refused, key=_peak)
     needed, held = least.peak / (1 - MARGIN), least.parameters + least.gradients + least.optimizer
     raise ConfigError(
         f"train.memory_budget: {run.train.memory_budget} is too little for any way to compute a step of this run; the "
@@ -103,41 +105,72 @@ def choose(run: RunConfig, registry: Registry, device: str) -> Choice:
 
 def price_of(run: RunConfig, registry: Registry, device: str) -> float:
     """Of a step as the config says it is computed: `Choice.price`. Of a run in stages, of what stands in it."""
-    train, sequences = run.train, run.train.micro_batch_size or run.train.batch_size // run.parallel.world
-    way = _Way((sequences,), train.activation_checkpointing, bool(train.recompute_logits))
-    return _Options(run, registry, device).price(way, 0)
+    return _Options(run, registry, device).price(problem_of(run, device))
 
 
-@dataclass(frozen=True)
-class _Way:
-    micro_batch_sizes: tuple[int, ...]
-    checkpointing: int
-    recompute_logits: bool
-
-
-def _ways(run: RunConfig, stages: Sequence[RunConfig]) -> Iterator[_Way]:
-    """All that the config leaves open."""
+def _recomputing(run: RunConfig) -> Iterator[tuple[int, bool]]:
+    """(activation_checkpointing, recompute_logits) of all that the config leaves open."""
     train = run.train
     every = (train.activation_checkpointing,) if train.activation_checkpointing else EVERY
-    layers = run.model.num_hidden_layers
     logits = (False, True) if train.recompute_logits is None else (train.recompute_logits,)
-    sizes = [_micro_batch_sizes(stage) for stage in stages]
-    for micro, checkpointing, recompute in itertools.product(itertools.product(*sizes), every, logits):
-        if checkpointing <= layers or checkpointing == train.activation_checkpointing:
-            yield _Way(micro, checkpointing, recompute)
+    for checkpointing, recompute in itertools.product(every, logits):
+        if checkpointing <= run.model.num_hidden_layers or checkpointing == train.activation_checkpointing:
+            yield checkpointing, recompute
 
 
-def _micro_batch_sizes(stage: RunConfig) -> Iterable[int]:
-    if stage.train.micro_batch_size is not None:
-        return (stage.train.micro_batch_size,)
-    whole = stage.train.batch_size // stage.parallel.world
-    return [each for each in range(whole, 0, -1) if whole % each == 0]
+def _peak(plan: MemoryPlan) -> int:
+    return plan.peak
 
 
-def _price(options: Sequence[_Options], way: _Way) -> float:
-    """Of a step in the stages together, each as its tokens."""
-    prices = [each.tokens * each.price(way, place) for place, each in enumerate(options)]
-    return sum(prices) / sum(each.tokens for each in options)
+def _most(plans: Iterable[MemoryPlan]) -> MemoryPlan:
+    return max(plans, key=_peak)
+
+
+class _Way:
+    """What is computed twice, and of each stage the cheapest micro-batches that have not been found too large.
+
+    A stage's micro-batch is nothing to the others: so it goes on to a dearer one where its own does not fit, and what
+    is looked at grows with the number of stages, not with all that they could be together.
+    """
+
+    def __init__(self, options: Sequence[_Options], checkpointing: int, recompute_logits: bool) -> None:
+        self.checkpointing, self.recompute_logits = checkpointing, recompute_logits
+        self._options = options
+        self._all = [each.cheapest_first(checkpointing, recompute_logits) for each in options]
+        self._at = [0] * len(options)
+
+    @property
+    def micro_batch_sizes(self) -> tuple[int, ...]:
+        return tuple(problem.sequences for _, problem in self._now())
+
+    def _now(self) -> list[tuple[float, Problem]]:
+        return [each[at] for each, at in zip(self._all, self._at, strict=True)]
+
+    def price(self) -> float:
+        """Of a step in the stages together, each as its tokens; of what goes on it is never less."""
+        tokens = [each.tokens for each in self._options]
+        return sum(count * price for count, (price, _) in zip(tokens, self._now(), strict=True)) / sum(tokens)
+
+    def plans(self) -> list[MemoryPlan]:
+        """Of each stage."""
+        return [each.memory(problem) for each, (_, problem) in zip(self._options, self._now(), strict=True)]
+
+    def go_on(self, room: float) -> bool:
+        """To the next micro-batch of each stage that does not fit; False: there is none."""
+        before = list(self._at)
+        for place, plan in enumerate(self.plans()):
+            if plan.peak > room:
+                self._at[place] = min(self._at[place] + 1, len(self._all[place]) - 1)
+        return self._at != before
+
+    def least(self, room: float) -> MemoryPlan:
+        """What the stages that do not fit would take together: of each its least."""
+        stages = zip(self._options, self._all, self.plans(), strict=True)
+        return _most(
+            min((each.memory(problem) for _, problem in priced), key=_peak)
+            for each, priced, plan in stages
+            if plan.peak > room
+        )
 
 
 class _Options:
@@ -148,16 +181,28 @@ class _Options:
         self._losses = build_balance_losses(stage.model, registry)
         self._whole = problem_of(stage, device)
         self.tokens = stage.train.batch_size * stage.train.sequence_length
+        self._sizes = (self._whole.sequences,) if stage.train.micro_batch_size else _divisors(self._whole.sequences)
         self._counted = cache(self._count)
 
-    def memory(self, way: _Way, place: int) -> MemoryPlan:
-        """The plan of stage number `place`."""
-        sequences = way.micro_batch_sizes[place]
-        return self._counted(sequences).memory(self._problem(way, sequences))
+    def cheapest_first(self, checkpointing: int, recompute_logits: bool) -> list[tuple[float, Problem]]:
+        """(price, problem) of each micro-batch size that the config leaves open; of equals the largest first."""
+        problems = self._problems(checkpointing, recompute_logits)
+        return sorted(((self.price(problem), problem) for problem in problems), key=lambda priced: priced[0])
 
-    def price(self, way: _Way, place: int) -> float:
+    def _problems(self, checkpointing: int, recompute_logits: bool) -> Iterator[Problem]:
+        for sequences in self._sizes:
+            micro_batches = self._whole.sequences * self._whole.micro_batches // sequences
+            yield replace(
+                self._whole, sequences=sequences, micro_batches=micro_batches, checkpointing=checkpointing,
+                recompute_logits=recompute_logits,
+            )  # fmt: skip
+
+    def memory(self, problem: Problem) -> MemoryPlan:
+        """The plan of one of the problems."""
+        return self._counted(problem.sequences).memory(problem)
+
+    def price(self, problem: Problem) -> float:
         """Time of a token, of what it takes at least: by FLOPs, and by what a micro-batch moves."""
-        problem = self._problem(way, way.micro_batch_sizes[place])
         model = self._counted(self._whole.sequences).model
         flops = flops_per_token(model, problem.sequence_length)
         again = computed_again(model, problem, counts_before(problem, self._losses))
@@ -165,11 +210,10 @@ class _Options:
         return 1 + (again + moved * FLOPS_PER_BYTE.get(problem.device, FLOPS_PER_BYTE["cuda"])) / flops
 
     def _count(self, sequences: int) -> Counted:
-        return count(self._model, self._problem(_Way((sequences,), 0, False), sequences), self._registry)
+        """Of which checkpointing and recompute_logits take off what they keep less."""
+        problem = next(each for each in self._problems(0, False) if each.sequences == sequences)
+        return count(self._model, problem, self._registry)
 
-    def _problem(self, way: _Way, sequences: int) -> Problem:
-        micro_batches = self._whole.sequences * self._whole.micro_batches // sequences
-        return replace(
-            self._whole, sequences=sequences, micro_batches=micro_batches, checkpointing=way.checkpointing,
-            recompute_logits=way.recompute_logits,
-        )  # fmt: skip
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(number, 0, -1) if number % each == 0]

@@ -21,6 +21,7 @@ from moelab.nn.compiler_cache import ensure_compiler_cache
 from moelab.nn.count import cached_numbers, moe_blocks
 from moelab.nn.loss import chunk_rows, keeps_logits
 from moelab.nn.low_rank import Target, adapter_targets, train_alone
+from moelab.nn.names import stop_training
 from moelab.nn.narrow import narrow
 from moelab.nn.optimizing import OptimizerContext, each, kept_of, trained_parameters
 from moelab.nn.room import MOMENTS
@@ -37,6 +38,7 @@ CPU_PROCESS = 440_000_000
 # And where experts compute in bf16: the same in every run that was measured, of 32 to 127 million parameters, on one
 # process and on two. Probably what oneDNN keeps of products whose shapes are ever new.
 CPU_BF16_EXPERTS = 180_000_000
+FROZEN = "train.freeze"
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,22 @@ class MemoryPlan:
     working: int  # the layer that is being computed
     passing: int = 0  # gathered in all passes of a step and freed again, layer after layer
     added: int = 0  # gradients of a later micro-batch, freed when they are added to those of the first
+    twice: int = 0  # of the last gradient: a tied table's, before what both its uses gave is added
+    # Beside all activations: the head's gradient, those of an earlier micro-batch, and what the loss computes.
+    first: int = 0
+    last: int = 0  # beside all gradients: `twice`, and what the first layer computes
     process: int = 0  # of a CPU, what the process holds beside its tensors
     heap: bool = False  # malloc's, which can't give the place of freed activations to gradients
 
     @property
     def tensors(self) -> int:
         """The most bytes of tensors alive at once: activations shrink while gradients grow."""
-        held = self.parameters + self.optimizer + self.weights_in_use + self.working
-        return held + max(self.activations, self.gradients)
+        return self.parameters + self.optimizer + self.weights_in_use + self._together
+
+    @property
+    def _together(self) -> int:
+        """Before the backward pass frees an activation, or when it has made the last gradient."""
+        return max(self.activations + self.first, self.gradients + self.last)
 
     @property
     def unused(self) -> int:
@@ -78,7 +88,10 @@ class MemoryPlan:
         Gradients of a later micro-batch come and go one by one, but the heap grew by about all of them (0.96 to 1.04
         of the plan on one process; benchmarks/memory.py). Over several processes that was not measured.
         """
-        return min(self.activations, self.gradients) + self.passing + self.added if self.heap else 0
+        if not self.heap:
+            return 0
+        grown = self.activations + self.gradients + self.twice + self.added + self.working
+        return max(grown - self._together, 0) + self.passing
 
     @property
     def peak(self) -> int:
@@ -112,7 +125,8 @@ def predict(
     losses = build_balance_losses(config, registry)
     times = times_of(counted.model, problem, counted.sent, machine, counts_before(problem, losses)) if machine else None
     total = sum(parameter.numel() for parameter in counted.model.parameters())
-    trained = sum(target.numbers for target in counted.targets) if counted.targets else total
+    trained = sum(p.numel() for p in counted.model.parameters() if p.requires_grad)
+    trained = sum(target.numbers for target in counted.targets) or trained
     memory, cached = counted.memory(problem), cached_numbers(counted.model)
     return Plan(problem, memory, counted.sent, total, trained, times, cached, config.max_position_embeddings)
 
@@ -144,6 +158,7 @@ def count(config: ModelConfig, problem: Problem, registry: Registry) -> Counted:
         sent = communication(model, problem, losses)  # before other backends stand there, to be counted
         if problem.kept == torch.bfloat16:
             narrow(model)
+        stop_training(model, problem.frozen, FROZEN)
         targets = adapter_targets(model, problem.adapters)
         if targets:
             train_alone(model, targets)
@@ -164,26 +179,61 @@ def _memory(model: Transformer, problem: Problem, saved: Saved) -> MemoryPlan:
     held = (units.root + sum(units.layers)) // mesh.shard + sum(units.banks) // problem.copies
     again = [problem.recomputes(index) for index in range(layers)]
     stream = problem.tokens * model.config.hidden_size * FP32  # what a layer that is computed again keeps: its input
-    kept = sum(stream if twice else own for twice, own in zip(again, saved.layers, strict=True)) + saved.outside
+    of_layers = [stream if twice else own for twice, own in zip(again, saved.layers, strict=True)]
     keeps = keeps_logits(problem.tokens * model.config.vocab_size, problem.recompute_logits)
-    kept += saved.logits if keeps else 0
+    logits = saved.logits if keeps else 0
     # Gradients of one layer's activations, about half of which live at once; and the layer itself if recomputed.
-    layer = max(saved.layers) // 2 + (max(saved.layers) if any(again) else 0)
+    computed = [own // 2 + (own if twice else 0) for twice, own in zip(again, saved.layers, strict=True)]
     adds_up = problem.micro_batches > 1 and problem.keeps_whole_gradients
+    alone = mesh.world == 1
     # Of one device, which alone keeps anything narrower than fp32.
     spared = sum((FP32 - parameter.element_size()) * parameter.numel() for parameter in model.parameters())
+    gradients = FP32 * (units.whole if adds_up else held) - spared - _idle(model, problem)
+    head, tied = model.lm_head.weight, model.lm_head.weight is model.embed_tokens.weight
+    of_head = alone and head.requires_grad  # summed up in fp32, of products that are narrow
+    twice = head.nbytes if of_head and tied else 0
+    summed = head.numel() * (FP32 + (problem.dtype.itemsize if problem.dtype != torch.float32 else 0))
+    loss, reduced = _of_loss(model, problem, keeps), _whole_gradients(units, problem)
+    anew = alone and not adds_up and not problem.adapters  # gradients come beside what a layer no longer keeps
+    made = [sum(p.nbytes for p in layer.parameters() if p.requires_grad and anew) for layer in model.layers]
+    first = max(loss, _beside(of_layers, computed, made) - logits)
+    first += (summed if of_head else 0) + (gradients if adds_up else 0)
     return MemoryPlan(
         parameters=FP32 * held - spared,
-        gradients=FP32 * (units.whole if adds_up else held) - spared,
+        gradients=gradients,
         optimizer=0,
         weights_in_use=(saved.casts if not all(again) else saved.cached) + _whole(units, problem),
-        activations=kept,
-        working=max(layer, _of_loss(model, problem, keeps)) + _whole_gradients(units, problem),
+        activations=sum(of_layers) + saved.outside + logits,
+        working=max(*computed, loss) + reduced,
         passing=_passing(units, problem),
-        added=FP32 * held - spared if problem.micro_batches > 1 and problem.parallel.world == 1 else 0,
+        added=gradients if adds_up and alone else 0,
+        twice=twice,
+        first=first + reduced,
+        last=computed[0] + twice + reduced,
         process=_process(model, problem),
         heap=problem.device == "cpu",
     )
+
+
+def _beside(kept: Sequence[int], computed: Sequence[int], made: Sequence[int]) -> int:
+    """The most bytes beside what is `kept` of all layers while the backward pass goes through them.
+
+    At each what is `computed` there; what those above it kept is gone, and their gradients are `made`.
+    """
+    most = grown = 0
+    for own, at_once, gradients in reversed(list(zip(kept, computed, made, strict=True))):
+        most = max(most, grown + at_once)
+        grown += gradients - own
+    return most
+
+
+def _idle(model: Transformer, problem: Problem) -> int:
+    """Bytes of gradients that parameters which are not trained don't have, where gradients are kept: cut or whole."""
+    mesh, routed = problem.parallel, {id(p) for block in moe_blocks(model) for p in block.experts.parameters()}
+    adds_up = problem.micro_batches > 1 and problem.keeps_whole_gradients
+    parts = {True: mesh.expert, False: 1} if adds_up else {True: mesh.shard, False: mesh.shard}
+    idle = (parameter for parameter in model.parameters() if not parameter.requires_grad)
+    return sum(parameter.nbytes // parts[id(parameter) in routed] for parameter in idle)
 
 
 def _of_loss(model: Transformer, problem: Problem, keeps: bool) -> int:
@@ -204,9 +254,10 @@ def _state(model: Transformer, problem: Problem, registry: Registry) -> int:
     optimizer = registry.build(OPTIMIZERS, settings.algorithm, context, OPTIMIZERS.key)
     routed = {id(parameter) for block in moe_blocks(model) for parameter in block.experts.parameters()}
     units, found = units_of(model, problem.parallel), {True: [0, 0], False: [0, 0]}
+    for parameter in model.parameters():
+        found[id(parameter) in routed][0] += parameter.numel()
     for group, _, parameter in each(optimizer):
         sums = found[id(parameter) in routed]
-        sums[0] += parameter.numel()
         sums[1] += parameter.numel() * kept_of(optimizer, group).bytes_each
     parts = {
         True: sum(units.banks) // problem.copies,
@@ -225,6 +276,9 @@ def _adapted(memory: MemoryPlan, problem: Problem, targets: Sequence[Target]) ->
         optimizer=MOMENTS * problem.moments.itemsize * numbers,
         working=memory.working + FP32 * max(bases),
         added=0,
+        first=memory.first + FP32 * max(bases) + (FP32 * numbers - memory.gradients if memory.added else 0),
+        twice=0,
+        last=memory.last - memory.twice + FP32 * max(bases),
     )
 
 

@@ -26,6 +26,7 @@ def problem_of(run: RunConfig, device: str) -> Problem:
         kept=getattr(torch, train.parameters_dtype),
         moments=getattr(torch, run.optimizer.moments_dtype),
         adapters=train.adapters,
+        frozen=train.freeze,
         algorithm=run.optimizer.algorithm,
         recompute_logits=train.recompute_logits,
     )

@@ -50,6 +50,7 @@ class Problem:
     kept: torch.dtype = torch.float32  # of matrices and their gradients between steps; of one device
     moments: torch.dtype = torch.float32  # of AdamW's state; of one device
     adapters: Sequence[AdapterConfig] = ()  # which alone are trained; none: all parameters are. Of one device
+    frozen: Sequence[str] = ()  # patterns over names of parameters that are not trained
     recompute_logits: bool | None = None  # in the backward pass; None: where there are very many
     algorithm: Mapping[str, Any] = field(default_factory=lambda: {"name": "adamw"})  # of the optimizer
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from moelab.errors import ConfigError
-from moelab.nn.names import matching
+from moelab.nn.names import stop_training
 
 logger = logging.getLogger("moelab")
 KEY = "train.freeze"
@@ -24,15 +23,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """
     if not patterns:
         return []
-    named = dict(model.named_parameters(remove_duplicate=False))
-    frozen: set[str] = set()
-    for pattern in patterns:
-        frozen |= matching(named, pattern, KEY)
-    for name in frozen:
-        named[name].requires_grad_(False)
+    frozen = stop_training(model, patterns, KEY)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if not trained:
-        raise ConfigError(f"{KEY}: {list(patterns)} match every parameter, so nothing would be trained")
     count = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     logger.warning(
         "%s: %s parameters in %d tensors stay as they are, %s are trained",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import re
 
 import pytest
 
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.config.run import RunConfig, TrainConfig
-from moelab.config.stages import StageConfig
+from moelab.config.stages import StageConfig, in_stage
 from moelab.errors import ConfigError
-from moelab.planning.budget import MARGIN, Choice, choose
+from moelab.planning.budget import EVERY, MARGIN, Choice, choose, price_of, write
 from moelab.planning.memory import predict
 from moelab.planning.of_run import problem_of
 from moelab.registry import Registry
@@ -88,6 +90,39 @@ def test_each_stage_has_a_micro_batch_of_its_own(registry: Registry) -> None:
     short, long = found.micro_batch_sizes
     assert short > long
     assert [stage.micro_batch_size for stage in run.stages] == [short, long]
+
+
+@pytest.mark.parametrize("part", [0.45, 0.6, 0.8])
+def test_what_is_chosen_for_stages_is_the_cheapest_of_all_that_they_could_be_together(
+    part: float, registry: Registry
+) -> None:
+    run = _run()
+    run.stages = [StageConfig("short", 1, 32, 4), StageConfig("long", 1, sequence_length=256, batch_size=6)]
+    run.train.steps = 2
+    found = []
+    ways = itertools.product((1, 2, 4), (1, 2, 3, 6), EVERY, (False, True))
+    for short, long, every, logits in ways:
+        each = copy.deepcopy(run)
+        write(each, (short, long), every, logits)
+        stages = [in_stage(each, number) for number in range(2)]
+        peak = max(predict(one.model, problem_of(one, "cuda"), registry).memory.peak for one in stages)
+        prices = [price_of(one, registry, "cuda") for one in stages]
+        tokens = [one.train.batch_size * one.train.sequence_length for one in stages]
+        found.append((peak, sum(p * n for p, n in zip(prices, tokens, strict=True)) / sum(tokens)))
+    budget = part * max(peak for peak, _ in found)
+    chosen = _chosen(run, registry, budget)
+    assert chosen.price == pytest.approx(min(price for peak, price in found if peak <= (1 - MARGIN) * budget))
+
+
+def test_many_stages_are_looked_at_one_by_one(registry: Registry) -> None:
+    """Twelve of them with seven micro-batches each would be more together than a machine can price."""
+    run = _run()
+    run.stages = [StageConfig(f"part {n}", 1, 16, 64) for n in range(12)]
+    run.train.steps = 12
+    found = _chosen(run, registry, _whole(registry, micro_batch_size=8))
+    assert len(found.micro_batch_sizes) == 12
+    with pytest.raises(ConfigError, match="too little for any way"):
+        _chosen(run, registry, 1000)
 
 
 @pytest.mark.parametrize("said", ["lots", "8 GBs", "0", "-3 GB"])

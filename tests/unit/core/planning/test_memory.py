@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from moelab.config.run import OptimizerConfig, ParallelConfig
 from moelab.errors import ConfigError
 from moelab.hookspecs import ROUTERS
 from moelab.nn.checkpointing import apply_activation_checkpointing
+from moelab.nn.names import stop_training
 from moelab.nn.narrow import narrow
 from moelab.planning.memory import predict
 from moelab.planning.traffic import GRADIENTS, PARAMETERS, TOKENS, Problem
@@ -42,20 +44,21 @@ def _config(experts: int = 16, width: int = 64, layers: int = 2, router: str = "
 def _measured(config: ModelConfig, problem: Problem) -> int:
     """The most bytes alive at once in the second step, parameters and moments included."""
     model = build(config, seed=0)
+    stop_training(model, problem.frozen, "train.freeze")
     if problem.kept == torch.bfloat16:
         narrow(model)
     if problem.checkpointing:
         apply_activation_checkpointing(model, problem.checkpointing)
     model.recompute_logits = problem.recompute_logits
-    moments = str(problem.moments).removeprefix("torch.")
-    optimizer = build_adamw(model, OptimizerConfig(moments_dtype=moments))
+    optimizer = build_adamw(model, OptimizerConfig(moments_dtype=str(problem.moments).removeprefix("torch.")))
     ids = torch.randint(0, config.vocab_size, (problem.sequences, problem.sequence_length))
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=problem.dtype == torch.bfloat16):
-            loss = model(ids, targets=ids).token_loss.mean()
-        loss.backward()
+        for _ in range(problem.micro_batches):
+            with torch.autocast("cpu", torch.bfloat16, enabled=problem.dtype == torch.bfloat16):
+                loss = model(ids, targets=ids).token_loss.mean()
+            loss.backward()
         optimizer.step()
 
     step()
@@ -63,7 +66,8 @@ def _measured(config: ModelConfig, problem: Problem) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = sum(p.nbytes + 2 * problem.moments.itemsize * p.numel() for p in model.parameters())
+    moments = 2 * problem.moments.itemsize
+    live = peak = sum(p.nbytes + moments * p.numel() * p.requires_grad for p in model.parameters())
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
@@ -113,8 +117,42 @@ def test_a_heap_grows_by_the_gradients_of_a_second_micro_batch_and_of_no_third()
     one, two, three = (predict(_config(), replace(PROBLEM, micro_batches=n)).memory for n in (1, 2, 3))
     assert two.peak - one.peak == two.gradients
     assert three == two
-    card = replace(PROBLEM, micro_batches=2, device="cuda")
-    assert predict(_config(), card).memory.peak == predict(_config(), replace(card, micro_batches=1)).memory.peak
+
+
+@pytest.mark.parametrize("sequences", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_later_micro_batch_keeps_its_activations_beside_the_gradients_of_the_first(
+    sequences: int, dtype: torch.dtype
+) -> None:
+    problem = replace(PROBLEM, sequences=sequences, dtype=dtype, micro_batches=2)
+    assert predict(_config(), problem).memory.tensors == pytest.approx(_measured(_config(), problem), rel=0.15)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_tables_of_a_large_vocabulary_have_their_gradients_when_they_are_made(tied: bool) -> None:
+    """That of the head comes while all activations are there; that of the embedding last, beside a tied head's."""
+    config = _config()
+    config.vocab_size, config.tie_word_embeddings = 65_536, tied
+    for problem in (PROBLEM, replace(PROBLEM, sequences=1, recompute_logits=True)):
+        assert predict(config, problem).memory.tensors == pytest.approx(_measured(config, problem), rel=0.1)
+
+
+@pytest.mark.parametrize("frozen", ["layers.*.mlp.experts.*", "embed_tokens.*"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_what_is_not_trained_has_neither_gradients_nor_moments(frozen: str, micro_batches: int) -> None:
+    config, problem = _config(), replace(PROBLEM, frozen=[frozen], micro_batches=micro_batches)
+    config.vocab_size, config.tie_word_embeddings = 8192, True
+    trained = sum(p.numel() for name, p in build(config).named_parameters() if not fnmatch(name, frozen))
+    memory = predict(config, problem).memory
+    assert (memory.gradients, memory.optimizer) == (4 * trained, 8 * trained)
+    assert predict(config, problem).trained == trained
+    assert memory.tensors == pytest.approx(_measured(config, problem), rel=0.15)
+    mesh = replace(problem, parallel=ParallelConfig(shard=4, expert=2))
+    cut, whole = predict(config, mesh).memory, predict(config, replace(mesh, frozen=())).memory
+    assert cut.optimizer / whole.optimizer == pytest.approx(
+        trained / predict(config, problem).total_parameters, rel=0.01
+    )
+    assert cut.gradients < whole.gradients
 
 
 GROWN = """
