@@ -48,9 +48,12 @@ test: $(INSTALLED)
 
 # Another processor's kernels (no AVX in torch, no AVX-512 in oneDNN, plain ones in MKL), three threads, another order
 # for each commit (SHUFFLE repeats one), and an installed package whose `moelab` entry point imports torch. Without what
-# compiles for GPUs, what starts torchrun, and what kills, damages, installs or types, which none of that changes.
-SAME_EVERYWHERE := tests/hostile tests/unit/tools/sweep tests/unit/test_benchmarks.py tests/unit/test_house_rules.py \
-	$(addprefix tests/flow/test_,kills.py template.py wheel.py documentation.py)
+# compiles for GPUs, what starts torchrun, and what kills, damages, installs or types, which none of that changes; nor
+# does it plans of runs, statistics in numpy, and bits that are read back.
+SAME_EVERYWHERE := tests/hostile $(addprefix tests/unit/tools/,sweep experiments compare) \
+	$(addprefix tests/unit/test_,benchmarks.py house_rules.py plugin_docs.py golden.py) \
+	tests/unit/core/parallel/test_saving.py tests/unit/upcycling/test_one_reader.py \
+	$(addprefix tests/flow/test_,kills.py damage.py trust.py template.py wheel.py documentation.py)
 SHUFFLE ?= $(or $(shell git rev-parse --short HEAD 2>/dev/null),0)
 test-elsewhere: $(INSTALLED)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=3 OMP_WAIT_POLICY=passive \

@@ -30,7 +30,7 @@ def main() -> None:
         world = parallel.get("replicate", 1) * parallel.get("shard", 1)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            found = run_on(world, grid.run_layouts, folder, [layout], list(grid.MODELS), name, False)[0]
+            found = run_on(world, grid.run_layouts, folder, {layout: list(grid.MODELS)}, name, False)[0]
             for model in grid.MODELS:
                 if (model, micro) not in alone:
                     alone[model, micro] = grid.steps(model, None, micro)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,11 +172,11 @@ def _whole(value: torch.Tensor) -> torch.Tensor:
 
 
 def run_layouts(
-    layouts: list[str], models: list[str], folder: str, checkpointing: bool, dtype: str = "float32"
+    layouts: Mapping[str, Sequence[str]], folder: str, checkpointing: bool, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """On each rank: every model under every layout; rank 0 writes the weights."""
+    """On each rank: under every layout its models; rank 0 writes the weights."""
     results: dict[str, Any] = {}
-    for layout in layouts:
+    for layout, models in layouts.items():
         parallel, micro = LAYOUTS[layout]
         for name in models:
             found = steps(name, parallel, micro, checkpointing, dtype)
@@ -185,6 +185,11 @@ def run_layouts(
                 save_file(_apart(weights), Path(folder) / f"{layout}-{name}.safetensors")
             results[f"{layout}-{name}"] = found
     return results
+
+
+def several(asked: list[tuple[str, list[Any]]]) -> list[Any]:
+    """What functions of this module find, one after the other on the same processes."""
+    return [globals()[name](*arguments) for name, arguments in asked]
 
 
 def _apart(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

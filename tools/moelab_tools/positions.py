@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from math import ceil
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -41,6 +41,7 @@ class Positions:
 
     attention: str | None = None
     rope_scaling: str | None = None
+    typed: bool = field(default=True, compare=False)  # as options; False: in a file of ways, as its keys
 
     def apply(self, model: Transformer, registry: Registry, length: int, trained: int) -> list[str]:
         """Reposition `model` for texts of `length` tokens; -> a line for each number that was filled in.
@@ -56,9 +57,21 @@ class Positions:
                 key = option.removeprefix("--").replace("-", "_")
                 parts[key], filled = _part(option, said, registry, length, trained)
                 told += [f"{option} {parts[key]['name']}: {filled}"] if filled else []
-        if parts:
-            reposition(model, registry, **parts)
+        try:
+            if parts:
+                reposition(model, registry, **parts)
+        except ConfigError as error:
+            raise ConfigError(self._in_its_words(str(error))) from error
         return told
+
+    def _in_its_words(self, message: str) -> str:
+        """A complaint about a config's key as one about what said it here."""
+        for option, point in OPTIONS.items():
+            if message.startswith(point.key):
+                name = option if self.typed else point.key.removeprefix("model.")
+                rest = message.removeprefix(point.key).removeprefix(".name")
+                return name + (f", {rest[1:]}" if rest.startswith(".") else rest)
+        return message
 
 
 def trained_length(run: RunConfig | None, longest: int) -> int:
@@ -76,7 +89,7 @@ def _part(option: str, said: str, registry: Registry, length: int, trained: int)
     known = registry.components(point).get(str(part.get("name")))
     filled = {}
     if known is not None:  # else the registry says what there is
-        defaults = {field.name: field.default for field in fields(known.options)}
+        defaults = {one.name: one.default for one in fields(known.options)}
         if TRAINED in defaults and part.get(TRAINED) is None:
             filled[TRAINED] = trained
         if defaults.get(WINDOW) == MISSING_TEXT and WINDOW not in part:

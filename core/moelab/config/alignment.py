@@ -49,7 +49,8 @@ class AlignmentConfig:
     loss_on: str = "assistant"  # of sft: assistant, its turns and what ends them, or all tokens
     too_long: str = "cut"  # what is longer than sequence_length: cut at its end, drop, or refuse
     router: str = "train"  # train; freeze, parameters and after_step alike; lr_scale, at a rate of its own
-    router_lr_scale: float = 0.1  # of lr_scale: the router's learning rate over that of the others
+    # Of lr_scale: the learning rate of the router's parameters over that of the others; `bias_update_rate` is apart.
+    router_lr_scale: float = 0.1
     balance: bool = True  # the model's balance losses count; TRL's own pooled one never does
     beta: float = 0.1  # of dpo and online_dpo: how close the policy is held to its reference
     loss: str = "sigmoid"  # of dpo and online_dpo, by TRL's names: sigmoid, hinge, ipo, sigmoid_norm, robust, ...

@@ -10,15 +10,18 @@ import dataclasses
 import hmac
 import json
 import os
+from collections.abc import Mapping
+from functools import cache
 from hashlib import pbkdf2_hmac
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from moelab.config.files import read_file
 from moelab.config.interpolation import escape, leaves, replace_leaves, unescape
-from moelab.config.scalars import Literal
+from moelab.config.overlay import section_schemas
+from moelab.config.scalars import MISSING_TEXT, Literal
 from moelab.config.text import write_tree
-from moelab.config.typed import Typing
+from moelab.config.typed import Typing, default_of
 
 SchemaT = TypeVar("SchemaT")
 _NAME = "config.yaml"
@@ -58,6 +61,36 @@ def read_stored(path: Path, schema: type[SchemaT]) -> SchemaT:
     A number that came from the environment is the characters `${oc.env:...}`: no checkpoint needs one to be opened.
     """
     return Typing(settled=False, unresolved=True).build(schema, read_stored_tree(path))
+
+
+def filled(tree: Mapping[str, Any], schema: Any) -> dict[str, Any]:
+    """A stored tree with the defaults of the keys that it lacks, since there were none when it was stored.
+
+    Nothing in it is checked. The options of parts stay as they are: their defaults are their plugin's.
+    """
+    found = dict(tree)
+    for field in dataclasses.fields(schema):
+        if field.name not in found:
+            value = default_of(field)
+            if value != MISSING_TEXT:
+                is_section = dataclasses.is_dataclass(value) and not isinstance(value, type)
+                found[field.name] = dataclasses.asdict(value) if is_section else value
+    for key, (section, items) in _schemas_in(schema).items():
+        value = found.get(key)
+        if section is not None and isinstance(value, Mapping):
+            found[key] = filled(value, section)
+        elif items is not None and isinstance(value, list):
+            found[key] = [filled(one, items) if isinstance(one, Mapping) else one for one in value]
+    return found
+
+
+@cache
+def _schemas_in(schema: Any) -> dict[str, tuple[Any, Any]]:
+    """{field: the dataclass that it holds, that of which it holds a list} of those that hold one."""
+    sections, hints = section_schemas(schema), get_type_hints(schema)
+    items = {key: next(iter(get_args(hint)), None) for key, hint in hints.items() if get_origin(hint) is list}
+    items = {key: one for key, one in items.items() if dataclasses.is_dataclass(one)}
+    return {key: (sections[key], items.get(key)) for key in sections if sections[key] is not None or key in items}
 
 
 def seal(values: Any, salt: bytes | None = None) -> str:

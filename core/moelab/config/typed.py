@@ -58,7 +58,7 @@ class Typing:
                 raise KeyProblem((*path, str(key)), f"no such key; it takes: {', '.join(fields)}")
         values = {}
         for name, field in fields.items():
-            standard = getattr(default, name) if default is not None else _default(field)
+            standard = getattr(default, name) if default is not None else default_of(field)
             inner = (*path, name)
             if _is_missing(tree.get(name, standard), name in tree):
                 raise KeyProblem(inner, f"has no value yet; set it in a file or as {'.'.join(inner)}=...")
@@ -166,7 +166,8 @@ SCHEMA = Typing(settled=False)  # a config: its parts are typed by the registry
 OPTIONS = Typing(settled=True)  # of a plugin
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """MISSING_TEXT where it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return MISSING_TEXT if field.default is dataclasses.MISSING else field.default

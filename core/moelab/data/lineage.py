@@ -40,6 +40,11 @@ _FREE_TRAIN = {
 }
 
 
+# {key: its default} of those that came after there were lineages: at it they say nothing of how weights are made, so
+# that weights from before are of the same recipe. A new key of a run belongs here, if it is not free.
+_LATER: dict[str, Any] = {"stages": [], "optimizer.algorithm": {"name": "adamw"}, "train.autotune": None}
+
+
 @dataclass(frozen=True)
 class Lineage:
     """Of some weights. `stages`: oldest first."""
@@ -97,10 +102,11 @@ def trained(
     tree: dict[str, Any] = {key: value for key, value in asdict(config).items() if key not in _FREE}
     tree["train"] = {key: value for key, value in tree["train"].items() if key not in _FREE_TRAIN}
     tree["data"] = {key: value for key, value in tree["data"].items() if key != "order_seed"}
-    if not config.stages:
-        del tree["stages"]  # there are runs from before there were any
-    if tree["optimizer"]["algorithm"] == {"name": "adamw"}:
-        del tree["optimizer"]["algorithm"]  # there are runs from before there was another
+    for key, standard in _LATER.items():
+        section, _, name = key.rpartition(".")
+        holder = tree[section] if section else tree
+        if holder[name] == standard:
+            del holder[name]
     del tree["schedule"]["rewarm_steps"]  # `made` says whether and where that happened
     tree |= {"made": dict(made)} if made else {}
     tree = replace_leaves(tree, {path: one.recipe for path, one in (named or {}).items()})

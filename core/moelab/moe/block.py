@@ -192,10 +192,15 @@ class MoEBlock(nn.Module):
             raise ConfigError(f"model.moe.backend, layer {self.layer_id}: '{self.backend.name}' {reason}")
         self._served.add(kind)
 
+    @property
+    def computes_every_expert(self) -> bool:
+        """Whether its backend does in training: not where the router has nothing that could hear of them."""
+        return getattr(self.backend, "computes_every_expert", False) and getattr(self.router, "learns", True)
+
     @torch.no_grad()  # checkpointing counts what is saved, and the second computation does not look
     def _look(self, routing: Routing, x: Tensor) -> None:
         """The values of the first routing, while waiting for them costs nothing that counts."""
-        if getattr(self.backend, "computes_every_expert", False):
+        if self.computes_every_expert:
             fault = promises.gradient_beyond_choice(routing)
             if fault is not None:
                 raise ConfigError(

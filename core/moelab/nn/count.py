@@ -179,8 +179,7 @@ def _declared_weights(block: MoEBlock) -> int:
 
 def _idle_flops(block: MoEBlock) -> int:
     """Of training, forward alone: experts that a backend computes for tokens that they don't serve, as declared."""
-    every = getattr(block.backend, "computes_every_expert", False)
-    return 2 * (_size(block) - _declared_weights(block)) if every else 0
+    return 2 * (_size(block) - _declared_weights(block)) if block.computes_every_expert else 0
 
 
 def _size(block: MoEBlock) -> int:

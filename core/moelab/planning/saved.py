@@ -125,8 +125,8 @@ def count_saved(model: Transformer, problem: Problem) -> Saved:
     routers = [block.router for block in moe_blocks(model)]
     for block in moe_blocks(model):
         block.believe()  # the look at the first routing's values needs values
+        every = block.computes_every_expert
         block.router = _Placeholders(block.router)
-        every = getattr(block.backend, "computes_every_expert", False)
         block.backend = _CountedExperts(problem.device == "cpu", problem.parallel.expert > 1, every)
         block.chunk = None
     if problem.device != "cpu":  # the fake tensors are the CPU's

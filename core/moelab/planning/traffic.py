@@ -206,7 +206,7 @@ def _of_tokens(
         ways = 2 * (2 + again + extra)  # there and back: forward, backward, and what is computed besides
         found.append(Collective(TOKENS, EXCHANGE, ranks, 1, rows * width * ways, micro * ways))
         counted = micro * (1 + again + extra)
-        if getattr(block.backend, "computes_every_expert", False):  # forward, and not where a pass merely counts
+        if block.computes_every_expert:  # forward, and not where a pass merely counts
             shown, beside = micro * problem.tokens * block.layout.num_experts, 1 + again
             found.append(Collective(TOKENS, EXCHANGE, ranks, 1, shown * width * 2 * beside, micro * 2 * beside))
             counted += micro * beside

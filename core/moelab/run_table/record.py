@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moelab.config.run import RunConfig
 from moelab.config.scalars import settle
-from moelab.config.stored import read_stored_tree
+from moelab.config.stored import filled, read_stored_tree
 from moelab.errors import UserError
 from moelab.lock import LOCK, is_held
 from moelab.printable import printable
@@ -148,7 +149,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = dict(settle(read_stored_tree(path)))
     if not isinstance(config.get("model"), dict):
         READING.refuse(path, "holds no `model`")
-    return config
+    return filled(config, RunConfig)
 
 
 def _read_summary(path: Path) -> Record:

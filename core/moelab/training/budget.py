@@ -25,16 +25,23 @@ def settle_budget(config: RunConfig, registry: Registry, device: str, start: Sta
     budget = config.train.memory_budget
     if budget is None:
         return None
-    if start.origin is not None and start.origin.own and start.origin.own.folder is not None:
-        then = read_run_config(start.origin.folder)
-        if then.train.memory_budget == budget:
-            sizes = [stage.micro_batch_size for stage in then.stages] or [then.train.micro_batch_size]
-            write(config, sizes, then.train.activation_checkpointing, then.train.recompute_logits)
-            return None
+    origin = start.origin
+    begun = origin is not None and origin.own is not None and origin.own.folder is not None
+    if origin is not None and begun and keep_choice(config, read_run_config(origin.folder)):
+        return None
     choice = choose(config, registry, device)
     logger.warning("%s", choice.sentence(config))
     choice.write(config)
     return choice.memory
+
+
+def keep_choice(config: RunConfig, then: RunConfig) -> bool:
+    """Write into a config, in place, what a run chose that began under the same budget; -> whether there is one."""
+    if config.train.memory_budget is None or config.train.memory_budget != then.train.memory_budget:
+        return False
+    sizes = [stage.micro_batch_size for stage in then.stages] or [then.train.micro_batch_size]
+    write(config, sizes, then.train.activation_checkpointing, then.train.recompute_logits)
+    return True
 
 
 def tell_measured(config: RunConfig, plan: MemoryPlan | None, gigabytes: float, step: int) -> None:

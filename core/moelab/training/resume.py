@@ -18,7 +18,8 @@ from moelab.training.checkpoint import TrainingState, restore_checkpoint
 from moelab.training.mixture import check_mixture
 from moelab.training.plan import Plan, plan_of
 from moelab.training.progress import can_continue
-from moelab.training.setup import Setup, check_same_run
+from moelab.training.same_run import check_same_run
+from moelab.training.setup import Setup
 from moelab.training.summary import versions
 
 logger = logging.getLogger("moelab")

@@ -82,7 +82,20 @@ def warn_of_untaught_routers(
             "`learns = False`",
             ", ".join(str(alarm.layer) for alarm in frozen),
         )
+    _warn_of_idle_backends(blocks)
     return frozen + [_alarm("untaught", layer) for layers in untaught.values() for layer in layers]
+
+
+def _warn_of_idle_backends(blocks: Sequence[MoEBlock]) -> None:
+    """A line for those that compute every expert for a router that has nothing to learn."""
+    idle = [b for b in blocks if getattr(b.backend, "computes_every_expert", False) and not learns(b.router)]
+    if idle:
+        logger.warning(
+            "model.moe.backend, layer %s: %s lets a router hear of every expert, and the router here has nothing to "
+            "learn: it computes what the backend inside it does, and no more",
+            ", ".join(str(block.layer_id) for block in idle),
+            idle[0].backend.name,
+        )
 
 
 def learns(router: object) -> bool:

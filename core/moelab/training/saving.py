@@ -19,7 +19,8 @@ from moelab.training.loop import Loop, Saving, served_backends
 from moelab.training.mixture import mixture_state
 from moelab.training.plan import to_json
 from moelab.training.resume import PLUGINS, VERSIONS, training_state
-from moelab.training.setup import checkpoint_files, fixed_environment
+from moelab.training.same_run import fixed_environment
+from moelab.training.setup import checkpoint_files
 from moelab.training.start import COMMIT, OVERRIDES
 from moelab.training.summary import BACKENDS, LOADS, versions
 from moelab.training.writing import Writing

@@ -8,27 +8,24 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from moelab.alarms import Alarm
 from moelab.builder import build_balance_losses, build_hollow, build_model, resolve_model
-from moelab.checkpoint import CONFIG, read_run_config, read_state
+from moelab.checkpoint import CONFIG
 from moelab.config.interpolation import KeyPath
 from moelab.config.rope_scaling import as_part
 from moelab.config.run import RunConfig, TrainConfig
-from moelab.config.scalars import settle
 from moelab.config.stages import fill_in, stand_in
-from moelab.config.stored import is_sealed, stored, to_yaml
+from moelab.config.stored import to_yaml
 from moelab.data.batches import ValidationBatches
 from moelab.data.corpus import Corpus, DataContext
 from moelab.data.lineage import LINEAGE, Lineage, trained
 from moelab.data.promises import corpus_fault
 from moelab.data.seen import RECORD, DataRecord, SeenText, record_of_run, seen_text
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
-from moelab.errors import ConfigError
 from moelab.hookspecs import DATA_SOURCES, MIXERS, OBSERVERS, OPTIMIZERS, ROPE_SCALINGS
 from moelab.integrity import Verify
 from moelab.moe.balance import NamedLoss
@@ -59,25 +56,6 @@ from moelab.training.start import Start, find_start, same_model, starting_model,
 from moelab.training.step import StepSettings
 
 logger = logging.getLogger("moelab")
-
-# What may differ when a run is resumed: none of it changes the numbers of a step.
-FREE_ON_RESUME = {
-    "run_dir", "resume", "name", "declaration", "observers", "evaluation", "search_path", "store_environment",
-    "parallel",
-}  # fmt: skip
-REPLANS = ("train.steps", "schedule.rewarm_steps")  # may differ where `moelab.training.plan` knows what that means
-FREE_TRAIN_KEYS = {
-    "log_every",
-    "probe_every",
-    "save_every",
-    "save_in_background",
-    "keep_checkpoints",
-    "init_from",
-    "init_overrides",
-    "keep_best",
-    "patience",
-    "autotune",  # a run goes on by the ways that it began with
-}
 
 
 @dataclass(frozen=True)
@@ -300,6 +278,13 @@ def _spread_model(
 
 def resolve_run(config: RunConfig, registry: Registry) -> None:
     """Write every default of every chosen plugin into the config, in place."""
+    resolve_parts(config, registry)
+    if config.stages:
+        stand_in(config, -1)
+
+
+def resolve_parts(config: RunConfig, registry: Registry) -> None:
+    """The same for a config that stands in a stage, and stays there."""
     resolve_model(config.model, registry)
     config.optimizer.algorithm = registry.resolve(OPTIMIZERS, config.optimizer.algorithm, OPTIMIZERS.key)
     config.data.source = registry.resolve(DATA_SOURCES, config.data.source, "data.source")
@@ -313,8 +298,6 @@ def resolve_run(config: RunConfig, registry: Registry) -> None:
             stage.rope_scaling = registry.resolve(ROPE_SCALINGS, part, f"{where}.rope_scaling")
         if stage.mixer is not None:
             stage.mixer = registry.resolve(MIXERS, stage.mixer, f"{where}.mixer")
-    if config.stages:
-        stand_in(config, -1)
     config.observers = [registry.resolve(OBSERVERS, o, f"observers.{i}") for i, o in enumerate(config.observers)]
 
 
@@ -337,45 +320,3 @@ def checkpoint_files(setup: Setup, step: int, made: Mapping[str, Any]) -> dict[s
     lineage = trained(setup.config, setup.lineage, made, setup.named_weights)
     own = {CONFIG: to_yaml(setup.config).encode(), RECORD: record.to_bytes(), LINEAGE: lineage.to_bytes()}
     return own | setup.tokenizer.files() | setup.start.files
-
-
-def check_same_run(setup: Setup, checkpoint: Path) -> None:
-    """Refuse to resume under another config. Raises ConfigError naming the keys that differ."""
-    then, now = _fixed_part(stored(read_run_config(checkpoint))), _fixed_part(stored(setup.config))
-    known = all(isinstance(config["train.steps"], int) for config in (then, now))  # and not from the environment
-    free = REPLANS if known else ()
-    different = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key) and key not in free)
-    if different:
-        lines = "; ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in different[:5])
-        raise ConfigError(
-            f"{different[0]}: {checkpoint} was written under another config ({lines}); resume with the same, "
-            "or start a new run from these weights with train.init_from"
-        )
-    outside = fixed_environment(setup.config)
-    sealed = str(read_state(checkpoint).get("environment", ""))
-    if outside and not is_sealed(outside, sealed):
-        raise ConfigError(
-            f"{next(iter(outside))}: {checkpoint} was written in another environment: what {', '.join(outside)} took "
-            "from it then is something else now; set the variables as they were, or start a new run with "
-            "train.init_from"
-        )
-
-
-def fixed_environment(config: RunConfig) -> dict[str, Any]:
-    """{key: value} of what came from the environment and must be the same when the run goes on."""
-    values = _fixed_part(dataclasses.asdict(config))
-    return {key: values[key] for key in map(".".join, sorted(config.as_written)) if key in values}
-
-
-def _fixed_part(config: dict[str, Any]) -> dict[str, Any]:
-    tree = {k: settle(v) for k, v in config.items() if k not in FREE_ON_RESUME}
-    tree["train"] = {k: v for k, v in tree["train"].items() if k not in FREE_TRAIN_KEYS}
-    return dict(_flat(tree, ()))
-
-
-def _flat(tree: Any, key_path: tuple[str, ...]) -> list[tuple[str, Any]]:
-    if isinstance(tree, list) and tree:
-        tree = dict(enumerate(tree))
-    if isinstance(tree, dict) and tree:
-        return [leaf for key, value in tree.items() for leaf in _flat(value, (*key_path, str(key)))]
-    return [(".".join(key_path), tree)]

@@ -165,13 +165,29 @@ def test_a_way_that_can_not_be_is_refused_before_the_first_is_looked_at() -> Non
     assert given.model.config.attention is None, "left as it was"
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (Positions("dual_chunkk"), "--attention: no attention 'dual_chunkk'"),
+        (Positions("{name: sliding_window, windw: 4}"), "--attention, windw: 'sliding_window'"),
+        (Positions("{name: sliding_window, window: 0}"), "--attention: 'sliding_window'"),
+        (Positions(rope_scaling="yarnn"), "--rope-scaling: no rope scaling 'yarnn'"),
+        (Positions("dual_chunkk", typed=False), "attention: no attention 'dual_chunkk'"),
+    ],
+)
+def test_a_complaint_names_what_was_typed(asked: Positions, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        asked.apply(model(), REGISTRY, 128, 64)
+    assert str(caught.value).startswith(told)
+
+
 def test_of_all_known_ways_those_are_looked_at_that_a_model_can_take(caplog: pytest.LogCaptureFixture) -> None:
     """Latent attention turns a part of each head, which dual chunks don't."""
     sizes = LatentAttentionConfig(kv_lora_rank=4, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4)
     net = moelab.build_model(replace(model().config, latent_attention=sizes, num_key_value_heads=2, qkv_bias=False))
     ways = rehearse(replace(looked(), model=net), read_ways("all"), "1x,2x")
     assert [way.name for way in ways] == [name for name in KNOWN if not name.startswith("dca")]
-    assert "--ways: dca is left out: model.attention: 'dual_chunk' turns whole heads" in caplog.text
+    assert "--ways: dca is left out: attention: 'dual_chunk' turns whole heads" in caplog.text
 
 
 def test_loads_are_told_by_place() -> None:

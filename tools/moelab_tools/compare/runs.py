@@ -174,8 +174,9 @@ def _runs_inside(folder: Path) -> str:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    from moelab.config.run import RunConfig
     from moelab.config.scalars import settle
-    from moelab.config.stored import read_stored_tree
+    from moelab.config.stored import filled, read_stored_tree
 
     try:
         config = settle(read_stored_tree(path))
@@ -184,7 +185,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if "model" not in config:
         raise UserError(f"{path}: holds no `model`; {_CURE}")
     check_config(Record(str(path), config, READING))
-    return dict(config)
+    return filled(config, RunConfig)
 
 
 def _read_summary(path: Path) -> dict[str, Any]:

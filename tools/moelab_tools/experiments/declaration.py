@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from omegaconf import MISSING
 from moelab.config.files import config_folder, file_layers, find_config, is_override, override_layer
 from moelab.config.load import load_config
 from moelab.config.scalars import settle
+from moelab.config.typed import default_of
 from moelab.errors import ConfigError, near
 from moelab.paths import user_path
 from moelab.planning.match import MEASURES
@@ -132,6 +133,18 @@ class ExperimentConfig:
             raise ConfigError(f"budget.runs: {self.budget.runs}; variants times seeds are {runs}: declare fewer seeds")
 
 
+# The keys that every hash of a declaration has seen, also at their defaults; what a part has beside them came later.
+ALWAYS_SAID: dict[type, str] = {
+    ExperimentConfig: "question configs variants baseline seeds prepare match budget protocol decision",
+    Step: "name train upcycle source",
+    Budget: "minutes runs tokens",
+    Protocol: "axis error practical looks spending give_up",
+    Reaching: "question moments ways baseline at tokens passkey decision",
+    Routing: "against tokens",
+    Logged: "names first last",
+}
+
+
 @dataclass(frozen=True)
 class Declaration:
     """An experiment.yaml that was read."""
@@ -142,7 +155,7 @@ class Declaration:
     hash: str
 
     def tree(self) -> dict[str, Any]:
-        return _said(self.config)
+        return dict(said(self.config))
 
     def meaning(self, words: Sequence[str]) -> list[Any]:
         """What files and overrides say, wherever they lie."""
@@ -170,28 +183,31 @@ def read_declaration(name: str | Path) -> Declaration:
     named += [word for step in config.prepare for word in step.words]
     files = {word: find_near(word, folder) for word in named if not is_override(word)}
     texts = {word: [settle(layer.tree) for layer in file_layers(file)] for word, file in sorted(files.items())}
-    said: dict[str, Any] = {"declared": _said(config), "files": texts}
+    hashed: dict[str, Any] = {"declared": said(config), "files": texts}
     if config.files:
-        said["data"] = {name: hashlib.sha256(_bytes_of(folder / name, name)).hexdigest() for name in config.files}
+        hashed["data"] = {name: hashlib.sha256(_bytes_of(folder / name, name)).hexdigest() for name in config.files}
     label = folder.resolve().name if path.name == FILE else path.stem
-    return Declaration(label, path, config, digest(said))
+    return Declaration(label, path, config, digest(hashed))
 
 
 def _bytes_of(path: Path, name: str) -> bytes:
     return read_bytes(path, Reading(ConfigError, f"'files' names it ({name}): put it beside the declaration"))
 
 
-def _said(config: ExperimentConfig) -> dict[str, Any]:
-    """Without what is not asked for: a key that came later changes no hash of a declaration that does not use it."""
-    tree = asdict(config)
-    for key in ("lengths", "routes", "logged", "files"):
-        if not tree[key]:
-            del tree[key]
-    for step in tree["prepare"]:
-        for key in ("align", "data"):
-            if step[key] is None:
-                del step[key]
-    return tree
+def said(part: Any) -> Any:
+    """Plain data of a part of a declaration, as it is hashed.
+
+    Without what is not asked for: a key that came later changes no hash of a declaration that does not use it.
+    """
+    if isinstance(part, list):
+        return [said(one) for one in part]
+    if type(part) not in ALWAYS_SAID:
+        return part
+    values = {field: getattr(part, field.name) for field in fields(part)}
+    always = ALWAYS_SAID[type(part)].split()
+    return {
+        field.name: said(value) for field, value in values.items() if field.name in always or value != default_of(field)
+    }
 
 
 def find_near(word: str, folder: Path) -> Path:

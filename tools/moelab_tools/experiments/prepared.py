@@ -36,6 +36,7 @@ from moelab_tools.experiments.declaration import INIT, Declaration, Step, refere
 from moelab_tools.sweep.launch import Task
 from moelab_tools.sweep.plan import PlannedRun, digest, plan_run
 from moelab_tools.sweep.run import train_task
+from moelab_tools.sweep.state import identity
 
 PREPARED = "prepared"
 ORDER = 1000  # added to the seed: a variant does not meet its source's batches again one by one
@@ -204,7 +205,7 @@ class Preparation:
     def _identity(self, task: str) -> str:
         """What a task made, as far as its own inputs tell."""
         if task in self.runs:
-            return self.runs[task].hash()
+            return identity(self.runs[task])
         stamp = self._stamp(task)
         return _hash_in(stamp) or ""
 

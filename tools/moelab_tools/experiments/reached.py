@@ -17,11 +17,13 @@ from moelab.training.run_folder import write_json
 from moelab_tools.compare.pairing import Losses
 from moelab_tools.compare.verdict import Rules, Verdict, judge
 from moelab_tools.experiments.arms import Arms
+from moelab_tools.experiments.declaration import said
 from moelab_tools.experiments.reaching import Reaching
 from moelab_tools.lengths.kept import FILE, FOLDER, read_kept
 from moelab_tools.passkey import DEPTHS
 from moelab_tools.sweep.launch import Task
 from moelab_tools.sweep.plan import LOGS, PlannedRun, digest
+from moelab_tools.sweep.state import identity
 
 WAYS, STAMPS = "ways.yaml", "lengths"  # in the experiment's folder
 SHOWN = ("difference", "low", "high", "could_have_seen")
@@ -46,10 +48,12 @@ class Looks:
     def _task(self, run: PlannedRun, moment: str) -> Task:
         name = f"{run.name}.{moment}"
         stamp = self.arms.out / STAMPS / f"{name}.json"
-        made_of = digest([asdict(self.asked), run.hash(), moment])
+
+        def made_of() -> str:
+            return digest([said(self.asked), identity(run), moment])
 
         def arguments() -> list[str] | None:
-            if stamp.is_file() and read_object(stamp, Reading(cure="delete it")).get("hash") == made_of:
+            if stamp.is_file() and read_object(stamp, Reading(cure="delete it")).get("hash") == made_of():
                 return None
             asked = self.asked
             words = ["evaluate", str(self.checkpoint(run, moment)), "--length", asked.at, "--tokens", str(asked.tokens)]
@@ -58,7 +62,7 @@ class Looks:
 
         def done() -> None:
             stamp.parent.mkdir(parents=True, exist_ok=True)
-            write_json(stamp, {"hash": made_of})
+            write_json(stamp, {"hash": made_of()})
 
         return Task(name, self.arms.out / LOGS / f"{name}.log", arguments, after=(run.name,), done=done)
 

@@ -23,6 +23,7 @@ from moelab_tools.experiments.routing import Routing
 from moelab_tools.routes.agreeing import Part, Row, rows
 from moelab_tools.sweep.launch import Task
 from moelab_tools.sweep.plan import LOGS, PlannedRun, digest
+from moelab_tools.sweep.state import identity
 
 ROUTES = "routes"  # in the experiment's folder: a trace of each run, and a stamp beside it
 Place = tuple[str, str | None]  # layer, domain; None: all of them
@@ -59,10 +60,12 @@ class Routed:
     def _task(self, run: PlannedRun) -> Task:
         name, out = f"{run.name}.{ROUTES}", self.folder(run)
         stamp = out.with_name(f"{run.name}.json")
-        made_of = digest([self.asked.tokens, run.hash()])
+
+        def made_of() -> str:
+            return digest([self.asked.tokens, identity(run)])
 
         def arguments() -> list[str] | None:
-            stamped = stamp.is_file() and read_object(stamp, Reading(cure="delete it")).get("hash") == made_of
+            stamped = stamp.is_file() and read_object(stamp, Reading(cure="delete it")).get("hash") == made_of()
             if stamped and out.is_dir():
                 return None
             stamp.unlink(missing_ok=True)
@@ -71,7 +74,7 @@ class Routed:
             return words + ["--trust-plugins"] * self.arms.trust
 
         def done() -> None:
-            write_json(stamp, {"hash": made_of})
+            write_json(stamp, {"hash": made_of()})
 
         return Task(name, self.arms.out / LOGS / f"{name}.log", arguments, after=(run.name,), done=done)
 

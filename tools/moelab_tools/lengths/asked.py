@@ -89,7 +89,8 @@ def ways_of(tree: Mapping[str, Any], where: str) -> list[Way]:
         for key in parts:
             if key not in PARTS:
                 raise ConfigError(f"{where}{name}.{key}: unknown{near(str(key), PARTS)} Known: {', '.join(PARTS)}")
-        found.append(Way(name, Positions(*(_text(parts.get(part), f"{where}{name}.{part}") for part in PARTS))))
+        said = {part: _text(parts.get(part), f"{where}{name}.{part}") for part in PARTS}
+        found.append(Way(name, Positions(**said, typed=False)))
     return found
 
 

@@ -89,8 +89,9 @@ def refuse_changed(states: Mapping[str, State], *, force: bool) -> None:
         first = "; ".join(f"{name} ({why})" for name, why in list(changed.items())[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
-            f"{len(changed)} runs lie there under another config: {first}{more}. Choose another --out, or give --force "
-            "to delete just these and train them again; runs that are the same are kept either way"
+            f"{len(changed)} runs lie there under another config: {first}{more}. Give the values that are there "
+            "(KEY=VALUE), choose another --out, or give --force to delete just these and train them again; runs that "
+            "are the same are kept either way"
         )
 
 

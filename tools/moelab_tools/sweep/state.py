@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Literal
 
 from moelab.checkpoint import CONFIG, resolve_checkpoint
+from moelab.config.run import RunConfig
 from moelab.config.scalars import spelled
-from moelab.config.stored import read_stored_tree
+from moelab.config.stored import read_stored, read_stored_tree, stored
 from moelab.data.lineage import lineage_of
 from moelab.errors import ConfigError, UserError
 from moelab.lock import LOCK
 from moelab.paths import user_path
 from moelab.safe_files import Reading, read_object
+from moelab.training.budget import keep_choice
 from moelab.training.run_folder import SUMMARY, is_finished
-from moelab_tools.sweep.plan import PlannedRun, settled_keys
+from moelab.training.same_run import apart, as_today, by_default
+from moelab_tools.sweep.plan import PlannedRun, digest, settled_keys
 
 MOST_KEYS = 4  # in a sentence
 
@@ -37,18 +41,32 @@ def state_of(run: PlannedRun) -> State:
     if not (folder / CONFIG).is_file():
         return State("partial")
     try:
-        then = settled_keys(read_stored_tree(folder / CONFIG))
+        before = read_stored(folder / CONFIG, RunConfig)
     except ConfigError as error:
         return State("changed", f"its config can't be read: {error}")
-    now = run.tree()
-    different = [key for key in {**now, **then} if then.get(key) != now.get(key)]
+    planned = copy.deepcopy(run.config)
+    keep_choice(planned, before)
+    then, now = settled_keys(stored(as_today(before, run.registry))), settled_keys(stored(planned))
+    different = apart(then, now)
     if different:
-        told = "; ".join(f"{key}: {_value(then, key)} there, {_value(now, key)} here" for key in different[:MOST_KEYS])
+        told = "; ".join(
+            f"{key}: {_value(then, key)} there, {_value(now, key)} here{by_default(key, now.get(key))}"
+            for key in different[:MOST_KEYS]
+        )
         more = f"; and {len(different) - MOST_KEYS} more" if len(different) > MOST_KEYS else ""
         return State("changed", told + more)
     if (made := _other_weights(run)) is not None:
         return State("changed", made)
     return State("finished" if is_finished(folder) else "partial")
+
+
+def identity(run: PlannedRun) -> str:
+    """A hash of the config that the run's folder holds, else of the one that it will hold.
+
+    A folder of an earlier version goes on being what it was when it was made, so that what was made of it stays good.
+    """
+    path = run.folder / CONFIG
+    return digest(settled_keys(read_stored_tree(path))) if path.is_file() else run.hash()
 
 
 def _other_weights(run: PlannedRun) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from moelab.config.files import Layer
 from moelab.config.load import Loaded, load_config
 from moelab.config.run import RunConfig
 from moelab.config.scalars import settle
-from moelab.config.stored import is_sealed, is_stored, read_stored, read_stored_tree, seal, stored, to_yaml
+from moelab.config.stages import StageConfig
+from moelab.config.stored import filled, is_sealed, is_stored, read_stored, read_stored_tree, seal, stored, to_yaml
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import ConfigError
 
@@ -176,3 +178,15 @@ def test_a_seal_tells_equal_values_and_shows_none() -> None:
     assert not is_sealed(values | {"seed": 6}, sealed)
     assert not is_sealed(values, "")
     assert seal(values) != sealed
+
+
+def test_a_tree_from_before_a_key_says_what_the_key_is_without_it() -> None:
+    plain = RunConfig(run_dir="runs/a")
+    plain.stages = [StageConfig("one", 2)]
+    whole = stored(plain)
+    older = copy.deepcopy(whole)
+    del older["train"]["compile"], older["schedule"], older["stages"][0]["lr"], older["train"]["steps"]
+    del whole["train"]["steps"]  # which has no default
+    assert filled(older, RunConfig) == whole
+    assert filled(older | {"later": 1, "train": {"steps": 3}}, RunConfig)["later"] == 1, "a key of a later version"
+    assert filled({"model": 3, "stages": [4]}, RunConfig)["model"] == 3, "what is damaged is not mended"

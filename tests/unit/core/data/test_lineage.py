@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from moelab.config.run import DataConfig, EvaluationConfig, OptimizerConfig, RunConfig
+from moelab.config.stored import read_stored
 from moelab.data.lineage import LINEAGE, Lineage, carried_lineage, converted, lineage_of, trained
 from moelab.errors import CheckpointError
 
@@ -40,6 +41,12 @@ def test_what_changes_the_weights_changes_the_recipe(config: RunConfig) -> None:
     }
     assert len(recipes) == 4
     assert trained(config, Lineage("x")).recipe != trained(config, Lineage("y")).recipe
+
+
+def test_a_key_that_came_later_changes_no_recipe_of_weights_from_before_it() -> None:
+    """A run's new key that is not free is named, with its default, in lineage._LATER."""
+    kept = Path(__file__).parents[2] / "tools/sweep/kept_run/config.yaml"
+    assert trained(read_stored(kept, RunConfig), None).recipe == "fbccb1276246a6bdf625de77b7aae7c2"
 
 
 def test_a_conversion_keeps_the_seeds_of_its_sources_apart_from_its_own() -> None:

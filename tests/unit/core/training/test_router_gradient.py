@@ -17,6 +17,7 @@ from moelab.config.model import ModelConfig, MoEConfig
 from moelab.data.batches import Batch
 from moelab.hookspecs import ROUTERS
 from moelab.moe.block import MoEBlock
+from moelab.nn.count import flops_per_token
 from moelab.testing.tensors import make_info
 from moelab.training.precision import Precision
 from moelab.training.rehearsal import probe_step
@@ -192,10 +193,14 @@ class NoOptions:
     pass
 
 
-def _model(top_k: int, layers: dict[str, Any] | None = None) -> Any:
+def _model(top_k: int, layers: dict[str, Any] | None = None, **more: Any) -> Any:
     layout = {"name": "uniform", "num_experts": 8, "num_experts_per_tok": top_k, "moe_intermediate_size": 16}
     moe = MoEConfig(
-        layout=layout, router={"name": "softmax_topk", "norm_topk_prob": True}, balance_losses=[], layers=layers or {}
+        layout=layout,
+        router={"name": "softmax_topk", "norm_topk_prob": True},
+        balance_losses=[],
+        layers=layers or {},
+        **more,
     )
     config = ModelConfig(64, 32, 48, 4, 4, 2, initializer_range=0.2, moe=moe)
     return build_model(config, moelab.Registry(entry_points=False), seed=1)
@@ -219,6 +224,23 @@ def test_a_run_warns_naming_layers_key_and_cure(caplog: pytest.LogCaptureFixture
     assert "norm_topk_prob=false" in first
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(block._forward_pre_hooks for block in model.modules())
+
+
+def test_a_backend_that_has_no_router_to_teach_is_told_and_counts_no_expert_for_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The first layer's table learns nothing; the others' routers hear of every expert."""
+    hashed = {"1": {"router": {"name": "hash"}}}
+    model = _model(2, hashed, backend={"name": "densemixer"})
+    with caplog.at_level(logging.WARNING, logger="moelab"):
+        _probe(model)
+    (line,) = caplog.messages
+    assert line.startswith("model.moe.backend, layer 1: densemixer lets a router hear of every expert, and the router")
+    assert [block.computes_every_expert for block in model.modules() if isinstance(block, MoEBlock)] == [
+        True, False, True, True,
+    ]  # fmt: skip
+    idle = flops_per_token(model, 24) - flops_per_token(_model(2, hashed), 24)
+    assert idle == 3 * (8 - 2) * 2 * (3 * 32 * 16)
 
 
 def test_a_sound_run_and_a_model_that_is_only_used_are_silent(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moelab.errors import UserError
 from moelab_tools.compare.runs import read_run, read_runs
+from moelab_tools.compare.variants import group_by_seed
 
 MakeRun = Callable[..., Path]
 
@@ -129,3 +131,13 @@ def test_a_folder_of_a_newer_format_is_refused(make_run: MakeRun) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
     with pytest.raises(UserError, match="has format_version 99, and this moelab reads up to "):
         read_run(path.parent)
+
+
+def test_a_run_from_before_a_key_is_another_seed_of_the_same_recipe(make_run: MakeRun) -> None:
+    runs = [make_run("a_seed0", seed=0), make_run("a_seed1", seed=1), make_run("a_seed2", seed=2)]
+    for folder, compiled in zip(runs[1:], ("false", "true"), strict=True):
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config.setdefault("train", {})["compile"] = yaml.safe_load(compiled)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    groups = [[run.name for run in variant.runs] for variant in group_by_seed(read_runs(runs))]
+    assert groups == [["a_seed0", "a_seed1"], ["a_seed2"]]

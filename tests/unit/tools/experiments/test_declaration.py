@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 import yaml
 
+from later_keys import later
 from moelab.errors import ConfigError
-from moelab_tools.experiments.declaration import read_declaration, reference
+from moelab_tools.experiments.declaration import (
+    ExperimentConfig,
+    Protocol,
+    Step,
+    read_declaration,
+    reference,
+)
+from moelab_tools.experiments.logged import Logged
 
 DECLARED: dict[str, Any] = {
     "question": "Does it matter?",
@@ -118,6 +126,28 @@ def test_what_is_not_asked_for_is_not_hashed_and_the_data_that_configs_name_are(
     first = read_declaration(_write(tmp_path, DECLARED | {"files": ["pairs.jsonl"]})).hash
     (tmp_path / "pairs.jsonl").write_text("{ }")
     assert len({bare, first, read_declaration(tmp_path).hash}) == 3
+
+
+def test_a_key_that_came_later_is_hashed_where_a_declaration_uses_it(tmp_path: Path) -> None:
+    step, logged = {"name": "made", "data": ["x.yaml"]}, {"names": ["train/lm_loss"]}
+    (tmp_path / "x.yaml").write_text("{}")
+    whole = DECLARED | {"prepare": [step], "logged": logged, "protocol": {"practical": 0.2}}
+    before = read_declaration(_write(tmp_path, whole)).hash
+    with (
+        later(ExperimentConfig, "later", "float", 0.5),
+        later(Step, "later", "float", 0.5),
+        later(Protocol, "later", "list[int] | None", None),
+        later(Logged, "later", "float", 0.5),
+    ):
+        assert read_declaration(_write(tmp_path, whole)).hash == before
+        used = [
+            {"later": 1},
+            {"prepare": [step | {"later": 1}]},
+            {"logged": logged | {"later": 1}},
+            {"protocol": {"practical": 0.2, "later": []}},
+        ]
+        hashes = {read_declaration(_write(tmp_path, whole | one)).hash for one in used}
+        assert len(hashes | {before}) == 5
 
 
 def test_an_experiment_is_found_by_folder_file_and_shipped_name(tmp_path: Path) -> None:
