@@ -123,9 +123,11 @@ class PackedWeights:
 
 def packed(*weights: Tensor) -> _Copy | None:
     """Their copy, within `PackedWeights.used` and where nothing is to be differentiated. Several: neighbours in one."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
     copies = _PACKED.get()
     found = copies.get(id(weights[0])) if copies else None
-    if found is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if found is None:
         return None
     return found if all(id(one) in found.ends for one in weights[1:]) else None
 
