@@ -162,7 +162,7 @@ def count(config: ModelConfig, problem: Problem, registry: Registry) -> Counted:
         targets = adapter_targets(model, problem.adapters)
         if targets:
             train_alone(model, targets)
-        return Counted(model, sent, count_saved(model, problem), targets, _state(model, problem, registry))
+        return Counted(model, sent, count_saved(model, problem, losses), targets, _state(model, problem, registry))
 
 
 def _check_dealt(model: Transformer, problem: Problem) -> None:

@@ -15,7 +15,7 @@ from moelab import build
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.config.run import OptimizerConfig, ParallelConfig
 from moelab.errors import ConfigError
-from moelab.hookspecs import ROUTERS
+from moelab.hookspecs import ROPE_SCALINGS, ROUTERS
 from moelab.nn.checkpointing import apply_activation_checkpointing
 from moelab.nn.names import stop_training
 from moelab.nn.narrow import narrow
@@ -310,3 +310,34 @@ def test_every_router_can_be_planned_with(router: str) -> None:
     config.moe.router |= {"num_null_experts": 4} if router == "null_experts" else {}
     config.moe.layout["num_experts_per_tok"] = {"switch": 1, "base": 1, "gshard": 2}.get(router, 4)
     assert predict(config, PROBLEM).memory.activations > 0
+
+
+@pytest.mark.parametrize("scaling", sorted(Registry(entry_points=False).components(ROPE_SCALINGS)))
+def test_every_rope_scaling_can_be_planned_with(scaling: str) -> None:
+    """A look at its frequencies before a model is built needs their values, which tensors without data don't have."""
+    config = _config()
+    options: dict[str, object] = {"factor": 4, "original_max_position_embeddings": 64}
+    options |= {"low_freq_factor": 1, "high_freq_factor": 4} if scaling == "llama3" else {}
+    known = {"none": set(), "linear": {"factor"}}.get(scaling, set(options))
+    config.rope_scaling = {"name": scaling} | {key: value for key, value in options.items() if key in known}
+    assert predict(config, PROBLEM).memory == predict(_config(), PROBLEM).memory
+
+
+@pytest.mark.parametrize("backend", ["batched", "grouped_mm", "loop"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backend_that_is_named_is_planned_as_it_keeps(backend: str, dtype: torch.dtype) -> None:
+    config, problem = _config(), replace(PROBLEM, dtype=dtype, sequences=8)
+    assert config.moe is not None
+    config.moe.backend = {"name": backend}
+    assert predict(config, problem).memory.tensors == pytest.approx(_measured(config, problem), rel=0.1)
+
+
+def test_what_balance_losses_keep_is_counted() -> None:
+    """Also of those that ask for the router's weight, or for the experts'."""
+    config = _config()
+    assert config.moe is not None
+    without = predict(config, PROBLEM).memory.activations
+    names = ("entropy", "router_z", "expert_similarity", "router_orthogonality", "expert_router_coupling")
+    config.moe.balance_losses = [{"name": name, "weight": 1.0} for name in names]
+    softmax = 2 * PROBLEM.tokens * 16 * 4  # at least: the probabilities of both layers, of which entropy is
+    assert predict(config, PROBLEM).memory.activations - without >= softmax
