@@ -30,6 +30,7 @@ from moelab.nn.full_attention import FullAttention, torch_attention
 from moelab.nn.latent_attention import LatentAttention
 from moelab.nn.transformer import TokenContext, Transformer
 from moelab.planning.traffic import Problem
+from moelab.plugin_faults import guilty
 
 OUTSIDE, LOGITS = -1, -2  # places where something is kept, beside the layers' numbers
 
@@ -141,10 +142,7 @@ def count_saved(model: Transformer, problem: Problem, losses: Sequence[NamedLoss
             assert output.token_loss is not None
             list(_terms(losses, output.records))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise ConfigError(
-            f"model.moe.router: its shapes depend on the data ({error.func}), so nothing can be counted without any; "
-            "plan with one that has a fixed number of experts per token, such as softmax_topk"
-        ) from error
+        raise _needs_values(error) from error
     finally:
         where.leave()
     experts = {id(parameter) for block in moe_blocks(model) for parameter in block.experts.parameters()}
@@ -156,6 +154,16 @@ def count_saved(model: Transformer, problem: Problem, losses: Sequence[NamedLoss
         at[one.place] += one.storage.nbytes() if one.weight is None else 0
     layers = tuple(at[index] for index in range(len(model.layers)))
     return Saved(layers, at[OUTSIDE], at[LOGITS], cached + routed // problem.parallel.expert, cached)
+
+
+def _needs_values(error: DataDependentOutputException | DynamicOutputShapeException) -> ConfigError:
+    """Naming the part whose code asked for a number of a tensor that has none."""
+    said = ConfigError(
+        f"asks for the values of a tensor, or for a shape that hangs on them ({error.func}), and a plan has none, so "
+        "nothing can be counted; plan, or set train.memory_budget, with a part that doesn't, such as softmax_topk"
+    ).with_traceback(error.__traceback__)
+    part = guilty(error)
+    return ConfigError(f"model: {said}") if part is None else part.raised(said)
 
 
 def _terms(losses: Sequence[NamedLoss], records: Sequence[LayerRecord]) -> Iterator[Tensor]:

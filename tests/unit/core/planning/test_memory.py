@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from moelab.nn.names import stop_training
 from moelab.nn.narrow import narrow
 from moelab.planning.memory import predict
 from moelab.planning.traffic import GRADIENTS, PARAMETERS, TOKENS, Problem
+from moelab.plugin_faults import PluginPart
 from moelab.registry import Registry
 from moelab.training.optimizer import build_adamw
 
@@ -341,3 +343,31 @@ def test_what_balance_losses_keep_is_counted() -> None:
     config.moe.balance_losses = [{"name": name, "weight": 1.0} for name in names]
     softmax = 2 * PROBLEM.tokens * 16 * 4  # at least: the probabilities of both layers, of which entropy is
     assert predict(config, PROBLEM).memory.activations - without >= softmax
+
+
+class _Peeks(torch.nn.Module):
+    """A router, or an attention, that looks at a value."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor, *rest: Any) -> Any:
+        return self.inner(x, *rest) if float(x.detach().sum()) < 1e9 else None
+
+
+def test_a_part_that_asks_for_values_is_named_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moelab.planning import memory
+
+    def build_with(*arguments: Any, **options: Any) -> Any:
+        model = build(*arguments, **options)
+        block = model.layers[1].mlp
+        block.router = _Peeks(block.router)
+        block.parts["router"] = PluginPart.of("router", block.router, 1)
+        return model
+
+    monkeypatch.setattr(memory, "build_model", build_with)
+    with pytest.raises(ConfigError, match=r"^router '_Peeks' of .*, layer 1: asks for the values of a tensor") as error:
+        predict(_config(), PROBLEM)
+    assert "test_memory.py:" in str(error.value)
+    assert "\n" not in str(error.value)
