@@ -20,7 +20,7 @@ from moelab.hookspecs import ROPE_SCALINGS, ROUTERS
 from moelab.nn.checkpointing import apply_activation_checkpointing
 from moelab.nn.names import stop_training
 from moelab.nn.narrow import narrow
-from moelab.planning.memory import predict
+from moelab.planning.memory import CPU_COMPILER, predict
 from moelab.planning.traffic import GRADIENTS, PARAMETERS, TOKENS, Problem
 from moelab.plugin_faults import PluginPart
 from moelab.registry import Registry
@@ -264,6 +264,14 @@ def test_what_is_computed_twice_is_predicted_as_measured(every: int, logits: boo
     config, problem = _config(layers=4), replace(PROBLEM, checkpointing=every, recompute_logits=logits)
     config.vocab_size = 4096
     assert predict(config, problem).memory.tensors == pytest.approx(_measured(config, problem), rel=0.15)
+
+
+def test_what_is_copied_to_be_saved_and_the_compiler_are_room_that_a_process_needs() -> None:
+    memory = predict(_config(), PROBLEM).memory
+    saved = predict(_config(), replace(PROBLEM, saves_behind=True)).memory
+    assert saved.peak - memory.peak == memory.parameters + memory.optimizer
+    assert predict(_config(), replace(PROBLEM, saves_behind=True, device="cuda")).memory.saving == 0
+    assert predict(_config(), replace(PROBLEM, compiled=True)).memory.peak - memory.peak == CPU_COMPILER
 
 
 def test_collectives_send_what_rings_send():
