@@ -34,11 +34,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fixed(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     torch.set_num_threads(int(THREADS))
     torch.manual_seed(0)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (SOURCES, INHERITED))))
     monkeypatch.setenv("OMP_NUM_THREADS", THREADS)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))  # not the user's
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from moelab.config.model import ModelConfig
 from moelab.config.rope_scaling import RopeContext, as_part
@@ -165,8 +166,8 @@ def positional_parts(
 
 
 def _try_scaling(part: PluginPart, scaling: RopeScaling, config: ModelConfig) -> None:
-    """Ask it for frequencies once, so that one that fails does before the model is made."""
-    with torch.device("cpu"):
+    """Ask it for frequencies once, so that one that fails does before the model is made; with values, in a plan too."""
+    with unset_fake_temporarily(), torch.device("cpu"):
         plain, _ = Rope(config.rotary_head_dim, config.rope_theta).frequencies(torch.device("cpu"))
         for length in (1, 2 * config.max_position_embeddings):
             with part.blamed():

@@ -129,6 +129,11 @@ def check_alignment(config: Aligned) -> None:
             f"train.adapters: {KEY} trains the head of a reward beside the model's own parameters; leave "
             "them out of that stage's run"
         )
+    if config.train.memory_budget is not None:
+        raise ConfigError(
+            f"train.memory_budget: plans a step on text, and not the answers, whole logits and reference of {KEY}; "
+            "leave it out, and say train.micro_batch_size and train.activation_checkpointing"
+        )
     for key in ("keep_best", "patience"):
         if getattr(config.train, key):
             raise ConfigError(

@@ -185,8 +185,10 @@ class ExpertBackend(Protocol):
     that can't compute all of them says so in `supports`, and the conformance kit looks whether it is true.
     One that leaves a few tokens without gradients to `moe/few_rows.py` says `hands_over_few_rows = True`.
     One that in training also computes, forward, the experts that a token did not take says so with
-    `computes_every_expert = True`; its FLOPs are counted then. Where whole experts lie on other processes, a backend is
-    handed the rows that came to its own, with weights of 1, and knows nothing more of their tokens. One that must know
+    `computes_every_expert = True`; its FLOPs are counted then. One that on a CPU keeps no more for the backward pass
+    than x and the gate_up rows says `keeps_gate_up_alone = True`, and is planned so (`moelab plan`). Where whole
+    experts lie on other processes, a backend is handed the rows that came to its own, with weights of 1, and knows
+    nothing more of their tokens. One that must know
     more and hands on to another backend has `around(wrap) -> ExpertBackend`: itself at home, with `wrap` around that
     one, which rows leave through. One that can't be dealt out so says `dealable = False`, and is refused there.
     """

@@ -38,6 +38,9 @@ CPU_PROCESS = 440_000_000
 # And where experts compute in bf16: the same in every run that was measured, of 32 to 127 million parameters, on one
 # process and on two. Probably what oneDNN keeps of products whose shapes are ever new.
 CPU_BF16_EXPERTS = 180_000_000
+# And with train.compile what torch's compiler is and holds: 83 to 108 MB more than eager runs of 0.3 million parameters
+# took, its files cached or not.
+CPU_COMPILER = 110_000_000
 FROZEN = "train.freeze"
 
 
@@ -69,6 +72,7 @@ class MemoryPlan:
     first: int = 0
     last: int = 0  # beside all gradients: `twice`, and what the first layer computes
     process: int = 0  # of a CPU, what the process holds beside its tensors
+    saving: int = 0  # copies of what a checkpoint holds, while it is written behind the run; of a CPU
     heap: bool = False  # malloc's, which can't give the place of freed activations to gradients
 
     @property
@@ -96,7 +100,7 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         """Memory that the device must have: on a CPU the resident set of the process."""
-        return self.tensors + self.unused + self.process
+        return self.tensors + self.unused + self.process + self.saving
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,9 @@ class Counted:
     def memory(self, problem: Problem) -> MemoryPlan:
         """Of the problem that was counted, or of one that keeps less of it: checkpointing, recompute_logits."""
         memory = replace(_memory(self.model, problem, self.saved), optimizer=self.state)
-        return _adapted(memory, problem, self.targets) if self.targets else memory
+        memory = _adapted(memory, problem, self.targets) if self.targets else memory
+        copied = problem.saves_behind and memory.heap
+        return replace(memory, saving=memory.parameters + memory.optimizer if copied else 0)
 
 
 def count(config: ModelConfig, problem: Problem, registry: Registry) -> Counted:
@@ -162,7 +168,7 @@ def count(config: ModelConfig, problem: Problem, registry: Registry) -> Counted:
         targets = adapter_targets(model, problem.adapters)
         if targets:
             train_alone(model, targets)
-        return Counted(model, sent, count_saved(model, problem), targets, _state(model, problem, registry))
+        return Counted(model, sent, count_saved(model, problem, losses), targets, _state(model, problem, registry))
 
 
 def _check_dealt(model: Transformer, problem: Problem) -> None:
@@ -287,7 +293,7 @@ def _process(model: Transformer, problem: Problem) -> int:
     if problem.device != "cpu":
         return 0
     experts = problem.dtype != torch.float32 and any(True for _ in moe_blocks(model))
-    return CPU_PROCESS + (CPU_BF16_EXPERTS if experts else 0)
+    return CPU_PROCESS + (CPU_BF16_EXPERTS if experts else 0) + (CPU_COMPILER if problem.compiled else 0)
 
 
 def _whole(units: Units, problem: Problem) -> int:

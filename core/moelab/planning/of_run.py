@@ -27,6 +27,8 @@ def problem_of(run: RunConfig, device: str) -> Problem:
         moments=getattr(torch, run.optimizer.moments_dtype),
         adapters=train.adapters,
         frozen=train.freeze,
+        compiled=train.compile,
+        saves_behind=world > 1 if train.save_in_background is None else train.save_in_background,
         algorithm=run.optimizer.algorithm,
         recompute_logits=train.recompute_logits,
     )

@@ -7,25 +7,30 @@ is kept as the backends keep it for any routing.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from moelab.errors import ConfigError
-from moelab.moe.contracts import ExpertProblem, Router
+from moelab.moe.balance import NamedLoss
+from moelab.moe.batch_statistics import BatchStatistics
+from moelab.moe.contracts import ExpertProblem
 from moelab.moe.dispatch import combine_rows, dispatch_plan, gather_rows
 from moelab.moe.experts import ExpertBank, add_down_bias, add_up_bias, compute_dtype
-from moelab.moe.routing import Routing, TokenInfo
+from moelab.moe.routing import LayerRecord, Routing, TokenInfo
 from moelab.nn.attention import Attention
 from moelab.nn.count import moe_blocks
 from moelab.nn.full_attention import FullAttention, torch_attention
 from moelab.nn.latent_attention import LatentAttention
-from moelab.nn.transformer import Transformer
+from moelab.nn.transformer import TokenContext, Transformer
 from moelab.planning.traffic import Problem
+from moelab.plugin_faults import guilty
 
 OUTSIDE, LOGITS = -1, -2  # places where something is kept, beside the layers' numbers
 
@@ -78,16 +83,9 @@ class _CountedExperts:
         return combine_rows(out, routing.weight, plan)
 
 
-class _Placeholders(nn.Module):
-    """Keeps an assignment that is not served as a row: how many there are would depend on the data."""
-
-    def __init__(self, router: Router) -> None:
-        super().__init__()
-        self.router = router
-
-    def forward(self, x: Tensor, info: TokenInfo) -> Routing:
-        """x [T, D] -> the router's own routing, all of whose assignments count."""
-        return replace(self.router(x, info), served=None)
+def _all_served(layer_id: int, routing: Routing, x: Tensor, info: TokenInfo) -> Routing:
+    """An assignment that is not served is kept as a row: how many there are would depend on the data."""
+    return replace(routing, served=None)
 
 
 class _KeepFused(torch.autograd.Function):
@@ -108,8 +106,11 @@ class _KeepEvery(torch.autograd.Function):
         return y.view_as(y)
 
 
-def count_saved(model: Transformer, problem: Problem) -> Saved:
-    """Of a micro-batch of `problem`, by `model` on tensors without data, whose backends and chunks are gone then."""
+def count_saved(model: Transformer, problem: Problem, losses: Sequence[NamedLoss] = ()) -> Saved:
+    """Of a micro-batch of `problem` with its balance losses, by `model` on tensors without data.
+
+    Its backends and chunks are gone then.
+    """
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, _Kept] = {}
     where = _Where(model)
@@ -122,12 +123,11 @@ def count_saved(model: Transformer, problem: Problem) -> Saved:
             kept[storage._cdata] = _Kept(storage, _cast_from(tensor), place)
         return tensor
 
-    routers = [block.router for block in moe_blocks(model)]
     for block in moe_blocks(model):
         block.believe()  # the look at the first routing's values needs values
         every = block.computes_every_expert
-        block.router = _Placeholders(block.router)
-        block.backend = _CountedExperts(problem.device == "cpu", problem.parallel.expert > 1, every)
+        fused = problem.device == "cpu" and getattr(block.backend, "keeps_gate_up_alone", False)
+        block.backend = _CountedExperts(fused, problem.parallel.expert > 1, every)
         block.chunk = None
     if problem.device != "cpu":  # the fake tensors are the CPU's
         for attention in (m for m in model.modules() if isinstance(m, Attention | LatentAttention)):
@@ -136,20 +136,14 @@ def count_saved(model: Transformer, problem: Problem) -> Saved:
     model.recompute_logits = False
     ids = torch.zeros(problem.sequences, problem.sequence_length, dtype=torch.int64)
     try:
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=problem.dtype != torch.float32),
-        ):
-            output = model.train()(ids, targets=ids)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with torch.autocast("cpu", torch.bfloat16, enabled=problem.dtype != torch.float32):
+                output = model.train()(ids, targets=ids, tokens=TokenContext(routing_override=_all_served))
             assert output.token_loss is not None
+            list(_terms(losses, output.records))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise ConfigError(
-            f"model.moe.router: its shapes depend on the data ({error.func}), so nothing can be counted without any; "
-            "plan with one that has a fixed number of experts per token, such as softmax_topk"
-        ) from error
+        raise _needs_values(error) from error
     finally:
-        for block, router in zip(moe_blocks(model), routers, strict=True):
-            block.router = router
         where.leave()
     experts = {id(parameter) for block in moe_blocks(model) for parameter in block.experts.parameters()}
     weights = [one for one in kept.values() if one.weight is not None]
@@ -160,6 +154,25 @@ def count_saved(model: Transformer, problem: Problem) -> Saved:
         at[one.place] += one.storage.nbytes() if one.weight is None else 0
     layers = tuple(at[index] for index in range(len(model.layers)))
     return Saved(layers, at[OUTSIDE], at[LOGITS], cached + routed // problem.parallel.expert, cached)
+
+
+def _needs_values(error: DataDependentOutputException | DynamicOutputShapeException) -> ConfigError:
+    """Naming the part whose code asked for a number of a tensor that has none."""
+    said = ConfigError(
+        f"asks for the values of a tensor, or for a shape that hangs on them ({error.func}), and a plan has none, so "
+        "nothing can be counted; plan, or set train.memory_budget, with a part that doesn't, such as softmax_topk"
+    ).with_traceback(error.__traceback__)
+    part = guilty(error)
+    return ConfigError(f"model: {said}") if part is None else part.raised(said)
+
+
+def _terms(losses: Sequence[NamedLoss], records: Sequence[LayerRecord]) -> Iterator[Tensor]:
+    """Of each balance loss, but for one that asks for a number of its tensors: it is not counted."""
+    statistics = BatchStatistics(losses)
+    statistics.add(records)
+    for named in losses:
+        with suppress(DataDependentOutputException, DynamicOutputShapeException):
+            yield named(records, statistics.context(named))
 
 
 @dataclass(frozen=True)

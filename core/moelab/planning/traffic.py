@@ -51,6 +51,8 @@ class Problem:
     moments: torch.dtype = torch.float32  # of AdamW's state; of one device
     adapters: Sequence[AdapterConfig] = ()  # which alone are trained; none: all parameters are. Of one device
     frozen: Sequence[str] = ()  # patterns over names of parameters that are not trained
+    compiled: bool = False  # parts of the layers, by torch.compile
+    saves_behind: bool = False  # checkpoints are copied, and written while the run goes on
     recompute_logits: bool | None = None  # in the backward pass; None: where there are very many
     algorithm: Mapping[str, Any] = field(default_factory=lambda: {"name": "adamw"})  # of the optimizer
 

@@ -11,6 +11,7 @@ checkpoints, so that it goes on as it began, wherever that is. Sums differ in th
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -75,7 +76,8 @@ def _measured(setup: Setup) -> Ways:
     """By what is kept of this machine, and what isn't, now; told in lines."""
     machine = machine_facts(setup.threads, setup.step_settings.precision.device)
     path = place_of(machine)
-    logger.info("train.autotune: measuring ways to compute a step, where %s doesn't know them", path)
+    if path is None or not os.path.exists(path):
+        logger.warning("train.autotune: measuring ways to compute a step, of which nothing is known of this machine")
     began = time.perf_counter()
     table = measure_ways(setup, read_kept(path, machine))
     if table.fresh:
@@ -85,12 +87,13 @@ def _measured(setup: Setup) -> Ways:
                 table.take(problem, kept[problem])
         keep(path, machine, {**kept, **table.found})
     count, fresh, seconds = len(table.chosen), len(table.fresh), time.perf_counter() - began
-    logger.info("train.autotune: %d choices, %d of them measured now (%.1f s)", count, fresh, seconds)
+    tell = logger.warning if fresh else logger.info
+    tell("train.autotune: %d choices, %d of them measured now (%.1f s); %s", count, fresh, seconds, path or "not kept")
     for problem, found in table.found.items():
         usual, took = table.usual[problem], found.seconds
         if found.way != usual:
             share = took[found.way] / took[usual]
-            logger.info("train.autotune: %s: %s, in %.2f of the time of %s", problem, found.way, share, usual)
+            tell("train.autotune: %s: %s, in %.2f of the time of %s", problem, found.way, share, usual)
     return Ways(table.chosen)
 
 

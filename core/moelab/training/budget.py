@@ -44,18 +44,23 @@ def keep_choice(config: RunConfig, then: RunConfig) -> bool:
     return True
 
 
-def tell_measured(config: RunConfig, plan: MemoryPlan | None, gigabytes: float, step: int) -> None:
-    """A line about the memory that the process took up to `step`: a warning where it is more than it may be."""
+def tell_measured(config: RunConfig, plan: MemoryPlan | None, gigabytes: float, step: int, told: bool | None) -> bool:
+    """A line about the memory that the process took up to `step`, and a warning once it is more than it may be.
+
+    `told`, and returned: whether what was told was too much; None: nothing was.
+    """
     budget = config.train.memory_budget
-    if budget is None:
-        return
     allowed, measured = bytes_of(budget) or 0, round(1e9 * gigabytes)
+    beyond = budget is not None and measured > allowed
     planned = f", {size(plan.peak)} as planned" if plan is not None else ""
-    if measured <= allowed:
+    if budget is None or told or told == beyond:
+        return bool(told)
+    if not beyond:
         logger.info("train.memory_budget %s: %s taken up to step %d%s", budget, size(measured), step, planned)
-        return
-    logger.warning(
-        "train.memory_budget %s: %s taken up to step %d%s; to stay below, begin a new run with a smaller budget or "
-        "micro-batch",
-        budget, size(measured), step, planned,
-    )  # fmt: skip
+    else:
+        logger.warning(
+            "train.memory_budget %s: %s taken up to step %d%s; to stay below, begin a new run with a smaller budget or "
+            "micro-batch",
+            budget, size(measured), step, planned,
+        )  # fmt: skip
+    return beyond

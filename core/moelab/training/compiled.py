@@ -12,6 +12,7 @@ Evaluation and generation, whose shapes vary, are eager.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from moelab.nn.transformer import DecoderLayer, Transformer
 logger = logging.getLogger("moelab")
 COMPILERS = ("torch._dynamo", "torch._inductor")
 NO_COMPILER = ("InvalidCxxCompiler", "TritonMissing", "CppCompileError")
+SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")  # torch's, read at its import and at each call
 MOST_SHAPES = 8  # of one part: further ones, of stages that differ in length, are computed eagerly
 
 
@@ -129,6 +131,10 @@ def compile_parts(
     torch._inductor.config.fallback_random = True  # eager's numbers
     torch._functorch.config.donated_buffer = False  # each loss's share of a gradient is a backward pass of its own
     run = Compiled(compiler or import_module("torch._inductor.compile_fx").compile_fx, device=device)
+    switch = next((name for name in SWITCHES if os.environ.get(name) == "1"), None)
+    if switch is not None:
+        run.without = f"{switch}=1 in the environment"
+        logger.warning("train.compile: %s switches torch.compile off: the run goes on without", run.without)
     for layer in model.layers:
         assert isinstance(layer, DecoderLayer)
         for name, holder, attribute in _functions(layer, device):

@@ -37,9 +37,8 @@ def log_step(loop: Loop, result: StepResult, rate: float) -> None:
     if loop.setup.compiled is not None and loop.setup.compiled.line() != loop.told_compiled:
         loop.told_compiled = loop.setup.compiled.line()  # again whenever another shape was compiled
         logger.info("%s", loop.told_compiled)
-    if not loop.told_memory:
-        tell_measured(loop.setup.config, loop.setup.planned, metrics[MEMORY], step)
-        loop.told_memory = True
+    taken = metrics[MEMORY]
+    loop.too_much = tell_measured(loop.setup.config, loop.setup.planned, taken, step, loop.too_much)
     metrics |= loop.reading.metrics(step, elapsed, loop.setup.ranks)
     loop.loads = {str(layer): shares for layer, shares in report.loads.items()}
     changes = loop.alarms.look(step, metrics)

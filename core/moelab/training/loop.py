@@ -59,7 +59,7 @@ class Loop:
     agreed: bool = False  # all processes of the run end at this step together
     ended_early: bool = False  # train.patience is over
     reading: Reading = field(default_factory=Reading)
-    told_memory: bool = False  # what train.memory_budget allows was held against what is taken
+    too_much: bool | None = None  # what was taken, of what train.memory_budget allows; None: not told yet
     told_compiled: str = ""  # the last line about what was compiled
     damaged: set[str] = field(default_factory=set)  # names of checkpoints that were passed over
 

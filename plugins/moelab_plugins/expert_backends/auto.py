@@ -68,6 +68,7 @@ class AutoBackend:
 
     name = "auto"
     hands_over_few_rows = True  # to moe/few_rows.py
+    keeps_gate_up_alone = True  # on a CPU, of problems so large that it counts: `batched` computes them
 
     def __init__(self, options: AutoOptions, context: BackendContext) -> None:
         self._layer_id = context.layer_id

@@ -30,6 +30,7 @@ class BatchedBackend:
     """Neighbouring experts padded to one number of rows, and multiplied at once."""
 
     name = "batched"
+    keeps_gate_up_alone = True  # for the backward pass; see moelab.planning.saved
 
     def __init__(self, options: BatchedOptions, context: BackendContext) -> None:
         pass

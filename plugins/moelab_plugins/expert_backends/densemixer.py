@@ -44,6 +44,11 @@ class DenseMixerBackend:
         self._inner: ExpertBackend | None = None
         self._wrap: Callable[[ExpertBackend], ExpertBackend] | None = None
 
+    @property
+    def keeps_gate_up_alone(self) -> bool:
+        """As the backend that computes; see moelab.planning.saved."""
+        return bool(getattr(self._build_others().get(self._wanted), "keeps_gate_up_alone", False))
+
     def around(self, wrap: Callable[[ExpertBackend], ExpertBackend]) -> ExpertBackend:
         """Itself where scores are known, and its inner backend where the experts lie."""
         outer = copy.copy(self)

@@ -147,6 +147,8 @@ def _print(plan: Plan, device_memory: float | None) -> None:
     if problem.device == "cpu":
         rows["freed and not reused"] = memory.unused
         rows["Python and its libraries"] = memory.process
+    if memory.saving:
+        rows["copied while it is saved"] = memory.saving
     rows["peak"] = memory.peak
     _section("memory per device", rows)
     if mesh.world > 1:

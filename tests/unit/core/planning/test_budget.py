@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from moelab.config.alignment import AlignmentConfig
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.config.run import RunConfig, TrainConfig
 from moelab.config.stages import StageConfig, in_stage
@@ -129,3 +130,10 @@ def test_many_stages_are_looked_at_one_by_one(registry: Registry) -> None:
 def test_what_is_no_size_is_refused(said: str) -> None:
     with pytest.raises(ConfigError, match=r"train\.memory_budget: '.*' is no size; write 8 GB"):
         _run(memory_budget=said).check()
+
+
+def test_post_training_which_is_not_planned_refuses_a_budget() -> None:
+    run = _run(memory_budget="8 GB", init_from="runs/mine")
+    run.alignment = [AlignmentConfig(stage="sft", data="chats.jsonl")]
+    with pytest.raises(ConfigError, match=r"^train\.memory_budget: plans a step on text, and not the answers"):
+        run.check()

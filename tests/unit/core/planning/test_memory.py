@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from moelab import build
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.config.run import OptimizerConfig, ParallelConfig
 from moelab.errors import ConfigError
-from moelab.hookspecs import ROUTERS
+from moelab.hookspecs import ROPE_SCALINGS, ROUTERS
 from moelab.nn.checkpointing import apply_activation_checkpointing
 from moelab.nn.names import stop_training
 from moelab.nn.narrow import narrow
-from moelab.planning.memory import predict
+from moelab.planning.memory import CPU_COMPILER, predict
 from moelab.planning.traffic import GRADIENTS, PARAMETERS, TOKENS, Problem
+from moelab.plugin_faults import PluginPart
 from moelab.registry import Registry
 from moelab.training.optimizer import build_adamw
 
@@ -264,6 +266,14 @@ def test_what_is_computed_twice_is_predicted_as_measured(every: int, logits: boo
     assert predict(config, problem).memory.tensors == pytest.approx(_measured(config, problem), rel=0.15)
 
 
+def test_what_is_copied_to_be_saved_and_the_compiler_are_room_that_a_process_needs() -> None:
+    memory = predict(_config(), PROBLEM).memory
+    saved = predict(_config(), replace(PROBLEM, saves_behind=True)).memory
+    assert saved.peak - memory.peak == memory.parameters + memory.optimizer
+    assert predict(_config(), replace(PROBLEM, saves_behind=True, device="cuda")).memory.saving == 0
+    assert predict(_config(), replace(PROBLEM, compiled=True)).memory.peak - memory.peak == CPU_COMPILER
+
+
 def test_collectives_send_what_rings_send():
     config = _config()
     model = build(config)
@@ -310,3 +320,62 @@ def test_every_router_can_be_planned_with(router: str) -> None:
     config.moe.router |= {"num_null_experts": 4} if router == "null_experts" else {}
     config.moe.layout["num_experts_per_tok"] = {"switch": 1, "base": 1, "gshard": 2}.get(router, 4)
     assert predict(config, PROBLEM).memory.activations > 0
+
+
+@pytest.mark.parametrize("scaling", sorted(Registry(entry_points=False).components(ROPE_SCALINGS)))
+def test_every_rope_scaling_can_be_planned_with(scaling: str) -> None:
+    """A look at its frequencies before a model is built needs their values, which tensors without data don't have."""
+    config = _config()
+    options: dict[str, object] = {"factor": 4, "original_max_position_embeddings": 64}
+    options |= {"low_freq_factor": 1, "high_freq_factor": 4} if scaling == "llama3" else {}
+    known = {"none": set(), "linear": {"factor"}}.get(scaling, set(options))
+    config.rope_scaling = {"name": scaling} | {key: value for key, value in options.items() if key in known}
+    assert predict(config, PROBLEM).memory == predict(_config(), PROBLEM).memory
+
+
+@pytest.mark.parametrize("backend", ["batched", "grouped_mm", "loop"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backend_that_is_named_is_planned_as_it_keeps(backend: str, dtype: torch.dtype) -> None:
+    config, problem = _config(), replace(PROBLEM, dtype=dtype, sequences=8)
+    assert config.moe is not None
+    config.moe.backend = {"name": backend}
+    assert predict(config, problem).memory.tensors == pytest.approx(_measured(config, problem), rel=0.1)
+
+
+def test_what_balance_losses_keep_is_counted() -> None:
+    """Also of those that ask for the router's weight, or for the experts'."""
+    config = _config()
+    assert config.moe is not None
+    without = predict(config, PROBLEM).memory.activations
+    names = ("entropy", "router_z", "expert_similarity", "router_orthogonality", "expert_router_coupling")
+    config.moe.balance_losses = [{"name": name, "weight": 1.0} for name in names]
+    softmax = 2 * PROBLEM.tokens * 16 * 4  # at least: the probabilities of both layers, of which entropy is
+    assert predict(config, PROBLEM).memory.activations - without >= softmax
+
+
+class _Peeks(torch.nn.Module):
+    """A router, or an attention, that looks at a value."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor, *rest: Any) -> Any:
+        return self.inner(x, *rest) if float(x.detach().sum()) < 1e9 else None
+
+
+def test_a_part_that_asks_for_values_is_named_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moelab.planning import memory
+
+    def build_with(*arguments: Any, **options: Any) -> Any:
+        model = build(*arguments, **options)
+        block = model.layers[1].mlp
+        block.router = _Peeks(block.router)
+        block.parts["router"] = PluginPart.of("router", block.router, 1)
+        return model
+
+    monkeypatch.setattr(memory, "build_model", build_with)
+    with pytest.raises(ConfigError, match=r"^router '_Peeks' of .*, layer 1: asks for the values of a tensor") as error:
+        predict(_config(), PROBLEM)
+    assert "test_memory.py:" in str(error.value)
+    assert "\n" not in str(error.value)

@@ -27,7 +27,7 @@ from moelab.moe.batch_statistics import BatchStatistics
 from moelab.moe.routing import Routing, TokenInfo
 from moelab.nn.transformer import TokenContext, Transformer
 from moelab.registry import Registry
-from moelab.training.compiled import MOST_SHAPES, Compiled, compile_parts
+from moelab.training.compiled import MOST_SHAPES, SWITCHES, Compiled, compile_parts
 from moelab.training.trainer import train
 
 REGISTRY = Registry(entry_points=False)
@@ -228,6 +228,20 @@ def test_a_compiler_that_fails_at_one_part_names_it_and_compiles_the_others(capl
     assert _refused(run, "router") == {"softmax_topk"}
     assert run.graphs > 0
     assert "router 'softmax_topk'" in caplog.text
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_where_the_environment_switches_torch_compile_off_a_run_goes_on_and_says_so(
+    switch: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(switch, "1")
+    model = build(_config(1), seed=0).train()
+    expected = _forward(model)[0]
+    run, _ = compile_parts(model, [], "cpu", _as_it_is)
+    assert torch.equal(_forward(model)[0], expected)
+    (line,) = [message for message in caplog.messages if message.startswith("train.compile")]
+    assert line == f"train.compile: {switch}=1 in the environment switches torch.compile off: the run goes on without"
+    assert run.line() == f"train.compile: nothing is compiled ({switch}=1 in the environment)"
 
 
 def test_several_processes_are_refused(small_run: RunConfig) -> None:

@@ -262,3 +262,21 @@ def test_layers_of_every_activation_learn() -> None:
         assert isinstance(block, MoEBlock)
         still = [key for key, parameter in block.named_parameters() if not bool(parameter.grad.any())]
         assert not still, (name, still)
+
+
+def test_gelu_keeps_no_kernel_for_each_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN's is one for each shape, and those of experts are ever new."""
+    asked: list[bool] = []
+    plain = torch.nn.functional.gelu
+
+    def gelu(*arguments: Any, **options: Any) -> torch.Tensor:
+        asked.append(torch.backends.mkldnn.enabled)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "gelu", gelu)
+    before = torch.backends.mkldnn.enabled
+    built, x = activation("gelu"), torch.randn(5, 8)
+    torch.testing.assert_close(built(x), x * 0.5 * (1 + torch.erf(x / 2**0.5)))
+    built.differentiate(x)
+    assert asked == [False, False]
+    assert torch.backends.mkldnn.enabled == before
