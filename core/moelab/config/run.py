@@ -61,7 +61,7 @@ class TrainConfig:
     # torch.compile on parts of the layers, by moelab.training.compiled; of little use on a CPU. For one process.
     compile: bool = False
     # Ways to compute products, attention and experts are measured on the first batch, where this machine doesn't know
-    # them yet; false: constants choose; null: measured where the run is long and has no memory_budget. One process.
+    # them yet; false: constants choose; null: measured where a CPU's run is long and has no memory_budget. One process.
     autotune: bool | None = None
     # Of a process, "8 GB": micro_batch_size, activation_checkpointing and recompute_logits, where they are not said,
     # are the cheapest that fit by `moelab plan`'s figures. null: nothing is chosen.

@@ -34,7 +34,7 @@ from moelab.ways import Found, Measuring, Ways, using, wait
 
 logger = logging.getLogger("moelab")
 WAYS = "ways"  # of state.json and summary.json
-LONG = {"cpu": 3e14, "cuda": 1e18}  # FLOPs of a run: about an hour, of two cores or of one card
+LONG = {"cpu": 3e14}  # FLOPs of a run: about an hour of two cores; elsewhere it was not tried, and is only asked for
 PAIRS = 5  # of passes with and without a way that is faster alone, after one of each that warms up
 WINS = 0.99  # of a pass's time, at most, is what such a way must leave
 STORED = Reading(CheckpointError, "use an earlier checkpoint, or restore it")
@@ -59,7 +59,7 @@ def _wanted(setup: Setup) -> bool:
     if train.autotune:
         return True
     device = setup.step_settings.precision.device.type
-    return train.memory_budget is None and _flops(setup) >= LONG.get(device, LONG["cuda"])
+    return train.memory_budget is None and device in LONG and _flops(setup) >= LONG[device]
 
 
 def _flops(setup: Setup) -> float:
