@@ -81,7 +81,7 @@ def _measured(setup: Setup) -> Ways:
     began = time.perf_counter()
     table = measure_ways(setup, read_kept(path, machine))
     if table.fresh:
-        kept = read_kept(path, machine)
+        kept = read_kept(path, machine, tell=False)
         for problem in table.fresh:  # another run has kept the same meanwhile: one answer for both
             if problem in kept and kept[problem].seconds.keys() == table.found[problem].seconds.keys():
                 table.take(problem, kept[problem])

@@ -63,8 +63,8 @@ def place_of(machine: Mapping[str, str]) -> Path | None:
     return folder / "moelab" / "autotune" / f"{words}-{digest}.json"
 
 
-def read_kept(path: Path | None, machine: Mapping[str, str]) -> dict[str, Found]:
-    """What is kept of this machine; {} where there is nothing, or nothing of use, which is told in a line."""
+def read_kept(path: Path | None, machine: Mapping[str, str], *, tell: bool = True) -> dict[str, Found]:
+    """What is kept of this machine; {} where there is nothing, or nothing of use, which is told in a line, once."""
     try:
         if path is None or not path.exists():
             return {}
@@ -79,7 +79,8 @@ def read_kept(path: Path | None, machine: Mapping[str, str]) -> dict[str, Found]
             step = each.number("step", None, least=0)
             kept[problem] = Found(each.text("way"), each.record("seconds").numbers(), step)
     except (UserError, OSError) as error:
-        logger.warning("train.autotune: %s", error)
+        if tell:
+            logger.warning("train.autotune: %s", error)
         return {}
     return kept
 

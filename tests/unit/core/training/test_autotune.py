@@ -230,6 +230,16 @@ def test_a_file_that_was_copied_from_another_machine_is_not_believed(caplog: pyt
     assert "model name: 'another' there" in caplog.text
 
 
+def test_a_run_tells_of_a_damaged_file_once_and_writes_it_anew(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _here().parent.mkdir(parents=True)
+    _here().write_text("{")
+    train(_config(root, tmp_path / "run", "train.autotune=true"))
+    assert sum("is not JSON" in line for line in caplog.messages) == 1
+    assert _state(tmp_path / "run")["ways"].keys() == read_kept(_here(), machine_facts(1, CPU)).keys()
+
+
 def test_threads_and_kernels_have_files_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = place_of(machine_facts(1, CPU)), place_of(machine_facts(2, CPU))
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
