@@ -191,7 +191,10 @@ def test_a_run_is_the_same_compiled_and_goes_on_without_a_compiler(
         if name == "without":
             assert len(told) == 2
             assert told[0].startswith("train.compile: there is no working compiler here (")
-    assert found[0] == found[1] == found[2]
+    plain, compiled, without = found
+    assert plain == without
+    # Forward the norms are eager's; backward they are torch's own passes there and one node here, which round apart.
+    assert compiled[0] == plain[0] and compiled == pytest.approx(plain, rel=1e-4)
 
 
 def _broken(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Any:
