@@ -14,7 +14,6 @@ from moelab.moe import promises
 from moelab.moe.chunked import InChunks
 from moelab.moe.contracts import ExpertBackend, ExpertProblem, Latent, Router, SharedExpert
 from moelab.moe.experts import ExpertBank, compute_dtype
-from moelab.moe.few_rows import by_tables
 from moelab.moe.layout import ExpertLayout
 from moelab.moe.on_input import weigh_inputs
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
@@ -81,7 +80,7 @@ class MoEBlock(nn.Module):
         served = routing.compact() if x.device.type == "cpu" else routing
         rows = x if self.latent is None else self.latent.down(x)  # [T, L]
         shown: list[Tensor] = []
-        y = self.experts(rows, served, self._compute(shown, whole=self.shows_experts or info.measure))
+        y = self.experts(rows, served, self.computing(shown, whole=self.shows_experts or info.measure))
         if first:
             self._refuse("backend", promises.output(y, rows))
         if self.latent is not None:
@@ -93,30 +92,6 @@ class MoEBlock(nn.Module):
             self._refuse("shared_expert", None if shared is None else promises.output(shared, x))
             self._looked_at.add(self.training)
         return (y if shared is None else y + shared), self._record(routing, info, y, shared, shown)
-
-    @property
-    def reads_few_rows(self) -> bool:
-        """Whether its backend hands few tokens over to `moe/few_rows.py`, so that `serve` may do so at once."""
-        return bool(getattr(self.backend, "hands_over_few_rows", False)) and self.dealt is None and self.chunk is None
-
-    def serve(self, x: Tensor, info: TokenInfo) -> tuple[Tensor, Routing]:
-        """x [T, D] -> y [T, D] and who served whom: `forward` without a record, for tokens that are generated.
-
-        Its parts were looked at when the prompt went through `forward`.
-        """
-        routing = self.router(x, info)
-        served = routing if routing.served is None or x.device.type != "cpu" else routing.compact()
-        rows = x if self.latent is None else self.latent.down(x)
-        bank = self.experts
-        direct = type(bank) is ExpertBank and not served.weights_on_input and self.reads_few_rows
-        y = by_tables(rows, served, bank) if direct else None
-        if y is None:
-            y = bank(rows, served, self._compute([], whole=False))
-        if self.latent is not None:
-            y = self.latent.up(y)
-        if routing.bypass is not None:
-            y = y + routing.bypass.to(y.dtype)
-        return (y if self.shared_expert is None else y + self.shared_expert(x)), routing
 
     def reach(self, inner: ExpertBackend) -> ExpertBackend:
         """A backend with the exchange around it, or within, where the experts lie on several processes."""
@@ -132,7 +107,7 @@ class MoEBlock(nn.Module):
             return compute(x, routing, self.experts)
         return self.latent.up(compute(self.latent.down(x), routing, self.experts))
 
-    def _compute(self, shown: list[Tensor], *, whole: bool) -> Callable[[Tensor, Routing, ExpertBank], Tensor]:
+    def computing(self, shown: list[Tensor], *, whole: bool) -> Callable[[Tensor, Routing, ExpertBank], Tensor]:
         """The backend, in chunks where a cap is set, and around both the exchange with other processes.
 
         It takes the bank from the one who calls it, which may be another's module around ours that changes the weights

@@ -89,8 +89,12 @@ class SharedExpert(Protocol):
     """An nn.Module: x [T, D] -> [T, D], added to the routed output. May offer `qwen2_moe_fields` as a router does.
 
     `intermediate_size` is the number of neurons that each token passes through, for counting FLOPs.
-    Optional, looked up by name, of routers too: `reading_input() -> tuple[Tensor, ...]`, the matrices that read x as it
-    is; generation makes their products one, of which `moe.thin_product.joined_product` gives each its part.
+    Optional, looked up by name, of routers too, for generation, where looking things up takes as long as computing:
+    - `reading_input() -> tuple[Tensor, ...]`: the matrices that read x as it is; their products are made one, of which
+      `moe.thin_product.joined_product` gives each its part.
+    - `serving() -> (base [T, D], x [T, D]) -> base + y`, of a router `(x, info) -> Routing`, or None: the same as a
+      call in evaluation, with everything looked up beforehand (`moe.thin_product.reader`, `adder`). Asked for once for
+      each batch of texts; a part with a hook is called as it is.
     """
 
     intermediate_size: int

@@ -15,13 +15,13 @@ M rows, D columns, N outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,27 +58,36 @@ def _suits(*weights: Tensor) -> bool:
     )
 
 
-@dataclass
 class _Copy:
     """Of matrices that read the same rows, with their product with the rows that came last."""
 
-    read: Tensor
-    ends: dict[int, tuple[int, int]]  # a matrix, by its identity -> its columns of the product
-    rows: Tensor | None = None
-    product: Tensor | None = None
-
-    def part(self, x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None = None) -> Tensor:
-        """x [..., D], weights that stand beside each other -> [..., n]."""
-        if len(self.ends) == 1:
-            return _from_copy(x, self.read, bias)
-        if self.rows is not x or self.product is None:
-            self.rows, self.product = x, _from_copy(x, self.read, None)
-        begin, end = self.ends[id(weights[0])][0], self.ends[id(weights[-1])][1]
-        found = self.product[..., begin:end]
-        return found if bias is None else found + bias
+    def __init__(self, read: Tensor) -> None:
+        self.read = read
+        self.rows: Tensor | None = None
+        self.product: Tensor | None = None
 
 
-_PACKED: ContextVar[Mapping[int, _Copy]] = ContextVar("packed", default={})  # noqa: B039 - never written to
+class _Part(NamedTuple):
+    """A matrix in a copy: its columns of the product."""
+
+    copy: _Copy
+    begin: int
+    end: int
+    alone: bool  # no other matrix is in it
+
+    def of(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., n]."""
+        return _from_copy(x, self.copy.read, None) if self.alone else self.up_to(self, x)
+
+    def up_to(self, last: _Part, x: Tensor) -> Tensor:
+        """The product with this matrix and those behind it in the copy up to `last`; computed once for the same x."""
+        copy = self.copy
+        if copy.rows is not x or copy.product is None:
+            copy.rows, copy.product = x, _from_copy(x, copy.read, None)
+        return copy.product.narrow(-1, self.begin, last.end - self.begin)
+
+
+_PACKED: ContextVar[Mapping[int, _Part]] = ContextVar("packed", default={})  # noqa: B039 - never written to
 
 
 class PackedWeights:
@@ -94,11 +103,11 @@ class PackedWeights:
         into rows between. `rows`: of the products that will come, at most.
         """
         self._originals: list[tuple[Tensor, ...]] = []  # alive, so that no other takes their identity
-        self._copies: dict[int, _Copy] = {}
+        self._parts: dict[int, _Part] = {}
         for some in weights:
             size = sum(weight.numel() * weight.element_size() for weight in some)
             plain = all(type(one) in (Tensor, nn.Parameter) and one.is_contiguous() for one in some) and _suits(*some)
-            known = any(id(one) in self._copies for one in some) or len({id(one) for one in some}) < len(some)
+            known = any(id(one) in self._parts for one in some) or len({id(one) for one in some}) < len(some)
             if not plain or size > most_bytes or known or not torch.backends.mkldnn.is_available():
                 continue
             most_bytes -= size
@@ -106,37 +115,40 @@ class PackedWeights:
             weight = some[0].detach() if len(some) == 1 else torch.cat([one.detach() for one in some])
             turned = rows == 1
             read = weight.t().contiguous() if turned else torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-            ends = list(accumulate(len(one) for one in some))
-            spans = {id(one): (end - len(one), end) for one, end in zip(some, ends, strict=True)}
-            self._copies |= dict.fromkeys(spans, _Copy(read, spans))
+            copy, ends = _Copy(read), list(accumulate(len(one) for one in some))
+            for one, end in zip(some, ends, strict=True):
+                self._parts[id(one)] = _Part(copy, end - len(one), end, len(some) == 1)
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        token = _PACKED.set(self._copies)
+        token = _PACKED.set(self._parts)
         try:
             yield
         finally:
             _PACKED.reset(token)
-            for copy in self._copies.values():
-                copy.rows = copy.product = None
+            for part in self._parts.values():
+                part.copy.rows = part.copy.product = None
 
 
-def packed(*weights: Tensor) -> _Copy | None:
-    """Their copy, within `PackedWeights.used` and where nothing is to be differentiated. Several: neighbours in one."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+def is_packed(weight: Tensor) -> bool:
+    """Whether a copy is read in its place: within `PackedWeights.used`, where nothing is to be differentiated."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and id(weight) in _PACKED.get()
+
+
+def _packed(x: Tensor, weight: Tensor) -> _Part | None:
+    """The copy of weight, where it serves x."""
+    if not is_packed(weight) or x.dtype != torch.float32 or x.numel() == 0:
         return None
-    copies = _PACKED.get()
-    found = copies.get(id(weights[0])) if copies else None
-    if found is None:
-        return None
-    return found if all(id(one) in found.ends for one in weights[1:]) else None
+    return _PACKED.get()[id(weight)]
 
 
 def few_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., D], weight [N, D] -> x weight^T + bias [..., N], the faster way."""
-    copied = packed(weight)
-    if copied is not None and x.dtype == torch.float32 and x.numel() > 0:
-        return copied.part(x, (weight,), bias)
+    found = _packed(x, weight)
+    if found is not None:
+        if found.alone:
+            return _from_copy(x, found.copy.read, bias)
+        return found.of(x) if bias is None else found.of(x) + bias
     small = x.numel() <= MOST_ROWS * weight.shape[1] and weight.numel() < MOST_ELEMENTS
     if small or not _ours(x, weight) or not torch.backends.mkldnn.is_available():
         return nn.functional.linear(x, weight, bias)
@@ -145,25 +157,72 @@ def few_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def few_product_onto(base: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """base [M, N] + `few_product` of x [M, D], in one call where there is a copy."""
-    copied = packed(weight)
-    if copied is not None and len(copied.ends) == 1 and x.dtype == base.dtype == torch.float32:
-        if copied.read.is_mkldnn:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, base, copied.read, bias, "add")
+    found = _packed(x, weight)
+    if found is not None and found.alone and base.dtype == torch.float32:
+        read = found.copy.read
+        if read.is_mkldnn:
+            out: Tensor = _pointwise().binary(x, base, read, bias, "add")
             return out
-        if bias is None and not _in_bags(x, copied.read):
-            return torch.addmm(base, x, copied.read)
+        if bias is None and not _in_bags(x, read):
+            return torch.addmm(base, x, read)
     return base + few_product(x, weight, bias)
 
 
 def joined_product(x: Tensor, *weights: Tensor) -> Tensor | None:
     """x [..., D], several [N, D] -> their products beside each other [..., M N]; None where there is no copy of all.
 
-    A part of a larger product, perhaps: whole rows don't lie next to each other then.
+    Several: neighbours in the copy, in its order. A part of a larger product, perhaps: whole rows don't lie next to
+    each other then.
     """
-    copied = packed(*weights)
-    if copied is None or x.dtype != torch.float32 or x.numel() == 0:
+    first = _packed(x, weights[0])
+    if first is None:
         return None
-    return copied.part(x, weights)
+    if len(weights) == 1:
+        return first.of(x)
+    copies = _PACKED.get()
+    parts = [copies.get(id(weight)) for weight in weights]
+    if any(part is None or part.copy is not first.copy for part in parts):
+        return None
+    last = parts[-1]
+    assert last is not None
+    return first.up_to(last, x)
+
+
+def reader(*weights: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
+    """`joined_product` of rows that are yet to come, x [M, D] fp32, with everything looked up now.
+
+    `bias`: of a matrix whose copy is its own.
+    """
+    copies = _PACKED.get()
+    parts = [found for weight in weights if (found := copies.get(id(weight))) is not None]
+    if len(parts) < len(weights) or any(part.copy is not parts[0].copy for part in parts):
+        return None
+    if not parts[0].alone:
+        return parts[0].of if len(parts) == 1 else partial(parts[0].up_to, parts[-1])
+    read = parts[0].copy.read
+    if not read.is_mkldnn:
+        return lambda x: _from_copy(x, read, bias)
+    product = _pointwise().default
+
+    def product_of(x: Tensor) -> Tensor:
+        out: Tensor = product(x, read, bias, "none", [], "")
+        return out
+
+    return product_of
+
+
+def adder(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    """`few_product_onto` of what is yet to come: (base [M, N], x [M, D]) -> base + x weight^T + bias."""
+    found = _PACKED.get().get(id(weight))
+    if found is None or not found.alone or not found.copy.read.is_mkldnn:
+        return lambda base, x: few_product_onto(base, x, weight, bias)
+    product, read = _pointwise().binary, found.copy.read
+
+    def added(base: Tensor, x: Tensor) -> Tensor:
+        out: Tensor = product(x, base, read, bias, "add")
+        return out
+
+    return added
 
 
 def _from_copy(x: Tensor, copied: Tensor, bias: Tensor | None) -> Tensor:
@@ -187,8 +246,14 @@ def _in_bags(x: Tensor, turned: Tensor) -> bool:
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    out: Tensor = _pointwise().default(rows, weight, bias, "none", [], "")
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
+
+
+@cache
+def _pointwise() -> Any:
+    """oneDNN's product; looked up through torch.ops, each time, takes as long as another small operation."""
+    return torch.ops.mkldnn._linear_pointwise
 
 
 @cache

@@ -21,6 +21,7 @@ from moelab.moe.gate import GateOptions, LinearRouter, noise_generator
 from moelab.moe.routing import Routing, TokenInfo
 from moelab.moe.schedule import WeightSchedule
 from moelab.moe.selection import GROUP_SCORES, check_groups, group_limit, normalise, softmax_score
+from moelab.moe.thin_product import reader
 from moelab.moe.token_table import TokenTable, token_table
 
 
@@ -140,6 +141,38 @@ class TopKRouter(LinearRouter):
         if self.options.balance == "quantile" and info.training:
             routing = replace(routing, statistics=margin_histogram(scores, self.bias, self.top_k, info.mask))
         return self.capacity.apply(self.thin(routing, info), info.training)
+
+    def serving(self) -> Callable[[Tensor, TokenInfo], Routing] | None:
+        """`forward` for generation (`moe.contracts.Router`), without what the options leave out; None: nothing is."""
+        options, read = self.options, reader(self.weight) if self.reading_input() else None
+        own = ("forward", "logits", "score", "select", "weigh", "thin", "round_weight")
+        plain = all(getattr(type(self), name) is getattr(TopKRouter, name) for name in own)
+        plain &= options.n_group == 1 and options.weights_on == "output"
+        plain &= options.document_pool is None and options.token_table is None and self.capacity.evaluation is None
+        plain &= self.precision.score_dtype == self.precision.output_dtype == "float32" and self.gate_bias is None
+        if read is None or not plain:
+            return None
+        product, score, top_k, experts = read, self.score_function, self.top_k, self.num_experts
+        norm, factor, counted = self.norm_topk_prob, options.routed_scaling_factor, self.balance_top_k
+        bias = None if options.balance == "none" else self.bias
+
+        def route(x: Tensor, info: TokenInfo) -> Routing:
+            logits = product(x)
+            scores = score(logits)
+            if bias is None:
+                weight, expert = scores.topk(top_k)
+            else:
+                expert = (scores + bias).topk(top_k).indices
+                weight = scores.gather(1, expert)
+            if norm:
+                weight = normalise(weight)
+            if factor != 1.0:
+                weight = weight * factor
+            return Routing.from_topk(
+                expert, weight, experts, scores=scores, logits=logits, token_mask=info.mask, balance_top_k=counted
+            )
+
+        return route
 
     def weigh(self, scores: Tensor, expert: Tensor) -> Tensor:
         """The weights of these experts, whoever chose them: scores [T, E'], expert [T, K] -> [T, K]."""

@@ -54,22 +54,18 @@ class KVCache:
         self._lengths[layer_id] = end
         return self.held(layer_id)
 
-    def append_one(self, layer_id: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """`append` of one position, key and value [B, G, d], where nothing is to be differentiated."""
-        begin, held_key, held_value = self._lengths[layer_id], self._keys[layer_id], self._values[layer_id]
-        if held_key is None or held_value is None or held_key.shape[2] <= begin:
-            return self.append(layer_id, key.unsqueeze(2), value.unsqueeze(2))
-        held_key.select(2, begin).copy_(key)
-        held_value.select(2, begin).copy_(value)
-        self._lengths[layer_id] = end = begin + 1
-        return held_key.narrow(2, 0, end), held_value.narrow(2, 0, end)
-
     def held(self, layer_id: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer that was appended to, [B, G, length, d]."""
         key, value, length = self._keys[layer_id], self._values[layer_id], self._lengths[layer_id]
         assert key is not None
         assert value is not None
         return key[:, :, :length], value[:, :, :length]
+
+    def taken(self, layer_id: int) -> tuple[Tensor, Tensor]:
+        """`held`, which the cache forgets: for who goes on with a memory of its own."""
+        found = self.held(layer_id)
+        self._keys[layer_id] = self._values[layer_id] = None
+        return found
 
     def take_rows(self, rows: Tensor) -> None:
         """Go on with these sequences, `rows` [B'] int64, in this order: some left out, or several times."""

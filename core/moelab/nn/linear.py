@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from moelab.moe.thin_product import few_product, packed
+from moelab.moe.thin_product import few_product, is_packed
 from moelab.ways import choose, trial
 
 LEAST_FLOPS = 1e8  # of one product; below, nn.Linear is as fast
@@ -26,7 +26,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., D] -> [..., N]."""
-        if packed(self.weight) is None and self._way(input) == ONEDNN:
+        if not is_packed(self.weight) and self._way(input) == ONEDNN:
             return _by_onednn(input, self.weight, self.bias)
         return few_product(input, self.weight, self.bias)
 

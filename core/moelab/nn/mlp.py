@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from moelab.moe.activation import Activation, SwiGLU, activate
-from moelab.moe.thin_product import joined_product
+from moelab.moe.thin_product import adder, joined_product, reader
 from moelab.nn.linear import Linear, hooked
 
 
@@ -47,3 +49,27 @@ class MLP(nn.Module):
         """x [..., D] -> [..., D]."""
         out: Tensor = self.down_proj(self.hidden(x))
         return out
+
+    def serving(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """(base, x [T, D]) -> base + what x gives, for generation: see `moe.contracts.SharedExpert`."""
+        neurons = self.neurons_served() if type(self).forward is MLP.forward else None
+        if neurons is None:
+            return lambda base, x: base + self(x)
+        add, serve = adder(self.down_proj.weight, self.down_proj.bias), neurons
+        return lambda base, x: add(base, serve(x))
+
+    def neurons_served(self) -> Callable[[Tensor], Tensor] | None:
+        """`hidden` of x [T, D], from copies of its matrices; None where there are none, or somebody looks between."""
+        if hooked(self) or type(self.down_proj) is not Linear or hooked(self.down_proj):
+            return None
+        weights = MLP.reading_input(self)  # of gate and up alone, whatever else a shared expert tells of
+        read = reader(*weights) if weights else None
+        if read is None:
+            return None
+        activation, width, both = self.activation, self.up_proj.out_features, read
+
+        def neurons(x: Tensor) -> Tensor:
+            joined = both(x)
+            return activation(joined.narrow(-1, 0, width), joined.narrow(-1, width, width))
+
+        return neurons

@@ -103,6 +103,16 @@ def returns_what_the_contract_says(case: RouterCase) -> None:
             assert value is None or value.dtype == torch.float32, f"{name} is {value.dtype}, not float32"
 
 
+def serves_as_it_decides(case: RouterCase) -> None:
+    """What it offers for generation, `serving`, decides as a call in evaluation does."""
+    router, info = case.build().eval(), case.info(False)
+    with torch.no_grad():
+        served = router.serving() if hasattr(router, "serving") else None
+        if served is not None:
+            found, expected = outcome(served(case.x, info)), outcome(case.route(router, info))
+            assert torch.equal(found, expected), "`serving` decides otherwise than a call"
+
+
 def gives_no_expert_twice_to_a_token(case: RouterCase) -> None:
     """Pairs of token and expert are distinct."""
     for training in (False, True):
@@ -351,6 +361,7 @@ def its_rows_follow_its_experts(case: RouterCase) -> None:
 ROUTER_CHECKS: tuple[Callable[[RouterCase], None], ...] = (
     returns_what_the_contract_says,
     gives_no_expert_twice_to_a_token,
+    serves_as_it_decides,
     matches_its_closed_form,
     does_the_same_again,
     keeps_nothing_of_a_batch,

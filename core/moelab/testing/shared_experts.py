@@ -112,6 +112,17 @@ def equals_its_closed_form(case: SharedExpertCase) -> None:
         assert_close(y, case.reference(case.x.double(), module.double()), "against the closed form", 1e-5)
 
 
+def serves_as_it_computes(case: SharedExpertCase) -> None:
+    """What it offers for generation, `serving`, adds what a call gives."""
+    module = case.build()
+    if module is not None and hasattr(module, "serving"):
+        with torch.no_grad():
+            base = torch.ones_like(case.x)
+            served = module.serving()(base, case.x)
+            assert_close(served, base + module(case.x), "`serving` against a call", 1e-5)
+            assert bool((base == 1).all()), "`serving` writes into what it adds to"
+
+
 SHARED_EXPERT_CHECKS: tuple[Callable[[SharedExpertCase], None], ...] = (
     returns_the_shape_and_dtype_of_its_input,
     says_how_wide_it_is,
@@ -120,6 +131,7 @@ SHARED_EXPERT_CHECKS: tuple[Callable[[SharedExpertCase], None], ...] = (
     keeps_nothing_and_restores,
     waits_for_nothing,
     equals_its_closed_form,
+    serves_as_it_computes,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from omegaconf import MISSING
 from torch import Tensor, nn
 
 from moelab import Component, MoEContext, SharedExpert, component, hookimpl
-from moelab.moe.thin_product import joined_product
+from moelab.moe.thin_product import adder, joined_product, reader
 from moelab.nn.linear import hooked
 from moelab.nn.mlp import MLP
 
@@ -42,6 +43,15 @@ class GatedSharedExpert(MLP):
         """x [T, D] -> [T, D]."""
         joined = joined_product(x, self.gate.weight)  # where `reading_input` told of it
         return (self.gate(x) if joined is None else joined).sigmoid() * super().forward(x)
+
+    def serving(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The gate is on the neurons here, not on their sum: the same number but for rounding."""
+        plain = type(self).forward is GatedSharedExpert.forward and self.down_proj.bias is None
+        neurons, gate = self.neurons_served() if plain else None, reader(self.gate.weight)
+        if neurons is None or gate is None:
+            return lambda base, x: base + self(x)
+        add, serve, opened = adder(self.down_proj.weight), neurons, gate
+        return lambda base, x: add(base, serve(x).mul_(opened(x).sigmoid()))
 
     def reading_input(self) -> tuple[Tensor, ...]:
         found = super().reading_input()

@@ -121,7 +121,7 @@ def test_packed_matrices_are_read_where_they_are_used_without_gradients_and_nowh
             first.zero_()
             found = thin_product.few_product(x, first, bias)
             torch.testing.assert_close(found, torch.nn.functional.linear(x, old, bias), rtol=1e-5, atol=1e-5)
-            assert thin_product.packed(second) is not None and thin_product.packed(third) is None, "no room for it"
+            assert thin_product.is_packed(second) and not thin_product.is_packed(third), "no room for it"
             with torch.enable_grad():
                 assert torch.equal(thin_product.few_product(x, first, bias), bias.expand(*x.shape[:-1], 24))
         with torch.no_grad():
@@ -196,7 +196,7 @@ def test_tables_serve_more_assignments_and_only_the_weights_they_were_made_of(mo
             assert not few_rows.pays(x, routing, other)
             torch.testing.assert_close(few_rows.few_rows(x, routing, bank), expected, rtol=1e-5, atol=1e-5)
             with torch.enable_grad():
-                assert few_rows.by_tables(x, routing, bank) is None
+                assert few_rows._tables(x, routing, bank) is None
         with few_rows.reading(smaller):
             assert not few_rows.pays(x, routing, bank), "they would take too much memory"
         assert not few_rows.pays(x, routing, bank)

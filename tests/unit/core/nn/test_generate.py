@@ -14,9 +14,10 @@ import moelab
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.errors import CheckpointError, ConfigError
 from moelab.moe import thin_product
-from moelab.nn.decoding import PRODUCTS, Norm, attended
 from moelab.nn.generate import generate, generate_batch
 from moelab.nn.norm import RMSNorm
+from moelab.nn.plain_attention import PRODUCTS, HeldHeads, Norm, Turn
+from moelab.nn.rope import Rope, rotate
 from moelab.nn.sampling import Sampling
 from moelab.nn.texts import Speech, continue_texts
 from moelab.nn.transformer import Transformer
@@ -189,7 +190,7 @@ def test_long_texts_are_made_with_copies_of_the_weights_and_are_the_same(
         assert _behind(model, RAGGED[one.prompt], one.ids) < 1e-4
     assert packs == [2 * 2 + 1], "query, key and value of each layer as one, output, and the head"
     with torch.no_grad():
-        assert thin_product.packed(model.lm_head.weight) is None
+        assert not thin_product.is_packed(model.lm_head.weight)
 
 
 def test_narrow_weights_and_hooked_layers_are_generated_from_too() -> None:
@@ -221,16 +222,33 @@ def test_norms_of_generation_are_those_of_the_layers(dtype: torch.dtype) -> None
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("batch", [1, PRODUCTS])
 def test_heads_of_few_and_of_many_texts_are_those_of_the_formula(batch: int, padded: bool) -> None:
-    groups, each, length, size = 2, 3, 11, 8
-    query, memory = torch.randn(batch, groups, each, size), torch.randn(2, batch, groups, length + 5, size)
-    keys, values = memory[:, :, :, :length]
-    hidden = torch.zeros(batch, 1, 1, length)
-    if padded:
-        hidden[0, ..., :4] = float("-inf")
-    found = attended(query, keys, values, hidden if padded else None)
-    scores = torch.einsum("bgqd,bgld->bgql", query.double(), keys.double()) / size**0.5 + hidden.double()
-    expected = torch.einsum("bgql,bgld->bgqd", scores.exp() / scores.exp().sum(-1, keepdim=True), values.double())
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    """What prompts left and what is written behind them; rows taken again, in another order."""
+    groups, each, prompt, size, room = 2, 3, 9, 8, 14
+    rope, order = Rope(size, 100.0), torch.arange(size).view(2, -1).t().flatten()
+    keys, values = (torch.randn(batch, groups, room, size) for _ in range(2))
+    cos, sin = rope.tables(torch.arange(room)[None], torch.float32)
+    turned, turn = rotate(keys, cos, sin), Turn.of(rope, torch.arange(room), torch.float32, room)
+    with torch.inference_mode():
+        held = HeldHeads.of_prompts(turned[:, :, :prompt], values[:, :, :prompt], order, room)
+        taken = torch.arange(batch).flip(0)
+        held, keys, values, turned = (x.take_rows(taken) if isinstance(x, HeldHeads) else x[taken]
+                                      for x in (held, keys, values, turned))  # fmt: skip
+        for position in range(prompt, prompt + 2):
+            stored = torch.stack([keys[:, :, position, order], values[:, :, position]], 1)
+            held.write(torch.view_as_complex(stored.view(batch, 2, groups, -1, 2)), turn.at(position).stored, position)
+        query, length = torch.randn(batch, groups * each, size), prompt + 2
+        hidden = torch.zeros(batch, 1, 1, length)
+        if padded:
+            hidden[0, ..., :4] = float("-inf")
+        paired = torch.view_as_complex(query[..., order].contiguous().view(*query.shape[:2], -1, 2))
+        ready = torch.view_as_real(paired * turn.at(length - 1).query)
+        found = held.attended(ready, length, hidden if padded else None)
+    exact = rotate(query.unsqueeze(2), cos[:, :, length - 1 : length], sin[:, :, length - 1 : length]).double()
+    grouped = exact.view(batch, groups, each, size)
+    scores = torch.einsum("bgqd,bgld->bgql", grouped, turned[:, :, :length].double()) / size**0.5 + hidden.double()
+    weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+    expected = torch.einsum("bgql,bgld->bgqd", weights, values[:, :, :length].double())
+    torch.testing.assert_close(found.double(), expected.reshape(batch, -1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("hooked", [False, True])

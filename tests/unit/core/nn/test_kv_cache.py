@@ -49,11 +49,14 @@ def test_a_backward_pass_through_a_cache_sees_what_was_there():
     assert (first.grad.item(), second.grad.item()) == (4.0, 18.0)
 
 
-def test_one_position_is_appended_as_several_are():
-    several, one = KVCache(1, room=3), KVCache(1, room=3)
-    for piece in _pieces(9):
-        expected = several.append(0, piece, -piece)
-        for wanted, found in zip(expected, one.append_one(0, piece[:, :, 0], -piece[:, :, 0]), strict=True):
-            assert torch.equal(found, wanted)
-    assert one.length == 9
-    assert torch.equal(one.held(0)[1], several.held(0)[1])
+def test_what_is_taken_is_forgotten_and_the_length_stays():
+    cache = KVCache(2)
+    piece = _pieces(1)[0]
+    for layer in range(2):
+        cache.append(layer, piece, -piece)
+    keys, values = cache.taken(0)
+    assert torch.equal(keys, piece) and torch.equal(values, -piece)
+    assert cache.length == piece.shape[2]
+    assert torch.equal(cache.held(1)[0], piece)
+    cache.take_rows(torch.zeros(1, dtype=torch.int64))  # of what it still has
+    assert len(cache.held(1)[0]) == 1
