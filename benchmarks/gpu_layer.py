@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpu_common import BF16, QWEN_57B, Bench, choose
-from layer import Contender, LayerShape, backends_for, bank_of, draw_routing, recorded, time_in_turn
+from layer import Contender, LayerShape, Timing, backends_for, bank_of, draw_routing, recorded, time_in_turn
 from moelab import ExpertBackend, Routing
 from moelab.moe.activation import SwiGLU, activate
 from moelab.moe.experts import ExpertBank
@@ -22,6 +23,7 @@ from moelab_plugins.expert_backends.megablocks import block_matrix
 from report import markdown_table
 
 LEFT_OUT = {"loop", "auto", "densemixer"}  # slow, another one again, or another computation
+DENSE = "dense FFN"  # of equal active FLOPs
 TOLERANCE = 2e-2  # relative to the largest output: bf16 keeps 8 bits, three products
 Part = tuple[list[dict[str, Any]], str]
 
@@ -61,8 +63,8 @@ def _gradients(backend: ExpertBackend, x: Tensor, routing: Routing, bank: Expert
 
 
 def layer(shape: LayerShape, sizes: tuple[int, ...], bench: Bench) -> Part:
-    """TFLOP/s and peak memory of every side."""
-    rows, device, rate = [], bench.device, bench.rate
+    """TFLOP/s and peak memory of every side, beside what the card's matmul and its memory allow."""
+    rows, device = [], bench.device
     bank = bank_of(shape, device, BF16)
     for tokens in sizes:
         x = torch.randn(tokens, shape.hidden, device=device, dtype=BF16, requires_grad=True)
@@ -75,23 +77,35 @@ def layer(shape: LayerShape, sizes: tuple[int, ...], bench: Bench) -> Part:
             sides |= _peers(shape, x, routing)
             for name, timing in time_in_turn(sides, upstream, bench.sizes.repeats, device).items():
                 rows.append(
-                    {
-                        "side": name, "tokens": tokens, "load": load,
-                        "forward_tflops": shape.flops(tokens, backward=False) / timing.forward / 1e12,
-                        "total_tflops": shape.flops(tokens, backward=True) / timing.total / 1e12,
-                        "of_matmul_rate": shape.flops(tokens, backward=True) / timing.total / rate,
-                        "peak_gb": timing.peak_bytes / 1e9,
-                    }
-                )  # fmt: skip
+                    {"side": name, "tokens": tokens, "load": load} | _figures(shape, name, tokens, timing, bench)
+                )
             bench.release()
-    head = ["side", "tokens", "load", "forward TFLOP/s", "forward + backward TFLOP/s", "of the matmul rate", "peak GB"]
+    head = ["side", "tokens", "load", "forward TFLOP/s", "forward + backward TFLOP/s", "of the matmul rate",
+            "ms", "least ms by FLOPs", "least ms by bytes", "peak GB"]  # fmt: skip
     body = [
         [r["side"], str(r["tokens"]), r["load"], f"{r['forward_tflops']:.4g}", f"{r['total_tflops']:.4g}",
-         f"{100 * r['of_matmul_rate']:.0f} %", f"{r['peak_gb']:.1f}"]
+         f"{100 * r['of_matmul_rate']:.0f} %", f"{r['total_ms']:.2f}", f"{r['flops_ms']:.2f}", f"{r['bytes_ms']:.2f}",
+         f"{r['peak_gb']:.1f}"]
         for r in rows
     ]  # fmt: skip
     title = f"{shape.name}: hidden {shape.hidden}, {shape.experts} x {shape.width}, top-{shape.top_k}, bf16"
     return rows, f"\n{title}\n\n" + markdown_table(head, body) + "\n"
+
+
+def _figures(shape: LayerShape, side: str, tokens: int, timing: Timing, bench: Bench) -> dict[str, float]:
+    """Rates, and the least time that the products' FLOPs and bytes take, forward and backward."""
+    if side == DENSE:
+        shape = replace(shape, experts=1, top_k=1, width=shape.top_k * shape.width)
+    flops = shape.flops(tokens, backward=True)
+    return {
+        "forward_tflops": shape.flops(tokens, backward=False) / timing.forward / 1e12,
+        "total_tflops": flops / timing.total / 1e12,
+        "of_matmul_rate": flops / timing.total / bench.rate,
+        "flops_ms": 1e3 * flops / bench.rate,
+        "bytes_ms": 1e3 * shape.traffic(tokens, backward=True) / bench.bandwidth,
+        "total_ms": 1e3 * timing.total,
+        "peak_gb": timing.peak_bytes / 1e9,
+    }
 
 
 def _contender(backend: ExpertBackend, x: Tensor, routing: Routing, bank: ExpertBank, ours: bool = True) -> Contender:
@@ -107,9 +121,7 @@ def _peers(shape: LayerShape, x: Tensor, routing: Routing) -> dict[str, Contende
     width = shape.top_k * shape.width
     up = torch.nn.Parameter(0.02 * torch.randn(2 * width, shape.hidden, device=x.device, dtype=x.dtype))
     down = torch.nn.Parameter(0.02 * torch.randn(width, shape.hidden, device=x.device, dtype=x.dtype))
-    peers = {
-        "dense FFN": Contender(lambda: activate(SwiGLU(), (x @ up.t()).unflatten(-1, (2, -1))) @ down, [x, up, down])
-    }
+    peers = {DENSE: Contender(lambda: activate(SwiGLU(), (x @ up.t()).unflatten(-1, (2, -1))) @ down, [x, up, down])}
     if importlib.util.find_spec("transformers") is None:
         return peers
     from transformers import Qwen2MoeConfig

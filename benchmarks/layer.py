@@ -37,6 +37,15 @@ class LayerShape:
         """Of the routed experts: three products of 2 * D * F a row, and twice that again for the backward pass."""
         return (3 if backward else 1) * 6 * tokens * self.top_k * self.hidden * self.width
 
+    def traffic(self, tokens: int, backward: bool, width: int = 2) -> int:
+        """Bytes of the products' operands and results, each moved once, `width` for a number; every expert is used.
+
+        Gate and up are one product. A backward pass has two for each, with the same three matrices.
+        """
+        weights = 3 * self.experts * self.hidden * self.width
+        rows = tokens * self.top_k * (2 * self.hidden + 3 * self.width)  # into gate and up, out; into down, out
+        return (3 if backward else 1) * width * (weights + rows)
+
 
 @dataclass(frozen=True)
 class Contender:

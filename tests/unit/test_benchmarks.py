@@ -31,6 +31,59 @@ def test_no_line_of_the_gpu_benchmark_fails_for_want_of_a_gpu(root: Path) -> Non
     done = _run(root, "gpu.py", "--rehearse")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "grouped_mm, torch's passes" in done.stdout
+    assert "least ms by FLOPs | least ms by bytes" in done.stdout
+
+
+@pytest.mark.parametrize("holds_on", [False, True], ids=["that ends", "that holds on"])
+def test_a_part_of_the_gpu_benchmark_is_cut_off_when_its_time_is_over(root: Path, holds_on: bool) -> None:
+    """The process itself ends where the part does not."""
+    script = f"""
+import time
+from gpu_common import OutOfTime, at_most
+def part():
+    while True:
+        try:
+            time.sleep(600)
+        except BaseException:
+            if not {holds_on}:
+                raise
+try:
+    with at_most(0.2, {0.2 if holds_on else 600}):
+        part()
+except OutOfTime:
+    print("cut off")
+with at_most(600, 600):
+    print("and the next one")
+"""
+    command, benchmarks = [sys.executable, "-c", script], root / "benchmarks"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=benchmarks)
+    if holds_on:
+        assert done.returncode == 1 and not done.stdout, done.stderr
+    else:
+        assert done.stdout.split("\n") == ["cut off", "and the next one", ""], done.stderr
+
+
+def test_a_spent_budget_of_the_gpu_benchmark_begins_no_part_and_says_which(root: Path) -> None:
+    done = _run(root, "gpu.py", "--rehearse", "--budget", "0", "--parts", "kernels,whole")
+    assert done.returncode == 0, done.stderr
+    assert "not measured, 0 s were over: whole run, kernels" in done.stdout
+
+
+def test_the_traffic_of_a_layer_is_that_of_its_products(root: Path) -> None:
+    """Five tokens, two experts each of four: every matrix that the two products read or write, once."""
+    script = """
+import torch
+from layer import LayerShape
+x, gate_up, out = torch.zeros(10, 8), torch.zeros(4, 8, 6), torch.zeros(10, 6)
+act, down, y = torch.zeros(10, 3), torch.zeros(4, 3, 8), torch.zeros(10, 8)
+moved = sum(one.numel() for one in (x, gate_up, out, act, down, y))
+shape = LayerShape("four", 8, 4, 2, 3)
+assert shape.traffic(5, backward=False) == 2 * moved and shape.traffic(5, backward=True, width=4) == 12 * moved
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=root / "benchmarks"
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_cpu_step_agrees_with_transformers_and_writes_its_table(root: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from moelab.data.account import Account
 from moelab.data.chat import ChatTemplate, Message, check_messages
-from moelab.data.deduplicate import LEAK, LEAKED, sort_out
+from moelab.data.deduplicate import LEAK, LEAKED, Lines, Sorted, sort_out
 from moelab.data.identity import TEXT, text_identity
 from moelab.data.joined import Tokens
 from moelab.data.reading import resolve_path
@@ -30,6 +30,7 @@ from moelab.errors import DataError
 from moelab.paths import Places
 
 _TOGETHER = 1 << 22  # characters that are encoded in one call
+LONG_LINE = 200  # characters: a text, where a shorter one may be a title or a question
 _KEEP = "where the source has the option, deduplicate: false keeps them"
 
 
@@ -227,7 +228,21 @@ def _keep(given: list[Document], context: DataContext, deduplicate: bool) -> lis
         context.account.add(
             f"documents left out of {len(given):,}, {cause}", f"{document.domain}/{document.name}", cure
         )
+    _tell_of_single_lines(kept, context.account)
     return _named_apart([kept.train, sorted(kept.held_out, key=lambda document: document.domain)])
+
+
+def _tell_of_single_lines(kept: Sorted[Document], account: Account) -> None:
+    """Near copies are found by their lines: say so where most held-out texts are one, and theirs are sought in vain."""
+    found = ((document, list(Lines.of(document.text).longer.values())) for document in kept.held_out)
+    single = [document for document, lines in found if len(lines) == 1 and lines[0] >= LONG_LINE]
+    if 2 * len(single) > len(kept.held_out):
+        account.add(
+            f"held-out documents of {len(kept.held_out):,} of one long line, whose near copies are not looked for",
+            f"{single[0].domain}/{single[0].name}",
+            "`moelab data` finds those that differ in a few words, on both sides of the split",
+            len(single),
+        )
 
 
 def _named_apart(parts: list[list[Document]]) -> list[list[Document]]:

@@ -142,6 +142,18 @@ def test_what_is_left_out_is_told_in_a_line_with_an_example_where_it_is_one_caus
     assert build_corpus(documents(), CONTEXT).left_out == {}  # a context may be used again
 
 
+def test_that_near_copies_of_long_lines_are_not_looked_for_is_told_where_held_out_text_is_of_them() -> None:
+    """Each text has a twin that differs in a word; of those of several lines one stands again as it is."""
+    pairs = [(n, word) for n in range(60) for word in ("here", "there")]
+    single = [Document(f"{word} " + f"text number {n} says it again; " * 10, "web", f"{n}{word}") for n, word in pairs]
+    several = [Document(one.text.replace(";", "\n"), one.domain, one.name) for one in single]
+    corpus = build_corpus(single, CONTEXT)
+    held_out = len(corpus.validation.document_names)
+    told = f"held-out documents of {held_out:,} of one long line, whose near copies are not looked for"
+    assert {what: one["count"] for what, one in corpus.left_out.items()} == {told: held_out}
+    assert not any("not looked for" in what for what in build_corpus(several, CONTEXT).left_out)
+
+
 def test_what_utf_8_cannot_hold_is_told() -> None:
     corpus = build_corpus([*documents(), Document("half \ud83d of a face", "a", "x")], CONTEXT)
     assert [what for what in corpus.left_out if "UTF-16" in what]
