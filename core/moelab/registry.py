@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import MISSING, Field, asdict, fields
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from importlib.metadata import EntryPoint, PackageNotFoundError, packages_distributions, version
 from types import ModuleType
 from typing import Any
@@ -115,6 +115,14 @@ class Registry:
         known = {field.name: _default(field) for field in fields(self.components(point)[node["name"]].options)}
         return {key: value for key, value in node.items() if key != "name" and value != known.get(key, MISSING)}
 
+    def defaults(self, point: ExtensionPoint[Any, Any], name: str) -> dict[str, Any] | None:
+        """{option: its default, as it is stored}, those without one left out; None where there is no such plugin."""
+        chosen = self.components(point).get(name)
+        if chosen is None:
+            return None
+        known = {field.name: _default(field) for field in fields(chosen.options)}
+        return {key: _plain(value) for key, value in known.items() if value is not MISSING}
+
     def select(
         self, point: ExtensionPoint[ContextT, BuiltT], node: Mapping[str, Any], where: str
     ) -> tuple[Component[ContextT, BuiltT], Any]:
@@ -182,6 +190,15 @@ def builtin_modules(point: ExtensionPoint[Any, Any]) -> list[str]:
         return []
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
     return [f"{point.builtins}.{name}" for name in names if not name.startswith("_")]
+
+
+def _plain(value: Any) -> Any:
+    """A default as config.yaml holds it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _default(field: Field[Any]) -> Any:
