@@ -292,20 +292,27 @@ def _refuse(part: PluginPart, fault: str | None, built: object) -> None:
 def _backend(
     config: ModelConfig, registry: Registry, parts: LayerParts, layout: ExpertLayout, layer_id: int
 ) -> ExpertBackend:
+    width, where = _expert_hidden_size(config), parts.where("backend")
+    return backend_of(registry, parts.backend, layout, width, layer_id, where=where)
+
+
+def backend_of(
+    registry: Registry, node: Mapping[str, Any], layout: ExpertLayout, width: int, layer_id: int, *, where: str
+) -> ExpertBackend:
+    """The backend that `node` names, for experts on rows of `width` numbers, and able to build all the others."""
+
     def context(above: frozenset[str]) -> BackendContext:
         """`above`: the backends that this one is built for, so that none is built inside itself."""
 
         def others() -> Mapping[str, ExpertBackend]:
             names = [name for name in registry.components(EXPERT_BACKENDS) if name not in above]
             return {
-                name: registry.build(EXPERT_BACKENDS, {"name": name}, context(above | {name}), parts.where("backend"))
-                for name in names
+                name: registry.build(EXPERT_BACKENDS, {"name": name}, context(above | {name}), where) for name in names
             }
 
-        return BackendContext(layout, _expert_hidden_size(config), layer_id, others)
+        return BackendContext(layout, width, layer_id, others)
 
-    chosen = str(parts.backend.get("name"))
-    return registry.build(EXPERT_BACKENDS, parts.backend, context(frozenset({chosen})), parts.where("backend"))
+    return registry.build(EXPERT_BACKENDS, node, context(frozenset({str(node.get("name"))})), where)
 
 
 @contextlib.contextmanager

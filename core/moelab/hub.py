@@ -46,7 +46,7 @@ def user_folder(text: str | Path, key: str | None = None) -> Path:
         return path
     try:
         return _snapshot(MODEL, match[1], match[2], ALLOWED, REFUSED)
-    except ImportError:
+    except ModuleNotFoundError:
         logger.warning("%s: no such folder; to take it from the Hugging Face hub: pip install 'moelab[hub]'", match[1])
         return path  # whoever reads it says that it isn't there
     except OSError as error:
@@ -90,7 +90,7 @@ def dataset_path(text: str, patterns: Sequence[str] = ()) -> DatasetPath:
         wanted = [named, *(f"{named}/{pattern}" for pattern in wanted or ["*"])]
     try:
         folder = _snapshot(DATASET, match[1], revision, wanted)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise DataError(f"data.source: {text} lies on the Hugging Face hub: pip install 'moelab[hub]'") from error
     except OSError as error:
         raise DataError(f"data.source: '{text}' is {error}") from error

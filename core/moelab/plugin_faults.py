@@ -24,6 +24,7 @@ from moelab.shortage import shortage
 LONGEST = 500  # characters of somebody else's error that are quoted
 # What a stranger's code may raise that is told of; its sys.exit() would end the command as if all were done.
 ANYTHING = (Exception, SystemExit)
+OURS = ("moelab", "moelab_plugins", "moelab_upcycling", "moelab_tools")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class PluginPart:
         """Of a part that no config chose: by its class, or its own name where it is a function."""
         named = built if hasattr(built, "__code__") else type(built)
         owner = str(getattr(named, "__module__", "?"))
-        ours = owner.partition(".")[0] in ("moelab", "moelab_plugins")
+        ours = owner.partition(".")[0] in OURS
         return cls(kind, getattr(named, "__name__", "?"), owner, layer_id=layer_id, ours=ours)
 
     @property
@@ -109,6 +110,19 @@ def strangers_fault(error: BaseException) -> ConfigError | None:
     return None if part is None or part.ours or shortage(error) else part.raised(error)
 
 
+def broken_package(error: BaseException) -> ConfigError | None:
+    """`error` as an installed package's, if it was raised while that was imported: nothing of ours can be the cause."""
+    bodies = [frame for frame, _ in _frames(error) if frame.f_code.co_name == "<module>"]
+    module = str(bodies[-1].f_globals.get("__name__", "")) if bodies else "__main__"
+    top = module.partition(".")[0]
+    if top in (*OURS, "__main__") or shortage(error):
+        return None
+    return ConfigError(
+        f"the package {top} is installed and can't be imported: {type(error).__name__}: {quoted(error)}"
+        f"{place_in(error, top)}; mend or uninstall it, or do without what needs it"
+    )
+
+
 @contextmanager
 def plugins_told() -> Iterator[None]:
     """What a stranger's plugin raises inside the block becomes one line, a ConfigError; all else passes."""
@@ -131,8 +145,13 @@ def place_of(built: object) -> str:
         code = found if isinstance(found, CodeType) else getattr(found, "__code__", None)
         module = str(getattr(found, "__module__", None) or getattr(built, "__module__", ""))
         if code is not None and not _is_torch(module):
-            return f" ({_short(code.co_filename, module)}:{code.co_firstlineno})"
+            return place_of_code(code, module)
     return ""
+
+
+def place_of_code(code: CodeType, module: str) -> str:
+    """ " (my_lab/routers.py:31)": where a function of a module begins."""
+    return f" ({_short(code.co_filename, module)}:{code.co_firstlineno})"
 
 
 def place_in(error: BaseException, owner: str) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import MISSING, Field, asdict, fields
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from importlib.metadata import EntryPoint, PackageNotFoundError, packages_distributions, version
 from types import ModuleType
 from typing import Any
 
@@ -28,7 +28,8 @@ from moelab.shortage import shortage
 class Registry:
     """The plugins of one run, never a module global: two runs in one process can't see each other's.
 
-    `plugins` are module names, installed or in one of `places`. A run that needs only some extension points names
+    `plugins` are module names, installed or in one of `places`; `entry_points`: whether installed packages' are loaded
+    too, or which of `installed_plugins()`. A run that needs only some extension points names
     them as `points`: neither built-ins nor installed packages that offer none of them are imported, so that upcycling's
     workers do without torch.
     """
@@ -36,7 +37,7 @@ class Registry:
     def __init__(
         self,
         plugins: Iterable[str] = (),
-        entry_points: bool = True,
+        entry_points: bool | Collection[str] = True,
         places: Places | None = None,
         *,
         points: Collection[ExtensionPoint[Any, Any]] = EXTENSION_POINTS,
@@ -49,8 +50,9 @@ class Registry:
         self._ours = [path for point in points for path in builtin_modules(point)]
         for path in self._ours:
             self._register(importlib.import_module(path), path)
-        if entry_points:
-            self._load_entry_points(points)
+        installed = installed_plugins() if entry_points else {}
+        wanted = installed if isinstance(entry_points, bool) else entry_points
+        self._load_entry_points({name: installed[name] for name in installed if name in wanted}, points)
         places = places or Places()
         for path in plugins:
             module = import_plugin(str(path), places.of(str(path)))
@@ -113,6 +115,14 @@ class Registry:
         known = {field.name: _default(field) for field in fields(self.components(point)[node["name"]].options)}
         return {key: value for key, value in node.items() if key != "name" and value != known.get(key, MISSING)}
 
+    def defaults(self, point: ExtensionPoint[Any, Any], name: str) -> dict[str, Any] | None:
+        """{option: its default, as it is stored}, those without one left out; None where there is no such plugin."""
+        chosen = self.components(point).get(name)
+        if chosen is None:
+            return None
+        known = {field.name: _default(field) for field in fields(chosen.options)}
+        return {key: _plain(value) for key, value in known.items() if value is not MISSING}
+
     def select(
         self, point: ExtensionPoint[ContextT, BuiltT], node: Mapping[str, Any], where: str
     ) -> tuple[Component[ContextT, BuiltT], Any]:
@@ -149,10 +159,12 @@ class Registry:
                 found[name] = "no distribution"
         return dict(sorted(found.items()))
 
-    def _load_entry_points(self, points: Collection[ExtensionPoint[Any, Any]]) -> None:
+    def _load_entry_points(
+        self, installed: Mapping[str, EntryPoint], points: Collection[ExtensionPoint[Any, Any]]
+    ) -> None:
         """Those that may offer one of `points`: a heavy package that offers others costs this run nothing."""
         hooks = [point.hook for point in points]
-        for name, entry_point in installed_plugins().items():
+        for name, entry_point in installed.items():
             if len(hooks) < len(EXTENSION_POINTS) and not may_offer(entry_point, hooks):
                 self.left_out.append(name)
                 continue
@@ -178,6 +190,15 @@ def builtin_modules(point: ExtensionPoint[Any, Any]) -> list[str]:
         return []
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
     return [f"{point.builtins}.{name}" for name in names if not name.startswith("_")]
+
+
+def _plain(value: Any) -> Any:
+    """A default as config.yaml holds it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _default(field: Field[Any]) -> Any:

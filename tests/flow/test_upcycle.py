@@ -17,7 +17,10 @@ import pytest
 import torch
 
 from dense_checkpoints import Tiny, read_all, write_dense
+from later_keys import later
+from moelab.config.upcycle import RecipeConfig
 from moelab_tools import cli
+from moelab_upcycling.initialisers.experts.qwen2 import Qwen2Options
 from moelab_upcycling.writer import BUFFER, BUFFERS
 
 transformers = pytest.importorskip("transformers")
@@ -334,3 +337,38 @@ def test_what_stops_the_receipt_leaves_the_model_whole_and_says_so(
     assert f"The model in {tmp_path / 'out'} is whole" in made.stderr
     assert (tmp_path / "out/model.safetensors.index.json").exists()
     assert not (tmp_path / "out/upcycle_receipt.json").exists()
+
+
+def test_what_the_receipt_lacks_is_told_before_the_conversion_begins(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for wrong, words in (("name=embeded", "no data source 'embeded'"), ("max_bytes=3", "no such option")):
+        refused = run_here(capsys, *recipe(dense, tmp_path / "out", f"receipt.source.{wrong}"))
+        assert refused.returncode == 2
+        assert words in refused.stderr
+        assert refused.stderr.endswith("or leave the receipt out with --no-receipt\n")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_conversion_goes_on_under_a_key_and_an_option_that_came_later(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = [*recipe(dense, tmp_path / "out"), "--no-receipt"]
+    assert run_here(capsys, *words, "--layers", "0:1").returncode == 0
+    (shard,) = (tmp_path / "out").glob("*.safetensors")
+    begun, hash_then = shard.stat().st_mtime_ns, json.loads((tmp_path / "out/upcycle.json").read_text())["plan"]
+    with later(RecipeConfig, "later", "float", 0.5), later(Qwen2Options, "later_option", "int", 3):
+        refused = run_here(capsys, *words, "recipe.later=2")
+        assert refused.returncode == 2
+        assert "'later': 0.5" in refused.stderr  # there
+        done = run_here(capsys, *words)
+        assert done.returncode == 0, done.stderr
+        assert run_here(capsys, "verify", tmp_path / "out", "--source", dense).returncode == 0
+    assert shard.stat().st_mtime_ns == begun
+    lines = (tmp_path / "out/upcycle_manifest.jsonl").read_text().splitlines()
+    assert {json.loads(line)["plan"] for line in lines} == {hash_then}
+    other = json.loads((tmp_path / "out/upcycle.json").read_text())
+    other["identity"]["seed"] += 1  # it no longer says what it was begun by
+    (tmp_path / "out/upcycle.json").write_text(json.dumps(other))
+    with later(RecipeConfig, "later", "float", 0.5):
+        assert run_here(capsys, *words).returncode == 2

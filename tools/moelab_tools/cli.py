@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moelab import __version__
+from moelab.plugin_faults import ANYTHING
 from moelab.printable import LONGEST_MESSAGE, printable
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ COMMANDS = {
     "doctor": "Tell what this machine has and which expert backends work on it.",
 }
 SHARED = {"train"}  # what all processes that torchrun started do together; of the others one of them does it
+TRAINING = {"train", "align"}  # whose plugins may have a thread that still brings a run's data away
 EXIT_USER, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
 
@@ -101,8 +103,13 @@ def moelab() -> None:
 def main() -> None:
     """The console script. Exit codes: 0 done, 1 failed, 2 the user's input."""
     from moelab import launcher
+    from moelab_tools.left_threads import watch
 
-    code = run(sys.argv[1:])
+    code = EXIT_FAILED  # of a mistake of ours, which keeps its traceback
+    try:
+        code = run(sys.argv[1:])
+    finally:
+        watch(code, _tell, trains=_command_of(sys.argv[1:]) in TRAINING)
     if launcher.world() > 1:
         launcher.end(code, mistake=code == EXIT_USER and _is_shared(sys.argv[1:]))
     sys.exit(code)
@@ -143,7 +150,7 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except Exception as error:
+    except ANYTHING as error:
         return _explain(error)
     finally:
         logging.getLogger("moelab").removeHandler(teller)
@@ -151,7 +158,11 @@ def _run(arguments: list[str]) -> int:
 
 
 def _is_shared(arguments: list[str]) -> bool:
-    return next((word for word in arguments if not word.startswith("-")), None) in SHARED
+    return _command_of(arguments) in SHARED
+
+
+def _command_of(arguments: list[str]) -> str | None:
+    return next((word for word in arguments if not word.startswith("-")), None)
 
 
 def _told_to_one(arguments: list[str]) -> bool:
@@ -197,10 +208,10 @@ def _tell(message: str) -> None:
     click.echo(wrapped(message, sys.stderr), err=True)
 
 
-def _explain(error: Exception) -> int:
+def _explain(error: BaseException) -> int:
     """One message for what moelab foresaw; anything else is our own fault and keeps its traceback."""
     from moelab.errors import RunFailure, UserError
-    from moelab.plugin_faults import strangers_fault
+    from moelab.plugin_faults import broken_package, strangers_fault
     from moelab.shortage import shortage
 
     if isinstance(error, UserError | RunFailure) and _left_to_others(error):
@@ -215,7 +226,7 @@ def _explain(error: Exception) -> int:
     if found is not None:
         _tell(f"failed: {found}")
         return EXIT_FAILED
-    fault = strangers_fault(error)
+    fault = strangers_fault(error) or broken_package(error)
     if fault is not None:
         _tell(f"error: {fault}")
         return EXIT_USER

@@ -22,12 +22,14 @@ from rich.progress import (
 )
 
 from moelab.config.files import find_config, is_override
-from moelab.config.load import load_config
+from moelab.config.load import Loaded, load_config
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import ConfigError, RunFailure
 from moelab.hf.gguf_file import SUFFIX
+from moelab.hookspecs import DATA_SOURCES
 from moelab.hub import user_folder
 from moelab.paths import user_path
+from moelab.registry import Registry
 from moelab_tools.terminal import make_console
 from moelab_tools.upcycle_probe import probe_of
 from moelab_tools.upcycle_receipt import RECEIPT, print_receipt, write_receipt
@@ -69,6 +71,8 @@ def run_upcycle(request: UpcycleRequest) -> None:
     if request.sink == "files" and config.output is None:
         raise ConfigError("output: has no value yet; write output=DIR, or --sink hash to keep nothing")
     output = user_path(config.output, "output") if request.sink == "files" and config.output else None
+    if request.receipt and output is not None:
+        _check_receipt(loaded)
     with _terminable(), bytes_bar(console) as bar:
         task = bar.add_task("upcycling", total=None)
         outcome = convert(
@@ -87,6 +91,16 @@ def run_upcycle(request: UpcycleRequest) -> None:
             probe = probe_of(config, output, plan.target.vocab_size, plan.seed, loaded.places("receipt"))
             receipt = write_receipt(plan, registry, output, probe, lambda: bar.advance(task))
         print_receipt(console, receipt)
+
+
+def _check_receipt(loaded: Loaded[UpcycleConfig]) -> None:
+    """What the receipt will read is named before the conversion begins, not hours later; no torch is needed for it."""
+    config = loaded.config
+    try:
+        registry = Registry(config.plugins, config.entry_points, loaded.places("plugins"), points=[DATA_SOURCES])
+        registry.select(DATA_SOURCES, config.receipt.source, "receipt.source")
+    except ConfigError as error:
+        raise ConfigError(f"{loaded.blame(error)}; or leave the receipt out with --no-receipt") from error
 
 
 @contextmanager

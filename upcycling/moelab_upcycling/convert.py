@@ -7,34 +7,20 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import ConfigError
 from moelab.hf.moe_formats import MOE_FORMATS
-from moelab.hookspecs import (
-    EXPERT_INITIALISERS,
-    OUTPUT_SCALINGS,
-    ROUTER_INITIALISERS,
-    SHARED_INITIALISERS,
-    ExtensionPoint,
-)
 from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab_upcycling.maker import build_parts
 from moelab_upcycling.output import OutputFolder, content_hash
 from moelab_upcycling.plan import Plan, make_plan
+from moelab_upcycling.same_plan import AXES
 from moelab_upcycling.scale import scaled
 from moelab_upcycling.source import DenseSource
 from moelab_upcycling.target import resolve_target, target_kind
 from moelab_upcycling.worker import Job, Progress, do_all, light_registry
-
-AXES: dict[str, ExtensionPoint[Any, Any]] = {
-    "experts": EXPERT_INITIALISERS,
-    "shared": SHARED_INITIALISERS,
-    "router": ROUTER_INITIALISERS,
-    "scaling": OUTPUT_SCALINGS,
-}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from moelab.atomic import in_bytes
 from moelab.checksums import ALGORITHM
@@ -23,7 +22,8 @@ from moelab.hf.files import INDEX_FILE, READING, SINGLE_FILE, read_json
 from moelab.records import Record
 from moelab.safe_files import an_object, parse_json, read_bytes
 from moelab_upcycling.plan import Plan, Shard
-from moelab_upcycling.worker import ShardResult
+from moelab_upcycling.same_plan import as_today, hash_there
+from moelab_upcycling.worker import ShardResult, light_registry
 from moelab_upcycling.writer import PARTIAL, explain, write_text
 
 logger = logging.getLogger("moelab")
@@ -39,6 +39,7 @@ class OutputFolder:
     def __init__(self, folder: Path, plan: Plan) -> None:
         """Nothing is written yet. CheckpointError also where what goes along with the source can't be read."""
         self.folder, self.plan = folder, plan
+        self.hash = plan.hash  # by which the folder goes
         sources = [Path(source) for source in plan.sources]
         self.carried = carried_files(sources[0]) | carried_record(sources)
         if folder.exists() and not folder.is_dir():
@@ -48,15 +49,18 @@ class OutputFolder:
                 raise CheckpointError(f"{folder}: is the source itself; choose another output folder")
         held = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
         if (folder / PLAN_FILE).exists():
-            self._check_same_plan(read_json(folder / PLAN_FILE))
+            self.hash = self._hash_there(Record(str(folder / PLAN_FILE), read_json(folder / PLAN_FILE), READING))
         elif any(not name.endswith(PARTIAL) for name in held):
             raise CheckpointError(f"{folder}: holds something else ({held[0]}, ...); choose an empty or new folder")
 
-    def _check_same_plan(self, stored: dict[str, Any]) -> None:
-        if stored.get("plan") == self.plan.hash:
-            return
+    def _hash_there(self, stored: Record) -> str:
+        """CheckpointError where another plan began the folder."""
+        registry = light_registry(self.plan.plugins, self.plan.entry_points, self.plan.search_path)
+        found = hash_there(stored, self.plan, registry)
+        if found is not None:
+            return found
         ours = parse_json(json.dumps(self.plan.identity()), PLAN_FILE, READING)  # as it is stored
-        theirs = Record(str(self.folder / PLAN_FILE), stored, READING).record("identity", optional=True).values
+        theirs = as_today(stored.record("identity", optional=True).values, registry)
         differing = [
             f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in ours if ours[key] != theirs.get(key)
         ]
@@ -93,7 +97,7 @@ class OutputFolder:
         self.clean(shards)
         if not (self.folder / PLAN_FILE).exists():
             description = {
-                "plan": self.plan.hash,
+                "plan": self.hash,
                 "identity": self.plan.identity(),
                 "sources": list(self.plan.sources),
                 "entry_points": self.plan.entry_points,
@@ -146,7 +150,7 @@ class OutputFolder:
         for number, line in enumerate(lines, 1):
             with contextlib.suppress(CheckpointError):  # a line that was cut off by a kill: its shard is made again
                 entry = Record(f"{path}:{number}", an_object(parse_json(line, path, READING), path, READING), READING)
-                if entry.text("plan") == self.plan.hash:
+                if entry.text("plan") == self.hash:
                     found[entry.text("shard")] = dict(entry.record("tensors").values)
         return found
 
@@ -154,7 +158,7 @@ class OutputFolder:
         """Append a finished shard to the manifest, synced."""
         entry = {
             "shard": result.file, "bytes": result.nbytes, "seconds": result.seconds,
-            "plan": self.plan.hash, "hash": ALGORITHM, "tensors": result.hashes,
+            "plan": self.hash, "hash": ALGORITHM, "tensors": result.hashes,
         }  # fmt: skip
         path = self.folder / MANIFEST
         try:

@@ -125,10 +125,15 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        return sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+        return identity_hash(self.identity())
 
     def config_json(self) -> dict[str, Any]:
         return {**self.target.config, "torch_dtype": TORCH_NAMES[self.dtype]}
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """The name of a plan: two of one identity have it."""
+    return sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()
 
 
 def make_plan(

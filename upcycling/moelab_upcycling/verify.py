@@ -28,6 +28,7 @@ from moelab_upcycling.dtypes import STORAGE, TORCH_NAMES, raw_bytes
 from moelab_upcycling.maker import Maker
 from moelab_upcycling.output import PLAN_FILE
 from moelab_upcycling.plan import OutputTensor, Plan, Shard
+from moelab_upcycling.same_plan import hash_there
 from moelab_upcycling.source import DenseSource
 from moelab_upcycling.streams import choose, stream
 
@@ -57,13 +58,14 @@ def plan_of_output(
         refuse_unknown(stored.record("identity").listed("plugins", str), output / PLAN_FILE, named)
     config = _config_of(stored, sources)
     paths = [*search_path, *(user_path(path, f"{PLAN_FILE}: search_path") for path in named if trust)]
-    plan = prepare(config, registry_of(config, paths), paths)
+    registry = registry_of(config, paths)
+    plan = prepare(config, registry, paths)
     if list(plan.fingerprints) != stored.record("identity").listed("fingerprints", str):
         raise CheckpointError(
             f"{output / PLAN_FILE}: was made from other sources than {', '.join(map(str, sources))} (other "
             "fingerprints); name the ones it was made from: " + ", ".join(stored.listed("sources", str, optional=True))
         )
-    if plan.hash != stored.text("plan"):
+    if hash_there(stored, plan, registry) is None:
         raise CheckpointError(
             f"{output / PLAN_FILE}: this version of moelab makes another plan of the same recipe; verify with the "
             f"version that made it: {json.dumps(dict(stored.record('versions', optional=True).values))}"

@@ -69,7 +69,7 @@ def library() -> Any:
     """The `gguf` package. CheckpointError saying how to get it."""
     try:
         import gguf  # noqa: PLC0415  (an extra)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise CheckpointError(
             "GGUF files are read with the package `gguf`, which is not installed: pip install 'moelab[gguf]'"
         ) from error

@@ -42,7 +42,7 @@ def runs(
     """
     try:
         import pandas  # noqa: PLC0415  (an extra)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise UserError(
             "moelab.runs makes a pandas DataFrame, and pandas is not installed: pip install 'moelab[notebook]'; "
             "moelab.run_records(...) gives the same as a list of records without it"

@@ -131,7 +131,7 @@ def require(package: str, extra: str, what: str) -> Any:
     """The module of an optional package. Raises ConfigError naming the extra that brings it."""
     try:
         return import_module(package)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ConfigError(
             f"{what} needs the package {package.partition('.')[0]}, which is not installed: pip install "
             f"'moelab[{extra}]'"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +74,54 @@ def test_doctor_tries_every_backend_and_says_why_one_can_not_serve(capsys: pytes
     refused = next(line for line in lines if line.split()[:2] == ["megablocks", "cpu"])
     assert "no: " in refused
     assert not any("BROKEN" in line for line in lines)
+    assert not any("no: " in line for line in lines if line.split()[:1] == ["densemixer"])
+
+
+def broken_installation(site: Path, body: str) -> None:
+    """Two packages with `body` in them: a plugin of an installed package, and one that moelab uses."""
+    for name in ("broken_lab", "transformers"):
+        (site / f"{name}.py").write_text(f"# moelab_routers\n{body}\n")
+    told = site / "broken_lab-1.0.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-lab\nVersion: 1.0\n")
+    (told / "entry_points.txt").write_text("[moelab]\nours = broken_lab\n")
+
+
+@pytest.mark.parametrize("body", ["raise RuntimeError('no build of this machine')", "import sys; sys.exit(0)"])
+def test_doctor_says_what_is_broken_and_goes_on(body: str, tmp_path: Path) -> None:
+    broken_installation(tmp_path, body)
+    done = in_its_own_process(tmp_path, "doctor")
+    assert done.returncode == 1, done.stderr
+    raised = "RuntimeError" if "Runtime" in body else "SystemExit"
+    told = [line for line in done.stdout.splitlines() if "BROKEN" in line]
+    assert [line.split()[0] for line in told] == ["transformers", "plugins"]
+    assert all(raised in line for line in told)
+    assert "'broken-lab:ours' (broken_lab)" in told[1]
+    assert len([line for line in done.stdout.splitlines() if "works (error" in line]) >= 8
+    assert done.stderr == "failed: broken here: transformers, broken-lab:ours\n"
+
+
+@pytest.mark.parametrize("body", ["raise RuntimeError('no build of this machine')", "import sys; sys.exit(0)"])
+def test_a_broken_package_that_a_command_needs_is_one_line_in_any_of_them(body: str, tmp_path: Path) -> None:
+    (tmp_path / "pandas.py").write_text(f"{body}\n")
+    program = "from moelab_tools import cli; cli.moelab.main = lambda *a, **o: __import__('pandas'); cli.main()"
+    done = in_its_own_process(tmp_path, "runs", program=program)
+    assert (done.returncode, done.stdout) == (2, "")
+    raised = "RuntimeError: no build of this machine" if "Runtime" in body else "SystemExit: 0"
+    assert done.stderr == (
+        f"error: the package pandas is installed and can't be imported: {raised} (pandas.py:1); mend or uninstall "
+        "it, or do without what needs it\n"
+    )
+
+
+def in_its_own_process(site: Path, *arguments: str, program: str = "") -> subprocess.CompletedProcess[str]:
+    """`moelab ARGUMENTS` where `site` holds what is installed beside the rest."""
+    python_path = os.pathsep.join([str(site), *filter(None, sys.path)])
+    command = [sys.executable, "-c", program] if program else [sys.executable, "-m", "moelab"]
+    return subprocess.run(
+        [*command, *arguments],
+        env=os.environ | {"PYTHONPATH": python_path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )

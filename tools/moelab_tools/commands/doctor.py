@@ -6,7 +6,9 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -16,11 +18,21 @@ if TYPE_CHECKING:
     import torch
 
     from moelab import ExpertBackend
+    from moelab.registry import Registry
 
-PACKAGES = ("torch", "triton", "stanford-stk", "megablocks", "transformers")
+# Distribution -> what of it is imported. MegaBlocks' own module lacks a compiled extension that moelab does without.
+PACKAGES = {
+    "torch": "torch",
+    "triton": "triton",
+    "stanford-stk": "stk",
+    "megablocks": "moelab_plugins.expert_backends._megablocks_install:load",
+    "transformers": "transformers",
+    "tensorboard": "tensorboard",
+}
 LAYER = {"hidden_size": 256, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
 TOKENS = 64
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # relative to the largest output
+BROKEN = "BROKEN: "
 
 
 @click.command("doctor")
@@ -28,7 +40,8 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # relative to the largest outpu
 def command(override: tuple[str, ...]) -> None:
     """Tell what this machine has, and try every expert backend on each device and dtype.
 
-    A backend works when it agrees with the dense sum in float64, forward and backward.
+    A backend works when it agrees with the dense sum in float64, forward and backward. What is installed and broken
+    gets a line and exit code 1; the rest is tried without it.
 
     \b
     Example:
@@ -37,6 +50,7 @@ def command(override: tuple[str, ...]) -> None:
     """
     from moelab.config.load import load_config
     from moelab.config.run import RunConfig
+    from moelab.errors import RunFailure
     from moelab.registry import Registry
     from moelab_tools.terminal import wrapped
 
@@ -44,11 +58,23 @@ def command(override: tuple[str, ...]) -> None:
               "model.intermediate_size=1", "model.num_hidden_layers=1", "model.num_attention_heads=1",
               "model.num_key_value_heads=1"]  # fmt: skip
     loaded = load_config([*override, *filler], RunConfig)
-    for name, value in _machine():
-        click.echo(f"{name:<14}{value}")
+    broken = []
+
+    def tell(name: str, found: str, line: str) -> None:
+        if found.startswith(BROKEN) and name not in broken:
+            broken.append(name)
+        click.echo(wrapped(line, sys.stdout))
+
+    for name, value in (*_machine(), *_packages()):
+        tell(name, value, f"{name:<14}{value}")
+    sound, faults = _installed_plugins() if loaded.config.entry_points else ([], {})
+    for name, fault in faults.items():
+        tell(name, fault, f"plugins       {fault}")
     click.echo("\nexpert backends")
-    for line in _backends(Registry(loaded.config.plugins, loaded.config.entry_points, loaded.places("plugins"))):
-        click.echo(wrapped(f"  {line}", sys.stdout))
+    for name, place, found in _backends(Registry(loaded.config.plugins, sound, loaded.places("plugins"))):
+        tell(name, found, f"  {name:<14}{place}{found}")
+    if broken:
+        raise RunFailure(f"broken here: {', '.join(broken)}")
 
 
 def _machine() -> Iterator[tuple[str, str]]:
@@ -69,8 +95,58 @@ def _machine() -> Iterator[tuple[str, str]]:
         why = "this torch is built without CUDA" if torch.version.cuda is None else "the driver shows no device"
         yield "CUDA", f"none: {why}"
     yield "autotune", _autotuned()
-    for name in PACKAGES:
-        yield name, _version(name)
+
+
+def _packages() -> Iterator[tuple[str, str]]:
+    """(package, its version, and why it can't be imported)"""
+    from moelab.plugin_faults import ANYTHING
+
+    for name, module in PACKAGES.items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            yield name, "not installed"
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of a package about its own extras
+                _import(module)
+        except ANYTHING as error:  # whatever a broken installation raises is what the user came to see
+            found = f"{_broken(error)} (version {found})"
+        yield name, found
+
+
+def _import(name: str) -> None:
+    """A module, or by module:function what this imports."""
+    module, _, function = name.partition(":")
+    loaded = import_module(module)
+    if function:
+        getattr(loaded, function)()
+
+
+def _installed_plugins() -> tuple[list[str], dict[str, str]]:
+    """(the entry points that can be used together, {one that can't: why}), each tried beside those before it."""
+    from moelab.errors import UserError
+    from moelab.hookspecs import EXTENSION_POINTS
+    from moelab.installed import installed_plugins
+    from moelab.registry import Registry
+
+    sound: list[str] = []
+    faults = {}
+    for name in installed_plugins():
+        try:
+            registry = Registry((), [*sound, name])
+            for point in EXTENSION_POINTS:
+                registry.components(point)
+            sound.append(name)
+        except UserError as error:
+            faults[name] = f"{BROKEN}{error}"
+    return sound, faults
+
+
+def _broken(error: BaseException) -> str:
+    from moelab.plugin_faults import quoted
+
+    return f"{BROKEN}{type(error).__name__}: {quoted(error)}"
 
 
 def _autotuned() -> str:
@@ -83,13 +159,6 @@ def _autotuned() -> str:
     path = place_of(machine)
     found = read_kept(path, machine)
     return f"{len(found)} choices measured, in {path}" if found else "nothing measured here yet"
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _matmul_rate(dtype: torch.dtype) -> float:
@@ -106,27 +175,26 @@ def _matmul_rate(dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-def _backends(registry: object) -> Iterator[str]:
-    """One line for each backend, device and dtype."""
+def _backends(registry: Registry) -> Iterator[tuple[str, str, str]]:
+    """(backend, device and dtype, what it does there)"""
     import torch
 
-    from moelab import BackendContext, Registry
+    from moelab.builder import backend_of
     from moelab.hookspecs import EXPERT_BACKENDS
     from moelab.moe.layout import ExpertLayout
+    from moelab.plugin_faults import ANYTHING
 
-    assert isinstance(registry, Registry)
     layout = ExpertLayout(LAYER["num_experts"], LAYER["num_experts_per_tok"], LAYER["moe_intermediate_size"])
-    inner = BackendContext(layout, LAYER["hidden_size"], 0, dict)
-    names = list(registry.components(EXPERT_BACKENDS))
-    built = {name: registry.build(EXPERT_BACKENDS, {"name": name}, inner, "doctor") for name in names if name != "auto"}
-    context = BackendContext(layout, LAYER["hidden_size"], 0, lambda: built)
-    built["auto"] = registry.build(EXPERT_BACKENDS, {"name": "auto"}, context, "doctor")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for name, backend in sorted(built.items()):
+    for name in registry.components(EXPERT_BACKENDS):
         for device in devices:
             for dtype in (torch.float32, torch.bfloat16):
-                short = str(dtype).removeprefix("torch.")
-                yield f"{name:<14}{device:<6}{short:<10}{_try(backend, torch.device(device), dtype)}"
+                place = f"{device:<6}{str(dtype).removeprefix('torch.'):<10}"
+                try:
+                    backend = backend_of(registry, {"name": name}, layout, LAYER["hidden_size"], 0, where="doctor")
+                    yield name, place, _try(backend, torch.device(device), dtype)
+                except ANYTHING as error:
+                    yield name, place, _broken(error)
 
 
 def _try(backend: ExpertBackend, device: torch.device, dtype: torch.dtype) -> str:
@@ -140,12 +208,9 @@ def _try(backend: ExpertBackend, device: torch.device, dtype: torch.dtype) -> st
     reason = backend.supports(problem)
     if reason is not None:
         return f"no: {reason}"
-    try:
-        error = _error(backend, device, dtype)
-    except Exception as problem_found:  # whatever a broken installation raises is what the user came to see
-        return f"BROKEN: {type(problem_found).__name__}: {str(problem_found).splitlines()[0]}"
+    error = _error(backend, device, dtype)
     allowed = TOLERANCE[str(dtype).removeprefix("torch.")]
-    return f"works (error {error:.0e})" if error <= allowed else f"BROKEN: differs from float64 by {error:.0e}"
+    return f"works (error {error:.0e})" if error <= allowed else f"{BROKEN}differs from float64 by {error:.0e}"
 
 
 def _error(backend: ExpertBackend, device: torch.device, dtype: torch.dtype) -> float:
@@ -165,6 +230,7 @@ def _error(backend: ExpertBackend, device: torch.device, dtype: torch.dtype) -> 
 
     expert = draw(TOKENS, layout.num_experts).topk(layout.num_experts_per_tok).indices
     values = [draw(TOKENS, LAYER["hidden_size"]), draw(TOKENS, layout.num_experts_per_tok).abs()]
+    scores = draw(TOKENS, layout.num_experts).abs()  # of every expert, which some backends ask for
     weights = [0.1 * draw(*p.shape) for p in ExpertBank(layout, LAYER["hidden_size"]).parameters()]
     upstream = draw(TOKENS, LAYER["hidden_size"])
 
@@ -174,7 +240,8 @@ def _error(backend: ExpertBackend, device: torch.device, dtype: torch.dtype) -> 
             for parameter, value in zip(bank.parameters(), weights, strict=True):
                 parameter.copy_(value)
         x, weight = values[0].to(place, kind).requires_grad_(), values[1].to(place).requires_grad_()
-        y = chosen(x, Routing.from_topk(expert.to(place), weight, layout.num_experts), bank)
+        routing = Routing.from_topk(expert.to(place), weight, layout.num_experts, scores=scores.to(place))
+        y = chosen(x, routing, bank)
         y.backward(upstream.to(place, kind))
         grads = [tensor.grad for tensor in (x, weight, *bank.parameters())]
         return [y.detach(), *(grad for grad in grads if grad is not None)]

@@ -21,6 +21,7 @@ from moelab_tools.compare.judging import DomainDifference, Judged, domain_differ
 from moelab_tools.compare.measure import Measure
 from moelab_tools.compare.multipliers import Multiplier
 from moelab_tools.compare.pairing import LEAST_PAIRS
+from moelab_tools.compare.plugin_defaults import fill_in
 from moelab_tools.compare.routers import RunAlarm
 from moelab_tools.compare.runs import Run
 from moelab_tools.compare.sequential import Plan
@@ -142,6 +143,7 @@ def compare(
     Raises UserError when the runs can't be compared, or when `baseline` names none of them.
     """
     assert plan is None or (baseline is not None and not screening), "looks are planned against a named baseline"
+    fill_in(runs)
     rules = Rules(baseline is not None, practical, screening, error, plan)
     conflicts = check_comparable(runs, allow_different_data)
     measure, runs, why = choose_measure(runs)

@@ -21,13 +21,6 @@ from moelab.config.model import ModelConfig
 from moelab.config.overlay import overlay
 from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import ConfigError, UserError
-from moelab.hookspecs import (
-    EXPERT_INITIALISERS,
-    OUTPUT_SCALINGS,
-    ROUTER_INITIALISERS,
-    SHARED_INITIALISERS,
-    ExtensionPoint,
-)
 from moelab.registry import Registry
 from moelab.safe_files import Reading, read_object
 from moelab.training.run_folder import is_finished, write_json
@@ -37,13 +30,10 @@ from moelab_tools.sweep.launch import Task
 from moelab_tools.sweep.plan import PlannedRun, digest, plan_run
 from moelab_tools.sweep.run import train_task
 from moelab_tools.sweep.state import identity
+from moelab_upcycling.same_plan import AXES
 
 PREPARED = "prepared"
 ORDER = 1000  # added to the seed: a variant does not meet its source's batches again one by one
-AXES: dict[str, ExtensionPoint[Any, Any]] = {
-    "experts": EXPERT_INITIALISERS, "shared": SHARED_INITIALISERS, "router": ROUTER_INITIALISERS,
-    "scaling": OUTPUT_SCALINGS,
-}  # fmt: skip
 
 
 @dataclass

@@ -139,7 +139,7 @@ def slurm_worker(out: Path, options: Sequence[str] = (), cluster: str = "slurm")
     """
     try:
         import submitit
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise UserError("--slurm: submitit is not installed; pip install 'moelab[slurm]'") from error
     if cluster == "slurm" and submitit.AutoExecutor.which() != "slurm":
         raise UserError("--slurm: there is no srun on this machine; run it where Slurm's commands are")
