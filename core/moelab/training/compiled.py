@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -165,6 +166,7 @@ def compile_parts(
         True  # what can't be compiled is found in the part's call
     )
     torch._functorch.config.donated_buffer = False  # each loss's share of a gradient is a backward pass of its own
+    _quiet()
     run = Compiled(compiler or import_module("torch._inductor.compile_fx").compile_fx, device=device)
     switch = next((name for name in SWITCHES if os.environ.get(name) == "1"), None)
     if switch is not None:
@@ -176,6 +178,14 @@ def compile_parts(
             setattr(holder, attribute, run.part(name, getattr(holder, attribute)))
     setattr(model.norm, "forward", run.part("the last norm", model.norm.forward))  # noqa: B010  (a method, for mypy)
     return run, [replace(named, compute=run.part(named.part.title, named.loss)) for named in losses]
+
+
+def _quiet() -> None:
+    """What torch's compiler says on its way stays unsaid, unless TORCH_LOGS asks: what came of it, a part tells."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._(dynamo|inductor)\b")
+    if "TORCH_LOGS" not in os.environ:
+        for name in COMPILERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _functions(layer: DecoderLayer, device: str) -> Iterator[tuple[str, nn.Module, str]]:

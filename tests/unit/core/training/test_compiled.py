@@ -9,6 +9,7 @@ import copy
 import inspect
 import json
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,30 @@ def test_new_shapes_are_counted_and_a_part_that_needs_too_many_graphs_is_eager_i
         "is eager from here on: it would be compiled more than 8 times" in line for line in told
     )
     assert run.line().count("a norm") == 1
+
+
+class _Waits(_Peeks):
+    """A router that calls what torch's compiler warns of in four lines, and a place in Python's own code."""
+
+    def forward(self, x: Tensor, info: TokenInfo) -> Routing:
+        logging.getLogger("test_compiled").debug("%s", threading.Event().is_set())
+        found: Routing = self.inner(x, info)
+        return found
+
+
+def test_of_a_part_that_is_eager_one_line_is_told_with_a_place_in_its_own_code(
+    caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = build(_config(2), seed=0).train()
+    for layer in model.layers:
+        layer.mlp.router = _Waits(layer.mlp.router)
+    run, _ = compile_parts(model, [], "cpu", _as_it_is)
+    _forward(model)
+    assert _refused(run, "router") == {"softmax_topk"}
+    (line,) = [message for message in caplog.messages if "breaks the graph" in message]
+    assert "(test_compiled.py:" in line
+    assert not recwarn.list
+    assert not logging.getLogger("torch._inductor.codecache").isEnabledFor(logging.WARNING)
 
 
 class _Counts(_Peeks):
