@@ -1,9 +1,11 @@
 """`train.compile`: torch.compile on parts of the layers, each in one graph, from the first training step on.
 
 A part is compiled whole (`fullgraph`) or not at all: what breaks the graph, a plugin or a missing compiler, is named in
-one line, and that part goes on eagerly. Outside stay the experts, whose backends choose kernels by the routing's
-numbers (grouped_mm, MegaBlocks, batched), the head's loss, which works piece by piece, and, on a CPU, everything that
-has kernels of our own there: attention and large products, which a compiler would take apart (docs/compute.md).
+one line, and that part goes on eagerly. What differs between layers in its weights alone is compiled once; backward
+passes are compiled with the forward ones, so that what fails fails in the part's call, before anything has run.
+Outside stay the experts, whose backends choose kernels by the routing's numbers (grouped_mm, MegaBlocks, batched), the
+head's loss, which works piece by piece, and, on a CPU, everything that has kernels of our own there: attention and
+large products, which a compiler would take apart (docs/compute.md).
 
 Shapes are static and random numbers eager's, so that a resumed run compiles the same kernels and ends in the same bits.
 Evaluation and generation, whose shapes vary, are eager.
@@ -14,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -30,9 +33,16 @@ from moelab.nn.transformer import DecoderLayer, Transformer
 
 logger = logging.getLogger("moelab")
 COMPILERS = ("torch._dynamo", "torch._inductor")
-NO_COMPILER = ("InvalidCxxCompiler", "TritonMissing", "CppCompileError")
+NO_COMPILER = ("InvalidCxxCompiler", "TritonMissing")
 SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")  # torch's, read at its import and at each call
-MOST_SHAPES = 8  # of one part: further ones, of stages that differ in length, are computed eagerly
+MOST_GRAPHS = (
+    8  # of one part: what needs more, by the lengths of its stages or what its code reads, is eager from then on
+)
+TORCHS_LIMIT = 1 << 20  # graphs of one code in a process, of all layers and runs: the bound is ours
+
+
+class _TooOften(Exception):
+    """A part asks for more graphs than it may have."""
 
 
 @dataclass
@@ -44,7 +54,17 @@ class Compiled:
     told: set[str] = field(default_factory=set)
     without: str | None = None  # why nothing can be compiled here
     device: str = "cpu"
+    calling: Part | None = None  # the one that is called: what is compiled is for it
     _works: bool | None = None
+
+    def backend(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        """What torch.compile calls, of all parts the same: only so may they share a graph."""
+        assert self.calling is not None
+        if self.calling.graphs == MOST_GRAPHS:
+            raise _TooOften
+        compiled: Callable[..., Any] = self.compiler(graph, examples)
+        self.calling.graphs += 1
+        return compiled
 
     def works(self) -> bool:
         """Whether a sum can be compiled here, one that no cache can hold: else it is no part's fault."""
@@ -65,7 +85,7 @@ class Compiled:
 
     @property
     def graphs(self) -> int:
-        """How many were compiled: of each part one for each shape, dtype and kind of layer."""
+        """How many were compiled: of each kind of part one for each shape and dtype."""
         return sum(part.graphs for part in self.parts)
 
     @property
@@ -77,7 +97,8 @@ class Compiled:
         """For the log."""
         if self.without is not None:
             return f"train.compile: nothing is compiled ({self.without})"
-        left = f"; eager: {', '.join(self.refused)}" if self.refused else ""
+        titles = dict.fromkeys(part.title for part in self.parts if part.broken)
+        left = f"; eager: {', '.join(titles)}" if titles else ""
         return f"train.compile: {len(self.parts) - len(self.refused)} parts in {self.graphs} graphs{left}"
 
 
@@ -87,11 +108,13 @@ class Part:
     def __init__(self, name: str, eager: Callable[..., Any], run: Compiled) -> None:
         self.name, self.graphs, self.broken = name, 0, False
         self._eager, self._run = eager, run
-        self._compiled = torch.compile(eager, fullgraph=True, dynamic=False, backend=self._backend)
+        self.kind = type(getattr(eager, "__self__", eager))
+        self._compiled = torch.compile(eager, fullgraph=True, dynamic=False, backend=run.backend)
 
     def __call__(self, *arguments: Any) -> Any:
         if self.broken or self._run.without is not None or not torch.is_grad_enabled():
             return self._eager(*arguments)
+        self._run.calling = self
         try:
             return self._compiled(*arguments)
         except Exception as error:
@@ -100,23 +123,34 @@ class Part:
             self._give_up(error)  # while it was traced or compiled: nothing has run
         return self._eager(*arguments)
 
-    def _backend(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        compiled: Any = self._run.compiler(graph, examples)
-        self.graphs += 1
-        return compiled
+    @property
+    def title(self) -> str:
+        """As messages call it: of all layers one."""
+        return self.name.partition(", layer ")[0]
 
     def _give_up(self, error: BaseException) -> None:
         self.broken = True
-        limit = isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
-        reason = _first_line(error.__cause__ if limit and error.__cause__ else error)
-        if _lacks_compiler(error) or (_of_backend(error) and not self._run.works()):
-            self._run.without = reason
-            logger.warning("train.compile: there is no working compiler here (%s): the run goes on without", reason)
-            return
-        told = f"{self.name.partition(', layer ')[0]} breaks the graph and is computed eagerly: {reason}"
+        if any(isinstance(each, _TooOften) for each in _causes(error)):
+            for part in self._run.parts:  # the others' turn would come, after as many graphs
+                part.broken |= part.kind is self.kind
+            self._tell(
+                f"is eager from here on: it would be compiled more than {MOST_GRAPHS} times, for other lengths or "
+                "since its code reads what changes from step to step"
+            )
+        elif _lacks_compiler(error) or (_of_backend(error) and not self._run.works()):
+            self._run.without = _first_line(error)
+            told = "there is no working compiler here (%s): the run goes on without"
+            logger.warning(f"train.compile: {told}", self._run.without)
+        elif _of_backend(error):
+            self._tell(f"can't be compiled and is computed eagerly: {_first_line(error)}")
+        else:
+            self._tell(f"breaks the graph and is computed eagerly: {_first_line(error)}", _place(error))
+
+    def _tell(self, what: str, place: str = "") -> None:
+        told = f"{self.title} {what}"
         if told not in self._run.told:  # once for all layers
             self._run.told.add(told)
-            logger.warning("train.compile: %s%s", told, _place(error))
+            logger.warning("train.compile: %s%s", told, place)
 
 
 def compile_parts(
@@ -126,10 +160,13 @@ def compile_parts(
 
     `compiler`: (graph, examples) -> a function; None: torch's inductor.
     """
-    shared = MOST_SHAPES * (len(model.layers) + 1)  # layers of one kind share their code, and its limit
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, shared)
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = TORCHS_LIMIT
     torch._inductor.config.fallback_random = True  # eager's numbers
+    torch._functorch.config.force_non_lazy_backward_lowering = (
+        True  # what can't be compiled is found in the part's call
+    )
     torch._functorch.config.donated_buffer = False  # each loss's share of a gradient is a backward pass of its own
+    _quiet()
     run = Compiled(compiler or import_module("torch._inductor.compile_fx").compile_fx, device=device)
     switch = next((name for name in SWITCHES if os.environ.get(name) == "1"), None)
     if switch is not None:
@@ -141,6 +178,14 @@ def compile_parts(
             setattr(holder, attribute, run.part(name, getattr(holder, attribute)))
     setattr(model.norm, "forward", run.part("the last norm", model.norm.forward))  # noqa: B010  (a method, for mypy)
     return run, [replace(named, compute=run.part(named.part.title, named.loss)) for named in losses]
+
+
+def _quiet() -> None:
+    """What torch's compiler says on its way stays unsaid, unless TORCH_LOGS asks: what came of it, a part tells."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._(dynamo|inductor)\b")
+    if "TORCH_LOGS" not in os.environ:
+        for name in COMPILERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _functions(layer: DecoderLayer, device: str) -> Iterator[tuple[str, nn.Module, str]]:
@@ -166,20 +211,30 @@ def _of_backend(error: BaseException) -> bool:
     return isinstance(error, torch._dynamo.exc.BackendCompilerFailed | torch._inductor.exc.InductorError)
 
 
-def _lacks_compiler(error: BaseException) -> bool:
-    """Whether it is not the part's fault: no C++ compiler, no triton, or no room for its files."""
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what it came of."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) or type(seen).__name__ in NO_COMPILER:
-            return True
+        yield seen
         seen = seen.__cause__ or seen.__context__
-    return any(word in str(error) for word in NO_COMPILER)
+
+
+def _lacks_compiler(error: BaseException) -> bool:
+    """Whether it is not the part's fault: no C++ compiler, no triton, or no room for its files."""
+    named = any(isinstance(each, OSError) or type(each).__name__ in NO_COMPILER for each in _causes(error))
+    return named or any(word in str(error) for word in NO_COMPILER)
 
 
 def _place(error: BaseException) -> str:
-    """Where in the part's own code: " (switch.py:31)"."""
-    frames = [frame for frame in getattr(error, "real_stack", None) or [] if "site-packages" not in frame.filename]
-    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    """Where in the part's own code: " (switch.py:31)"; Python's and torch's is what that called."""
+    frames = getattr(error, "real_stack", None) or []
+    own = [frame for frame in frames if not _is_torchs_or_pythons(Path(frame.filename))]
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+
+
+def _is_torchs_or_pythons(file: Path) -> bool:
+    python, torchs = Path(os.__file__).parent, Path(torch.__file__).parent
+    return file.is_relative_to(torchs) or (file.is_relative_to(python) and "-packages" not in str(file))
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import copy
 import inspect
 import json
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from moelab import build
 from moelab.builder import build_balance_losses
@@ -27,7 +29,7 @@ from moelab.moe.batch_statistics import BatchStatistics
 from moelab.moe.routing import Routing, TokenInfo
 from moelab.nn.transformer import TokenContext, Transformer
 from moelab.registry import Registry
-from moelab.training.compiled import MOST_SHAPES, SWITCHES, Compiled, compile_parts
+from moelab.training.compiled import MOST_GRAPHS, SWITCHES, Compiled, compile_parts
 from moelab.training.trainer import train
 
 REGISTRY = Registry(entry_points=False)
@@ -79,7 +81,7 @@ def test_every_built_in_router_is_one_graph_but_for_those_that_draw_noise(caplog
     assert torch.equal(_forward(model)[0], _forward(plain)[0])
     assert _refused(run, "router") == DRAWS
     assert len(run.refused) == len(DRAWS)  # nothing else broke
-    assert run.graphs == len(run.parts) - len(DRAWS)
+    assert run.graphs == 1 + len(names) - len(DRAWS)  # all norms are one, and each router
     told = [line for line in caplog.messages if "breaks the graph" in line]
     assert len(told) == len(DRAWS)
     assert all("gate.py:" in line or "forced_random.py:" in line for line in told)
@@ -113,7 +115,18 @@ def test_on_an_accelerator_attention_and_shared_experts_are_graphs_too(shared: s
     run, _ = compile_parts(model, [], "cuda", _as_it_is)
     assert torch.equal(_forward(model)[0], _forward(plain)[0])
     assert run.refused == []
-    assert run.graphs == len(run.parts) == (3 if shared == "none" else 4)
+    assert len(run.parts) == (3 if shared == "none" else 4)
+    assert run.graphs == len(run.parts)
+
+
+def test_layers_share_what_differs_in_weights_alone() -> None:
+    config = _config(3)
+    config.use_qk_norm = True
+    plain, model = build(config, seed=0).train(), build(config, seed=0).train()
+    run, _ = compile_parts(model, [], "cpu", _as_it_is)
+    assert torch.equal(_forward(model)[0], _forward(plain)[0])
+    assert len(run.parts) == 3 * 5 + 1
+    assert run.line() == "train.compile: 16 parts in 4 graphs"  # the stream's norm, a query's, a key's, the router
 
 
 class _Peeks(nn.Module):
@@ -144,22 +157,100 @@ def test_a_plugin_that_breaks_the_graph_is_named_once_with_its_line_and_goes_on(
     assert "eager: router" in run.line()
 
 
-def test_new_shapes_are_counted_and_beyond_a_bound_computed_eagerly(caplog: pytest.LogCaptureFixture) -> None:
-    model = build(_config(1), seed=0).train()
+def test_new_shapes_are_counted_and_a_part_that_needs_too_many_graphs_is_eager_in_all_layers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plain, model = build(_config(2), seed=0).train(), build(_config(2), seed=0).train()
     run, _ = compile_parts(model, [], "cpu", _as_it_is)
-    counts = []
-    for length in (4, 4, 5, 6):
-        _forward(model, length)
-        counts.append(run.graphs)
-    assert counts[0] == counts[1] < counts[2] < counts[3]
+    for number in range(MOST_GRAPHS):
+        for _ in range(2):
+            assert torch.equal(_forward(model, 4 + number)[0], _forward(plain, 4 + number)[0])
+            assert run.graphs == 2 * (number + 1)  # a norm and the router
     with torch.no_grad():
-        _forward(model, 7)  # evaluation compiles nothing
-    assert run.graphs == counts[3]
-    torch._dynamo.config.recompile_limit = 3
-    _forward(model, 8)
-    assert run.graphs == counts[3]
-    assert "computed eagerly" in caplog.text
-    assert MOST_SHAPES > 3
+        _forward(model, 20)  # evaluation compiles nothing
+    assert run.graphs == 2 * MOST_GRAPHS and not run.refused
+    assert torch.equal(_forward(model, 20)[0], _forward(plain, 20)[0])
+    assert run.graphs == 2 * MOST_GRAPHS and len(run.refused) == len(run.parts)
+    told = [line for line in caplog.messages if line.startswith("train.compile: ")]
+    assert len(told) == 2 and all(
+        "is eager from here on: it would be compiled more than 8 times" in line for line in told
+    )
+    assert run.line().count("a norm") == 1
+
+
+class _Waits(_Peeks):
+    """A router that calls what torch's compiler warns of in four lines, and a place in Python's own code."""
+
+    def forward(self, x: Tensor, info: TokenInfo) -> Routing:
+        logging.getLogger("test_compiled").debug("%s", threading.Event().is_set())
+        found: Routing = self.inner(x, info)
+        return found
+
+
+def test_of_a_part_that_is_eager_one_line_is_told_with_a_place_in_its_own_code(
+    caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = build(_config(2), seed=0).train()
+    for layer in model.layers:
+        layer.mlp.router = _Waits(layer.mlp.router)
+    run, _ = compile_parts(model, [], "cpu", _as_it_is)
+    _forward(model)
+    assert _refused(run, "router") == {"softmax_topk"}
+    (line,) = [message for message in caplog.messages if "breaks the graph" in message]
+    assert "(test_compiled.py:" in line
+    assert not recwarn.list
+    assert not logging.getLogger("torch._inductor.codecache").isEnabledFor(logging.WARNING)
+
+
+class _Counts(_Peeks):
+    """A router whose code reads what each call changes."""
+
+    calls = 0
+
+    def forward(self, x: Tensor, info: TokenInfo) -> Routing:
+        self.calls += 1
+        found: Routing = self.inner(x * (1 + 0.01 * self.calls), info)
+        return found
+
+
+def test_a_plugin_that_would_be_compiled_at_every_step_is_bounded_and_counts_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    models = [build(_config(2), seed=0).train() for _ in range(2)]
+    for model in models:
+        for layer in model.layers:
+            layer.mlp.router = _Counts(layer.mlp.router)
+    run, _ = compile_parts(models[1], [], "cpu", _as_it_is)
+    for _ in range(MOST_GRAPHS + 3):
+        assert torch.equal(_forward(models[1])[0], _forward(models[0])[0])
+    assert run.graphs == 1 + MOST_GRAPHS
+    assert _refused(run, "router") == {"softmax_topk"}
+    assert len([line for line in caplog.messages if "is eager from here on" in line]) == 1
+
+
+def test_many_runs_of_one_process_are_compiled_as_the_first() -> None:
+    for _ in range(9):  # torch.compile would stop at as many of one code, of all layers and runs together
+        model = build(_config(1), seed=0).train()
+        run, _ = compile_parts(model, [], "cpu", _as_it_is)
+        _forward(model)
+        assert run.line() == "train.compile: 4 parts in 2 graphs"
+
+
+def test_a_backward_pass_that_cannot_be_compiled_is_found_before_it_is_needed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def forward_alone(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Any:
+        return aot_autograd(fw_compiler=_as_it_is, bw_compiler=_refuses_products)(graph, examples)
+
+    models = [build(_config(1), seed=0).train() for _ in range(2)]
+    run, _ = compile_parts(models[1], [], "cpu", forward_alone)
+    for model in models:
+        _forward(model)[0].backward()
+    assert _refused(run, "router") == {"softmax_topk"}
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad)
+    (line,) = [line for line in caplog.messages if line.startswith("train.compile: ")]
+    assert "router 'softmax_topk'" in line and "can't be compiled" in line
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
@@ -187,7 +278,7 @@ def test_a_run_is_the_same_compiled_and_goes_on_without_a_compiler(
             found.append([row["train/loss"] for row in _rows(train(small_run)) if "train/loss" in row])
         told = [line for line in caplog.messages if line.startswith("train.compile:")]
         if name == "compiled":
-            assert told == ["train.compile: 5 parts in 5 graphs"]
+            assert told == ["train.compile: 5 parts in 3 graphs"]
         if name == "without":
             assert len(told) == 2
             assert told[0].startswith("train.compile: there is no working compiler here (")
@@ -206,7 +297,8 @@ def _full(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Any:
 
 
 def _refuses_products(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Any:
-    if any(node.op == "call_function" and "linear" in str(node.target) for node in graph.graph.nodes):
+    products = ("linear", "aten.mm")
+    if any(node.op == "call_function" and any(p in str(node.target) for p in products) for node in graph.graph.nodes):
         _broken(graph, examples)
     return graph
 
