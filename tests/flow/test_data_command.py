@@ -272,6 +272,17 @@ def test_a_disk_that_is_full_when_copies_are_looked_for_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("name", "why"), [("notes.txt", "is a file"), ("notes.txt/out", "can't be made")])
+def test_an_output_that_can_be_no_folder_is_one_line_and_stays_as_it_is(
+    name: str, why: str, library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for more in ([], ["--force"]):
+        assert moelab(["data", *words(library, tmp_path / name), *more]) == 2
+        assert why in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("notes.txt", "mine")]
+
+
 def test_an_output_that_is_there_is_not_replaced_unasked(
     made: Path, library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,7 +81,12 @@ def run_curate(request: CurateRequest, console: Console | None = None) -> Accoun
         build_parts(work)
     except ConfigError as error:
         raise loaded.blame(error) from error
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.exists() and not output.is_dir():  # with --force too: it replaces what was made here, nothing else
+        raise UserError(f"output: {output} is a file; name a folder to be made")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: {output} can't be made ({error.strerror}); name another") from error
     busy = f"{output} is being written by another process; wait for it, or name another output"
     with hold_file(output.with_name(f".{output.name}.lock"), what=str(output), otherwise=busy):
         if not request.force and output.exists() and any(output.iterdir()):
