@@ -1,7 +1,8 @@
 """Causal attention for training on a CPU: blocks of queries against the keys they may see, as batched products.
 
 torch's own CPU kernel computes the whole square in its backward pass and the scores a second time. Measured in
-benchmarks/cpu_parts.py, forward and backward: 1.3 to 1.7 times as fast at 256 and 512 positions, 1.0 to 1.2 at 1024.
+benchmarks/cpu_parts.py, forward and backward: 1.3 to 1.7 times as fast at 256 and 512 positions, in fp32 1.2 to 1.4 at
+1024, where torch's kernel is faster in bf16.
 B sequences, H query heads in G groups of one key head each, S positions, d head size, v that of values.
 """
 
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from moelab.nn.sinks import sunk_softmax
 
-MOST_POSITIONS = 768  # beyond, torch's kernel is about as fast and keeps no weights
+MOST_POSITIONS, MOST_POSITIONS_HALF = 1024, 768  # beyond, torch's kernel is about as fast and keeps no weights
 KEEP_ELEMENTS = 1 << 24  # attention weights kept for the backward pass: 64 MB a layer; beyond, they are computed again
 LEAST_ELEMENTS = 1 << 19  # scores; below, one call of torch's kernel costs less than many small products
 BLOCK_ROWS = 128  # of a product: queries of one block times query heads of a group
@@ -26,13 +27,14 @@ BATCH_ELEMENTS = 1 << 19  # scores computed at once: 2 MB, which the last level 
 def blocks_pay(query: Tensor) -> bool:
     """Whether `causal_attention` is the faster way for query [B, H, S, d]: on a CPU, of middling size."""
     batch, heads, seq, _ = query.shape
-    return query.device.type == "cpu" and seq <= MOST_POSITIONS and batch * heads * seq * seq >= LEAST_ELEMENTS
+    most = MOST_POSITIONS if query.dtype.itemsize >= 4 else MOST_POSITIONS_HALF
+    return query.device.type == "cpu" and seq <= most and batch * heads * seq * seq >= LEAST_ELEMENTS
 
 
 def can_choose(query: Tensor) -> bool:
     """Whether a measurement may decide: on a CPU, of sizes where either way was seen to win, or nearly so."""
     batch, heads, seq, _ = query.shape
-    near = seq <= 4 * MOST_POSITIONS and batch * heads * seq * seq >= LEAST_ELEMENTS // 8
+    near = seq <= 3 * MOST_POSITIONS and batch * heads * seq * seq >= LEAST_ELEMENTS // 8
     return (
         near and query.device.type == "cpu" and not isinstance(query, FakeTensor) and not torch.compiler.is_compiling()
     )

@@ -43,11 +43,10 @@ class BatchedBackend:
     def __call__(self, x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
         """x [T, D] -> [T, D]."""
         dtype = compute_dtype(x)
-        rows = lay_out(routing, dispatch_plan(routing), dtype)
+        gate_up, down = bank.gate_up.to(dtype), bank.down.to(dtype)
+        rows = lay_out(routing, dispatch_plan(routing), down)
         bias = None if bank.gate_up_bias is None else bank.gate_up_bias.to(dtype)
-        y: Tensor = _ExpertMLP.apply(
-            x.to(dtype), routing.weight, bank.gate_up.to(dtype), bank.down.to(dtype), bias, rows, bank.activation
-        )
+        y: Tensor = _ExpertMLP.apply(x.to(dtype), routing.weight, gate_up, down, bias, rows, bank.activation)
         return add_down_bias(y, routing, bank).to(x.dtype)
 
 

@@ -77,7 +77,10 @@ def test_middling_sizes_without_padding_are_computed_in_blocks():
     query = torch.empty(8, 4, 512, 64)
     assert blocks_pay(query)
     assert not blocks_pay(query[:, :, :64])  # too little
-    assert not blocks_pay(torch.empty(2, 4, 1024, 64))
+    assert blocks_pay(torch.empty(2, 4, 1024, 64))
+    assert not blocks_pay(torch.empty(2, 4, 1025, 64))
+    assert blocks_pay(torch.empty(2, 4, 768, 64, dtype=torch.bfloat16))
+    assert not blocks_pay(torch.empty(2, 4, 769, 64, dtype=torch.bfloat16))  # torch's kernel is fast there
     assert not blocks_pay(query.to("meta"))
 
 

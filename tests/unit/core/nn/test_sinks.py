@@ -88,7 +88,7 @@ def test_the_kernel_told_the_sum_with_the_sink_gives_its_gradients(dtype: torch.
 
 def test_normed_heads_beside_narrow_values_go_through_the_kernel_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast a norm of heads gives fp32, and the values are as narrow as their projection made them."""
-    monkeypatch.setattr(full_attention, "blocks_pay", lambda query: False)  # as beyond 768 positions
+    monkeypatch.setattr(full_attention, "blocks_pay", lambda query: False)  # as beyond 1,024 positions
     model = moelab.build(dataclasses.replace(MODEL, use_qk_norm=True, moe=None))
     ids = torch.randint(0, 50, (1, fused_parts.LEAST_QUERIES), generator=torch.Generator().manual_seed(0))
     wanted = model(ids).logits
