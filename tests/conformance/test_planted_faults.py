@@ -252,6 +252,11 @@ class NamesRowsThatAreNot(Good):
     expert_rows = ExpertRows(("weight", "bias", "offset"))
 
 
+class ServesOthers(Good):
+    def serving(self) -> Any:
+        return lambda x, info: self(-x, info)
+
+
 class SaysNothingOfWhy(Good):
     expert_rows = ""
 
@@ -261,6 +266,7 @@ ROUTER_FAULTS = [
     (NamesRowsThatAreNot, "its_rows_follow_its_experts"),
     (SaysNothingOfWhy, "its_rows_follow_its_experts"),
     (SameExpertTwice, "gives_no_expert_twice_to_a_token"),
+    (ServesOthers, "serves_as_it_decides"),
     (ImpossibleExpectation, "declares_what_it_can_serve"),
     (BFloat16Weights, "returns_what_the_contract_says"),
     (WrongTopK, "returns_what_the_contract_says"),
@@ -427,6 +433,16 @@ class KeepsOutput(GoodShared):
         return self.last
 
 
+class ServesItself(GoodShared):
+    def serving(self) -> Any:
+        return lambda base, x: self(x)
+
+
+class WritesIntoTheBase(GoodShared):
+    def serving(self) -> Any:
+        return lambda base, x: base.add_(self(x))
+
+
 class UnusedGate(GoodShared):
     def __init__(self, options: Any, context: MoEContext) -> None:
         super().__init__(options, context)
@@ -441,6 +457,8 @@ SHARED_FAULTS = [
     (type("NoWidth", (GoodShared,), {"intermediate_size": None}), "says_how_wide_it_is"),
     (type("Leaks", (GoodShared,), {"forward": lambda s, x: MLP.forward(s, x) + x.cumsum(0)}), "tokens_are_apart"),
     (UnusedGate, "gradients_reach_all_parameters"),
+    (ServesItself, "serves_as_it_computes"),
+    (WritesIntoTheBase, "serves_as_it_computes"),
     (KeepsOutput, "keeps_nothing_and_restores"),
     (type("Asks", (GoodShared,), {
         "forward": lambda s, x: MLP.forward(s, x) * (1 if not len(x) or x.max() < 9 else 2)}),
