@@ -1,16 +1,20 @@
 """What `train.compile` does to a training step: time beside eager, seconds to compile, and whether numbers stay.
 
-    python benchmarks/compile.py                       # results in benchmarks/results/compile.md; 6 minutes
+    python benchmarks/compile.py                       # results in benchmarks/results/compile.md
     python benchmarks/compile.py --device cuda --dtype bfloat16
+    python benchmarks/compile.py --add --parts cpu     # in pieces: the results of others stay
 
 Two models of the same weights in one process take the same steps in turns. On a CPU, once with the parts that the
 trainer compiles there (norms, routers, losses) and once with those of an accelerator (attention and shared experts
-too), which have kernels of our own there. Needs a C++ compiler; on a GPU, triton.
+too), which have kernels of our own there. Needs a C++ compiler; on a GPU, triton. The first step's seconds are the
+compiler's where TORCHINDUCTOR_CACHE_DIR names an empty folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +36,7 @@ from report import machine, markdown_table, median, write_results
 HERE = Path(__file__).resolve().parent
 BATCH, LENGTH, WARM_UP = 8, 512, 2
 SHAPES = {"32 x 128, top-4": (32, 4, 128), "128 x 64, top-8": (128, 8, 64)}
+KEYS = ("shape", "dtype", "kind")  # of a result
 
 
 @dataclass
@@ -114,26 +119,35 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--add", action="store_true", help="keep what else stands in the results")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    results, rows = [], []
-    kinds = options.parts or (["cpu", "cuda"] if options.device == "cpu" else ["cuda"])
-    for dtype in options.dtype:
-        precision = Precision(torch.device(options.device), getattr(torch, dtype))
-        for name in options.shapes:
-            for parts in kinds:
-                found = measured(SHAPES[name], precision, parts, options.rounds)
-                results.append({"shape": name, "dtype": dtype, "kind": parts, **found})
-                rows.append([name, dtype, "norms, routers, losses" if parts == "cpu" else "attention, shared too"])
-                rows[-1] += [f"{found['eager'] / found['compiled']:.2f} x", f"{found['first']:.0f}"]
-                rows[-1] += [f"{found['graphs']} of {found['parts']}", f"{found['apart']:.0e}"]
-                print(" | ".join(rows[-1]), flush=True)
-    head = ["experts", "dtype", "compiled", "speed beside eager", "first step, s", "graphs of parts", "losses apart"]
-    facts = machine() | {"threads": options.threads, "device": options.device}
     name = "compile" if options.device == "cpu" else "compile_gpu"
-    write_results(options.out, name, facts, results, ["", markdown_table(head, rows), ""])
+    kept = options.out / f"{name}.json"
+    found = json.loads(kept.read_text())["results"] if options.add and kept.exists() else []
+    results = {tuple(one[key] for key in KEYS): one for one in found}
+    kinds = options.parts or (["cpu", "cuda"] if options.device == "cpu" else ["cuda"])
+    for case in itertools.product(options.shapes, options.dtype, kinds):
+        shape, dtype, parts = case
+        precision = Precision(torch.device(options.device), getattr(torch, dtype))
+        measures = measured(SHAPES[shape], precision, parts, options.rounds)
+        results[case] = dict(zip(KEYS, case, strict=True)) | measures
+        print(" | ".join(row(results[case])), flush=True)
+    head = ["experts", "dtype", "compiled", "speed beside eager", "first step, s", "parts in graphs", "losses apart"]
+    facts = machine() | {"threads": options.threads, "device": options.device}
+    table = markdown_table(head, [row(one) for one in results.values()])
+    write_results(options.out, name, facts, list(results.values()), ["", table, ""])
+
+
+def row(found: dict[str, Any]) -> list[str]:
+    """Of the table."""
+    kind = "norms, routers, losses" if found["kind"] == "cpu" else "attention, shared too"
+    speed, graphs = found["eager"] / found["compiled"], f"{found['parts']} in {found['graphs']}"
+    return [
+        found["shape"], found["dtype"], kind, f"{speed:.2f} x", f"{found['first']:.0f}", graphs, f"{found['apart']:.0e}"
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

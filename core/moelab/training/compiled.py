@@ -162,9 +162,7 @@ def compile_parts(
     """
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = TORCHS_LIMIT
     torch._inductor.config.fallback_random = True  # eager's numbers
-    torch._functorch.config.force_non_lazy_backward_lowering = (
-        True  # what can't be compiled is found in the part's call
-    )
+    torch._functorch.config.force_non_lazy_backward_lowering = True  # what fails, fails in the part's call
     torch._functorch.config.donated_buffer = False  # each loss's share of a gradient is a backward pass of its own
     _quiet()
     run = Compiled(compiler or import_module("torch._inductor.compile_fx").compile_fx, device=device)
