@@ -15,11 +15,13 @@ SHOWN: dict[str, tuple[type, str]] = {
     "--min-p": (float, "Draw from tokens at least this times as likely as the likeliest."),
     "--repetition-penalty": (float, "Above 1: tokens that were there already are less likely."),
 }
+AUTOTUNE = "Measure once which way this machine reads weights fastest, or not.  [default: where it isn't known]"
 
 
 def sampling_options(command: CommandT) -> CommandT:
     """The options, each as the field of `nn.sampling.Sampling` that it is; None where it isn't given."""
     command = click.option("--seed", default=0, show_default=True)(command)
+    command = click.option("--autotune/--no-autotune", default=None, help=AUTOTUNE)(command)
     command = click.option("--stop", multiple=True, help="A text that ends the text before it. Several: one each.")(
         command
     )

@@ -99,6 +99,7 @@ class SampledBatches:
         sampling = Sampling(
             stage.max_new_tokens, stage.temperature, stage.top_p,
             seed=derive_seed(self.seed, "answers", step, attempt), end_token_ids=self.ends,
+            autotune=False,  # a run that goes on elsewhere draws the same
         )  # fmt: skip
         replays = stage.replay == "sampled"
         found = generate_batch(self.policy.model, prompts, sampling, samples=stage.samples, routes=replays)

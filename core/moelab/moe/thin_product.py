@@ -8,8 +8,9 @@ Measured on AMD's processors (Zen 5, one core, other weights read in between):
   2^21 elements on as four bags of its rows (embedding_bag), which read 4864 x 896 at 73 GB/s where MKL and oneDNN read
   17 to 23. Of more rows: oneDNN's own order, 0.7 to 1.0 of the best of the others, from 3 rows on.
 
-On others' it was not measured, and `nn.functional.linear` is used. Decided by the processor's maker and by sizes, so
-that a machine always rounds alike.
+On others' processors there are no such constants: `nn.functional.linear` is used, but where generation has measured
+which way is quickest (thin_ways.py). Decided by the processor's maker and by sizes, or by what is kept of the machine,
+so that a machine always rounds alike.
 M rows, D columns, N outputs.
 """
 
@@ -33,58 +34,101 @@ LEAST_ELEMENTS = 1 << 15  # of the matrix; below, it is the call that takes time
 BAGGED_ELEMENTS = 1 << 21  # of a turned copy: from here as so many bags
 BAGS = 4
 PACKED_ROWS = 16  # that the order of a copy is chosen for; others' differ by less than a measurement does
+LEAST_PACKED = 3  # rows from which packing pays by the constants ...
+PACKED_ALONE = 1 << 20  # ... of matrices of fewer elements than this
+
+# Ways of a product of few rows: of the original, as `few_product` chooses without a copy, or by oneDNN; of a turned
+# copy, whole, or where there is one row as a sum of bags; of a copy in oneDNN's own order.
+ORIGINAL, ONEDNN, TURNED, BAGGED, PACKED = "original", "onednn", "turned", "bags", "packed"
+WayOf = Callable[[tuple[Tensor, ...]], str]  # of matrices that read the same rows
 
 
 def _ours(x: Tensor, weight: Tensor) -> bool:
-    """Whether there is something to choose."""
+    """Whether the constants have something to choose."""
     return (
         not torch.is_grad_enabled()
         and x.numel() > 0
         and x.dtype == torch.float32
         and not isinstance(x, FakeTensor)
+        and reads_matrices_faster()
         and _suits(weight)
     )
 
 
+def usual_way(weights: tuple[Tensor, ...], rows: int) -> str:
+    """The constants' way for products of `rows` rows, where many are to come."""
+    elements = sum(weight.numel() for weight in weights)
+    if not reads_matrices_faster() or (1 < rows < LEAST_PACKED and elements < PACKED_ALONE):
+        return ORIGINAL
+    if rows > 1:
+        return PACKED
+    return BAGGED if elements >= BAGGED_ELEMENTS else TURNED
+
+
+def readable(weights: tuple[Tensor, ...]) -> bool:
+    """Whether products with these, as one, may go another way than `nn.functional.linear`'s."""
+    plain = all(type(one) in (Tensor, nn.Parameter) and one.is_contiguous() for one in weights)
+    return plain and _suits(*weights) and torch.backends.mkldnn.is_available()
+
+
 def _suits(*weights: Tensor) -> bool:
-    """Whether products with them, read as one, were measured."""
+    """Whether products with them, read as one, are of a kind that was measured."""
     return (
         sum(weight.numel() for weight in weights) >= LEAST_ELEMENTS
         and all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights)
-        and reads_matrices_faster()
         and not torch.is_autocast_enabled("cpu")
         and not any(isinstance(weight, FakeTensor) for weight in weights)
         and not torch.compiler.is_compiling()
     )
 
 
-class _Copy:
+class Copy:
     """Of matrices that read the same rows, with their product with the rows that came last."""
 
-    def __init__(self, read: Tensor) -> None:
+    def __init__(self, way: str, read: Tensor) -> None:
+        self.way = way
         self.read = read
         self.rows: Tensor | None = None
-        self.product: Tensor | None = None
+        self.kept: Tensor | None = None
+
+    @classmethod
+    def of(cls, weights: tuple[Tensor, ...], way: str) -> Copy:
+        """As `way` reads them: one matrix itself by ONEDNN."""
+        weight = weights[0].detach() if len(weights) == 1 else torch.cat([one.detach() for one in weights])
+        if way == PACKED:
+            return cls(way, torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS))
+        return cls(way, weight if way == ONEDNN else weight.t().contiguous())
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., D] -> [..., N]."""
+        if self.way in (PACKED, ONEDNN):
+            return _onednn(x, self.read, bias)
+        if x.dim() != 2:
+            out = self.product(x.reshape(-1, x.shape[-1]), bias)
+            return out.view(*x.shape[:-1], out.shape[-1])
+        if self.way == BAGGED and x.shape[0] == 1:
+            return _sum_of_bags(x, self.read, bias)
+        return torch.mm(x, self.read) if bias is None else torch.addmm(bias, x, self.read)
 
 
 class _Part(NamedTuple):
     """A matrix in a copy: its columns of the product."""
 
-    copy: _Copy
+    copy: Copy
     begin: int
     end: int
     alone: bool  # no other matrix is in it
 
     def of(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., n]."""
-        return _from_copy(x, self.copy.read, None) if self.alone else self.up_to(self, x)
+        return self.copy.product(x) if self.alone else self.up_to(self, x)
 
     def up_to(self, last: _Part, x: Tensor) -> Tensor:
         """The product with this matrix and those behind it in the copy up to `last`; computed once for the same x."""
         copy = self.copy
-        if copy.rows is not x or copy.product is None:
-            copy.rows, copy.product = x, _from_copy(x, copy.read, None)
-        return copy.product.narrow(-1, self.begin, last.end - self.begin)
+        if copy.rows is not x or copy.kept is None:
+            copy.rows, copy.kept = x, copy.product(x)
+        return copy.kept.narrow(-1, self.begin, last.end - self.begin)
 
 
 _PACKED: ContextVar[Mapping[int, _Part]] = ContextVar("packed", default={})  # noqa: B039 - never written to
@@ -96,28 +140,30 @@ class PackedWeights:
     Within `used`, `few_product` and `joined_product` read these in place of their originals, known by identity.
     """
 
-    def __init__(self, weights: Iterable[tuple[Tensor, ...]], most_bytes: int, rows: int = PACKED_ROWS) -> None:
-        """Of the first that fit in `most_bytes`; of none where a copy is of no use (see `_suits`).
+    def __init__(
+        self, weights: Iterable[tuple[Tensor, ...]], most_bytes: int, rows: int = PACKED_ROWS, way: WayOf | None = None
+    ) -> None:
+        """Of the first that fit in `most_bytes`; of none where a copy is of no use (see `readable`).
 
         weights: each alone, or those that read the same rows together, which are then one product: nobody may write
-        into rows between. `rows`: of the products that will come, at most.
+        into rows between. `rows`: of the products that will come, at most. `way`: of each; None: `usual_way`.
         """
         self._originals: list[tuple[Tensor, ...]] = []  # alive, so that no other takes their identity
         self._parts: dict[int, _Part] = {}
         for some in weights:
-            size = sum(weight.numel() * weight.element_size() for weight in some)
-            plain = all(type(one) in (Tensor, nn.Parameter) and one.is_contiguous() for one in some) and _suits(*some)
             known = any(id(one) in self._parts for one in some) or len({id(one) for one in some}) < len(some)
-            if not plain or size > most_bytes or known or not torch.backends.mkldnn.is_available():
+            if known or not readable(some):
+                continue
+            chosen = usual_way(some, rows) if way is None else way(some)
+            size = 0 if chosen == ONEDNN else sum(weight.numel() * weight.element_size() for weight in some)
+            if chosen == ORIGINAL or size > most_bytes:
                 continue
             most_bytes -= size
             self._originals.append(some)
-            weight = some[0].detach() if len(some) == 1 else torch.cat([one.detach() for one in some])
-            turned = rows == 1
-            read = weight.t().contiguous() if turned else torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
-            copy, ends = _Copy(read), list(accumulate(len(one) for one in some))
-            for one, end in zip(some, ends, strict=True):
-                self._parts[id(one)] = _Part(copy, end - len(one), end, len(some) == 1)
+            for together in ((one,) for one in some) if chosen == ONEDNN else (some,):
+                copy, ends = Copy.of(together, chosen), list(accumulate(len(one) for one in together))
+                for one, end in zip(together, ends, strict=True):
+                    self._parts[id(one)] = _Part(copy, end - len(one), end, len(together) == 1)
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -127,7 +173,7 @@ class PackedWeights:
         finally:
             _PACKED.reset(token)
             for part in self._parts.values():
-                part.copy.rows = part.copy.product = None
+                part.copy.rows = part.copy.kept = None
 
 
 def is_packed(weight: Tensor) -> bool:
@@ -147,7 +193,7 @@ def few_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     found = _packed(x, weight)
     if found is not None:
         if found.alone:
-            return _from_copy(x, found.copy.read, bias)
+            return found.copy.product(x, bias)
         return found.of(x) if bias is None else found.of(x) + bias
     small = x.numel() <= MOST_ROWS * weight.shape[1] and weight.numel() < MOST_ELEMENTS
     if small or not _ours(x, weight) or not torch.backends.mkldnn.is_available():
@@ -159,11 +205,11 @@ def few_product_onto(base: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
     """base [M, N] + `few_product` of x [M, D], in one call where there is a copy."""
     found = _packed(x, weight)
     if found is not None and found.alone and base.dtype == torch.float32:
-        read = found.copy.read
-        if read.is_mkldnn:
+        way, read = found.copy.way, found.copy.read
+        if way == PACKED:
             out: Tensor = _pointwise().binary(x, base, read, bias, "add")
             return out
-        if bias is None and not _in_bags(x, read):
+        if bias is None and (way == TURNED or (way == BAGGED and x.shape[0] > 1)):
             return torch.addmm(base, x, read)
     return base + few_product(x, weight, bias)
 
@@ -199,9 +245,9 @@ def reader(*weights: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], T
         return None
     if not parts[0].alone:
         return parts[0].of if len(parts) == 1 else partial(parts[0].up_to, parts[-1])
-    read = parts[0].copy.read
-    if not read.is_mkldnn:
-        return lambda x: _from_copy(x, read, bias)
+    copy, read = parts[0].copy, parts[0].copy.read
+    if copy.way != PACKED:
+        return lambda x: copy.product(x, bias)
     product = _pointwise().default
 
     def product_of(x: Tensor) -> Tensor:
@@ -214,7 +260,7 @@ def reader(*weights: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], T
 def adder(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """`few_product_onto` of what is yet to come: (base [M, N], x [M, D]) -> base + x weight^T + bias."""
     found = _PACKED.get().get(id(weight))
-    if found is None or not found.alone or not found.copy.read.is_mkldnn:
+    if found is None or not found.alone or found.copy.way != PACKED:
         return lambda base, x: few_product_onto(base, x, weight, bias)
     product, read = _pointwise().binary, found.copy.read
 
@@ -225,23 +271,12 @@ def adder(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor, Tenso
     return added
 
 
-def _from_copy(x: Tensor, copied: Tensor, bias: Tensor | None) -> Tensor:
-    if copied.is_mkldnn:
-        return _onednn(x, copied, bias)
-    if x.dim() != 2:
-        out = _from_copy(x.reshape(-1, x.shape[-1]), copied, bias)
-        return out.view(*x.shape[:-1], out.shape[-1])
-    if _in_bags(x, copied):
-        inputs = len(copied)
-        starts = torch.arange(0, inputs, -(-inputs // BAGS))
-        bags = torch.embedding_bag(copied, torch.arange(inputs), starts, False, 0, False, x.view(-1), False)[0]
-        return bags.sum(0, keepdim=True) if bias is None else bags.sum(0, keepdim=True).add_(bias)
-    return torch.mm(x, copied) if bias is None else torch.addmm(bias, x, copied)
-
-
-def _in_bags(x: Tensor, turned: Tensor) -> bool:
-    """Whether the product of x [M, D] with a turned copy is a sum of bags."""
-    return x.shape[0] == 1 and turned.numel() >= BAGGED_ELEMENTS
+def _sum_of_bags(x: Tensor, turned: Tensor, bias: Tensor | None) -> Tensor:
+    """x [1, D], turned [D, N] -> [1, N]."""
+    inputs = len(turned)
+    starts = torch.arange(0, inputs, -(-inputs // BAGS))
+    bags = torch.embedding_bag(turned, torch.arange(inputs), starts, False, 0, False, x.view(-1), False)[0]
+    return bags.sum(0, keepdim=True) if bias is None else bags.sum(0, keepdim=True).add_(bias)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

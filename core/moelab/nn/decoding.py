@@ -19,6 +19,7 @@ from moelab.moe.block import MoEBlock
 from moelab.moe.few_rows import ExpertTables, reading
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
 from moelab.moe.thin_product import PackedWeights, few_product
+from moelab.moe.thin_ways import measured_way
 from moelab.nn.attention_inputs import AttentionInputs
 from moelab.nn.kv_cache import KVCache
 from moelab.nn.linear import Linear, hooked
@@ -35,9 +36,7 @@ COPY_TOKENS = (
     128  # of all texts: from here a copy of the experts' gate_up is made, which a token reads in half the time
 )
 TURNED_TOKENS = 64  # of a text that is alone: from here other matrices are turned
-PACKED_TOKENS = 32  # of several: from here these are packed ...
-PACKED_ROWS = 3  # ... those of fewer than PACKED_ALONE elements, where so many texts go on together
-PACKED_ALONE = 1 << 20
+PACKED_TOKENS = 32  # of several: from here these are packed
 
 
 class Decoder(Protocol):
@@ -68,8 +67,11 @@ class Decoder(Protocol):
 class Decoding:
     """Made for a batch of texts, whose prompts come first; reads the weights as they are when it is made."""
 
-    def __init__(self, model: Decoder, rows: int, longest: int, new_tokens: int) -> None:
-        """At most `new_tokens` are to come in each of `rows` texts, behind prompts of `longest` positions at most."""
+    def __init__(self, model: Decoder, rows: int, longest: int, new_tokens: int, autotune: bool | None = False) -> None:
+        """At most `new_tokens` are to come in each of `rows` texts, behind prompts of `longest` positions at most.
+
+        `autotune`: see `nn.sampling.Sampling`.
+        """
         self._room = longest + new_tokens
         self.model = model
         self.routings: dict[int, Routing] = {}  # layer -> who served the token of each text, of the last call
@@ -86,7 +88,7 @@ class Decoding:
         self._serve: list[ServedBlock | Callable[[Tensor, Tensor], Tensor]] = []
         self._norms = [] if self._whole else [Norm(layer.post_attention_layernorm) for layer in self._layers]
         self._last_norm = Norm(model.norm)
-        self._packed = PackedWeights(*self._to_pack(rows, new_tokens))
+        self._packed = self._copies(rows, new_tokens, autotune)
         scaling = model.rope.scaling
         self._moving = scaling is not None and scaling.length_matters
         self._turns = None  # of all positions
@@ -149,10 +151,17 @@ class Decoding:
             attend.begin(self.cache)
         self._serve = [_serving(layer.mlp, self._experts) for layer in self._layers]
 
-    def _to_pack(self, rows: int, new_tokens: int) -> tuple[list[tuple[Tensor, ...]], int, int]:
-        """The matrices of which a copy pays for itself, how many bytes these may take, and rows of the products."""
+    def _copies(self, rows: int, new_tokens: int, autotune: bool | None) -> PackedWeights:
+        """Of the matrices that are read faster so, where enough tokens are to come."""
         if self._whole or new_tokens < (TURNED_TOKENS if rows == 1 else PACKED_TOKENS):
-            return [], 0, rows
+            return PackedWeights([], 0)
+        matrices = self._matrices()
+        way = measured_way(matrices, rows, new_tokens, lambda: self.model.state_dict().values(), autotune)
+        copied = sum(4 * each.gate_up.numel() for each in self._experts.values())
+        return PackedWeights(matrices, COPY_BYTES - copied, rows, way)
+
+    def _matrices(self) -> list[tuple[Tensor, ...]]:
+        """All that a token reads but the experts': each alone, or those that read the same."""
         fused = [attend for attend in self._plain if attend.weight is not None]
         apart = {id(part.weight) for attend in fused for part in attend.parts}
         found: list[tuple[Tensor, ...]] = [(attend.weight,) for attend in fused if attend.weight is not None]
@@ -166,9 +175,7 @@ class Decoding:
             found += [(weight,) for weight in linear if id(weight) not in apart]
         if type(self.model.lm_head) is nn.Linear:
             found.append((self.model.lm_head.weight,))
-        least = PACKED_ALONE if 1 < rows < PACKED_ROWS else 0
-        copied = sum(4 * each.gate_up.numel() for each in self._experts.values())
-        return [some for some in found if sum(one.numel() for one in some) >= least], COPY_BYTES - copied, rows
+        return found
 
     def _scores(self, x: Tensor) -> Tensor:
         head = self.model.lm_head

@@ -173,7 +173,7 @@ def _grow(
     for position in range(sampling.max_new_tokens):
         with _evaluating(model):
             if batch is None:
-                batch, scores = _begin(model, prompts, live, sampling.max_new_tokens)
+                batch, scores = _begin(model, prompts, live, sampling)
                 seen = _seen(prompts, live, sampling, scores)
             else:
                 scores = batch(token)
@@ -203,7 +203,9 @@ def _grow(
             return
 
 
-def _begin(model: Decoder, prompts: Sequence[Sequence[int]], rows: Sequence[_Row], new: int) -> tuple[Decoding, Tensor]:
+def _begin(
+    model: Decoder, prompts: Sequence[Sequence[int]], rows: Sequence[_Row], sampling: Sampling
+) -> tuple[Decoding, Tensor]:
     """The prompts of rows in one forward pass, each once, padded on the left -> what goes on, and scores [B, V]."""
     numbers = sorted({row.prompt for row in rows})
     texts = [prompts[number] for number in numbers]
@@ -211,7 +213,7 @@ def _begin(model: Decoder, prompts: Sequence[Sequence[int]], rows: Sequence[_Row
     device = model.embed_tokens.weight.device
     ids = torch.tensor([[text[0]] * (longest - len(text)) + list(text) for text in texts]).to(device)
     padding = torch.tensor([longest - len(text) for text in texts])
-    batch = Decoding(model, len(rows), longest, new)
+    batch = Decoding(model, len(rows), longest, sampling.max_new_tokens, sampling.autotune)
     scores = batch.read(ids, padding.to(device))
     places = [numbers.index(row.prompt) for row in rows]
     if rows[0].passed is not None:

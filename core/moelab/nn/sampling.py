@@ -33,6 +33,7 @@ class Sampling:
     min_p: float = 0.0  # tokens at least this times as likely as the likeliest (Nguyen et al. 2407.01082)
     repetition_penalty: float = 1.0  # on scores of tokens that are in prompt or text (Keskar et al. 1909.05858)
     stop: tuple[str, ...] = ()  # any of these texts ends the text, which is cut before it
+    autotune: bool | None = None  # read weights the way measured fastest here; None: where moelab has no constants
 
     def __post_init__(self) -> None:
         for name, legal, right in (

@@ -29,8 +29,8 @@ from moelab.training.objective import Place
 from moelab.training.rehearsal import no_trace
 from moelab.training.setup import Setup
 from moelab.training.step import batch_terms
-from moelab.training.ways_file import keep, machine_facts, place_of, read_kept
 from moelab.ways import Found, Measuring, Ways, using, wait
+from moelab.ways_file import keep, machine_facts, place_of, read_kept
 
 logger = logging.getLogger("moelab")
 WAYS = "ways"  # of state.json and summary.json

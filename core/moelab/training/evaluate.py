@@ -152,7 +152,9 @@ def sample_texts(model: Transformer, tokenizer: Tokenizer, config: EvaluationCon
     if config.sample_tokens == 0:
         return []
     speech = Speech(tokenizer, (tokenizer.eos_token_id,))
-    sampling = Sampling(config.sample_tokens, config.temperature, seed=seed, end_token_ids=speech.end_token_ids)
+    sampling = Sampling(
+        config.sample_tokens, config.temperature, seed=seed, end_token_ids=speech.end_token_ids, autotune=False
+    )
     ids = [speech.encode(prompt) for prompt in config.prompts]
     found = generate_batch(model, ids, sampling)
     return [prompt + tokenizer.decode(one.ids) for prompt, one in zip(config.prompts, found, strict=True)]

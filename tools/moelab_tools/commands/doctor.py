@@ -153,7 +153,7 @@ def _autotuned() -> str:
     """What `train.autotune` knows of this machine, with as many threads as a run takes by itself."""
     import torch
 
-    from moelab.training.ways_file import machine_facts, place_of, read_kept
+    from moelab.ways_file import machine_facts, place_of, read_kept
 
     machine = machine_facts(torch.get_num_threads(), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     path = place_of(machine)

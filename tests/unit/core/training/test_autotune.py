@@ -17,8 +17,8 @@ from moelab.registry import Registry
 from moelab.training import autotune
 from moelab.training.setup import prepare
 from moelab.training.trainer import train
-from moelab.training.ways_file import keep, machine_facts, place_of, read_kept
 from moelab.ways import Found, Measuring, Ways, active, choose
+from moelab.ways_file import keep, machine_facts, place_of, read_kept
 
 SMALL = [
     "train.steps=6", "train.batch_size=4", "train.sequence_length=64", "train.save_every=2", "train.log_every=2",
@@ -253,7 +253,7 @@ def test_a_cache_that_cannot_be_written_is_told_and_the_run_goes_on(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     train(_config(root, tmp_path / "run", "train.autotune=true"))
     assert _state(tmp_path / "run")["ways"]
-    told = [record.getMessage() for record in caplog.records if "train.autotune" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "autotune: " in record.getMessage()]
     assert sum("can't be kept" in line for line in told) == 1
 
 

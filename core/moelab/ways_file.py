@@ -1,4 +1,4 @@
-"""Where the ways of `train.autotune` are kept: a file for each machine, in the user's cache."""
+"""Where measured ways are kept, of training and of generation: a file for each machine, in the user's cache."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def read_kept(path: Path | None, machine: Mapping[str, str], *, tell: bool = Tru
             kept[problem] = Found(each.text("way"), each.record("seconds").numbers(), step)
     except (UserError, OSError) as error:
         if tell:
-            logger.warning("train.autotune: %s", error)
+            logger.warning("autotune: %s", error)
         return {}
     return kept
 
@@ -88,11 +88,11 @@ def read_kept(path: Path | None, machine: Mapping[str, str], *, tell: bool = Tru
 def keep(path: Path | None, machine: Mapping[str, str], found: Mapping[str, Found]) -> None:
     """For the next run; that it can't be written is told in a line."""
     if path is None:
-        logger.warning("train.autotune: nothing is kept, without a home folder; XDG_CACHE_HOME can name a place")
+        logger.warning("autotune: nothing is kept, without a home folder; XDG_CACHE_HOME can name a place")
         return
     problems = {problem: asdict(each) for problem, each in sorted(found.items())}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps({"machine": dict(machine), "problems": problems}, indent=1) + "\n")
     except (UserError, OSError) as error:
-        logger.warning("train.autotune: %s can't be kept (%s): the next run measures again", path, error)
+        logger.warning("autotune: %s can't be kept (%s): the next run measures again", path, error)
