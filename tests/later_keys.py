@@ -18,14 +18,14 @@ def later(schema: Any, key: str, kind: str, default: Any) -> Iterator[None]:
     before = dict(vars(schema))
     own = dict(before.get("__annotations__", {}))
     for field in fields(schema):
-        if field.name in own and field.default is MISSING and field.default_factory is not MISSING:
+        if field.name in own and (field.metadata or field.default_factory is not MISSING):
             setattr(schema, field.name, field)  # as it was written
     schema.__annotations__ = own | {key: kind}
     setattr(schema, key, default)
     for name in MADE & vars(schema).keys():  # else it leaves them as they are
         delattr(schema, name)
     dataclass(frozen=schema.__dataclass_params__.frozen)(schema)
-    stored._schemas_in.cache_clear()
+    stored.schemas_in.cache_clear()
     try:
         yield
     finally:
@@ -34,4 +34,4 @@ def later(schema: Any, key: str, kind: str, default: Any) -> Iterator[None]:
         for name, value in before.items():
             if vars(schema).get(name) is not value:
                 setattr(schema, name, value)
-        stored._schemas_in.cache_clear()
+        stored.schemas_in.cache_clear()

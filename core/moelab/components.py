@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 OptionsT = TypeVar("OptionsT")
 ContextT_contra = TypeVar("ContextT_contra", contravariant=True)
 BuiltT_co = TypeVar("BuiltT_co", covariant=True)
+ABSENT = "absent"  # in a field's metadata
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,15 @@ class Component(Generic[ContextT_contra, BuiltT_co]):
     def summary(self) -> str:
         """The first line of what `build` says about itself."""
         return (self.build.__doc__ or "").strip().split("\n")[0]
+
+
+def came_later(before: Any) -> dict[str, Any]:
+    """`field(default=..., metadata=came_later(VALUE))`: a key or option that is newer than what it is a key of.
+
+    VALUE is what was so without it, for ever, whatever the default becomes: where a config says it, weights are of the
+    recipe that they were of before (`moelab_lineage.json`).
+    """
+    return {ABSENT: before}
 
 
 def component(

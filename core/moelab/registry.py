@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields
 from importlib.metadata import EntryPoint, PackageNotFoundError, packages_distributions, version
 from types import ModuleType
 from typing import Any
@@ -15,6 +15,7 @@ from omegaconf import MISSING as REQUIRED
 
 from moelab import __version__
 from moelab.components import Component
+from moelab.config.stored import filled
 from moelab.config.typed import OPTIONS, KeyProblem
 from moelab.errors import ConfigError, UserError, near
 from moelab.hookspecs import EXTENSION_POINTS, BuiltT, ContextT, ExtensionPoint, plugin_hooks
@@ -115,13 +116,10 @@ class Registry:
         known = {field.name: _default(field) for field in fields(self.components(point)[node["name"]].options)}
         return {key: value for key, value in node.items() if key != "name" and value != known.get(key, MISSING)}
 
-    def defaults(self, point: ExtensionPoint[Any, Any], name: str) -> dict[str, Any] | None:
-        """{option: its default, as it is stored}, those without one left out; None where there is no such plugin."""
-        chosen = self.components(point).get(name)
-        if chosen is None:
-            return None
-        known = {field.name: _default(field) for field in fields(chosen.options)}
-        return {key: _plain(value) for key, value in known.items() if value is not MISSING}
+    def filled(self, point: ExtensionPoint[Any, Any], part: Mapping[str, Any]) -> dict[str, Any] | None:
+        """A stored part with the defaults of the options that it lacks; None where there is no such plugin."""
+        chosen = self.components(point).get(part["name"])
+        return None if chosen is None else filled(part, chosen.options)
 
     def select(
         self, point: ExtensionPoint[ContextT, BuiltT], node: Mapping[str, Any], where: str
@@ -176,6 +174,21 @@ class Registry:
             self.manager.register(module, name=name)
 
 
+def sound_plugins() -> tuple[list[str], dict[str, str]]:
+    """(the entry points that can be used together, {one that can't: why}), each tried beside those before it."""
+    sound: list[str] = []
+    faults = {}
+    for name in installed_plugins():
+        try:
+            registry = Registry((), [*sound, name])
+            for point in EXTENSION_POINTS:
+                registry.components(point)
+            sound.append(name)
+        except UserError as error:
+            faults[name] = str(error)
+    return sound, faults
+
+
 def builtin_modules(point: ExtensionPoint[Any, Any]) -> list[str]:
     """The built-in plugins of a kind: every module of its package, but for those with a leading underscore.
 
@@ -190,15 +203,6 @@ def builtin_modules(point: ExtensionPoint[Any, Any]) -> list[str]:
         return []
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
     return [f"{point.builtins}.{name}" for name in names if not name.startswith("_")]
-
-
-def _plain(value: Any) -> Any:
-    """A default as config.yaml holds it."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _default(field: Field[Any]) -> Any:

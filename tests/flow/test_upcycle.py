@@ -10,15 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from dense_checkpoints import Tiny, read_all, write_dense
 from later_keys import later
+from moelab.components import came_later
 from moelab.config.upcycle import RecipeConfig
+from moelab.data.lineage import lineage_of
+from moelab.errors import ConfigError
 from moelab_tools import cli
 from moelab_upcycling.initialisers.experts.qwen2 import Qwen2Options
 from moelab_upcycling.writer import BUFFER, BUFFERS
@@ -212,6 +217,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(dense: Path, tmp_pat
 
 LIGHT = """
 import sys
+from moelab.errors import ConfigError
 from moelab_tools import cli
 code = cli.run(sys.argv[1:])
 assert "torch" not in sys.modules
@@ -294,6 +300,7 @@ def test_a_strangers_initialiser_runs_in_every_worker(dense: Path, tmp_path: Pat
 
 MEASURE = """
 import sys
+from moelab.errors import ConfigError
 from moelab_tools import cli
 assert cli.run(sys.argv[1:]) == 0
 for line in open("/proc/self/status"):  # getrusage's maximum is at least the memory of the process that started this
@@ -321,19 +328,42 @@ def test_memory_does_not_grow_with_layers_or_shards(tmp_path: Path):
     assert max(peaks.values()) - min(peaks.values()) < buffers + 25, peaks
 
 
-def test_what_stops_the_receipt_leaves_the_model_whole_and_says_so(
-    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "source",
+    [
+        "moelab_routers = 1 / 0",
+        "import moelab\n\n@moelab.hookimpl\ndef moelab_routers():\n    return 1 / 0",
+        "import moelab\n\n@moelab.hookimpl\ndef moelab_ruoters():\n    return []",
+    ],
+)
+def test_the_receipt_is_made_without_an_installed_package_that_is_broken(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, source: str
 ):
-    """An installed package without anything for upcycling, which the models' own parts are looked for in, is broken."""
+    """It has nothing for upcycling, and nothing that the model is built of."""
     info = tmp_path / "broken-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[moelab]\nplugin = broken_lab\n")
-    (tmp_path / "broken_lab.py").write_text("moelab_routers = 1 / 0\n")
+    (tmp_path / "broken_lab.py").write_text(source + "\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "broken_lab", raising=False)
+    made = run_here(capsys, *recipe(dense, tmp_path / "out"))
+    assert made.returncode == 0, made.stderr
+    told = [line for line in made.stderr.splitlines() if "made without an installed package" in line]
+    assert len(told) == 1
+    assert "broken" in told[0]
+    assert (tmp_path / "out/upcycle_receipt.json").exists()
+
+
+def test_what_stops_the_receipt_leaves_the_model_whole_and_says_so(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """The receipt's text can't be read as the config says."""
+    probe = "moelab_tools.upcycling.probe_of"
+    monkeypatch.setattr(probe, mock.Mock(side_effect=ConfigError("receipt.source: nothing to read")))
     made = run_here(capsys, *recipe(dense, tmp_path / "out"))
     assert made.returncode == 2
-    assert "'broken:plugin' (broken_lab)" in made.stderr
+    assert "nothing to read" in made.stderr
     assert f"The model in {tmp_path / 'out'} is whole" in made.stderr
     assert (tmp_path / "out/model.safetensors.index.json").exists()
     assert not (tmp_path / "out/upcycle_receipt.json").exists()
@@ -357,7 +387,11 @@ def test_a_conversion_goes_on_under_a_key_and_an_option_that_came_later(
     assert run_here(capsys, *words, "--layers", "0:1").returncode == 0
     (shard,) = (tmp_path / "out").glob("*.safetensors")
     begun, hash_then = shard.stat().st_mtime_ns, json.loads((tmp_path / "out/upcycle.json").read_text())["plan"]
-    with later(RecipeConfig, "later", "float", 0.5), later(Qwen2Options, "later_option", "int", 3):
+    assert run_here(capsys, *recipe(dense, tmp_path / "before"), "--no-receipt").returncode == 0
+    with (
+        later(RecipeConfig, "later", "float", field(default=0.5, metadata=came_later(0.5))),
+        later(Qwen2Options, "later_option", "int", field(default=3, metadata=came_later(3))),
+    ):
         refused = run_here(capsys, *words, "recipe.later=2")
         assert refused.returncode == 2
         assert "'later': 0.5" in refused.stderr  # there
@@ -367,6 +401,7 @@ def test_a_conversion_goes_on_under_a_key_and_an_option_that_came_later(
     assert shard.stat().st_mtime_ns == begun
     lines = (tmp_path / "out/upcycle_manifest.jsonl").read_text().splitlines()
     assert {json.loads(line)["plan"] for line in lines} == {hash_then}
+    assert lineage_of(tmp_path / "out", "") == lineage_of(tmp_path / "before", ""), "a repetition of what there was"
     other = json.loads((tmp_path / "out/upcycle.json").read_text())
     other["identity"]["seed"] += 1  # it no longer says what it was begun by
     (tmp_path / "out/upcycle.json").write_text(json.dumps(other))

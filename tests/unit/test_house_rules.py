@@ -41,7 +41,7 @@ FLOORS = (
     {"nn", "initialisers", "dense_sources"},
     {"hookspecs", "plugin_modules", "installed", "initialiser_promises"},
     {"registry"},
-    {"layouts", "trust"},
+    {"layouts", "trust", "across_versions"},
     {"builder"},
     {"stored_weights"},
     {"hf", "planning"},

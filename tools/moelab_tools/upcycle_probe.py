@@ -11,7 +11,7 @@ from moelab.config.upcycle import UpcycleConfig
 from moelab.errors import DataError
 from moelab.hookspecs import DATA_SOURCES
 from moelab.paths import Places
-from moelab.registry import Registry
+from moelab.registry import Registry, sound_plugins
 from moelab_upcycling.streams import stream
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def probe_of(config: UpcycleConfig, folder: Path, vocab_size: int, seed: int, pl
     """
     import torch
 
-    registry = Registry(config.plugins, config.entry_points, places)
+    registry = _registry(config, places)
     sequences = -(-config.receipt.tokens // LENGTH)
     reason = "the source has no tokenizer.json"
     if (folder / "tokenizer.json").is_file():
@@ -53,6 +53,14 @@ def probe_of(config: UpcycleConfig, folder: Path, vocab_size: int, seed: int, pl
     ids = torch.tensor([int(word) % vocab_size for word in raw]).view(sequences, LENGTH + 1)
     document = torch.arange(sequences)[:, None].expand(-1, LENGTH)
     return Probe(ids[:, :-1], ids[:, 1:], document, f"random token ids ({reason})", False, registry)
+
+
+def _registry(config: UpcycleConfig, places: Places) -> Registry:
+    """Of all installed packages that work: the conversion needed none of the others, which are told."""
+    sound, faults = sound_plugins() if config.entry_points else ([], {})
+    for fault in faults.values():
+        logger.warning("receipt: made without an installed package: %s", fault)
+    return Registry(config.plugins, sound, places)
 
 
 def _text(

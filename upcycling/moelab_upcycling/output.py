@@ -12,17 +12,20 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
+from moelab.across_versions import as_ever
 from moelab.atomic import in_bytes
 from moelab.checksums import ALGORITHM
+from moelab.config.upcycle import RecipeConfig
 from moelab.data.lineage import LINEAGE, Lineage, converted, lineage_of
 from moelab.data.seen import carried_record
 from moelab.errors import CheckpointError
 from moelab.hf.carried import carried_files
 from moelab.hf.files import INDEX_FILE, READING, SINGLE_FILE, read_json
 from moelab.records import Record
+from moelab.registry import Registry
 from moelab.safe_files import an_object, parse_json, read_bytes
 from moelab_upcycling.plan import Plan, Shard
-from moelab_upcycling.same_plan import as_today, hash_there
+from moelab_upcycling.same_plan import completed, hash_there
 from moelab_upcycling.worker import ShardResult, light_registry
 from moelab_upcycling.writer import PARTIAL, explain, write_text
 
@@ -55,12 +58,12 @@ class OutputFolder:
 
     def _hash_there(self, stored: Record) -> str:
         """CheckpointError where another plan began the folder."""
-        registry = light_registry(self.plan.plugins, self.plan.entry_points, self.plan.search_path)
+        registry = self._registry()
         found = hash_there(stored, self.plan, registry)
         if found is not None:
             return found
         ours = parse_json(json.dumps(self.plan.identity()), PLAN_FILE, READING)  # as it is stored
-        theirs = as_today(stored.record("identity", optional=True).values, registry)
+        theirs = completed(stored.record("identity", optional=True).values, registry)
         differing = [
             f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in ours if ours[key] != theirs.get(key)
         ]
@@ -189,10 +192,14 @@ class OutputFolder:
             (self.folder / SINGLE_FILE).unlink()
         write_text(self.folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
+    def _registry(self) -> Registry:
+        return light_registry(self.plan.plugins, self.plan.entry_points, self.plan.search_path)
+
     def _lineage(self) -> Lineage:
         """Sources that say nothing of themselves are told apart by their weights, wherever they lie."""
         seeds = {"seed", "fingerprints", "max_shard_size"}
         identity = {key: value for key, value in self.plan.identity().items() if key not in seeds}
+        identity["recipe"] = as_ever(identity["recipe"], RecipeConfig, self._registry(), "recipe")
         sources = zip(self.plan.sources, self.plan.fingerprints, strict=True)
         return converted(identity, self.plan.seed, [lineage_of(Path(folder), name) for folder, name in sources])
 

@@ -6,14 +6,11 @@ the same bytes. Such a folder keeps the hash that it was begun under, which its 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from moelab.config.scalars import settle
-from moelab.config.stored import filled
+from moelab.across_versions import as_today
 from moelab.config.upcycle import RecipeConfig
-from moelab.errors import ConfigError
 from moelab.hookspecs import (
     EXPERT_INITIALISERS,
     OUTPUT_SCALINGS,
@@ -40,15 +37,11 @@ def hash_there(stored: Record, plan: Plan, registry: Registry) -> str | None:
         return there
     if identity_hash(identity) != there:  # what it says is not what it was begun by
         return None
-    return there if identity_hash(as_today(identity, registry)) == plan.hash else None
+    return there if identity_hash(completed(identity, registry)) == plan.hash else None
 
 
-def as_today(identity: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
+def completed(identity: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
     """An identity as it was stored, with today's defaults where its recipe says nothing."""
     if not isinstance(identity.get("recipe"), Mapping):
         return dict(identity)
-    recipe = filled(identity["recipe"], RecipeConfig)
-    for axis, point in AXES.items():
-        with contextlib.suppress(ConfigError):  # of a part that is gone or takes other options now: then it differs
-            recipe[axis] = registry.resolve(point, recipe[axis], f"recipe.{axis}")
-    return {**identity, "recipe": settle(recipe)}
+    return {**identity, "recipe": as_today(identity["recipe"], RecipeConfig, registry, "recipe")}

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
+from moelab.components import came_later
 from moelab.config.adapters import KEY as ADAPTERS
 from moelab.config.adapters import AdapterConfig, check_adapters
 from moelab.config.alignment import AlignmentConfig, check_alignment
@@ -62,7 +63,7 @@ class TrainConfig:
     compile: bool = False
     # Ways to compute products, attention and experts are measured on the first batch, where this machine doesn't know
     # them yet; false: constants choose; null: measured where a CPU's run is long and has no memory_budget. One process.
-    autotune: bool | None = None
+    autotune: bool | None = field(default=None, metadata=came_later(None))
     # Of a process, "8 GB": micro_batch_size, activation_checkpointing and recompute_logits, where they are not said,
     # are the cheapest that fit by `moelab plan`'s figures. null: nothing is chosen.
     memory_budget: str | None = None
@@ -98,7 +99,7 @@ class OptimizerConfig:
     """
 
     # What computes a step; the keys beside it mean the same to all.
-    algorithm: Part = field(default_factory=lambda: {"name": "adamw"})
+    algorithm: Part = field(default_factory=lambda: {"name": "adamw"}, metadata=came_later({"name": "adamw"}))
     lr: float = 1e-3  # the highest learning rate; `schedule` says when
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW's: decay of the first and the second moment
     eps: float = 1e-8  # AdamW's: added to the root of the second moment
@@ -203,7 +204,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     # Parts of the run one after the other, [{name, steps, and what is otherwise}]: sequence_length, batch_size,
     # micro_batch_size, rope_theta, rope_scaling, max_position_embeddings, mixer, lr; else the run's own.
-    stages: list[StageConfig] = field(default_factory=list)
+    stages: list[StageConfig] = field(default_factory=list, metadata=came_later([]))
     # Post-training (`moelab align`), stages one after the other: [{stage: sft, data: chats.jsonl}, {stage: dpo, ...}].
     alignment: list[AlignmentConfig] = field(default_factory=list)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -66,16 +66,16 @@ def read_stored(path: Path, schema: type[SchemaT]) -> SchemaT:
 def filled(tree: Mapping[str, Any], schema: Any) -> dict[str, Any]:
     """A stored tree with the defaults of the keys that it lacks, since there were none when it was stored.
 
-    Nothing in it is checked. The options of parts stay as they are: their defaults are their plugin's.
+    Nothing in it is checked. The options of parts stay as they are: their defaults are their plugin's
+    (`moelab.across_versions`).
     """
     found = dict(tree)
     for field in dataclasses.fields(schema):
         if field.name not in found:
             value = default_of(field)
             if value != MISSING_TEXT:
-                is_section = dataclasses.is_dataclass(value) and not isinstance(value, type)
-                found[field.name] = dataclasses.asdict(value) if is_section else value
-    for key, (section, items) in _schemas_in(schema).items():
+                found[field.name] = _plain(value)
+    for key, (section, items) in schemas_in(schema).items():
         value = found.get(key)
         if section is not None and isinstance(value, Mapping):
             found[key] = filled(value, section)
@@ -84,8 +84,17 @@ def filled(tree: Mapping[str, Any], schema: Any) -> dict[str, Any]:
     return found
 
 
+def _plain(value: Any) -> Any:
+    """A default as config.yaml holds it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 @cache
-def _schemas_in(schema: Any) -> dict[str, tuple[Any, Any]]:
+def schemas_in(schema: Any) -> dict[str, tuple[Any, Any]]:
     """{field: the dataclass that it holds, that of which it holds a list} of those that hold one."""
     sections, hints = section_schemas(schema), get_type_hints(schema)
     items = {key: next(iter(get_args(hint)), None) for key, hint in hints.items() if get_origin(hint) is list}

@@ -11,12 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moelab.config.interpolation import KeyPath, replace_leaves
-from moelab.config.run import RunConfig
 from moelab.errors import CheckpointError
 from moelab.records import Record, read_record
 from moelab.safe_files import Reading
@@ -38,11 +37,6 @@ _FREE_TRAIN = {
     "gradient_shares_every",
     "probe_every",
 }
-
-
-# {key: its default} of those that came after there were lineages: at it they say nothing of how weights are made, so
-# that weights from before are of the same recipe. A new key of a run belongs here, if it is not free.
-_LATER: dict[str, Any] = {"stages": [], "optimizer.algorithm": {"name": "adamw"}, "train.autotune": None}
 
 
 @dataclass(frozen=True)
@@ -89,30 +83,26 @@ def carried_lineage(folder: Path) -> dict[str, bytes]:
 
 
 def trained(
-    config: RunConfig,
+    config: Mapping[str, Any],
     start: Lineage | None,
     made: Mapping[str, Any] | None = None,
     named: Mapping[KeyPath, Lineage] | None = None,
 ) -> Lineage:
     """Of the weights that a run makes from `start`, or from random ones.
 
-    `made`: what the config doesn't say of their making, such as that they are those of its best evaluation. `named`:
-    the weights that other keys of the config name, which count as their recipes.
+    `config`: its tree, as any version would have stored it (`moelab.across_versions.as_ever`). `made`: what it doesn't
+    say of their making, such as that they are those of its best evaluation. `named`: the weights that other keys of the
+    config name, which count as their recipes.
     """
-    tree: dict[str, Any] = {key: value for key, value in asdict(config).items() if key not in _FREE}
+    tree: dict[str, Any] = {key: value for key, value in config.items() if key not in _FREE}
     tree["train"] = {key: value for key, value in tree["train"].items() if key not in _FREE_TRAIN}
     tree["data"] = {key: value for key, value in tree["data"].items() if key != "order_seed"}
-    for key, standard in _LATER.items():
-        section, _, name = key.rpartition(".")
-        holder = tree[section] if section else tree
-        if holder[name] == standard:
-            del holder[name]
-    del tree["schedule"]["rewarm_steps"]  # `made` says whether and where that happened
+    # `made` says whether and where that happened
+    tree["schedule"] = {key: value for key, value in tree["schedule"].items() if key != "rewarm_steps"}
     tree |= {"made": dict(made)} if made else {}
     tree = replace_leaves(tree, {path: one.recipe for path, one in (named or {}).items()})
-    seeds = f"seed {config.seed}"
-    if config.order_seed != config.seed:
-        seeds += f", order {config.order_seed}"
+    seed, order = config["seed"], config["data"]["order_seed"]
+    seeds = f"seed {seed}" if order in (None, seed) else f"seed {seed}, order {order}"
     return _after([start] if start else [], tree, (TRAINING, seeds), aside=stages_aside(start, (named or {}).values()))
 
 
@@ -126,7 +116,10 @@ def stages_aside(start: Lineage | None, others: Iterable[Lineage]) -> tuple[Stag
 
 
 def converted(identity: Mapping[str, Any], seed: int, sources: Sequence[Lineage]) -> Lineage:
-    """Of what an upcycling made; `identity` is all that its bytes depend on but the seed and the sources."""
+    """Of what an upcycling made; `identity` is all that its bytes depend on but the seed and the sources.
+
+    Its recipe stands there as any version would have stored it, as a run's config does for `trained`.
+    """
     return _after(sources, identity, (CONVERSION, f"seed {seed}"))
 
 

@@ -160,6 +160,8 @@ def compile_parts(
 
     `compiler`: (graph, examples) -> a function; None: torch's inductor.
     """
+    # For the whole process: torch asks not only while a backend compiles, but before it for the limits, and for donated
+    # buffers whenever a backward pass runs.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = TORCHS_LIMIT
     torch._inductor.config.fallback_random = True  # eager's numbers
     torch._functorch.config.force_non_lazy_backward_lowering = True  # what fails, fails in the part's call

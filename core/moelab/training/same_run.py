@@ -7,21 +7,18 @@ default that changed is told like any other difference, with a word that nothing
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from moelab.across_versions import as_today
 from moelab.checkpoint import read_run_config, read_state
 from moelab.config.run import RunConfig
 from moelab.config.scalars import settle
-from moelab.config.stages import fill_in
 from moelab.config.stored import is_sealed, stored
 from moelab.errors import ConfigError
-from moelab.registry import Registry
-from moelab.training.setup import Setup, resolve_parts
+from moelab.training.setup import Setup
 
 # What may differ when a run is resumed: none of it changes the numbers of a step.
 FREE_ON_RESUME = {
@@ -44,15 +41,6 @@ FREE_TRAIN_KEYS = {
 DEFAULT = " by default"  # behind a value that the schema itself gives a key
 
 
-def as_today(then: RunConfig, registry: Registry) -> RunConfig:
-    """A config as it was stored, with today's defaults where it says nothing; it stands in the stage it stood in."""
-    config = copy.deepcopy(then)
-    with contextlib.suppress(ConfigError):  # of a part that is gone or takes other options now: then it differs
-        resolve_parts(config, registry)
-        fill_in(config)
-    return config
-
-
 def apart(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The keys in which two flat configs differ."""
     return [key for key in {**now, **then} if then.get(key) != now.get(key)]
@@ -65,8 +53,8 @@ def by_default(key: str, value: Any) -> str:
 
 def check_same_run(setup: Setup, checkpoint: Path) -> None:
     """Refuse to resume under another config. Raises ConfigError naming the keys that differ."""
-    before = as_today(read_run_config(checkpoint), setup.registry)
-    then, now = _fixed_part(stored(before)), _fixed_part(stored(setup.config))
+    before = as_today(stored(read_run_config(checkpoint)), RunConfig, setup.registry)
+    then, now = _fixed_part(before), _fixed_part(stored(setup.config))
     known = all(isinstance(config["train.steps"], int) for config in (then, now))  # and not from the environment
     free = REPLANS if known else ()
     different = sorted(key for key in apart(then, now) if key not in free)

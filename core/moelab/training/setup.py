@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moelab.across_versions import as_ever
 from moelab.alarms import Alarm
 from moelab.builder import build_balance_losses, build_hollow, build_model, resolve_model
 from moelab.checkpoint import CONFIG
@@ -317,6 +318,7 @@ def checkpoint_files(setup: Setup, step: int, made: Mapping[str, Any]) -> dict[s
     """What goes into the checkpoint of this step beside its tensors. `made`: of their making, what no config says."""
     read = documents_read(setup.stages, step) if setup.stages else setup.batches.documents_read(step)
     record = setup.history | record_of_run(setup.corpus, setup.tokenizer, read)
-    lineage = trained(setup.config, setup.lineage, made, setup.named_weights)
+    config = as_ever(dataclasses.asdict(setup.config), RunConfig, setup.registry)
+    lineage = trained(config, setup.lineage, made, setup.named_weights)
     own = {CONFIG: to_yaml(setup.config).encode(), RECORD: record.to_bytes(), LINEAGE: lineage.to_bytes()}
     return own | setup.tokenizer.files() | setup.start.files

@@ -51,7 +51,7 @@ def command(override: tuple[str, ...]) -> None:
     from moelab.config.load import load_config
     from moelab.config.run import RunConfig
     from moelab.errors import RunFailure
-    from moelab.registry import Registry
+    from moelab.registry import Registry, sound_plugins
     from moelab_tools.terminal import wrapped
 
     filler = ["run_dir=doctor", "train.steps=1", "model.vocab_size=1", "model.hidden_size=256",
@@ -67,9 +67,9 @@ def command(override: tuple[str, ...]) -> None:
 
     for name, value in (*_machine(), *_packages()):
         tell(name, value, f"{name:<14}{value}")
-    sound, faults = _installed_plugins() if loaded.config.entry_points else ([], {})
+    sound, faults = sound_plugins() if loaded.config.entry_points else ([], {})
     for name, fault in faults.items():
-        tell(name, fault, f"plugins       {fault}")
+        tell(name, BROKEN, f"plugins       {BROKEN}{fault}")
     click.echo("\nexpert backends")
     for name, place, found in _backends(Registry(loaded.config.plugins, sound, loaded.places("plugins"))):
         tell(name, found, f"  {name:<14}{place}{found}")
@@ -121,26 +121,6 @@ def _import(name: str) -> None:
     loaded = import_module(module)
     if function:
         getattr(loaded, function)()
-
-
-def _installed_plugins() -> tuple[list[str], dict[str, str]]:
-    """(the entry points that can be used together, {one that can't: why}), each tried beside those before it."""
-    from moelab.errors import UserError
-    from moelab.hookspecs import EXTENSION_POINTS
-    from moelab.installed import installed_plugins
-    from moelab.registry import Registry
-
-    sound: list[str] = []
-    faults = {}
-    for name in installed_plugins():
-        try:
-            registry = Registry((), [*sound, name])
-            for point in EXTENSION_POINTS:
-                registry.components(point)
-            sound.append(name)
-        except UserError as error:
-            faults[name] = f"{BROKEN}{error}"
-    return sound, faults
 
 
 def _broken(error: BaseException) -> str:

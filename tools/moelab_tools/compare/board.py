@@ -40,7 +40,7 @@ def _cells(comparison: Comparison, line: Line) -> list[str]:
     if gap is not None and gap.difference is not None:
         difference = f"{wording.signed(gap.difference)} ({sentences.between(gap)})"
     equal = [wording.at_equal(comparison, line, axis) for axis in AXES]
-    return [line.name, wording.loss(line.score), difference, wording.word(line, line.verdict), *equal]
+    return [line.name, wording.loss(line.score), difference, wording.word(line, line.verdict, gap), *equal]
 
 
 def _row(cells: list[str]) -> str:

@@ -78,7 +78,7 @@ def _chart(
     if not known:
         return None
     rows = [
-        _row(label(line.name), place, one, TONES.get(one.verdict, OPEN), wording.word(line, one.verdict))
+        _row(label(line.name), place, one, TONES.get(one.verdict, OPEN), wording.word(line, one.verdict, one))
         for place, line, one in known
     ]
     reach = _reach([_interval(one) for _, _, one in known])

@@ -81,7 +81,8 @@ def footing(line: Line, base: Line) -> str:
         return ""
     text = f"It took {_listed([f'{ratios[axis]:.2f} × the {AXIS_NAMES[axis]}' for axis in apart])} of {base.name}"
     left = [
-        f"at equal {AXIS_NAMES[axis]} it is {abs(found.difference):.4f} {_side(found.difference)} ({found.verdict})"
+        f"at equal {AXIS_NAMES[axis]} it is {abs(found.difference):.4f} {_side(found.difference)} "
+        f"({found.verdict}{f' {wording.APART}' * found.apart})"
         for axis in apart
         if (found := line.at_equal.get(axis)) is not None and found.difference is not None
     ]
@@ -127,21 +128,20 @@ def _difference(name: str, other: str, found: Verdict, unit: str, base: float | 
         )
     if found.verdict == words.NOT_RESOLVED:
         most = max(abs(found.low or 0.0), abs(found.high or 0.0))
-        return (
-            f"{name} and {other} can't be told apart: the difference is {how_much}, {interval}; up to "
-            f"{most:.4f}{share(most, base)} either way is possible."
-        )
+        text = f"{name} and {other} can't be told apart: the difference is {how_much}, {interval}{_by_holm(found)}"
+        return f"{text}." if found.apart else f"{text}; up to {most:.4f}{share(most, base)} either way is possible."
     if found.verdict == words.NEGLIGIBLE:
         return f"{name} and {other} differ by less than what counts: {how_much}, {interval}."
-    return f"{name} is {found.verdict} than {other}: {how_much}, {interval}{_reaches_zero(found)}."
+    return f"{name} is {found.verdict} than {other}: {how_much}, {interval}{_by_holm(found)}."
 
 
-def _reaches_zero(found: Verdict) -> str:
-    """Holm's words can be a little ahead of the intervals that hold for all comparisons at once."""
-    if found.low is None or found.high is None or not found.low <= 0 <= found.high:
+def _by_holm(found: Verdict) -> str:
+    """Holm's words can be a little ahead of the intervals that hold for all comparisons at once, or behind them."""
+    if not found.apart:
         return ""
     p = "" if found.p is None else f"p {found.p:.3f} "
-    return f"; {p}by Holm, though the interval that holds for all comparisons at once reaches 0"
+    reaches = "leaves 0 out" if found.verdict == words.NOT_RESOLVED else "reaches 0"
+    return f"; {p}by Holm, though the interval that holds for all comparisons at once {reaches}"
 
 
 def could_have_seen(found: Verdict, base: float | None) -> str:
@@ -228,6 +228,13 @@ def what_intervals_cover(comparison: Comparison) -> list[str]:
                 "seed and give all the runs to `moelab compare`, which groups them."
             )
         told.append(text)
+    if any(one.apart for line in comparison.lines for one in (line.difference, *line.at_equal.values()) if one):
+        told.append(
+            f"{wording.APART} the word is Holm's, and the interval beside it says otherwise. Words go by steps: the "
+            "clearest difference must be the surest, each one after it less so. The intervals hold for all "
+            f"comparisons at once and are all as sure. In at most {100 * comparison.rules.error:g} % of such reports "
+            "is any word false, and in as many does any interval miss."
+        )
     if any(one.verdict == words.NEGLIGIBLE for one in found):
         told.append(f"Negligible: less than {100 * comparison.rules.practical:g} % of the loss (--practical).")
     if any(one.verdict == words.CUT_SHORT for line in comparison.lines for one in line.at_equal.values()):

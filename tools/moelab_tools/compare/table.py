@@ -91,7 +91,7 @@ def _loss(comparison: Comparison, line: Line) -> str:
 
 
 def _difference(comparison: Comparison, line: Line) -> str:
-    gap, said = line.difference, wording.word(line, line.verdict)
+    gap, said = line.difference, wording.word(line, line.verdict, line.difference)
     word = f"[{STYLES.get(line.verdict, 'bold')}]{escape(said)}[/]"
     if gap is None or gap.difference is None:
         return word

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -78,6 +78,14 @@ class Verdict:
     remarks: tuple[str, ...] = ()
     prospect: float | None = None  # the chance of a word at the last look; None where none is left
     seen_at_best: float | None = None  # what endlessly many pairs could have seen: the rest is the text's part
+    apart: bool = field(init=False)  # the word is given though the interval holds 0, or not given though it does not
+
+    def __post_init__(self) -> None:
+        """Words go by Holm's steps, intervals by what holds for all at once, so the two may part."""
+        known = self.low is not None and self.high is not None
+        holds_zero = known and self.low <= 0 <= self.high  # type: ignore[operator]
+        parts = {BETTER: holds_zero, WORSE: holds_zero, NOT_RESOLVED: known and not holds_zero}
+        object.__setattr__(self, "apart", parts.get(self.verdict, False))
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from moelab_tools.compare.budgets import Budget
 from moelab_tools.compare.comparison import Comparison, Line
 from moelab_tools.compare.differences import some
+from moelab_tools.compare.verdict import Verdict
 
 MISSING = "–"
+APART = "†"  # behind a word that its interval does not say
 MOST_SPANS = 4  # runs: of more only the furthest spans are told
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
@@ -71,16 +73,17 @@ def at_budget(comparison: Comparison, line: Line, axis: str) -> str:
     return f"{rough}{loss(value)}{'*' if set(line.runs) & set(budget.cut_short) else ''}"
 
 
-def word(line: Line, verdict: str) -> str:
-    """A word of a variant, never without what it is said with."""
-    return f"{verdict}, {line.frozen}" if line.frozen else verdict
+def word(line: Line, verdict: str, found: Verdict | None) -> str:
+    """A word of a variant, never without what it is said with; `found`: the numbers that it stands beside."""
+    marked = f"{verdict} {APART}" if found is not None and found.apart else verdict
+    return f"{marked}, {line.frozen}" if line.frozen else marked
 
 
 def at_equal(comparison: Comparison, line: Line, axis: str) -> str:
     """The same with the word that the difference there got."""
     found = line.at_equal.get(axis)
     value = at_budget(comparison, line, axis)
-    return f"{value} {word(line, found.verdict)}" if found is not None else value
+    return f"{value} {word(line, found.verdict, found)}" if found is not None else value
 
 
 def in_domain(comparison: Comparison, line: Line, domain: str) -> float | None:
@@ -151,4 +154,4 @@ def _verdict_at(line: Line, axis: str) -> str:
     interval = (
         f" [{signed(found.low)}, {signed(found.high)}]" if found.low is not None and found.high is not None else ""
     )
-    return f" ({word(line, found.verdict)}: {signed(found.difference)}{interval})"
+    return f" ({word(line, found.verdict, found)}: {signed(found.difference)}{interval})"

@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass
 from typing import Literal
 
+from moelab.across_versions import as_today
 from moelab.checkpoint import CONFIG, resolve_checkpoint
 from moelab.config.run import RunConfig
 from moelab.config.scalars import spelled
@@ -17,7 +18,7 @@ from moelab.paths import user_path
 from moelab.safe_files import Reading, read_object
 from moelab.training.budget import keep_choice
 from moelab.training.run_folder import SUMMARY, is_finished
-from moelab.training.same_run import apart, as_today, by_default
+from moelab.training.same_run import apart, by_default
 from moelab_tools.sweep.plan import PlannedRun, digest, settled_keys
 
 MOST_KEYS = 4  # in a sentence
@@ -46,7 +47,7 @@ def state_of(run: PlannedRun) -> State:
         return State("changed", f"its config can't be read: {error}")
     planned = copy.deepcopy(run.config)
     keep_choice(planned, before)
-    then, now = settled_keys(stored(as_today(before, run.registry))), settled_keys(stored(planned))
+    then, now = settled_keys(as_today(stored(before), RunConfig, run.registry)), settled_keys(stored(planned))
     different = apart(then, now)
     if different:
         told = "; ".join(

@@ -64,6 +64,28 @@ WORDS = {"lower": "better", "higher": "worse", "same": "not resolved", "single":
          "base": "baseline"}  # fmt: skip
 
 
+@pytest.mark.parametrize(("name", "low", "high"), [("higher", -0.01, 0.3), ("same", 0.01, 0.3)])
+def test_every_form_marks_a_word_that_its_interval_does_not_say(
+    comparison: Comparison, tmp_path: Path, name: str, low: float, high: float
+) -> None:
+    lines = [
+        replace(line, difference=replace(line.difference, low=low, high=high))  # type: ignore[type-var]
+        if line.name == name
+        else replace(line, at_equal={})
+        for line in comparison.lines
+    ]
+    apart = replace(comparison, lines=lines)
+    write_json(apart, tmp_path / "numbers.json")
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert [one["name"] for one in numbers["variants"] if (one["difference"] or {}).get("apart")] == [name]
+    marked = f"{WORDS[name]} †"
+    for text in (printed(apart, 200), html.unescape(render(apart)), board_text(apart)):
+        assert marked in text
+        assert "† the word is Holm's" in " ".join(text.split())
+    for text in (printed(comparison, 200), render(comparison), board_text(comparison)):
+        assert "†" not in text
+
+
 def test_every_form_has_the_same_word_for_each_variant(
     comparison: Comparison, page: str, numbers: dict[str, Any]
 ) -> None:

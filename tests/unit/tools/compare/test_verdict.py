@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
+from moelab_tools.compare.families import baseline_level
 from moelab_tools.compare.pairing import Losses, distinct, match
 from moelab_tools.compare.verdict import Rules, Verdict, judge
 
@@ -107,6 +109,29 @@ def test_an_interval_within_what_counts_is_negligible_though_it_holds_zero() -> 
     quiet = losses(2.0, seeds, who=1), losses(2.0, seeds)
     assert one(*quiet, Rules(named=True, practical=0.1)).verdict == "negligible"
     assert one(*quiet, Rules(named=True, practical=0.0)).verdict == "not resolved"
+
+
+def _beside(*p_values: float) -> dict[str, Verdict]:
+    """Variants a, b, ... whose paired t over five seeds has these p values, each alone."""
+    base, spread, found = np.array([2.0, 2.3, 2.1, 2.2, 2.4]), np.arange(-2, 3) / np.sqrt(2.5), {}
+    for name, p in zip("abc", p_values, strict=False):
+        found[name] = base + 0.1 + spread * 0.1 * np.sqrt(5) / stats.t.isf(p / 2, 4)
+    every = {"baseline": base} | found
+    each = {name: Losses((0, 1, 2, 3, 4), rows[:, None] * SIZE, SIZE) for name, rows in every.items()}
+    return judge(each, "baseline", Rules(named=True, practical=0.0))
+
+
+def test_a_word_beside_an_interval_that_says_otherwise_is_marked() -> None:
+    found = _beside(1e-4, 0.04)
+    assert (found["a"].verdict, found["a"].apart) == ("worse", False)
+    assert (found["b"].verdict, found["b"].apart) == ("worse", True), "Holm's second step is at 5 %"
+    assert found["b"].low is not None and found["b"].low < 0
+    single = baseline_level(2, 4.0)
+    assert single > 0.025, "Dunnett's first step is wider than Holm's"
+    behind = _beside((0.025 + single) / 2, 0.6)
+    assert (behind["a"].verdict, behind["a"].apart) == ("not resolved", True)
+    assert behind["a"].low is not None and behind["a"].low > 0
+    assert (behind["b"].verdict, behind["b"].apart) == ("not resolved", False)
 
 
 def test_more_variants_widen_every_interval_and_are_counted() -> None:
