@@ -11,8 +11,8 @@ MEGABLOCKS := $(VENV)/.megablocks
 TRACKERS := $(EXTRAS)/.installed
 DOCS := $(VENV)/.docs
 
-.PHONY: help setup setup-megablocks test test-elsewhere test-lowest test-extras lint types demo short-demo docs \
-	wheel-check lock clean
+.PHONY: help setup setup-megablocks setup-docs test test-elsewhere test-lowest test-extras lint types demo short-demo \
+	docs wheel-check lock clean
 
 help:
 	@echo "make demo    dense Qwen2 -> upcycle -> train MoE variants -> compare, three seeds, on real text (10 minutes)"
@@ -49,10 +49,11 @@ test: $(INSTALLED)
 # Another processor's kernels (no AVX in torch, no AVX-512 in oneDNN, plain ones in MKL), three threads, another order
 # for each commit (SHUFFLE repeats one), and an installed package whose `moelab` entry point imports torch. Without what
 # compiles for GPUs, what starts torchrun, and what kills, damages, installs or types, which none of that changes; nor
-# does it plans of runs, statistics in numpy, and bits that are read back.
+# does it plans of runs and of memory, statistics in numpy, and bits that are read back.
 SAME_EVERYWHERE := tests/hostile $(addprefix tests/unit/tools/,sweep experiments compare) \
 	$(addprefix tests/unit/test_,benchmarks.py house_rules.py plugin_docs.py golden.py) \
-	tests/unit/core/parallel/test_saving.py tests/unit/upcycling/test_one_reader.py \
+	$(addprefix tests/unit/core/,parallel/test_saving.py planning/test_budget.py planning/test_traffic.py) \
+	tests/unit/upcycling/test_one_reader.py \
 	$(addprefix tests/flow/test_,kills.py damage.py trust.py template.py wheel.py documentation.py)
 SHUFFLE ?= $(or $(shell git rev-parse --short HEAD 2>/dev/null),0)
 test-elsewhere: $(INSTALLED)
@@ -67,7 +68,7 @@ test-lowest:
 # The extras that a run can use, in an environment of their own above $(VENV): it stays as requirements.lock says. The
 # network is needed to install them, and not by the tests.
 test-extras: $(TRACKERS)
-	MOELAB_REQUIRE_EXTRAS=1 OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -q tests/optional
+	MOELAB_REQUIRE_EXTRAS=1 OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -n 2 -q tests/optional
 
 $(TRACKERS): $(INSTALLED) requirements.extras
 	$(PYTHON) -m venv $(EXTRAS)
@@ -92,6 +93,8 @@ demo: $(INSTALLED)
 short-demo: $(INSTALLED)
 	@$(BIN)/moelab demo --out $(RUNS) --seeds 0,1 \
 		train.steps=4 evaluation.sequences=8 evaluation.sample_tokens=8 data.source.max_bytes_per_domain=300000
+
+setup-docs: $(DOCS)
 
 docs: $(DOCS)
 	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from moelab.training.precision import Precision
 from moelab.training.step import Observe, StepSettings, train_step
 
 PRECISION = Precision(torch.device("cpu"), torch.float32)
-STEPS = 4
+STEPS = 3  # one before the look between two, one after it, and one that starts from what the second moved
 GLOBAL = {"name": "load_balance", "weight": 0.5, "scope": "global"}
 COMMUNICATION = {
     "name": "communication", "weight": 0.5, "num_devices": 4, "devices_per_token": 2, "scope": "global",
@@ -90,6 +91,11 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
+@functools.cache
+def built_in() -> moelab.Registry:
+    return moelab.Registry(entry_points=False)
+
+
 def model_config(name: str) -> ModelConfig:
     router, losses, more = MODELS[name]
     moe = MoEConfig(
@@ -122,7 +128,7 @@ def steps(
     name: str, parallel: dict[str, Any] | None, micro: int, checkpointing: bool = False, dtype: str = "float32"
 ) -> dict[str, Any]:
     """A few steps of SGD; AdamW would hide a wrong scale and blow up rounding where the gradient is zero."""
-    registry = moelab.Registry(entry_points=False)
+    registry = built_in()
     config = model_config(name)
     model = moelab.build_model(config, registry, seed=1)
     losses = build_balance_losses(config, registry)
@@ -209,7 +215,7 @@ def _with_bad_gradient(y: torch.Tensor) -> torch.Tensor:
 
 
 def _poisoned_step(parallel: dict[str, Any], poison: Callable[[torch.Tensor], torch.Tensor]) -> str:
-    registry = moelab.Registry(entry_points=False)
+    registry = built_in()
     config = model_config("softmax_global")
     model, losses = moelab.build_model(config, registry, seed=1), build_balance_losses(config, registry)
     mesh = ParallelConfig(**parallel)
@@ -228,7 +234,7 @@ def _poisoned_step(parallel: dict[str, Any], poison: Callable[[torch.Tensor], to
 
 def refusals() -> list[str]:
     """What is said of meshes and parts that can't be."""
-    registry = moelab.Registry(entry_points=False)
+    registry = built_in()
     config = model_config("softmax_global")
     assert config.moe is not None
     three = dataclasses.replace(
@@ -265,7 +271,7 @@ def refusals() -> list[str]:
 
 def reductions(tries: list[tuple[int, str]]) -> list[int]:
     """Of one step of a model that needs no routing pass, for each (micro-batch size, way to accumulate)."""
-    registry = moelab.Registry(entry_points=False)
+    registry = built_in()
     config = model_config("softmax_chunks")
     found = []
     for micro, accumulate in tries:

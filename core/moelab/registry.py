@@ -139,16 +139,16 @@ class Registry:
 
     def versions(self) -> dict[str, str]:
         """{distribution or module: version} of every plugin that is loaded; the built-in ones are moelab's."""
-        if self._versions is None:  # every checkpoint asks, and it reads the file list of all that is installed
+        if self._versions is None:  # every checkpoint asks
             self._versions = self._find_versions()
         return dict(self._versions)
 
     def _find_versions(self) -> dict[str, str]:
-        owners = packages_distributions()
         found = {"moelab": __version__} if self._ours else {}
-        for name, plugin in self.manager.list_name_plugin():
-            if name in self._ours:  # told from a source tree too, where no distribution knows them
-                continue
+        # Ours are told from a source tree too, where no distribution knows them.
+        others = [(name, plugin) for name, plugin in self.manager.list_name_plugin() if name not in self._ours]
+        owners = packages_distributions() if others else {}  # reads the file list of all that is installed
+        for name, plugin in others:
             top = getattr(plugin, "__name__", name).split(".")[0]  # an entry point is registered under its own name
             distribution = owners.get(top, [top])[0]
             try:

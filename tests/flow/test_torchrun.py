@@ -102,11 +102,25 @@ def wait_for_a_checkpoint(process: Any, folder: Path) -> None:
         time.sleep(0.2)
 
 
+# Each step waits for nothing but time: what starts beside it gets the processors.
+UNHURRIED = """
+import time
+import moelab.training.trainer as trainer
+from moelab_tools.cli import main
+
+step = trainer.one_step
+trainer.one_step = lambda *given: (time.sleep(0.2), step(*given))[1]
+main()
+"""
+
+
 @pytest.mark.processes
 def test_a_signal_ends_all_at_one_step_and_what_they_saved_goes_on(tmp_path: Path, arguments: list[str]) -> None:
     folder = tmp_path / "run"
     endless = ["parallel.shard=2", "train.steps=100000", "schedule.name=constant"]
-    process = torchrun(2, [*arguments, f"run_dir={folder}", *endless], wait=False)
+    unhurried = tmp_path / "unhurried.py"
+    unhurried.write_text(UNHURRIED)
+    process = torchrun(2, [*arguments, f"run_dir={folder}", *endless], wait=False, script=unhurried)
     wait_for_a_checkpoint(process, folder)
     for again in ([], ["--resume"]):
         second = torchrun(2, [*arguments, f"run_dir={folder}", *endless, *again])
