@@ -49,13 +49,14 @@ class Shape:
     vocab: int = 4096
     batch: int = 8
     sequence: int = 512
+    tied: bool = False  # the head is the embedding
 
     @property
     def title(self) -> str:
         return (
             f"{self.num_experts} experts, top-{self.num_experts_per_tok}, width {self.moe_intermediate_size}; hidden "
-            f"{self.hidden}, {self.layers} layers, shared {self.shared}, vocabulary {self.vocab}, "
-            f"{self.batch} x {self.sequence} tokens"
+            f"{self.hidden}, {self.layers} layers, shared {self.shared}, vocabulary {self.vocab}"
+            f"{', tied' if self.tied else ''}, {self.batch} x {self.sequence} tokens"
         )
 
 
@@ -99,7 +100,7 @@ def main() -> None:
     results = []
     for experts, top_k, width in options.shape:
         shape = Shape(experts, top_k, width, options.hidden, options.layers, options.shared, options.vocab,
-                      options.batch, options.sequence)  # fmt: skip
+                      options.batch, options.sequence, options.tied)  # fmt: skip
         for result in _measure(shape, options):
             results.append(result)
             print(_table(result), flush=True)
@@ -225,7 +226,8 @@ def _config(shape: Shape, backend: str) -> ModelConfig:
     )
     return ModelConfig(
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=2 * shape.hidden,
-        num_hidden_layers=shape.layers, num_attention_heads=4, num_key_value_heads=2, moe=moe,
+        num_hidden_layers=shape.layers, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=shape.tied, moe=moe,
     )  # fmt: skip
 
 
@@ -236,7 +238,7 @@ def _peer(shape: Shape, experts: str, ours: torch.nn.Module) -> torch.nn.Module:
         num_hidden_layers=shape.layers, num_attention_heads=4, num_key_value_heads=2, num_experts=shape.num_experts,
         num_experts_per_tok=shape.num_experts_per_tok, moe_intermediate_size=shape.moe_intermediate_size,
         shared_expert_intermediate_size=shape.shared, norm_topk_prob=False, rope_theta=1e6, use_cache=False,
-        tie_word_embeddings=False, attn_implementation="sdpa", experts_implementation=experts,
+        tie_word_embeddings=shape.tied, attn_implementation="sdpa", experts_implementation=experts,
     )  # fmt: skip
     theirs = Qwen2MoeForCausalLM(config)
     state = theirs.state_dict()
@@ -319,6 +321,7 @@ def _options() -> argparse.Namespace:
                         help="EXPERTS:TOP_K:WIDTH")  # fmt: skip
     for name, value in {"hidden": 256, "layers": 4, "shared": 512, "vocab": 4096, "batch": 8, "sequence": 512}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--tied", action="store_true", help="the head is the embedding")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     names = [side.name for side in SIDES]
     parser.add_argument("--sides", nargs="+", choices=names, default=names, metavar="SIDE", help=", ".join(names[1:]))

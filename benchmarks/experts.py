@@ -1,6 +1,7 @@
 """Expert backends on the CPU: which is fastest where, what imbalance costs, and how cost grows.
 
     python benchmarks/experts.py --out benchmarks/results
+    python benchmarks/experts.py --loads-of --growth 512:256:2          # growth alone, of another shape
 
 Growth: cost is to be linear in tokens and flat in the number of experts at equal active width.
 """
@@ -33,25 +34,35 @@ TOKENS = 4096
 BLOCKS, WARM_UP = 3, 2
 GROWTH_TOKENS = (4096, 16384, 65536)
 GROWTH_EXPERTS = (8, 32, 128, 256)
+GROWTH_SHAPE = (256, 128, 4)  # hidden, width, top-k
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="of a block; there are three")
+    triple = lambda text: tuple(int(part) for part in text.split(":"))  # noqa: E731
+    parser.add_argument("--growth", type=triple, nargs="+", default=[GROWTH_SHAPE], metavar="HIDDEN:WIDTH:TOP_K")
+    dtypes = ("float32", "bfloat16")
+    parser.add_argument(
+        "--loads-of", nargs="*", choices=dtypes, default=dtypes, metavar="DTYPE", help="none: growth alone"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", help="folder for experts.json and experts.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     rows, tables = [], []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (getattr(torch, name) for name in options.loads_of):
         part = _loads(dtype, options.repeats)
         rows += part
         tables.append(_load_table(part, dtype))
         print(tables[-1], flush=True)
-    growth = _growth(options.repeats)
-    tables.append(_growth_table(growth))
-    print(tables[-1])
+    growth = []
+    for hidden, width, top_k in options.growth:
+        part = _growth(hidden, width, top_k, options.repeats)
+        growth += part
+        tables.append(_growth_table(part))
+        print(tables[-1], flush=True)
     if options.out:
         facts = machine() | {"threads": options.threads}
         write_results(Path(options.out), "experts", facts, {"loads": rows, "growth": growth}, tables)
@@ -92,9 +103,12 @@ def _loads(dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
     return [_measure(shape, TOKENS, load, dtype, repeats) for shape in SHAPES for load in loads]
 
 
-def _growth(repeats: int) -> list[dict[str, Any]]:
-    """fp32, random load, `auto` alone, sizes in turn: tokens at one shape, and experts at 4 x 128 active neurons."""
-    shapes = {experts: LayerShape(f"{experts} x 128, top-4", 256, experts, 4, 128) for experts in GROWTH_EXPERTS}
+def _growth(hidden: int, width: int, top_k: int, repeats: int) -> list[dict[str, Any]]:
+    """fp32, random load, `auto` alone, sizes in turn: tokens at one shape, and experts at equal active width."""
+    shapes = {
+        experts: LayerShape(f"{experts} x {width}, top-{top_k}", hidden, experts, top_k, width)
+        for experts in GROWTH_EXPERTS
+    }
     middle = GROWTH_TOKENS[1]
     cases = [(shape, middle) for shape in shapes.values()]
     # The largest last: what comes after it finds the caches emptied.
@@ -107,9 +121,10 @@ def _growth(repeats: int) -> list[dict[str, Any]]:
             if repeat:
                 seconds[index] += took
     return [
-        {"shape": shape.name, "experts": shape.experts, "tokens": tokens, "seconds": median(seconds[index])}
+        {"shape": shape.name, "hidden": hidden, "experts": shape.experts, "tokens": tokens,
+         "seconds": median(seconds[index])}
         for index, (shape, tokens) in enumerate(cases)
-    ]
+    ]  # fmt: skip
 
 
 def _auto_alone(shape: LayerShape, tokens: int) -> Callable[[], float]:
@@ -141,7 +156,8 @@ def _growth_table(rows: list[dict[str, Any]]) -> str:
          f"{1e6 * row['seconds'] / row['tokens']:.2f}"]
         for row in rows
     ]  # fmt: skip
-    return "\ngrowth of cost, fp32, auto\n\n" + markdown_table(["experts", "tokens", "ms", "µs a token"], body) + "\n"
+    title = f"growth of cost, fp32, auto, hidden {rows[0]['hidden']}"
+    return f"\n{title}\n\n" + markdown_table(["experts", "tokens", "ms", "µs a token"], body) + "\n"
 
 
 if __name__ == "__main__":

@@ -58,7 +58,11 @@ def test_plan_refuses_half_a_machine(root: Path, capsys: pytest.CaptureFixture[s
         (["--bandwidth", "10", "1"], "need both"),
         (["--tflops", "1"], "need both"),
         (["--node", "4"], "say nothing without"),
-        (["--bandwidth", "10", "0", "--tflops", "1"], "must be positive"),
+        (["--bandwidth", "10", "0", "--tflops", "1"], "--bandwidth: must be a number above 0, not 0"),
+        (["--tflops", "0", "--machine", "h100"], "--tflops: must be a number above 0, not 0"),
+        (["--tflops", "nan", "--machine", "h100"], "--tflops: must be a number above 0, not nan"),
+        (["--device-memory", "-3"], "--device-memory: must be a number above 0, not -3"),
+        (["--latency", "1", "inf", "--machine", "h100"], "--latency: must be a number of 0 or more, not inf"),
     ):
         assert run(["plan", config, *given]) == 2
         assert words in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 from typing import TYPE_CHECKING
 
 import click
@@ -64,6 +65,7 @@ def command(
     from moelab.registry import Registry
     from moelab_tools.checkpoints import load_run, plugin_places, tell_origin, tell_stage
 
+    _check(device_memory, bandwidth, latency, tflops)
     chosen = _machine(machine, node, bandwidth, latency, tflops)
     loaded = load_run(config, ANY, trust=trust)
     tell_origin(loaded)
@@ -83,6 +85,25 @@ def command(
     _print(predict(run.model, problem, registry, chosen), device_memory)
 
 
+def _check(
+    memory: float | None,
+    bandwidth: tuple[float, float] | None,
+    latency: tuple[float, float] | None,
+    tflops: float | None,
+) -> None:
+    """Numbers of a machine; NaN and infinity are none."""
+    from moelab.errors import ConfigError
+
+    given = {"--device-memory": (memory,), "--bandwidth": bandwidth or (), "--tflops": (tflops,)}
+    for option, values in given.items():
+        for value in values:
+            if value is not None and not 0 < value < inf:
+                raise ConfigError(f"{option}: must be a number above 0, not {value:g}")
+    for value in latency or ():
+        if not 0 <= value < inf:
+            raise ConfigError(f"--latency: must be a number of 0 or more, not {value:g}")
+
+
 def _machine(
     name: str | None,
     node: int | None,
@@ -96,8 +117,6 @@ def _machine(
 
     if name is not None and name not in MACHINES:
         raise ConfigError(f"--machine: no '{name}'{near(name, list(MACHINES))} Known: {', '.join(MACHINES)}")
-    if min((*(bandwidth or (1,)), tflops or 1)) <= 0 or min(latency or (0,)) < 0:
-        raise ConfigError("--bandwidth and --tflops: must be positive, and --latency not negative")
     if name is None and bandwidth is None and tflops is None:
         if node is not None or latency is not None:
             raise ConfigError("--node and --latency: say nothing without --machine, or --bandwidth and --tflops")
