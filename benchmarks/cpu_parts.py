@@ -18,15 +18,23 @@ from torch import Tensor, nn
 
 from layer import Contender, time_in_turn
 from moelab.nn.allocator import keep_freed_memory
-from moelab.nn.attention import torch_attention
 from moelab.nn.causal_attention import causal_attention
+from moelab.nn.full_attention import torch_attention
 from moelab.nn.linear import Linear
 from moelab.nn.loss import token_cross_entropy
 from report import machine, markdown_table, write_results
 
 CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16
-LINEARS = ((4096, 256, 512), (4096, 512, 256), (4096, 256, 256), (2048, 768, 2048))  # tokens, in, out
+LINEARS = (  # tokens, in, out
+    (512, 256, 256),
+    (512, 256, 512),
+    (4096, 256, 512),
+    (4096, 512, 256),
+    (4096, 256, 256),
+    (2048, 768, 2048),
+    (2048, 2048, 2048),
+)
 ATTENTIONS = ((8, 4, 2, 512, 64), (16, 4, 2, 256, 64), (4, 14, 2, 512, 64), (2, 16, 2, 512, 128), (4, 4, 2, 1024, 64))
 LOSSES = ((4096, 256, 4096), (1024, 512, 32768))  # tokens, hidden, vocabulary
 

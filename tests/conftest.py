@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+
+from moelab.kernels import onednn
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = os.pathsep.join(str(ROOT / folder) for folder in ("core", "plugins", "upcycling", "tools"))
@@ -45,6 +48,30 @@ def _fixed(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Mapping[str, str]], None]]:
+    """Makes kernels believe that /proc/cpuinfo says this."""
+
+    def pretend(lines: Mapping[str, str]) -> None:
+        onednn.onednn_is_wider.cache_clear()
+        monkeypatch.setattr(onednn, "cpu_lines", lambda: lines)
+
+    yield pretend
+    onednn.onednn_is_wider.cache_clear()
+
+
+@pytest.fixture
+def zen_5(processor: Callable[[Mapping[str, str]], None]) -> None:
+    """A processor on which oneDNN's vectors are wider than MKL's."""
+    processor({"vendor_id": "AuthenticAMD", "cpu family": "26", "flags": "avx512f"})
+
+
+@pytest.fixture
+def zen_4(processor: Callable[[Mapping[str, str]], None]) -> None:
+    """One on which they are no wider."""
+    processor({"vendor_id": "AuthenticAMD", "cpu family": "25", "flags": "avx512f"})
 
 
 @pytest.fixture

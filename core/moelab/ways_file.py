@@ -18,6 +18,7 @@ import moelab
 from moelab.atomic import write_file
 from moelab.errors import UserError
 from moelab.paths import user_path
+from moelab.processor import cpu_lines
 from moelab.records import read_record
 from moelab.safe_files import Reading
 from moelab.ways import Found
@@ -31,7 +32,7 @@ READING = Reading(UserError, "it is measured anew")
 
 def machine_facts(threads: int, device: torch.device) -> dict[str, str]:
     """What a measurement hangs on, beside the problem."""
-    lines = _cpu_lines()
+    lines = cpu_lines()
     facts = {name: lines.get(name, "") for name in CPU_FACTS} | {
         "architecture": platform.machine(), "cores": str(os.cpu_count()), "threads": str(threads),
         "capability": torch.backends.cpu.get_cpu_capability(), "torch": str(torch.__version__),
@@ -39,16 +40,6 @@ def machine_facts(threads: int, device: torch.device) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }  # fmt: skip
     return facts | {name: os.environ[name] for name in SWITCHES if name in os.environ}
-
-
-def _cpu_lines() -> dict[str, str]:
-    """What /proc/cpuinfo says of the first core; {} where there is none."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(errors="replace")[:8192]
-    except OSError:
-        return {}
-    first = text.partition("\n\n")[0].splitlines()
-    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)}
 
 
 def place_of(machine: Mapping[str, str]) -> Path | None:

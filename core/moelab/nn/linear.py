@@ -1,8 +1,8 @@
 """nn.Linear whose large fp32 products on a CPU go to oneDNN, which torch uses for bf16 only.
 
-On AMD Zen 4 with 2 threads a layer's forward and backward pass took 0.91 to 0.93 of the time that MKL needs
-(benchmarks/cpu_parts.py). The gradient of the weight stays with MKL, which is faster there. A run may measure which of
-the two serves its own sizes (`moelab.ways`).
+Forward and backward (benchmarks/cpu_parts.py): where oneDNN's vectors are wider than MKL's (`kernels.onednn`), 0.5 to
+0.7 of MKL's time. On AMD's Zen 4 it was 0.91 to 0.93, with the gradient of the weight left to MKL, as elsewhere. A run
+may measure which serves its own sizes (`moelab.ways`).
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from moelab.kernels.onednn import onednn_is_wider, onednn_serves, outer, prefers_onednn, product
 from moelab.moe.thin_product import few_product, is_packed
 from moelab.ways import choose, trial
 
-LEAST_FLOPS = 1e8  # of one product; below, nn.Linear is as fast
 LEAST_CHOICE = 1e7  # FLOPs of one product that is worth measuring
-ONEDNN, MKL = "onednn", "mkl"
+ONEDNN, WHOLLY, MKL = "onednn", "onednn, weights too", "mkl"
 
 
 class Linear(nn.Linear):
@@ -26,29 +25,42 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., D] -> [..., N]."""
-        if not is_packed(self.weight) and self._way(input) == ONEDNN:
-            return _by_onednn(input, self.weight, self.bias)
+        if not is_packed(self.weight):
+            way = self._way(input)
+            if way != MKL:
+                return _by_onednn(input, self.weight, self.bias, way == WHOLLY)
         return few_product(input, self.weight, self.bias)
 
     def _way(self, x: Tensor) -> str:
-        """The faster one, there and back."""
-        usual = ONEDNN if prefers_onednn(x, self.out_features) else MKL
-        if 2 * x.numel() * self.out_features < LEAST_CHOICE or not _can_choose(x):
+        """The fastest one, there and back."""
+        usual = _usual(x, self.out_features)
+        if 2 * x.numel() * self.out_features < LEAST_CHOICE or not onednn_serves(x):
             return usual
         return choose(
             lambda: f"linear {x.numel() // self.in_features} x {self.in_features} to {self.out_features}",
             usual,
             lambda: {
+                WHOLLY: trial(_wholly, x, self.weight, self.bias),
                 ONEDNN: trial(_by_onednn, x, self.weight, self.bias),
                 MKL: trial(nn.functional.linear, x, self.weight, self.bias),
             },
         )
 
 
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., D], weight [N, D] -> [..., N]."""
-    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+def _usual(x: Tensor, columns: int) -> str:
+    if not prefers_onednn(x, columns):
+        return MKL
+    return WHOLLY if onednn_is_wider() else ONEDNN
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, wholly: bool = False) -> Tensor:
+    """x [..., D], weight [N, D] -> [..., N]. `wholly`: the gradient of the weight, too."""
+    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, wholly)
     return y.view(*x.shape[:-1], len(weight))
+
+
+def _wholly(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _by_onednn(x, weight, bias, wholly=True)
 
 
 def hooked(module: nn.Module) -> bool:
@@ -56,44 +68,21 @@ def hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def prefers_onednn(x: Tensor, columns: int) -> bool:
-    """Whether the product of x [..., D] with a matrix of D x `columns` is one that `product` computes faster."""
-    return 2 * x.numel() * columns >= LEAST_FLOPS and _can_choose(x)
-
-
-def _can_choose(x: Tensor) -> bool:
-    """Whether `product` may compute products of x."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and not isinstance(x, FakeTensor)
-        and not torch.compiler.is_compiling()
-        and torch.backends.mkldnn.is_available()
-    )
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, D], weight [N, D] -> x weight^T + bias [T, N] by oneDNN. No gradient."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
-
-
 class _Linear(torch.autograd.Function):
     """y = x weight^T + bias."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, wholly: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.wholly = wholly
         return product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dy = grads[0].contiguous()
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            product(dy, weight.t()) if needs_x else None,
-            dy.t() @ x if needs_weight else None,
-            dy.sum(0) if needs_bias else None,
-        )
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_weight = None
+        if needs_weight:
+            grad_weight = outer(dy, x).contiguous() if ctx.wholly else dy.t() @ x
+        return product(dy, weight.t()) if needs_x else None, grad_weight, dy.sum(0) if needs_bias else None, None

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelab.nn.linear import prefers_onednn, product
+from moelab.kernels.onednn import onednn_is_wider, outer, prefers_onednn, product
 
 IGNORE_INDEX = -100
 KEEP_ELEMENTS = 1 << 27  # of logits: 512 MB in fp32
 LOG2_E = 1 / math.log(2)
 CHUNK_ROWS = 256  # at least: the head's gradient is read and written once a chunk
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}  # the CPU's chunk stays in its cache
+TURNED_ELEMENTS = 1 << 22  # of the head; beyond, its gradient is too large to be held twice
 
 
 def token_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, *, recompute: bool | None = None) -> Tensor:
@@ -82,7 +83,7 @@ class _LogitsAndCrossEntropy(torch.autograd.Function):
         labels = targets.clamp(min=0).unsqueeze(-1)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_head = head.new_zeros(head.shape, dtype=spread.dtype) if needs_head else None
+        grad_head = _no_gradient(hidden, head, spread.dtype) if needs_head else None
         for rows in _chunks(hidden, head):
             if scale is None:
                 part = torch.zeros_like(logits[rows], dtype=spread.dtype)
@@ -98,7 +99,7 @@ class _LogitsAndCrossEntropy(torch.autograd.Function):
             if grad_head is not None:
                 _add_product(grad_head, part, hidden[rows])
             del part  # before the next one is made
-        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None
+        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype).contiguous(), None
 
 
 class _TokenCrossEntropy(torch.autograd.Function):
@@ -132,7 +133,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
         labels = targets.clamp(min=0).unsqueeze(-1)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_head = head.new_zeros(head.shape, dtype=wide) if needs_head else None
+        grad_head = _no_gradient(hidden, head, wide) if needs_head else None
         for rows in _chunks(hidden, head):
             part = _probabilities(hidden[rows], head, None if kept is None else kept[rows], wide)  # [r, V]
             part.scatter_add_(-1, labels[rows], part.new_full((part.shape[0], 1), -1.0))
@@ -142,7 +143,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
             if grad_head is not None:
                 _add_product(grad_head, part, hidden[rows])
             del part  # before the next one is made
-        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None
+        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype).contiguous(), None, None
 
 
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:
@@ -150,9 +151,18 @@ def _logits(hidden: Tensor, head: Tensor) -> Tensor:
     return product(hidden, head) if prefers_onednn(hidden, head.shape[0]) else hidden @ head.t()
 
 
+def _no_gradient(hidden: Tensor, head: Tensor, wide: torch.dtype) -> Tensor:
+    """Zeros [V, D] that the head's gradient is added to; turned, as oneDNN's products come, where it computes them."""
+    vocab, size = head.shape
+    turned = size < vocab and head.numel() <= TURNED_ELEMENTS and prefers_onednn(hidden, vocab) and onednn_is_wider()
+    return head.new_zeros(size, vocab, dtype=wide).t() if turned else head.new_zeros(vocab, size, dtype=wide)
+
+
 def _add_product(total: Tensor, part: Tensor, hidden: Tensor) -> None:
     """total [V, D] += part [r, V]^T hidden [r, D]."""
-    if total.dtype == part.dtype:
+    if not total.is_contiguous():
+        total += outer(part, hidden)
+    elif total.dtype == part.dtype:
         total.addmm_(part.t(), hidden)
     else:
         total += part.t() @ hidden

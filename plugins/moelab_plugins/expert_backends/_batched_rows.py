@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 
 from moelab import Routing
+from moelab.kernels.onednn import onednn_is_wider, onednn_serves, outer, product
 from moelab.moe.dispatch import Dispatch
 
 ROW_BYTES = 8192  # a batched product, and a chunk, has so many bytes a column: 2048 rows in fp32, 4096 in bf16
 HALF = (torch.bfloat16, torch.float16)  # served by oneDNN, which wants sizes that come again
-LEAST_UNIT = 16  # of sizes, where they are rounded up
+LEAST_UNIT, SIZES = 16, 8  # sizes that are rounded up: multiples of at least so much, so many an octave
+# fp32 where oneDNN's vectors are wider than MKL's: experts of so many rows, and FLOPs of the down product, are
+# multiplied one by one; the gradients of their weights, whose products gain less, from OUTER_FLOPS on.
+ALONE_ROWS, ALONE_FLOPS, OUTER_FLOPS = 32, 4e6, 3e7
+ALONE_UNIT, ALONE_SIZES = 8, 16
 PRICE, PRICE_HALF = 1 / 16, 1 / 8  # what padding may add to the rows of one product; half precision gains more from it
 # Where rows are few it may add these to each expert's: a product costs some µs beside its FLOPs, and waits for its
 # weights anyway. The fewer the larger the expert: SPARE_NUMBERS by the numbers of its down matrix.
@@ -46,6 +51,7 @@ class Run:
     experts: slice
     size: int  # rows of each
     start: int  # its first row
+    alone: bool = False  # its experts are multiplied one after the other, by oneDNN
 
     @property
     def count(self) -> int:
@@ -75,7 +81,11 @@ class Chunk:
     def multiply(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
         """out [r, Y] = rows [r, X] times each row's expert of weights [E, X, Y]."""
         for run, a, c in self._parts(rows, out):
-            if run.count == 1:  # MKL's batched product of one is slower than its plain one
+            if run.alone:
+                matrices = weights[run.experts].transpose(1, 2).unbind()
+                for some, matrix, into in zip(a.split(run.size), matrices, c.split(run.size), strict=True):
+                    into.copy_(product(some, matrix))
+            elif run.count == 1:  # MKL's batched product of one is slower than its plain one
                 torch.mm(a, weights[run.experts.start], out=c)
             else:
                 torch.bmm(run.each(a), weights[run.experts], out=run.each(c))
@@ -95,7 +105,10 @@ class Chunk:
         """out [E, X, Y], this chunk's experts: the sum over an expert's rows of row^T other; of [r, X] and [r, Y]."""
         self._clear(out)
         for run, a, b in self._parts(rows, others):
-            if run.count == 1:
+            if run.alone and 2 * run.size * a.shape[1] * b.shape[1] >= OUTER_FLOPS:
+                for some, other, into in zip(a.split(run.size), b.split(run.size), out[run.experts], strict=True):
+                    into.copy_(outer(some, other))
+            elif run.count == 1:
                 torch.mm(a.t(), b, out=out[run.experts.start])
             else:
                 torch.bmm(run.each(a).transpose(1, 2), run.each(b), out=out[run.experts])
@@ -115,7 +128,8 @@ class Chunk:
 
 def lay_out(routing: Routing, plan: Dispatch, down: Tensor) -> Rows:
     """The rows of a routing, for products with matrices of the sizes and dtype of down [E, F, D]."""
-    runs = make_runs(plan.counts.tolist(), down.dtype, down[0].numel())
+    wider = onednn_is_wider() and onednn_serves(down)
+    runs = make_runs(plan.counts.tolist(), down.dtype, down[0].numel(), wider=wider)
     size = torch.tensor([run.size for run in runs for _ in range(run.count)])
     shift = (size.cumsum(0) - size) - (plan.counts.cumsum(0) - plan.counts)  # [E]
     row = torch.arange(plan.order.numel()) + shift.repeat_interleave(plan.counts)  # [N], by expert
@@ -125,50 +139,78 @@ def lay_out(routing: Routing, plan: Dispatch, down: Tensor) -> Rows:
     return Rows(token, slot, row.index_select(0, plan.by_token), plan.starts, runs)
 
 
-def make_runs(counts: Sequence[int], dtype: torch.dtype, numbers: int) -> list[Run]:
+def make_runs(counts: Sequence[int], dtype: torch.dtype, numbers: int, *, wider: bool = False) -> list[Run]:
     """Runs of up to a power of two of experts, in order; those whose counts differ too much are halved.
 
-    `numbers`: of an expert's down matrix, F D.
+    `numbers`: of an expert's down matrix, F D. `wider`: fp32 on a processor where oneDNN is faster than MKL.
     """
-    half = dtype in HALF
     mean = max(1.0, sum(counts) / len(counts))
     most = 1 << max(0, round(math.log2(ROW_BYTES / dtype.itemsize / mean)))
-    sizes = [round_up(count) for count in counts] if half else list(counts)
-    price = PRICE_HALF if half else PRICE
-    spare = min(SPARE_ROWS, (SPARE_NUMBERS_HALF if half else SPARE_NUMBERS) / numbers)
+    padding = Padding.of(dtype, numbers, wider)
+    sizes = list(map(padding.size, counts))
     runs: list[Run] = []
     start = 0
     for first in range(0, len(counts), most):
-        for experts, size in _halved(sizes, slice(first, min(first + most, len(counts))), price, spare):
-            runs.append(Run(experts, size, start))
+        for experts, size in _halved(sizes, slice(first, min(first + most, len(counts))), padding):
+            runs.append(Run(experts, size, start, size >= padding.alone))
             start = runs[-1].stop
     return runs
 
 
-def _halved(sizes: Sequence[int], experts: slice, price: float, spare: float) -> Iterator[tuple[slice, int]]:
-    """(experts, rows of each): all at once if one size for all adds no more than the price, or the spare rows.
+@dataclass(frozen=True)
+class Padding:
+    """How many rows are added to those of experts."""
+
+    price: float  # of the rows of a run, for one size of all
+    spare: float  # of each expert, where rows are few
+    half: bool
+    alone: float = math.inf  # rows, from which an expert is multiplied alone
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, numbers: int, wider: bool) -> Padding:
+        """As `make_runs` has them."""
+        half = dtype in HALF
+        spare = min(SPARE_ROWS, (SPARE_NUMBERS_HALF if half else SPARE_NUMBERS) / numbers)
+        alone = max(ALONE_ROWS, ALONE_FLOPS / (2 * numbers)) if wider else math.inf
+        return cls(PRICE_HALF if half else PRICE, spare, half, alone)
+
+    def size(self, count: int) -> int:
+        """Of an expert alone, as oneDNN wants it: it compiles a kernel for each new shape.
+
+        With the experts' ever new counts that took three times as long as the products in bf16.
+        """
+        if self.half:
+            return round_up(count)
+        return round_up(count, ALONE_UNIT, ALONE_SIZES) if count >= self.alone else count
+
+    def affords(self, sizes: Sequence[int]) -> bool:
+        """Whether experts of these sizes are multiplied at once, all with the rows of the largest."""
+        largest, total = max(sizes), sum(sizes)
+        added = len(sizes) * largest - total
+        if largest >= self.alone:
+            return added == 0
+        return added <= max(self.price * total, self.spare * len(sizes))
+
+
+def _halved(sizes: Sequence[int], experts: slice, padding: Padding) -> Iterator[tuple[slice, int]]:
+    """(experts, rows of each): all at once if the padding affords it.
 
     An expert without rows has no token to repeat, so it can't be padded.
     """
     inside = sizes[experts]
-    largest, total, count = max(inside), sum(inside), len(inside)
-    affordable = count * largest - total <= max(price * total, spare * count)
-    if count == 1 or (affordable and (min(inside) > 0 or largest == 0)):
+    largest = max(inside)
+    if len(inside) == 1 or (padding.affords(inside) and (min(inside) > 0 or largest == 0)):
         yield experts, largest
         return
     middle = (experts.start + experts.stop) // 2
-    yield from _halved(sizes, slice(experts.start, middle), price, spare)
-    yield from _halved(sizes, slice(middle, experts.stop), price, spare)
+    yield from _halved(sizes, slice(experts.start, middle), padding)
+    yield from _halved(sizes, slice(middle, experts.stop), padding)
 
 
-def round_up(count: int) -> int:
-    """Up to a multiple of an eighth of its power of two, at least 16: eight sizes an octave, 6% padding.
-
-    oneDNN, which serves bf16, compiles a kernel for each new shape: with the experts' ever new counts that took three
-    times as long as the products.
-    """
-    unit = max(LEAST_UNIT, 1 << max(0, count.bit_length() - 4))
-    return -(-count // unit) * unit
+def round_up(count: int, unit: int = LEAST_UNIT, sizes: int = SIZES) -> int:
+    """Up to one of so many sizes an octave, by `unit` at least: of eight 6 % padding at most on average."""
+    step = max(unit, (1 << max(0, count.bit_length() - 1)) // sizes)
+    return -(-count // step) * step
 
 
 def make_chunks(runs: Sequence[Run], dtype: torch.dtype) -> list[Chunk]:

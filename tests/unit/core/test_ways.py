@@ -14,7 +14,7 @@ from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
 from moelab.nn.full_attention import fastest as attend
 from moelab.nn.full_attention import torch_attention
-from moelab.nn.linear import Linear, _by_onednn
+from moelab.nn.linear import MKL, ONEDNN, WHOLLY, Linear, _by_onednn
 from moelab.registry import Registry
 from moelab.ways import ENOUGH, ROUNDS, Found, Measuring, Ways, active, choose, fastest, measure, trial, using
 
@@ -145,16 +145,18 @@ def _gradients(compute: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor,
 def test_a_linear_layer_goes_the_way_that_the_table_says() -> None:
     layer, x = Linear(96, 128), torch.randn(4, 256, 96)
     ((problem, seconds),) = _ways_of(lambda: layer(x)).items()
-    assert problem == "linear 1024 x 96 to 128" and seconds.keys() == {"onednn", "mkl"}
+    assert problem == "linear 1024 x 96 to 128" and seconds.keys() == {WHOLLY, ONEDNN, MKL}
     plain = _gradients(lambda x: torch.nn.functional.linear(x, layer.weight, layer.bias), x)
-    with using(Ways({problem: "mkl"})):
+    with using(Ways({problem: MKL})):
         by_mkl = _gradients(layer, x)
-    with using(Ways({problem: "onednn"})):
-        by_onednn = _gradients(layer, x)
-    direct = _gradients(lambda x: _by_onednn(x, layer.weight, layer.bias), x)
-    assert all(map(torch.equal, by_mkl, plain)) and all(map(torch.equal, by_onednn, direct))
-    for one, two in zip(by_onednn, plain, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    assert all(map(torch.equal, by_mkl, plain))
+    for way, wholly in ((ONEDNN, False), (WHOLLY, True)):
+        with using(Ways({problem: way})):
+            by_onednn = _gradients(layer, x)
+        direct = _gradients(lambda x: _by_onednn(x, layer.weight, layer.bias, wholly=wholly), x)  # noqa: B023
+        assert all(map(torch.equal, by_onednn, direct))
+        for one, two in zip(by_onednn, plain, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

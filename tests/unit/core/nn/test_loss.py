@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moelab.kernels import onednn
 from moelab.nn import loss
 from moelab.nn.loss import IGNORE_INDEX, logits_and_cross_entropy, token_cross_entropy
 
@@ -39,6 +40,26 @@ def test_values_and_gradients_equal_those_of_full_logits(monkeypatch: pytest.Mon
     theirs = torch.autograd.grad(wanted, (hidden, head), upstream)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("zen_5")
+@pytest.mark.parametrize("turned", [0, 10**6])
+@pytest.mark.parametrize("compute", [token_cross_entropy, lambda *problem: logits_and_cross_entropy(*problem)[1]])
+def test_gradients_by_onednn_are_those_of_float64(turned: int, compute, monkeypatch: pytest.MonkeyPatch):
+    """Where it computes the head's, too: added up turned, over chunks of which the last is smaller."""
+    monkeypatch.setattr(onednn, "LEAST_FLOPS_WIDER", 0)
+    monkeypatch.setattr(loss, "TURNED_ELEMENTS", turned)
+    monkeypatch.setattr(loss, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", {"cpu": 1, "cuda": 1})
+    hidden, head, targets = _problem(torch.float32)
+    assert loss._no_gradient(hidden.flatten(0, 1), head, torch.float32).is_contiguous() == (turned == 0)
+    upstream = torch.randn(2, 7)
+    found = torch.autograd.grad(compute(hidden, head, targets), (hidden, head), upstream)
+    wide = [each.detach().double().requires_grad_() for each in (hidden, head)]
+    wanted = torch.autograd.grad(_reference(*wide, targets), wide, upstream.double())
+    for one, other in zip(found, wanted, strict=True):
+        assert one.is_contiguous()
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
 
 
 def test_ignored_tokens_cost_nothing_and_teach_nothing():

@@ -13,6 +13,7 @@ import torch
 from moelab import hookimpl, load_config
 from moelab.config.run import RunConfig
 from moelab.errors import ConfigError
+from moelab.nn.linear import WHOLLY
 from moelab.registry import Registry
 from moelab.training import autotune
 from moelab.training.setup import prepare
@@ -148,12 +149,12 @@ def test_what_is_faster_alone_is_taken_only_where_whole_passes_are(
     monkeypatch.setattr("moelab.ways.measure", lambda calls: {way: float(way == "mkl") + 1 for way in calls})
 
     def timed(setup: Any, ways: Ways, number: int) -> float:
-        return ratio ** sum(way == "onednn" for way in ways.chosen.values())
+        return ratio ** sum(way == WHOLLY for way in ways.chosen.values())
 
     monkeypatch.setattr(autotune, "_pass", timed)
     table = autotune.measure_ways(setup, {})
     linears = {problem: found for problem, found in table.found.items() if problem.startswith("linear")}
-    assert linears and {found.way for found in linears.values()} == {"onednn" if taken else "mkl"}
+    assert linears and {found.way for found in linears.values()} == {WHOLLY if taken else "mkl"}
     assert [found.step for found in linears.values()] == pytest.approx([ratio] * len(linears))
     assert all(table.chosen[problem] == found.way for problem, found in table.found.items())
 

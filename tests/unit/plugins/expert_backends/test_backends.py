@@ -11,6 +11,7 @@ from moelab import BackendContext, ExpertBackend, Registry, Routing
 from moelab.hookspecs import ACTIVATIONS, EXPERT_BACKENDS
 from moelab.moe.activation import Activation, ActivationContext
 from moelab.moe.contracts import ExpertProblem
+from moelab.moe.dispatch import count_ids
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
 from moelab_plugins.expert_backends import _batched_rows
@@ -204,6 +205,42 @@ def test_chunks_cover_every_expert_and_row_once(
     assert sum(sizes) <= padded + spare
 
 
+@pytest.mark.usefixtures("zen_5")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "flops"), [(0, 0), (6, 0), (6, 10**9)], ids=["all", "large", "no weights"])
+def test_experts_multiplied_by_onednn_give_what_float64_gives(
+    case: str, bias: bool, rows: int, flops: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_batched_rows, "ALONE_FLOPS", 0)
+    monkeypatch.setattr(_batched_rows, "ALONE_ROWS", rows)
+    monkeypatch.setattr(_batched_rows, "OUTER_FLOPS", flops)
+    called = []
+    compute = _batched_rows.product
+    monkeypatch.setattr(_batched_rows, "product", lambda *given: called.append(given) or compute(*given))
+    routing, experts = CASES[case](), bank(HIDDEN, WIDTH, torch.float32, bias=bias)
+    x = torch.randn(routing.num_tokens, HIDDEN, requires_grad=True)
+    inputs, upstream = [x, routing.weight, *experts.parameters()], torch.randn(routing.num_tokens, HIDDEN)
+    found = _backend("batched")(x, routing, experts)
+    wanted = reference(x, routing, experts)
+    pairs = zip(
+        [found, *gradients(found, upstream, inputs)], [wanted, *gradients(wanted, upstream, inputs)], strict=True
+    )
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-4, atol=1e-5)
+    assert called or int(count_ids(routing.expert, EXPERTS).max()) < max(rows, 1)
+
+
+def test_experts_that_onednn_multiplies_have_sizes_that_come_again():
+    """Sixteen an octave, by eight rows at least; smaller experts are batched as elsewhere."""
+    numbers = 256 * 128  # of which 62 rows have ALONE_FLOPS
+    assert _sizes([62, 63, 100, 530], torch.float32, numbers, wider=True) == [(2, 64), (1, 104), (1, 544)]
+    assert _sizes([60, 40, 59, 58], torch.float32, numbers, wider=True) == [(4, 60)]
+    assert _sizes([16, 10, 22, 14], torch.float32, numbers, wider=True) == [(4, 22)]
+    assert _sizes([0, 0, 530, 530], torch.float32, numbers, wider=True) == [(2, 0), (2, 544)]
+    assert _sizes([33, 31], torch.float32, 1 << 20, wider=True) == [(1, 40), (1, 31)]
+
+
 def test_neighbours_of_like_load_are_one_batched_product():
     """Several times over, since a run may hold thousands of rows."""
     half, single = torch.bfloat16, torch.float32
@@ -227,6 +264,6 @@ def test_small_experts_with_few_rows_are_padded_further_than_large_ones():
     assert _sizes([3, 0, 2, 2], torch.float32, 16) == [(1, 3), (1, 0), (2, 2)]
 
 
-def _sizes(counts: list[int], dtype: torch.dtype, numbers: int) -> list[tuple[int, int]]:
+def _sizes(counts: list[int], dtype: torch.dtype, numbers: int, *, wider: bool = False) -> list[tuple[int, int]]:
     """(experts, rows of each) of each run."""
-    return [(run.count, run.size) for run in make_runs(counts, dtype, numbers)]
+    return [(run.count, run.size) for run in make_runs(counts, dtype, numbers, wider=wider)]

@@ -1,0 +1,86 @@
+"""fp32 products on a CPU by oneDNN, which torch uses for bf16 only: where they are faster than MKL's.
+
+oneDNN compiles a kernel for every new shape (0.4 ms), and takes a matrix whose rows lie apart by another way that is a
+thousand times as slow. So its right operand is always dense here, and who multiplies ever new numbers of rows rounds
+them up.
+T rows, D columns, N outputs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from moelab.processor import cpu_lines
+
+ZEN_5 = 26  # AMD's family number; the first whose registers for AVX-512 are whole
+LEAST_FLOPS = 1e8  # of one product; below, MKL's are as fast
+LEAST_FLOPS_WIDER = 3e7  # where its vectors are wider than MKL's
+
+
+@cache
+def onednn_is_wider() -> bool:
+    """Whether oneDNN's fp32 products use vectors twice as wide as MKL's.
+
+    On AMD's processors MKL keeps to AVX2. Forward and backward a linear layer of 2048 x 2048 takes 2,048 tokens in half
+    of MKL's time on two cores of Zen 5 (benchmarks/cpu_parts.py). Zen 4, which computes AVX-512 in two halves, gained a
+    tenth at most.
+    """
+    lines = cpu_lines()
+    family = lines.get("cpu family", "")
+    return (
+        lines.get("vendor_id") == "AuthenticAMD"
+        and family.isdecimal()
+        and int(family) >= ZEN_5
+        and "avx512f" in lines.get("flags", "").split()
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def prefers_onednn(x: Tensor, columns: int) -> bool:
+    """Whether the product of x [..., D] with a matrix of D x `columns` is one that `product` computes faster."""
+    least = LEAST_FLOPS_WIDER if onednn_is_wider() else LEAST_FLOPS
+    return 2 * x.numel() * columns >= least and onednn_serves(x)
+
+
+def onednn_serves(x: Tensor) -> bool:
+    """Whether `product` may compute products of x."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not isinstance(x, FakeTensor)
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, D], weight [N, D] -> x weight^T + bias [T, N]. No gradient."""
+    out: Tensor = _pointwise()(x, _dense(weight), bias, "none", [], "")
+    return out
+
+
+def outer(rows: Tensor, others: Tensor) -> Tensor:
+    """rows [T, N], others [T, D] -> rows^T others [N, D]. No gradient.
+
+    The narrower one comes first, which is 1.2 to 1.6 times as fast as the other way round: the result may lie turned.
+    """
+    if rows.shape[1] > others.shape[1]:
+        return product(others.t(), rows.t()).t()
+    return product(rows.t(), others.t())
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """Itself, where its rows or its columns lie side by side without gaps."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+
+
+@cache
+def _pointwise() -> Any:
+    """Looked up through torch.ops, each time, it takes as long as another small operation."""
+    return torch.ops.mkldnn._linear_pointwise.default

@@ -1,0 +1,80 @@
+"""Products by oneDNN: beside float64, however their operands lie, and which processors prefer them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from moelab.kernels import onednn
+from moelab.kernels.onednn import onednn_is_wider, onednn_serves, outer, prefers_onednn, product
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+ZEN_5 = {"vendor_id": "AuthenticAMD", "cpu family": "26", "flags": "fpu avx2 avx512f"}
+LIE: dict[str, Callable[[Tensor], Tensor]] = {
+    "in rows": lambda matrix: matrix.contiguous(),
+    "in columns": lambda matrix: matrix.t().contiguous().t(),
+    "with gaps": lambda matrix: torch.cat([matrix, matrix], 1)[:, : matrix.shape[1]],
+    "in columns with gaps": lambda matrix: torch.cat([matrix, matrix])[: len(matrix)].t().contiguous().t()[:],
+}
+
+
+@pytest.mark.parametrize("right", LIE)
+@pytest.mark.parametrize("left", LIE)
+@pytest.mark.parametrize(("rows", "columns", "outputs"), [(1, 3, 5), (40, 24, 8), (8, 16, 48)])
+def test_products_are_those_of_float64_however_operands_lie(
+    left: str, right: str, rows: int, columns: int, outputs: int
+):
+    x, weight = LIE[left](torch.randn(rows, columns)), LIE[right](torch.randn(outputs, columns))
+    dy = LIE[right](torch.randn(rows, outputs))
+    torch.testing.assert_close(product(x, weight).double(), x.double() @ weight.double().t(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outer(dy, x).double(), dy.double().t() @ x.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_right_operand_never_has_gaps(monkeypatch: pytest.MonkeyPatch):
+    """oneDNN would compute it a thousand times as slowly."""
+    seen: list[Tensor] = []
+    compute = onednn._pointwise()
+    monkeypatch.setattr(
+        onednn, "_pointwise", lambda: lambda x, weight, *rest: seen.append(weight) or compute(x, weight, *rest)
+    )
+    for lie in LIE.values():
+        product(torch.randn(4, 6), lie(torch.randn(8, 6)))
+        outer(lie(torch.randn(6, 8)), lie(torch.randn(6, 4)))
+        outer(lie(torch.randn(6, 4)), lie(torch.randn(6, 8)))
+    assert len(seen) == 3 * len(LIE)
+    assert all(weight.is_contiguous() or weight.t().is_contiguous() for weight in seen)
+
+
+@pytest.mark.parametrize(
+    ("lines", "wider"),
+    [
+        (ZEN_5, True),
+        (ZEN_5 | {"cpu family": "27"}, True),
+        (ZEN_5 | {"cpu family": "25"}, False),  # Zen 4: AVX-512 in two halves
+        (ZEN_5 | {"flags": "fpu avx2"}, False),  # a hypervisor may hide it
+        (ZEN_5 | {"vendor_id": "GenuineIntel"}, False),  # whose MKL uses it
+        (ZEN_5 | {"cpu family": "unknown"}, False),
+        ({}, False),  # not Linux, not x86
+    ],
+)
+def test_whose_vectors_onednn_uses_better_than_mkl(
+    lines: Mapping[str, str], wider: bool, processor: Callable[[Mapping[str, str]], None]
+):
+    processor(lines)
+    assert onednn_is_wider() is wider
+    assert prefers_onednn(torch.empty(512, 256), 256) is wider  # 67 MFLOP
+    assert prefers_onednn(torch.empty(4096, 256), 512)
+    assert not prefers_onednn(torch.empty(16, 64), 64)
+
+
+def test_what_it_does_not_serve():
+    assert onednn_serves(torch.empty(2, 2))
+    assert not onednn_serves(torch.empty(2, 2, dtype=torch.float64))
+    assert not onednn_serves(torch.empty(2, 2, dtype=torch.bfloat16))
+    assert not onednn_serves(torch.empty(2, 2, device="meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not onednn_serves(torch.empty(2, 2))
