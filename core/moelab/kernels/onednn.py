@@ -61,7 +61,7 @@ def onednn_serves(x: Tensor) -> bool:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, D], weight [N, D] -> x weight^T + bias [T, N]. No gradient."""
-    out: Tensor = _pointwise()(x, _dense(weight), bias, "none", [], "")
+    out: Tensor = pointwise().default(x, _dense(weight), bias, "none", [], "")
     return out
 
 
@@ -81,6 +81,6 @@ def _dense(matrix: Tensor) -> Tensor:
 
 
 @cache
-def _pointwise() -> Any:
-    """Looked up through torch.ops, each time, it takes as long as another small operation."""
-    return torch.ops.mkldnn._linear_pointwise.default
+def pointwise() -> Any:
+    """oneDNN's product. Looked up through torch.ops, each time, it takes as long as another small operation."""
+    return torch.ops.mkldnn._linear_pointwise

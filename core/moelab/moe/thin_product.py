@@ -21,12 +21,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
 from itertools import accumulate
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+from moelab.kernels.onednn import pointwise
+from moelab.processor import cpu_lines
 
 MOST_ROWS = 8  # that MKL is quicker for ...
 MOST_ELEMENTS = 1 << 20  # ... of a matrix smaller than that
@@ -207,7 +209,7 @@ def few_product_onto(base: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
     if found is not None and found.alone and base.dtype == torch.float32:
         way, read = found.copy.way, found.copy.read
         if way == PACKED:
-            out: Tensor = _pointwise().binary(x, base, read, bias, "add")
+            out: Tensor = pointwise().binary(x, base, read, bias, "add")
             return out
         if bias is None and (way == TURNED or (way == BAGGED and x.shape[0] > 1)):
             return torch.addmm(base, x, read)
@@ -248,7 +250,7 @@ def reader(*weights: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], T
     copy, read = parts[0].copy, parts[0].copy.read
     if copy.way != PACKED:
         return lambda x: copy.product(x, bias)
-    product = _pointwise().default
+    product = pointwise().default
 
     def product_of(x: Tensor) -> Tensor:
         out: Tensor = product(x, read, bias, "none", [], "")
@@ -262,7 +264,7 @@ def adder(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor, Tenso
     found = _PACKED.get().get(id(weight))
     if found is None or not found.alone or found.copy.way != PACKED:
         return lambda base, x: few_product_onto(base, x, weight, bias)
-    product, read = _pointwise().binary, found.copy.read
+    product, read = pointwise().binary, found.copy.read
 
     def added(base: Tensor, x: Tensor) -> Tensor:
         out: Tensor = product(x, base, read, bias, "add")
@@ -281,14 +283,8 @@ def _sum_of_bags(x: Tensor, turned: Tensor, bias: Tensor | None) -> Tensor:
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    out: Tensor = _pointwise().default(rows, weight, bias, "none", [], "")
+    out: Tensor = pointwise().default(rows, weight, bias, "none", [], "")
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
-
-
-@cache
-def _pointwise() -> Any:
-    """oneDNN's product; looked up through torch.ops, each time, takes as long as another small operation."""
-    return torch.ops.mkldnn._linear_pointwise
 
 
 @cache
@@ -296,7 +292,4 @@ def reads_matrices_faster() -> bool:
     """Whether this is a processor on which MKL reads a matrix faster in a product with a matrix than with a vector."""
     if not torch.backends.mkl.is_available():
         return False
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()[:4096]
-    except OSError:  # not Linux
-        return False
+    return cpu_lines().get("vendor_id") == "AuthenticAMD"
