@@ -1,1 +1,1 @@
-"""Triton kernels for what torch does in several passes over memory on an accelerator. A CPU needs none of them."""
+"""What serves a problem better than torch's own: triton kernels on an accelerator, oneDNN's fp32 products on a CPU."""

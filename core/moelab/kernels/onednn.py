@@ -43,8 +43,9 @@ def onednn_is_wider() -> bool:
 
 def prefers_onednn(x: Tensor, columns: int) -> bool:
     """Whether the product of x [..., D] with a matrix of D x `columns` is one that `product` computes faster."""
-    least = LEAST_FLOPS_WIDER if onednn_is_wider() else LEAST_FLOPS
-    return 2 * x.numel() * columns >= least and onednn_serves(x)
+    if not onednn_serves(x):  # first: torch.compile can't trace what looks at the processor
+        return False
+    return 2 * x.numel() * columns >= (LEAST_FLOPS_WIDER if onednn_is_wider() else LEAST_FLOPS)
 
 
 def onednn_serves(x: Tensor) -> bool:

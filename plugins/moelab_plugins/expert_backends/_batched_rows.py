@@ -128,7 +128,7 @@ class Chunk:
 
 def lay_out(routing: Routing, plan: Dispatch, down: Tensor) -> Rows:
     """The rows of a routing, for products with matrices of the sizes and dtype of down [E, F, D]."""
-    wider = onednn_is_wider() and onednn_serves(down)
+    wider = onednn_serves(down) and onednn_is_wider()
     runs = make_runs(plan.counts.tolist(), down.dtype, down[0].numel(), wider=wider)
     size = torch.tensor([run.size for run in runs for _ in range(run.count)])
     shift = (size.cumsum(0) - size) - (plan.counts.cumsum(0) - plan.counts)  # [E]
