@@ -25,9 +25,10 @@ LEAST_UNIT, SIZES = 16, 8  # sizes that are rounded up: multiples of at least so
 ALONE_ROWS, ALONE_FLOPS, OUTER_FLOPS = 32, 4e6, 3e7
 ALONE_UNIT, ALONE_SIZES = 8, 16
 PRICE, PRICE_HALF = 1 / 16, 1 / 8  # what padding may add to the rows of one product; half precision gains more from it
-# Where rows are few it may add these to each expert's: a product costs some µs beside its FLOPs, and waits for its
-# weights anyway. The fewer the larger the expert: SPARE_NUMBERS by the numbers of its down matrix.
-SPARE_ROWS, SPARE_NUMBERS, SPARE_NUMBERS_HALF = 8, 1 << 18, 1 << 20
+# Where rows are few it may add these to each expert's: a product costs some µs beside its FLOPs, as many as dozens of
+# rows of a small expert in half precision, and waits for its weights anyway. The fewer the larger the expert:
+# SPARE_NUMBERS by the numbers of its down matrix.
+SPARE_ROWS, SPARE_ROWS_HALF, SPARE_NUMBERS, SPARE_NUMBERS_HALF = 8, 128, 1 << 18, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,9 @@ class Padding:
     def of(cls, dtype: torch.dtype, numbers: int, wider: bool) -> Padding:
         """As `make_runs` has them."""
         half = dtype in HALF
-        spare = min(SPARE_ROWS, (SPARE_NUMBERS_HALF if half else SPARE_NUMBERS) / numbers)
+        most, spread = (SPARE_ROWS_HALF, SPARE_NUMBERS_HALF) if half else (SPARE_ROWS, SPARE_NUMBERS)
         alone = max(ALONE_ROWS, ALONE_FLOPS / (2 * numbers)) if wider else math.inf
-        return cls(PRICE_HALF if half else PRICE, spare, half, alone)
+        return cls(PRICE_HALF if half else PRICE, min(most, spread / numbers), half, alone)
 
     def size(self, count: int) -> int:
         """Of an expert alone, as oneDNN wants it: it compiles a kernel for each new shape.

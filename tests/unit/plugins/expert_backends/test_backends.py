@@ -200,7 +200,8 @@ def test_chunks_cover_every_expert_and_row_once(
     sizes = [run.size for run in runs for _ in range(run.count)]
     assert all(count <= size for count, size in zip(counts, sizes, strict=True))
     assert all(size == 0 for count, size in zip(counts, sizes, strict=True) if count == 0)  # no token to fill it with
-    spare = 8 * len(counts) if numbers == 1 << 10 else 0
+    each = 128 if dtype == torch.bfloat16 else 8
+    spare = each * len(counts) if numbers == 1 << 10 else 0
     padded = sum(map(round_up, counts)) * 9 / 8 if dtype == torch.bfloat16 else sum(counts) * 17 / 16
     assert sum(sizes) <= padded + spare
 
@@ -253,14 +254,16 @@ def test_neighbours_of_like_load_are_one_batched_product():
 
 
 def test_small_experts_with_few_rows_are_padded_further_than_large_ones():
-    """Eight rows of each for experts of 256 x 128, two for 512 x 256, whose rows cost four times as much; never one
-    without a token."""
+    """Eight rows of each for experts of 256 x 128, two for 512 x 256, whose rows cost four times as much, in half
+    precision 32 and 8; never one without a token."""
     few = [16, 10, 22, 14]
     assert _sizes(few, torch.float32, 256 * 128) == [(4, 22)]
     assert _sizes(few, torch.float32, 512 * 256) == [(1, 16), (1, 10), (1, 22), (1, 14)]
     assert _sizes(few, torch.float32, 16) == [(4, 22)]
     assert _sizes([16, 10, 40, 14], torch.float32, 16) == [(2, 16), (1, 40), (1, 14)]
     assert _sizes(few, torch.bfloat16, 512 * 256) == [(2, 16), (2, 32)]
+    assert _sizes([96, 150, 64, 130], torch.bfloat16, 128 * 64) == [(4, 160)]
+    assert _sizes([96, 150, 64, 130], torch.bfloat16, 512 * 256) == [(1, 96), (1, 160), (1, 64), (1, 144)]
     assert _sizes([3, 0, 2, 2], torch.float32, 16) == [(1, 3), (1, 0), (2, 2)]
 
 
