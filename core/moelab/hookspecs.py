@@ -51,8 +51,10 @@ if TYPE_CHECKING:
     from moelab.nn.optimizing import Optimizer, OptimizerContext
     from moelab.nn.rope import RopeScaling
 
-hookspec = pluggy.HookspecMarker("moelab")
-hookimpl = pluggy.HookimplMarker("moelab")
+PROJECT = "moelab"
+MARK = f"{PROJECT}_impl"  # the attribute by which pluggy marks a function
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
 
 ContextT = TypeVar("ContextT")
 BuiltT = TypeVar("BuiltT")

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from moelab.errors import ConfigError, near
+from moelab.hookspecs import MARK
 from moelab.plugin_faults import ANYTHING, place_in, quoted
 
 logger = logging.getLogger("moelab")
@@ -44,7 +45,7 @@ def import_plugin(name: str, folders: Sequence[Path] = ()) -> ModuleType:
 
 def check_hooks(module: ModuleType, name: str, hooks: Sequence[str]) -> None:
     """Raise ConfigError for a module that is no plugin: one without a hook, or with a hook that lacks its marker."""
-    marked = [key for key, value in vars(module).items() if hasattr(value, "moelab_impl")]
+    marked = [key for key, value in vars(module).items() if hasattr(value, MARK)]
     forgotten = sorted(key for key in vars(module) if key in hooks and key not in marked)
     if forgotten:
         raise ConfigError(f"plugins: '{name}': {forgotten[0]} lacks its marker; write @moelab.hookimpl above it")

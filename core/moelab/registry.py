@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, fields
 from importlib.metadata import EntryPoint, PackageNotFoundError, packages_distributions, version
-from types import ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import pluggy
@@ -18,7 +18,7 @@ from moelab.components import Component
 from moelab.config.stored import filled
 from moelab.config.typed import OPTIONS, KeyProblem
 from moelab.errors import ConfigError, UserError, near
-from moelab.hookspecs import EXTENSION_POINTS, BuiltT, ContextT, ExtensionPoint, plugin_hooks
+from moelab.hookspecs import EXTENSION_POINTS, MARK, PROJECT, BuiltT, ContextT, ExtensionPoint, plugin_hooks
 from moelab.installed import installed_plugins, load_plugin, may_offer
 from moelab.paths import Places
 from moelab.plugin_faults import ANYTHING, PluginPart, article, place_in, place_of, quoted
@@ -43,7 +43,7 @@ class Registry:
         *,
         points: Collection[ExtensionPoint[Any, Any]] = EXTENSION_POINTS,
     ) -> None:
-        self.manager = pluggy.PluginManager("moelab")
+        self.manager = _PluginManager(PROJECT)
         self.manager.add_hookspecs(plugin_hooks())
         self.modules: set[str] = set()  # whose code is in: built-in, installed or named
         self._versions: dict[str, str] | None = None
@@ -172,6 +172,22 @@ class Registry:
         self.modules |= {name, module.__name__} if isinstance(module, ModuleType) else {name}
         if not self.manager.is_registered(module):
             self.manager.register(module, name=name)
+
+
+class _PluginManager(pluggy.PluginManager):
+    """pluggy's, but that it looks closer at those names of a module alone that may be hooks.
+
+    pluggy looks each of thousands of names up along the bases of its module, most of the time that a registry took.
+    """
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        """As pluggy has it: the options of the marker on what is called so; None where there is none."""
+        if type(plugin) is ModuleType and name in vars(plugin):
+            value = vars(plugin)[name]
+            marked = isinstance(value, FunctionType) and hasattr(value, MARK)
+            if not marked and not isinstance(value, MethodType | staticmethod | classmethod):
+                return None
+        return super().parse_hookimpl_opts(plugin, name)
 
 
 def sound_plugins() -> tuple[list[str], dict[str, str]]:

@@ -6,14 +6,16 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pluggy
 import pytest
 
 import moelab
 from moelab.errors import ConfigError
-from moelab.hookspecs import EXTENSION_POINTS, ROUTERS
+from moelab.hookspecs import EXTENSION_POINTS, ROUTERS, plugin_hooks
 from moelab.moe.contracts import MoEContext
 from moelab.paths import Places
 from moelab.registry import Registry
@@ -197,6 +199,70 @@ def test_the_end_of_a_process_that_a_constructor_or_its_options_ask_for_is_told(
     registry.manager.register(module)
     with pytest.raises(ConfigError, match=r"^x: 'dull' \(.*\): its options raised SystemExit"):
         registry.select(ROUTERS, {"name": "dull"}, "x")
+
+
+class Many:
+    """Whatever may offer a hook, and what only looks as if."""
+
+    @moelab.hookimpl
+    def moelab_routers(self) -> list[Any]:
+        return []
+
+    @staticmethod
+    @moelab.hookimpl
+    def moelab_activations() -> list[Any]:
+        return []
+
+
+class Tripwire:
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"asked for {name}")
+
+
+def _module(**names: Any) -> types.ModuleType:
+    module = types.ModuleType("odd")
+    vars(module).update(names)
+    return module
+
+
+def _hooks(manager: pluggy.PluginManager) -> dict[str, list[tuple[str, str, bool]]]:
+    """{hook: (plugin, function, whether tried first)}, in order."""
+    return {
+        name: [(one.plugin_name, one.function.__qualname__, one.tryfirst) for one in hook.get_hookimpls()]
+        for name, hook in vars(manager.hook).items()
+    }
+
+
+def test_the_hooks_that_are_found_are_those_that_pluggy_finds() -> None:
+    """In every built-in, in modules of every sort of name, in classes and in objects."""
+    registry = Registry(entry_points=False)
+    plain = pluggy.PluginManager("moelab")
+    plain.add_hookspecs(plugin_hooks())
+    for name, plugin in registry.manager.list_name_plugin():
+        plain.register(plugin, name=name)
+    assert sum(map(len, _hooks(plain).values())) >= len(plain.list_name_plugin()) > 100
+    first = moelab.hookimpl(lambda: [], tryfirst=True)
+    odd = {
+        "function": _module(moelab_routers=first, other=moelab.hookimpl(lambda: [], specname="moelab_activations")),
+        "method": _module(moelab_routers=Many().moelab_routers, bare=Many().__init__),
+        "static": _module(moelab_routers=staticmethod(first), moelab_activations=moelab.hookimpl(staticmethod(first))),
+        "unmarked": _module(moelab_routers=lambda: [], wire=Tripwire(), kind=Many, number=3, part=partial(first)),
+        "class": Many,
+        "object": Many(),
+    }
+    for name, plugin in odd.items():
+        for manager in (registry.manager, plain):
+            manager.register(plugin, name=name)
+    assert _hooks(registry.manager) == _hooks(plain)
+    assert {"function", "method", "static", "object"} <= {name for name, *_ in _hooks(plain)["moelab_routers"]}
+
+
+def test_pluggy_is_asked_of_names_that_may_be_hooks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(pluggy.PluginManager, "parse_hookimpl_opts", lambda self, plugin, name: asked.append(name))
+    Registry(entry_points=False)
+    hooks = {point.hook for point in EXTENSION_POINTS}
+    assert hooks & set(asked) and set(asked) <= hooks
 
 
 def test_what_a_constructor_raises_is_told_and_a_shortage_is_left_alone(plugin: Plugin) -> None:

@@ -36,6 +36,7 @@ from moelab.surgery.patient import open_patient
 from moelab.tensor_file import write_tensors
 from moelab_tools.checkpoints import evaluation_config
 from moelab_tools.cli import run
+from moelab_tools.surgery import operating
 from moelab_tools.surgery.texts import texts_of
 
 LAYERS = 3
@@ -255,13 +256,32 @@ def test_one_that_is_interrupted_leaves_nothing(
         (("prune", "num_experts=4", "by=load", "--trace", "nowhere"), "holds no trace"),
     ],
 )
-def test_what_can_t_be_done_is_one_line_and_leaves_nothing(
-    arguments: tuple[str, ...], said: str, operate: Callable[..., Any], tmp_path: Path
+def test_what_can_t_be_done_is_one_line_reads_no_text_and_leaves_nothing(
+    arguments: tuple[str, ...],
+    said: str,
+    operate: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    read: list[Any] = []
+    monkeypatch.setattr(operating, "texts_of", lambda *given: read.append(given))
     code, _, told = operate(*arguments)
     assert code == 2
     assert said in told.splitlines()[-1]
-    assert list(tmp_path.iterdir()) == []
+    assert not read and list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_that_no_text_decides_is_refused_before_the_receipts_text_is_read(
+    operate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object) -> None:
+        raise moelab.ConfigError("no layout says that")
+
+    read: list[Any] = []
+    monkeypatch.setattr(operating, "texts_of", lambda *given: read.append(given))
+    monkeypatch.setattr(operating, "prepare_operation", refuse)
+    code, _, told = operate("split", "parts=2")
+    assert (code, read, list(tmp_path.iterdir())) == (2, [], []) and "no layout says that" in told
 
 
 def test_a_full_disk_is_told_before_anything_is_written(

@@ -62,6 +62,13 @@ def test_input_that_is_no_text_is_refused(folder: Path):
     assert "stdin: can't be read" in str(found.exception)
 
 
+def test_an_answer_has_at_least_one_token(folder: Path, capsys: pytest.CaptureFixture[str]):
+    for tokens in ("0", "-1"):
+        assert run(["chat", str(folder), "--tokens", tokens]) == 2
+        told = capsys.readouterr()
+        assert "--tokens" in told.err and "x>=1" in told.err and "template" not in told.err
+
+
 def test_a_file_of_prompts_becomes_a_file_of_texts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     lines = [{"prompt": "def ", "answer": 5}, {"messages": [{"role": "user", "content": "hi"}]}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))

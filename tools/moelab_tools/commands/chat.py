@@ -15,7 +15,9 @@ from moelab_tools.verify_option import NO_VERIFY
 @click.command("chat")
 @click.argument("checkpoint", type=USER_PATH)
 @click.option("--system", default=None, help="What the system says first.  [default: as the template has it]")
-@click.option("--tokens", default=512, show_default=True, help="At most so many new tokens a turn.")
+@click.option(
+    "--tokens", type=click.IntRange(1), default=512, show_default=True, help="At most so many new tokens a turn."
+)
 @sampling_options
 @click.option("--tokenizer", default=None, help='"bytes" or a tokenizer.json; default: the checkpoint\'s own.')
 @click.option(

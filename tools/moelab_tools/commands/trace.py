@@ -47,13 +47,14 @@ def command(
     """
     from moelab.routes.files import check_free, write_trace
     from moelab.routes.record import record_routes
-    from moelab_tools.routes.source import open_source
+    from moelab_tools.routes.source import subject_of
     from moelab_tools.waiting import Waiting
 
     check_free(out)
     if whole and tokens is not None:
         raise click.UsageError("--all and --tokens contradict each other")
-    source = open_source(checkpoint, config, data, 1 << 60 if whole else tokens, trust=trust, untrained=untrained)
+    subject = subject_of(checkpoint, config, data, trust=trust, untrained=untrained)
+    source = subject.read(1 << 60 if whole else tokens)
     with Waiting("tracing, batches", len(source.batches)) as waiting:
         trace = record_routes(
             source.model,

@@ -17,7 +17,7 @@ from moelab_tools.routes.alternatives_study import alternatives
 from moelab_tools.routes.asked import SWAPS, layers_of, removals, swaps
 from moelab_tools.routes.effects import Text, tally
 from moelab_tools.routes.rare_study import rare
-from moelab_tools.routes.source import Source, open_source
+from moelab_tools.routes.source import Source, Subject, subject_of
 
 NUMBERS = "ablation.json"
 
@@ -52,12 +52,16 @@ def ablate(
     seed: int,
     trust: bool,
 ) -> Told:
-    """Raises UserError for what can't be asked, before anything is computed."""
+    """Raises UserError for what can't be asked, before text or weights are read."""
     if study and (remove or swap):
         raise ConfigError(f"--study {study}: decides itself what is removed and swapped; leave --remove and --swap out")
     traces = {folder: read_trace(Path(folder)) for folder in swap if folder not in SWAPS}
-    source = open_source(checkpoint, config, data, tokens, trust=trust)
-    layers = layers_of(source.model)
+    subject = subject_of(checkpoint, config, data, trust=trust)
+    layers = layers_of(subject.shape)
+    _check_traces(traces, subject)
+    asked = [] if study else removals(remove or (() if swap else ("all",)), layers, rest)
+    asked += swaps(swap, layers, seed, traces)
+    source = subject.read(tokens)
     text = _text(source, traces)
     if study == "rare":
         found = rare(source, text, seed=seed)
@@ -65,22 +69,26 @@ def ablate(
     if study == "alternatives":
         other = alternatives(source, text, seed=seed)
         return Told(other.lines(), other.to_json())
-    asked = removals(remove or (() if swap else ("all",)), layers, rest) + swaps(swap, layers, seed, traces)
     counted = tally(source.model, text, source.tokenizer, source.precision, [one.counterfactual for one in asked])
     split = f"of {', '.join(traces)}" if traces else source.facts["data"]["split"]
     ablation = Ablation(asked, counted, str(checkpoint), split)
     return Told(ablation.lines(top), ablation.to_json())
 
 
+def _check_traces(traces: dict[str, Trace], subject: Subject) -> None:
+    """Raise UserError unless they are of one text, and of the checkpoint's layout and tokenizer."""
+    for name, other in traces.items():
+        check_replayable(other, subject.shape, name)
+        first_name, first = next(iter(traces.items()))
+        if other.token_id.shape != first.token_id.shape or (other.token_id != first.token_id).any():
+            raise ConfigError(f"--swap {name}: is of other text than {first_name}; swap them in separate commands")
+        if other.facts["tokenizer"] != subject.tokenizer.fingerprint:
+            raise ConfigError(f"--swap {name}: was recorded with another tokenizer than the checkpoint's")
+
+
 def _text(source: Source, traces: dict[str, Trace]) -> Text:
-    """The text of the traces, which must be one, or the source's own."""
+    """The text of the traces, which is one, or the source's own."""
     if not traces:
         return Text.of(source.batches, source.documents)
-    (name, first), *others = traces.items()
-    for other_name, other in [(name, first), *others]:
-        check_replayable(other, source.model, other_name)
-        if other.token_id.shape != first.token_id.shape or (other.token_id != first.token_id).any():
-            raise ConfigError(f"--swap {other_name}: is of other text than {name}; swap them in separate commands")
-        if other.facts["tokenizer"] != source.tokenizer.fingerprint:
-            raise ConfigError(f"--swap {other_name}: was recorded with another tokenizer than the checkpoint's")
+    first = next(iter(traces.values()))
     return Text.of((batch for _, batch in trace_batches(first)), first.documents)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,65 @@ class Source:
         return [(name, self.domains[d]) for name, d in zip(self.stream.document_names, domain, strict=True)]
 
 
-def open_source(
-    checkpoint: Path,
-    config: tuple[str, ...],
-    data: tuple[str, ...],
-    tokens: int | None,
-    *,
-    trust: bool = False,
-    untrained: bool = False,
-) -> Source:
-    """The checkpoint's model, or one of random weights, and `tokens` of the text (None: evaluation.sequences windows).
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint of which neither weights nor text are read yet: enough to tell what can't be asked of it."""
 
-    `data`: held-out or train, of the checkpoint's own data or those of the config, or files of text.
-    """
+    checkpoint: Path
+    run: RunConfig
+    registry: Registry
+    tokenizer: Tokenizer
+    precision: Precision
+    threads: int
+    files: list[str]  # of text; none: its own
+    train: bool  # of its own text, what it was trained on
+    untrained: bool
+
+    @cached_property
+    def shape(self) -> Transformer:
+        """The model on the meta device."""
+        return build_model(self.run.model, self.registry, device="meta", seed=None)
+
+    def read(self, tokens: int | None) -> Source:
+        """Its model, or one of random weights, and `tokens` of the text (None: evaluation.sequences windows)."""
+        run = self.run
+        text = _files(self.files, self.tokenizer) if self.files else _own_text(self)
+        stream = text.stream
+        length = min(run.train.sequence_length, max(1, len(stream) - 1)) if self.files else run.train.sequence_length
+        if length < run.train.sequence_length:
+            click.echo(f"windows of {length} tokens, for the text has no more", err=True)
+        sequences = run.evaluation.sequences if tokens is None else -(-tokens // length)
+        batches = ValidationBatches(stream, sequences, length, evaluation_batch_size(run))
+        counted = {"windows": len(batches.windows), "windows_of_the_text": (len(stream) - 1) // length}
+        model = self._model()
+        facts = {
+            "moelab": moelab.__version__,
+            "source": self.checkpoint.resolve().name + (", untrained" if self.untrained else ""),
+            "weights": weights_fingerprint(model),
+            "tokenizer": self.tokenizer.fingerprint,
+            "vocab_size": run.model.vocab_size,
+            "batch_size": batches.batch_size,
+            "precision": {
+                "device": self.precision.device.type,
+                "dtype": str(self.precision.dtype).removeprefix("torch."),
+                "threads": self.threads,
+            },
+            "data": text.facts | counted,
+        }
+        read = None if text.read is None else ValidationBatches(text.read, sequences, length, batches.batch_size)
+        return Source(run, model, self.tokenizer, stream, text.domains, batches, self.precision, facts, read)
+
+    def _model(self) -> Transformer:
+        device = self.precision.device
+        if self.untrained:
+            return build_model(self.run.model, self.registry, device=device, seed=self.run.seed).eval()
+        return moelab.load(self.checkpoint, device=device, registry=self.registry)
+
+
+def subject_of(
+    checkpoint: Path, config: tuple[str, ...], data: tuple[str, ...], *, trust: bool = False, untrained: bool = False
+) -> Subject:
+    """What is to be read. `data`: held-out or train, of the checkpoint's own data or those of the config, or files."""
     files = [path for path in data if path not in (HELD_OUT, TRAIN)]
     if files and len(files) < len(data):
         raise ConfigError(f"--data: either {HELD_OUT}, or {TRAIN}, or files, not both")
@@ -76,31 +123,7 @@ def open_source(
     resolve_run(run, registry)
     tokenizer = tokenizer_of(checkpoint, run.data.tokenizer)
     check_vocabulary(run.model.vocab_size, tokenizer, run.data.tokenizer)
-    text = _files(files, tokenizer) if files else _own_text(run, registry, tokenizer, checkpoint, train=TRAIN in data)
-    stream = text.stream
-    length = min(run.train.sequence_length, max(1, len(stream) - 1)) if files else run.train.sequence_length
-    if length < run.train.sequence_length:
-        click.echo(f"windows of {length} tokens, for the text has no more", err=True)
-    sequences = run.evaluation.sequences if tokens is None else -(-tokens // length)
-    batches = ValidationBatches(stream, sequences, length, evaluation_batch_size(run))
-    counted = {"windows": len(batches.windows), "windows_of_the_text": (len(stream) - 1) // length}
-    model = _model(checkpoint, run, registry, precision, untrained=untrained)
-    facts = {
-        "moelab": moelab.__version__,
-        "source": checkpoint.resolve().name + (", untrained" if untrained else ""),
-        "weights": weights_fingerprint(model),
-        "tokenizer": tokenizer.fingerprint,
-        "vocab_size": run.model.vocab_size,
-        "batch_size": batches.batch_size,
-        "precision": {
-            "device": precision.device.type,
-            "dtype": str(precision.dtype).removeprefix("torch."),
-            "threads": threads,
-        },
-        "data": text.facts | counted,
-    }
-    read = None if text.read is None else ValidationBatches(text.read, sequences, length, batches.batch_size)
-    return Source(run, model, tokenizer, stream, text.domains, batches, precision, facts, read)
+    return Subject(checkpoint, run, registry, tokenizer, precision, threads, files, TRAIN in data, untrained)
 
 
 def _enough(checkpoint: Path) -> tuple[str, ...]:
@@ -108,16 +131,6 @@ def _enough(checkpoint: Path) -> tuple[str, ...]:
     origin = read_origin(checkpoint)
     length = min(TrainConfig.sequence_length, origin.model.max_position_embeddings)
     return () if origin.is_run else ("train.steps=1", f"train.sequence_length={length}")
-
-
-def _model(
-    checkpoint: Path, run: RunConfig, registry: Registry, precision: Precision, *, untrained: bool
-) -> Transformer:
-    if untrained:
-        model = build_model(run.model, registry, device=precision.device, seed=run.seed).eval()
-    else:
-        model = moelab.load(checkpoint, device=precision.device, registry=registry)
-    return model
 
 
 @dataclass(frozen=True)
@@ -128,14 +141,16 @@ class _Text:
     read: TokenStream | None = None  # what was trained on, where that is another text
 
 
-def _own_text(run: RunConfig, registry: Registry, tokenizer: Tokenizer, checkpoint: Path, *, train: bool) -> _Text:
-    corpus = build_corpus_of(run, registry, tokenizer)
-    facts = {"split": TRAIN if train else HELD_OUT, "fingerprint": corpus.fingerprint}
-    if train:
+def _own_text(subject: Subject) -> _Text:
+    run, tokenizer = subject.run, subject.tokenizer
+    corpus = build_corpus_of(run, subject.registry, tokenizer)
+    facts = {"split": TRAIN if subject.train else HELD_OUT, "fingerprint": corpus.fingerprint}
+    if subject.train:
         return _Text(corpus.train, corpus.domains, facts)
     batches = ValidationBatches(corpus.validation, run.evaluation.sequences, run.train.sequence_length, 1)
-    history = history_of([read_origin(checkpoint).folder], [str(checkpoint)])
-    for line in seen_text(history, str(checkpoint), corpus, tokenizer, batches.documents_scored()).lines():
+    name = str(subject.checkpoint)
+    history = history_of([read_origin(subject.checkpoint).folder], [name])
+    for line in seen_text(history, name, corpus, tokenizer, batches.documents_scored()).lines():
         click.echo(f"warning: {line}", err=True)
     return _Text(corpus.validation, corpus.domains, facts, corpus.train)
 

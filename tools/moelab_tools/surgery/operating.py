@@ -55,19 +55,20 @@ def operate(asked: Asked) -> Iterator[str]:
     layers = patient.layers(asked.layers)
     surgeries = surgeries_of(patient, node, layers, asked.seed)
     needs = frozenset[str]().union(*(surgery.needs for surgery in surgeries.values()))
-    if asked.trace is not None and not needs:
-        raise ConfigError(f"--trace: {asked.name} as asked for looks at no routes; leave it out")
+    scores = {} if asked.trace is None else _of_trace(asked, patient, surgeries, needs)
+    measured = bool(needs) and asked.trace is None
     with room_for(asked.output) as beside:  # before the work
-        texts = None
-        if asked.receipt or (needs and asked.trace is None):
-            texts = texts_of(folder, run, registry)
-        scores = _scores(asked, patient, surgeries, needs, texts)
+        texts = texts_of(folder, run, registry) if measured else None
+        if texts is not None:
+            scores = _measure(asked, patient, surgeries, needs, texts)
         plans = plan_all(patient, node, surgeries, scores, asked.seed)
         identity = {
             "surgery": patient.registry.resolve(SURGERIES, node, SURGERIES.key), "layers": layers,
             "scored_on": _scored_on(asked, needs),
         }  # fmt: skip
         operation = prepare_operation(patient, plans, identity, asked.seed)
+        if texts is None and asked.receipt:  # a plan that can't be is refused before this
+            texts = texts_of(folder, run, registry)
         yield from _plan_lines(operation)
         if asked.dry_run:
             return
@@ -100,17 +101,21 @@ def _options(arguments: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def _scores(
-    asked: Asked, patient: Patient, surgeries: Mapping[int, Surgery], needs: frozenset[str], texts: Texts | None
+def _of_trace(
+    asked: Asked, patient: Patient, surgeries: Mapping[int, Surgery], needs: frozenset[str]
 ) -> dict[int, Scores]:
+    assert asked.trace is not None
     if not needs:
-        return {}
-    if asked.trace is not None:
-        missing = sorted(needs - FROM_TRACE)
-        if missing:
-            raise ConfigError(f"--trace: a trace holds routes, and no outputs: {', '.join(missing)} need the model")
-        return from_trace(read_trace(asked.trace), {layer: patient.layouts[layer].num_experts for layer in surgeries})
-    assert texts is not None
+        raise ConfigError(f"--trace: {asked.name} as asked for looks at no routes; leave it out")
+    missing = sorted(needs - FROM_TRACE)
+    if missing:
+        raise ConfigError(f"--trace: a trace holds routes, and no outputs: {', '.join(missing)} need the model")
+    return from_trace(read_trace(asked.trace), {layer: patient.layouts[layer].num_experts for layer in surgeries})
+
+
+def _measure(
+    asked: Asked, patient: Patient, surgeries: Mapping[int, Surgery], needs: frozenset[str], texts: Texts
+) -> dict[int, Scores]:
     precision = choose_precision(texts.run.train)
     model = read_model(patient.folder, device=precision.device, registry=patient.registry)
     batches = texts.batches(asked.data, asked.tokens)

@@ -16,6 +16,7 @@ from moelab.config.model import ModelConfig, MoEConfig
 from moelab.data.byte_tokenizer import ByteTokenizer
 from moelab.hf.save import save_hf
 from moelab_tools.cli import run
+from moelab_tools.routes import source
 
 DATA = {
     "data": {"source": {"name": "jsonl", "deduplicate": False}, "validation_fraction": 0.4},
@@ -170,6 +171,33 @@ def test_a_study_says_its_arms_and_its_verdict(runs: Path, capsys, study: str):
     assert _json(capsys, "ablate", runs / "a", "--study", study)["study"] == study
 
 
+def test_what_a_checkpoint_does_not_have_is_refused_before_text_or_weights_are_read(
+    runs: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    a, read = str(runs / "a"), []
+    monkeypatch.setattr(source, "build_corpus_of", lambda *given: read.append("text"))
+    monkeypatch.setattr(moelab, "load", lambda *given, **named: read.append("weights"))
+    other = tmp_path / "other_text"
+    assert run(["trace", a, "--out", str(other), "--data", str(runs / "data.yaml"), "--untrained"]) == 0
+    told = {
+        ("--remove", "7"): "no MoE layer; there are 0, 1",
+        ("--remove", "9:1"): "no MoE layer; there are 0, 1",
+        ("--remove", "0:8"): "experts 0 to 7",
+        ("--remove", "0:1,0:99"): "experts 0 to 7",
+        ("--remove", "a:b"): "no LAYER:EXPERT",
+        ("--remove", "0:" + "9" * 5000): "no LAYER:EXPERT",
+        ("--swap", str(runs / "trace_three")): "replay it in a model of the same layout",
+        ("--swap", str(tmp_path / "nothing")): "holds no trace",
+        ("--swap", str(runs / "trace_a"), "--swap", str(other)): "is of other text than",
+        ("--study", "rare", "--remove", "all"): "leave --remove and --swap out",
+    }
+    for arguments, words in told.items():
+        capsys.readouterr()
+        assert run(["ablate", a, *arguments]) == 2, arguments
+        assert words in capsys.readouterr().err.splitlines()[-1], arguments
+    assert not read
+
+
 def test_bad_input_is_told_in_one_line_with_exit_code_2(runs: Path, tmp_path: Path, capsys):
     a, trace_a, three = str(runs / "a"), str(runs / "trace_a"), str(runs / "trace_three")
     damaged = tmp_path / "damaged"
@@ -186,11 +214,6 @@ def test_bad_input_is_told_in_one_line_with_exit_code_2(runs: Path, tmp_path: Pa
         ("agreement", trace_a, three): "other MoE layers",
         ("trace", a, "--out", trace_a): "is there already",
         ("trace", a, "--all", "--tokens", "3", "--out", str(tmp_path / "x")): "contradict",
-        ("ablate", a, "--remove", "7"): "no MoE layer",
-        ("ablate", a, "--remove", "0:8"): "experts 0 to 7",
-        ("ablate", a, "--remove", "0:" + "9" * 5000): "no LAYER:EXPERT",
-        ("ablate", a, "--swap", three): "replay it in a model of the same layout",
-        ("ablate", a, "--study", "rare", "--remove", "all"): "leave --remove and --swap out",
         ("view", trace_a, "--tokenizer", str(tmp_path / "none"), "--out", str(tmp_path / "v")): "no file",
     }  # fmt: skip
     for arguments, words in told.items():
