@@ -124,7 +124,8 @@ def _snapshot(kind: str, name: str, revision: str | None, allow: Sequence[str], 
     """The folder of a commit. Raises ImportError without the package, and OSError with how to fetch it."""
     hub: Any = import_module("huggingface_hub")
     errors: Any = import_module("huggingface_hub.errors")
-    key = (kind, name, revision, str(hub.constants.HF_HUB_CACHE))
+    constants: Any = import_module("huggingface_hub.constants")  # no attribute of the package until it is imported
+    key = (kind, name, revision, str(constants.HF_HUB_CACHE))
     filters = {"allow_patterns": list(allow), "ignore_patterns": list(ignore)}
     try:
         found = Path(hub.snapshot_download(name, repo_type=kind, revision=_MET.get(key, revision), **filters))

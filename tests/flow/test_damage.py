@@ -268,6 +268,9 @@ def test_verify_tells_what_became_of_each_checkpoint(run: Path, capsys: pytest.C
     assert (code, "--source: is for an upcycled checkpoint" in problem) == (2, True)
     code, _, problem = command(capsys, "verify", str(run.parent))
     assert (code, "holds nothing to verify" in problem) == (2, True)
+    for more in ([], ["--source", str(run)]):
+        code, _, problem = command(capsys, "verify", str(run / "nowhere"), *more)
+        assert (code, "nowhere: no such folder; give a run folder" in problem) == (2, True)
 
 
 @pytest.mark.parametrize("umask", [0o027, 0o002])

@@ -175,7 +175,7 @@ EVERYTHING = {
     "traces/moe": "trace", "traces/other": "trace",
 }  # fmt: skip
 ASSUMED = {
-    "README.md": {"Qwen2-7B": "dense", "runs/moe_seed0": "moe_seed0", "runs/moe_seed1": "moe_seed1"},
+    "README.md": {"Qwen2-7B": "dense"},
     "docs/howto.md": {"Qwen2-7B": "dense", "upcycled": "exported"},
     "docs/upcycling.md": {"Qwen2-7B": "dense"},
     "docs/surgery.md": {},

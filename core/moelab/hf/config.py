@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moelab.atomic import where_it_may_be
 from moelab.config.model import ModelConfig
 from moelab.dense_sources import DenseArchitecture
 from moelab.errors import CheckpointError, ConfigError
 from moelab.hf.fields import HARMLESS, ONLY, READ, Fields
-from moelab.hf.files import read_json
+from moelab.hf.files import A_CHECKPOINT, not_there, read_json
 from moelab.hf.gguf_file import GGUFFile, gguf_of
 from moelab.hf.moe_formats import MOE_FORMATS, MoEFormat
 from moelab.hf.positions import read_attention, read_rope_scaling, ropes
@@ -103,9 +102,8 @@ def read_fields(folder: Path) -> Fields:
     if gguf is not None:
         return Fields(gguf, GGUFFile.of(gguf).fields())
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder{where_it_may_be(folder)}")
-    missing = "a Hugging Face checkpoint is a folder with config.json and .safetensors files"
-    return Fields(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE, missing))
+        raise CheckpointError(not_there(folder))
+    return Fields(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE, f"a Hugging Face checkpoint is {A_CHECKPOINT}"))
 
 
 def _kind(fields: Fields, registry: Registry | None) -> tuple[str, DenseArchitecture | MoEFormat]:

@@ -25,6 +25,7 @@ from moelab.safe_files import Reading, read_object, read_tensor_header
 if TYPE_CHECKING:
     from torch import Tensor
 
+A_CHECKPOINT = "a folder with config.json and .safetensors files"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
@@ -347,9 +348,15 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     return weight_map
 
 
+def not_there(folder: Path) -> str:
+    """What to say of a folder that is named as a Hugging Face checkpoint."""
+    cure = f"; give a Hugging Face checkpoint: {A_CHECKPOINT}, or its name on the hub, such as Qwen/Qwen2-7B"
+    return f"{folder}: no such folder{where_it_may_be(folder) or cure}"
+
+
 def _nothing_to_read(folder: Path) -> str:
     if not folder.is_dir():
-        return f"{folder}: no such folder{where_it_may_be(folder)}"
+        return not_there(folder)
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickled:
         return (

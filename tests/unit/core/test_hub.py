@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -52,6 +54,15 @@ def test_a_name_in_the_cache_is_the_folder_of_its_commit(cache: Path, name: str)
     found = origin_of({"train": {"init_from": name}})
     assert found is not None
     assert found.folder.name == COMMIT
+
+
+def test_a_name_is_found_in_a_process_that_has_loaded_nothing_else_of_the_hub(cache: Path, tmp_path: Path) -> None:
+    """As `moelab upcycle` is one; transformers has loaded more."""
+    program = "from moelab.hub import user_folder; print(user_folder('my-org/small'))"
+    world = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    outcome = subprocess.run([sys.executable, "-c", program], env=world, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    assert Path(outcome.stdout.strip()).resolve() == cache.resolve()
 
 
 def test_what_begins_with_a_folder_that_is_there_is_a_path(cache: Path, tmp_path: Path) -> None:

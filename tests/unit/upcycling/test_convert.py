@@ -321,7 +321,8 @@ def test_a_source_without_a_tensor_or_of_another_shape_is_named(tmp_path: Path):
     (tmp_path / "dense/config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
         plan_for(recipe_config(tmp_path / "dense"))
-    with pytest.raises(CheckpointError, match="no such folder"):
+    what_to_give = "nowhere: no such folder; give a Hugging Face checkpoint: a folder with config.json and .safetensors"
+    with pytest.raises(CheckpointError, match=what_to_give):
         plan_for(recipe_config(tmp_path / "nowhere"))
 
 

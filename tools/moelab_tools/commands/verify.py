@@ -34,12 +34,16 @@ def command(folder: Path, sources: tuple[Path, ...], full: bool, layers: str | N
       moelab verify runs/tiny_moe/checkpoints/step_00000200
       moelab verify Qwen2-57B-A14B-upcycled --source Qwen2-7B
     """
-    from moelab.errors import ConfigError
+    from moelab.atomic import where_it_may_be
+    from moelab.errors import CheckpointError, ConfigError
     from moelab_tools.merging.report import REPORT, verify_merged
     from moelab_tools.upcycling import run_verify
     from moelab_tools.verifying import verify_checkpoints
     from moelab_upcycling.output import PLAN_FILE
 
+    if not folder.exists():
+        hint = where_it_may_be(folder) or "; give a run folder, a checkpoint, or what `upcycle` or `merge` wrote"
+        raise CheckpointError(f"{folder}: no such folder{hint}")
     if (folder / PLAN_FILE).is_file():
         if not sources:
             raise ConfigError(f"--source: {folder} is an upcycled checkpoint; name the dense one that it was made from")

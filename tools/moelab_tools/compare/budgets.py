@@ -72,13 +72,13 @@ def _budget(runs: Sequence[Run], axis: str, measure: Measure) -> Budget | None:
     amount = ends[cheapest]
     losses: dict[str, float] = {}
     between: dict[str, tuple[float, float]] = {}
-    missing = {run.name: "did not count what its experts served" for run in runs if run not in counted}
+    missing = {run.name: "what the experts served was not counted" for run in runs if run not in counted}
     for run in counted:
         x, y = _trained(*run.curve(measure.tag, axis))
         if not x or x[-1] < amount * (1 - TOLERANCE):
-            missing[run.name] = f"logged no {measure.tag} at or after this point"
+            missing[run.name] = f"no {measure.tag} at or after this point"
         elif x[0] > amount * (1 + TOLERANCE):
-            missing[run.name] = "was not evaluated before this point (set evaluation.every)"
+            missing[run.name] = "no evaluation before this point (set evaluation.every)"
         else:
             losses[run.name] = float(np.interp(amount, x, y))
             low = max(at for at in x if at <= amount * (1 + TOLERANCE))

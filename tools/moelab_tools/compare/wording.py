@@ -101,12 +101,13 @@ def lowest_in_domain(comparison: Comparison, domain: str) -> float | None:
 def budgets(comparison: Comparison) -> list[str]:
     """One sentence for each equal budget, then what its marks mean."""
     told = [_budget(comparison, budget) for budget in comparison.budgets]
-    if any(budget.cut_short for budget in comparison.budgets):
+    shown = [at_budget(comparison, line, budget.axis) for budget in comparison.budgets for line in comparison.lines]
+    if any(value.endswith("*") for value in shown):
         told.append(
             "* went on after that point: its learning rate had not come down there yet, so a run of that length would "
             "have ended lower."
         )
-    if any(budget.rough for budget in comparison.budgets):
+    if any(value.startswith("~") for value in shown):
         told.append("~ its nearest evaluation is more than 10 % of the budget away: set evaluation.every lower.")
     return told
 
@@ -123,7 +124,7 @@ def _budget(comparison: Comparison, budget: Budget) -> str:
     if budget.between:
         text += f" Interpolated linearly from the evaluations around it: {_spans(budget)}."
     for why in dict.fromkeys(budget.missing.values()):
-        text += f" {some([run for run, reason in budget.missing.items() if reason == why])} {why}."
+        text += f" {some([run for run, reason in budget.missing.items() if reason == why])}: {why}."
     return text
 
 

@@ -421,7 +421,8 @@ def test_both_budgets_have_one_unit_and_one_kind_of_loss(make_run: MakeRun) -> N
         assert flops.losses == {"cheap": tokens.losses["cheap"]}
         assert "evaluation.every" in flops.missing["dear"]
     told = " ".join(wording.budgets(compared(cheap.path, dear.path)))
-    assert "dear was not evaluated before this point (set evaluation.every)" in told
+    assert "dear: no evaluation before this point (set evaluation.every)" in told
+    assert "* went on" not in told  # no number bears the mark: dear has none
 
 
 def test_a_run_read_just_before_its_end_is_not_cut_short(make_run: MakeRun) -> None:
@@ -463,8 +464,8 @@ def test_a_run_that_did_not_count_is_left_out_at_equal_flops_and_told(make_run: 
         (path / "summary.json").write_text(json.dumps(summary))
     comparison = compared(old, dense, other, baseline="dense")
     assert [budget.axis for budget in comparison.budgets] == ["tokens", "flops", "seconds"]
-    assert comparison.budgets[1].missing == {"old": "did not count what its experts served"}
-    assert "old did not count what its experts served" in " ".join(wording.budgets(comparison))
+    assert comparison.budgets[1].missing == {"old": "what the experts served was not counted"}
+    assert "old: what the experts served was not counted" in " ".join(wording.budgets(comparison))
     by_name = {line.name: line for line in comparison.lines}
     assert sorted(by_name["other"].at_equal) == ["flops", "seconds", "tokens"]
     assert sorted(by_name["old"].at_equal) == ["seconds", "tokens"]
