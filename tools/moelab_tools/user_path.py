@@ -1,4 +1,4 @@
-"""The type of every path on the command line: a leading `~` that no shell expanded is the home folder."""
+"""The types of paths on the command line: a leading `~` that no shell expanded is the home folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from moelab.errors import ConfigError
+from moelab.errors import CheckpointError, ConfigError
+from moelab.hub import HF, user_folder
 from moelab.paths import user_path
 
 
@@ -22,4 +23,27 @@ class UserPath(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class CheckpointPath(UserPath):
+    """A folder with weights, or hf://ORG/NAME, fetched or from the cache.
+
+    Not a bare name, as keys of a config may have it: runs/NAME, typed in the wrong folder, would be asked of the hub.
+    """
+
+    name = "checkpoint"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if not str(value).startswith(HF):
+            return super().convert(value, param, ctx)
+        try:
+            found = user_folder(value)
+        except CheckpointError as error:
+            self.fail(str(error), param, ctx)
+        if not found.exists():
+            self.fail(
+                f"'{value}' is not to be had; a model's name is hf://ORG/NAME or hf://ORG/NAME@REVISION", param, ctx
+            )
+        return found
+
+
 USER_PATH = UserPath()
+CHECKPOINT = CheckpointPath()

@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from moelab_tools.trust_option import TRUST_PLUGINS
-from moelab_tools.user_path import USER_PATH
+from moelab_tools.user_path import CHECKPOINT, USER_PATH
 
 
 @click.command("ablate")
-@click.argument("checkpoint", type=USER_PATH)
+@click.argument("checkpoint", type=CHECKPOINT)
 @click.argument("config", nargs=-1, metavar="[CONFIG...] [KEY=VALUE...]")
 @click.option("--remove", multiple=True, metavar="WHAT",
               help="all (the default): every expert, and every layer's whole routing, one at a time; 3: layer 3's "

@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from moelab_tools.sampling_options import sampling_options
-from moelab_tools.user_path import USER_PATH
+from moelab_tools.user_path import CHECKPOINT
 from moelab_tools.verify_option import NO_VERIFY
 
 
 @click.command("chat")
-@click.argument("checkpoint", type=USER_PATH)
+@click.argument("checkpoint", type=CHECKPOINT)
 @click.option("--system", default=None, help="What the system says first.  [default: as the template has it]")
 @click.option(
     "--tokens", type=click.IntRange(1), default=512, show_default=True, help="At most so many new tokens a turn."

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moelab_tools.positions import Positions, position_options
-from moelab_tools.user_path import USER_PATH
+from moelab_tools.user_path import CHECKPOINT
 from moelab_tools.verify_option import NO_VERIFY
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ SCORES = "lm_eval.json"  # of a run folder: what `--tasks` found last
 
 
 @click.command("evaluate")
-@click.argument("checkpoint", type=USER_PATH)
+@click.argument("checkpoint", type=CHECKPOINT)
 @click.argument("config", nargs=-1, metavar="[CONFIG...] [KEY=VALUE...]")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 @click.option(

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from moelab_tools.user_path import USER_PATH
+from moelab_tools.user_path import CHECKPOINT, USER_PATH
 from moelab_tools.verify_option import NO_VERIFY
 
 
 @click.command("export")
-@click.argument("checkpoint", type=USER_PATH)
+@click.argument("checkpoint", type=CHECKPOINT)
 @click.argument("output", type=USER_PATH)
 @click.option(
     "--dtype",

@@ -10,7 +10,7 @@ import click
 from moelab.errors import ConfigError
 from moelab_tools.positions import Positions, position_options
 from moelab_tools.sampling_options import sampling_options
-from moelab_tools.user_path import USER_PATH
+from moelab_tools.user_path import CHECKPOINT, USER_PATH
 from moelab_tools.verify_option import NO_VERIFY
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("generate")
-@click.argument("checkpoint", nargs=-1, required=True, type=USER_PATH, metavar="CHECKPOINT...")
+@click.argument("checkpoint", nargs=-1, required=True, type=CHECKPOINT, metavar="CHECKPOINT...")
 @click.option("--prompt", multiple=True, help="Several: one --prompt each.  [default: def ]")
 @click.option(
     "--prompts",

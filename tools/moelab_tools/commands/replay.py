@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 
 from moelab_tools.trust_option import TRUST_PLUGINS
-from moelab_tools.user_path import USER_PATH
+from moelab_tools.user_path import CHECKPOINT, USER_PATH
 
 
 @click.command("replay")
-@click.argument("checkpoint", type=USER_PATH)
+@click.argument("checkpoint", type=CHECKPOINT)
 @click.argument("trace", type=USER_PATH)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the matmuls. Default: the trace's.")
 @click.option("--batch-size", type=click.IntRange(1), help="Windows read together. Default: the trace's.")

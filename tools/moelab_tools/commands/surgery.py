@@ -5,12 +5,12 @@ from __future__ import annotations
 import click
 
 from moelab_tools.trust_option import TRUST_PLUGINS
-from moelab_tools.user_path import USER_PATH
+from moelab_tools.user_path import CHECKPOINT, USER_PATH
 from moelab_tools.verify_option import NO_VERIFY
 
 
 @click.command("surgery")
-@click.argument("checkpoint", type=USER_PATH)
+@click.argument("checkpoint", type=CHECKPOINT)
 @click.argument("output", type=USER_PATH)
 @click.argument("name", metavar="SURGERY")
 @click.argument("arguments", nargs=-1, metavar="[KEY=VALUE...]")

@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from moelab_tools.trust_option import TRUST_PLUGINS
-from moelab_tools.user_path import USER_PATH
+from moelab_tools.user_path import CHECKPOINT, USER_PATH
 
 
 @click.command("trace")
-@click.argument("checkpoint", type=USER_PATH)
+@click.argument("checkpoint", type=CHECKPOINT)
 @click.argument("config", nargs=-1, metavar="[CONFIG...] [KEY=VALUE...]")
 @click.option("--out", type=USER_PATH, required=True, help="The folder to write; must not be there yet.")
 @click.option("--data", multiple=True, metavar="WHICH", default=("held-out",), show_default=True,
