@@ -147,7 +147,7 @@ def make_runs(counts: Sequence[int], dtype: torch.dtype, numbers: int, *, wider:
     """
     mean = max(1.0, sum(counts) / len(counts))
     most = 1 << max(0, round(math.log2(ROW_BYTES / dtype.itemsize / mean)))
-    padding = Padding.of(dtype, numbers, wider)
+    padding = Padding.of(dtype, numbers, mean, wider)
     sizes = list(map(padding.size, counts))
     runs: list[Run] = []
     start = 0
@@ -168,12 +168,14 @@ class Padding:
     alone: float = math.inf  # rows, from which an expert is multiplied alone
 
     @classmethod
-    def of(cls, dtype: torch.dtype, numbers: int, wider: bool) -> Padding:
-        """As `make_runs` has them."""
+    def of(cls, dtype: torch.dtype, numbers: int, mean: float, wider: bool) -> Padding:
+        """As `make_runs` has them; `mean`: rows of an expert."""
         half = dtype in HALF
-        most, spread = (SPARE_ROWS_HALF, SPARE_NUMBERS_HALF) if half else (SPARE_ROWS, SPARE_NUMBERS)
+        spare = min(SPARE_ROWS, SPARE_NUMBERS / numbers)
+        if half:  # of which padding makes no more than half as many again where rows are many
+            spare = min(max(SPARE_ROWS, mean / 2), SPARE_ROWS_HALF, SPARE_NUMBERS_HALF / numbers)
         alone = max(ALONE_ROWS, ALONE_FLOPS / (2 * numbers)) if wider else math.inf
-        return cls(PRICE_HALF if half else PRICE, min(most, spread / numbers), half, alone)
+        return cls(PRICE_HALF if half else PRICE, spare, half, alone)
 
     def size(self, count: int) -> int:
         """Of an expert alone, as oneDNN wants it: it compiles a kernel for each new shape.
