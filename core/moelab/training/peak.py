@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from moelab.kernels.onednn import onednn_is_wider, prefers_onednn, product
 from moelab.training.precision import Precision
 
 # Dense TFLOP/s of bfloat16 (NVIDIA data sheets, without sparsity); float32 runs as TF32 at half of it or less.
@@ -23,11 +24,12 @@ def peak_flops(precision: Precision) -> float:
             if model in name and precision.dtype == torch.bfloat16:
                 return rate
     a = torch.ones(PROBE_SIZE, PROBE_SIZE, device=precision.device, dtype=precision.dtype)
+    multiply = product if prefers_onednn(a, PROBE_SIZE) and onednn_is_wider() else torch.mm  # the layers' way
     best = 0.0
     for _ in range(PROBE_REPEATS):
         _wait(precision.device)
         started = time.perf_counter()
-        a @ a
+        multiply(a, a)
         _wait(precision.device)
         best = max(best, 2 * PROBE_SIZE**3 / (time.perf_counter() - started))
     return best
