@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -79,13 +80,25 @@ class Chunk:
     def rows(self) -> slice:
         return slice(self.runs[0].start, self.runs[-1].stop)
 
+    @cached_property
+    def experts(self) -> slice:
+        return slice(self.runs[0].experts.start, self.runs[-1].experts.stop)
+
+    @cached_property
+    def alone(self) -> list[int] | None:
+        """Rows of each expert, where all are multiplied alone."""
+        if not all(run.alone and run.size for run in self.runs):
+            return None
+        return [run.size for run in self.runs for _ in range(run.count)]
+
     def multiply(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
         """out [r, Y] = rows [r, X] times each row's expert of weights [E, X, Y]."""
+        if self.alone is not None:  # the same as below, with views made at once: of many experts they cost as much
+            _each_alone(rows, weights[self.experts], out, self.alone)
+            return
         for run, a, c in self._parts(rows, out):
             if run.alone:
-                matrices = weights[run.experts].transpose(1, 2).unbind()
-                for some, matrix, into in zip(a.split(run.size), matrices, c.split(run.size), strict=True):
-                    into.copy_(product(some, matrix))
+                _each_alone(a, weights[run.experts], c, [run.size] * run.count)
             elif run.count == 1:  # MKL's batched product of one is slower than its plain one
                 torch.mm(a, weights[run.experts.start], out=c)
             else:
@@ -125,6 +138,13 @@ class Chunk:
         runs = [run for run in self.runs if run.size]
         lengths = [run.stop - run.start for run in runs]
         return zip(runs, *(rows.split(lengths) for rows in each), strict=True)
+
+
+def _each_alone(rows: Tensor, weights: Tensor, out: Tensor, sizes: Sequence[int]) -> None:
+    """out [r, Y] = rows [r, X] times weights [e, X, Y], of each expert `sizes` rows."""
+    matrices = weights.transpose(1, 2).unbind()
+    for some, matrix, into in zip(rows.split(sizes), matrices, out.split(sizes), strict=True):
+        into.copy_(product(some, matrix))
 
 
 def lay_out(routing: Routing, plan: Dispatch, down: Tensor) -> Rows:
