@@ -216,6 +216,7 @@ def test_experts_multiplied_by_onednn_give_what_float64_gives(
     monkeypatch.setattr(_batched_rows, "ALONE_FLOPS", 0)
     monkeypatch.setattr(_batched_rows, "ALONE_ROWS", rows)
     monkeypatch.setattr(_batched_rows, "OUTER_FLOPS", flops)
+    monkeypatch.setattr(_batched_rows, "ROW_BYTES", 64)  # several chunks
     called = []
     compute = _batched_rows.product
     monkeypatch.setattr(_batched_rows, "product", lambda *given: called.append(given) or compute(*given))
