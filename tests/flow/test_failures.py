@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +101,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lab")
     (folder / f"{NAME}.py").write_text(PLUGIN)
     for number in range(8):
         (folder / f"{number}.txt").write_text(f"Document {number} says {number**9} and {number**7}. " * 40)
-    yield folder
-    sys.modules.pop(NAME, None)
+    return folder
 
 
 def _config(lab: Path, run: Path, *overrides: str) -> RunConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,15 +34,6 @@ def build(options, context):
 def {hook}():
     return [moelab.component("beside", Options, build)]
 '''
-
-
-@pytest.fixture(autouse=True)
-def imports() -> Iterator[None]:
-    """What a test imports is forgotten after it."""
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
 
 
 def write(folder: Path, name: str, marker: str = "@moelab.hookimpl", hook: str = "moelab_expert_layouts") -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,14 +36,6 @@ COMMANDS = {
     "train": ["train", "CONFIG", "run_dir=run", "data.source={name: text, paths: [nowhere]}"],
     "sweep": ["sweep", "CONFIG", "seed=0,1", "--out", "swept", "--dry-run"],
 }
-
-
-@pytest.fixture(autouse=True)
-def imports() -> Iterator[None]:
-    """Planted modules are forgotten."""
-    yield
-    for name in [name for name in sys.modules if name.startswith("placed_")]:
-        del sys.modules[name]
 
 
 @pytest.fixture
