@@ -1,7 +1,7 @@
 """fp32 products on a CPU by oneDNN, which torch uses for bf16 only: where they are faster than MKL's.
 
-oneDNN compiles a kernel for every new shape (0.4 ms), and takes a matrix whose rows lie apart by another way that is a
-thousand times as slow (both timed by hand). So its right operand is always dense here, and who multiplies ever new
+oneDNN compiles a kernel for every new shape (0.2 ms), and takes a matrix whose rows lie apart by another way that is a
+thousand times as slow (benchmarks/products.py). So its right operand is always dense here, and who multiplies ever new
 numbers of rows rounds them up.
 T rows, D columns, N outputs.
 """
@@ -69,9 +69,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def outer(rows: Tensor, others: Tensor) -> Tensor:
     """rows [T, N], others [T, D] -> rows^T others [N, D]. No gradient.
 
-    The narrower one comes first, 1.2 to 1.6 times as fast as the other way round (by hand): the result may lie turned.
+    torch lays the first operand anew, by one thread, and who takes a result that lies turned does so with that. So the
+    narrower one comes first where fewer numbers are laid anew (benchmarks/products.py): the result may lie turned.
     """
-    if rows.shape[1] > others.shape[1]:
+    (count, outputs), columns = rows.shape, others.shape[1]
+    if (count + outputs) * columns < count * outputs:
         return product(others.t(), rows.t()).t()
     return product(rows.t(), others.t())
 
