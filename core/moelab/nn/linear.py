@@ -33,8 +33,8 @@ class Linear(nn.Linear):
 
     def _way(self, x: Tensor) -> str:
         """The fastest one, there and back."""
-        usual = _usual(x, self.out_features)
-        if 2 * x.numel() * self.out_features < LEAST_CHOICE or not onednn_serves(x):
+        usual = _usual(x, self.weight, self.bias)
+        if 2 * x.numel() * self.out_features < LEAST_CHOICE or not onednn_serves(x, self.weight, self.bias):
             return usual
         return choose(
             lambda: f"linear {x.numel() // self.in_features} x {self.in_features} to {self.out_features}",
@@ -47,8 +47,8 @@ class Linear(nn.Linear):
         )
 
 
-def _usual(x: Tensor, columns: int) -> str:
-    if not prefers_onednn(x, columns):
+def _usual(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    if not prefers_onednn(x, weight, bias):
         return MKL
     return WHOLLY if onednn_is_wider() else ONEDNN
 

@@ -148,13 +148,13 @@ class _TokenCrossEntropy(torch.autograd.Function):
 
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:
     """hidden [r, D], head [V, D] -> [r, V]."""
-    return product(hidden, head) if prefers_onednn(hidden, head.shape[0]) else hidden @ head.t()
+    return product(hidden, head) if prefers_onednn(hidden, head) else hidden @ head.t()
 
 
 def _no_gradient(hidden: Tensor, head: Tensor, wide: torch.dtype) -> Tensor:
     """Zeros [V, D] that the head's gradient is added to; turned, as oneDNN's products come, where it computes them."""
     vocab, size = head.shape
-    turned = size < vocab and head.numel() <= TURNED_ELEMENTS and prefers_onednn(hidden, vocab) and onednn_is_wider()
+    turned = size < vocab and head.numel() <= TURNED_ELEMENTS and prefers_onednn(hidden, head) and onednn_is_wider()
     return head.new_zeros(size, vocab, dtype=wide).t() if turned else head.new_zeros(vocab, size, dtype=wide)
 
 
