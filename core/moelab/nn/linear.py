@@ -82,6 +82,9 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dy = grads[0].contiguous()
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # for a second derivative, which oneDNN's products have none of
+            found = dy @ weight if needs_x else None, dy.t() @ x if needs_weight else None
+            return *found, dy.sum(0) if needs_bias else None, None
         grad_weight = None
         if needs_weight:
             grad_weight = outer(dy, x).contiguous() if ctx.wholly else dy.t() @ x

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moelab.derivatives import first_order
 from moelab.kernels.onednn import onednn_is_wider, outer, prefers_onednn, product
 
 IGNORE_INDEX = -100
@@ -76,6 +77,7 @@ class _LogitsAndCrossEntropy(torch.autograd.Function):
         return logits, nats
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, head, targets, logits, spread = ctx.saved_tensors
         by_logits, by_nats = grads
@@ -126,6 +128,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
         return nats.masked_fill_(targets == IGNORE_INDEX, 0.0)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, head, targets, kept = ctx.saved_tensors
         wide = _wide(hidden.dtype)
