@@ -102,7 +102,7 @@ def _measure(shape: Shape, dtype: str, rounds: int) -> dict[str, Any]:
 def _rate(dtype: torch.dtype) -> float:
     """FLOP/s of one large matmul, by the way that the layers compute theirs."""
     a = torch.ones(MATMUL, MATMUL, dtype=dtype)
-    if prefers_onednn(a, MATMUL) and onednn_is_wider():
+    if prefers_onednn(a, a) and onednn_is_wider():
         return float(2 * MATMUL**3 / _seconds(lambda: product(a, a)))
     out = torch.empty_like(a)
     return float(2 * MATMUL**3 / _seconds(lambda: torch.mm(a, a, out=out)))

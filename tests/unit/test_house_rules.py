@@ -29,7 +29,7 @@ ALLOWED = {
 FILE_LINES, FUNCTION_LINES = 400, 60
 # The floors of core, lowest first: a room imports from its own and from lower floors, never from above or next door.
 FLOORS = (
-    {"printable", "processor"},
+    {"printable", "processor", "derivatives"},
     {"errors", "launcher", "seeds", "components", "checksums", "shortage", "kernels", "processes", "ways"},
     {"paths", "safe_files", "alarms", "plugin_faults", "atomic"},
     {"records", "lock", "hub"},

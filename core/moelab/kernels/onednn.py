@@ -41,28 +41,44 @@ def onednn_is_wider() -> bool:
     )
 
 
-def prefers_onednn(x: Tensor, columns: int) -> bool:
-    """Whether the product of x [..., D] with a matrix of D x `columns` is one that `product` computes faster."""
-    if not onednn_serves(x):  # first: torch.compile can't trace what looks at the processor
+def prefers_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `product` is the faster way to x [..., D] weight^T + bias, of weight [N, D]."""
+    if not onednn_serves(x, weight, bias):  # first: torch.compile can't trace what looks at the processor
         return False
-    return 2 * x.numel() * columns >= (LEAST_FLOPS_WIDER if onednn_is_wider() else LEAST_FLOPS)
+    return 2 * x.numel() * len(weight) >= (LEAST_FLOPS_WIDER if onednn_is_wider() else LEAST_FLOPS)
 
 
-def onednn_serves(x: Tensor) -> bool:
-    """Whether `product` may compute products of x."""
+def onednn_serves(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
+    """Whether `product` may compute x [..., D] weight^T + bias, of weight [N, D]; None: of one that fits x."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
+        and (weight is None or _fits(x, weight, bias))
         and not torch.is_autocast_enabled("cpu")
         and not isinstance(x, FakeTensor)
         and not torch.compiler.is_compiling()
-        and torch.backends.mkldnn.is_available()
+        and may_use_onednn()
+    )
+
+
+def may_use_onednn() -> bool:
+    """Whether this torch has oneDNN, and `torch.backends.mkldnn.enabled` has not been turned off."""
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """What doesn't is torch's, to refuse in its words: oneDNN names a primitive that it can't create."""
+    return (
+        x.shape[-1:] == weight.shape[1:]
+        and (bias is None or bias.shape == weight.shape[:1])
+        and all(one is None or (one.dtype == x.dtype and one.device == x.device) for one in (weight, bias))
     )
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, D], weight [N, D] -> x weight^T + bias [T, N]. No gradient."""
-    out: Tensor = pointwise().default(x, _dense(weight), bias, "none", [], "")
+    dense = weight if is_dense(weight) else weight.contiguous()
+    out: Tensor = pointwise().default(x, dense, dense_bias(bias), "none", [], "")
     return out
 
 
@@ -78,9 +94,14 @@ def outer(rows: Tensor, others: Tensor) -> Tensor:
     return product(rows.t(), others.t())
 
 
-def _dense(matrix: Tensor) -> Tensor:
-    """Itself, where its rows or its columns lie side by side without gaps."""
-    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+def is_dense(matrix: Tensor) -> bool:
+    """Whether its rows or its columns lie side by side without gaps."""
+    return matrix.is_contiguous() or matrix.t().is_contiguous()
+
+
+def dense_bias(bias: Tensor | None) -> Tensor | None:
+    """As `pointwise` must have it: it reads whatever lies between the numbers of one with gaps."""
+    return None if bias is None else bias.contiguous()
 
 
 @cache

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moelab.derivatives import first_order
+
 BLOCK, WARPS = 1024, 4
 
 
@@ -32,6 +34,7 @@ class _Apart(torch.autograd.Function):
         return _forth(gate, up).view(gate.shape)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         found = torch.empty_like(gate), torch.empty_like(up)
@@ -46,6 +49,7 @@ class _Joined(torch.autograd.Function):
         return _forth(*joined.unbind(1))
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (joined,) = ctx.saved_tensors
         found = torch.empty_like(joined)

@@ -96,6 +96,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():  # for a second derivative, which our kernels have none of
+            return grads[0].new_zeros(len(ctx.plan.starts), grads[0].shape[1]).index_add(
+                0, ctx.plan.token, grads[0]
+            ), None
         return sum_rows(grads[0].contiguous(), ctx.plan.by_token, ctx.plan.starts), None
 
 
@@ -114,7 +118,7 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weight = ctx.saved_tensors
         plan: Dispatch = ctx.plan
-        if fused(rows):
+        if fused(rows) and not torch.is_grad_enabled():  # where it is, a second derivative is asked for
             dy = grads[0].contiguous()
             return *_kernels().spread(dy, rows.contiguous(), weight.contiguous(), plan.token, plan.order), None
         spread = grads[0].index_select(0, plan.token)  # [N, D]

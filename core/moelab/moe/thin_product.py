@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from moelab.kernels.onednn import pointwise
+from moelab.kernels.onednn import dense_bias, is_dense, may_use_onednn, pointwise
 from moelab.processor import cpu_lines
 
 MOST_ROWS = 8  # that MKL is quicker for ...
@@ -70,7 +70,7 @@ def usual_way(weights: tuple[Tensor, ...], rows: int) -> str:
 def readable(weights: tuple[Tensor, ...]) -> bool:
     """Whether products with these, as one, may go another way than `nn.functional.linear`'s."""
     plain = all(type(one) in (Tensor, nn.Parameter) and one.is_contiguous() for one in weights)
-    return plain and _suits(*weights) and torch.backends.mkldnn.is_available()
+    return plain and _suits(*weights) and may_use_onednn()
 
 
 def _suits(*weights: Tensor) -> bool:
@@ -198,7 +198,7 @@ def few_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
             return found.copy.product(x, bias)
         return found.of(x) if bias is None else found.of(x) + bias
     small = x.numel() <= MOST_ROWS * weight.shape[1] and weight.numel() < MOST_ELEMENTS
-    if small or not _ours(x, weight) or not torch.backends.mkldnn.is_available():
+    if small or not _ours(x, weight) or not is_dense(weight) or not may_use_onednn():
         return nn.functional.linear(x, weight, bias)
     return _onednn(x, weight, bias)
 
@@ -209,7 +209,7 @@ def few_product_onto(base: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
     if found is not None and found.alone and base.dtype == torch.float32:
         way, read = found.copy.way, found.copy.read
         if way == PACKED:
-            out: Tensor = pointwise().binary(x, base, read, bias, "add")
+            out: Tensor = pointwise().binary(x, base, read, dense_bias(bias), "add")
             return out
         if bias is None and (way == TURNED or (way == BAGGED and x.shape[0] > 1)):
             return torch.addmm(base, x, read)
@@ -250,7 +250,7 @@ def reader(*weights: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], T
     copy, read = parts[0].copy, parts[0].copy.read
     if copy.way != PACKED:
         return lambda x: copy.product(x, bias)
-    product = pointwise().default
+    product, bias = pointwise().default, dense_bias(bias)
 
     def product_of(x: Tensor) -> Tensor:
         out: Tensor = product(x, read, bias, "none", [], "")
@@ -264,7 +264,7 @@ def adder(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor, Tenso
     found = _PACKED.get().get(id(weight))
     if found is None or not found.alone or found.copy.way != PACKED:
         return lambda base, x: few_product_onto(base, x, weight, bias)
-    product, read = pointwise().binary, found.copy.read
+    product, read, bias = pointwise().binary, found.copy.read, dense_bias(bias)
 
     def added(base: Tensor, x: Tensor) -> Tensor:
         out: Tensor = product(x, base, read, bias, "add")
@@ -283,7 +283,7 @@ def _sum_of_bags(x: Tensor, turned: Tensor, bias: Tensor | None) -> Tensor:
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    out: Tensor = pointwise().default(rows, weight, bias, "none", [], "")
+    out: Tensor = pointwise().default(rows, weight, dense_bias(bias), "none", [], "")
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
 
 

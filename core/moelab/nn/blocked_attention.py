@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moelab.derivatives import first_order
 from moelab.nn.attention_inputs import AttentionInputs
 from moelab.nn.fused_parts import chunked_attention, fused_pays
 from moelab.nn.sinks import sunk_softmax
@@ -225,6 +226,7 @@ class _Blocked(torch.autograd.Function):
         return out.view(batch, seq, heads, -1).transpose(1, 2)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         sinks, share, key, value, *rest = ctx.saved_tensors
         grouped, kept = rest[: ctx.queries], rest[ctx.queries :]

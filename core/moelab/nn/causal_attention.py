@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from moelab.derivatives import first_order
 from moelab.nn.sinks import sunk_softmax
 
 MOST_POSITIONS, MOST_POSITIONS_HALF = 1024, 768  # beyond, torch's kernel is about as fast and keeps no weights
@@ -74,6 +75,7 @@ class _CausalAttention(torch.autograd.Function):
         return out.view(batch, seq, heads, -1).transpose(1, 2)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grouped, key, value, sinks, share, *kept = ctx.saved_tensors
         dy = grads[0].view(*grouped.shape[:-1], -1)

@@ -33,8 +33,8 @@ class Linear(nn.Linear):
 
     def _way(self, x: Tensor) -> str:
         """The fastest one, there and back."""
-        usual = _usual(x, self.out_features)
-        if 2 * x.numel() * self.out_features < LEAST_CHOICE or not onednn_serves(x):
+        usual = _usual(x, self.weight, self.bias)
+        if 2 * x.numel() * self.out_features < LEAST_CHOICE or not onednn_serves(x, self.weight, self.bias):
             return usual
         return choose(
             lambda: f"linear {x.numel() // self.in_features} x {self.in_features} to {self.out_features}",
@@ -47,8 +47,8 @@ class Linear(nn.Linear):
         )
 
 
-def _usual(x: Tensor, columns: int) -> str:
-    if not prefers_onednn(x, columns):
+def _usual(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    if not prefers_onednn(x, weight, bias):
         return MKL
     return WHOLLY if onednn_is_wider() else ONEDNN
 
@@ -82,6 +82,9 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dy = grads[0].contiguous()
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # for a second derivative, which oneDNN's products have none of
+            found = dy @ weight if needs_x else None, dy.t() @ x if needs_weight else None
+            return *found, dy.sum(0) if needs_bias else None, None
         grad_weight = None
         if needs_weight:
             grad_weight = outer(dy, x).contiguous() if ctx.wholly else dy.t() @ x

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moelab.derivatives import first_order
 from moelab.kernels.onednn import onednn_is_wider, outer, prefers_onednn, product
 
 IGNORE_INDEX = -100
@@ -76,6 +77,7 @@ class _LogitsAndCrossEntropy(torch.autograd.Function):
         return logits, nats
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, head, targets, logits, spread = ctx.saved_tensors
         by_logits, by_nats = grads
@@ -126,6 +128,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
         return nats.masked_fill_(targets == IGNORE_INDEX, 0.0)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, head, targets, kept = ctx.saved_tensors
         wide = _wide(hidden.dtype)
@@ -148,13 +151,13 @@ class _TokenCrossEntropy(torch.autograd.Function):
 
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:
     """hidden [r, D], head [V, D] -> [r, V]."""
-    return product(hidden, head) if prefers_onednn(hidden, head.shape[0]) else hidden @ head.t()
+    return product(hidden, head) if prefers_onednn(hidden, head) else hidden @ head.t()
 
 
 def _no_gradient(hidden: Tensor, head: Tensor, wide: torch.dtype) -> Tensor:
     """Zeros [V, D] that the head's gradient is added to; turned, as oneDNN's products come, where it computes them."""
     vocab, size = head.shape
-    turned = size < vocab and head.numel() <= TURNED_ELEMENTS and prefers_onednn(hidden, vocab) and onednn_is_wider()
+    turned = size < vocab and head.numel() <= TURNED_ELEMENTS and prefers_onednn(hidden, head) and onednn_is_wider()
     return head.new_zeros(size, vocab, dtype=wide).t() if turned else head.new_zeros(vocab, size, dtype=wide)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moelab.derivatives import first_order
 from moelab.nn.fused_parts import by_groups, kernel
 
 
@@ -78,6 +79,7 @@ class _FusedCausal(torch.autograd.Function):
         return out.reshape(query.shape)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         query, key, value, sinks, out, total = ctx.saved_tensors
         own, keys, values = by_groups(query, key, value)

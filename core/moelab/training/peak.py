@@ -24,7 +24,7 @@ def peak_flops(precision: Precision) -> float:
             if model in name and precision.dtype == torch.bfloat16:
                 return rate
     a = torch.ones(PROBE_SIZE, PROBE_SIZE, device=precision.device, dtype=precision.dtype)
-    multiply = product if prefers_onednn(a, PROBE_SIZE) and onednn_is_wider() else torch.mm  # the layers' way
+    multiply = product if prefers_onednn(a, a) and onednn_is_wider() else torch.mm  # the layers' way
     best = 0.0
     for _ in range(PROBE_REPEATS):
         _wait(precision.device)

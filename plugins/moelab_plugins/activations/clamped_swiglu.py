@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moelab import Activation, ActivationContext, Component, component, hookimpl
+from moelab.derivatives import first_order
 from moelab.moe.activation import Pullback
 
 BITS = {
@@ -109,6 +110,7 @@ class _InPieces(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         joined, sigmoids = ctx.saved_tensors
         limit, alpha, offset, beyond = ctx.constants

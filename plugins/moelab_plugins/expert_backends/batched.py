@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moelab import BackendContext, Component, ExpertBackend, Routing, component, hookimpl
+from moelab.derivatives import first_order
 from moelab.moe.activation import Activation, differentiate, num_inputs
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.dispatch import dispatch_plan, sum_rows
@@ -81,6 +82,7 @@ class _ExpertMLP(torch.autograd.Function):
         return sum_rows(out, rows.by_token, rows.starts, row_weight)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, row_weight, gate_up, down, hidden = ctx.saved_tensors
         rows: Rows = ctx.rows

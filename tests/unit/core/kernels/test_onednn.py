@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moelab.kernels import onednn
 from moelab.kernels.onednn import onednn_is_wider, onednn_serves, outer, prefers_onednn, product
+from moelab.nn.linear import Linear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -71,9 +72,9 @@ def test_whose_vectors_onednn_uses_better_than_mkl(
 ):
     processor(lines)
     assert onednn_is_wider() is wider
-    assert prefers_onednn(torch.empty(512, 256), 256) is wider  # 67 MFLOP
-    assert prefers_onednn(torch.empty(4096, 256), 512)
-    assert not prefers_onednn(torch.empty(16, 64), 64)
+    assert prefers_onednn(torch.empty(512, 256), torch.empty(256, 256)) is wider  # 67 MFLOP
+    assert prefers_onednn(torch.empty(4096, 256), torch.empty(512, 256))
+    assert not prefers_onednn(torch.empty(16, 64), torch.empty(64, 64))
 
 
 def test_what_it_does_not_serve():
@@ -83,3 +84,37 @@ def test_what_it_does_not_serve():
     assert not onednn_serves(torch.empty(2, 2, device="meta"))
     with torch.autocast("cpu", torch.bfloat16):
         assert not onednn_serves(torch.empty(2, 2))
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not onednn_serves(torch.empty(2, 2))
+
+
+@pytest.mark.parametrize("lie", [lambda bias: bias[::3], lambda bias: bias[:1].expand(8), lambda bias: bias[5:13]])
+def test_a_bias_is_read_where_its_numbers_lie(lie: Callable[[Tensor], Tensor]):
+    x, weight, bias = torch.randn(4, 6), torch.randn(8, 6), lie(torch.randn(24))
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(product(x, weight, bias).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+UNFIT: dict[str, tuple[Tensor, Tensor | None]] = {
+    "a weight of other columns": (torch.ones(5, 7), None),
+    "a weight of another dtype": (torch.ones(5, 6).double(), None),
+    "a bias of another size": (torch.ones(5, 6), torch.ones(4)),
+    "a bias of another dtype": (torch.ones(5, 6), torch.ones(5).double()),
+    "a bias without numbers": (torch.ones(5, 6), torch.ones(5, device="meta")),
+}
+
+
+@pytest.mark.usefixtures("zen_5")
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_does_not_fit_is_refused_in_torchs_words(name: str, monkeypatch: pytest.MonkeyPatch):
+    """oneDNN names a primitive that it can't create."""
+    monkeypatch.setattr(onednn, "LEAST_FLOPS_WIDER", 0)
+    weight, bias = UNFIT[name]
+    refused = []
+    for kind in (Linear, torch.nn.Linear):
+        layer = kind(6, 5)
+        layer.weight, layer.bias = torch.nn.Parameter(weight), None if bias is None else torch.nn.Parameter(bias)
+        with pytest.raises(RuntimeError) as told:
+            layer(torch.ones(3, 6))
+        refused.append(str(told.value))
+    assert refused[0] == refused[1]

@@ -93,13 +93,30 @@ def test_only_what_needs_no_gradient_and_is_small_is_computed_so():
 def test_products_of_few_rows_are_products(shape: tuple[int, ...], left: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(thin_product, "reads_matrices_faster", lambda: left)
     monkeypatch.setattr(thin_product, "LEAST_ELEMENTS", 1)
-    weight, bias = torch.randn(20, 32), torch.randn(20)
+    weight, bias = torch.randn(20, 32), torch.randn(40)[::2]  # with gaps
     x = torch.randn(*shape)
     with torch.no_grad():
         for given in (None, bias):
             found = thin_product.few_product(x, weight, given)
             torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, given), rtol=1e-5, atol=1e-5)
             assert found.is_contiguous()
+
+
+def test_a_matrix_with_gaps_is_left_to_torch(monkeypatch: pytest.MonkeyPatch):
+    """oneDNN reads it a thousand times as slowly."""
+    monkeypatch.setattr(thin_product, "reads_matrices_faster", lambda: True)
+    monkeypatch.setattr(thin_product, "LEAST_ELEMENTS", 1)
+    taken = []
+    product = thin_product._onednn
+    monkeypatch.setattr(thin_product, "_onednn", lambda *given: taken.append(given) or product(*given))
+    x, weight = torch.randn(9, 32), torch.randn(20, 64)
+    with torch.no_grad():
+        thin_product.few_product(x, weight[:, :32])
+        assert not taken
+        thin_product.few_product(x, weight[:, :32].contiguous())
+        with torch.backends.mkldnn.flags(enabled=False):
+            thin_product.few_product(x, weight[:, :32].contiguous())
+    assert len(taken) == torch.backends.mkldnn.is_available()
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs them")
@@ -154,7 +171,7 @@ def test_a_product_is_added_to_what_was_there_with_a_copy_or_without(
     monkeypatch.setattr(thin_product, "reads_matrices_faster", lambda: True)
     monkeypatch.setattr(thin_product, "LEAST_ELEMENTS", 1)
     monkeypatch.setattr(thin_product, "BAGGED_ELEMENTS", 1 if bagged else 1 << 21)
-    weight, x, base, bias = torch.randn(24, 33), torch.randn(rows, 33), torch.randn(rows, 24), torch.randn(24)
+    weight, x, base, bias = torch.randn(24, 33), torch.randn(rows, 33), torch.randn(rows, 24), torch.randn(48)[::2]
     given = bias if with_bias else None
     expected = base.double() + x.double() @ weight.double().t() + (bias.double() if with_bias else 0)
     packed = thin_product.PackedWeights([(weight,)], 1 << 20, rows)

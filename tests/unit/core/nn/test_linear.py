@@ -29,7 +29,7 @@ def _layer(bias: bool) -> tuple[Linear, Tensor]:
 @pytest.mark.parametrize("sizes", [(24, 40), (40, 24)])
 def test_output_and_gradients_are_those_of_nn_linear_in_float64(bias: bool, sizes: tuple[int, int]):
     layer, x = Linear(*sizes, bias=bias), torch.randn(3, 5, sizes[0], requires_grad=True)
-    assert prefers_onednn(x, sizes[1])
+    assert prefers_onednn(x, layer.weight)
     y = layer(x)
     upstream = torch.randn_like(y)
     found = torch.autograd.grad(y, [x, *layer.parameters()], upstream)
@@ -56,6 +56,6 @@ def test_a_frozen_weight_gets_no_gradient():
 def test_autocast_and_other_devices_are_left_to_torch():
     layer, x = _layer(False)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not prefers_onednn(x, 40)
+        assert not prefers_onednn(x, layer.weight)
         assert layer(x).dtype == torch.bfloat16
-    assert not prefers_onednn(x.to("meta"), 40)
+    assert not prefers_onednn(x.to("meta"), layer.weight)
