@@ -33,7 +33,7 @@ from moelab.moe.thin_product import (
     reads_matrices_faster,
     usual_way,
 )  # fmt: skip
-from moelab.ways import Clock, Found, Seconds, fastest
+from moelab.ways import Calls, Clock, Found, Seconds, fastest, take_turns
 from moelab.ways_file import keep, machine_facts, place_of, read_kept
 
 logger = logging.getLogger("moelab")
@@ -42,7 +42,6 @@ SAMPLES = 3  # of a problem: layers are alike
 MOST_BYTES = 1 << 28  # of all matrices that are measured; as much and half as much again are their copies
 BETWEEN = 1 << 26  # bytes of other weights that are read before each turn
 ROUNDS = 5, 15  # at least and at most; each way once a round, on every problem
-ENOUGH = 0.15  # seconds; no further round begins after so many
 COPIES = (TURNED, BAGGED, PACKED)
 MAKING = "making "  # what a copy takes to be made, beside what a product takes
 Group = tuple[Tensor, ...]  # matrices that read the same rows
@@ -159,27 +158,16 @@ def _between(others: Iterable[Tensor], chosen: Mapping[str, Sequence[Group]]) ->
 def measure(
     problems: Mapping[str, Sequence[Group]], rows: int, between: Sequence[Tensor], clock: Clock = time.perf_counter
 ) -> dict[str, Found]:
-    """Lower quartiles, of each way of each problem, of rounds in which each has its turn, after one that warms up.
+    """Lower quartiles of the turns of each way, by all groups of a problem.
 
     Not medians: what else runs on the machine can only add.
     """
+    tried = [(title, *_calls(some, rows, clock)) for title, groups in problems.items() for some in groups]
+    turns = take_turns([calls for _, calls, _ in tried], ROUNDS, lambda: [one.sum() for one in between], clock)
     taken: dict[str, dict[str, list[float]]] = {title: {} for title in problems}
-    trials = [
-        (taken[title], _calls(some, rows, taken[title], clock)) for title, groups in problems.items() for some in groups
-    ]
-    order, began = list(_ways(rows)), clock()
-    for done in range(1 + ROUNDS[1]):
-        if done > ROUNDS[0] and clock() - began > ENOUGH:
-            break
-        for way in order:
-            for one in between:
-                one.sum()
-            for times, calls in trials:
-                started = clock()
-                calls[way]()
-                if done:
-                    times.setdefault(way, []).append(clock() - started)
-        order.reverse()
+    for (title, _, making), times in zip(tried, turns, strict=True):
+        for way, each in (times | making).items():
+            taken[title].setdefault(way, []).extend(each)
     found = {}
     for title, times in taken.items():
         seconds = {way: sorted(each)[len(each) // 4] for way, each in times.items()}
@@ -192,20 +180,22 @@ def _products(seconds: Seconds) -> Seconds:
     return {way: took for way, took in seconds.items() if not way.startswith(MAKING)}
 
 
-def _calls(some: Group, rows: int, taken: dict[str, list[float]], clock: Clock) -> dict[str, Callable[[], object]]:
-    """way -> a product of each of `some` with rows; the seconds that copies took to be made go to `taken`."""
+def _calls(some: Group, rows: int, clock: Clock) -> tuple[Calls, dict[str, list[float]]]:
+    """way -> a product of each of `some` with rows; MAKING + way -> the seconds that its copy took to be made."""
     x = torch.ones(rows, some[0].shape[1])
     calls: dict[str, Callable[[], object]] = {
         ORIGINAL: lambda: [few_product(x, one) for one in some],
         ONEDNN: partial(_each, [Copy.of((one,), ONEDNN) for one in some], x),
     }
+    making: dict[str, list[float]] = {}
     for way in (TURNED, PACKED):
         started = clock()
         made = Copy.of(some, way)
+        took = clock() - started
         for same in (TURNED, BAGGED) if way == TURNED and rows == 1 else (way,):
-            taken.setdefault(MAKING + same, []).append(clock() - started)
+            making[MAKING + same] = [took]
             calls[same] = partial(Copy(same, made.read).product, x)
-    return calls
+    return calls, making
 
 
 def _each(copies: Sequence[Copy], x: Tensor) -> list[Tensor]:
