@@ -23,7 +23,8 @@ ENOUGH = 0.15  # seconds; no further round begins after so many
 
 Seconds = dict[str, float]  # way -> of one forward and backward pass
 Clock = Callable[[], float]
-Candidates = Callable[[], Mapping[str, Callable[[], object]]]
+Calls = Mapping[str, Callable[[], object]]  # way -> what computes a problem so
+Candidates = Callable[[], Calls]
 
 
 class Ways:
@@ -116,24 +117,47 @@ def fastest(seconds: Seconds, usual: str) -> str:
     return best if seconds[best] < (1 - MARGIN) * seconds.get(usual, float("inf")) else usual
 
 
-def measure(calls: Mapping[str, Callable[[], object]], clock: Clock = time.perf_counter) -> Seconds:
-    """Medians of rounds in which each way has its turn, forwards and backwards, after one that warms up."""
-    taken: dict[str, list[float]] = {way: [] for way in calls}
-    for call in calls.values():
-        call()
-    began = clock()
-    order = list(calls)
-    for done in range(ROUNDS[1]):
-        if done >= ROUNDS[0] and clock() - began > ENOUGH:
-            break
-        for way in order:
-            wait()
-            started = clock()
-            calls[way]()
-            wait()
-            taken[way].append(clock() - started)
-        order.reverse()
+def measure(calls: Calls, clock: Clock = time.perf_counter) -> Seconds:
+    """way -> the median of its turns."""
+    (taken,) = take_turns([calls], clock=clock)
     return {way: median(times) for way, times in taken.items()}
+
+
+def take_turns(
+    problems: Sequence[Calls],
+    rounds: tuple[int, int] = ROUNDS,
+    before: Callable[[], object] | None = None,
+    clock: Clock = time.perf_counter,
+) -> list[dict[str, list[float]]]:
+    """Each problem's way -> its seconds in every one of at least and at most so many `rounds`, behind one to warm up.
+
+    A round goes through the ways, forwards or backwards in turn, and each computes all problems that have it, after
+    `before`, which is not timed.
+    """
+    taken: list[dict[str, list[float]]] = [{way: [] for way in calls} for calls in problems]
+    order = list(dict.fromkeys(way for calls in problems for way in calls))
+    until = float("inf")
+    for done in range(1 + rounds[1]):
+        for way in order:
+            if before is not None:
+                before()
+            for calls, times in zip(problems, taken, strict=True):
+                if way in calls:
+                    times[way].append(_timed(calls[way], clock))
+        if done == 0:
+            until = clock() + ENOUGH
+        elif done >= rounds[0] and clock() > until:
+            break
+        order.reverse()
+    return [{way: each[1:] for way, each in times.items()} for times in taken]
+
+
+def _timed(call: Callable[[], object], clock: Clock) -> float:
+    wait()
+    started = clock()
+    call()
+    wait()
+    return clock() - started
 
 
 def trial(compute: Callable[..., Tensor], *inputs: Tensor | None) -> Callable[[], object]:

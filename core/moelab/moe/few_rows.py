@@ -168,13 +168,13 @@ def _by_expert(rows: Tensor, routing: Routing, tables: ExpertTables) -> Tensor:
     expert, back = chosen[order], np.empty_like(order)
     back[order] = np.arange(len(order))
     hidden = _hidden(_taken(rows.detach().numpy(), order // routing.top_k), expert, tables)
-    each = _bags(_taken(tables.neurons, expert), hidden, tables.down, len(order))  # [N, D]
-    return _bags(torch.from_numpy(back), routing.weight.to(each.dtype), each, rows.shape[0])
+    each = bags(_taken(tables.neurons, expert), hidden, tables.down, len(order))  # [N, D]
+    return bags(torch.from_numpy(back), routing.weight.to(each.dtype), each, rows.shape[0])
 
 
 def _hidden(given: Tensor, expert: npt.NDArray[np.int64], tables: ExpertTables) -> Tensor:
     """given [N, D] of rows that go to expert [N] -> their neurons [N, F]."""
-    pre = _bags(_taken(tables.inputs, expert), given, tables.gate_up, len(expert))  # [N, M F]
+    pre = bags(_taken(tables.inputs, expert), given, tables.gate_up, len(expert))  # [N, M F]
     if tables.biased:
         pre = add_up_bias(pre, torch.from_numpy(expert), tables.bank)
     return tables.bank.activate(pre)
@@ -193,12 +193,12 @@ def _finished(hidden: Tensor, routing: Routing, table: Tensor, row: Tensor) -> T
     """
     weighted = hidden * routing.weight.to(hidden.dtype).unsqueeze(-1)
     if routing.top_k is not None:
-        return _bags(row, weighted, table, routing.num_tokens)
-    each = _bags(row, weighted, table, hidden.shape[0])  # [N, D]
+        return bags(row, weighted, table, routing.num_tokens)
+    each = bags(row, weighted, table, hidden.shape[0])  # [N, D]
     return each.new_zeros(routing.num_tokens, each.shape[1]).index_add_(0, routing.token, each)
 
 
-def _bags(row: Tensor, weights: Tensor, table: Tensor, count: int) -> Tensor:
+def bags(row: Tensor, weights: Tensor, table: Tensor, count: int) -> Tensor:
     """row [...] of table [R, W] and the weight of each, of the same number -> [count, W], sums of equally many."""
     starts = _starts(count, row.numel() // count, row.dtype)
     found: Tensor = torch.embedding_bag(table, row.view(-1), starts, False, 0, False, weights.reshape(-1), False)[0]

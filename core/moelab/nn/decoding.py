@@ -19,7 +19,7 @@ from moelab.moe.block import MoEBlock
 from moelab.moe.few_rows import ExpertTables, reading
 from moelab.moe.routing import LayerRecord, Routing, TokenInfo
 from moelab.moe.thin_product import PackedWeights, few_product
-from moelab.moe.thin_ways import measured_way
+from moelab.moe.thin_ways import TABLES, Experts, Matrices, Problem, measured_way
 from moelab.nn.attention_inputs import AttentionInputs
 from moelab.nn.kv_cache import KVCache
 from moelab.nn.linear import Linear, hooked
@@ -84,11 +84,10 @@ class Decoding:
         self._passed = 0  # positions, padding among them
         alone = len(self._plain) == len(self._layers)  # the cache is for prompts alone
         self.cache = KVCache(len(self._layers), room=longest if alone else self._room)
-        self._experts = {} if self._whole else _expert_tables(self._layers, rows * new_tokens)
         self._serve: list[ServedBlock | Callable[[Tensor, Tensor], Tensor]] = []
         self._norms = [] if self._whole else [Norm(layer.post_attention_layernorm) for layer in self._layers]
         self._last_norm = Norm(model.norm)
-        self._packed = self._copies(rows, new_tokens, autotune)
+        self._experts, self._packed = self._copies(rows, new_tokens, autotune)
         scaling = model.rope.scaling
         self._moving = scaling is not None and scaling.length_matters
         self._turns = None  # of all positions
@@ -151,14 +150,21 @@ class Decoding:
             attend.begin(self.cache)
         self._serve = [_serving(layer.mlp, self._experts) for layer in self._layers]
 
-    def _copies(self, rows: int, new_tokens: int, autotune: bool | None) -> PackedWeights:
-        """Of the matrices that are read faster so, where enough tokens are to come."""
-        if self._whole or new_tokens < (TURNED_TOKENS if rows == 1 else PACKED_TOKENS):
-            return PackedWeights([], 0)
-        matrices = self._matrices()
-        way = measured_way(matrices, rows, new_tokens, lambda: self.model.state_dict().values(), autotune)
-        copied = sum(4 * each.gate_up.numel() for each in self._experts.values())
-        return PackedWeights(matrices, COPY_BYTES - copied, rows, way)
+    def _copies(
+        self, rows: int, new_tokens: int, autotune: bool | None
+    ) -> tuple[dict[int, ExpertTables], PackedWeights]:
+        """Of the weights that are read faster so, where enough tokens are to come: the experts', and others."""
+        if self._whole:
+            return {}, PackedWeights([], 0)
+        experts = _worth_tables(self._layers, rows * new_tokens)
+        many = new_tokens >= (TURNED_TOKENS if rows == 1 else PACKED_TOKENS)
+        matrices = list(map(Matrices, self._matrices())) if many else []
+        asked: list[Problem] = [*experts, *matrices] if many else []
+        way = measured_way(asked, rows, new_tokens, lambda: self.model.state_dict().values(), autotune)
+        tables = ExpertTables.of_all(one.bank for one in experts if way is None or way(one) == TABLES)
+        copied = sum(4 * each.gate_up.numel() for each in tables.values())
+        way_of = None if way is None else lambda some: way(Matrices(some))
+        return tables, PackedWeights([one.weights for one in matrices], COPY_BYTES - copied, rows, way_of)
 
     def _matrices(self) -> list[tuple[Tensor, ...]]:
         """All that a token reads but the experts': each alone, or those that read the same."""
@@ -226,12 +232,12 @@ def computes_apart(model: Decoder) -> bool:
     return not torch.is_autocast_enabled(device) and not any(hooked(layer) for layer in model.layers)
 
 
-def _expert_tables(layers: list[Any], new_tokens: int) -> dict[int, ExpertTables]:
-    """Tables of the layers' experts, which a token reads faster; none where it would not pay, or takes much memory."""
-    banks = [layer.mlp.experts for layer in layers if isinstance(layer.mlp, MoEBlock) and reads_few_rows(layer.mlp)]
-    if new_tokens < COPY_TOKENS or sum(4 * bank.gate_up.numel() for bank in banks) > COPY_BYTES:
-        return {}
-    return ExpertTables.of_all(banks)
+def _worth_tables(layers: list[Any], new_tokens: int) -> list[Experts]:
+    """The layers' experts, where tables of them would pay by constants, and don't take much memory."""
+    blocks = [layer.mlp for layer in layers if isinstance(layer.mlp, MoEBlock) and reads_few_rows(layer.mlp)]
+    if new_tokens < COPY_TOKENS or sum(4 * block.experts.gate_up.numel() for block in blocks) > COPY_BYTES:
+        return []
+    return [Experts(block.experts, block.layout.num_experts_per_tok) for block in blocks]
 
 
 def _serving(mlp: nn.Module, tables: Mapping[int, ExpertTables]) -> ServedBlock | Callable[[Tensor, Tensor], Tensor]:

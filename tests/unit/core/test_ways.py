@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,20 @@ from moelab.nn.full_attention import fastest as attend
 from moelab.nn.full_attention import torch_attention
 from moelab.nn.linear import MKL, ONEDNN, WHOLLY, Linear, _by_onednn
 from moelab.registry import Registry
-from moelab.ways import ENOUGH, ROUNDS, Found, Measuring, Ways, active, choose, fastest, measure, trial, using
+from moelab.ways import (
+    ENOUGH,
+    ROUNDS,
+    Found,
+    Measuring,
+    Ways,
+    active,
+    choose,
+    fastest,
+    measure,
+    take_turns,
+    trial,
+    using,
+)
 
 
 def _unasked() -> Mapping[str, Callable[[], object]]:
@@ -85,7 +99,20 @@ def test_short_calls_are_measured_more_often_but_not_for_ever() -> None:
     short, many = ENOUGH / 20, 100
     clock = _Clock({"a": [short] * many, "b": [short] * many})
     measure({way: clock.call(way) for way in ("a", "b")}, clock)
-    assert ROUNDS[0] < clock.calls["a"] == clock.calls["b"] <= 1 + ROUNDS[1]
+    assert 1 + ROUNDS[0] < clock.calls["a"] == clock.calls["b"] < 1 + ROUNDS[1]
+
+
+def test_every_way_has_its_turn_at_every_problem_that_has_it_after_what_comes_before() -> None:
+    done: list[str] = []
+    problems = [
+        {way: partial(done.append, way + number) for way in ways} for number, ways in (("1", "ab"), ("2", "bc"))
+    ]
+    now = iter(range(1000))  # each look at the clock is a second later
+    taken = take_turns(problems, (2, 9), partial(done.append, "before"), lambda: float(next(now)))
+    forwards = ["before", "a1", "before", "b1", "b2", "before", "c2"]
+    backwards = ["before", "c2", "before", "b1", "b2", "before", "a1"]
+    assert done == forwards + backwards + forwards
+    assert taken == [{"a": [1.0, 1.0], "b": [1.0, 1.0]}, {"b": [1.0, 1.0], "c": [1.0, 1.0]}]
 
 
 def test_a_problem_is_measured_once_and_what_is_known_is_not() -> None:

@@ -62,9 +62,10 @@ def test_input_that_is_no_text_is_refused(folder: Path):
     assert "stdin: can't be read" in str(found.exception)
 
 
-def test_an_answer_has_at_least_one_token(folder: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_an_answer_has_at_least_one_token(command: str, folder: Path, capsys: pytest.CaptureFixture[str]):
     for tokens in ("0", "-1"):
-        assert run(["chat", str(folder), "--tokens", tokens]) == 2
+        assert run([command, str(folder), "--tokens", tokens]) == 2
         told = capsys.readouterr()
         assert "--tokens" in told.err and "x>=1" in told.err and "template" not in told.err
 

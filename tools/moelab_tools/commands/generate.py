@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     help="Prompts of a file: .jsonl with prompt or messages, or .txt lines.",
 )
 @click.option("--out", type=USER_PATH, metavar="FILE", help="Write results there, a line of JSON each.")
-@click.option("--tokens", type=int, default=None, help="At most so many new tokens.  [default: 200]")
+@click.option("--tokens", type=click.IntRange(1), default=200, show_default=True, help="At most so many new tokens.")
 @sampling_options
 @click.option("--samples", default=1, show_default=True, help="Continuations of each prompt.")
 @click.option("--batch-size", type=int, default=None, help="Texts at once; changes time and memory alone.")
@@ -47,7 +47,7 @@ def command(
     prompt: tuple[str, ...],
     prompts: Path | None,
     out: Path | None,
-    tokens: int | None,
+    tokens: int,
     samples: int,
     batch_size: int | None,
     tokenizer: str | None,
@@ -83,7 +83,7 @@ def command(
     asked = (
         [Prompt(f"--prompt {text}", text) for text in prompt or ("def ",)] if prompts is None else read_prompts(prompts)
     )
-    settings["max_new_tokens"] = 200 if tokens is None else tokens
+    settings["max_new_tokens"] = tokens
     request = Request([one.asked for one in asked], settings, samples, batch_size, tokenizer)
     positions = Positions(attention, rope_scaling)
     each = [continue_prompts(folder, request, positions, trust=trust, verify=verify) for folder in checkpoint]

@@ -219,15 +219,16 @@ def test_norms_of_generation_are_those_of_the_layers(dtype: torch.dtype) -> None
         assert torch.equal(Norm(norm)(x), torch.ones(1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("batch", [1, PRODUCTS])
-def test_heads_of_few_and_of_many_texts_are_those_of_the_formula(batch: int, padded: bool) -> None:
+def test_heads_of_few_and_of_many_texts_are_those_of_the_formula(batch: int, padded: bool, dtype: torch.dtype) -> None:
     """What prompts left and what is written behind them; rows taken again, in another order."""
     groups, each, prompt, size, room = 2, 3, 9, 8, 14
     rope, order = Rope(size, 100.0), torch.arange(size).view(2, -1).t().flatten()
-    keys, values = (torch.randn(batch, groups, room, size) for _ in range(2))
-    cos, sin = rope.tables(torch.arange(room)[None], torch.float32)
-    turned, turn = rotate(keys, cos, sin), Turn.of(rope, torch.arange(room), torch.float32, room)
+    keys, values = (torch.randn(batch, groups, room, size, dtype=dtype) for _ in range(2))
+    cos, sin = rope.tables(torch.arange(room)[None], dtype)
+    turned, turn = rotate(keys, cos, sin), Turn.of(rope, torch.arange(room), dtype, room)
     with torch.inference_mode():
         held = HeldHeads.of_prompts(turned[:, :, :prompt], values[:, :, :prompt], order, room)
         taken = torch.arange(batch).flip(0)
@@ -236,8 +237,8 @@ def test_heads_of_few_and_of_many_texts_are_those_of_the_formula(batch: int, pad
         for position in range(prompt, prompt + 2):
             stored = torch.stack([keys[:, :, position, order], values[:, :, position]], 1)
             held.write(torch.view_as_complex(stored.view(batch, 2, groups, -1, 2)), turn.at(position).stored, position)
-        query, length = torch.randn(batch, groups * each, size), prompt + 2
-        hidden = torch.zeros(batch, 1, 1, length)
+        query, length = torch.randn(batch, groups * each, size, dtype=dtype), prompt + 2
+        hidden = torch.zeros(batch, 1, 1, length, dtype=dtype)
         if padded:
             hidden[0, ..., :4] = float("-inf")
         paired = torch.view_as_complex(query[..., order].contiguous().view(*query.shape[:2], -1, 2))
@@ -248,7 +249,8 @@ def test_heads_of_few_and_of_many_texts_are_those_of_the_formula(batch: int, pad
     scores = torch.einsum("bgqd,bgld->bgql", grouped, turned[:, :, :length].double()) / size**0.5 + hidden.double()
     weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
     expected = torch.einsum("bgql,bgld->bgqd", weights, values[:, :, :length].double())
-    torch.testing.assert_close(found.double(), expected.reshape(batch, -1), rtol=1e-4, atol=1e-5)
+    fine = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(found.double(), expected.reshape(batch, -1), rtol=10 * fine, atol=fine)
 
 
 @pytest.mark.parametrize("hooked", [False, True])
