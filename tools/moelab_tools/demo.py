@@ -88,7 +88,11 @@ def run_demo(out: Path, seeds: Sequence[int], overrides: Sequence[str]) -> None:
     for step in demo_steps(out, seeds, overrides):
         click.secho(f"\n[{time.monotonic() - started:.0f} s] {step.title}", bold=True)
         click.echo(f"$ {shlex.join(('moelab', *step.arguments))}")
-        moelab.main(list(step.arguments), prog_name="moelab", standalone_mode=False)
+        try:
+            moelab.main(list(step.arguments), prog_name="moelab", standalone_mode=False)
+        except BaseException:  # what the command says of --resume is not of the demo
+            click.echo("a demo is not resumed: the same command begins anew", err=True)
+            raise
     click.echo(f"\n[{time.monotonic() - started:.0f} s] Watch the curves:\n  tensorboard --logdir {out}")
 
 

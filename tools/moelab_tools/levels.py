@@ -85,8 +85,9 @@ def lines(found: Mapping[str, Mapping[str, Level]], measure: Measure) -> list[st
         for name, one in part.items():
             interval = "" if one.low is None or one.high is None else f"[{one.low:.4f}, {one.high:.4f}]"
             rough = "  few documents" if one.documents < FEW else ""
+            noun = "document" if one.documents == 1 else "documents"
             told.append(
-                f"  {names[name]:<{width}}  {one.value:8.4f}  {interval:<16}  {one.documents:>{texts},} documents  "
+                f"  {names[name]:<{width}}  {one.value:8.4f}  {interval:<16}  {one.documents:>{texts},} {noun:<9}  "
                 f"{one.tokens:>{tokens},} tokens{rough}"
             )
     return told

@@ -17,7 +17,7 @@ NUMBERS = (
     "model.hidden_size", "model.num_hidden_layers", "train.steps", "train.batch_size", "train.sequence_length",
     "optimizer.lr", "optimizer.weight_decay", "schedule.warmup_steps", "seed",
 )  # fmt: skip
-TEXTS = ("schedule.name", "train.dtype", "train.init_from", "data.source.name")
+TEXTS = ("optimizer.algorithm.name", "schedule.name", "train.dtype", "train.init_from", "data.source.name")
 LAYOUT_NUMBERS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 FACTS = ("parameters.total", "parameters.active", "flops_per_token")
 # The table shows five columns at first, those marked as differing: what variants usually differ in.

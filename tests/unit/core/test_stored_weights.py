@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,3 +137,19 @@ def test_a_tied_head_stays_tied(tmp_path: Path) -> None:
     fill(model, weights)
     assert model.lm_head.weight is model.embed_tokens.weight
     assert torch.equal(model.embed_tokens.weight, moelab.build(tied, seed=3).embed_tokens.weight.bfloat16())
+
+
+def test_an_empty_model_takes_no_import_of_sympy() -> None:
+    """In a process of its own: torch's `empty_like` of a meta tensor imports it, 40 MB that each start would take."""
+    source = (
+        "import sys\n"
+        "from moelab.config.model import ModelConfig\n"
+        "from moelab.stored_weights import build_empty\n"
+        "config = ModelConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,\n"
+        "                     num_attention_heads=2, num_key_value_heads=1)\n"
+        "model = build_empty(config, None, ['model.embed_tokens.weight'])\n"
+        "assert not any(one.is_meta for one in model.parameters())\n"
+        "print('sympy' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

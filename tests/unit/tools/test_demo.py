@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from moelab import ConfigError
 from moelab.config.files import find_config
 from moelab_tools.cli import run
-from moelab_tools.demo import MARK, demo_steps
+from moelab_tools.demo import MARK, demo_steps, run_demo
 
 
 def test_every_config_of_the_demo_is_shipped() -> None:
@@ -67,3 +68,18 @@ def test_what_the_demo_sets_itself_is_no_override_of_it(
     assert run(["demo", "--out", str(tmp_path / "demo"), override]) == 2
     assert "takes key=value for every training run, but none of run_dir" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ConfigError])
+def test_a_demo_that_is_stopped_says_that_it_begins_anew(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The training command says "--resume goes on from it", which `moelab demo` doesn't take."""
+
+    def stopped(*_: object, **__: object) -> None:
+        raise error("here")
+
+    monkeypatch.setattr("moelab_tools.cli.moelab.main", stopped)
+    with pytest.raises(error, match="here"):
+        run_demo(tmp_path / "demo", [0], [])
+    assert "begins anew" in capsys.readouterr().err

@@ -68,3 +68,4 @@ def test_all_parts_are_in_one_unit_and_told() -> None:
     told = lines(found, NATS_PER_TOKEN)
     assert told[0] == "nats per token [95 % interval over documents]"
     assert any("few documents" in line for line in told)
+    assert any(" 1 document  " in line for line in told) and not any("1 documents" in line for line in told)

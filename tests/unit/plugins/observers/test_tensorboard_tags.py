@@ -112,3 +112,10 @@ def test_a_deep_model_has_a_line_for_each_rule_and_not_for_each_layer() -> None:
     changes = [AlarmChange(40, "begins", one) for one in dead] + [AlarmChange(40, "ends", alarm(7, 0.1))]
     assert len(past(changes).split("\n")) == 2
     assert past(changes).split("\n")[0].endswith("(and in layers 0-2, 9-10)")
+
+
+def test_hparams_tell_optimizers_apart() -> None:
+    from moelab_plugins.observers._tensorboard_hparams import hparams
+
+    rows = [hparams({"optimizer": {"algorithm": {"name": name}}}, {}) for name in ("adamw", "muon")]
+    assert rows[0] != rows[1]

@@ -50,7 +50,7 @@ function curves(place, figure, width, state) {
   const room = Math.min(d3.max(labelled, line => textWidth(variant(line).name)) || 0, width * (narrow ? 0.3 : 0.34));
   const points = order.flatMap(line => figure.xs[line.x].map((x, i) => ({
     x, y: line.y[i], low: line.low?.[i], high: line.high?.[i], v: line.v, name: variant(line).name,
-    colour: variant(line).colour, main: variant(line).main,
+    colour: variant(line).colour, main: variant(line).main, alone: figure.xs[line.x].length === 1,
   })));
   const inside = state.x ? points.filter(p => p.x >= state.x[0] && p.x <= state.x[1]) : points;
   const view = !state.x && !state.full && figure.view
@@ -74,7 +74,7 @@ function curves(place, figure, width, state) {
       Plot.areaY(main.filter(p => p.low !== undefined),
         {x: "x", y1: "low", y2: "high", z: "v", fill: "colour", fillOpacity: 0.17, clip: true}),
       Plot.lineY(main, {...line, strokeWidth: 2}),
-      figure.marks ? Plot.dot(main, {x: "x", y: "y", fill: "colour", r: 2.6, clip: true}) : null,
+      Plot.dot(points.filter(p => figure.marks && p.main || p.alone), {x: "x", y: "y", fill: "colour", r: 2.6, clip: true}),
       Plot.tip(inside.filter(p => p.y >= y[0] && p.y <= y[1]), Plot.pointer({x: "x", y: "y", maxRadius: 30, title: p =>
         `${p.name}\n${digits(p.y)} ${figure.unit}` + (p.low === undefined ? "" : ` (${digits(p.low)} to ${digits(p.high)})`)
         + `\n${figure.names ? p.x : format(p.x)} ${figure.x}`})),
@@ -141,7 +141,7 @@ function intervals(place, figure, width) {
       Plot.link(known, {x1: row => held(row.low), x2: row => held(row.high), y1: "i", y2: "i", stroke: "colour", strokeWidth: 2}),
       Plot.text(known.filter(row => row.low < low), {x: low, y: "i", text: () => "◀", fill: "colour", textAnchor: "start", dx: -2}),
       Plot.text(known.filter(row => row.high > high), {x: high, y: "i", text: () => "▶", fill: "colour", textAnchor: "end", dx: 2}),
-      Plot.text(shown.filter(row => row.low === null ? Math.abs(row.x) > high : row.low >= high || row.high <= low), {
+      Plot.text(shown.filter(row => row.low === null ? row.x < low || row.x > high : row.low >= high || row.high <= low), {
         x: row => held(row.x), y: "i", text: row => row.x > 0 ? "further ▶" : "◀ further", fill: "colour",
         textAnchor: row => row.x > 0 ? "end" : "start"}),
       Plot.dot(shown.filter(row => row.x > low && row.x < high), {x: "x", y: "i", r: 4.5, fill: "colour"}),
