@@ -146,6 +146,7 @@ DECLARED: dict[str, Instead | Not] = {
     "python benchmarks/cpu_step.py --out benchmarks/results": A_BENCHMARK,
     "python benchmarks/experts.py --out benchmarks/results": BY_HAND,
     "python benchmarks/cpu_parts.py --out benchmarks/results": BY_HAND,
+    "python benchmarks/products.py --out benchmarks/results": BY_HAND,
     "python benchmarks/step_parts.py --out benchmarks/results": BY_HAND,
     "python benchmarks/record_routing.py runs/mine": A_BENCHMARK,
     "python benchmarks/curate.py --mb 4000 --kills 20 --work WORK --tokenizer bytes": BY_HAND,

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from moelab.training import peak
 from moelab_tools.cli import run
 
 
@@ -68,9 +70,15 @@ def test_plan_refuses_half_a_machine(root: Path, capsys: pytest.CaptureFixture[s
         assert words in capsys.readouterr().err
 
 
-def test_doctor_tries_every_backend_and_says_why_one_can_not_serve(capsys: pytest.CaptureFixture[str]):
+def test_doctor_tries_every_backend_and_says_why_one_can_not_serve(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    rates = {torch.float32: 3e9, torch.bfloat16: 7e9}
+    monkeypatch.setattr(peak, "peak_flops", lambda precision: rates[precision.dtype])
     assert run(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    for dtype, rate in (("float32", 3), ("bfloat16", 7)):  # what a run's MFU is a share of
+        assert f"{rate} GFLOP/s" in next(line for line in lines if line.split()[:1] == [dtype])
     for name in ("auto", "batched", "grouped_mm", "loop"):
         found = [line for line in lines if line.split()[:2] == [name, "cpu"]]
         assert len(found) == 2

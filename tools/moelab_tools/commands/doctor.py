@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -80,13 +79,17 @@ def command(override: tuple[str, ...]) -> None:
 def _machine() -> Iterator[tuple[str, str]]:
     import torch
 
+    from moelab.training.peak import peak_flops
+    from moelab.training.precision import Precision
+
     yield "system", f"{platform.platform()}, Python {platform.python_version()}"
     yield (
         "CPU",
         f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
     )
     for dtype in (torch.float32, torch.bfloat16):
-        yield f"  {str(dtype).removeprefix('torch.')}", f"{_matmul_rate(dtype) / 1e9:.0f} GFLOP/s in a matmul of 1024"
+        rate = peak_flops(Precision(torch.device("cpu"), dtype))
+        yield f"  {str(dtype).removeprefix('torch.')}", f"{rate / 1e9:.0f} GFLOP/s in a matmul of 1024, MFU's peak here"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(index)
@@ -139,20 +142,6 @@ def _autotuned() -> str:
     path = place_of(machine)
     found = read_kept(path, machine)
     return f"{len(found)} choices measured, in {path}" if found else "nothing measured here yet"
-
-
-def _matmul_rate(dtype: torch.dtype) -> float:
-    """FLOP/s, the best of five."""
-    import torch
-
-    size = 1024
-    a = torch.ones(size, size, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        torch.mm(a, a)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
 
 
 def _backends(registry: Registry) -> Iterator[tuple[str, str, str]]:
