@@ -21,6 +21,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from moelab.atomic import check_output
 from moelab.config.files import find_config, is_override
 from moelab.config.load import Loaded, load_config
 from moelab.config.upcycle import UpcycleConfig
@@ -64,6 +65,8 @@ def run_upcycle(request: UpcycleRequest) -> None:
     console = make_console(WIDE)
     loaded = load_config(spelled_out(request.arguments), UpcycleConfig)
     config = loaded.config
+    if request.sink == "files" and config.output is not None and not request.dry_run:
+        check_output(user_path(config.output, "output"), "output:", fresh=False)
     try:
         config.source = [_source(source) for source in config.sources]
         folders = loaded.places("plugins").all()
