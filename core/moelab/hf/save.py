@@ -93,12 +93,13 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[tuple[Path, Fil
     minutes beats the lock.
     """
     target = target.resolve()
-    check_target(target, force=force)
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target}: is a file; choose another folder")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with hold_file(lock_beside(target), what=f"{target}:", otherwise="choose another folder") as lock:
             recover(target)
-            check_target(target, force=force)
+            _check_held(target, force)
             with _temporary(partial(target)) as temporary:
                 yield temporary, lock
                 for path in [*temporary.iterdir(), temporary]:
@@ -123,6 +124,10 @@ def _temporary(folder: Path) -> Iterator[Path]:
 def check_target(target: Path, *, force: bool = False) -> None:
     """Before the work: raises UserError where `new_folder` could not make it, CheckpointError for what lies there."""
     check_output(target, fresh=False)
+    _check_held(target, force)
+
+
+def _check_held(target: Path, force: bool) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not force:
