@@ -37,11 +37,17 @@ def as_ever(tree: Mapping[str, Any], schema: Any, registry: Registry, key: str =
     """A tree of today without the keys and options that came later and say what was so before."""
     found = copy.deepcopy(dict(tree))
     for point, part in parts_of(found, schema, key):
-        chosen = registry.components(point).get(part["name"])
-        if chosen is not None:
-            _leave_out(part, chosen.options)
+        part_as_ever(point, part, registry)
     _leave_out(found, schema)
     return found
+
+
+def part_as_ever(point: ExtensionPoint[Any, Any], part: Part, registry: Registry) -> Part:
+    """`as_ever` of one part, in place."""
+    chosen = registry.components(point).get(part["name"])
+    if chosen is not None:
+        _leave_out(part, chosen.options)
+    return part
 
 
 def parts_of(tree: Mapping[str, Any], schema: Any, key: str = "") -> Iterator[tuple[ExtensionPoint[Any, Any], Part]]:

@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from moelab.errors import UserError
@@ -34,6 +35,36 @@ def partial(path: Path) -> Path:
 def lock_beside(path: Path) -> Path:
     """The lock of who writes the folder `path`."""
     return path.with_name(f".{path.name}.lock")
+
+
+def check_output(path: Path, where: str = "", *, file: bool = False, fresh: bool = True) -> None:
+    """Before any work: raises UserError where no folder, or no `file`, can be put at `path`; makes nothing.
+
+    `where`: the option or key that names it. A folder that holds something is refused unless not `fresh`.
+    """
+    named, kind = f"{where} {path}".lstrip(), "file" if file else "folder"
+    if os.path.exists(path) and not (path.is_file() if file else path.is_dir()):
+        what = "a folder" if path.is_dir() else "a file" if path.is_file() else "no file"
+        raise UserError(f"{named}: is {what}, and a {kind} is to be written there; name another, or move it away")
+    nearest = path if path.is_dir() else next(above for above in path.parents if os.path.exists(above))
+    try:
+        with tempfile.TemporaryFile(dir=nearest):  # the system's own answer: who we are, read-only, full, no folder
+            pass
+        held = not file and fresh and _holds_something(path)
+    except OSError as error:
+        raise UserError(f"{named}: can't be written, {nearest}: {error.strerror}; choose another {kind}") from error
+    if held:
+        raise UserError(f"{named}: is there already, and is not written over; name another folder, or remove it")
+
+
+def write_output(path: Path, content: bytes | str, where: str = "") -> None:
+    """`write_file` of what a user named, the folders above it made. Raises UserError for what the system refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, content)
+    except OSError as error:
+        named = f"{where} {path}".lstrip()
+        raise UserError(f"{named}: can't be written ({error.strerror}); choose another place") from error
 
 
 def write_file(path: Path, content: bytes | str) -> None:

@@ -25,6 +25,7 @@ from moelab.hf.gguf_file import gguf_of
 from moelab.manifest import MANIFEST, read_manifest
 from moelab.nn.pieces import fill_from, is_piece
 from moelab.nn.transformer import Transformer
+from moelab.paths import looked_in
 from moelab.printable import printable
 from moelab.safe_files import Reading, read_object
 from moelab.stored_weights import fill
@@ -54,8 +55,9 @@ def resolve_checkpoint(path: Path) -> Path:
     if gguf_of(path) is not None:  # a file, or a folder of one
         return path
     if not path.is_dir():
-        hint = where_it_may_be(path) or "; give a run folder, a checkpoint, or a Hugging Face folder"
-        raise CheckpointError(f"{path}: no such folder{hint}")
+        what = "; give a run folder, a checkpoint, a Hugging Face folder, or hf://ORG/NAME of the hub"
+        hint = where_it_may_be(path) or what
+        raise CheckpointError(f"{path}: no such folder{looked_in(path)}{hint}")
     if (path / CHECKPOINTS).is_dir():
         newest = newest_checkpoint(path)
         if newest is None:

@@ -38,19 +38,24 @@ _MET: dict[tuple[str, str, str | None, str], str] = {}
 def user_folder(text: str | Path, key: str | None = None) -> Path:
     """What a user names as a folder: a path, or where none is there a name on the hub, fetched or from the cache.
 
-    Raises CheckpointError, saying how to fetch it, where it is a name that can't be had.
+    Raises CheckpointError, saying what was looked for where and how to fetch it, for a name that can't be had.
     """
     path = user_path(text, key) if key is not None else user_path(text)
     match = _NAME.fullmatch(str(text)) if isinstance(text, str) else None
     if match is None or path.parent.exists():  # runs/nothing is a path that was mistyped, and no name
         return path
+    named = (
+        text
+        if str(text).startswith(HF)
+        else f"{text}: no such folder or file in {Path.cwd()}: give one that is there (./{text} is never taken for a "
+        "name); as a name on the Hugging Face hub it"
+    )
     try:
         return _snapshot(MODEL, match[1], match[2], ALLOWED, REFUSED)
-    except ModuleNotFoundError:
-        logger.warning("%s: no such folder; to take it from the Hugging Face hub: pip install 'moelab[hub]'", match[1])
-        return path  # whoever reads it says that it isn't there
+    except ModuleNotFoundError as error:
+        raise CheckpointError(f"{named} needs a package: pip install 'moelab[hub]'") from error
     except OSError as error:
-        raise CheckpointError(f"{match[1]}: no such folder, and {error}") from error
+        raise CheckpointError(f"{named} {error}") from error
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def dataset_path(text: str, patterns: Sequence[str] = ()) -> DatasetPath:
     except ModuleNotFoundError as error:
         raise DataError(f"data.source: {text} lies on the Hugging Face hub: pip install 'moelab[hub]'") from error
     except OSError as error:
-        raise DataError(f"data.source: '{text}' is {error}") from error
+        raise DataError(f"data.source: '{text}' {error}") from error
     name = f"{HF}datasets/{match[1]}" + (f"@{match[2]}" if match[2] else "")
     return DatasetPath(name, folder.name, folder / below)
 
@@ -121,7 +126,10 @@ def _as_filter(pattern: str) -> str:
 
 
 def _snapshot(kind: str, name: str, revision: str | None, allow: Sequence[str], ignore: Sequence[str] = ()) -> Path:
-    """The folder of a commit. Raises ImportError without the package, and OSError with how to fetch it."""
+    """The folder of a commit.
+
+    Raises ImportError without the package, and OSError that says of the name why it can't be had, and how to fetch it.
+    """
     hub: Any = import_module("huggingface_hub")
     errors: Any = import_module("huggingface_hub.errors")
     constants: Any = import_module("huggingface_hub.constants")  # no attribute of the package until it is imported
@@ -129,15 +137,27 @@ def _snapshot(kind: str, name: str, revision: str | None, allow: Sequence[str], 
     filters = {"allow_patterns": list(allow), "ignore_patterns": list(ignore)}
     try:
         found = Path(hub.snapshot_download(name, repo_type=kind, revision=_MET.get(key, revision), **filters))
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # of httpx, or requests in earlier versions, too: a proxy's, a connection that broke off
         of_kind = "" if kind == MODEL else f" --repo-type {kind}"
-        at = f" --revision {revision}" if revision else ""
-        raise OSError(
-            f"not to be had from the Hugging Face hub ({type(error).__name__}); with a network: "
-            f"hf download {name}{of_kind}{at}"
-        ) from error
+        command = f"hf download {name}{of_kind}" + (f" --revision {revision}" if revision else "")
+        raise OSError(_why(error, errors, command, offline=constants.HF_HUB_OFFLINE)) from error
     if key not in _MET:
         _MET[key] = found.name
         spelled = name if revision is None else f"{name}@{revision}"
         logger.warning("%s %s: from the Hugging Face hub, commit %s", kind, spelled, found.name)
     return found
+
+
+def _why(error: Exception, errors: Any, command: str, *, offline: bool) -> str:
+    """What became of a name that was asked for, and what to do; `command`: what fetches it."""
+    if isinstance(error, errors.GatedRepoError):
+        return f"has terms to be accepted on its page first; then: hf auth login; {command}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"is unknown, or private; for one of yours: hf auth login; {command}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "has no such revision; name one that it has, or none"
+    cause = type(error.__cause__ or error).__name__
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        asked = "HF_HUB_OFFLINE forbids to ask for it" if offline else f"the hub can't be asked ({cause})"
+        return f"is not, or not whole, in the cache, and {asked}; with a network: {command}"
+    return f"can't be had ({cause}); with a network: {command}"

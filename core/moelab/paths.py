@@ -75,6 +75,11 @@ def folder_named(text: str) -> Path | None:
     return Path(named) if os.path.isdir(named) else None
 
 
+def looked_in(path: Path) -> str:
+    """What to add to a complaint that a path is not there: from where a relative one was looked for."""
+    return "" if path.is_absolute() else f" in {Path.cwd()}"
+
+
 def unresolved_hint(value: object) -> str:
     """What to add to a complaint about a value of a stored config that came from the environment."""
     if not (isinstance(value, str) and "${" in value):

@@ -14,7 +14,7 @@ import click
 
 from moelab import launcher
 from moelab.checkpoint import CONFIG, is_moelab, read_run_config
-from moelab.config.files import Layer, is_override
+from moelab.config.files import Layer, find_config, is_override
 from moelab.config.load import Loaded, load_config, read_layers
 from moelab.config.overlay import overlay
 from moelab.config.run import RunConfig, TrainConfig
@@ -54,6 +54,11 @@ def load_run(
     if len(folders) > 1:
         raise ConfigError(f"{folders[1]}: one checkpoint at a time, and {folders[0]} is one already")
     rest = [a for a in arguments if a not in folders]
+    for name in (a for a in rest if not is_override(a)):
+        try:
+            find_config(name)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; nor is there a folder {name}, whose checkpoint could be meant") from error
     own = [own_layer(read_origin(folder)) for folder in folders]
     if needed and any(
         layer.tree.get("stages") for layer in (*own, *read_layers(rest))

@@ -17,7 +17,7 @@ from moelab.data.tokenizer_file import definition_of
 from moelab.hf.carried import TOKENIZER_FILE, carried_files
 from moelab.hf.config import CONFIG_FILE
 from moelab.hf.files import TensorFolder, read_json
-from moelab.hf.save import save_hf
+from moelab.hf.save import check_target, save_hf
 from moelab.hf.tokenizer_config import as_it_is, llama_cpp_remark, named_token_ids
 from moelab.integrity import verified
 from moelab.loading import open_model
@@ -44,6 +44,7 @@ def export(
     `dtype`: bfloat16, float32 or float16; None: the one in which the checkpoint stores its matrices. Raises
     CheckpointError or ConfigError for what can't be read, or can't be said in that format, before anything is written.
     """
+    check_target(output, force=force)  # before all bytes are read for their checksums
     origin = read_origin(verified(checkpoint, verify=verify))
     model, weights = open_model(origin.folder, trust=trust)
     return write_folder(origin, model, weights, output, dtype=dtype, max_shard_size=max_shard_size, force=force)

@@ -21,10 +21,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from moelab.atomic import check_output
 from moelab.config.files import find_config, is_override
 from moelab.config.load import Loaded, load_config
 from moelab.config.upcycle import UpcycleConfig
-from moelab.errors import ConfigError, RunFailure
+from moelab.errors import CheckpointError, ConfigError, RunFailure
 from moelab.hf.gguf_file import SUFFIX
 from moelab.hookspecs import DATA_SOURCES
 from moelab.hub import user_folder
@@ -52,13 +53,22 @@ class UpcycleRequest:
     receipt: bool
 
 
+def _source(named: str) -> str:
+    try:
+        return str(user_folder(named, "source"))
+    except CheckpointError as error:
+        raise CheckpointError(f"source: {error}") from error
+
+
 def run_upcycle(request: UpcycleRequest) -> None:
     """All of `moelab upcycle`."""
     console = make_console(WIDE)
     loaded = load_config(spelled_out(request.arguments), UpcycleConfig)
     config = loaded.config
+    if request.sink == "files" and config.output is not None and not request.dry_run:
+        check_output(user_path(config.output, "output"), "output:", fresh=False)
     try:
-        config.source = [str(user_folder(source, "source")) for source in config.sources]
+        config.source = [_source(source) for source in config.sources]
         folders = loaded.places("plugins").all()
         registry = registry_of(config, folders)
         plan = prepare(config, registry, folders)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from moelab.errors import DataError
+from moelab.errors import CheckpointError, DataError
 from moelab.hub import commit_of, user_folder
 from moelab.paths import unresolved_hint
 from moelab.safe_files import Reading, read_bytes
@@ -89,5 +89,8 @@ def tokenizer_commit(spec: str) -> str | None:
 
 def _path(spec: str) -> Path:
     """Of the tokenizer.json, there or not."""
-    path = user_folder(spec, "data.tokenizer")
+    try:
+        path = user_folder(spec, "data.tokenizer")
+    except CheckpointError as error:
+        raise DataError(f"data.tokenizer: {error}{unresolved_hint(spec)}") from error
     return path / "tokenizer.json" if path.is_dir() else path

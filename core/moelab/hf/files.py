@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from moelab.atomic import where_it_may_be
 from moelab.errors import CheckpointError
 from moelab.hf.gguf_file import TYPES, GGUFFile, decode, gguf_of, halves
+from moelab.paths import looked_in
 from moelab.records import Record
 from moelab.safe_files import Reading, read_object, read_tensor_header
 
@@ -351,7 +352,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
 def not_there(folder: Path) -> str:
     """What to say of a folder that is named as a Hugging Face checkpoint."""
     cure = f"; give a Hugging Face checkpoint: {A_CHECKPOINT}, or its name on the hub, such as Qwen/Qwen2-7B"
-    return f"{folder}: no such folder{where_it_may_be(folder) or cure}"
+    return f"{folder}: no such folder{looked_in(folder)}{where_it_may_be(folder) or cure}"
 
 
 def _nothing_to_read(folder: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelab.atomic import lock_beside, partial, put_in_place, recover, sync
+from moelab.atomic import check_output, lock_beside, partial, put_in_place, recover, sync
 from moelab.errors import CheckpointError
 from moelab.hf.carried import GENERATION_FILE, ID_FIELDS
 from moelab.hf.config import CONFIG_FILE
@@ -99,7 +99,7 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[tuple[Path, Fil
         target.parent.mkdir(parents=True, exist_ok=True)
         with hold_file(lock_beside(target), what=f"{target}:", otherwise="choose another folder") as lock:
             recover(target)
-            _check_target(target, force)
+            _check_held(target, force)
             with _temporary(partial(target)) as temporary:
                 yield temporary, lock
                 for path in [*temporary.iterdir(), temporary]:
@@ -121,7 +121,13 @@ def _temporary(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_target(target: Path, force: bool) -> None:
+def check_target(target: Path, *, force: bool = False) -> None:
+    """Before the work: raises UserError where `new_folder` could not make it, CheckpointError for what lies there."""
+    check_output(target, fresh=False)
+    _check_held(target, force)
+
+
+def _check_held(target: Path, force: bool) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not force:

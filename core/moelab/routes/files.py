@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moelab.atomic import partial, put_in_place, sync
+from moelab.atomic import check_output, partial, put_in_place, sync
 from moelab.checksums import ALGORITHM, checksum
 from moelab.errors import DataError, UserError
 from moelab.records import Record, read_record
@@ -31,7 +31,7 @@ def write_trace(trace: Trace, folder: Path) -> None:
     """Write all of it, or nothing. Raises UserError where the folder exists or can't be made."""
     from safetensors.numpy import save  # noqa: PLC0415  (commands are listed without it)
 
-    check_free(folder)
+    check_output(folder, "--out")
     arrays = {name: np.ascontiguousarray(array) for name, array in trace.arrays()}
     head = {
         "format": FORMAT,
@@ -56,12 +56,6 @@ def write_trace(trace: Trace, folder: Path) -> None:
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise UserError(f"--out {folder}: can't be written ({error.strerror}); choose another folder") from error
-
-
-def check_free(folder: Path) -> None:
-    """Before the work: raises UserError where something lies there already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out {folder}: is there already, and is not written over; name another folder, or remove it")
 
 
 def read_trace(folder: Path) -> Trace:

@@ -7,6 +7,7 @@ best evaluation (which was another model's), and the files that observers had pu
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -17,7 +18,8 @@ from functools import partial as bound
 from pathlib import Path
 from typing import Any
 
-from moelab.atomic import lock_beside, partial, put_in_place, sync
+from moelab.across_versions import part_as_ever
+from moelab.atomic import check_output, lock_beside, partial, put_in_place, sync
 from moelab.builder import build_balance_losses, build_model
 from moelab.checkpoint import CHECKPOINTS, CONFIG, MODEL, STATE, TRAINING, model_tensors
 from moelab.config.adapters import KEY as ADAPTERS
@@ -29,6 +31,7 @@ from moelab.data.lineage import LINEAGE, converted, lineage_of
 from moelab.data.seen import carried_record
 from moelab.errors import CheckpointError, ConfigError, UserError
 from moelab.hf.carried import tokenizer_side_files
+from moelab.hookspecs import SURGERIES
 from moelab.lock import hold_file
 from moelab.manifest import MANIFEST, manifest_bytes, plain_entry
 from moelab.origin import model_files, read_origin
@@ -125,8 +128,7 @@ def room_for(output: Path) -> Iterator[Path]:
 
     Raises UserError where `output` holds something.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: is there already, and is not written over; name another folder, or remove it")
+    check_output(output)
     beside = partial(output)
     with hold_file(lock_beside(output), what=f"{output}:", otherwise="choose another folder"):
         try:
@@ -185,7 +187,9 @@ def _carried(operation: Operation) -> dict[str, bytes]:
 
 def _lineage(operation: Operation) -> Any:
     folder = operation.patient.folder
-    return converted(dict(operation.identity), operation.seed, [lineage_of(folder, folder.name)])
+    part = part_as_ever(SURGERIES, copy.deepcopy(operation.identity["surgery"]), operation.patient.registry)
+    identity = {**operation.identity, "surgery": part}
+    return converted(identity, operation.seed, [lineage_of(folder, folder.name)])
 
 
 def _state(operation: Operation) -> bytes:

@@ -19,6 +19,7 @@ from moelab import Corpus, DataContext, DataError, Registry, session
 from moelab.config.model import ModelConfig
 from moelab.data.account import Account
 from moelab.data.byte_tokenizer import ByteTokenizer
+from moelab.data.tokenizer import load_tokenizer
 from moelab.errors import CheckpointError
 from moelab.hf.save import save_hf
 from moelab.hookspecs import DATA_SOURCES
@@ -73,6 +74,67 @@ def test_what_begins_with_a_folder_that_is_there_is_a_path(cache: Path, tmp_path
 def test_what_is_not_there_is_said_with_how_to_fetch_it(cache: Path) -> None:
     with pytest.raises(CheckpointError, match="hf download my-org/absent --revision v2"):
         user_folder("my-org/absent@v2")
+
+
+def test_a_mistyped_folder_is_told_where_it_was_looked_for_and_that_it_was_taken_for_a_name(
+    cache: Path, tmp_path: Path
+) -> None:
+    """Whatever names weights by a path or a name: one place tells it."""
+    wanted = (
+        rf"runs/x: no such folder or file in {tmp_path}: .*\./runs/x is never .*; as a name on the Hugging Face "
+        r"hub it is not.* in the cache, and HF_HUB_OFFLINE forbids .*: hf download runs/x$"
+    )
+    for ask in (user_folder, read_origin, moelab.load, load_tokenizer):
+        with pytest.raises(moelab.UserError, match=wanted):
+            ask("runs/x")
+    with pytest.raises(CheckpointError, match=f"^train.init_from: {wanted}"):
+        origin_of({"train": {"init_from": "runs/x"}})
+    with pytest.raises(CheckpointError, match=rf"^runs/x: no such folder in {tmp_path}; give"):
+        read_origin("./runs/x")
+    with pytest.raises(CheckpointError, match=r"^hf://runs/x is not") as told:
+        user_folder("hf://runs/x")
+    assert "folder" not in str(told.value)
+
+
+class Broken(Exception):
+    """As httpx's are: no OSError."""
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        ("RepositoryNotFoundError", "is unknown, or private; for one of yours: hf auth login; hf download runs/x"),
+        ("GatedRepoError", "has terms to be accepted on its page first; then: hf auth login; hf download runs/x"),
+        ("RevisionNotFoundError", "has no such revision"),
+        ("LocalEntryNotFoundError", r"is not, .*the hub can't be asked \(LocalEntryNotFoundError\); with a network"),
+        ("HFValidationError", r"can't be had \(HFValidationError\)"),
+        (Broken("the proxy refuses"), r"can't be had \(Broken\); with a network: hf download runs/x"),
+    ],
+)
+def test_why_a_name_can_not_be_had_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str | Exception, why: str
+) -> None:
+    refusal = error if isinstance(error, Exception) else None
+    if isinstance(error, str):
+        kind: Any = getattr(import_module("huggingface_hub.errors"), error)
+        refusal = kind.__new__(kind)  # whatever its constructor asks for in this version
+
+    def refuse(*_: object, **__: object) -> str:
+        assert refusal is not None
+        raise refusal
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=f"^runs/x: no such folder .* it {why}"):
+        user_folder("runs/x")
+
+
+def test_without_the_package_a_mistyped_folder_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"^runs/x: no such folder or file in .*pip install 'moelab\[hub\]'"):
+        user_folder("runs/x")
 
 
 def test_nothing_that_runs_is_fetched() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moelab
+from later_keys import later
 from moelab.checksums import checksum
+from moelab.components import came_later
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.data.byte_tokenizer import ByteTokenizer
+from moelab.data.lineage import lineage_of
 from moelab.hf.save import save_hf
 from moelab.nn.transformer import Transformer
 from moelab_tools.cli import run
+from moelab_tools.merging.declaration import MergeConfig, MergedModel
 
 LAYOUT = {"name": "uniform", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
 CONFIG = ModelConfig(
@@ -291,3 +295,19 @@ def test_what_is_no_one_model_is_refused_with_nothing_written(
         assert re.search(told, said), (told, said)
         assert not (tmp_path / "out").exists()
         assert len(said.strip().splitlines()) == 1
+
+
+def test_a_merge_is_the_same_under_a_key_that_came_later(folders: Path, tmp_path: Path) -> None:
+    words = ("models=[{path: <a>}, {path: <b>, weight: 0.5}]",)
+    assert merge(folders, tmp_path / "before", *words) == 0
+    before = lineage_of(tmp_path / "before", "")
+    with (
+        later(MergeConfig, "later", "float", field(default=0.5, metadata=came_later(0.5))),
+        later(MergedModel, "later", "int", field(default=3, metadata=came_later(3))),
+    ):
+        assert merge(folders, tmp_path / "after", *words) == 0
+        assert merge(folders, tmp_path / "other", *words, "later=0.25") == 0
+        assert merge(folders, tmp_path / "before", *words, "--check") == 0, "as it was merged then"
+        assert merge(folders, tmp_path / "before", *words, "later=0.25", "--check") == 1
+    assert lineage_of(tmp_path / "after", "") == before
+    assert lineage_of(tmp_path / "other", "").recipe != before.recipe

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import moelab
+from later_keys import later
 from moelab.checkpoint import (
     MODEL,
     TRAINING,
@@ -23,10 +25,11 @@ from moelab.checkpoint import (
     shard_name,
     stored_tensors,
 )
+from moelab.components import came_later
 from moelab.config.adapters import AdapterConfig
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.config.run import DataConfig, EvaluationConfig, OptimizerConfig, RunConfig, TrainConfig
-from moelab.data.lineage import lineage_of
+from moelab.data.lineage import Lineage, lineage_of
 from moelab.data.seen import RECORD
 from moelab.hf.save import save_hf
 from moelab.integrity import inspect
@@ -34,6 +37,7 @@ from moelab.layouts import build_layouts
 from moelab.manifest import MANIFEST, manifest_bytes, plain_entry
 from moelab.surgery.patient import open_patient
 from moelab.tensor_file import write_tensors
+from moelab_plugins.surgeries.split import SplitOptions
 from moelab_tools.checkpoints import evaluation_config
 from moelab_tools.cli import run
 from moelab_tools.surgery import operating
@@ -342,3 +346,17 @@ def test_what_is_no_run_with_experts_is_refused(operate: Callable[..., Any], tmp
     save_hf(moelab.build(dense), tmp_path / "hf", dtype=torch.float32)
     code, output, told = operate("split", source=tmp_path / "hf")
     assert code == 2 and "is a Hugging Face folder" in told and not output.exists()
+
+
+def test_an_operation_is_the_same_under_an_option_that_came_later(operate: Callable[..., Any]) -> None:
+    def made(name: str, *words: str) -> Lineage:
+        code, out, told = operate("split", *words, "--no-receipt", name=name)
+        assert code == 0, told
+        found = lineage_of(_checkpoint(out), "")
+        assert read_state(_checkpoint(out))["lineage"] == found.to_json()
+        return found
+
+    before = made("before")
+    with later(SplitOptions, "later_option", "int", field(default=3, metadata=came_later(3))):
+        assert made("after") == before
+        assert made("other", "later_option=4").recipe != before.recipe

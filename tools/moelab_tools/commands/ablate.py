@@ -49,8 +49,12 @@ def command(checkpoint: Path, config: tuple[str, ...], out: Path | None, as_json
     import json
     import textwrap
 
-    from moelab_tools.routes.ablating import ablate
+    from moelab.atomic import check_output
+    from moelab_tools.routes.ablating import NUMBERS, ablate
 
+    if out is not None:
+        check_output(out, "--out", fresh=False)
+        check_output(out / NUMBERS, "--out", file=True)
     told = ablate(checkpoint, config, **options)  # type: ignore[arg-type]
     if out is not None:
         told.write(out)

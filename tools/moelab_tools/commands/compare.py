@@ -56,14 +56,18 @@ def command(
       moelab compare runs/moe_seed* runs/dense_seed* --baseline dense
       moelab compare runs/moe runs/other --routes traces/moe --routes traces/other
     """
+    from moelab.atomic import check_output
     from moelab_tools.compare.comparison import compare
     from moelab_tools.compare.endings import at_best
-    from moelab_tools.compare.report import RoutesPage, write_json, write_report
+    from moelab_tools.compare.report import RoutesPage, check_report, write_json, write_report
     from moelab_tools.compare.runs import read_runs
     from moelab_tools.compare.table import print_comparison
     from moelab_tools.routes.view import view_of
     from moelab_tools.terminal import make_console
 
+    check_report(output, "--output")
+    if json_file is not None:
+        check_output(json_file, "--json", file=True)
     pages = [
         RoutesPage(str(one), *view_of(one, tokenizer=routes_tokenizer, tokens=SHOWN, against=None)) for one in routes
     ]

@@ -75,9 +75,12 @@ def command(
       moelab generate runs/dense runs/moe --prompt "def " --temperature 0
       moelab generate runs/tiny_moe --prompts questions.jsonl --out answers.jsonl
     """
+    from moelab.atomic import check_output
     from moelab_tools.prompts_file import Prompt, read_prompts
     from moelab_tools.samples import Request, continue_prompts
 
+    if out is not None:
+        check_output(out, "--out", file=True)
     if prompt and prompts is not None:
         raise ConfigError("--prompts: a file of prompts and --prompt at once; give one of them")
     asked = (
@@ -100,7 +103,7 @@ def _write_lines(found: list[tuple[Prompt, Sample]], out: Path | None) -> None:
     import json
     from dataclasses import asdict
 
-    from moelab.atomic import write_file
+    from moelab.atomic import write_output
 
     lines = [
         json.dumps(prompt.beside | ({"messages": prompt.messages} if prompt.messages else {}) | asdict(sample)) + "\n"
@@ -109,7 +112,7 @@ def _write_lines(found: list[tuple[Prompt, Sample]], out: Path | None) -> None:
     if out is None:
         click.echo("".join(lines), nl=False)
         return
-    write_file(out, "".join(lines))
+    write_output(out, "".join(lines), "--out")
     click.echo(f"{out}: {len(lines)} texts to {len({prompt.where for prompt, _ in found})} prompts", err=True)
 
 

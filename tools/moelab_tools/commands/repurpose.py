@@ -30,14 +30,15 @@ def command(paths: tuple[Path, ...], out: Path, most: int | None, seed: int) -> 
     import json
     from itertools import islice
 
-    from moelab.atomic import write_file
+    from moelab.atomic import check_output, write_output
     from moelab.errors import DataError
     from moelab_tools.synthesis.doctests import installed, of_paths, questions
 
+    check_output(out, "--out", file=True)
     found = list(islice(questions(of_paths(paths) if paths else installed(seed)), most))
     if not found:
         where = ", ".join(map(str, paths)) or "installed text"
         raise DataError(f"{where}: no function has an example in its docstring; give other files")
-    write_file(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+    write_output(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found), "--out")
     functions = len({(row["source"]["file"], row["source"]["line"]) for row in found})
     click.echo(f"{out}: {len(found)} questions of {functions} functions")

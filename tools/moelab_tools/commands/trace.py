@@ -45,12 +45,13 @@ def command(
       moelab trace runs/tiny_moe --tokens 100000 --data train --out traces/read
       moelab trace runs/tiny_moe train.dtype=bfloat16 --out traces/bf16
     """
-    from moelab.routes.files import check_free, write_trace
+    from moelab.atomic import check_output
+    from moelab.routes.files import write_trace
     from moelab.routes.record import record_routes
     from moelab_tools.routes.source import subject_of
     from moelab_tools.waiting import Waiting
 
-    check_free(out)
+    check_output(out, "--out")
     if whole and tokens is not None:
         raise click.UsageError("--all and --tokens contradict each other")
     subject = subject_of(checkpoint, config, data, trust=trust, untrained=untrained)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moelab.atomic import write_file
-from moelab.errors import UserError
+from moelab.atomic import check_output, write_output
 from moelab.safe_files import Reading, read_text
 from moelab_tools.compare import recipes, sentences, wording
 from moelab_tools.compare.alarm_table import alarm_rows
@@ -38,14 +37,17 @@ class RoutesPage:
     lines: list[str]  # what its tables say, in text
 
 
+def check_report(folder: Path, where: str) -> None:
+    """Before the work: raises UserError where `write_report` could not write there."""
+    check_output(folder, where, fresh=False)
+    for name in (NUMBERS, REPORT):
+        check_output(folder / name, where, file=True)
+
+
 def write_report(comparison: Comparison, folder: Path, routes: Sequence[RoutesPage] = ()) -> Path:
     """report.html, comparison.json and a folder for TensorBoard in `folder`; -> the report's path."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder}: can't be made ({error.strerror}); choose another folder") from error
     write_json(comparison, folder / NUMBERS)
-    _write(folder / REPORT, render(comparison, routes))
+    write_output(folder / REPORT, render(comparison, routes))
     write_board(comparison, folder / BOARD)
     return folder / REPORT
 
@@ -53,7 +55,7 @@ def write_report(comparison: Comparison, folder: Path, routes: Sequence[RoutesPa
 def write_json(comparison: Comparison, path: Path) -> None:
     """Valid JSON for every reader: what is not a finite number becomes null."""
     told = {"sentences": sentences.everything(comparison)}
-    _write(path, json.dumps(_finite(comparison.to_json() | told), indent=2, allow_nan=False) + "\n")
+    write_output(path, json.dumps(_finite(comparison.to_json() | told), indent=2, allow_nan=False) + "\n")
 
 
 def render(comparison: Comparison, routes: Sequence[RoutesPage] = ()) -> str:
@@ -131,12 +133,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, text)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror}); choose another place") from error

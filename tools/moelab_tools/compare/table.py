@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from moelab_tools.compare import sentences, wording
 from moelab_tools.compare.budgets import AXES
@@ -52,12 +54,28 @@ class _Column:
 
 
 def _tables(comparison: Comparison, width: int) -> list[Table]:
-    """One table, or two below each other where one would break names and numbers."""
+    """One table, or as many below each other as it takes not to break names and numbers.
+
+    A column that is too wide alone is wrapped: cut off it would lose a word's mark.
+    """
     what = f"difference in {comparison.measure.name} against {escape(comparison.baseline or wording.MISSING)}"
     whole = _table(comparison, [*VERDICT, *COST], what)
     if _width(whole) <= width:
         return [whole]
-    return [_table(comparison, VERDICT, what), _table(comparison, COST, "what they are and what they took")]
+    found = []
+    for title, columns in ((what, VERDICT), ("what they are and what they took", COST)):
+        fitting: list[_Column] = []
+        for column in columns:
+            if fitting and _width(_table(comparison, [*fitting, column], title)) > width:
+                found.append((title, fitting))
+                fitting = []
+            fitting = [*fitting, column]
+        found.append((title, fitting))
+    tables = [_table(comparison, columns, title) for title, columns in found]
+    return [
+        table if _width(table) <= width else _table(comparison, columns, title, wrap=True)
+        for table, (title, columns) in zip(tables, found, strict=True)
+    ]
 
 
 def _width(table: Table) -> int:
@@ -65,17 +83,25 @@ def _width(table: Table) -> int:
     return Measurement.get(wide, wide.options, table).minimum
 
 
-def _table(comparison: Comparison, columns: Sequence[_Column], title: str) -> Table:
+def _table(comparison: Comparison, columns: Sequence[_Column], title: str, *, wrap: bool = False) -> Table:
     table = Table(box=box.HORIZONTALS, show_lines=True, pad_edge=False, title=title)
     longest = max(len(line.name) for line in comparison.lines)
-    table.add_column("run", overflow="fold", no_wrap=longest <= LONGEST_NAME)
-    for column in columns:
+    table.add_column("run", overflow="fold", no_wrap=longest <= LONGEST_NAME and not wrap)
+    rows = [[column.cell(comparison, line) for column in columns] for line in comparison.lines]
+    for place, column in enumerate(columns):
         heading = column.heading.format(unit=comparison.measure.name.replace(" per ", "/"))
         justify: JustifyMethod = "right" if column.right else "left"
-        table.add_column(heading, justify=justify, no_wrap=not column.fold, overflow="fold")
-    for line in comparison.lines:
-        table.add_row(_name(comparison, line), *(column.cell(comparison, line) for column in columns))
+        whole = not (column.fold or wrap)
+        # rich would measure the longest word of what it does not wrap, and cut off what stands behind it
+        least = max(_longest_line(text) for text in (heading, *(row[place] for row in rows))) if whole else None
+        table.add_column(heading, justify=justify, no_wrap=whole, overflow="fold", min_width=least)
+    for line, row in zip(comparison.lines, rows, strict=True):
+        table.add_row(_name(comparison, line), *row)
     return table
+
+
+def _longest_line(markup: str) -> int:
+    return max((cell_len(line) for line in Text.from_markup(markup).plain.splitlines()), default=0)
 
 
 def _name(comparison: Comparison, line: Line) -> str:

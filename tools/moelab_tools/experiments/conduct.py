@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import moelab
+from moelab.atomic import check_output
 from moelab.config.stages import planned_tokens
 from moelab.errors import ConfigError, RunFailure
 from moelab.safe_files import Reading, read_object
@@ -23,7 +24,7 @@ from moelab_tools.compare.table import print_comparison
 from moelab_tools.compare.verdict import BETTER, IDENTICAL, NEGLIGIBLE, NO_SPREAD, WORSE, Verdict
 from moelab_tools.experiments.arms import Arms
 from moelab_tools.experiments.declaration import END, RESULTS, Declaration, read_declaration
-from moelab_tools.experiments.findings import Conclusion, Settled, write_findings
+from moelab_tools.experiments.findings import Conclusion, Settled, check_findings, write_findings
 from moelab_tools.experiments.logged import logged
 from moelab_tools.experiments.prepared import Preparation
 from moelab_tools.experiments.reached import Looks, reached
@@ -239,6 +240,9 @@ def run_experiment(request: ExperimentRequest, console: Console, worker: Worker 
             raise ConfigError(f"{word}: an experiment takes overrides, KEY=VALUE; files are named in its declaration")
     out = folder_of(request)
     results = request.results or results_folder(declaration, out, tried=bool(request.extra))
+    if not request.dry_run:
+        check_output(out, "--out", fresh=False)
+        check_findings(results)
     register, bold = registered(declaration, out, results, request.amend)
     given = {"extra": request.extra, "trust": request.trust, "force": request.force}
     arms = Arms(declaration, out, Preparation(declaration, out, **given), **given)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moelab.atomic import write_file
+from moelab.atomic import check_output, write_file
 from moelab.safe_files import Reading, read_object, read_text
 from moelab.training.run_folder import write_json
 from moelab_tools.compare import sentences
@@ -46,6 +46,13 @@ class Conclusion:
     logged: dict[str, Any] | None = None  # name -> variant -> numbers
     lengths: dict[str, Any] | None = None  # variant -> moment -> what it made of longer texts; see `reached`
     routes: dict[str, Any] | None = None  # by layer and domain, how far runs kept them; see `agreed`
+
+
+def check_findings(folder: Path) -> None:
+    """Before the work: raises UserError where `write_findings` could not write there."""
+    check_output(folder, "--results", fresh=False)
+    for name in (FINDINGS, READING):
+        check_output(folder / name, "--results", file=True)
 
 
 def write_findings(

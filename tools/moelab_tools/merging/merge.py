@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moelab.across_versions import as_ever
 from moelab.builder import resolve_model
 from moelab.checksums import checksum, running
 from moelab.data.lineage import LINEAGE, converted, lineage_of
 from moelab.data.seen import carried_record
 from moelab.errors import CheckpointError, ConfigError, RunFailure
+from moelab.hf.save import check_target
 from moelab.hub import user_folder
 from moelab.integrity import verified
 from moelab.loading import open_model, open_weights
@@ -139,16 +141,17 @@ class MergedWeights:
 
 def run_merge(config: MergeConfig, registry: Registry, *, verify: bool = True, trust: bool = False) -> Iterator[str]:
     """Do it; -> lines to print. Raises UserError before anything is written for whatever can't be."""
+    output = user_path(config.output, "output")
+    check_target(output)
     model, sources, lines = _opened(config, registry, verify, trust)
     yield from lines
     lead = sources[0].origin
     dtype, _ = written_dtype(lead, config.dtype)
     weights = MergedWeights(config, model, sources, dtype)
     folders = [source.origin.folder for source in sources]
-    identity = _identity(config)
+    identity = _identity(config, registry)
     sources_told = [lineage_of(folder, folder.name) for folder in folders]
     more = {**carried_record(folders), LINEAGE: converted(identity, config.seed, sources_told).to_bytes()}
-    output = user_path(config.output, "output")
 
     def closing() -> dict[str, bytes]:
         own = {**identity, "seed": config.seed}
@@ -167,7 +170,7 @@ def verify_merge(config: MergeConfig, registry: Registry, *, trust: bool = False
     """
     output = user_path(config.output, "output")
     said = read_report(output)
-    compare_options(said, {**_identity(config), "seed": config.seed})
+    compare_options(said, {**_identity(config, registry), "seed": config.seed}, registry)
     model, sources, _ = _opened(config, registry, True, trust)
     weights = MergedWeights(config, model, sources, written_dtype(sources[0].origin, config.dtype)[0])
     there = open_weights(verified(output), registry=registry)
@@ -273,10 +276,11 @@ def _says(config: MergeConfig, lead: Origin) -> str:
     return f"{config.method} of {models}" + (f" on {lead.folder}" if config.base else "")
 
 
-def _identity(config: MergeConfig) -> dict[str, Any]:
+def _identity(config: MergeConfig, registry: Registry) -> dict[str, Any]:
+    """What numbers hang on but the seed and the sources, as any version would have stored it."""
     tree = {key: value for key, value in asdict(config).items() if key not in (*FREE, "seed", "base")}
     tree["models"] = [{key: value for key, value in one.items() if key != "path"} for one in tree["models"]]
-    return {"merge": tree}
+    return {"merge": as_ever(tree, MergeConfig, registry)}
 
 
 def _rows_of(router: object) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import moelab
+from moelab.across_versions import as_ever
 from moelab.checksums import ALGORITHM, checksum
 from moelab.errors import CheckpointError, RunFailure
 from moelab.integrity import verified
@@ -31,6 +32,7 @@ from moelab.records import Record
 from moelab.registry import Registry
 from moelab.safe_files import Reading, read_object
 from moelab.tensor_parts import Stored
+from moelab_tools.merging.declaration import MergeConfig
 from moelab_tools.waiting import Waiting
 
 REPORT = "merge.json"
@@ -118,9 +120,9 @@ def verify_merged(folder: Path, registry: Registry | None = None) -> str:
     return f"{folder}: as it was merged, {len(tensors)} tensors, {size / 1e9:.3f} GB: {method} of {names}"
 
 
-def compare_options(said: Record, identity: Mapping[str, Any]) -> None:
+def compare_options(said: Record, identity: Mapping[str, Any], registry: Registry) -> None:
     """Raise RunFailure where the folder was merged by other options, naming the first one."""
-    then = {**said.record("merge").values, "seed": said.values.get("seed")}
+    then = {**as_ever(said.record("merge").values, MergeConfig, registry), "seed": said.values.get("seed")}
     now = {**identity["merge"], "seed": identity["seed"]}
     for key in sorted(then.keys() | now.keys()):
         if then.get(key) != now.get(key):

@@ -83,7 +83,7 @@ class Subject:
         sequences = run.evaluation.sequences if tokens is None else -(-tokens // length)
         batches = ValidationBatches(stream, sequences, length, evaluation_batch_size(run))
         counted = {"windows": len(batches.windows), "windows_of_the_text": (len(stream) - 1) // length}
-        model = self._model()
+        model = self.model()
         facts = {
             "moelab": moelab.__version__,
             "source": self.checkpoint.resolve().name + (", untrained" if self.untrained else ""),
@@ -101,7 +101,8 @@ class Subject:
         read = None if text.read is None else ValidationBatches(text.read, sequences, length, batches.batch_size)
         return Source(run, model, self.tokenizer, stream, text.domains, batches, self.precision, facts, read)
 
-    def _model(self) -> Transformer:
+    def model(self) -> Transformer:
+        """Its weights, for who has a text of his own; else `read`."""
         device = self.precision.device
         if self.untrained:
             return build_model(self.run.model, self.registry, device=device, seed=self.run.seed).eval()

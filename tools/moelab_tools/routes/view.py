@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from moelab.atomic import write_file
+from moelab.atomic import check_output, write_output
 from moelab.checkpoint import CHECKPOINTS
 from moelab.data.token_classes import CLASSES, class_of_ids
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
-from moelab.errors import ConfigError, DataError, UserError
+from moelab.errors import ConfigError, DataError
 from moelab.printable import printable
 from moelab.routes.files import read_trace
 from moelab.routes.trace import Trace
@@ -28,8 +28,9 @@ JOINED = 4  # tokens that together may spell one character
 
 def write_view(folder: Path, page: Path, *, tokenizer: str | None, tokens: int, against: Path | None) -> list[str]:
     """Write the page -> lines for the terminal. Raises UserError for traces and tokenizers that do not fit."""
+    check_output(page, "--out", file=True)
     text, lines = view_of(folder, tokenizer=tokenizer, tokens=tokens, against=against)
-    _write(page, text)
+    write_output(page, text, "--out")
     return lines
 
 
@@ -176,12 +177,3 @@ def _lines(found: Sequence[LayerMeaning], others: Mapping[int, LayerMeaning]) ->
         lines.append(f"{one.layer_id:>5}  {100 * one.of_token:>8.1f}  {told[0]:>18}  {told[1]:>20}")
         lines.append(f"{'':>7}{one.word(others.get(one.layer_id))}")
     return lines
-
-
-def _write(page: Path, text: str) -> None:
-    """Whole or not at all."""
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        write_file(page, text)
-    except OSError as error:
-        raise UserError(f"--out {page}: can't be written ({error.strerror}); choose another place") from error

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from moelab.atomic import check_output
 from moelab.errors import ConfigError, RunFailure, UserError, near
 from moelab.planning.match import Match
 from moelab.training.run_folder import prepare_run_folder, write_json
@@ -50,6 +51,8 @@ def run_sweep(request: SweepRequest, console: Console, worker: Worker | None = N
     Raises UserError before anything is written or started for whatever is wrong in any of the runs, and RunFailure
     when some of them failed, after all others have ended and were compared.
     """
+    if not request.dry_run:
+        check_output(request.out, "--out", fresh=False)
     planned, matches = plan_sweep(request)
     runs = [run for variant in planned.values() for run in variant]
     states = {run.name: state_of(run) for run in runs}

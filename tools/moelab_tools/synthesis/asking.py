@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moelab.atomic import lock_beside
+from moelab.atomic import check_output, lock_beside
 from moelab.config.load import Loaded
 from moelab.data.generating import GeneratorContext, Guarded, Question, Reply, identity_of
 from moelab.errors import ConfigError, UserError
 from moelab.hookspecs import GENERATORS
 from moelab.lock import hold_file
+from moelab.paths import user_path
 from moelab.registry import Registry
 from moelab.safe_files import Reading, json_lines
 from moelab_tools.synthesis.declaration import AskingConfig
@@ -96,15 +97,22 @@ class Asker:
         return digest([self.said, [dict(one) for one in question.messages], question.seed])
 
 
+def free(loaded: Loaded[Any]) -> Path:
+    """The output of an `AskingConfig`, before anything is read. UserError where it exists or can't be written."""
+    output = user_path(loaded.config.output, "output")
+    if output.exists() or output.is_symlink():
+        raise ConfigError(f"{output}: exists already, and nothing is overwritten; take another name, or move it away")
+    check_output(output, "output:")
+    return output
+
+
 @contextmanager
 def asking(loaded: Loaded[Any], output: Path, *, trust: bool = False) -> Iterator[Asker]:
     """The generator of an `AskingConfig`, its output not there yet and this process the only one that makes it.
 
-    Raises ConfigError for a generator that can't be, or an output that exists. The memory is deleted where what
+    `output`: what `free` gave. Raises ConfigError for a generator that can't be. The memory is deleted where what
     follows ends well.
     """
-    if output.exists() or output.is_symlink():
-        raise ConfigError(f"{output}: exists already, and nothing is overwritten; take another name, or move it away")
     config: AskingConfig = loaded.config
     registry = Registry(config.plugins, config.entry_points, loaded.places("plugins"), points=[GENERATORS])
     resolved = registry.resolve(GENERATORS, config.generator, KEY)

@@ -6,9 +6,8 @@ import logging
 from pathlib import Path
 
 from moelab.config.load import Loaded
-from moelab.paths import user_path
 from moelab_tools.synthesis import constitution, evolution, tags
-from moelab_tools.synthesis.asking import Asker, asking
+from moelab_tools.synthesis.asking import Asker, asking, free
 from moelab_tools.synthesis.conversations import found_file, read_asked
 from moelab_tools.synthesis.declaration import CritiqueConfig, EvolveConfig, TagConfig
 from moelab_tools.synthesis.folder import ACCOUNT, account, lines, write_folder
@@ -18,7 +17,7 @@ logger = logging.getLogger("moelab")
 
 def critique(loaded: Loaded[CritiqueConfig], *, trust: bool = False) -> tuple[constitution.Made, Path]:
     """sft.jsonl, pairs.jsonl and the account. Raises UserError before anything is asked for what can't be."""
-    config, output = loaded.config, user_path(loaded.config.output, "output")
+    config, output = loaded.config, free(loaded)
     prompts, again = read_asked(config.data, loaded.places("data"))
     with asking(loaded, output, trust=trust) as ask:
         _tell_remembered(ask)
@@ -31,7 +30,7 @@ def critique(loaded: Loaded[CritiqueConfig], *, trust: bool = False) -> tuple[co
 
 def evolve(loaded: Loaded[EvolveConfig], *, trust: bool = False) -> tuple[evolution.Made, Path]:
     """prompts.jsonl, sft.jsonl where they are answered, and the account. Raises as `critique` does."""
-    config, output = loaded.config, user_path(loaded.config.output, "output")
+    config, output = loaded.config, free(loaded)
     prompts, again = read_asked(config.data, loaded.places("data"))
     with asking(loaded, output, trust=trust) as ask:
         _tell_remembered(ask)
@@ -44,7 +43,7 @@ def evolve(loaded: Loaded[EvolveConfig], *, trust: bool = False) -> tuple[evolut
 
 def tag(loaded: Loaded[TagConfig], *, trust: bool = False) -> tuple[tags.Made, Path]:
     """tagged.jsonl, tags.json and the account. Raises as `critique` does."""
-    config, output = loaded.config, user_path(loaded.config.output, "output")
+    config, output = loaded.config, free(loaded)
     conversations = tags.read_conversations([found_file(said, loaded.places("data")) for said in config.data])
     with asking(loaded, output, trust=trust) as ask:
         _tell_remembered(ask)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moelab_tools.compare import sentences
+from moelab_tools.compare import sentences, wording
 from moelab_tools.compare.board import board_text
 from moelab_tools.compare.budgets import AXES
 from moelab_tools.compare.charts import Cast
@@ -23,6 +23,8 @@ from moelab_tools.compare.forest import BAD, GOOD, OPEN, forest
 from moelab_tools.compare.report import render, write_json, write_report
 from moelab_tools.compare.runs import read_runs
 from moelab_tools.compare.table import print_comparison
+from moelab_tools.compare.verdict import Verdict
+from moelab_tools.compare.wording import APART
 
 MakeRun = Callable[..., Path]
 
@@ -165,6 +167,31 @@ def test_no_width_breaks_a_name_or_a_number(comparison: Comparison, width: int) 
         if line.difference and width > 60:
             assert f"[{line.difference.low:+.4f}, {line.difference.high:+.4f}]".replace("-", "−") in text
     assert "…" not in text
+
+
+@pytest.mark.parametrize("width", [40, 50, 60, 80])
+def test_no_width_loses_a_mark_beside_a_word_or_a_number(comparison: Comparison, width: int) -> None:
+    def marked(found: Verdict | None) -> Any:
+        if found is None or found.low is None:
+            return found
+        return replace(found, low=-0.01 if found.verdict in ("better", "worse") else 0.01, high=0.3)
+
+    lines = [
+        replace(
+            line,
+            difference=marked(line.difference),
+            at_equal={axis: marked(found) for axis, found in line.at_equal.items()},
+        )
+        for line in comparison.lines
+    ]
+    text = printed(replace(comparison, lines=lines), width)
+    table = text[: text.index("what they are")]
+    found = [one for line in lines for one in (line.difference, *line.at_equal.values()) if one is not None]
+    assert table.count(APART) == sum(one.apart for one in found) > 6
+    for line in lines:
+        if line.difference and line.difference.apart:
+            assert wording.signed(line.difference.difference or 0.0) in table
+    assert all(len(shown) <= width for shown in table.splitlines())
 
 
 def test_what_a_difference_took_stands_beside_it(comparison: Comparison) -> None:

@@ -164,6 +164,14 @@ def test_routes_are_swapped_at_equal_compute_and_for_another_runs(runs: Path, ca
     assert all(entry["change"]["value"] == 0 and entry["p_holm"] == 1 for entry in own), "its own routes change nothing"
 
 
+def test_a_traces_routes_are_swapped_on_its_text_without_reading_the_checkpoints_own(
+    runs: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(source, "build_corpus_of", lambda *given: pytest.fail("reads text that nobody asks for"))
+    told = _json(capsys, "ablate", runs / "a", "--swap", runs / "trace_b")
+    assert told["text"] == f"of {runs / 'trace_b'}"
+
+
 @pytest.mark.parametrize("study", ["rare", "alternatives"])
 def test_a_study_says_its_arms_and_its_verdict(runs: Path, capsys, study: str):
     text = _narrow(capsys, "ablate", runs / "a", "--study", study)
@@ -189,6 +197,8 @@ def test_what_a_checkpoint_does_not_have_is_refused_before_text_or_weights_are_r
         ("--swap", str(runs / "trace_three")): "replay it in a model of the same layout",
         ("--swap", str(tmp_path / "nothing")): "holds no trace",
         ("--swap", str(runs / "trace_a"), "--swap", str(other)): "is of other text than",
+        ("--swap", str(runs / "trace_a"), "--tokens", "64"): "--tokens: the text is that of --swap",
+        ("--swap", str(runs / "trace_a"), "--data", "train"): "--data: the text is that of --swap",
         ("--study", "rare", "--remove", "all"): "leave --remove and --swap out",
     }
     for arguments, words in told.items():

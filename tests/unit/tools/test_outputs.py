@@ -1,0 +1,87 @@
+"""Where a command can't write is told before it reads anything: here what it would read isn't even there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moelab.atomic import check_output, write_output
+from moelab.errors import UserError
+from moelab_tools.cli import run
+
+FOLDERS = {
+    "ablate": ["ablate", "nowhere", "--out"],
+    "trace": ["trace", "nowhere", "--out"],
+    "compare": ["compare", "nowhere", "--output"],
+    "export": ["export", "nowhere"],
+    "surgery": ["surgery", "nowhere", "@", "split"],
+    "sweep": ["sweep", "nowhere", "--out"],
+    "experiment": ["experiment", "shared_expert", "train.init_from=nowhere/at/all", "--out"],
+    "findings": ["experiment", "shared_expert", "train.init_from=nowhere/at/all", "--results"],
+    "synthesise": ["synthesise", "nowhere", "--reward", "exact_answer", "--out"],
+    "merge": ["merge", "models=[{path: ./nowhere}, {path: ./nowhere}]", "output=@"],
+    "upcycle": ["upcycle", "source=./nowhere", "output=@"],
+    "data": ["data", "sources=[{name: jsonl, paths: [nowhere]}]", "output=@"],
+    "tag": ["tag", "generator={name: checkpoint, path: ./nowhere}", "data=[nowhere]", "output=@"],
+    "evolve": ["evolve", "generator={name: checkpoint, path: ./nowhere}", "data=[nowhere]", "output=@"],
+    "critique": [
+        "critique", "generator={name: checkpoint, path: ./nowhere}", "data=[nowhere]",
+        "principles=[{follow: Be kind.}]", "output=@",
+    ],
+}  # fmt: skip
+FILES = {
+    "view": ["view", "nowhere", "--out"],
+    "generate": ["generate", "nowhere", "--out"],
+    "compare --json": ["compare", "nowhere", "--json"],
+    "repurpose": ["repurpose", "nowhere", "--out"],
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", [*FOLDERS, *FILES])
+@pytest.mark.parametrize("kind", ["other", "below a file", "no place"])
+def test_an_output_that_can_not_be_is_refused_before_anything_is_read(
+    here: Path, capsys: pytest.CaptureFixture[str], command: str, kind: str
+) -> None:
+    """No place: /proc, where even root makes no file."""
+    words = {**FOLDERS, **FILES}[command]
+    taken = "file" if command in FOLDERS else "folder"
+    place = {"other": taken, "below a file": "file/x/y", "no place": "/proc/x/y"}[kind]
+    at = [word.replace("@", place) for word in words] if any("@" in word for word in words) else [*words, place]
+    assert run(at) == 2
+    told = capsys.readouterr()
+    (line,) = told.err.splitlines()
+    assert place in line and "nowhere" not in line and not told.out
+    assert ("is a " if kind == "other" else "can't be written") in line or "exists already" in line
+    assert sorted(path.name for path in here.rglob("*")) == ["file", "folder"]
+
+
+def test_a_folder_that_holds_something_is_refused_where_nothing_is_written_over(here: Path) -> None:
+    (here / "folder/mine").touch()
+    with pytest.raises(UserError, match=r"^--out folder: is there already"):
+        check_output(Path("folder"), "--out")
+    check_output(Path("folder"), "--out", fresh=False)
+    check_output(Path("new/at/all"), "--out")
+    check_output(Path("file"), "--out", file=True)
+    assert sorted(path.name for path in here.rglob("*")) == ["file", "folder", "mine"]
+
+
+def test_what_is_no_file_is_not_replaced_by_one(here: Path) -> None:
+    """As root, whom the system would let do it."""
+    with pytest.raises(UserError, match="is no file"):
+        check_output(Path("/dev/null"), "--out", file=True)
+
+
+def test_the_folders_above_a_file_are_made(here: Path) -> None:
+    write_output(Path("new/at/all.txt"), "text", "--out")
+    assert Path("new/at/all.txt").read_text() == "text"
+    with pytest.raises(UserError, match=r"^--out file/x: can't be written"):
+        write_output(Path("file/x"), "text", "--out")
