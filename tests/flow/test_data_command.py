@@ -272,7 +272,7 @@ def test_a_disk_that_is_full_when_copies_are_looked_for_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("name", "why"), [("notes.txt", "is a file"), ("notes.txt/out", "can't be made")])
+@pytest.mark.parametrize(("name", "why"), [("notes.txt", "is a file"), ("notes.txt/out", "notes.txt: Not a directory")])
 def test_an_output_that_can_be_no_folder_is_one_line_and_stays_as_it_is(
     name: str, why: str, library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
