@@ -12,14 +12,15 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from moelab.processor import cpu_lines
 
 ZEN_5 = 26  # AMD's family number; the first whose registers for AVX-512 are whole
 LEAST_FLOPS = 1e8  # of one product; below, MKL's are as fast
 LEAST_FLOPS_WIDER = 3e7  # where its vectors are wider than MKL's
+PLAIN = (Tensor, nn.Parameter)
 
 
 @cache
@@ -51,13 +52,28 @@ def prefers_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> boo
 def onednn_serves(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
     """Whether `product` may compute x [..., D] weight^T + bias, of weight [N, D]; None: of one that fits x."""
     return (
-        x.device.type == "cpu"
+        is_plain(*(one for one in (x, weight, bias) if one is not None))  # first: torch.compile can't trace the others
+        and x.device.type == "cpu"
         and x.dtype == torch.float32
         and (weight is None or _fits(x, weight, bias))
         and not torch.is_autocast_enabled("cpu")
-        and not isinstance(x, FakeTensor)
-        and not torch.compiler.is_compiling()
         and may_use_onednn()
+    )
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether they are torch's own, and nothing but autograd follows what is computed of them.
+
+    Subclasses (fake, distributed, quantized) know torch's operations, not oneDNN's. So do torch.func, forward-mode
+    derivatives, jit.trace, and dispatch modes: a counter of FLOPs would see none.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(one) in PLAIN and one.layout == torch.strided for one in tensors)
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and not torch._C._is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 

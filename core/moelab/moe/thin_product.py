@@ -25,9 +25,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-from moelab.kernels.onednn import dense_bias, is_dense, may_use_onednn, pointwise
+from moelab.kernels.onednn import dense_bias, is_dense, is_plain, may_use_onednn, pointwise
 from moelab.processor import cpu_lines
 
 MOST_ROWS = 8  # that MKL is quicker for ...
@@ -51,7 +50,7 @@ def _ours(x: Tensor, weight: Tensor) -> bool:
         not torch.is_grad_enabled()
         and x.numel() > 0
         and x.dtype == torch.float32
-        and not isinstance(x, FakeTensor)
+        and is_plain(x)
         and reads_matrices_faster()
         and _suits(weight)
     )
@@ -69,8 +68,7 @@ def usual_way(weights: tuple[Tensor, ...], rows: int) -> str:
 
 def readable(weights: tuple[Tensor, ...]) -> bool:
     """Whether products with these, as one, may go another way than `nn.functional.linear`'s."""
-    plain = all(type(one) in (Tensor, nn.Parameter) and one.is_contiguous() for one in weights)
-    return plain and _suits(*weights) and may_use_onednn()
+    return _suits(*weights) and all(one.is_contiguous() for one in weights) and may_use_onednn()
 
 
 def _suits(*weights: Tensor) -> bool:
@@ -79,8 +77,7 @@ def _suits(*weights: Tensor) -> bool:
         sum(weight.numel() for weight in weights) >= LEAST_ELEMENTS
         and all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights)
         and not torch.is_autocast_enabled("cpu")
-        and not any(isinstance(weight, FakeTensor) for weight in weights)
-        and not torch.compiler.is_compiling()
+        and is_plain(*weights)
     )
 
 

@@ -25,26 +25,28 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., D] -> [..., N]."""
-        if not is_packed(self.weight):
-            way = self._way(input)
+        weight, bias = self.weight, self.bias  # once: a parametrization computes them at every look
+        if not is_packed(weight):
+            way = _way(input, weight, bias)
             if way != MKL:
-                return _by_onednn(input, self.weight, self.bias, way == WHOLLY)
-        return few_product(input, self.weight, self.bias)
+                return _by_onednn(input, weight, bias, way == WHOLLY)
+        return few_product(input, weight, bias)
 
-    def _way(self, x: Tensor) -> str:
-        """The fastest one, there and back."""
-        usual = _usual(x, self.weight, self.bias)
-        if 2 * x.numel() * self.out_features < LEAST_CHOICE or not onednn_serves(x, self.weight, self.bias):
-            return usual
-        return choose(
-            lambda: f"linear {x.numel() // self.in_features} x {self.in_features} to {self.out_features}",
-            usual,
-            lambda: {
-                WHOLLY: trial(_wholly, x, self.weight, self.bias),
-                ONEDNN: trial(_by_onednn, x, self.weight, self.bias),
-                MKL: trial(nn.functional.linear, x, self.weight, self.bias),
-            },
-        )
+
+def _way(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    """The fastest one, there and back."""
+    usual = _usual(x, weight, bias)
+    if 2 * x.numel() * len(weight) < LEAST_CHOICE or not onednn_serves(x, weight, bias):
+        return usual
+    return choose(
+        lambda: f"linear {x.numel() // weight.shape[1]} x {weight.shape[1]} to {len(weight)}",
+        usual,
+        lambda: {
+            WHOLLY: trial(_wholly, x, weight, bias),
+            ONEDNN: trial(_by_onednn, x, weight, bias),
+            MKL: trial(nn.functional.linear, x, weight, bias),
+        },
+    )
 
 
 def _usual(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:

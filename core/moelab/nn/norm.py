@@ -20,10 +20,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        if _in_one_node(x, self.weight):
-            y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+        weight = self.weight  # once: a parametrization computes it at every look
+        if _in_one_node(x, weight):
+            y: Tensor = _RMSNorm.apply(x, weight, self.eps)
             return y
-        return _normed(x, self.weight, self.eps)
+        return _normed(x, weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

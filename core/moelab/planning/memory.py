@@ -53,6 +53,8 @@ class MemoryPlan:
     what stays, has no hole for the gradient of a whole bank, and the process grows by both. Measured resident sets of
     eight CPU runs of 68 to 280 million parameters (dense and MoE, fp32 and bf16, 512 and 4,096 tokens; docs/compute.md)
     are 0.97 to 1.02 of this sum, and 1.18 to 1.55 of what the larger of the two would predict.
+    Not counted: where oneDNN multiplies experts one by one in fp32 (AMD's Zen 5) it keeps 0.2 to 1.2 MB of each number
+    of rows it has met; runs of 16 to 47 million parameters took 1.2 to 1.55 of this sum, 0.2 to 0.7 GB more.
 
     Of several processes the same heap has no place for a gathered layer where the one before lay, since activations lie
     there now: resident sets grew by each layer about twice (benchmarks/results/memory_per_rank.md; with large blocks
