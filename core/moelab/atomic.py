@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from moelab.errors import UserError
@@ -37,16 +38,18 @@ def lock_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-def check_output(path: Path, where: str = "", *, file: bool = False) -> None:
+def check_output(path: Path, where: str = "", *, file: bool = False, read: Iterable[Path] = ()) -> None:
     """Before any work: raises UserError where nothing can be written in a folder `path`, or no `file`; makes nothing.
 
-    `where`: the option or key that names it.
+    `where`: the option or key that names it. `read`: files that a file is made of, and must not replace.
     """
     named, kind = f"{where} {path}".lstrip(), "file" if file else "folder"
     if os.path.exists(path) and not (path.is_file() if file else path.is_dir()):
         raise UserError(f"{named}: is {_what(path)}, and a {kind} is to be written there; {_ELSEWHERE}")
     if file and path.is_symlink() and os.readlink(path).startswith("/proc/"):  # /dev/stdout: it would be replaced
         raise UserError(f"{named}: leads to what a process has open, and a file is to be put there; name a file")
+    if any(os.path.exists(one) and path.exists() and path.samefile(one) for one in read):
+        raise UserError(f"{named}: is what is read, and would be lost; name another file")
     _check_room(path.parent if file else path, named, kind)
 
 

@@ -144,3 +144,31 @@ def test_the_folders_above_a_file_are_made(here: Path) -> None:
     assert Path("new/at/all.txt").read_text() == "text"
     with pytest.raises(UserError, match=r"^--out file/x: can't be written"):
         write_output(Path("file/x"), "text", "--out")
+
+
+@pytest.mark.parametrize("place", ["report", "folder", "report/../report"])
+def test_numbers_are_not_written_where_their_report_lies(
+    here: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    """Neither folder is there yet: the report was made, and then in the file's way."""
+    (here / "folder").rmdir()
+    output = "folder/report" if place == "folder" else "report"
+    assert run(["compare", "nowhere", "--output", output, "--json", place]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --json {place}: is the folder of the report, or above it")
+
+
+def test_what_is_read_is_not_written_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = 'def f(x):\n    """\n    >>> f(1)\n    2\n    """\n    return x + 1\n'
+    (here / "f.py").write_text(code)
+    (here / "link.py").symlink_to("f.py")
+    for out in ("f.py", "./folder/../f.py", "link.py"):
+        assert run(["repurpose", "f.py", "--out", out, "--most", str(10**20)]) == 2
+        assert capsys.readouterr().err.splitlines() == [
+            f"error: --out {Path(out)}: is what is read, and would be lost; name another file"
+        ]
+    assert (here / "f.py").read_text() == code
+    (here / "trace.json").write_text("{}")
+    assert run(["view", ".", "--out", "trace.json"]) == 2
+    assert "is what is read" in capsys.readouterr().err
+    for _ in range(2):  # what it wrote before may be replaced, in the folder that is read too
+        assert run(["repurpose", ".", "--out", "questions.jsonl", "--most", str(10**20)]) == 0
