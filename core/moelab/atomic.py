@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from moelab.errors import UserError
@@ -37,24 +38,57 @@ def lock_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-def check_output(path: Path, where: str = "", *, file: bool = False, fresh: bool = True) -> None:
-    """Before any work: raises UserError where no folder, or no `file`, can be put at `path`; makes nothing.
+def check_output(path: Path, where: str = "", *, file: bool = False, read: Iterable[Path] = ()) -> None:
+    """Before any work: raises UserError where nothing can be written in a folder `path`, or no `file`; makes nothing.
 
-    `where`: the option or key that names it. A folder that holds something is refused unless not `fresh`.
+    `where`: the option or key that names it. `read`: files that a file is made of, and must not replace.
     """
     named, kind = f"{where} {path}".lstrip(), "file" if file else "folder"
     if os.path.exists(path) and not (path.is_file() if file else path.is_dir()):
-        what = "a folder" if path.is_dir() else "a file" if path.is_file() else "no file"
-        raise UserError(f"{named}: is {what}, and a {kind} is to be written there; name another, or move it away")
-    nearest = path if path.is_dir() else next(above for above in path.parents if os.path.exists(above))
-    try:
-        with tempfile.TemporaryFile(dir=nearest):  # the system's own answer: who we are, read-only, full, no folder
-            pass
-        held = not file and fresh and _holds_something(path)
-    except OSError as error:
-        raise UserError(f"{named}: can't be written, {nearest}: {error.strerror}; choose another {kind}") from error
-    if held:
+        raise UserError(f"{named}: is {_what(path)}, and a {kind} is to be written there; {_ELSEWHERE}")
+    if file and path.is_symlink() and os.readlink(path).startswith("/proc/"):  # /dev/stdout: it would be replaced
+        raise UserError(f"{named}: leads to what a process has open, and a file is to be put there; name a file")
+    if any(os.path.exists(one) and path.exists() and path.samefile(one) for one in read):
+        raise UserError(f"{named}: is what is read, and would be lost; name another file")
+    _check_room(path.parent if file else path, named, kind)
+
+
+def check_place(path: Path, where: str = "", *, fresh: bool = True) -> None:
+    """Before any work: raises UserError where `put_in_place` could put no folder at `path`; makes nothing.
+
+    A folder that holds something is refused unless not `fresh`.
+    """
+    named = f"{where} {path}".lstrip()
+    if path.is_symlink() or (os.path.exists(path) and not path.is_dir()):
+        what = "a link" if path.is_symlink() else _what(path)
+        raise UserError(f"{named}: is {what}, and a folder is to be put there; {_ELSEWHERE}")
+    here = Path.cwd()
+    if path.name in ("", "..") or path.resolve() in (here, *here.parents):
+        raise UserError(f"{named}: a folder is to be put there whole, and one that you are in can't be; name a new one")
+    _check_room(path.parent, named, "folder")
+    if fresh and _holds_something(path):
         raise UserError(f"{named}: is there already, and is not written over; name another folder, or remove it")
+
+
+_ELSEWHERE = "name another, or move it away"
+
+
+def _what(path: Path) -> str:
+    return "a folder" if path.is_dir() else "a file" if path.is_file() else "no file"
+
+
+def _check_room(folder: Path, named: str, kind: str) -> None:
+    """Raises UserError where `folder`, there or to be made, takes no file; `named`: what is to be in it."""
+    above = folder
+    while not os.path.exists(above):
+        if above.is_symlink():
+            raise UserError(f"{named}: {above} is a link that leads nowhere; make what it leads to, or name another")
+        above = above.parent
+    try:
+        with tempfile.TemporaryFile(dir=above):  # the system's own answer: who we are, read-only, full, no folder
+            pass
+    except OSError as error:
+        raise UserError(f"{named}: can't be written, {above}: {error.strerror}; choose another {kind}") from error
 
 
 def write_output(path: Path, content: bytes | str, where: str = "") -> None:

@@ -82,12 +82,13 @@ def write_folder(
         weights=weights,
         closing=closing,
     )
+    made = output.resolve()  # x/../y is there for us, not for the system, where there is no x
     return [
         f"written: {output}",
         f"dtype: {str(chosen).removeprefix('torch.')}, {why}",
         _kept(files, output),
-        *_tokenizer_lines(output, tokenizer, files, model),
-        *_llama_cpp_limits(output),
+        *_tokenizer_lines(made, tokenizer, files, model),
+        *_llama_cpp_limits(made),
     ]
 
 

@@ -66,7 +66,7 @@ def run_upcycle(request: UpcycleRequest) -> None:
     loaded = load_config(spelled_out(request.arguments), UpcycleConfig)
     config = loaded.config
     if request.sink == "files" and config.output is not None and not request.dry_run:
-        check_output(user_path(config.output, "output"), "output:", fresh=False)
+        check_output(user_path(config.output, "output"), "output:")
     try:
         config.source = [_source(source) for source in config.sources]
         folders = loaded.places("plugins").all()

@@ -1,7 +1,8 @@
-"""The types of paths on the command line: a leading `~` that no shell expanded is the home folder."""
+"""The types of what stands on the command line: paths, whose leading `~` no shell expanded; finite numbers."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
@@ -43,6 +44,13 @@ class CheckpointPath(UserPath):
                 f"'{value}' is not to be had; a model's name is hf://ORG/NAME or hf://ORG/NAME@REVISION", param, ctx
             )
         return found
+
+
+def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """The callback of a number: nan is in every range of click's."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no finite number.", ctx, param)
+    return value
 
 
 USER_PATH = UserPath()

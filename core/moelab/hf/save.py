@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelab.atomic import check_output, lock_beside, partial, put_in_place, recover, sync
+from moelab.atomic import check_place, lock_beside, partial, put_in_place, recover, sync
 from moelab.errors import CheckpointError
 from moelab.hf.carried import GENERATION_FILE, ID_FIELDS
 from moelab.hf.config import CONFIG_FILE
@@ -123,7 +123,7 @@ def _temporary(folder: Path) -> Iterator[Path]:
 
 def check_target(target: Path, *, force: bool = False) -> None:
     """Before the work: raises UserError where `new_folder` could not make it, CheckpointError for what lies there."""
-    check_output(target, fresh=False)
+    check_place(target.resolve(), fresh=False)  # a link is followed, as there
     _check_held(target, force)
 
 

@@ -37,7 +37,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, legal, right in (
-            ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"),
+            ("max_new_tokens", 0 <= self.max_new_tokens < 2**31, "0 or more, and less than 2^31"),
             ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),  # NaN is neither
             ("top_p", 0 < self.top_p <= 1, "in 0 .. 1, 0 excluded"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moelab.atomic import check_output, partial, put_in_place, sync
+from moelab.atomic import check_place, partial, put_in_place, sync
 from moelab.checksums import ALGORITHM, checksum
 from moelab.errors import DataError, UserError
 from moelab.records import Record, read_record
@@ -31,7 +31,7 @@ def write_trace(trace: Trace, folder: Path) -> None:
     """Write all of it, or nothing. Raises UserError where the folder exists or can't be made."""
     from safetensors.numpy import save  # noqa: PLC0415  (commands are listed without it)
 
-    check_output(folder, "--out")
+    check_place(folder, "--out")
     arrays = {name: np.ascontiguousarray(array) for name, array in trace.arrays()}
     head = {
         "format": FORMAT,

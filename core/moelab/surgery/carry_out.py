@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.across_versions import part_as_ever
-from moelab.atomic import check_output, lock_beside, partial, put_in_place, sync
+from moelab.atomic import check_place, lock_beside, partial, put_in_place, sync
 from moelab.builder import build_balance_losses, build_model
 from moelab.checkpoint import CHECKPOINTS, CONFIG, MODEL, STATE, TRAINING, model_tensors
 from moelab.config.adapters import KEY as ADAPTERS
@@ -128,7 +128,7 @@ def room_for(output: Path) -> Iterator[Path]:
 
     Raises UserError where `output` holds something.
     """
-    check_output(output)
+    check_place(output)
     beside = partial(output)
     with hold_file(lock_beside(output), what=f"{output}:", otherwise="choose another folder"):
         try:

@@ -19,6 +19,26 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compare", "nowhere", "--practical"], ["sweep", "nowhere", "--practical"], ["coefficient"],
+        ["synthesise", "nowhere", "--reward", "x", "--out", "x", "--right"],
+        ["synthesise", "nowhere", "--reward", "x", "--out", "x", "--wrong"],
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_what_is_no_finite_number_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], number: str
+) -> None:
+    """Not a number is in every range of click's."""
+    monkeypatch.chdir(tmp_path)
+    assert run([*words, number]) == 2
+    told = capsys.readouterr().err
+    assert f"{number} is no finite number" in told or f"{number} is not in the range" in told
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
     """(name, revision) of each model that the hub was asked for; it has my-org/small."""

@@ -53,7 +53,7 @@ def command(checkpoint: Path, config: tuple[str, ...], out: Path | None, as_json
     from moelab_tools.routes.ablating import NUMBERS, ablate
 
     if out is not None:
-        check_output(out, "--out", fresh=False)
+        check_output(out, "--out")
         check_output(out / NUMBERS, "--out", file=True)
     told = ablate(checkpoint, config, **options)  # type: ignore[arg-type]
     if out is not None:

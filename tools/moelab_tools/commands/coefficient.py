@@ -9,10 +9,11 @@ import click
 
 from moelab_tools.commands.explain import UNUSED
 from moelab_tools.completion import complete_config
+from moelab_tools.user_path import finite
 
 
 @click.command("coefficient")
-@click.argument("value", type=click.FloatRange(min=0))
+@click.argument("value", type=click.FloatRange(min=0), callback=finite)
 @click.option("--from", "source", default="moelab", show_default=True, help="Whose coefficient VALUE is.")
 @click.option("--to", "target", help="Whose is asked for. Default: all that are known.")
 @click.option("--model", "config", multiple=True, metavar="CONFIG|KEY=VALUE", shell_complete=complete_config,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moelab_tools.user_path import USER_PATH
+from moelab_tools.user_path import USER_PATH, finite
 
 SHOWN = 2048  # tokens of a trace: a report of several stays small
 
@@ -19,8 +19,8 @@ SHOWN = 2048  # tokens of a trace: a report of several stays small
     "--baseline", metavar="RUN", help="What the others are compared with. Default: the lowest, picked by looking."
 )
 @click.option("--json", "json_file", type=USER_PATH, help="Write comparison.json to this file too.")
-@click.option("--practical", type=click.FloatRange(0, 100), default=0.1, show_default=True, metavar="PERCENT",
-              help="Of the loss: a smaller difference is called negligible.")  # fmt: skip
+@click.option("--practical", type=click.FloatRange(0, 100), callback=finite, default=0.1, show_default=True,
+              metavar="PERCENT", help="Of the loss: a smaller difference is called negligible.")  # fmt: skip
 @click.option(
     "--screening",
     is_flag=True,
@@ -57,6 +57,7 @@ def command(
       moelab compare runs/moe runs/other --routes traces/moe --routes traces/other
     """
     from moelab.atomic import check_output
+    from moelab.errors import ConfigError
     from moelab_tools.compare.comparison import compare
     from moelab_tools.compare.endings import at_best
     from moelab_tools.compare.report import RoutesPage, check_report, write_json, write_report
@@ -68,6 +69,8 @@ def command(
     check_report(output, "--output")
     if json_file is not None:
         check_output(json_file, "--json", file=True)
+        if json_file.resolve() in (output.resolve(), *output.resolve().parents):
+            raise ConfigError(f"--json {json_file}: is the folder of the report, or above it; name a file")
     pages = [
         RoutesPage(str(one), *view_of(one, tokenizer=routes_tokenizer, tokens=SHOWN, against=None)) for one in routes
     ]

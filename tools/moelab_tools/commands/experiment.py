@@ -56,8 +56,8 @@ def command(
     """
 
     from moelab_tools.experiments.conduct import ExperimentRequest, folder_of, run_experiment
-    from moelab_tools.sweep.slurm import slurm_worker
+    from moelab_tools.sweep.slurm import worker_of
     from moelab_tools.terminal import make_console
 
     request = ExperimentRequest(experiment, out, results, jobs, amend, force, dry_run, trust, override)
-    run_experiment(request, make_console(), slurm_worker(folder_of(request), slurm_option) if slurm else None)
+    run_experiment(request, make_console(), worker_of(folder_of(request), slurm_option, slurm=slurm))

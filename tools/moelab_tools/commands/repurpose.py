@@ -28,14 +28,19 @@ def command(paths: tuple[Path, ...], out: Path, most: int | None, seed: int) -> 
       moelab repurpose src/ --out questions.jsonl --most 1000
     """
     import json
+    import sys
     from itertools import islice
 
     from moelab.atomic import check_output, write_output
     from moelab.errors import DataError
     from moelab_tools.synthesis.doctests import installed, of_paths, questions
 
-    check_output(out, "--out", file=True)
-    found = list(islice(questions(of_paths(paths) if paths else installed(seed)), most))
+    check_output(out, "--out", file=True, read=paths)
+    found = list(
+        islice(
+            questions(of_paths(paths) if paths else installed(seed)), None if most is None else min(most, sys.maxsize)
+        )
+    )
     if not found:
         where = ", ".join(map(str, paths)) or "installed text"
         raise DataError(f"{where}: no function has an example in its docstring; give other files")

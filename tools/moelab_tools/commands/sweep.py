@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moelab_tools.user_path import USER_PATH
+from moelab_tools.user_path import USER_PATH, finite
 
 
 @click.command("sweep")
@@ -21,8 +21,8 @@ from moelab_tools.user_path import USER_PATH
               help="Give every variant the baseline's (else the first one's) parameters or FLOPs.")  # fmt: skip
 @click.option("--vary", default="moe_intermediate_size", show_default=True, help="The layout's option --match solves.")
 @click.option("--multiple-of", default=1, show_default=True, type=click.IntRange(min=1))
-@click.option("--practical", type=click.FloatRange(0, 100), default=0.1, show_default=True, metavar="PERCENT",
-              help="Of the loss: a smaller difference is called negligible.")  # fmt: skip
+@click.option("--practical", type=click.FloatRange(0, 100), callback=finite, default=0.1, show_default=True,
+              metavar="PERCENT", help="Of the loss: a smaller difference is called negligible.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Check every run and print the plan; write nothing.")
 @click.option("--force", is_flag=True, help="Delete and train again those runs whose config has changed.")
 @click.option("--slurm", is_flag=True, help="Submit each run as a Slurm job (needs the extra `slurm`).")
@@ -69,7 +69,7 @@ def command(
 
     from moelab_tools.sweep.matching import Matching
     from moelab_tools.sweep.run import SweepRequest, run_sweep
-    from moelab_tools.sweep.slurm import slurm_worker
+    from moelab_tools.sweep.slurm import worker_of
     from moelab_tools.terminal import make_console
 
     request = SweepRequest(
@@ -83,4 +83,4 @@ def command(
         force=force,
         trust=trust,
     )
-    run_sweep(request, make_console(), slurm_worker(out, slurm_option) if slurm else None)
+    run_sweep(request, make_console(), worker_of(out, slurm_option, slurm=slurm))

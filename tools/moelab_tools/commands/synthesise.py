@@ -6,16 +6,27 @@ from pathlib import Path
 
 import click
 
-from moelab_tools.user_path import USER_PATH
+from moelab_tools.user_path import USER_PATH, finite
 
 
 @click.command("synthesise")
 @click.argument("answers", nargs=-1, required=True, type=USER_PATH, metavar="ANSWERS...")
 @click.option("--reward", required=True, metavar="PART", help="A name, or {name: ..., options}, or a list of these.")
 @click.option("--out", required=True, type=USER_PATH, metavar="FOLDER", help="Written whole, over nothing.")
-@click.option("--right", metavar="N", default=1.0, show_default=True, help="An answer worth at least so much is right.")
 @click.option(
-    "--wrong", metavar="N", type=float, help="One worth at most so much is wrong.  [default: any that isn't right]"
+    "--right",
+    metavar="N",
+    callback=finite,
+    default=1.0,
+    show_default=True,
+    help="An answer worth at least so much is right.",
+)
+@click.option(
+    "--wrong",
+    metavar="N",
+    type=float,
+    callback=finite,
+    help="One worth at most so much is wrong.  [default: any that isn't right]",
 )
 @click.option(
     "--answers-per-prompt",

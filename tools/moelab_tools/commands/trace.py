@@ -45,13 +45,13 @@ def command(
       moelab trace runs/tiny_moe --tokens 100000 --data train --out traces/read
       moelab trace runs/tiny_moe train.dtype=bfloat16 --out traces/bf16
     """
-    from moelab.atomic import check_output
+    from moelab.atomic import check_place
     from moelab.routes.files import write_trace
     from moelab.routes.record import record_routes
     from moelab_tools.routes.source import subject_of
     from moelab_tools.waiting import Waiting
 
-    check_output(out, "--out")
+    check_place(out, "--out")
     if whole and tokens is not None:
         raise click.UsageError("--all and --tokens contradict each other")
     subject = subject_of(checkpoint, config, data, trust=trust, untrained=untrained)

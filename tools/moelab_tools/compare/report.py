@@ -39,7 +39,7 @@ class RoutesPage:
 
 def check_report(folder: Path, where: str) -> None:
     """Before the work: raises UserError where `write_report` could not write there."""
-    check_output(folder, where, fresh=False)
+    check_output(folder, where)
     for name in (NUMBERS, REPORT):
         check_output(folder / name, where, file=True)
 

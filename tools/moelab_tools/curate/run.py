@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from moelab.atomic import check_output, put_in_place
+from moelab.atomic import check_place, put_in_place
 from moelab.config.load import Loaded, load_config
 from moelab.data.account import Account as Causes
 from moelab.data.byte_tokenizer import ByteTokenizer
@@ -69,7 +69,7 @@ def run_curate(request: CurateRequest, console: Console | None = None) -> Accoun
     config = loaded.config
     config.report_only = config.report_only or request.report_only
     output = user_path(config.output, "output")
-    check_output(output, "output:", fresh=False)  # with --force too: it replaces what was made here, nothing else
+    check_place(output, "output:", fresh=False)  # with --force too: it replaces what was made here, nothing else
     try:
         registry = Registry(config.plugins, config.entry_points, loaded.places("plugins"),
                             points=[DATA_SOURCES, TEXT_FILTERS, TAGGERS])  # fmt: skip
@@ -83,8 +83,7 @@ def run_curate(request: CurateRequest, console: Console | None = None) -> Accoun
     except ConfigError as error:
         raise loaded.blame(error) from error
     output.parent.mkdir(parents=True, exist_ok=True)
-    busy = f"{output} is being written by another process; wait for it, or name another output"
-    with hold_file(output.with_name(f".{output.name}.lock"), what=str(output), otherwise=busy):
+    with hold_file(output.with_name(f".{output.name}.lock"), what=f"output: {output}", otherwise="name another output"):
         if not request.force and output.exists() and any(output.iterdir()):
             raise UserError(f"output: {output} is there already; name another, or give --force to make it anew")
         try:

@@ -241,7 +241,7 @@ def run_experiment(request: ExperimentRequest, console: Console, worker: Worker 
     out = folder_of(request)
     results = request.results or results_folder(declaration, out, tried=bool(request.extra))
     if not request.dry_run:
-        check_output(out, "--out", fresh=False)
+        check_output(out, "--out")
         check_findings(results)
     register, bold = registered(declaration, out, results, request.amend)
     given = {"extra": request.extra, "trust": request.trust, "force": request.force}

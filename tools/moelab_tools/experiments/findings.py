@@ -50,7 +50,7 @@ class Conclusion:
 
 def check_findings(folder: Path) -> None:
     """Before the work: raises UserError where `write_findings` could not write there."""
-    check_output(folder, "--results", fresh=False)
+    check_output(folder, "--results")
     for name in (FINDINGS, READING):
         check_output(folder / name, "--results", file=True)
 

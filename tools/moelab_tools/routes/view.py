@@ -15,7 +15,7 @@ from moelab.data.token_classes import CLASSES, class_of_ids
 from moelab.data.tokenizer import Tokenizer, load_tokenizer
 from moelab.errors import ConfigError, DataError
 from moelab.printable import printable
-from moelab.routes.files import read_trace
+from moelab.routes.files import HEAD, ROUTES, read_trace
 from moelab.routes.trace import Trace
 from moelab_tools.checkpoints import tokenizer_of
 from moelab_tools.routes.meaning import LayerMeaning, meaning, to_json
@@ -28,7 +28,7 @@ JOINED = 4  # tokens that together may spell one character
 
 def write_view(folder: Path, page: Path, *, tokenizer: str | None, tokens: int, against: Path | None) -> list[str]:
     """Write the page -> lines for the terminal. Raises UserError for traces and tokenizers that do not fit."""
-    check_output(page, "--out", file=True)
+    check_output(page, "--out", file=True, read=(folder / HEAD, folder / ROUTES))
     text, lines = view_of(folder, tokenizer=tokenizer, tokens=tokens, against=against)
     write_output(page, text, "--out")
     return lines

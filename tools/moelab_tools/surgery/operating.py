@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import moelab
-from moelab.atomic import check_output
+from moelab.atomic import check_place
 from moelab.config.scalars import settle
 from moelab.config.text import read_tree
 from moelab.errors import ConfigError
@@ -48,7 +48,7 @@ class Asked:
 
 def operate(asked: Asked) -> Iterator[str]:
     """Do it; -> lines to print. Raises UserError before anything is written for whatever can't be."""
-    check_output(asked.output)  # before all bytes are read for their checksums
+    check_place(asked.output)  # before all bytes are read for their checksums
     folder = run_to_operate_on(asked.checkpoint, verify=asked.verify)
     run, registry = evaluation_config(folder, asked.over, trust=asked.trust)
     set_threads(run.train)

@@ -52,7 +52,7 @@ def run_sweep(request: SweepRequest, console: Console, worker: Worker | None = N
     when some of them failed, after all others have ended and were compared.
     """
     if not request.dry_run:
-        check_output(request.out, "--out", fresh=False)
+        check_output(request.out, "--out")
     planned, matches = plan_sweep(request)
     runs = [run for variant in planned.values() for run in variant]
     states = {run.name: state_of(run) for run in runs}

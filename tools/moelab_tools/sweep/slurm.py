@@ -132,6 +132,15 @@ class SubmititWorker:
             return None
 
 
+def worker_of(out: Path, options: Sequence[str], *, slurm: bool) -> Worker | None:
+    """As the command line says it; None: runs are processes of this machine. UserError for options without --slurm."""
+    if options and not slurm:
+        raise ConfigError(
+            f"--slurm-option {options[0]}: goes with --slurm, which is not given; give it, or leave it out"
+        )
+    return slurm_worker(out, options) if slurm else None
+
+
 def slurm_worker(out: Path, options: Sequence[str] = (), cluster: str = "slurm") -> Worker:
     """`options`: KEY=VALUE of submitit's update_parameters. `cluster`: "local" runs jobs here, for tests.
 

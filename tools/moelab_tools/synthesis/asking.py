@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moelab.atomic import check_output, lock_beside
+from moelab.atomic import check_place, lock_beside
 from moelab.config.load import Loaded
 from moelab.data.generating import GeneratorContext, Guarded, Question, Reply, identity_of
 from moelab.errors import ConfigError, UserError
@@ -102,7 +102,7 @@ def free(loaded: Loaded[Any]) -> Path:
     output = user_path(loaded.config.output, "output")
     if output.exists() or output.is_symlink():
         raise ConfigError(f"{output}: exists already, and nothing is overwritten; take another name, or move it away")
-    check_output(output, "output:")
+    check_place(output, "output:")
     return output
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.alignment.judge import build_judge, resolve_rewards
-from moelab.atomic import check_output
+from moelab.atomic import check_place
 from moelab.config.text import read_tree
 from moelab.data.rewards import RewardContext
 from moelab.errors import ConfigError
@@ -39,7 +39,7 @@ def synthesise(asking: Asking, rule: Rule, out: Path) -> Made:
         raise ConfigError(f"--wrong: {rule.wrong} is not below --right, {rule.right}")
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out}: exists already, and nothing is overwritten; take another name, or move it away")
-    check_output(out, "--out")
+    check_place(out, "--out")
     registry = Registry(asking.plugins, points=[REWARDS])
     rewards = resolve_rewards(_parts(asking.reward), registry, OPTION)
     judge = build_judge(rewards, registry, RewardContext(where=OPTION))

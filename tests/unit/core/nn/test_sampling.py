@@ -83,6 +83,7 @@ def test_scores_that_are_not_finite_choose_nothing() -> None:
         ({"min_p": 1.5}, "min_p must be"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be more than 0"),
         ({"max_new_tokens": -1}, "max_new_tokens must be"),
+        ({"max_new_tokens": 10**20}, "less than 2"),
         ({"stop": ("",)}, "at least one character"),
     ],
 )

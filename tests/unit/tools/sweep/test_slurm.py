@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from moelab.errors import ConfigError, UserError
+from moelab_tools.cli import run
 from moelab_tools.sweep.run import SweepRequest, run_sweep
 from moelab_tools.sweep.slurm import MoelabJob, SubmititWorker, SubmittedJob, slurm_worker
 from sweeping import TINY, InProcess, quiet
@@ -140,6 +141,16 @@ def test_a_job_that_is_still_there_is_waited_for_and_not_submitted_twice(tmp_pat
         worker.start(name, ["train", name], tmp_path / "logs" / f"{name}.log")
     assert [job.arguments for job in executor.submitted] == [["train", "b"]]
     assert worker.known == {"a": "running", "b": "new1"}
+
+
+@pytest.mark.parametrize("command", [["sweep", "nowhere"], ["experiment", "shared_expert"]])
+def test_an_option_for_slurm_without_slurm_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    """It was passed over, and the runs were trained here."""
+    monkeypatch.chdir(tmp_path)
+    assert run([*command, "--slurm-option", "timeout_min=5", "--dry-run"]) == 2
+    assert "--slurm-option timeout_min=5: goes with --slurm" in capsys.readouterr().err
 
 
 def test_an_unknown_option_and_a_machine_without_slurm_are_told(
