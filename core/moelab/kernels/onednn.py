@@ -8,6 +8,7 @@ T rows, D columns, N outputs.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,8 @@ from moelab.processor import cpu_lines
 ZEN_5 = 26  # AMD's family number; the first whose registers for AVX-512 are whole
 LEAST_FLOPS = 1e8  # of one product; below, MKL's are as fast
 LEAST_FLOPS_WIDER = 3e7  # where its vectors are wider than MKL's
+ALONE_ROWS, ALONE_FLOPS = 32, 4e6  # an expert's, and of its down product: multiplied alone from there on, where wider
+LEAST_UNIT, SIZES = 16, 8  # numbers of rows that are rounded up: multiples of at least so much, so many an octave
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -52,9 +55,10 @@ def prefers_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> boo
 def onednn_serves(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> bool:
     """Whether `product` may compute x [..., D] weight^T + bias, of weight [N, D]; None: of one that fits x."""
     return (
-        is_plain(*(one for one in (x, weight, bias) if one is not None))  # first: torch.compile can't trace the others
+        not torch.compiler.is_compiling()  # first: it can't trace the others
         and x.device.type == "cpu"
         and x.dtype == torch.float32
+        and is_plain(*(one for one in (x, weight, bias) if one is not None))
         and (weight is None or _fits(x, weight, bias))
         and not torch.is_autocast_enabled("cpu")
         and may_use_onednn()
@@ -89,6 +93,20 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and (bias is None or bias.shape == weight.shape[:1])
         and all(one is None or (one.dtype == x.dtype and one.device == x.device) for one in (weight, bias))
     )
+
+
+def alone_from(numbers: int) -> float:
+    """Rows from which an expert in fp32, its down matrix of so many numbers, is multiplied by oneDNN, alone."""
+    return max(ALONE_ROWS, ALONE_FLOPS / (2 * numbers)) if onednn_is_wider() else math.inf
+
+
+def round_up(count: int) -> int:
+    """Rows, up to a number that comes again: 6 % more on average.
+
+    With the experts' ever new counts compiling took three times as long as the products in bf16.
+    """
+    step = max(LEAST_UNIT, (1 << max(0, count.bit_length() - 1)) // SIZES)
+    return -(-count // step) * step
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

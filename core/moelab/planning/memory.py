@@ -17,6 +17,7 @@ from moelab.config.model import ModelConfig
 from moelab.config.run import OptimizerConfig
 from moelab.errors import ConfigError
 from moelab.hookspecs import OPTIMIZERS
+from moelab.kernels.onednn import alone_from, round_up
 from moelab.nn.compiler_cache import ensure_compiler_cache
 from moelab.nn.count import cached_numbers, moe_blocks
 from moelab.nn.loss import chunk_rows, keeps_logits
@@ -38,6 +39,10 @@ CPU_PROCESS = 440_000_000
 # And where experts compute in bf16: the same in every run that was measured, of 32 to 127 million parameters, on one
 # process and on two. Probably what oneDNN keeps of products whose shapes are ever new.
 CPU_BF16_EXPERTS = 180_000_000
+# And where experts are multiplied one by one in fp32 (AMD's Zen 5): what each number of rows that oneDNN has met costs,
+# 0.5 MB for each of six products, and places between that nothing fits in: 5 to 12 MB in runs that met 29 to 88.
+CPU_ROWS = 10_000_000
+MOST_ROWS = 4  # times the mean of an expert's, that a run meets before loads are balanced
 # And with train.compile what torch's compiler is and holds: 83 to 108 MB more than eager runs of 0.3 million parameters
 # took, its files cached or not.
 CPU_COMPILER = 110_000_000
@@ -53,8 +58,8 @@ class MemoryPlan:
     what stays, has no hole for the gradient of a whole bank, and the process grows by both. Measured resident sets of
     eight CPU runs of 68 to 280 million parameters (dense and MoE, fp32 and bf16, 512 and 4,096 tokens; docs/compute.md)
     are 0.97 to 1.02 of this sum, and 1.18 to 1.55 of what the larger of the two would predict.
-    Not counted: where oneDNN multiplies experts one by one in fp32 (AMD's Zen 5) it keeps 0.2 to 1.2 MB of each number
-    of rows it has met; runs of 16 to 47 million parameters took 1.2 to 1.55 of this sum, 0.2 to 0.7 GB more.
+    Where oneDNN multiplies experts one by one in fp32 (AMD's Zen 5), what it keeps hangs on the loads that a run meets;
+    five runs of 16 to 47 million parameters were RATIOS of this sum.
 
     Of several processes the same heap has no place for a gathered layer where the one before lay, since activations lie
     there now: resident sets grew by each layer about twice (benchmarks/results/memory_per_rank.md; with large blocks
@@ -295,7 +300,20 @@ def _process(model: Transformer, problem: Problem) -> int:
     if problem.device != "cpu":
         return 0
     experts = problem.dtype != torch.float32 and any(True for _ in moe_blocks(model))
-    return CPU_PROCESS + (CPU_BF16_EXPERTS if experts else 0) + (CPU_COMPILER if problem.compiled else 0)
+    held = CPU_BF16_EXPERTS if experts else _row_numbers(model, problem) * CPU_ROWS
+    return CPU_PROCESS + held + (CPU_COMPILER if problem.compiled else 0)
+
+
+def _row_numbers(model: Transformer, problem: Problem) -> int:
+    """How many numbers of rows the experts that are multiplied alone in fp32 are likely to have, of each size."""
+    found = set()
+    for block in moe_blocks(model):
+        if problem.dtype == torch.float32 and getattr(block.backend, "fused", False):
+            layout, matrix = block.layout, block.experts.down[0]
+            most = MOST_ROWS * problem.tokens * layout.num_experts_per_tok // layout.num_experts
+            least = alone_from(matrix.numel())
+            found |= {(matrix.shape, round_up(rows)) for rows in range(most + 1) if rows >= least}
+    return len(found)
 
 
 def _whole(units: Units, problem: Problem) -> int:

@@ -55,7 +55,7 @@ class _CountedExperts:
     name = "counted"
 
     def __init__(self, fused: bool, dealt: bool, every: bool) -> None:
-        self._fused, self._dealt, self._every = fused, dealt, every
+        self.fused, self._dealt, self._every = fused, dealt, every
 
     def supports(self, problem: ExpertProblem) -> str | None:
         return None
@@ -70,11 +70,11 @@ class _CountedExperts:
     def _chosen(self, x: Tensor, routing: Routing, bank: ExpertBank) -> Tensor:
         plan = dispatch_plan(routing)
         gate_up, down = bank.gate_up.to(x.dtype), bank.down.to(x.dtype)
-        if self._fused and not self._dealt:
+        if self.fused and not self._dealt:
             y: Tensor = _KeepFused.apply(x, routing.weight, gate_up, down)
             return y
         rows = gather_rows(x, plan)
-        if self._fused:  # of rows that came from other processes, as many as went to them
+        if self.fused:  # of rows that came from other processes, as many as went to them
             out: Tensor = _KeepFused.apply(rows, routing.weight, gate_up, down)
         else:
             expert = routing.expert.index_select(0, plan.order)

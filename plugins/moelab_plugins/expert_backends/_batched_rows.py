@@ -15,16 +15,13 @@ import torch
 from torch import Tensor
 
 from moelab import Routing
-from moelab.kernels.onednn import onednn_is_wider, onednn_serves, outer, product
+from moelab.kernels.onednn import alone_from, onednn_serves, outer, product, round_up
 from moelab.moe.dispatch import Dispatch
 
 ROW_BYTES = 8192  # a batched product, and a chunk, has so many bytes a column: 2048 rows in fp32, 4096 in bf16
 HALF = (torch.bfloat16, torch.float16)  # served by oneDNN, which wants sizes that come again
-LEAST_UNIT, SIZES = 16, 8  # sizes that are rounded up: multiples of at least so much, so many an octave
-# fp32 where oneDNN's vectors are wider than MKL's: experts of so many rows, and FLOPs of the down product, are
-# multiplied one by one; the gradients of their weights, whose products gain less, from OUTER_FLOPS on.
-ALONE_ROWS, ALONE_FLOPS, OUTER_FLOPS = 32, 4e6, 3e7
-ALONE_UNIT, ALONE_SIZES = 8, 16
+# The gradients of weights of experts that are multiplied alone gain less from oneDNN: from so many FLOPs on.
+OUTER_FLOPS = 3e7
 PRICE, PRICE_HALF = 1 / 16, 1 / 8  # what padding may add to the rows of one product; half precision gains more from it
 # Where rows are few it may add these to each expert's: a product costs some µs beside its FLOPs, as many as dozens of
 # rows of a small expert in half precision, and waits for its weights anyway. The fewer the larger the expert:
@@ -148,8 +145,8 @@ def _each_alone(rows: Tensor, weights: Tensor, out: Tensor, sizes: Sequence[int]
 
 def lay_out(routing: Routing, plan: Dispatch, down: Tensor) -> Rows:
     """The rows of a routing, for products with matrices of the sizes and dtype of down [E, F, D]."""
-    wider = onednn_serves(down) and onednn_is_wider()
-    runs = make_runs(plan.counts.tolist(), down.dtype, down[0].numel(), wider=wider)
+    alone = alone_from(down[0].numel()) if onednn_serves(down) else math.inf
+    runs = make_runs(plan.counts.tolist(), down.dtype, down[0].numel(), alone)
     size = torch.tensor([run.size for run in runs for _ in range(run.count)])
     shift = (size.cumsum(0) - size) - (plan.counts.cumsum(0) - plan.counts)  # [E]
     row = torch.arange(plan.order.numel()) + shift.repeat_interleave(plan.counts)  # [N], by expert
@@ -159,14 +156,14 @@ def lay_out(routing: Routing, plan: Dispatch, down: Tensor) -> Rows:
     return Rows(token, slot, row.index_select(0, plan.by_token), plan.starts, runs)
 
 
-def make_runs(counts: Sequence[int], dtype: torch.dtype, numbers: int, *, wider: bool = False) -> list[Run]:
+def make_runs(counts: Sequence[int], dtype: torch.dtype, numbers: int, alone: float = math.inf) -> list[Run]:
     """Runs of up to a power of two of experts, in order; those whose counts differ too much are halved.
 
-    `numbers`: of an expert's down matrix, F D. `wider`: fp32 on a processor where oneDNN is faster than MKL.
+    `numbers`: of an expert's down matrix, F D. `alone`: rows from which an expert is multiplied alone.
     """
     mean = max(1.0, sum(counts) / len(counts))
     most = 1 << max(0, round(math.log2(ROW_BYTES / dtype.itemsize / mean)))
-    padding = Padding.of(dtype, numbers, mean, wider)
+    padding = Padding.of(dtype, numbers, mean, alone)
     sizes = list(map(padding.size, counts))
     runs: list[Run] = []
     start = 0
@@ -187,23 +184,17 @@ class Padding:
     alone: float = math.inf  # rows, from which an expert is multiplied alone
 
     @classmethod
-    def of(cls, dtype: torch.dtype, numbers: int, mean: float, wider: bool) -> Padding:
+    def of(cls, dtype: torch.dtype, numbers: int, mean: float, alone: float) -> Padding:
         """As `make_runs` has them; `mean`: rows of an expert."""
         half = dtype in HALF
         spare = min(SPARE_ROWS, SPARE_NUMBERS / numbers)
         if half:  # of which padding makes no more than half as many again where rows are many
             spare = min(max(SPARE_ROWS, mean / 2), SPARE_ROWS_HALF, SPARE_NUMBERS_HALF / numbers)
-        alone = max(ALONE_ROWS, ALONE_FLOPS / (2 * numbers)) if wider else math.inf
         return cls(PRICE_HALF if half else PRICE, spare, half, alone)
 
     def size(self, count: int) -> int:
-        """Of an expert alone, as oneDNN wants it: it compiles a kernel for each new shape.
-
-        With the experts' ever new counts that took three times as long as the products in bf16.
-        """
-        if self.half:
-            return round_up(count)
-        return round_up(count, ALONE_UNIT, ALONE_SIZES) if count >= self.alone else count
+        """Of an expert alone, as oneDNN wants it: a number of rows that comes again."""
+        return round_up(count) if self.half or count >= self.alone else count
 
     def affords(self, sizes: Sequence[int]) -> bool:
         """Whether experts of these sizes are multiplied at once, all with the rows of the largest."""
@@ -227,12 +218,6 @@ def _halved(sizes: Sequence[int], experts: slice, padding: Padding) -> Iterator[
     middle = (experts.start + experts.stop) // 2
     yield from _halved(sizes, slice(experts.start, middle), padding)
     yield from _halved(sizes, slice(middle, experts.stop), padding)
-
-
-def round_up(count: int, unit: int = LEAST_UNIT, sizes: int = SIZES) -> int:
-    """Up to one of so many sizes an octave, by `unit` at least: of eight 6 % padding at most on average."""
-    step = max(unit, (1 << max(0, count.bit_length() - 1)) // sizes)
-    return -(-count // step) * step
 
 
 def make_chunks(runs: Sequence[Run], dtype: torch.dtype) -> list[Chunk]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,7 +21,7 @@ from moelab.hookspecs import ROPE_SCALINGS, ROUTERS
 from moelab.nn.checkpointing import apply_activation_checkpointing
 from moelab.nn.names import stop_training
 from moelab.nn.narrow import narrow
-from moelab.planning.memory import CPU_COMPILER, predict
+from moelab.planning.memory import CPU_COMPILER, CPU_ROWS, predict
 from moelab.planning.traffic import GRADIENTS, PARAMETERS, TOKENS, Problem
 from moelab.plugin_faults import PluginPart
 from moelab.registry import Registry
@@ -162,7 +163,7 @@ import re, sys, torch
 from moelab import build
 from moelab.config.model import ModelConfig, MoEConfig
 from moelab.nn.allocator import keep_freed_memory
-from moelab.planning.memory import predict
+from moelab.planning.memory import CPU_PROCESS, predict
 from moelab.planning.traffic import Problem
 from moelab.registry import Registry
 
@@ -192,7 +193,7 @@ for n in range(4):
     step(model, optimizer, torch.randint(0, 4096, (4, 256)))
 measured = resident("VmHWM") - before
 memory = predict(config, problem).memory
-print(measured, memory.peak - memory.process)
+print(measured, memory.peak - CPU_PROCESS)  # but for what it holds of its own
 """
 
 
@@ -203,6 +204,34 @@ def test_a_training_process_grows_as_predicted():
     assert done.returncode == 0, done.stderr
     measured, predicted = map(int, done.stdout.split())
     assert predicted == pytest.approx(measured, rel=0.25)
+
+
+ZEN_5 = {"vendor_id": "AuthenticAMD", "cpu family": "26", "flags": "avx512f"}
+# (what is planned, numbers of rows that oneDNN is likely to meet of experts whose down product has 4 MFLOP from 62 on)
+ROWS = [
+    (replace(PROBLEM, sequence_length=512), 5 + 4 * 8),  # 64 to 128, and to four times 512
+    (replace(PROBLEM, sequences=1, sequence_length=100), 4),  # 64 to 112, for up to 100
+    (replace(PROBLEM, sequences=1, sequence_length=60), 0),
+    (replace(PROBLEM, sequence_length=512, device="cuda"), 0),
+    (replace(PROBLEM, sequence_length=512, dtype=torch.bfloat16), 0),
+]
+
+
+@pytest.mark.parametrize(("problem", "numbers"), ROWS)
+def test_what_onednn_keeps_of_experts_rows_is_counted_where_it_multiplies_them(
+    problem: Problem, numbers: int, processor: Callable[[Mapping[str, str]], None]
+):
+    layout = {"name": "uniform", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    config = ModelConfig(64, 256, 128, 2, 4, 2, moe=MoEConfig(layout=layout))
+    found = []
+    for lines in (ZEN_5, ZEN_5 | {"cpu family": "25"}):
+        processor(lines)
+        found.append(predict(config, problem).memory.process)
+    assert found[0] - found[1] == numbers * CPU_ROWS
+    processor(ZEN_5)
+    assert config.moe is not None
+    config.moe.backend = {"name": "loop"}
+    assert predict(config, problem).memory.process == found[1]
 
 
 def test_state_is_16_bytes_a_parameter_and_is_shared_by_all_devices():

@@ -9,13 +9,15 @@ from torch import Tensor
 from expert_routings import CASES, EXPERTS, TOP_K, bank, gradients, reference, skewed
 from moelab import BackendContext, ExpertBackend, Registry, Routing
 from moelab.hookspecs import ACTIVATIONS, EXPERT_BACKENDS
+from moelab.kernels import onednn
+from moelab.kernels.onednn import round_up
 from moelab.moe.activation import Activation, ActivationContext
 from moelab.moe.contracts import ExpertProblem
 from moelab.moe.dispatch import count_ids
 from moelab.moe.experts import ExpertBank
 from moelab.moe.layout import ExpertLayout
 from moelab_plugins.expert_backends import _batched_rows
-from moelab_plugins.expert_backends._batched_rows import make_chunks, make_runs, round_up
+from moelab_plugins.expert_backends._batched_rows import make_chunks, make_runs
 
 NAMES = ("loop", "grouped_mm", "batched", "auto")
 HIDDEN, WIDTH = 16, 8
@@ -213,8 +215,8 @@ def test_chunks_cover_every_expert_and_row_once(
 def test_experts_multiplied_by_onednn_give_what_float64_gives(
     case: str, bias: bool, rows: int, flops: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(_batched_rows, "ALONE_FLOPS", 0)
-    monkeypatch.setattr(_batched_rows, "ALONE_ROWS", rows)
+    monkeypatch.setattr(onednn, "ALONE_FLOPS", 0)
+    monkeypatch.setattr(onednn, "ALONE_ROWS", rows)
     monkeypatch.setattr(_batched_rows, "OUTER_FLOPS", flops)
     monkeypatch.setattr(_batched_rows, "ROW_BYTES", 64)  # several chunks
     called = []
@@ -233,14 +235,17 @@ def test_experts_multiplied_by_onednn_give_what_float64_gives(
     assert called or int(count_ids(routing.expert, EXPERTS).max()) < max(rows, 1)
 
 
+@pytest.mark.usefixtures("zen_5")
 def test_experts_that_onednn_multiplies_have_sizes_that_come_again():
-    """Sixteen an octave, by eight rows at least; smaller experts are batched as elsewhere."""
-    numbers = 256 * 128  # of which 62 rows have ALONE_FLOPS
-    assert _sizes([62, 63, 100, 530], torch.float32, numbers, wider=True) == [(2, 64), (1, 104), (1, 544)]
-    assert _sizes([60, 40, 59, 58], torch.float32, numbers, wider=True) == [(4, 60)]
-    assert _sizes([16, 10, 22, 14], torch.float32, numbers, wider=True) == [(4, 22)]
-    assert _sizes([0, 0, 530, 530], torch.float32, numbers, wider=True) == [(2, 0), (2, 544)]
-    assert _sizes([33, 31], torch.float32, 1 << 20, wider=True) == [(1, 40), (1, 31)]
+    """Smaller experts are batched as elsewhere."""
+    numbers = 256 * 128
+    alone = onednn.alone_from(numbers)
+    assert 61 < alone < 62, "4 MFLOP"
+    assert _sizes([62, 63, 100, 530], torch.float32, numbers, alone) == [(2, 64), (1, 112), (1, 576)]
+    assert _sizes([60, 40, 59, 58], torch.float32, numbers, alone) == [(4, 60)]
+    assert _sizes([16, 10, 22, 14], torch.float32, numbers, alone) == [(4, 22)]
+    assert _sizes([0, 0, 530, 530], torch.float32, numbers, alone) == [(2, 0), (2, 576)]
+    assert _sizes([33, 31], torch.float32, 1 << 20, onednn.alone_from(1 << 20)) == [(1, 48), (1, 31)]
 
 
 def test_neighbours_of_like_load_are_one_batched_product():
@@ -268,6 +273,6 @@ def test_small_experts_with_few_rows_are_padded_further_than_large_ones():
     assert _sizes([3, 0, 2, 2], torch.float32, 16) == [(1, 3), (1, 0), (2, 2)]
 
 
-def _sizes(counts: list[int], dtype: torch.dtype, numbers: int, *, wider: bool = False) -> list[tuple[int, int]]:
+def _sizes(counts: list[int], dtype: torch.dtype, numbers: int, alone: float = float("inf")) -> list[tuple[int, int]]:
     """(experts, rows of each) of each run."""
-    return [(run.count, run.size) for run in make_runs(counts, dtype, numbers, wider=wider)]
+    return [(run.count, run.size) for run in make_runs(counts, dtype, numbers, alone)]
