@@ -36,9 +36,10 @@ from moelab.registry import Registry
 # A process that trains on a CPU, beside its tensors: measured with Python 3.11 and torch 2.13 (CPU) on Linux, 0.31 GB
 # of mapped libraries and 0.13 GB of objects that malloc holds (modules, corpus, oneDNN's primitives).
 CPU_PROCESS = 440_000_000
-# And where experts compute in bf16: the same in every run that was measured, of 32 to 127 million parameters, on one
-# process and on two. Probably what oneDNN keeps of products whose shapes are ever new.
-CPU_BF16_EXPERTS = 180_000_000
+# And where experts compute in bf16: 180 MB in every run that was measured, of 32 to 127 million parameters, on one
+# process and on two, before small experts were padded further, and 310 to 380 MB in three runs since, of 16 to 47
+# million. Probably what oneDNN keeps of products whose shapes are ever new.
+CPU_BF16_EXPERTS = 300_000_000
 # And where experts are multiplied one by one in fp32 (AMD's Zen 5): what each number of rows that oneDNN has met costs,
 # 0.5 MB for each of six products, and places between that nothing fits in: 5 to 12 MB in runs that met 29 to 88.
 CPU_ROWS = 10_000_000
@@ -59,7 +60,7 @@ class MemoryPlan:
     eight CPU runs of 68 to 280 million parameters (dense and MoE, fp32 and bf16, 512 and 4,096 tokens; docs/compute.md)
     are 0.97 to 1.02 of this sum, and 1.18 to 1.55 of what the larger of the two would predict.
     Where oneDNN multiplies experts one by one in fp32 (AMD's Zen 5), what it keeps hangs on the loads that a run meets;
-    five runs of 16 to 47 million parameters were RATIOS of this sum.
+    twelve runs of 16 to 47 million parameters were 0.92 to 1.04 of this sum.
 
     Of several processes the same heap has no place for a gathered layer where the one before lay, since activations lie
     there now: resident sets grew by each layer about twice (benchmarks/results/memory_per_rank.md; with large blocks
