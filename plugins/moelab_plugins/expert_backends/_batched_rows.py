@@ -140,7 +140,8 @@ class Chunk:
 def _each_alone(rows: Tensor, weights: Tensor, out: Tensor, sizes: Sequence[int]) -> None:
     """out [r, Y] = rows [r, X] times weights [e, X, Y], of each expert `sizes` rows."""
     matrices = weights.transpose(1, 2).unbind()
-    torch.cat([product(some, matrix) for some, matrix in zip(rows.split(sizes), matrices, strict=True)], out=out)
+    for some, matrix, into in zip(rows.split(sizes), matrices, out.split(sizes), strict=True):
+        into.copy_(product(some, matrix))
 
 
 def lay_out(routing: Routing, plan: Dispatch, down: Tensor) -> Rows:

@@ -303,8 +303,8 @@ def test_the_ways_of_experts_compute_the_same_and_are_measured() -> None:
     with torch.no_grad():
         calls, making = experts.trials(4, _Clock())
         one, two = calls[ORIGINAL](), calls[TABLES]()
-    assert one.shape == (4, 24) and not torch.equal(one, two), "it is the other one"
-    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    assert one.shape == (4, 24)
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-5 * float(one.abs().max()))
     assert calls.keys() == set(experts.ways(4)) and making.keys() == {MAKING + TABLES}
     found = thin_ways.measure({"p": [experts]}, 4, [])["p"]
     assert found.seconds.keys() == {ORIGINAL, TABLES, MAKING + TABLES} and min(found.seconds.values()) > 0
