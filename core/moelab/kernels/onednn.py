@@ -109,6 +109,15 @@ def round_up(count: int) -> int:
     return -(-count // step) * step
 
 
+def rounded_sizes(least: float, most: int) -> list[int]:
+    """All that `round_up` makes of `least` to `most` rows."""
+    found: list[int] = []
+    while least <= most:
+        found.append(round_up(math.ceil(least)))
+        least = found[-1] + 1
+    return found
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, D], weight [N, D] -> x weight^T + bias [T, N]. No gradient."""
     dense = weight if is_dense(weight) else weight.contiguous()

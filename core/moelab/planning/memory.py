@@ -17,7 +17,7 @@ from moelab.config.model import ModelConfig
 from moelab.config.run import OptimizerConfig
 from moelab.errors import ConfigError
 from moelab.hookspecs import OPTIMIZERS
-from moelab.kernels.onednn import alone_from, round_up
+from moelab.kernels.onednn import alone_from, rounded_sizes
 from moelab.nn.compiler_cache import ensure_compiler_cache
 from moelab.nn.count import cached_numbers, moe_blocks
 from moelab.nn.loss import chunk_rows, keeps_logits
@@ -312,8 +312,7 @@ def _row_numbers(model: Transformer, problem: Problem) -> int:
         if problem.dtype == torch.float32 and getattr(block.backend, "fused", False):
             layout, matrix = block.layout, block.experts.down[0]
             most = MOST_ROWS * problem.tokens * layout.num_experts_per_tok // layout.num_experts
-            least = alone_from(matrix.numel())
-            found |= {(matrix.shape, round_up(rows)) for rows in range(most + 1) if rows >= least}
+            found |= {(matrix.shape, rows) for rows in rounded_sizes(alone_from(matrix.numel()), most)}
     return len(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,15 @@ import torch
 from torch import Tensor
 
 from moelab.kernels import onednn
-from moelab.kernels.onednn import onednn_is_wider, onednn_serves, outer, prefers_onednn, product
+from moelab.kernels.onednn import (
+    onednn_is_wider,
+    onednn_serves,
+    outer,
+    prefers_onednn,
+    product,
+    round_up,
+    rounded_sizes,
+)
 from moelab.nn.linear import Linear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -118,3 +127,9 @@ def test_what_does_not_fit_is_refused_in_torchs_words(name: str, monkeypatch: py
             layer(torch.ones(3, 6))
         refused.append(str(told.value))
     assert refused[0] == refused[1]
+
+
+@pytest.mark.parametrize(("least", "most"), [(61.04, 2048), (32, 500), (1, 17), (90, 80), (float("inf"), 10**9)])
+def test_sizes_between_are_those_that_rows_are_rounded_to(least: float, most: int) -> None:
+    rows = () if least > most else range(math.ceil(least), most + 1)
+    assert rounded_sizes(least, most) == sorted({round_up(count) for count in rows})
