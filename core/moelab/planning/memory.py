@@ -311,8 +311,9 @@ def _row_numbers(model: Transformer, problem: Problem) -> int:
     for block in moe_blocks(model):
         if problem.dtype == torch.float32 and getattr(block.backend, "fused", False):
             layout, matrix = block.layout, block.experts.down[0]
-            most = MOST_ROWS * problem.tokens * layout.num_experts_per_tok // layout.num_experts
-            found |= {(matrix.shape, rows) for rows in rounded_sizes(alone_from(matrix.numel()), most)}
+            mean, least = problem.tokens * layout.num_experts_per_tok // layout.num_experts, alone_from(matrix.numel())
+            if mean >= least:  # below, few experts get there
+                found |= {(matrix.shape, rows) for rows in rounded_sizes(least, MOST_ROWS * mean)}
     return len(found)
 
 

@@ -210,8 +210,8 @@ ZEN_5 = {"vendor_id": "AuthenticAMD", "cpu family": "26", "flags": "avx512f"}
 # (what is planned, numbers of rows that oneDNN is likely to meet of experts whose down product has 4 MFLOP from 62 on)
 ROWS = [
     (replace(PROBLEM, sequence_length=512), 5 + 4 * 8),  # 64 to 128, and to four times 512
-    (replace(PROBLEM, sequences=1, sequence_length=100), 4),  # 64 to 112, for up to 100
-    (replace(PROBLEM, sequences=1, sequence_length=60), 0),
+    (replace(PROBLEM, sequences=1, sequence_length=260), 5 + 8 + 1),  # to 288, for up to 260
+    (replace(PROBLEM, sequences=1, sequence_length=240), 0),  # 60 rows of each on average
     (replace(PROBLEM, sequence_length=512, device="cuda"), 0),
     (replace(PROBLEM, sequence_length=512, dtype=torch.bfloat16), 0),
 ]
